@@ -1,0 +1,74 @@
+"""An expert's calibration: how far its x0 estimate can be trusted at each noise level, as measured on held-out latents.
+
+An error of eps grows by 1/(1 - t) in velocity, so an eps-expert explodes at high noise unless something stops it.
+HDDM clamps and damps by hand; here the slope s(log-SNR) of the least-squares line through the origin from (x0_hat - m)
+to (x0 - m) is measured (`atoll.train.calibrate`), m being the cluster's mean latent, and x0_hat <- m + s (x0_hat - m).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.schedule import Linear
+from atoll.shapes import per_sample
+
+_PATH = Linear()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured at M log-SNR nodes.
+
+    Attributes:
+        mean: the cluster's mean latent, [...] as one latent.
+        log_snr: nodes [M], increasing.
+        slope: s at each node [M].
+        x0_mse: mean squared error of the corrected x0 at each node [M].
+        x0_mse_raw: the same before correction [M].
+    """
+
+    mean: Tensor
+    log_snr: Tensor
+    slope: Tensor
+    x0_mse: Tensor
+    x0_mse_raw: Tensor
+
+    @classmethod
+    def identity(cls, mean: Tensor) -> "Calibration":
+        """The calibration that corrects nothing, of an expert that is right everywhere."""
+        ends = torch.tensor([-10.0, 10.0])
+        return cls(mean, ends, torch.ones(2), torch.zeros(2), torch.zeros(2))
+
+    def shortfall(self, log_snr: Tensor) -> Tensor:
+        """(1 - s)/sigma at log_snr [B], sigma on the linear path: linear between nodes, constant beyond them.
+
+        This ratio is what is interpolated because it is what enters the velocity: it stays finite at both ends, so
+        no division by sigma or alpha is left where the correction is applied.
+        """
+        nodes = self.log_snr.to(log_snr)
+        values = (1 - self.slope.to(log_snr)) / _PATH.sigma(_PATH.time_at(nodes))
+        inside = log_snr.clamp(nodes[0], nodes[-1])
+        left = (torch.searchsorted(nodes, inside, right=True) - 1).clamp(0, len(nodes) - 2)
+        offset = (inside - nodes[left]) / (nodes[left + 1] - nodes[left])
+        return values[left] + offset * (values[left + 1] - values[left])
+
+    def correct(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 <- m + s (x0 - m), and eps so that x stays explained on the linear path. x0, eps [B, ...], t [B]."""
+        excess = per_sample(self.shortfall(_PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
+        return x0 - per_sample(_PATH.sigma(t), x0) * excess, eps + per_sample(_PATH.alpha(t), x0) * excess
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the artifact's safetensors: the mean."""
+        return {"mean": self.mean}
+
+    def config(self) -> dict[str, Any]:
+        """What goes into the card: the curves."""
+        names = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
+        return {name: [float(value) for value in getattr(self, name)] for name in names}
+
+    @classmethod
+    def load(cls, config: dict[str, Any], mean: Tensor) -> "Calibration":
+        """The inverse of `config` and `tensors`."""
+        return cls(mean=mean, **{name: torch.tensor(values) for name, values in config.items()})

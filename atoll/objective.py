@@ -1,0 +1,176 @@
+"""What a network is trained to output, and how its output becomes the pair (x0, eps) and a velocity.
+
+With x = alpha x0 + sigma eps every prediction determines the other unknown, so all four say the same thing:
+
+    eps     x0  = (x - sigma eps) / alpha                     (Ho et al. 2020)
+    x0      eps = (x - alpha x0) / sigma
+    v       v = alpha eps - sigma x0                          (Salimans & Ho 2022)
+    flow    u = alpha' x0 + sigma' eps                        (Lipman et al. 2023)
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+from atoll.schedule import Schedule, build_schedule
+from atoll.shapes import per_sample
+
+Prediction = Literal["eps", "x0", "v", "flow"]
+TimeSampling = Literal["uniform", "logit-normal"]
+Weighting = Literal["none", "min-snr", "prop1"]
+
+# log-SNR at which a prediction's other half is still told in floating point: alpha or sigma is 4.5e-5 there.
+LOG_SNR_LIMIT = 20.0
+
+
+class Objective:
+    """Prediction + schedule + time sampling + loss weighting: what a contributor chooses.
+
+    Args:
+        prediction: what the network outputs: "eps", "x0", "v" or "flow".
+        schedule: a `Schedule`, or what `build_schedule` reads.
+        time_scale: the network is fed t * time_scale (999 for DiT's 0..999; HDDM Eq. 20).
+        time_sampling: "uniform" over the schedule's support, or "logit-normal" (Esser et al. 2024, m = 0, s = 1).
+        weighting: "none"; "min-snr" (Hang et al. 2023, gamma 5, written for every prediction); "prop1": the loss is
+            measured in the sampling path's velocity at equal log-SNR (HDDM Proposition 1), whatever is predicted.
+
+    Raises:
+        AtollError: an unknown prediction, schedule, time sampling or weighting.
+    """
+
+    def __init__(
+        self,
+        prediction: Prediction,
+        schedule: Schedule | str | dict[str, Any],
+        time_scale: float = 999.0,
+        time_sampling: TimeSampling = "uniform",
+        weighting: Weighting = "none",
+    ):
+        for name, value, known in (
+            ("prediction", prediction, get_args(Prediction)),
+            ("time_sampling", time_sampling, get_args(TimeSampling)),
+            ("weighting", weighting, get_args(Weighting)),
+        ):
+            if value not in known:
+                raise AtollError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+        self.prediction: Prediction = prediction
+        self.schedule = schedule if isinstance(schedule, Schedule) else build_schedule(schedule)
+        self.time_scale = time_scale
+        self.time_sampling: TimeSampling = time_sampling
+        self.weighting: Weighting = weighting
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """(t_min, t_max) where the output determines both x0 and eps in floating point.
+
+        The schedule's support, without the end where the division of this prediction fails: eps says nothing of x0
+        where alpha is 0, nor x0 of eps where sigma is 0.
+        """
+        t_min, t_max = self.schedule.support
+        limit = torch.tensor([LOG_SNR_LIMIT, -LOG_SNR_LIMIT], dtype=torch.float64)
+        low, high = self.schedule.time_at(limit).tolist()
+        if self.prediction == "x0":
+            t_min = max(t_min, low)
+        if self.prediction == "eps":
+            t_max = min(t_max, high)
+        return t_min, t_max
+
+    def sample_time(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Training times [B], float32, inside the support."""
+        t_min, t_max = self.support
+        if self.time_sampling == "uniform":
+            unit = torch.rand(batch, generator=generator)
+        else:
+            unit = torch.sigmoid(torch.randn(batch, generator=generator))
+        return t_min + (t_max - t_min) * unit
+
+    def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha(t) x0 + sigma(t) eps. x0, eps [B, ...], t [B] -> [B, ...]."""
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should output. x0, eps [B, ...], t [B] -> [B, ...]."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x0":
+            return x0
+        if self.prediction == "v":
+            alpha, sigma = self._alpha_sigma(t, x0)
+            return alpha * eps - sigma * x0
+        d_alpha, d_sigma = self._derivatives(t, x0)
+        return d_alpha * x0 + d_sigma * eps
+
+    def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Weighted mean squared error over all but the batch axis: [B, ...] x 3, t [B] -> [B], in float32 at least."""
+        error = output.to(x0.dtype) - self.target(x0, eps, t)
+        squared = error.square().flatten(1).mean(dim=1)
+        return squared if self.weighting == "none" else squared * self.weight(t)
+
+    def weight(self, t: Tensor) -> Tensor:
+        """The loss weight [B] at times t [B], as a factor on the squared error of this prediction."""
+        if self.weighting == "none":
+            return torch.ones_like(t)
+        # First as a weight on the squared error of x0, then divided by what one unit of x0 error is in this prediction.
+        log_snr = self.schedule.log_snr(t)
+        if self.weighting == "min-snr":
+            on_x0 = torch.exp(log_snr).clamp(max=5.0)
+        else:  # On the linear path u - u_hat = -(x0 - x0_hat)/sigma, with sigma = sigmoid(-log_snr / 2).
+            on_x0 = torch.sigmoid(-log_snr / 2) ** -2
+        return on_x0 / self.x0_error_gain(t) ** 2
+
+    def x0_error_gain(self, t: Tensor) -> Tensor:
+        """|d output / d x0| at fixed x, [B]: how much an x0 error of 1 is in this prediction."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        if self.prediction == "eps":
+            return alpha / sigma
+        if self.prediction == "x0":
+            return torch.ones_like(t)
+        if self.prediction == "v":
+            return (alpha**2 + sigma**2) / sigma
+        return (alpha * self.schedule.d_sigma(t) / sigma - self.schedule.d_alpha(t)).abs()
+
+    def to_x0_eps(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x0, eps), both [B, ...], from the network's output at (x [B, ...], t [B]), t inside `support`."""
+        output = output.to(x.dtype)
+        alpha, sigma = self._alpha_sigma(t, x)
+        if self.prediction == "eps":
+            return (x - sigma * output) / alpha, output
+        if self.prediction == "x0":
+            return output, (x - alpha * output) / sigma
+        if self.prediction == "v":
+            norm = alpha**2 + sigma**2
+            return (alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm
+        # Solve x = alpha x0 + sigma eps, u = alpha' x0 + sigma' eps.
+        d_alpha, d_sigma = self._derivatives(t, x)
+        det = alpha * d_sigma - sigma * d_alpha
+        return (d_sigma * x - sigma * output) / det, (alpha * output - d_alpha * x) / det
+
+    def to_velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt on this objective's own path: alpha' x0 + sigma' eps, [B, ...]. `flow` is returned as it is."""
+        if self.prediction == "flow":
+            return output.to(x.dtype)
+        x0, eps = self.to_x0_eps(output, x, t)
+        d_alpha, d_sigma = self._derivatives(t, x)
+        return d_alpha * x0 + d_sigma * eps
+
+    def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return per_sample(self.schedule.alpha(t), like), per_sample(self.schedule.sigma(t), like)
+
+    def _derivatives(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return per_sample(self.schedule.d_alpha(t), like), per_sample(self.schedule.d_sigma(t), like)
+
+    def config(self) -> dict[str, Any]:
+        """What a card stores; `Objective(**config)` reads it back."""
+        return {
+            "prediction": self.prediction,
+            "schedule": self.schedule.config(),
+            "time_scale": self.time_scale,
+            "time_sampling": self.time_sampling,
+            "weighting": self.weighting,
+        }
+
+    def __repr__(self) -> str:
+        return f"Objective({self.prediction}, {self.schedule.config()['name']})"

@@ -1,0 +1,252 @@
+"""Noise schedules: alpha(t) and sigma(t) of x_t = alpha(t) x0 + sigma(t) eps.
+
+The convention of all of Atoll: t in [0, 1], t = 0 is data and t = 1 is noise; log-SNR = log(alpha^2 / sigma^2).
+Foreign conventions (indices 0..999, t reversed, beta tables) are adapted at the edge, here or in `atoll.convert`.
+"""
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+
+
+class Schedule(abc.ABC):
+    """alpha and sigma as functions of t. All methods map times (any shape, any float dtype) to a Tensor like them."""
+
+    @property
+    @abc.abstractmethod
+    def support(self) -> tuple[float, float]:
+        """(t_min, t_max): the times for which this schedule is defined. Its log-SNR is strictly decreasing there."""
+
+    @abc.abstractmethod
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def d_alpha(self, t: Tensor) -> Tensor:
+        """d alpha / dt."""
+
+    @abc.abstractmethod
+    def d_sigma(self, t: Tensor) -> Tensor:
+        """d sigma / dt."""
+
+    @abc.abstractmethod
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2); +-inf where sigma or alpha is 0."""
+
+    @abc.abstractmethod
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """The time with this log-SNR: the inverse of `log_snr` inside the support, its nearest edge outside."""
+
+    @abc.abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What a card stores; `build_schedule` reads it back."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(support={self.support})"
+
+
+class Linear(Schedule):
+    """The straight path of Flow Matching and of Atoll's sampler: alpha = 1 - t, sigma = t (Lipman et al. 2023)."""
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log1p(-t) - torch.log(t))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+    def config(self) -> dict[str, Any]:
+        return {"name": "linear"}
+
+
+class Cosine(Schedule):
+    """Variance preserving: alpha = cos(a)/cos(a0), a(t) = (t + s)/(1 + s) pi/2 (Nichol & Dhariwal 2021, Eq. 17).
+
+    The support begins at log-SNR 20 (t = 5e-8, sigma = 5e-5): at t = 0 sigma is 0 and its derivative infinite.
+    """
+
+    LOG_SNR_MAX = 20.0
+
+    def __init__(self, s: float = 0.008):
+        if not s > 0:
+            raise AtollError(f"Cosine: s is {s}; expected a number above 0, usually 0.008")
+        self.s = s
+        self._a0 = s / (1 + s) * math.pi / 2
+        self._speed = math.pi / 2 / (1 + s)  # da/dt
+        highest = torch.tensor(self.LOG_SNR_MAX, dtype=torch.float64)
+        self._t_min = float(self._inverse(highest))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return self._t_min, 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        # cos(pi/2 - b) = sin(b): exactly 0 at t = 1, where cos(pi/2) in floating point is not.
+        return torch.sin(self._speed * (1 - t)) / math.cos(self._a0)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        # sigma^2 = 1 - alpha^2 = (cos^2 a0 - cos^2 a)/cos^2 a0 as a product of sines: no cancellation near t = 0.
+        step = self._speed * t
+        return torch.sqrt(torch.sin(step) * torch.sin(step + 2 * self._a0)) / math.cos(self._a0)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return -self._speed * torch.cos(self._speed * (1 - t)) / math.cos(self._a0)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return 2 * (torch.log(self.alpha(t)) - torch.log(self.sigma(t)))
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        return self._inverse(log_snr).clamp(*self.support)
+
+    def _inverse(self, log_snr: Tensor) -> Tensor:
+        # Two forms, each without cancellation on its side. Noisy side: alpha cos(a0) = sin(speed (1 - t)).
+        cos_a0 = math.cos(self._a0)
+        noisy = 1 - torch.asin(cos_a0 * torch.sqrt(torch.sigmoid(log_snr))) / self._speed
+        # Clean side: with h = a - a0, q = (sigma cos(a0))^2 = sin(h) sin(h + 2 a0); divided by cos^2(h) this is
+        # (cos(2 a0) - q) tan^2(h) + sin(2 a0) tan(h) - q = 0.
+        q = cos_a0**2 * torch.sigmoid(-log_snr)
+        b = math.sin(2 * self._a0)
+        root = torch.sqrt((b * b + 4 * (math.cos(2 * self._a0) - q) * q).clamp(min=0))
+        clean = torch.atan2(2 * q, b + root) / self._speed
+        return torch.where(log_snr < 0, noisy, clean)
+
+    def config(self) -> dict[str, Any]:
+        return {"name": "cosine", "s": self.s}
+
+
+class TableSchedule(Schedule):
+    """A discrete variance-preserving schedule made continuous: index i of T is t = i/(T-1), log-SNR linear between.
+
+    Args:
+        alphas_cumprod: the T values of alpha^2 (DDPM's alpha-bar), strictly decreasing, in (0, 1); a last value of
+            exactly 0 (zero terminal SNR) is allowed: the support then ends one index earlier, since the log-SNR of
+            the last interval has no finite slope.
+    """
+
+    def __init__(self, alphas_cumprod: Sequence[float] | Tensor):
+        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
+        if table.ndim != 1 or len(table) < 2:
+            raise AtollError(
+                f"TableSchedule: alphas_cumprod has shape {list(table.shape)}; expected at least 2 values in a row"
+            )
+        self._steps = len(table)
+        self._alphas_cumprod = table
+        finite = table[:-1] if table[-1] == 0 else table
+        if len(finite) < 2 or not (torch.all(finite > 0) and torch.all(finite < 1) and torch.all(finite.diff() < 0)):
+            raise AtollError(
+                "TableSchedule: alphas_cumprod must be strictly decreasing inside (0, 1) (the last may be 0); "
+                f"got {len(table)} values from {table[0]:.6g} to {table[-1]:.6g}"
+            )
+        self._log_snr = torch.logit(finite)
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def support(self) -> tuple[float, float]:
+        return 0.0, (len(self._log_snr) - 1) / (self._steps - 1)
+
+    def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The table's log-SNR at the interval's left end and its slope per index (both like t), and t in indices."""
+        table = self._log_snr.to(t.device, t.dtype)
+        position = t * (self._steps - 1)
+        left = position.floor().clamp(0, len(table) - 2).long()
+        return table[left], table[left + 1] - table[left], position - left
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        value, slope, offset = self._interval(t)
+        return value + slope * offset
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sqrt(torch.sigmoid(self.log_snr(t)))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(torch.sigmoid(-self.log_snr(t)))
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        # d alpha / d log_snr = alpha sigma^2 / 2
+        return 0.5 * self.alpha(t) * self.sigma(t) ** 2 * self._d_log_snr(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -0.5 * self.sigma(t) * self.alpha(t) ** 2 * self._d_log_snr(t)
+
+    def _d_log_snr(self, t: Tensor) -> Tensor:
+        return self._interval(t)[1] * (self._steps - 1)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        rising = -self._log_snr.to(log_snr.device, log_snr.dtype)
+        wanted = (-log_snr).clamp(rising[0], rising[-1])
+        left = (torch.searchsorted(rising, wanted.contiguous(), right=True) - 1).clamp(0, len(rising) - 2)
+        offset = (wanted - rising[left]) / (rising[left + 1] - rising[left])
+        return (left + offset) / (self._steps - 1)
+
+    def config(self) -> dict[str, Any]:
+        return {"name": "table", "alphas_cumprod": self._alphas_cumprod.tolist()}
+
+
+class LinearBeta(TableSchedule):
+    """The DDPM / DiT schedule: beta linear from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020, section 4)."""
+
+    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000):
+        self.beta_start, self.beta_end = beta_start, beta_end
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+        super().__init__(torch.cumprod(1 - betas, dim=0))
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "name": "linear-beta",
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "steps": self.steps,
+        }
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "linear-beta": LinearBeta,
+    "table": TableSchedule,
+}
+
+
+def build_schedule(config: str | dict[str, Any]) -> Schedule:
+    """The schedule that a card or a recipe names: "cosine", or {"name": "cosine", "s": 0.008}.
+
+    Raises:
+        AtollError: an unknown name or argument.
+    """
+    arguments = {"name": config} if isinstance(config, str) else dict(config)
+    name = arguments.pop("name", None)
+    if name not in SCHEDULES:
+        raise AtollError(f"unknown schedule {name!r}; expected one of {', '.join(SCHEDULES)}")
+    try:
+        return SCHEDULES[name](**arguments)
+    except TypeError as error:
+        raise AtollError(f"schedule {name!r}: {error}") from None

@@ -1,0 +1,100 @@
+"""Integrates dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0) on the linear path.
+
+Every time is per sample: t passed to `velocity` has shape [B].
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+from atoll.shapes import per_sample
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Method = Literal["euler", "heun", "dpm++2m"]
+_Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]  # (velocity, x, t, t_next) -> x at t_next
+
+
+def sample(
+    velocity: Velocity,
+    noise: Tensor,
+    steps: int = 50,
+    method: Method = "euler",
+    times: Tensor | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draws x0 [B, ...] from noise [B, ...].
+
+    Args:
+        velocity: (x [B, ...], t [B]) -> dx/dt [B, ...]; `Ensemble.velocity`, with its condition bound by `partial`.
+        noise: x at the first time; its dtype is the dtype of the integration.
+        steps: number of steps from 1 to 0, evenly spaced.
+        method: "euler", "heun" (2 evaluations a step, the last step Euler), or "dpm++2m" (Lu et al. 2022, multistep,
+            1 evaluation a step).
+        times: decreasing times, [steps + 1] or per sample [steps + 1, B], instead of even ones.
+        callback: called after each step with (index, x).
+
+    Raises:
+        AtollError: an unknown method, steps < 1, or times that do not decrease within [0, 1].
+    """
+    if method not in get_args(Method):
+        raise AtollError(f"unknown method {method!r}; expected one of {', '.join(get_args(Method))}")
+    if times is None:
+        if steps < 1:
+            raise AtollError(f"steps is {steps}; expected at least 1")
+        times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
+    grid = times.to(noise)
+    grid = grid[:, None].expand(-1, len(noise)) if grid.ndim == 1 else grid
+    if len(grid) < 2 or (grid.diff(dim=0) >= 0).any() or grid.max() > 1 or grid.min() < 0:
+        raise AtollError("times must be at least two, strictly decreasing, within [0, 1]")
+
+    steps_of: dict[str, _Step] = {"euler": _euler, "heun": _heun, "dpm++2m": _Multistep()}
+    step = steps_of[method]
+    x = noise
+    for index in range(len(grid) - 1):
+        x = step(velocity, x, grid[index], grid[index + 1])
+        if callback is not None:
+            callback(index, x)
+    return x
+
+
+def _euler(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    return x + per_sample(t_next - t, x) * velocity(x, t)
+
+
+def _heun(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """Trapezoid rule; samples that arrive at t = 0 take the Euler step, since no expert was trained there."""
+    h = per_sample(t_next - t, x)
+    u = velocity(x, t)
+    x_next = x + h * u
+    inside = t_next > 0
+    if not inside.any():
+        return x_next
+    corrected = x + h * (u + velocity(x_next, t_next)) / 2
+    return torch.where(per_sample(inside, x), corrected, x_next)
+
+
+class _Multistep:
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2) for alpha = 1 - t, sigma = t, with l = log(alpha/sigma).
+
+    x_next = (sigma_next/sigma) x + alpha_next (1 - e^-h) D,  D = x0 + (x0 - x0_previous) h/(2 h_previous).
+    l is infinite at t = 1 and t = 0: steps that touch an end are first order, which is their exact limit.
+    """
+
+    def __init__(self) -> None:
+        self.previous: tuple[Tensor, Tensor] | None = None  # (x0, h) of the last step
+
+    def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        x0 = x - per_sample(t, x) * velocity(x, t)
+        h = (torch.log1p(-t_next) - torch.log(t_next)) - (torch.log1p(-t) - torch.log(t))
+        estimate = x0
+        if self.previous is not None:
+            x0_previous, h_previous = self.previous
+            ratio = torch.where(torch.isfinite(h), h / (2 * h_previous), 0)
+            estimate = x0 + per_sample(ratio, x) * (x0 - x0_previous)
+        self.previous = (x0, h)
+        # sigma_next/sigma x + alpha_next (1 - e^-h) D, and alpha_next e^-h = alpha sigma_next/sigma.
+        shrink = t_next / t
+        return per_sample(shrink, x) * x + per_sample((1 - t_next) - (1 - t) * shrink, x) * estimate

@@ -1,0 +1,147 @@
+import pytest
+import torch
+
+from atoll.condition import Condition
+from atoll.ensemble import Ensemble, Expert
+from atoll.errors import AtollError
+from atoll.objective import Objective
+
+FLOW = Objective("flow", "linear", time_scale=1.0)
+SHAPE = (2, 3, 5)
+
+
+class Constant:
+    """A network that answers with one number, and notes every call."""
+
+    def __init__(self, value: float):
+        self.value, self.calls = value, []
+
+    def __call__(self, x, time, condition):
+        self.calls.append((x.clone(), time.clone(), condition))
+        return torch.full_like(x, self.value)
+
+
+def router_of(probabilities):
+    """A router that gives each sample its own row of probabilities [B, K]."""
+    log_p = torch.log(torch.tensor(probabilities, dtype=torch.float64))
+    return lambda x, t, pooled=None: log_p
+
+
+def batch(count):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(count, *SHAPE, generator=g, dtype=torch.float64), torch.rand(count, generator=g).double()
+
+
+def condition(count, value=1.0):
+    return Condition(
+        torch.full((count, 4, 6), value, dtype=torch.float64),
+        torch.ones(count, 4, dtype=torch.bool),
+        torch.full((count, 7), value, dtype=torch.float64),
+    )
+
+
+def test_top_2_renormalises_and_calls_nobody_in_vain() -> None:
+    networks = [Constant(1.0), Constant(10.0), Constant(100.0)]
+    experts = [Expert(n, FLOW, (k,)) for k, n in enumerate(networks)]
+    x, t = batch(2)
+    ensemble = Ensemble(experts, router_of([[0.5, 0.3, 0.2], [0.3, 0.6, 0.1]]), routing="top-2")
+    u = ensemble.velocity(x, t)
+    torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([(0.5 + 3) / 0.8, (0.3 + 6) / 0.9]).double())
+    assert [len(n.calls) for n in networks] == [1, 1, 0]
+
+
+def test_one_call_per_expert_in_use_with_both_guidance_branches() -> None:
+    networks = [Constant(1.0), Constant(10.0), Constant(100.0)]
+    experts = [Expert(n, FLOW, (k,)) for k, n in enumerate(networks)]
+    x, t = batch(4)
+    router = router_of([[0.9, 0.1, 1e-9], [0.1, 0.9, 1e-9], [0.8, 0.2, 1e-9], [0.2, 0.8, 1e-9]])
+    ensemble = Ensemble(experts, router, routing="top-1", null=condition(1, 0.0))
+    ensemble.velocity(x, t, condition(4), guidance_scale=3.0)
+    assert [len(n.calls) for n in networks] == [1, 1, 0]
+    asked, time, given = networks[0].calls[0]
+    torch.testing.assert_close(asked, x[[0, 2, 0, 2]])
+    torch.testing.assert_close(time, t[[0, 2, 0, 2]])
+    assert given.states[:, 0, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_guidance_extrapolates_from_null_to_condition() -> None:
+    def network(x, time, given):
+        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
+
+    ensemble = Ensemble([Expert(network, FLOW)], None, null=condition(1, 0.5))
+    x, t = batch(3)
+    u = ensemble.velocity(x, t, condition(3, 2.0), guidance_scale=4.0)
+    torch.testing.assert_close(u, torch.full_like(u, 0.5 + 4.0 * 1.5))
+    torch.testing.assert_close(ensemble.velocity(x, t, condition(3, 2.0)), torch.full_like(u, 2.0))
+
+
+def test_the_router_sees_the_conditional_branchs_pooled_vector() -> None:
+    seen = []
+
+    def router(x, t, pooled=None):
+        seen.append(pooled)
+        return torch.zeros(len(x), 2, dtype=torch.float64)
+
+    experts = [Expert(Constant(1.0), FLOW, (k,)) for k in range(2)]
+    x, t = batch(3)
+    Ensemble(experts, router, null=condition(1, 0.0)).velocity(x, t, condition(3, 2.0), guidance_scale=2.0)
+    assert seen[0].shape == (3, 7)
+    assert (seen[0] == 2).all()
+
+
+def test_a_missing_expert_loses_its_weight_to_the_others() -> None:
+    experts = [Expert(Constant(1.0), FLOW, (0,)), Expert(Constant(10.0), FLOW, (2,))]
+    x, t = batch(1)
+    for routing, expected in (("full", (0.1 + 4) / 0.5), ("top-1", 10.0), ("top-2", (0.1 + 4) / 0.5)):
+        u = Ensemble(experts, router_of([[0.1, 0.5, 0.4]]), routing=routing).velocity(x, t)
+        torch.testing.assert_close(u, torch.full_like(u, expected))
+
+
+def test_a_last_cluster_without_expert_is_no_matter() -> None:
+    x, t = batch(1)
+    u = Ensemble([Expert(Constant(3.0), FLOW, (0,))], router_of([[0.1, 0.9]])).velocity(x, t)
+    torch.testing.assert_close(u, torch.full_like(u, 3.0))
+
+
+def test_a_generalist_stands_in_only_where_nobody_else_does() -> None:
+    experts = [Expert(Constant(1.0), FLOW, (0,)), Expert(Constant(10.0), FLOW, (0, 1, 2))]
+    x, t = batch(1)
+    u = Ensemble(experts, router_of([[0.5, 0.2, 0.3]]), routing="full").velocity(x, t)
+    torch.testing.assert_close(u, torch.full_like(u, 0.5 + 0.5 * 10))
+
+
+def test_replicas_share_their_clusters_weight() -> None:
+    experts = [Expert(Constant(v), FLOW, (k,)) for v, k in ((1.0, 0), (3.0, 0), (10.0, 1))]
+    x, t = batch(1)
+    u = Ensemble(experts, router_of([[0.6, 0.4]]), routing="full").velocity(x, t)
+    torch.testing.assert_close(u, torch.full_like(u, 0.6 * 2 + 4))
+
+
+def test_trace_tells_who_was_asked_when() -> None:
+    experts = [Expert(Constant(1.0), FLOW, (k,)) for k in range(2)]
+    ensemble = Ensemble(experts, router_of([[0.9, 0.1], [0.2, 0.8]]), routing="top-1")
+    x, t = batch(2)
+    with ensemble.tracing() as trace:
+        ensemble.velocity(x, t)
+    ensemble.velocity(x, t)
+    assert len(trace.weights) == 1
+    assert trace.weights[0].tolist() == [[1, 0], [0, 1]]
+
+
+def test_refusals() -> None:
+    one = Expert(Constant(1.0), FLOW, (0,))
+    x, t = batch(1)
+    with pytest.raises(AtollError, match="no experts"):
+        Ensemble([], None)
+    with pytest.raises(AtollError, match="unknown routing"):
+        Ensemble([one], None, routing="best")
+    with pytest.raises(AtollError, match="unknown alignment"):
+        Ensemble([one], None, alignment="exact")  # type: ignore[arg-type]
+    with pytest.raises(AtollError, match="without a router"):
+        Ensemble([one, one], None)
+    with pytest.raises(AtollError, match="null condition"):
+        Ensemble([one], None).velocity(x, t, condition(1), guidance_scale=2.0)
+    with pytest.raises(AtollError, match="no condition"):
+        Ensemble([one], None, null=condition(1)).velocity(x, t, guidance_scale=2.0)
+    with pytest.raises(AtollError, match="the router knows 2 clusters"):
+        Ensemble([one, Expert(Constant(1.0), FLOW, (4,))], router_of([[0.5, 0.5]])).velocity(x, t)

@@ -1,0 +1,124 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from atoll.alignment import snr_velocity
+from atoll.errors import AtollError
+from atoll.objective import Objective
+from atoll.schedule import Linear, LinearBeta
+from atoll.solver import sample
+from atoll.testing import GaussianMixture
+
+MIXTURE = GaussianMixture.random(components=5, clusters=2, shape=(3, 2), seed=2)
+
+
+def noise(count=16, seed=0):
+    return torch.randn(count, 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
+def test_measured_order(method, order) -> None:
+    """Halving the step divides the error by 2^order. Ends inside (0, 1), where all three are regular."""
+
+    def solve(steps, how=method):
+        return sample(MIXTURE.velocity, noise(), method=how, times=torch.linspace(0.9, 0.1, steps + 1).double())
+
+    exact = solve(4000, "heun")
+    errors = [float((solve(steps) - exact).norm()) for steps in (32, 64, 128)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "dpm++2m"])
+def test_from_noise_to_data_all_methods_agree(method) -> None:
+    exact = sample(MIXTURE.velocity, noise(), steps=3000, method="heun")
+    found = sample(MIXTURE.velocity, noise(), steps=400, method=method)
+    assert torch.isfinite(found).all()
+    assert float((found - exact).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "dpm++2m"])
+def test_times_are_per_sample(method) -> None:
+    """A batch whose samples walk different grids equals each of them walked alone."""
+    start = noise(2)
+    grids = torch.stack([torch.linspace(1, 0, 11), torch.linspace(0.8, 0.2, 11)], dim=1).double()
+    together = sample(MIXTURE.velocity, start, method=method, times=grids)
+    for i in range(2):
+        alone = sample(MIXTURE.velocity, start[i : i + 1], method=method, times=grids[:, i])
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_dpm_solver_of_one_step_is_ddim() -> None:
+    start, times = noise(), torch.tensor([0.7, 0.4]).double()
+    torch.testing.assert_close(
+        sample(MIXTURE.velocity, start, method="dpm++2m", times=times),
+        sample(MIXTURE.velocity, start, method="euler", times=times),
+    )
+
+
+def test_euler_equals_diffusers_flow_match_euler() -> None:
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    scheduler = schedulers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 20, 20).tolist())
+    x = noise().float()
+    for index, step_time in enumerate(scheduler.timesteps):
+        t = scheduler.sigmas[index].expand(len(x))
+        x = scheduler.step(MIXTURE.velocity(x.double(), t.double()).float(), step_time, x).prev_sample
+    ours = sample(lambda x, t: MIXTURE.velocity(x.double(), t.double()).float(), noise().float(), steps=20)
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ddpm_expert_on_the_linear_path_is_ddim_at_the_matched_times() -> None:
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    ddim = schedulers.DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=False)
+    ddim.set_timesteps(25)
+    objective = Objective("eps", LinearBeta())
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def network(x, time):
+        return torch.tanh(x.flatten(1) @ weight + time[:, None] / 999).reshape(x.shape)
+
+    x = noise()
+    indices = ddim.timesteps.tolist()
+    for index in indices:
+        x = ddim.step(network(x, torch.full((len(x),), float(index)).double()), index, x).prev_sample
+
+    # The same on the linear path: Euler between the times of equal log-SNR, x scaled by the ratio of the alphas.
+    visited = torch.tensor(indices).double() / 999
+    times = Linear().time_at(LinearBeta().log_snr(visited))
+    ratio = (1 - times) / LinearBeta().alpha(visited)
+    # diffusers holds its table in float32: 1e-5 is its precision.
+    ours = sample(lambda x, t: snr_velocity(network, objective, x, t, _NO_CORRECTION), noise() * ratio[0], times=times)
+    torch.testing.assert_close(ours / ratio[-1], x, rtol=1e-4, atol=1e-4)
+
+
+class _Identity:
+    def correct(self, x0, eps, t):
+        return x0, eps
+
+
+_NO_CORRECTION = _Identity()
+
+
+def test_callback_sees_every_step() -> None:
+    seen = []
+    end = sample(MIXTURE.velocity, noise(), steps=7, callback=lambda index, x: seen.append((index, x)))
+    assert [index for index, _ in seen] == list(range(7))
+    torch.testing.assert_close(seen[-1][1], end)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"steps": 0},
+        {"method": "rk4"},
+        {"times": torch.tensor([0.2, 0.8])},
+        {"times": torch.tensor([1.5, 0.0])},
+        {"times": torch.tensor([1.0])},
+    ],
+)
+def test_bad_arguments_are_refused(arguments) -> None:
+    with pytest.raises(AtollError):
+        sample(MIXTURE.velocity, noise(), **arguments)
