@@ -1,0 +1,41 @@
+"""The networks: the denoiser (`dit.py`), the router (`router.py`), and how a card's configuration becomes one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from torch import nn
+
+from atoll.errors import AtollError
+from atoll.nn.dit import SIZES, DiT, DiTConfig
+from atoll.nn.router import Router, RouterConfig
+
+__all__ = ["SIZES", "DiT", "DiTConfig", "Router", "RouterConfig", "build_network"]
+
+
+def build_network(config: Mapping[str, Any]) -> nn.Module:
+    """The network that `config` describes, by its "name" ("dit" or "router"), freshly initialised.
+
+    `network.config.model_dump(mode="json")` is such a configuration. Raises AtollError for an unknown name or
+    key, a missing or wrong value, and sizes that do not fit each other.
+    """
+    name = config.get("name")
+    try:
+        if name == "dit":
+            return DiT(DiTConfig.model_validate(dict(config)))
+        if name == "router":
+            return Router(RouterConfig.model_validate(dict(config)))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {describe(e)}" for e in error.errors())
+        raise AtollError(f"network {name!r}: {problems}; correct these keys") from None
+    raise AtollError(f"network name: got {name!r}, expected 'dit' or 'router'; correct the name")
+
+
+def describe(error: ErrorDetails) -> str:
+    """One of pydantic's errors in a few words, with the value that was got where there is one."""
+    if error["type"] == "missing":
+        return "missing"
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    return f"got {error['input']!r}, {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,368 @@
+"""A diffusion transformer for text-conditioned latents: DiT's block with PixArt's cross-attention.
+
+Read it top to bottom; the sizes are at the end. Letters: B batch, C H W latent, N image tokens, L text tokens,
+D width, h heads, d = D / h, p patch.
+
+A block is, in the order of DiT (arXiv 2212.09748) and PixArt-alpha (arXiv 2310.00426), so that their weights
+fit (HDDM, arXiv 2603.06741, orders it otherwise in Eqs. 16 and 18; that would break the transfer):
+
+    x = x + gate_1 * self_attention(norm(x) * (1 + scale_1) + shift_1)
+    x = x + cross_attention(x, states)                                     no norm, no gate
+    x = x + gate_2 * mlp(norm(x) * (1 + scale_2) + shift_2)
+
+The six vectors come from the time and the optional pooled vector, by one of two modulations:
+
+- "single": one linear layer for the whole network and a table of six vectors per block (PixArt, AdaLN-Single);
+- "per-block": one linear layer per block (DiT, adaLN-Zero).
+
+XL/2 with 4 channels and 768 wide text has 605.7 M parameters with the first, 823.3 M with the second: 26 % less.
+HDDM counts 605 M. PixArt's layout counts 607.0 M: it projects the text by two layers, and the second one, D x D,
+is the difference of 1.3 M. Here, as in HDDM, the text goes through one linear layer.
+"""
+
+import math
+from typing import Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from atoll.condition import Condition
+from atoll.errors import AtollError
+
+Kind = Literal["single", "per-block"]
+TIME_FEATURES = 256  # sinusoids of the time, as in DiT
+
+
+def check_sizes(size: tuple[int, int], patch: int, width: int, heads: int) -> None:
+    """Raises AtollError unless `patch` divides both sides of `size`, and `heads` and 4 divide `width`."""
+    if size[0] % patch or size[1] % patch:
+        raise AtollError(f"size {size[0]}x{size[1]}, patch {patch}: the patch must divide both; change one")
+    if width % heads:
+        raise AtollError(f"width {width}, heads {heads}: the heads must divide the width; change one")
+    if width % 4:
+        raise AtollError(f"width {width}: 2D positions need a multiple of 4; take {4 * math.ceil(width / 4)}")
+
+
+class DiTConfig(BaseModel):
+    """What a DiT is built from; saved in the card.
+
+    Raises AtollError for sizes that do not fit each other, pydantic.ValidationError for a wrong type or key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["dit"] = "dit"
+    size: tuple[PositiveInt, PositiveInt]  # (H, W) of the latent
+    channels: PositiveInt  # C of the latent
+    patch: PositiveInt  # side of a token, in latent pixels
+    width: PositiveInt  # D
+    depth: PositiveInt  # number of blocks
+    heads: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
+    states_dim: PositiveInt  # width of the condition's states
+    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
+    modulation: Kind = "single"
+
+    @model_validator(mode="after")
+    def _check(self) -> "DiTConfig":
+        check_sizes(self.size, self.patch, self.width, self.heads)
+        return self
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """[B,C,H,W] -> [B,N,p*p*C], row by row; inside a token (p,p,C), the order of DiT's output."""
+    B, C, H, W = x.shape
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)  # [B,C,H/p,p,W/p,p]
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)  # [B,N,p*p*C]
+
+
+def unpatchify(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """[B,N,p*p*C] -> [B,C,H,W]: the inverse of `patchify` for a latent of `size` (H, W)."""
+    B, (H, W) = len(tokens), size
+    x = tokens.reshape(B, H // patch, W // patch, patch, patch, -1)  # [B,H/p,W/p,p,p,C]
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)  # [B,C,H,W]
+
+
+def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed 2D positions [rows*columns, width]: half of the width for the column, half for the row.
+
+    The column comes first, as in DiT's get_2d_sincos_pos_embed (whose variable names say otherwise).
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # [D/4]
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")  # [rows,columns]
+    angles = torch.stack([column, row]).reshape(2, -1, 1) * frequencies  # [2,N,D/4]
+    by_column, by_row = torch.cat([angles.sin(), angles.cos()], dim=2)  # [N,D/2] each
+    return torch.cat([by_column, by_row], dim=1).float()  # [N,D]
+
+
+def time_features(time: Tensor) -> Tensor:
+    """Sinusoids [B,256] of `time` [B], cosines first, periods from 2 pi to 2 pi * 10000: what DiT's MLP reads.
+
+    Never in less than float32, and not from a buffer, which `.to(torch.bfloat16)` would round: 999 times a
+    rounded frequency is the sinusoid of another time.
+    """
+    time = time.to(torch.promote_types(time.dtype, torch.float32))  # [B]
+    half = TIME_FEATURES // 2
+    index = torch.arange(half, device=time.device, dtype=time.dtype)  # [128]
+    angles = time[:, None] * torch.exp(-math.log(10000.0) * index / half)  # [B,128]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # [B,256]
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of matrix products with `weight`: autocast's where it is on, else the weight's own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v in every head; q [B,N,D], k and v [B,M,D], bias [B,1,1,M] -> [B,N,D].
+
+    It is torch's fused kernel, except in bfloat16 on a CPU: there, plain products are 1.5 times faster forward,
+    and with their backward 2 (at 256 tokens) to 8 times faster (at 16). Measured with AVX512-BF16, torch 2.13.
+    """
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B,h,N or M,d]
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        x = attention_by_products(q, k, v, bias)  # [B,h,N,d]
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B,h,N,d]
+    return x.transpose(1, 2).flatten(2)  # [B,N,D]
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The same for q [B,h,N,d], k and v [B,h,M,d] -> [B,h,N,d], by two batched matrix products."""
+    B, h, _, d = q.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [B*h,N or M,d]
+    if bias is None:
+        scores = torch.bmm(q * d**-0.5, k.transpose(1, 2))  # [B*h,N,M]
+    else:
+        bias = bias.expand(B, h, 1, -1).flatten(0, 1)  # [B*h,1,M]
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)  # [B*h,N,M]
+    # torch's softmax of short rows is 2 to 4 times slower in bfloat16 than in float32; of long rows it is faster.
+    weights = scores.softmax(-1, dtype=torch.float32 if k.shape[1] < 128 else None)  # [B*h,N,M]
+    return torch.bmm(weights.to(v.dtype), v).unflatten(0, (B, h))  # [B,h,N,d]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift; x [B,N,D], shift and scale [B,1,D]. The norm has no weights of its own."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)  # [B,N,D]
+
+
+class SelfAttention(nn.Module):
+    """Attention of the image tokens to each other; [B,N,D] -> [B,N,D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=2)  # [B,N,D] each
+        return self.out(attention(q, k, v, self.heads))  # [B,N,D]
+
+
+class CrossAttention(nn.Module):
+    """Attention of the image tokens to the text tokens; [B,N,D] and [B,L,D] -> [B,N,D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, states: Tensor, bias: Tensor) -> Tensor:
+        k, v = self.kv(states).chunk(2, dim=2)  # [B,L,D] each
+        return self.out(attention(self.q(x), k, v, self.heads, bias))  # [B,N,D]
+
+
+class SingleModulation(nn.Module):
+    """`count` vectors per sample as a table of this layer's own plus what all layers share (PixArt Eq. 1)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(count, width))
+
+    def forward(self, prepared: Tensor, dtype: torch.dtype) -> Tensor:
+        vectors = self.table + prepared  # [B,count,D] from [B,count or 1,D]
+        return vectors.to(dtype).unsqueeze(2)  # [B,count,1,D]
+
+
+class PerBlockModulation(nn.Module):
+    """`count` vectors per sample by this layer's own linear map of the conditioning vector (DiT, adaLN-Zero)."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, prepared: Tensor, dtype: torch.dtype) -> Tensor:
+        vectors = self.linear(prepared).unflatten(1, (self.count, -1))  # [B,count,D] from [B,D]
+        return vectors.to(dtype).unsqueeze(2)  # [B,count,1,D]
+
+
+MODULATIONS = {"single": SingleModulation, "per-block": PerBlockModulation}
+
+
+class Conditioner(nn.Module):
+    """Time [B] and the optional pooled vector [B,P] -> what the modulations of the blocks and of the end read."""
+
+    def __init__(self, width: int, pooled_dim: int | None, kind: Kind) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled = nn.Linear(pooled_dim, width) if pooled_dim else None
+        self.shared = nn.Linear(width, 6 * width) if kind == "single" else None
+
+    def forward(self, time: Tensor, pooled: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        c = self.time(time_features(time).to(dtype))  # [B,D]
+        if self.pooled is not None:
+            if pooled is None or pooled.shape[1] != self.pooled.in_features:
+                got = "none" if pooled is None else f"{pooled.shape[1]} wide"
+                raise AtollError(
+                    f"pooled vector: got {got}, expected {self.pooled.in_features} wide; "
+                    "use the encoder that the network was trained with"
+                )
+            c = c + self.pooled(pooled.to(dtype))  # [B,D]
+        if self.shared is None:
+            return F.silu(c), F.silu(c)  # [B,D], [B,D]
+        return self.shared(F.silu(c)).unflatten(1, (6, -1)), c[:, None]  # [B,6,D], [B,1,D]
+
+
+class Block(nn.Module):
+    """One block, see the head of this file; without `cross` it has no cross-attention (the router's blocks)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, kind: Kind, cross: bool = True) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.modulation = MODULATIONS[kind](width, 6)
+        self.attention = SelfAttention(width, heads)
+        self.cross = CrossAttention(width, heads) if cross else None
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, prepared: Tensor, states: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        vectors = self.modulation(prepared, x.dtype)  # [B,6,1,D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
+        x = torch.addcmul(x, gate_1, self.attention(modulate(x, shift_1, scale_1)))  # [B,N,D]
+        if self.cross is not None:
+            x = x + self.cross(x, states, bias)  # [B,N,D]
+        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))  # [B,N,D]
+
+
+def check_input(x: Tensor, time: Tensor, channels: int, size: tuple[int, int]) -> None:
+    """Raises AtollError unless x is [B,channels,*size] and time is [B]."""
+    if x.shape[1:] != (channels, *size):
+        raise AtollError(
+            f"latent: got shape {list(x.shape)}, expected [B, {channels}, {size[0]}, {size[1]}]; "
+            "encode with the codec and the size that the network was built for"
+        )
+    if time.shape != x.shape[:1]:
+        raise AtollError(f"time: got shape {list(time.shape)}, expected [{len(x)}]; use time.expand({len(x)})")
+
+
+def zero(module: nn.Module) -> None:
+    """Sets every parameter of `module` to zero."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+
+
+def initialize_blocks(network: nn.Module, conditioner: Conditioner) -> None:
+    """What every network of these blocks starts from (HDDM): Xavier for linear layers, N(0, 0.02) for those of
+    the conditioner, zero for all that shifts, scales and gates, so that every block is the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in conditioner.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    if conditioner.shared is not None:
+        zero(conditioner.shared)
+    for module in network.modules():
+        if isinstance(module, SingleModulation | PerBlockModulation):
+            zero(module)
+
+
+class DiT(nn.Module):
+    """The denoiser: forward(x [B,C,H,W], time [B], condition) -> [B,C,H,W], in the dtype of x.
+
+    `time` is scaled already (0..999 by default, see the objective's time_scale). The network computes in the
+    dtype of its weights, or in autocast's. Raises AtollError where an input does not fit the configuration.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
+        self.embed = nn.Linear(p * p * config.channels, D)
+        # Fixed, and yet persistent: a network built on the meta device gets it together with its weights.
+        self.register_buffer("positions", sincos_positions(H // p, W // p, D))
+        self.conditioner = Conditioner(D, config.pooled_dim, kind)
+        self.embed_states = nn.Linear(config.states_dim, D)
+        self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio, kind) for _ in range(config.depth))
+        self.final_modulation = MODULATIONS[kind](D, 2)
+        self.final = nn.Linear(D, p * p * config.channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """HDDM's initialisation: DiT's, with PixArt's for the text. The output is exactly zero. (PixArt itself
+        draws the shared layer and the tables at random: its gates are open from the start.)"""
+        initialize_blocks(self, self.conditioner)
+        nn.init.normal_(self.embed_states.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                zero(module.out)
+        zero(self.final)
+
+    def embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor]:
+        """What depends on the prompt alone: states [B,L,D] and attention bias [B,1,1,L], -inf where masked."""
+        got, expected = condition.states.shape[2], self.config.states_dim
+        if got != expected:
+            raise AtollError(
+                f"condition states: got {got} wide, expected {expected}; "
+                "use the encoder that the network was trained with"
+            )
+        dtype = compute_dtype(self.embed_states.weight)
+        states = self.embed_states(condition.states.to(dtype))  # [B,L,D]
+        bias = torch.zeros(condition.mask.shape, dtype=dtype, device=states.device)  # [B,L]
+        return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+        config = self.config
+        check_input(x, time, config.channels, config.size)
+        if condition is None or len(condition) != len(x):
+            got = "none" if condition is None else f"{len(condition)} rows"
+            raise AtollError(f"condition: got {got}, expected {len(x)} rows; no prompt is encoder.null({len(x)})")
+        dtype = compute_dtype(self.embed.weight)
+        prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
+        states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
+        tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
+        tokens = tokens + self.positions.to(dtype)  # [B,N,D]
+        for block in self.blocks:
+            tokens = block(tokens, prepared, states, bias)  # [B,N,D]
+        shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
+        tokens = self.final(modulate(tokens, shift, scale))  # [B,N,p*p*C]
+        return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
+
+
+class Size(TypedDict):
+    """The part of a configuration that a size's name stands for."""
+
+    patch: int
+    width: int
+    depth: int
+    heads: int
+
+
+# DiTConfig(size=(32, 32), channels=4, states_dim=768, **SIZES["B/2"]). Parameters with these and "single":
+# tiny 1.3 M, S/2 29.8 M, B/2 118.4 M, L/2 411.6 M, XL/2 605.7 M.
+SIZES: dict[str, Size] = {
+    "tiny": {"patch": 4, "width": 128, "depth": 4, "heads": 4},
+    "S/2": {"patch": 2, "width": 384, "depth": 12, "heads": 6},
+    "B/2": {"patch": 2, "width": 768, "depth": 12, "heads": 12},
+    "L/2": {"patch": 2, "width": 1024, "depth": 24, "heads": 16},
+    "XL/2": {"patch": 2, "width": 1152, "depth": 28, "heads": 16},
+}

@@ -1,0 +1,100 @@
+"""The router: which cluster does a noisy latent belong to? DiT's blocks with a CLS token and a linear head.
+
+The published one (Paris, arXiv 2510.03434) is a DiT-B/2 of about 129 M parameters: here, SIZES["B/2"] with per-block
+modulation has 129.5 M, with single modulation 89.4 M.
+Letters: B batch, C H W latent, N image tokens, D width, K clusters, P pooled vector.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from atoll.nn.dit import (
+    MODULATIONS,
+    Block,
+    Conditioner,
+    Kind,
+    check_input,
+    check_sizes,
+    compute_dtype,
+    initialize_blocks,
+    modulate,
+    patchify,
+    sincos_positions,
+    zero,
+)
+
+
+class RouterConfig(BaseModel):
+    """What a router is built from; saved in the card.
+
+    Raises AtollError for sizes that do not fit each other, pydantic.ValidationError for a wrong type or key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["router"] = "router"
+    size: tuple[PositiveInt, PositiveInt]  # (H, W) of the latent
+    channels: PositiveInt  # C of the latent
+    patch: PositiveInt  # side of a token, in latent pixels
+    width: PositiveInt  # D
+    depth: PositiveInt  # number of blocks
+    heads: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
+    clusters: PositiveInt  # K
+    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
+    modulation: Kind = "per-block"
+    time_scale: PositiveFloat = 999.0  # t in [0,1] becomes the 0..999 that the time's sinusoids are made for
+
+    @model_validator(mode="after")
+    def _check(self) -> "RouterConfig":
+        check_sizes(self.size, self.patch, self.width, self.heads)
+        return self
+
+
+class Router(nn.Module):
+    """forward(x [B,C,H,W], t [B] in [0,1], pooled [B,P] or None) -> log p(cluster | x, t, pooled) [B,K].
+
+    The log-probabilities are in float32 at least, whatever the network computes in. A router without `pooled_dim`
+    ignores the pooled vector. Raises AtollError where an input does not fit the configuration.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
+        self.embed = nn.Linear(p * p * config.channels, D)
+        self.register_buffer("positions", sincos_positions(H // p, W // p, D))  # persistent, as in DiT
+        self.cls = nn.Parameter(torch.empty(1, 1, D))
+        self.conditioner = Conditioner(D, config.pooled_dim, kind)
+        self.blocks = nn.ModuleList(
+            Block(D, config.heads, config.mlp_ratio, kind, cross=False) for _ in range(config.depth)
+        )
+        self.final_modulation = MODULATIONS[kind](D, 2)
+        self.head = nn.Linear(D, config.clusters)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """As the DiT's; the head is zero, so that every cluster starts out as likely as the others."""
+        initialize_blocks(self, self.conditioner)
+        nn.init.normal_(self.cls, std=0.02)
+        zero(self.head)
+
+    def forward(self, x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
+        config = self.config
+        check_input(x, t, config.channels, config.size)
+        dtype = compute_dtype(self.embed.weight)
+        prepared, prepared_final = self.conditioner(t * config.time_scale, pooled, dtype)  # as in DiT
+        tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
+        tokens = tokens + self.positions.to(dtype)  # [B,N,D]
+        tokens = torch.cat([self.cls.to(dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]
+        for block in self.blocks:
+            tokens = block(tokens, prepared)  # [B,1+N,D]
+        shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
+        logits = self.head(modulate(tokens[:, :1], shift, scale)).squeeze(1)  # [B,K]
+        return F.log_softmax(logits, dim=1, dtype=torch.promote_types(dtype, torch.float32))  # [B,K]
