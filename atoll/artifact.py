@@ -68,10 +68,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
     An existing `path` is replaced only at the end.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)  # mkdtemp's are their owner's alone
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.chmod(0o755)  # mkdtemp's are their owner's alone
         yield temporary
         if path.exists():
             old = temporary.with_suffix(".old")
@@ -83,7 +84,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise AtollError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_artifact(path: Path, kind: str, card: dict[str, Any], tensors: dict[str, Tensor]) -> None:

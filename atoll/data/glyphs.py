@@ -1,0 +1,184 @@
+"""The embedded data set: the glyphs of matplotlib's DejaVu and STIX fonts, captioned by their Unicode names.
+
+54,164 black-on-white pictures of 1 channel (with matplotlib 3.11), such as "greek small letter omega, serif italic".
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atoll.data import Images, Source
+from atoll.errors import AtollError
+
+
+@dataclass(frozen=True)
+class Face:
+    """One font file: the words that captions call it, and how far its printable ASCII reaches from the baseline."""
+
+    file: str
+    words: str
+    ascent: float  # in em
+    descent: float  # in em
+
+
+def _family(words: str, ascent: float, descent: float, **files: str) -> list[Face]:
+    return [
+        Face(f"{file}.ttf", " ".join([words, *style.split("_")]).removesuffix(" regular"), ascent, descent)
+        for style, file in files.items()
+    ]
+
+
+# Slanted faces are all called italic, so that one word means one thing. LastResort draws code points, STIXSiz and
+# STIXNonUni hold fragments, and the cm fonts put glyphs under characters that they are not: these are left out.
+FACES: tuple[Face, ...] = (
+    *_family("sans", 0.81, 0.24, regular="DejaVuSans", bold="DejaVuSans-Bold",
+             italic="DejaVuSans-Oblique", bold_italic="DejaVuSans-BoldOblique"),
+    *_family("serif", 0.81, 0.24, regular="DejaVuSerif", bold="DejaVuSerif-Bold",
+             italic="DejaVuSerif-Italic", bold_italic="DejaVuSerif-BoldItalic"),
+    *_family("mono", 0.81, 0.24, regular="DejaVuSansMono", bold="DejaVuSansMono-Bold",
+             italic="DejaVuSansMono-Oblique", bold_italic="DejaVuSansMono-BoldOblique"),
+    *_family("stix", 0.75, 0.22, regular="STIXGeneral", bold="STIXGeneralBol",
+             italic="STIXGeneralItalic", bold_italic="STIXGeneralBolIta"),
+    *_family("sans display", 0.81, 0.24, regular="DejaVuSansDisplay"),
+    *_family("serif display", 0.81, 0.24, regular="DejaVuSerifDisplay"),
+)  # fmt: skip
+
+# The subset "demo": printable ASCII and the Greek alphabet without accents.
+DEMO = frozenset([*range(33, 127), *range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA)])
+
+# A character, with all its faces, is held out if its code point is 3 modulo 20. That holds out "S", "g", Lambda, sigma,
+# "+", "?" and "{" of the demo, and keeps the digits and the commonest letters.
+HELD_OUT_EVERY, HELD_OUT_AT = 20, 3
+
+_CANVAS = 128  # pixels at which a glyph is drawn, before it is reduced to the size asked for
+_MARGIN = 1 / 32  # of the picture's side, left free above and below the tallest letters
+
+
+class GlyphsConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["glyphs"] = "glyphs"
+    subset: Literal["demo", "all"] = "demo"
+    size: int = Field(16, ge=8, le=_CANVAS)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> "GlyphsConfig":
+        """Raises AtollError for an unknown key or value."""
+        try:
+            return cls.model_validate(dict(config))
+        except ValidationError as error:
+            where, message = error.errors()[0]["loc"], error.errors()[0]["msg"]
+            raise AtollError(f"source 'glyphs': {'.'.join(map(str, where))}: {message}") from error
+
+
+class Glyphs(Source):
+    """Every usable glyph of 18 faces ("all"), or ASCII and Greek in the 16 faces that have them ("demo": 2,288 images).
+
+    A glyph is usable if the font's character map has it, `unicodedata` names it, and it is not blank. All glyphs of a
+    face have one scale and stand on one baseline, centred between left and right; one that reaches over the edge is
+    moved, and one that is larger than the picture is reduced to fit. Order: by code point, then as in `FACES`.
+
+    Raises AtollError if matplotlib or one of its font files is missing.
+    """
+
+    name = "glyphs"
+
+    def __init__(self, subset: Literal["demo", "all"] = "demo", size: int = 16):
+        self._config = GlyphsConfig.parse({"subset": subset, "size": size})
+        self._fonts = _fonts()
+        self._glyphs = [  # (code point, number of the face)
+            (code, number)
+            for number, (path, font) in enumerate(self._fonts)
+            for code in _characters(path, font)
+            if subset == "all" or code in DEMO
+        ]
+        self._glyphs.sort()
+
+    def __len__(self) -> int:
+        return len(self._glyphs)
+
+    def batches(self, size: int) -> Iterator[Images]:
+        for start in range(0, len(self), size):
+            glyphs = self._glyphs[start : start + size]
+            words = [FACES[number].words for _, number in glyphs]
+            pictures = np.stack([self._draw(code, number) for code, number in glyphs])  # [B,H,W] uint8
+            yield Images(
+                keys=[f"U+{code:04X}/{face.replace(' ', '-')}" for (code, _), face in zip(glyphs, words, strict=True)],
+                captions=[caption(code, face) for (code, _), face in zip(glyphs, words, strict=True)],
+                splits=["val" if code % HELD_OUT_EVERY == HELD_OUT_AT else "train" for code, _ in glyphs],
+                images=torch.from_numpy(pictures).unsqueeze(1).float() / 255,  # [B,1,H,W]
+            )
+
+    def config(self) -> dict[str, Any]:
+        return self._config.model_dump()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path, _ in self._fonts:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def _draw(self, code: int, number: int) -> np.ndarray:
+        """One picture [H,W] uint8: black ink (0) on white paper (255)."""
+        face, (_, font) = FACES[number], self._fonts[number]
+        left, top, right, bottom = font.getbbox(chr(code), anchor="ls")  # from the baseline's left end, y down
+        ink = Image.new("L", (int(right - left), int(bottom - top)), 255)
+        ImageDraw.Draw(ink).text((-left, -top), chr(code), fill=0, font=font, anchor="ls")
+        x0, y0, x1, y1 = Image.eval(ink, lambda value: 255 - value).getbbox() or (0, 0, *ink.size)
+        ink, top = ink.crop((x0, y0, x1, y1)), top + y0
+        if max(ink.size) > _CANVAS:
+            ink.thumbnail((_CANVAS, _CANVAS), Image.Resampling.LANCZOS)
+        free = _CANVAS * (1 - 2 * _MARGIN)
+        baseline = _CANVAS * _MARGIN + free * face.ascent / (face.ascent + face.descent)
+        y = min(max(round(baseline + top), 0), _CANVAS - ink.height)
+        canvas = Image.new("L", (_CANVAS, _CANVAS), 255)
+        canvas.paste(ink, ((_CANVAS - ink.width) // 2, y))
+        size = self._config.size
+        return np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def caption(code: int, face: str) -> str:
+    """The caption of a character in a face: "latin capital letter a, serif bold"."""
+    return f"{unicodedata.name(chr(code)).lower()}, {face}"
+
+
+def _fonts() -> list[tuple[Path, ImageFont.FreeTypeFont]]:
+    """The files of `FACES` and the fonts at the size of the canvas."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise AtollError("the source 'glyphs' takes its fonts from matplotlib: pip install 'atoll[data]'") from error
+    directory = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts = []
+    for face in FACES:
+        path, em = directory / face.file, _CANVAS * (1 - 2 * _MARGIN) / (face.ascent + face.descent)
+        try:
+            # Raqm, the other layout engine, raises on some characters that stand alone.
+            fonts.append((path, ImageFont.truetype(path, em, layout_engine=ImageFont.Layout.BASIC)))
+        except OSError as error:
+            raise AtollError(f"{path}: cannot be read ({error}); install matplotlib anew") from error
+    return fonts
+
+
+def _characters(path: Path, font: ImageFont.FreeTypeFont) -> Iterator[int]:
+    """The code points of a font that have a name and ink."""
+    from matplotlib.ft2font import FT2Font
+
+    for code, glyph in FT2Font(str(path)).get_charmap().items():
+        if glyph != 0 and unicodedata.name(chr(code), "") != "":  # glyph 0 is .notdef
+            _, top, _, bottom = font.getbbox(chr(code), anchor="ls")
+            if bottom > top:
+                yield code

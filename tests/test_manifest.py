@@ -1,0 +1,105 @@
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atoll.errors import AtollError
+from atoll.manifest import RECIPES, Manifest, load_manifest, parse_manifest, recipe_path
+
+SMALL = {
+    "name": "small",
+    "clusters": {"k": 2},
+    "experts": [{"cluster": 0, "objective": {"prediction": "eps", "schedule": "cosine"}}],
+}
+
+
+def parse(**changes) -> Manifest:
+    return parse_manifest(yaml.safe_dump({**SMALL, **changes}), "atoll.yaml")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(recipe) -> None:
+    manifest = load_manifest(recipe)
+    assert manifest.name == recipe.stem
+    assert {e.cluster for e in manifest.experts} == set(range(manifest.clusters.k))
+
+
+def test_overrides_reach_one_expert_alone() -> None:
+    expert = {"cluster": 1, "objective": {"prediction": "flow", "schedule": "linear"}}
+    manifest = parse(experts=[*SMALL["experts"], {**expert, "network": {"width": 64}, "train": {"lr": "1e-4"}}])
+    first, second = manifest.experts
+    assert (manifest.network_of(first).width, manifest.network_of(second).width) == (128, 64)
+    assert (manifest.train_of(first).lr, manifest.train_of(second).lr) == (1e-3, 1e-4)
+
+
+def test_experts_are_found_by_cluster_or_name() -> None:
+    flow = {"cluster": 0, "objective": {"prediction": "flow", "schedule": "linear"}}
+    one = parse()
+    assert one.find_expert("0").full_name == one.find_expert("0-eps-cosine").full_name == "0-eps-cosine"
+    two = parse(experts=[*SMALL["experts"], flow])
+    assert two.find_expert("0-flow-linear").objective.prediction == "flow"
+    with pytest.raises(AtollError, match="cluster 0 has 2 experts; expected one of 0-eps-cosine, 0-flow-linear"):
+        two.find_expert("0")
+    with pytest.raises(AtollError, match="no expert '7'"):
+        two.find_expert("7")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trian": {}}, "unknown key trian; expected one of name, seed"),
+        ({"train": {"stesp": 3}}, "unknown key train.stesp; expected one of steps, batch"),
+        ({"train": {"steps": 0}}, "train.steps"),
+        ({"train": {"lr": "fast"}}, "train.lr"),
+        ({"clusters": {"k": 2, "method": "best"}}, "clusters.method"),
+        ({"experts": []}, "at least one expert"),
+        ({"experts": [{**SMALL["experts"][0], "cluster": 2}]}, "numbered 0 to 1"),
+        ({"experts": SMALL["experts"] * 2}, "two experts are called 0-eps-cosine"),
+        (
+            {"experts": [{"cluster": 0, "objective": {"prediction": "epsilon", "schedule": "cosine"}}]},
+            "unknown prediction 'epsilon'; expected one of eps, x0, v, flow",
+        ),
+        (
+            {"experts": [{"cluster": 0, "objective": {"prediction": "eps", "schedule": "cos"}}]},
+            "unknown schedule 'cos'",
+        ),
+        ({"experts": [{**SMALL["experts"][0], "network": {"widht": 3}}]}, "widht"),
+        ({"sampling": {"routing": "best"}}, "unknown routing 'best'"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(changes, message) -> None:
+    with pytest.raises(AtollError, match=r"atoll\.yaml: ") as error:
+        parse(**changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "3: 4", "name: x"])
+def test_what_is_no_manifest_is_refused(text) -> None:
+    with pytest.raises(AtollError, match=r"atoll\.yaml"):
+        parse_manifest(text, "atoll.yaml")
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(Manifest.model_fields)), values)
+def test_any_value_under_any_key_is_accepted_or_refused_in_one_line(key, value) -> None:
+    message = ""
+    try:
+        parse(**{key: value})
+    except AtollError as error:
+        message = str(error)
+    assert "\n" not in message
+
+
+def test_missing_files_are_named(tmp_path) -> None:
+    with pytest.raises(AtollError, match="atoll init"):
+        load_manifest(tmp_path)
+    with pytest.raises(AtollError, match="demo"):
+        recipe_path("nothing")
