@@ -148,7 +148,7 @@ class Ensemble:
         if guided and (condition is None or self.null is None):
             missing = "condition" if condition is None else "null condition (Ensemble(..., null=...))"
             raise AtollError(f"guidance_scale is {guidance_scale} but there is no {missing}")
-        weights = self.weights(x, t, None if condition is None else condition.pooled)
+        weights = self.weights(x, t, self._pooled(len(x), condition))
         if self._trace is not None:
             self._trace.times.append(t.detach().cpu())
             self._trace.weights.append(weights.detach().float().cpu())
@@ -169,6 +169,12 @@ class Ensemble:
                 u = u_null + guidance_scale * (u_condition - u_null)
             velocity.index_add_(0, rows, per_sample(weights[rows, index], u) * u)
         return velocity
+
+    def _pooled(self, count: int, condition: Condition | None) -> Tensor | None:
+        """What the router sees of the prompt; the null condition's where there is no prompt."""
+        if condition is not None:
+            return condition.pooled
+        return None if self.null is None else self._null_rows(count).pooled
 
     def _null_rows(self, count: int) -> Condition:
         assert self.null is not None

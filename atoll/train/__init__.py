@@ -1,0 +1,1 @@
+"""Training an expert or the router, alone: reads its own shards, writes its own artifact."""

@@ -1,0 +1,99 @@
+"""Measures an expert's calibration on held-out latents of its cluster (DESIGN: Calibration)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from atoll.alignment import snr_x0_eps
+from atoll.calibration import Calibration
+from atoll.condition import Condition
+from atoll.objective import Objective
+from atoll.schedule import Linear
+from atoll.shapes import per_sample
+from atoll.train.batches import seeded
+
+
+class _Network(Protocol):
+    def __call__(self, x: Tensor, time: Tensor, condition: Condition | None, /) -> Tensor: ...
+
+
+# Path times at which the slope is measured: denser towards noise, where it changes; 0.9995 stands for t = 1.
+NODES = (
+    0.02,
+    0.06,
+    0.12,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.68,
+    0.75,
+    0.81,
+    0.86,
+    0.9,
+    0.93,
+    0.96,
+    0.98,
+    0.99,
+    0.997,
+    0.9995,
+)
+
+
+@torch.inference_mode()
+def measure_calibration(
+    network: _Network,
+    objective: Objective,
+    latents: Tensor,
+    condition: Condition | None,
+    mean: Tensor | None = None,
+    seed: int = 0,
+    samples: int = 256,
+    batch: int = 256,
+) -> Calibration:
+    """The least-squares slope through the origin from (x0_hat - m) to (x0 - m) at each of `NODES`, and the errors left.
+
+    Args:
+        network: network(x, time, condition).
+        objective: what it was trained with.
+        latents: held-out latents [n, ...] of the expert's cluster.
+        condition: their captions' encoding, n rows; None for an unconditional network.
+        mean: the cluster's mean latent [...]; the mean of `latents` by default.
+        samples: noisy latents per node; held-out latents are used again with fresh noise until there are so many.
+    """
+    mean = latents.mean(0) if mean is None else mean.to(latents)
+    path = Linear()
+    log_snr = path.log_snr(torch.tensor(NODES, dtype=torch.float64))
+    sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per number
+    raw = Calibration.identity(mean)
+    for node, time in enumerate(NODES):
+        for start in range(0, samples, batch):
+            count = min(batch, samples - start)
+            rows = torch.arange(start, start + count) % len(latents)
+            g = seeded(seed, node * samples + start, stream=5)
+            x0 = latents[rows]
+            eps = torch.randn(x0.shape, generator=g, dtype=x0.dtype)
+            t = torch.full((count,), time, dtype=x0.dtype)
+            x = per_sample(path.alpha(t), x0) * x0 + per_sample(path.sigma(t), x0) * eps
+            rows_condition = None if condition is None else condition.index(rows)
+
+            def predict(asked: Tensor, at: Tensor, given: Condition | None = rows_condition) -> Tensor:
+                return network(asked, at, given)
+
+            estimate = (snr_x0_eps(predict, objective, x, t, raw)[0] - mean).double()
+            truth = (x0 - mean).double()
+            products = torch.stack([estimate * estimate, estimate * truth, truth * truth])
+            sums[node] += products.flatten(1).sum(1) / (samples * mean.numel())
+    hat_hat, hat_true, true_true = sums.unbind(1)
+    # A slope above 1 would amplify an estimate, one below 0 turn it round: neither is what a correction is for.
+    slope = (hat_true / hat_hat.clamp(min=1e-12)).clamp(0, 1)
+    order = log_snr.argsort()
+    return Calibration(
+        mean=mean,
+        log_snr=log_snr[order],
+        slope=slope[order],
+        x0_mse=(true_true - 2 * slope * hat_true + slope**2 * hat_hat)[order],
+        x0_mse_raw=(true_true - 2 * hat_true + hat_hat)[order],
+    )

@@ -1,0 +1,239 @@
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import atoll.train.loop
+from atoll.artifact import CARD, WEIGHTS, read_card
+from atoll.errors import AtollError
+from atoll.manifest import load_manifest
+from atoll.train.batches import Order, drop_condition
+from atoll.train.checkpoint import CHECKPOINT
+from atoll.train.expert import train_expert, train_monolith
+from atoll.train.loop import Interrupted
+from atoll.train.router import train_router
+
+NAME = "1-flow-linear"
+
+
+def weights(run: Path, part: str = f"experts/{NAME}") -> dict[str, torch.Tensor]:
+    return load_file(run / part / WEIGHTS)
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int):
+    """A progress callback that ends the process's work as kill -9 would: nothing is saved after it."""
+
+    def progress(line):
+        if line["step"] >= step:
+            raise Stop
+
+    return progress
+
+
+def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
+    card = read_card(trained_run / "experts" / NAME, "expert")
+    assert card["objective"]["prediction"] == "flow"
+    assert card["clusters"] == [1]
+    assert card["assignment"] == json.loads((trained_run / "clusters" / "clusters.json").read_text())["assignment"]
+    assert card["calibration"]["measured_on"] == "val"
+    assert len(card["calibration"]["slope"]) == len(card["calibration"]["log_snr"])
+    lines = (trained_run / "experts" / f".train-{NAME}" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("killed_at", [2, 4, 6])
+def test_killed_and_resumed_equals_never_killed_bit_for_bit(run, trained_run, manifest, killed_at) -> None:
+    with pytest.raises(Stop):
+        train_expert(run, manifest, "1", progress=stop_at(killed_at))
+    train_expert(run, manifest, "1", resume=True)
+    assert_equal(weights(run), weights(trained_run))
+    steps = [json.loads(t)["step"] for t in (run / f"experts/.train-{NAME}/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 8
+
+
+def test_the_router_and_the_monolith_resume_too(run, trained_run, manifest) -> None:
+    for train, part in ((train_router, "router"), (train_monolith, "monolith")):
+        with pytest.raises(Stop):
+            train(run, manifest, progress=stop_at(4))
+        train(run, manifest, resume=True)
+        assert_equal(weights(run, part), weights(trained_run, part))
+
+
+def test_an_expert_needs_its_clusters_shards_and_nothing_else(run, trained_run, manifest) -> None:
+    shutil.rmtree(run / "encoded")
+    shutil.rmtree(run / "clusters" / "cluster-000")
+    shutil.rmtree(run / "clusters" / "cluster-002")
+    (run / "clusters" / "clusters.json").unlink()
+    (run / "clusters" / "assignment.parquet").unlink()
+    train_expert(run, manifest, "1")
+    assert_equal(weights(run), weights(trained_run))
+
+
+def test_sigterm_saves_and_leaves(run, manifest) -> None:
+    def terminate(line):
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped at step 4 of 8"):
+        train_expert(run, manifest, "1", progress=terminate)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_expert(run, manifest, "1", resume=True)
+
+
+def test_a_checkpoint_in_the_way_is_refused(run, manifest) -> None:
+    with pytest.raises(Stop):
+        train_expert(run, manifest, "1", progress=stop_at(4))
+    with pytest.raises(AtollError, match="--resume"):
+        train_expert(run, manifest, "1")
+    train_expert(run, manifest, "1", restart=True)
+    with pytest.raises(AtollError, match="already trained"):
+        train_expert(run, manifest, "1")
+
+
+def changed(run: Path, old: str, new: str):
+    text = (run / "atoll.yaml").read_text()
+    assert old in text
+    (run / "atoll.yaml").write_text(text.replace(old, new))
+    return load_manifest(run)
+
+
+def test_resuming_under_other_settings_is_refused(run, manifest) -> None:
+    with pytest.raises(Stop):
+        train_expert(run, manifest, "1", progress=stop_at(4))
+    other = changed(run, "batch: 6", "batch: 5")
+    with pytest.raises(AtollError, match="other settings"):
+        train_expert(run, other, "1", resume=True)
+    train_expert(run, changed(run, "batch: 5", "batch: 6"), "1", resume=True)
+    with pytest.raises(AtollError, match="other settings"):
+        train_expert(run, changed(run, "batch: 6", "batch: 5"), "1", resume=True)
+
+
+def test_a_finished_expert_is_not_trained_again(run, manifest) -> None:
+    path = train_expert(run, manifest, "1")
+    before = (path / WEIGHTS).stat().st_mtime_ns
+    assert train_expert(run, manifest, "1", resume=True) == path
+    assert (path / WEIGHTS).stat().st_mtime_ns == before
+
+
+def test_a_damaged_checkpoint_is_named(run, manifest) -> None:
+    with pytest.raises(Stop):
+        train_expert(run, manifest, "1", progress=stop_at(4))
+    file = run / f"experts/.train-{NAME}" / CHECKPOINT
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(AtollError, match=r"damaged.*--restart"):
+        train_expert(run, manifest, "1", resume=True)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(run, manifest, monkeypatch) -> None:
+    real = atoll.train.expert.denoising_loss
+
+    def poisoned(*arguments):
+        loss = real(*arguments)
+        return lambda step: loss(step) * (float("nan") if step == 5 else 1.0)
+
+    monkeypatch.setattr(atoll.train.expert, "denoising_loss", poisoned)
+    with pytest.raises(AtollError, match=r"step 5: the loss is nan; the checkpoint of step 3 is whole"):
+        train_expert(run, manifest, "1")
+    assert not (run / "experts" / NAME).exists()
+    with __import__("safetensors").safe_open(run / f"experts/.train-{NAME}" / CHECKPOINT, "pt") as stored:
+        assert stored.metadata()["step"] == "3"
+        assert all(torch.isfinite(stored.get_tensor(key)).all() for key in stored.keys())  # noqa: SIM118
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, trained_run, manifest, monkeypatch) -> None:
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(AtollError, match="No space left"):
+            train_expert(run, manifest, "1")
+    train_expert(run, manifest, "1", resume=True)
+    assert_equal(weights(run), weights(trained_run))
+
+
+def test_a_corrupt_shard_is_named_with_its_key(run, manifest) -> None:
+    shard = run / "clusters" / "cluster-001" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(AtollError, match=r"shard-00000.*picture-001"):
+        train_expert(run, manifest, "1")
+    assert not (run / "experts").exists()
+
+
+def test_an_assignment_of_other_data_is_refused(run, manifest) -> None:
+    (run / "clusters" / "assignment.parquet").unlink()
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"key": ["other"], "cluster": [0]}), run / "clusters" / "assignment.parquet")
+    with pytest.raises(AtollError, match="lacks the key"):
+        train_router(run, manifest)
+
+
+def test_order_is_a_permutation_per_epoch_whatever_the_batch() -> None:
+    for rows, batch in ((10, 3), (7, 7), (3, 8)):
+        order = Order(rows, batch, seed=1)
+        seen = torch.cat([order.at(step) for step in range(rows * 2)])
+        for epoch in seen[: len(seen) // rows * rows].reshape(-1, rows):
+            assert sorted(epoch.tolist()) == list(range(rows))
+        assert torch.equal(Order(rows, batch, seed=1).at(4), order.at(4))
+    assert not torch.equal(Order(100, 50, seed=1).at(0), Order(100, 50, seed=2).at(0))
+
+
+def test_dropped_rows_become_the_null_condition() -> None:
+    from atoll.condition import HashEncoder
+
+    encoder = HashEncoder(dim=8, length=5)
+    condition = drop_condition(encoder(["a b", "c"]), encoder.null(1), torch.tensor([False, True]))
+    expected = encoder(["a b", ""])
+    assert torch.equal(condition.states, expected.states)
+    assert torch.equal(condition.mask, expected.mask)
+    assert torch.equal(condition.pooled, expected.pooled)
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_nothing(tmp_path) -> None:
+    """The real process, killed by the kernel wherever it happens to be; five times."""
+    from tests.conftest import write_run
+
+    runs = [write_run(tmp_path / name) for name in ("killed", "whole")]
+    for run in runs:
+        changed(run, "steps: 8", "steps: 400")
+
+    def command(run):
+        return [sys.executable, "-m", "atoll", "train", "expert", "1", "--run", str(run), "--resume", "--quiet"]
+
+    subprocess.run(command(runs[1]), check=True, capture_output=True)
+    for delay in (2.5, 3.1, 2.9, 3.3, 2.7):
+        process = subprocess.Popen(command(runs[0]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    subprocess.run(command(runs[0]), check=True, capture_output=True)
+    assert_equal(weights(runs[0]), weights(runs[1]))
+    assert (runs[0] / "experts" / NAME / CARD).is_file()
