@@ -1,0 +1,22 @@
+"""Measures an ensemble against real pictures and reports on it.
+
+`evaluate_run` does it for a run's directory, `evaluate` for any variants and data.
+"""
+
+from atoll.evaluate.measure import EvaluateSettings, Reference, Results, Score, Variant, evaluate
+from atoll.evaluate.metrics import DenoisingError, Moments, PixelPCA, frechet_distance
+from atoll.evaluate.run import evaluate_run
+
+__all__ = [
+    "DenoisingError",
+    "EvaluateSettings",
+    "Moments",
+    "PixelPCA",
+    "Reference",
+    "Results",
+    "Score",
+    "Variant",
+    "evaluate",
+    "evaluate_run",
+    "frechet_distance",
+]

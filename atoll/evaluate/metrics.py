@@ -1,0 +1,209 @@
+"""What is measured: the Fréchet distance of pictures, and a velocity's error on held-out latents by noise level."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atoll.condition import Condition
+from atoll.errors import AtollError
+from atoll.shapes import per_sample
+
+# (x [B, ...], t [B], condition of B rows) -> dx/dt [B, ...] on the linear path
+ConditionedVelocity = Callable[[Tensor, Tensor, Condition | None], Tensor]
+
+# Pictures of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
+PCA_VALUES_MAX = 4096
+
+
+class Moments:
+    """Mean and covariance of vectors that arrive in batches, in float64; memory D^2, however many there are.
+
+    Chan, Golub & LeVeque 1983: two parts are joined exactly, so statistics of disjoint parts may be merged.
+    """
+
+    def __init__(self, dim: int):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (f - mean)(f - mean)^T
+
+    def update(self, features: Tensor) -> None:
+        """Adds features [n, D]."""
+        part = Moments(len(self.mean))
+        features = features.detach().cpu().double()
+        if len(features):
+            part.count = len(features)
+            part.mean = features.mean(0)
+            centred = features - part.mean
+            part._scatter = centred.T @ centred
+            self.merge(part)
+
+    def merge(self, other: "Moments") -> None:
+        """Adds all that `other` has seen."""
+        total = self.count + other.count
+        if total == 0:
+            return
+        shift = other.mean - self.mean
+        self._scatter = self._scatter + other._scatter + torch.outer(shift, shift) * (self.count * other.count / total)
+        self.mean = self.mean + shift * (other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """[D, D], divided by n - 1. Raises AtollError with fewer than two vectors."""
+        if self.count < 2:
+            raise AtollError(f"a covariance of {self.count} pictures; expected at least 2")
+        return self._scatter / (self.count - 1)
+
+    @property
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self._scatter).all())
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), between the Gaussians fitted to two sets of features.
+
+    Heusel et al. 2017, Eq. 6 (Dowson & Landau 1982). S_a S_b has the eigenvalues of the symmetric R S_b R with
+    R = S_a^(1/2), so two symmetric eigendecompositions suffice and no imaginary part arises.
+
+    Raises:
+        AtollError: fewer than two pictures on a side, or features that are not finite.
+    """
+    if not (a.finite and b.finite):
+        raise AtollError("the Fréchet distance of features that are not finite: the sampling diverged")
+    s_a, s_b = a.covariance, b.covariance
+    values, vectors = torch.linalg.eigh(s_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
+    return max(0.0, float(distance))  # of equal sets the rounding error may be negative
+
+
+class Features(Protocol):
+    """What the Fréchet distance is taken in; `atoll.feature`'s modules fit too."""
+
+    name: str
+    dim: int
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] -> [B, dim]."""
+
+
+class PixelPCA:
+    """The principal components of pixels: blind to meaning, but needs no pretrained network and no download.
+
+    Not whitened, so a distance here is in squared pixel values (of [0, 1], summed over the picture).
+
+    Args:
+        mean: [D], D = C H W after pooling.
+        basis: [D, components], orthonormal.
+        pool: pictures are averaged over pool x pool before.
+        explained: the share of the pixels' variance that lies in the basis; errors outside of it are not seen.
+    """
+
+    def __init__(self, mean: Tensor, basis: Tensor, pool: int = 1, explained: float = 1.0):
+        self.mean, self.basis, self.pool, self.explained = mean.float(), basis.float(), pool, explained
+        self.dim = basis.shape[1]
+        self.name = f"pca{self.dim}"
+
+    @classmethod
+    def fit(cls, batches: Iterable[Tensor], components: int = 48) -> "PixelPCA":
+        """Fitted on batches of pictures [B, C, H, W]; fewer components where pictures or pixels are fewer.
+
+        Raises:
+            AtollError: fewer than two pictures.
+        """
+        moments, pool = None, 1
+        for images in batches:
+            if moments is None:
+                while images[0].numel() / pool**2 > PCA_VALUES_MAX and min(images.shape[-2:]) >= 2 * pool:
+                    pool *= 2
+            vectors = _pooled(images, pool)
+            moments = moments or Moments(vectors.shape[1])
+            moments.update(vectors)
+        if moments is None:
+            raise AtollError("a PCA of no pictures; expected at least 2")
+        kept = min(components, len(moments.mean), moments.count - 1)
+        variances, vectors = torch.linalg.eigh(moments.covariance)
+        explained = float(variances[-kept:].sum() / variances.sum())
+        basis = vectors.flip(1)[:, :kept]
+        # An eigenvector's sign is arbitrary; its largest entry is made positive.
+        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+        return cls(moments.mean, basis * largest.sign(), pool, explained)
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        return (_pooled(images, self.pool).float() - self.mean) @ self.basis
+
+    @property
+    def sha256(self) -> str:
+        """Of the fitted mean and basis: distances are comparable where it is equal."""
+        data = torch.cat([self.mean[:, None], self.basis], dim=1).contiguous().numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()
+
+
+def _pooled(images: Tensor, pool: int) -> Tensor:
+    return (F.avg_pool2d(images, pool) if pool > 1 else images).flatten(1)
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise [B, *shape], one seed per row: a row does not depend on the batch it is drawn in."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@dataclass(frozen=True)
+class DenoisingError:
+    """E |u - (eps - x0)|^2 per latent value, at the times `levels` of the linear path.
+
+    Attributes:
+        levels: t, [M].
+        by_level: [M].
+        mean: over the levels.
+        standard_error: of the mean, from the spread between pictures.
+    """
+
+    levels: tuple[float, ...]
+    by_level: tuple[float, ...]
+    mean: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, levels: Sequence[float], errors: Tensor) -> "DenoisingError":
+        """From the errors [pictures, M] of `squared_errors`."""
+        errors = errors.double()
+        spread = errors.mean(1).std() if len(errors) > 1 else torch.tensor(0.0)
+        return cls(
+            tuple(levels),
+            tuple(errors.mean(0).tolist()),
+            float(errors.mean()),
+            float(spread) / math.sqrt(len(errors)),
+        )
+
+
+def squared_errors(
+    velocity: ConditionedVelocity,
+    x0: Tensor,
+    condition: Condition | None,
+    levels: Sequence[float],
+    seeds: Sequence[int],
+) -> Tensor:
+    """|u(x_t, t) - (eps - x0)|^2, mean over the values of a latent: [B, M], M = len(levels).
+
+    Conditional flow matching's objective (Lipman et al. 2023, Eq. 9); its least value is the posterior variance, not 0.
+
+    Args:
+        x0: latents [B, ...].
+        seeds: one per latent; its noise at level m depends on its seed and m alone, whatever is being measured.
+    """
+    columns = []
+    for level, t_value in enumerate(levels):
+        eps = seeded_noise([seed * len(levels) + level for seed in seeds], x0.shape[1:]).to(x0)
+        t = torch.full((len(x0),), t_value, dtype=x0.dtype, device=x0.device)
+        x = per_sample(1 - t, x0) * x0 + per_sample(t, x0) * eps
+        error = velocity(x, t, condition) - (eps - x0)
+        columns.append(error.square().flatten(1).mean(1))
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,151 @@
+"""Pictures and drawings that stand inside an HTML page: PNGs as data URIs, charts as SVG in the page's own colours."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from torch import Tensor
+
+COLOURS = 8  # --c0 to --c7 of the page's style sheet
+WIDTH, HEIGHT = 520, 340  # of a chart, in its own units: readable when a phone shrinks it to 360 px
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48  # its margins
+
+
+def colour(index: int) -> str:
+    """The CSS colour of the expert with this index: the same on the whole page."""
+    return f"var(--c{index})" if index < COLOURS else f"hsl({index * 137.5 % 360:.0f} 55% 50%)"
+
+
+def png_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1) -> str:
+    """A data URI of images [B, 1 or 3, h, w] in [0, 1] on one sheet, row by row.
+
+    Small pictures are enlarged without smoothing until their longer side has `side` pixels; gaps (in pictures' pixels)
+    and missing places are transparent.
+    """
+    from PIL import Image
+
+    height, width = images.shape[-2:]
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for number, picture in enumerate(pixels):
+        place = (number % columns * (width + gap), number // columns * (height + gap))
+        sheet.paste(Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture), place)
+    factor = max(1, -(-side // max(height, width)))
+    sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    out = io.BytesIO()
+    sheet.save(out, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart. colour: a CSS colour; dash: an SVG stroke-dasharray, "" for a solid line."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    dash: str = ""
+    width: float = 2.0
+
+
+def line_chart(
+    lines: Sequence[Line],
+    label: str,
+    x_label: str,
+    y_label: str,
+    x_range: tuple[float, float] = (0.0, 1.0),
+    log_y: bool = False,
+    include: Sequence[float] = (),
+) -> str:
+    """An SVG with its legend below. `label` is the text alternative; `include`: values that the y axis must reach. What
+    is not finite (or, on a logarithmic axis, not positive) is left out."""
+    points = {line.name: _finite(line, log_y) for line in lines}
+    values = [*include, *(y for kept in points.values() for _, y in kept)]
+    ticks = _log_ticks(values) if log_y else _ticks(*_extent(values))
+    low, high = (math.log(ticks[0]), math.log(ticks[-1])) if log_y else (ticks[0], ticks[-1])
+
+    def at_x(x: float) -> float:
+        return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
+
+    def at_y(y: float) -> float:
+        position = ((math.log(y) if log_y else y) - low) / (high - low)
+        return HEIGHT - BOTTOM - position * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    for tick in ticks:
+        y = at_y(tick)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in _ticks(*x_range):
+        parts.append(f'<text x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:g}</text>')
+    middle = (TOP + HEIGHT - BOTTOM) / 2
+    centre = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{centre}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    for line in lines:
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points[line.name])
+        parts.append(f'<polyline points="{path}" {_stroke(line)}/>')
+    return "".join(parts) + "</svg>" + legend(lines)
+
+
+def legend(lines: Sequence[Line]) -> str:
+    """A list of the lines' names, each with its stroke."""
+    key = '<svg viewBox="0 0 28 10" aria-hidden="true"><line x1="1" x2="27" y1="5" y2="5" {}/></svg>'
+    entries = (f"<li>{key.format(_stroke(line))}{escape(line.name)}</li>" for line in lines)
+    return f'<ul class="legend">{"".join(entries)}</ul>'
+
+
+def weight_strip(weights: Tensor, label: str) -> str:
+    """An SVG of who was asked when: a column per step, weights [T, E] stacked from the first expert (top) down."""
+    parts = [
+        f'<svg class="strip" viewBox="0 0 {len(weights)} 1" preserveAspectRatio="none" shape-rendering="crispEdges" '
+        f'role="img" aria-label="{escape(label)}">'
+    ]
+    for step, row in enumerate(weights.tolist()):
+        top = 0.0
+        for expert, weight in enumerate(row):
+            if weight > 0.002:
+                parts.append(
+                    f'<rect x="{step}" y="{top:.3f}" width="1" height="{weight:.3f}" fill="{colour(expert)}"/>'
+                )
+            top += weight
+    return "".join(parts) + "</svg>"
+
+
+def _stroke(line: Line) -> str:
+    dash = f' stroke-dasharray="{line.dash}"' if line.dash else ""
+    return f'fill="none" stroke="{line.colour}" stroke-width="{line.width:g}" stroke-linejoin="round"{dash}'
+
+
+def _finite(line: Line, positive: bool) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y) and (y > 0 or not positive)]
+
+
+def _extent(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high > low else (low, low + 1)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers that enclose [low, high]."""
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5 of each decade (or whole decades, if many) that enclose the values."""
+    low, high = _extent(values or [1.0, 10.0])
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+    ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+    first = max((i for i, tick in enumerate(ticks) if tick <= low * 1.0001), default=0)
+    last = min((i for i, tick in enumerate(ticks) if tick >= high * 0.9999), default=len(ticks) - 1)
+    return ticks[first : max(last, first + 1) + 1]

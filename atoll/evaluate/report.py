@@ -1,0 +1,397 @@
+"""The report of a run as one HTML page that needs nothing else, and as JSON."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+from torch import Tensor
+
+from atoll.evaluate.measure import Results, Score
+from atoll.evaluate.pictures import Line, colour, legend, line_chart, png_sheet, weight_strip
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Pictures of the prompts. rows: (variant, images [P, S, c, h, w]); real: for each prompt, the data's own picture
+    [1, c, h, w] where a caption equals it, else None."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rows: tuple[tuple[str, Tensor], ...]
+    real: tuple[Tensor | None, ...]
+    made_by: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Who was asked when, for each prompt's first seed: weights [P, T, E] at the times [T]."""
+
+    routing: str
+    times: tuple[float, ...]
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """An expert in words, and the slope of its calibration at the times t (both empty where it has none)."""
+
+    name: str
+    objective: str
+    clusters: tuple[int, ...]
+    t: tuple[float, ...] = ()
+    slope: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What a cluster holds. words: (word, share of its captions, share of all captions), most telling first."""
+
+    number: int
+    count: int
+    share: float
+    images: Tensor
+    words: tuple[tuple[str, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        made: what made it: versions, machine, date, seconds.
+        hashes: (what, sha256).
+        groups: names of scores: "ensemble", "expert", "monolith".
+        alignment: (label, name of the score) in the order shown.
+        clustered_by: the feature and method of the clustering, in words.
+    """
+
+    title: str
+    made: dict[str, Any]
+    settings: dict[str, Any]
+    hashes: tuple[tuple[str, str], ...]
+    results: Results
+    groups: dict[str, tuple[str, ...]]
+    alignment: tuple[tuple[str, str], ...]
+    experts: tuple[ExpertInfo, ...]
+    grid: Grid
+    usages: tuple[Usage, ...]
+    clusters: tuple[ClusterInfo, ...]
+    clustered_by: str
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The page's numbers, without its pictures. What is not finite is null."""
+    value = {
+        "format": FORMAT,
+        "kind": "report",
+        "title": report.title,
+        "made": report.made,
+        "settings": report.settings,
+        "hashes": dict(report.hashes),
+        "results": asdict(report.results),
+        "groups": report.groups,
+        "alignment": dict(report.alignment),
+        "experts": [asdict(expert) for expert in report.experts],
+        "clusters": [
+            {"cluster": c.number, "count": c.count, "share": c.share, "words": c.words} for c in report.clusters
+        ],
+        "clustered_by": report.clustered_by,
+        "usage": [
+            {
+                "routing": usage.routing,
+                "prompts": report.grid.prompts,
+                "times": usage.times,
+                "weights": [[[round(w, 4) for w in step] for step in p] for p in usage.weights.tolist()],
+            }
+            for usage in report.usages
+        ],
+    }
+    return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value
+
+
+def to_html(report: Report) -> str:
+    """The page: no scripts, no files beside it."""
+    sections = [
+        _section("Pictures", _pictures(report)),
+        _section("Numbers", _numbers(report)),
+        _section("Denoising error by noise level", _by_level(report)),
+        _section("Clusters", _clusters(report)),
+        _section("Calibration and alignment", _alignment(report)),
+        _section("Which expert was used when", _usage(report)),
+        _section("How this was made", _made(report)),
+    ]
+    title = escape(report.title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        f"<h1>{title}</h1>\n{_lead(report)}\n{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n"
+
+
+def _lead(report: Report) -> str:
+    """The first sentence: what this is, and the answer."""
+    scores = {score.name: score for score in report.results.scores}
+    names = [*report.groups.get("ensemble", ()), *report.groups.get("monolith", ())]
+    told = ", ".join(f"{escape(name)} {_number(scores[name].frechet)}" for name in names)
+    return (
+        f"<p>{len(report.experts)} experts, trained apart on {len(report.clusters) or 'their'} clusters, sampled as "
+        f"one model. Fréchet distance ({report.results.frechet_name}, smaller is better): {told}; two sets of real "
+        f"pictures are {_number(report.results.floor)} apart.</p>"
+    )
+
+
+def _pictures(report: Report) -> str:
+    grid, cards = report.grid, []
+    for p, prompt in enumerate(grid.prompts):
+        rows = []
+        for name, images in grid.rows:
+            alt = f"{len(images[p])} pictures of “{prompt}” by {name}"
+            rows.append(_strip(name, png_sheet(images[p], len(images[p])), alt, len(images[p]), len(images[p])))
+        real = grid.real[p]
+        if real is not None:
+            alt = f"the data's own picture of “{prompt}”"
+            rows.append(_strip("data", png_sheet(real, len(real)), alt, len(real), len(grid.seeds)))
+        cards.append(f'<figure class="card">{"".join(rows)}<figcaption>{escape(prompt)}</figcaption></figure>')
+    return (
+        f"<p>One row per way of sampling, one column per seed ({_listed(map(str, grid.seeds))}): in a column all began "
+        f"with the same noise. {escape(grid.made_by)}</p>\n"
+        f'<div class="cards">{"".join(cards)}</div>'
+    )
+
+
+def _strip(name: str, uri: str, alt: str, count: int, columns: int) -> str:
+    image = f'<img src="{uri}" alt="{escape(alt)}" style="width:{100 * count / columns:.4g}%">'
+    return f'<div class="row"><span>{escape(name)}</span><div>{image}</div></div>'
+
+
+def _numbers(report: Report) -> str:
+    results = report.results
+    body = []
+    for group, names in report.groups.items():
+        for name in names:
+            body.append(_score_row(name, results.score(name), group))
+    head = f"<th>{results.frechet_name}</th><th>denoising error</th><th>pictures/s</th>"
+    floor = f"<tr><th scope=row>floor: real pictures</th><td>{_number(results.floor)}</td><td></td><td></td></tr>"
+    return (
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}{floor}</tbody></table>'
+        f"</div>\n{_explained(report)}"
+    )
+
+
+def _score_row(label: str, score: Score, group: str = "") -> str:
+    error = score.denoising
+    return (
+        f'<tr class="{group}"><th scope=row>{escape(label)}<small>{escape(score.made_by)}</small></th>'
+        f"<td>{_frechet(score)}</td><td>{_number(error.mean)} ± {_number(error.standard_error, 2)}</td>"
+        f"<td>{score.images_per_second:.3g}</td></tr>"
+    )
+
+
+def _frechet(score: Score) -> str:
+    return _number(score.frechet) if score.frechet is not None else f"{score.diverged} pictures diverged"
+
+
+def _explained(report: Report) -> str:
+    """What made each number of the table."""
+    r, s = report.results, report.settings
+    steps = _listed(sorted({f"{x.steps} {x.method} steps, guidance {x.guidance_scale:g}" for x in r.scores}))
+    return (
+        f"<p><b>{r.frechet_name}</b>: Fréchet distance between {r.images} drawn pictures and {r.reference} real "
+        f"training pictures, on {r.frechet_name.removeprefix('FD-pca')} principal components of the real pictures' "
+        f"pixels, {r.features_explain:.1%} of their variance (basis <code>{r.features_sha256[:12]}</code>). {steps}; "
+        f"seeds {s['seed']} to {s['seed'] + r.images - 1}; the prompts are the captions of {r.images} training "
+        f"pictures kept out of the {r.reference}. <b>Floor</b>: the distance of these {r.images} real pictures "
+        "themselves, so a perfect model scores the floor. Every row has the same prompts and noise.</p>"
+        f"<p><b>Denoising error</b>: mean of |u − (ε − x₀)|² per latent value at {len(s['levels'])} times from "
+        f"t = {s['levels'][0]:g} to {s['levels'][-1]:g}, on {r.held_out} held-out latents with their captions and the "
+        "same noise in every row, without guidance; ± is its standard error over the latents. Its least value is the "
+        "spread of what the noisy latent leaves open, not 0.</p>"
+        f"<p><b>Pictures/s</b>: of the pictures measured, {r.workers} batches of at most {s['batch']} side by side, on "
+        f"{escape(str(report.made['machine']))}.</p>"
+    )
+
+
+def _by_level(report: Report) -> str:
+    r = report.results
+    names = [name for group in report.groups.values() for name in group]
+    chart = line_chart(
+        _level_lines(report),
+        "Denoising error of each variant against the time t",
+        "t (0: data, 1: noise)",
+        "E|u − (ε − x₀)|² per value",
+        log_y=True,
+    )
+    levels = r.scores[0].denoising.levels
+    head = "".join(f"<th>{t:.2g}</th>" for t in levels)
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}</th>"
+        + "".join(f"<td>{_number(e)}</td>" for e in r.score(name).denoising.by_level)
+        + "</tr>"
+        for name in names
+    )
+    table = f'<div class="wide"><table><thead><tr><th>t</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<figure>{chart}<figcaption>As in the table above, one line per variant.</figcaption></figure>\n{table}"
+
+
+def _level_lines(report: Report) -> list[Line]:
+    """Ensembles in ink, the monolith in grey, experts each in their colour."""
+    lines = []
+    for index, name in enumerate(report.groups.get("expert", ())):
+        error = report.results.score(name).denoising
+        lines.append(Line(name, error.levels, error.by_level, colour(index), width=1.5))
+    for name in report.groups.get("monolith", ()):
+        error = report.results.score(name).denoising
+        lines.append(Line(name, error.levels, error.by_level, "var(--soft)", width=4))
+    for name, dash in zip(report.groups.get("ensemble", ()), ("2 4", "7 4", "", "1 6"), strict=False):
+        error = report.results.score(name).denoising
+        lines.append(Line(name, error.levels, error.by_level, "currentColor", dash))
+    return lines
+
+
+def _clusters(report: Report) -> str:
+    cards = []
+    for c in report.clusters:
+        owners = [(i, e) for i, e in enumerate(report.experts) if c.number in e.clusters]
+        experts = "".join(f"<li>{_key(i)}<b>{escape(e.name)}</b>: {escape(e.objective)}</li>" for i, e in owners)
+        words = _listed(f"{escape(w)} ({own:.0%}, overall {of_all:.0%})" for w, own, of_all in c.words)
+        alt = f"{len(c.images)} pictures of cluster {c.number}"
+        cards.append(
+            f"<figure><h3>Cluster {c.number}: {c.count} pictures, {c.share:.1%}</h3>"
+            f'<img class="sheet" src="{png_sheet(c.images, 8)}" alt="{alt}">'
+            f'<figcaption><ul class="legend">{experts or "<li>no expert</li>"}</ul>Words: {words}</figcaption></figure>'
+        )
+    if not cards:
+        return "<p>This run has no clusters beside it.</p>"
+    return (
+        f"<p>{escape(report.clustered_by)} Pictures at random; words by how much they tell the cluster from the rest "
+        f'(share of its captions, share of all).</p>\n<div class="cards">{"".join(cards)}</div>'
+    )
+
+
+def _alignment(report: Report) -> str:
+    slopes = [
+        Line(f"{e.name} ({e.objective})", e.t, e.slope, colour(i)) for i, e in enumerate(report.experts) if e.slope
+    ]
+    label = "Slope of each expert's calibration against the time t"
+    chart = line_chart(slopes, label, "t (0: data, 1: noise)", "slope s", include=(0, 1))
+    rows = "".join(_score_row(label, report.results.score(name)) for label, name in report.alignment)
+    head = f"<th>{report.results.frechet_name}</th><th>denoising error</th><th>pictures/s</th>"
+    note = (
+        "The slope says how much of an expert's x₀ is to be believed, as measured on held-out latents of its own "
+        "cluster: x₀ becomes m + s (x₀ − m), m being the cluster's mean. 1: all of it; 0: nothing but the mean."
+    )
+    figure = f"<figure>{chart}<figcaption>{note}</figcaption></figure>"
+    if not slopes:
+        figure = "<p>No expert has a calibration.</p>"
+    return (
+        f"{figure}\n<p>The same ensemble with its experts brought to the common path in four ways. <b>native</b>: "
+        "HDDM's formulas (Eqs. 5–8) with its hand-set safeguards; <b>snr</b>: asked at equal log-SNR, which is exact "
+        "for exact experts. Measured as in the first table.</p>\n"
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _usage(report: Report) -> str:
+    columns = "".join(f"<th>{escape(usage.routing)}</th>" for usage in report.usages)
+    rows = []
+    for p, prompt in enumerate(report.grid.prompts):
+        cells = []
+        for usage in report.usages:
+            shares = usage.weights[p].mean(0)
+            most = int(shares.argmax())
+            label = f"{usage.routing}, “{prompt}”: mostly {report.experts[most].name}, {float(shares[most]):.0%}"
+            cells.append(f"<td>{weight_strip(usage.weights[p], label)}</td>")
+        rows.append(f"<tr><th scope=row>{escape(prompt)}</th>{''.join(cells)}</tr>")
+    names = legend([Line(e.name, (), (), colour(i), width=8) for i, e in enumerate(report.experts)])
+    steps = len(report.usages[0].times) if report.usages else 0
+    return (
+        f"<p>For each prompt's first picture: one column per step ({steps}, from noise at the left, t = 1, to the "
+        f"picture at the right, t = 0); the height of a colour is the expert's weight.</p>{names}\n"
+        f'<table class="usage"><thead><tr><th></th>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _made(report: Report) -> str:
+    rows = [*report.made.items(), *report.settings.items()]
+    values = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_plain(v))}</dd>" for k, v in rows)
+    hashes = "".join(f"<dt>{escape(what)}</dt><dd><code>{escape(sha)}</code></dd>" for what, sha in report.hashes)
+    return f"<dl>{values}</dl>\n<h3>sha256</h3>\n<dl>{hashes}</dl>"
+
+
+def _key(index: int) -> str:
+    return f'<i style="background:{colour(index)}"></i>'
+
+
+def _plain(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _listed(items: Iterable[str]) -> str:
+    return ", ".join(items)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant digits, without an exponent where it reads as well without."""
+    if value is None or not math.isfinite(value):
+        return "diverged"
+    if 100 <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c1c1a;--soft:#8b8a83;--rule:#dcdbd5;--page:#fbfbf9;--box:#f2f1ec;
+--c0:#2a78d6;--c1:#eb6834;--c2:#1baf7a;--c3:#eda100;--c4:#e87ba4;--c5:#008300;--c6:#4a3aa7;--c7:#e34948}
+@media(prefers-color-scheme:dark){:root{--ink:#eceae3;--soft:#908f87;--rule:#3a3934;--page:#191917;--box:#24231f;
+--c0:#3987e5;--c1:#d95926;--c2:#199e70;--c3:#c98500;--c4:#d55181;--c5:#2fa02f;--c6:#9085e9;--c7:#e66767}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:64rem;margin:auto;padding:1rem}
+h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}h3{font-size:1rem;margin:1rem 0 .3rem}
+p{max-width:46rem}figure{margin:1rem 0}figcaption{color:var(--ink);font-size:.9rem;max-width:46rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem}
+.card{margin:0;padding:.7rem;background:var(--box);border-radius:.4rem}
+.card figcaption{margin-top:.5rem;font-weight:600}
+.row{display:grid;grid-template-columns:4.7rem 1fr;align-items:center;margin-bottom:2px;font-size:.8rem}
+.cards figure{margin:0}
+img{display:block;width:100%;image-rendering:pixelated}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th[scope=row]{text-align:left;font-weight:500;white-space:normal;min-width:8rem;background:var(--page)}
+.wide th[scope=row]{position:sticky;left:0}
+thead th{font-weight:600;vertical-align:bottom}
+tr.ensemble+tr.expert>*,tr.expert+tr.monolith>*{border-top:2px solid var(--rule)}
+small{display:block;color:var(--soft);font-weight:400}
+.chart{display:block;width:100%;max-width:40rem;overflow:visible}
+.chart text{fill:var(--ink);font-size:14px}.rule{stroke:var(--rule)}
+.legend{list-style:none;margin:.4rem 0;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;font-size:.9rem}
+.legend svg{width:1.75rem;height:.65rem;margin-right:.4rem}
+i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em}
+.strip{display:block;width:100%;min-width:6rem;height:2rem}
+.usage{width:100%}.usage td{width:36%;padding:.2rem .4rem}.usage thead th{text-align:left;padding-left:.4rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:30rem){dl{display:block}dd{margin-bottom:.4rem}
+table{font-size:.8rem}th,td{padding:.3rem .35rem}thead th{white-space:normal}th[scope=row]{min-width:6.5rem}
+.usage td{width:32%}}
+""".strip()

@@ -1,0 +1,1 @@
+"""Trains what the manifest names, each part alone in a process of its own."""

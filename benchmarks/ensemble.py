@@ -1,0 +1,141 @@
+"""One velocity evaluation of 8 experts for 16 guided prompts: grouped dispatch against what public code does.
+
+    python benchmarks/ensemble.py [--size S/2] [--rounds 5] [--dtype bf16] [--json out.json]
+
+- grouped: `Ensemble.velocity`: one call per expert in use, both guidance branches in it.
+- loop: sample by sample, each chosen expert called twice (condition, null).
+- mask: every expert on every sample, both branches, then weighted (most weights are 0).
+- one: a single model of an expert's size on all samples, both branches: what a monolith costs.
+
+The variants alternate within each round; the table shows medians of their times and of the ratios within a round.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atoll.alignment import snr_velocity
+from atoll.calibration import Calibration
+from atoll.condition import Condition
+from atoll.ensemble import Ensemble, Expert
+from atoll.nn.dit import SIZES, DiT, DiTConfig
+from atoll.objective import Objective
+
+EXPERTS, PROMPTS, TOKENS, TEXT, GUIDANCE = 8, 16, 77, 768, 7.5
+LATENT = (4, 16, 16)
+
+
+def build(size: str, dtype: torch.dtype) -> tuple[list[Expert], Tensor]:
+    """Eight random experts, half eps-cosine and half flow, and a router's answer that spreads the prompts evenly."""
+    experts = []
+    for k in range(EXPERTS):
+        config = DiTConfig(size=LATENT[1:], channels=LATENT[0], states_dim=TEXT, **SIZES[size])
+        network = DiT(config).to(dtype).eval().requires_grad_(False)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        objective = Objective("eps", "cosine") if k % 2 else Objective("flow", "linear")
+        experts.append(Expert(network, objective, (k,), Calibration.identity(torch.zeros(LATENT)), str(k)))
+    g = torch.Generator().manual_seed(0)
+    log_p = 0.1 * torch.randn(PROMPTS, EXPERTS, generator=g)
+    log_p[torch.arange(PROMPTS), torch.arange(PROMPTS) % EXPERTS] += 2.0  # two prompts per expert
+    log_p[torch.arange(PROMPTS), (torch.arange(PROMPTS) * 3 + 1) % EXPERTS] += 1.0
+    return experts, torch.log_softmax(log_p, dim=1)
+
+
+def by_loop(ensemble: Ensemble, x: Tensor, t: Tensor, condition: Condition, null: Condition) -> Tensor:
+    weights = ensemble.weights(x, t)
+    rows = []
+    for i in range(len(x)):
+        one, at = x[i : i + 1], t[i : i + 1]
+        total = torch.zeros_like(one)
+        for index in weights[i].nonzero().flatten().tolist():
+            expert = ensemble.experts[index]
+            u_null = expert.velocity(one, at, null)
+            u = u_null + GUIDANCE * (expert.velocity(one, at, condition.index(torch.tensor([i]))) - u_null)
+            total = total + weights[i, index] * u
+        rows.append(total)
+    return torch.cat(rows)
+
+
+def by_mask(ensemble: Ensemble, x: Tensor, t: Tensor, condition: Condition, null: Condition) -> Tensor:
+    weights = ensemble.weights(x, t)
+    both = Condition.cat([condition, null.index(torch.zeros(len(x), dtype=torch.long))])
+    total = torch.zeros_like(x)
+    for index, expert in enumerate(ensemble.experts):
+        u_condition, u_null = expert.velocity(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        u = u_null + GUIDANCE * (u_condition - u_null)
+        total = total + weights[:, index].reshape(-1, 1, 1, 1) * u
+    return total
+
+
+def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> dict[str, float]:
+    """Median seconds per variant, and median ratios to grouped."""
+    g = torch.Generator().manual_seed(1)
+    x, t = torch.randn(PROMPTS, *LATENT, generator=g), torch.full((PROMPTS,), 0.6)
+    condition = Condition(torch.randn(PROMPTS, TOKENS, TEXT, generator=g), torch.ones(PROMPTS, TOKENS).bool())
+    null = condition.index(torch.tensor([0]))
+    ensemble = Ensemble(experts, lambda x, t, pooled=None: log_p, routing, null=null)
+    both = Condition.cat([condition, null.index(torch.zeros(PROMPTS, dtype=torch.long))])
+    first = experts[0]
+
+    def one() -> Tensor:
+        def predict(asked: Tensor, time: Tensor) -> Tensor:
+            return first.network(asked, time, both)
+
+        return snr_velocity(predict, first.objective, x.repeat(2, 1, 1, 1), t.repeat(2), first.calibration)
+
+    variants: dict[str, Callable[[], Tensor]] = {
+        "grouped": lambda: ensemble.velocity(x, t, condition, GUIDANCE),
+        "loop": lambda: by_loop(ensemble, x, t, condition, null),
+        "mask": lambda: by_mask(ensemble, x, t, condition, null),
+        "one": one,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    with torch.inference_mode():
+        answers = [variants[name]() for name in ("grouped", "loop", "mask")]  # warm-up, and all must agree
+        scale = answers[0].abs().max()
+        difference = max(float((answer - answers[0]).abs().max() / scale) for answer in answers[1:])
+        assert difference < 0.05, f"the variants disagree by {difference}"
+        for _ in range(rounds):
+            for name, work in variants.items():
+                start = time.perf_counter()
+                work()
+                seconds[name].append(time.perf_counter() - start)
+    result = {name: statistics.median(times) for name, times in seconds.items()}
+    for name in ("loop", "mask", "one"):
+        pairs = zip(seconds[name], seconds["grouped"], strict=True)
+        result[f"{name}/grouped"] = statistics.median(a / b for a, b in pairs)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S/2", choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    experts, log_p = build(arguments.size, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+    results = {r: measure(r, experts, log_p, arguments.rounds) for r in ("top-1", "top-2", "full")}
+    print(
+        f"{EXPERTS} experts {arguments.size}, {PROMPTS} guided prompts, {arguments.dtype}, {arguments.threads} threads"
+    )
+    print(f"{'routing':8} {'grouped s':>10} {'loop/grouped':>13} {'mask/grouped':>13} {'one/grouped':>12}")
+    for routing, r in results.items():
+        ratios = f"{r['loop/grouped']:13.2f} {r['mask/grouped']:13.2f} {r['one/grouped']:12.2f}"
+        print(f"{routing:8} {r['grouped']:10.2f} {ratios}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
