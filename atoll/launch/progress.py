@@ -45,12 +45,7 @@ class LaunchView:
         now = time.monotonic()
         if now - self.spoke >= 10 or all(job.state in ("done", "failed") for job in jobs):
             self.spoke = now
-            running = ", ".join(
-                f"{job.name} {job.metrics.get('step', 0)}/{job.steps} loss {job.metrics.get('loss', float('nan')):.4f} "
-                f"{job.metrics.get('images_per_s', 0):.0f} images/s"
-                for job in jobs
-                if job.state == "running"
-            )
+            running = ", ".join(_in_words(job) for job in jobs if job.state == "running")
             finished = sum(job.state == "done" for job in jobs)
             self.console.print(
                 f"{self.title}: {finished}/{len(jobs)} done; {running or 'none running'}; "
@@ -79,6 +74,13 @@ class LaunchView:
         elapsed = _clock(time.monotonic() - self.began)
         left = _clock(seconds_left(jobs, self.slots))
         return Group(Text(f"{self.title}: {elapsed} gone, {left} left", style="bold"), table)
+
+
+def _in_words(job: Job) -> str:
+    m = job.metrics
+    if not m:
+        return f"{job.name} starting"
+    return f"{job.name} {m['step']}/{job.steps} loss {m['loss']:.4f} {m['images_per_s']:.0f} images/s"
 
 
 def seconds_left(jobs: list[Job], slots: int) -> float | None:

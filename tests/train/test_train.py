@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 
 import atoll.train.loop
 from atoll.artifact import CARD, WEIGHTS, read_card
+from atoll.condition import HashEncoder
 from atoll.errors import AtollError
-from atoll.manifest import load_manifest
-from atoll.train.batches import Order, drop_condition
+from atoll.manifest import TrainSettings, load_manifest
+from atoll.nn import build_network
+from atoll.train.batches import CaptionedLatents, Order, drop_condition
 from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
-from atoll.train.router import train_router
+from atoll.train.router import router_accuracy, routing_loss, train_router
 
 NAME = "1-flow-linear"
 
@@ -58,6 +60,33 @@ def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
     assert len(card["calibration"]["slope"]) == len(card["calibration"]["log_snr"])
     lines = (trained_run / "experts" / f".train-{NAME}" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+
+
+def test_the_artifact_holds_the_average_of_the_weights(trained_run) -> None:
+    state = load_file(trained_run / "experts" / f".train-{NAME}" / CHECKPOINT)
+    saved = weights(trained_run)
+    for name in ("final.weight", "embed.weight"):
+        assert torch.equal(saved[f"network.{name}"], state[f"ema.{name}"])
+        assert not torch.equal(state[f"ema.{name}"], state[f"model.{name}"])
+
+
+def test_a_router_with_pooled_reads_the_prompt() -> None:
+    """Latents that say nothing, captions that say all: it must learn from the words, and be unsure without them."""
+    encoder = HashEncoder(dim=8, length=4)
+    captions = ["moss", "sand"] * 20
+    data = CaptionedLatents(torch.zeros(40, 1, 4, 8), captions, encoder)
+    labels = torch.arange(40) % 2
+    config = {"name": "router", "size": [4, 8], "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2}
+    router = build_network({**config, "clusters": 2, "pooled_dim": 8})
+    loss = routing_loss(router, data, labels, TrainSettings(batch=20), seed=0)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+    assert router_accuracy(router, data, labels, seed=0) == dict.fromkeys(("0.1", "0.3", "0.5", "0.7", "0.9"), 1.0)
+    unsure = router(torch.randn(1, 1, 4, 8), torch.ones(1), encoder.null(1).pooled).exp()
+    assert unsure.max() < 0.9
 
 
 @pytest.mark.parametrize("killed_at", [2, 4, 6])
@@ -206,8 +235,6 @@ def test_order_is_a_permutation_per_epoch_whatever_the_batch() -> None:
 
 
 def test_dropped_rows_become_the_null_condition() -> None:
-    from atoll.condition import HashEncoder
-
     encoder = HashEncoder(dim=8, length=5)
     condition = drop_condition(encoder(["a b", "c"]), encoder.null(1), torch.tensor([False, True]))
     expected = encoder(["a b", ""])
