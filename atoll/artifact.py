@@ -129,7 +129,7 @@ def read_tensors(path: Path, card: dict[str, Any]) -> dict[str, Tensor]:
 
     weights = card.get("weights")
     # The name is fixed, so that no card can point outside its own directory.
-    if not isinstance(weights, dict) or weights.get("file") != WEIGHTS or "sha256" not in weights:
+    if not isinstance(weights, dict) or weights.get("file") != WEIGHTS or not isinstance(weights.get("sha256"), str):
         raise AtollError(f"{path / CARD}: its weights entry is {weights}; expected the sha256 of {WEIGHTS}")
     file = path / WEIGHTS
     if not file.is_file():

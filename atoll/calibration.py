@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.errors import AtollError
 from atoll.schedule import Linear
 from atoll.shapes import per_sample
 
@@ -70,5 +71,18 @@ class Calibration:
 
     @classmethod
     def load(cls, config: dict[str, Any], mean: Tensor) -> "Calibration":
-        """The inverse of `config` and `tensors`."""
-        return cls(mean=mean, **{name: torch.tensor(values) for name, values in config.items()})
+        """The inverse of `config` and `tensors`.
+
+        Raises:
+            AtollError: curves that are no equally long lists of numbers, or log-SNR nodes that do not increase.
+        """
+        try:
+            curves = {name: torch.tensor([float(value) for value in values]) for name, values in config.items()}
+        except (TypeError, ValueError) as error:
+            raise AtollError(f"calibration: {error}; expected lists of numbers") from None
+        nodes = curves["log_snr"]
+        if len(nodes) < 2 or any(len(c) != len(nodes) for c in curves.values()) or not (nodes.diff() > 0).all():
+            raise AtollError(
+                "calibration: expected at least 2 increasing log-SNR nodes and a value of each curve there"
+            )
+        return cls(mean=mean, **curves)

@@ -1,6 +1,8 @@
 """From the disk to running objects: expert, router and ensemble artifacts, their hashes checked."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +47,13 @@ def load_expert(path: str | Path, device: str | torch.device = "cpu") -> LoadedE
     card = read_card(path, "expert")
     _require(card, ("name", "network", "objective", "clusters", "codec", "condition", "latent_shape"), path / CARD)
     tensors = read_tensors(path, card)
-    network = _network(path, card, tensors, device)
-    calibration = None
-    if card.get("calibration"):
-        curves = {key: card["calibration"][key] for key in ("log_snr", "slope", "x0_mse", "x0_mse_raw")}
-        calibration = Calibration.load(curves, tensors["calibration.mean"].to(device))
-    expert = Expert(network, Objective(**card["objective"]), tuple(card["clusters"]), calibration, card["name"])
+    with _sound(path / CARD):
+        network = _network(path, card, tensors, device)
+        calibration = None
+        if card.get("calibration"):
+            curves = {key: card["calibration"][key] for key in ("log_snr", "slope", "x0_mse", "x0_mse_raw")}
+            calibration = Calibration.load(curves, tensors["calibration.mean"].to(device))
+        expert = Expert(network, Objective(**card["objective"]), tuple(card["clusters"]), calibration, card["name"])
     return LoadedExpert(expert, card)
 
 
@@ -121,6 +124,15 @@ def _alone(path: Path, alignment: Alignment, device: str | torch.device) -> Load
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=encoder.null(1).to(device))
     card = {**loaded.card, "sampling": {}}
     return LoadedEnsemble(ensemble, encoder, build_codec(card["codec"]), tuple(card["latent_shape"]), card)
+
+
+@contextmanager
+def _sound(card: Path) -> Iterator[None]:
+    """Cards come from strangers: whatever in one cannot be read is a mistake of the card, told in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise AtollError(f"{card}: cannot be read ({type(error).__name__}: {error}); get a fresh copy of it") from None
 
 
 def _require(card: dict[str, Any], keys: tuple[str, ...], where: Path) -> None:

@@ -118,14 +118,12 @@ class ExpertSettings(Section):
         return f"{self.cluster}-{self.name or f'{self.objective.prediction}-{schedule_name}'}"
 
 
-class RouterNetworkSettings(Section):
+class RouterNetworkSettings(NetworkSettings):
     """pooled: the router sees the condition's pooled vector too, p(cluster | x_t, t, text); else x_t alone (HDDM)."""
 
-    patch: PositiveInt = 4
     width: PositiveInt = 64
     depth: PositiveInt = 2
     heads: PositiveInt = 2
-    mlp_ratio: float = Field(4.0, gt=0)
     modulation: Literal["single", "per-block"] = "per-block"
     pooled: bool = False
 

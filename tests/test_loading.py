@@ -3,6 +3,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from atoll.artifact import CARD, WEIGHTS
 from atoll.assemble import assemble
@@ -110,3 +112,27 @@ def test_an_expert_alone_is_an_ensemble(run) -> None:
     assert torch.isfinite(u).all()
     with pytest.raises(AtollError, match=r"no ensemble\.json"):
         load_ensemble(run)
+
+
+JUNK = st.none() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2) | st.just({"name": "x"})
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_card_with_anything_in_it_loads_or_is_refused_in_one_line(trained_run, tmp_path, data) -> None:
+    """Fuzz: one value anywhere in the card replaced by junk, the hash of the weights left as it is."""
+    source = trained_run / "experts" / "1-flow-linear"
+    card = json.loads((source / CARD).read_text())
+    place, key = card, data.draw(st.sampled_from(sorted(card)))
+    while isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+        place, key = place[key], data.draw(st.sampled_from(sorted(place[key])))
+    place[key] = data.draw(JUNK)
+    (tmp_path / WEIGHTS).unlink(missing_ok=True)
+    (tmp_path / WEIGHTS).symlink_to(source / WEIGHTS)
+    (tmp_path / CARD).write_text(json.dumps(card))
+    message = ""
+    try:
+        load_expert(tmp_path)
+    except AtollError as error:
+        message = str(error)
+    assert "\n" not in message
