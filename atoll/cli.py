@@ -273,6 +273,9 @@ def main() -> None:
     except AtollError as error:
         typer.secho(f"atoll: {error}", fg="red", err=True)
         sys.exit(2)
+    except OSError as error:  # a path that cannot be read or written, and that no stage could say more about
+        typer.secho(f"atoll: {error.filename or 'input or output'}: {error.strerror or error}", fg="red", err=True)
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

@@ -102,6 +102,11 @@ def test_init_does_not_overwrite(tmp_path) -> None:
     assert (tmp_path / "mine" / "atoll.yaml").read_text() == "name: edited\n"
 
 
+def test_a_path_that_is_a_file_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_one_line(atoll("init", tmp_path / "file"), "file", "File exists")
+
+
 @pytest.mark.parametrize("arguments", [["sample", "x"], ["frobnicate"], ["train", "expert"], ["launch", "--jobs", "0"]])
 def test_wrong_usage_exits_with_2(arguments) -> None:
     assert atoll(*arguments).returncode == 2
