@@ -1,4 +1,4 @@
-"""The letters that name the axes of a tensor, everywhere in Atoll, and jaxtyping aliases for the mathematics.
+"""The letters that name the axes of a tensor, everywhere in Atoll.
 
     B batch    C H W latent channels, height, width    N image tokens    L text tokens    D width
     K clusters    E experts    T steps of a discrete schedule
