@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,12 +67,17 @@ def read_json(path: Path) -> Any:
 def whole_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` if the block succeeds and vanishes if it does not.
 
-    An existing `path` is replaced only at the end.
+    An existing `path` is replaced only at the end. What a killed process of this machine left behind is removed.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        host = socket.gethostname()
+        for left in path.parent.glob(f".{path.name}.{host}-*.tmp"):
+            if not _is_alive(int(left.name.removeprefix(f".{path.name}.{host}-").split(".")[0])):
+                shutil.rmtree(left, ignore_errors=True)
+        prefix = f".{path.name}.{host}-{os.getpid()}."
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
         temporary.chmod(0o755)  # mkdtemp's are their owner's alone
         yield temporary
         if path.exists():
@@ -86,6 +92,16 @@ def whole_directory(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True
 
 
 def save_artifact(path: Path, kind: str, card: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import typer.core
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
+    from atoll.data.encode import Place
     from atoll.ensemble import Alignment
     from atoll.solver import Method
 
@@ -67,22 +68,69 @@ def init(
 
 
 @app.command(rich_help_panel="Stages")
-def encode(run: Run = Path(), force: Force = False, quiet: Quiet = False) -> None:
+def encode(
+    run: Run = Path(),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an encoding that was interrupted.")] = False,
+    force: Force = False,
+    on: Annotated[str, typer.Option(help="local, or ray: all machines of a Ray cluster.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode (local), machines' workers (ray).")
+    ] = None,
+    max_skipped: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The share of pictures that may fail; default: atoll.yaml's.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
     """Pictures and captions -> encoded/: shards of latents, captions and features."""
     from atoll.data.encode import encode_run
     from atoll.manifest import load_manifest
 
+    if on not in ("local", "ray"):
+        raise AtollError(f"--on {on}: expected local or ray")
     with _bar("encode", "images", quiet) as tell:
-        typer.echo(encode_run(run, load_manifest(run), force, tell))
+        done = encode_run(
+            run,
+            load_manifest(run),
+            force=force,
+            resume=resume,
+            on=cast("Place", on),
+            workers=workers,
+            max_skipped=max_skipped,
+            progress=tell,
+        )
+    typer.echo(done)
 
 
 @app.command(rich_help_panel="Stages")
-def cluster(run: Run = Path(), force: Force = False) -> None:
-    """Features -> clusters/: K clusters, each with the shards its expert needs."""
+def cluster(
+    run: Run = Path(),
+    force: Force = False,
+    router_fraction: Annotated[
+        float | None, typer.Option(help="The share of images set apart for the router; default: atoll.yaml's.")
+    ] = None,
+    assign_only: Annotated[
+        bool, typer.Option("--assign-only", help="Put new images into the clusters that are there.")
+    ] = False,
+    encoded: Annotated[
+        Path | None, typer.Option(help="With --assign-only: what `atoll encode` wrote; default: the run's encoded/.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Features -> clusters/: K clusters, each with the shards its expert needs, and report.html."""
+    from atoll.cluster import assign_only as assign
     from atoll.cluster import cluster_run
     from atoll.manifest import load_manifest
 
-    typer.echo(cluster_run(run, load_manifest(run), force))
+    if encoded is not None and not assign_only:
+        raise AtollError("--encoded names images to add: use it with --assign-only")
+    if assign_only and (force or router_fraction is not None):
+        raise AtollError("--assign-only adds to the clusters as they are: leave --force and --router-fraction out")
+    with _bar("cluster", "images", quiet) as tell:
+        if assign_only:
+            done = assign(run / "clusters", encoded or run / "encoded", tell)
+        else:
+            done = cluster_run(run, load_manifest(run), force, router_fraction, tell)
+    typer.echo(done)
 
 
 @train_app.command("expert")
@@ -207,7 +255,7 @@ def demo(
         init(run, recipe)
     prompts = list(load_manifest(run).evaluate.prompts)
     stages: list[tuple[str, Callable[[], None]]] = [
-        ("encode", lambda: encode(run)),
+        ("encode", lambda: encode(run, resume=True)),
         ("cluster", lambda: cluster(run)),
         ("train", lambda: launch(run, jobs)),
         ("assemble", lambda: assemble(run)),
@@ -250,7 +298,7 @@ def _bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(what, total=None, note="")
 
-        def tell(done: int, total: int, note: str = "") -> None:
+        def tell(done: int, total: int | None, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
 
         yield tell

@@ -34,19 +34,52 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """Where pictures come from. source: "glyphs"; subset: "demo" or "all"; size: pixels of a side."""
+    """Where pictures come from, and which of them are used.
 
-    source: Literal["glyphs"] = "glyphs"
+    source: "folder" (pictures with .txt sidecars or a metadata.jsonl/.csv), "webdataset" (tars as img2dataset writes
+    them), "parquet" (a column of picture files), "glyphs" (built in; `subset` is its "demo" or "all").
+    path: a directory, file, glob or URL (s3://, gs://, hf://, ...: whatever fsspec opens), or a list of them.
+    """
+
+    source: Literal["glyphs", "folder", "webdataset", "parquet"] = "glyphs"
+    path: str | tuple[str, ...] | None = None
     subset: Literal["demo", "all"] = "demo"
-    size: PositiveInt = 16
+    size: PositiveInt = 16  # pixels of a side; pictures are cropped to a square and resized to it
+    image: str | None = None  # the column of the pictures; None: the one that holds bytes
+    caption: str | None = None  # the column (in tars: the member's extension) of the captions; None: the usual names
+    key: str | None = None  # the column of unique keys; None: the file and the number of the row
+    split: str | None = None  # the column of the splits: "train" trains, anything else is held out
+    validation: float = Field(0.01, ge=0, lt=1)  # the share held out, by a hash of the key, where no column says it
+    encoding: str = "utf-8"  # of captions; a byte order mark wins over it
+    min_side: PositiveInt | None = None  # pixels; smaller pictures are skipped; None: half of `size`
+    # Pictures of equal pixels, once they are cropped and resized. None: skip; but some glyphs are meant to look alike.
+    duplicates: Literal["skip", "keep"] | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of codec and feature network; auto: bf16 where it is fast
+    flips: bool = False  # the mirrored picture's latent is stored too, and training sees either
+    max_skipped: float = Field(0.05, ge=0, le=1)  # the share that may fail; duplicates do not count
+    block: PositiveInt = 4096  # samples of a shard, where the source can be cut anywhere
+
+    @property
+    def smallest_side(self) -> int:
+        """The shorter side, in pixels, below which a picture is skipped."""
+        return self.min_side if self.min_side is not None else max(1, self.size // 2)
+
+    @property
+    def skips_duplicates(self) -> bool:
+        return self.duplicates == "skip" or (self.duplicates is None and self.source != "glyphs")
 
 
 class ClusterSettings(Section):
-    """k clusters from `fine` centroids (None: what the data bears); method as in `atoll.cluster`."""
+    """k clusters from `fine` centroids (None: what the data bears); method as in `atoll.cluster`.
+
+    router_fraction: the share of all images that is set apart, as clusters/router, for the router to learn from; None:
+    it learns from the whole of encoded/.
+    """
 
     k: PositiveInt = 4
     fine: PositiveInt | None = None
     method: Literal["balanced", "free", "random"] = "balanced"
+    router_fraction: float | None = Field(None, gt=0, le=1)
 
 
 class NetworkSettings(Section):
@@ -62,23 +95,43 @@ class NetworkSettings(Section):
 
 
 class TrainSettings(Section):
-    """The training loop. ema: decay per step; precision "auto": bf16 where the hardware multiplies it."""
+    """The training loop. What fits which GPU with which switches, `atoll plan` tells."""
 
     steps: PositiveInt = 1000
-    batch: PositiveInt = 64
+    batch: PositiveInt = 64  # rows per step, over all processes and accumulated parts
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(50, ge=0)
     decay_from: float = Field(1.0, ge=0, le=1)  # the share of steps after which lr falls linearly to 0; 1: never
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = Field(1.0, gt=0)
-    ema: float = Field(0.999, ge=0, lt=1)
+    ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
+    ema_profiles: tuple[float, ...] = ()  # widths of power-function averages, kept for `atoll ema` (EDM2, 2312.02696)
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
     hold_back: float = Field(0.0, ge=0, lt=1)  # share of the training rows kept for calibration; 0: the val split
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    threads: PositiveInt = 1
+    # Speed and memory.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 where the hardware multiplies it
+    threads: PositiveInt = 1  # of a process on a CPU
+    accumulate: PositiveInt = 1  # parts of a batch, one after the other
+    compile: bool = False  # each block, once
+    checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    ema_device: Literal["same", "cpu"] = "same"
+    sharding: Literal["replicate", "shard"] = "replicate"  # of several processes: DDP, or FSDP2
+    # What is watched, and how often, in steps; 0: never.
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
+    validate_every: int = Field(1000, ge=0)
+    sample_every: int = Field(0, ge=0)
+    track: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # auto: TensorBoard if it is installed
+    spike: float = Field(8.0, gt=1)  # standard deviations of the log-loss that roll training back; so does NaN
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainSettings":
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
+        return self
 
 
 class ObjectiveSettings(Section):

@@ -21,7 +21,7 @@ RUN = {
     "condition": {"name": "hash", "dim": 8, "length": 4},
     "clusters": {"k": K},
     "network": {"patch": 2, "width": 16, "depth": 1, "heads": 2},
-    "train": {"steps": 8, "batch": 6, "checkpoint_every": 3, "log_every": 2, "precision": "fp32"},
+    "train": {"steps": 8, "batch": 6, "checkpoint_every": 3, "log_every": 2, "precision": "fp32", "track": "none"},
     "experts": [
         {"cluster": 0, "objective": {"prediction": "eps", "schedule": "cosine"}},
         {"cluster": 1, "objective": {"prediction": "flow", "schedule": "linear"}},

@@ -1,11 +1,13 @@
 import errno
 import json
 import os
+import socket
+import subprocess
 
 import pytest
 import torch
 
-from atoll.artifact import CARD, FORMAT, WEIGHTS, read_card, read_tensors, save_artifact, write_bytes
+from atoll.artifact import CARD, FORMAT, WEIGHTS, read_card, read_tensors, save_artifact, whole_directory, write_bytes
 from atoll.errors import AtollError
 
 
@@ -99,3 +101,18 @@ def test_nan_does_not_go_into_a_card(tmp_path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         save_artifact(tmp_path / "one", "expert", {"loss": float("nan")}, {})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_lives_is_kept(tmp_path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    dead = tmp_path / f".out.{host}-{ended.pid}.abc.tmp"
+    alive = tmp_path / f".out.{host}-{os.getppid()}.abc.tmp"
+    elsewhere = tmp_path / f".out.another-{ended.pid}.abc.tmp"
+    for left in (dead, alive, elsewhere):
+        left.mkdir()
+        (left / "part").write_text("x")
+    with whole_directory(tmp_path / "out") as directory:
+        (directory / "whole").write_text("x")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([alive.name, elsewhere.name, "out"])

@@ -13,18 +13,19 @@ PACKAGE = Path(atoll.__file__).parent
 
 # From the ground up. A module may import its own level only where it is the same part.
 LEVELS = [
-    ["errors", "shapes"],
-    ["artifact", "schedule"],
-    ["shards", "objective", "calibration", "routing", "condition", "codec", "feature", "solver"],
+    ["errors", "shapes", "words", "page", "device", "picture"],
+    ["artifact", "schedule", "process"],
+    ["weights"],
+    ["shards", "objective", "calibration", "routing", "condition", "solver"],
     ["manifest", "alignment", "nn"],
-    ["ensemble", "testing"],
+    ["ensemble", "testing", "codec", "feature"],
     ["loading"],
-    ["data", "cluster", "train", "assemble", "evaluate", "launch", "pipeline"],  # the stages
+    ["data", "cluster", "train", "assemble", "evaluate", "launch", "pipeline", "plan", "convert"],  # the stages
     ["cli"],
     ["__main__"],
 ]
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
-STAGES = LEVELS[6]
+STAGES = next(parts for parts in LEVELS if "train" in parts)
 
 
 def part_of(file: Path) -> str:

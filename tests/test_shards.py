@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from atoll import shards as module
 from atoll.errors import AtollError
-from atoll.shards import INDEX, MANIFEST, Shards, ShardWriter
+from atoll.shards import INDEX, MANIFEST, Shards, ShardWriter, repeats
 
 ROWS = 23
 
@@ -129,7 +128,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, path, monke
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "write_bytes", full)
+    monkeypatch.setattr("atoll.shards.writer.write_bytes", full)
     with pytest.raises(AtollError, match="No space left on device"):
         write(path)
     assert content(path) == before
@@ -255,3 +254,45 @@ def test_a_copy_elsewhere_works(tmp_path, path) -> None:
     copy = shutil.copytree(path, tmp_path / "island")
     shutil.rmtree(path)
     assert torch.equal(Shards(copy, verify=True).read("latent", slice(None)), rows()[3]["latent"])
+
+
+def test_parts_are_the_shards_in_order(path) -> None:
+    keys, captions, splits, columns = rows()
+    start = 0
+    for number, part in enumerate(Shards(path).parts()):
+        here = slice(start, start + len(part))
+        assert (part.number, part.start) == (number, start)
+        assert (part.keys, part.captions, part.splits) == (keys[here], captions[here], splits[here])
+        assert torch.equal(part.columns["latent"], columns["latent"][here])
+        start += len(part)
+    assert start == ROWS
+
+
+def test_adopting_shards_gives_what_appending_gives(tmp_path, path) -> None:
+    with ShardWriter(tmp_path / "adopted", {"made": "here"}) as writer:
+        for part in Shards(path).parts():
+            writer.adopt(path / f"shard-{part.number:05d}.safetensors", part.keys, part.captions, part.splits)
+    assert content(tmp_path / "adopted") == content(path)
+    with pytest.raises(ValueError, match="length"), ShardWriter(tmp_path / "other", {}) as writer:
+        writer.adopt(path / "shard-00000.safetensors", ["a"], [""], ["train"])
+    with pytest.raises(AtollError, match=INDEX), ShardWriter(tmp_path / "other", {}) as writer:
+        writer.adopt(path / INDEX, ["a"], [""], ["train"])
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=9), max_size=6), st.integers(1, 9))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+def test_repeats(monkeypatch, parts, at_a_time) -> None:
+    monkeypatch.setattr("atoll.shards.repeated._PASS", at_a_time)
+    flat = [value for part in parts for value in part]
+    expected = {row: flat.index(value) for row, value in enumerate(flat) if value in flat[:row]}
+    assert repeats(lambda: parts, len(flat)) == expected
+
+
+def test_repeats_does_not_take_equal_hashes_for_equal_values() -> None:
+    class Same(str):
+        def __hash__(self) -> int:
+            return 7
+
+        __eq__ = str.__eq__
+
+    assert repeats(lambda: [[Same("a"), Same("b")], [Same("b")]], 3) == {2: 1}

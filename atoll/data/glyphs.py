@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from atoll.data import Images, Source
+from atoll.data import Block, Raw, Source
 from atoll.errors import AtollError
 
 
@@ -59,6 +58,7 @@ DEMO = frozenset([*range(33, 127), *range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *
 # "+", "?" and "{" of the demo, and keeps the digits and the commonest letters.
 HELD_OUT_EVERY, HELD_OUT_AT = 20, 3
 
+_BLOCK = 4096  # glyphs that are drawn in one go
 _CANVAS = 128  # pixels at which a glyph is drawn, before it is reduced to the size asked for
 _MARGIN = 1 / 32  # of the picture's side, left free above and below the tallest letters
 
@@ -106,16 +106,19 @@ class Glyphs(Source):
     def __len__(self) -> int:
         return len(self._glyphs)
 
-    def batches(self, size: int) -> Iterator[Images]:
-        for start in range(0, len(self), size):
-            glyphs = self._glyphs[start : start + size]
-            words = [FACES[number].words for _, number in glyphs]
-            pictures = np.stack([self._draw(code, number) for code, number in glyphs])  # [B,H,W] uint8
-            yield Images(
-                keys=[f"U+{code:04X}/{face.replace(' ', '-')}" for (code, _), face in zip(glyphs, words, strict=True)],
-                captions=[caption(code, face) for (code, _), face in zip(glyphs, words, strict=True)],
-                splits=["val" if code % HELD_OUT_EVERY == HELD_OUT_AT else "train" for code, _ in glyphs],
-                images=torch.from_numpy(pictures).unsqueeze(1).float() / 255,  # [B,1,H,W]
+    def blocks(self) -> list[Block]:
+        ranges = [(start, min(start + _BLOCK, len(self))) for start in range(0, len(self), _BLOCK)]
+        return [Block(f"{start:06d}-{stop:06d}", stop - start, (start, stop)) for start, stop in ranges]
+
+    def read(self, block: Block) -> Iterator[Raw]:
+        """The glyphs of a block; the images are [1,size,size] uint8."""
+        for code, number in self._glyphs[slice(*block.content)]:
+            face = FACES[number].words
+            yield Raw(
+                key=f"U+{code:04X}/{face.replace(' ', '-')}",
+                image=self._draw(code, number)[None],  # [1,H,W]
+                caption=caption(code, face),
+                split="val" if code % HELD_OUT_EVERY == HELD_OUT_AT else "train",
             )
 
     def config(self) -> dict[str, Any]:

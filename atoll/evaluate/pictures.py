@@ -1,7 +1,5 @@
-"""Pictures and drawings that stand inside an HTML page: PNGs as data URIs, charts as SVG in the page's own colours."""
+"""Drawings that stand inside an HTML page: charts as SVG in the page's own colours."""
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,36 +7,10 @@ from html import escape
 
 from torch import Tensor
 
-COLOURS = 8  # --c0 to --c7 of the page's style sheet
+from atoll.page import colour
+
 WIDTH, HEIGHT = 520, 340  # of a chart, in its own units: readable when a phone shrinks it to 360 px
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48  # its margins
-
-
-def colour(index: int) -> str:
-    """The CSS colour of the expert with this index: the same on the whole page."""
-    return f"var(--c{index})" if index < COLOURS else f"hsl({index * 137.5 % 360:.0f} 55% 50%)"
-
-
-def png_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1) -> str:
-    """A data URI of images [B, 1 or 3, h, w] in [0, 1] on one sheet, row by row.
-
-    Small pictures are enlarged without smoothing until their longer side has `side` pixels; gaps (in pictures' pixels)
-    and missing places are transparent.
-    """
-    from PIL import Image
-
-    height, width = images.shape[-2:]
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for number, picture in enumerate(pixels):
-        place = (number % columns * (width + gap), number // columns * (height + gap))
-        sheet.paste(Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture), place)
-    factor = max(1, -(-side // max(height, width)))
-    sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
-    out = io.BytesIO()
-    sheet.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from atoll.evaluate.measure import Results, Score
-from atoll.evaluate.pictures import Line, colour, legend, line_chart, png_sheet, weight_strip
+from atoll.evaluate.pictures import Line, legend, line_chart, weight_strip
+from atoll.page import colour, document, number, picture_sheet
 
 FORMAT = 1
 
@@ -126,36 +127,26 @@ def _finite(value: Any) -> Any:
 def to_html(report: Report) -> str:
     """The page: no scripts, no files beside it."""
     sections = [
-        _section("Pictures", _pictures(report)),
-        _section("Numbers", _numbers(report)),
-        _section("Denoising error by noise level", _by_level(report)),
-        _section("Clusters", _clusters(report)),
-        _section("Calibration and alignment", _alignment(report)),
-        _section("Which expert was used when", _usage(report)),
-        _section("How this was made", _made(report)),
+        ("Pictures", _pictures(report)),
+        ("Numbers", _numbers(report)),
+        ("Denoising error by noise level", _by_level(report)),
+        ("Clusters", _clusters(report)),
+        ("Calibration and alignment", _alignment(report)),
+        ("Which expert was used when", _usage(report)),
+        ("How this was made", _made(report)),
     ]
-    title = escape(report.title)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
-        f"<h1>{title}</h1>\n{_lead(report)}\n{''.join(sections)}</main></body></html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n"
+    return document(report.title, _lead(report), sections)
 
 
 def _lead(report: Report) -> str:
     """The first sentence: what this is, and the answer."""
     scores = {score.name: score for score in report.results.scores}
     names = [*report.groups.get("ensemble", ()), *report.groups.get("monolith", ())]
-    told = ", ".join(f"{escape(name)} {_number(scores[name].frechet)}" for name in names)
+    told = ", ".join(f"{escape(name)} {number(scores[name].frechet)}" for name in names)
     return (
         f"<p>{len(report.experts)} experts, trained apart on {len(report.clusters) or 'their'} clusters, sampled as "
         f"one model. Fréchet distance ({report.results.frechet_name}, smaller is better): {told}; two sets of real "
-        f"pictures are {_number(report.results.floor)} apart.</p>"
+        f"pictures are {number(report.results.floor)} apart.</p>"
     )
 
 
@@ -165,11 +156,11 @@ def _pictures(report: Report) -> str:
         rows = []
         for name, images in grid.rows:
             alt = f"{len(images[p])} pictures of “{prompt}” by {name}"
-            rows.append(_strip(name, png_sheet(images[p], len(images[p])), alt, len(images[p]), len(images[p])))
+            rows.append(_strip(name, picture_sheet(images[p], len(images[p])), alt, len(images[p]), len(images[p])))
         real = grid.real[p]
         if real is not None:
             alt = f"the data's own picture of “{prompt}”"
-            rows.append(_strip("data", png_sheet(real, len(real)), alt, len(real), len(grid.seeds)))
+            rows.append(_strip("data", picture_sheet(real, len(real)), alt, len(real), len(grid.seeds)))
         cards.append(f'<figure class="card">{"".join(rows)}<figcaption>{escape(prompt)}</figcaption></figure>')
     return (
         f"<p>One row per way of sampling, one column per seed ({_listed(map(str, grid.seeds))}): in a column all began "
@@ -190,7 +181,7 @@ def _numbers(report: Report) -> str:
         for name in names:
             body.append(_score_row(name, results.score(name), group))
     head = f"<th>{results.frechet_name}</th><th>denoising error</th><th>pictures/s</th>"
-    floor = f"<tr><th scope=row>floor: real pictures</th><td>{_number(results.floor)}</td><td></td><td></td></tr>"
+    floor = f"<tr><th scope=row>floor: real pictures</th><td>{number(results.floor)}</td><td></td><td></td></tr>"
     return (
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}{floor}</tbody></table>'
         f"</div>\n{_explained(report)}"
@@ -201,13 +192,13 @@ def _score_row(label: str, score: Score, group: str = "") -> str:
     error = score.denoising
     return (
         f'<tr class="{group}"><th scope=row>{escape(label)}<small>{escape(score.made_by)}</small></th>'
-        f"<td>{_frechet(score)}</td><td>{_number(error.mean)} ± {_number(error.standard_error, 2)}</td>"
+        f"<td>{_frechet(score)}</td><td>{number(error.mean)} ± {number(error.standard_error, 2)}</td>"
         f"<td>{score.images_per_second:.3g}</td></tr>"
     )
 
 
 def _frechet(score: Score) -> str:
-    return _number(score.frechet) if score.frechet is not None else f"{score.diverged} pictures diverged"
+    return number(score.frechet) if score.frechet is not None else f"{score.diverged} pictures diverged"
 
 
 def _explained(report: Report) -> str:
@@ -244,7 +235,7 @@ def _by_level(report: Report) -> str:
     head = "".join(f"<th>{t:.2g}</th>" for t in levels)
     rows = "".join(
         f"<tr><th scope=row>{escape(name)}</th>"
-        + "".join(f"<td>{_number(e)}</td>" for e in r.score(name).denoising.by_level)
+        + "".join(f"<td>{number(e)}</td>" for e in r.score(name).denoising.by_level)
         + "</tr>"
         for name in names
     )
@@ -276,7 +267,7 @@ def _clusters(report: Report) -> str:
         alt = f"{len(c.images)} pictures of cluster {c.number}"
         cards.append(
             f"<figure><h3>Cluster {c.number}: {c.count} pictures, {c.share:.1%}</h3>"
-            f'<img class="sheet" src="{png_sheet(c.images, 8)}" alt="{alt}">'
+            f'<img class="sheet" src="{picture_sheet(c.images, 8)}" alt="{alt}">'
             f'<figcaption><ul class="legend">{experts or "<li>no expert</li>"}</ul>Words: {words}</figcaption></figure>'
         )
     if not cards:
@@ -347,51 +338,3 @@ def _plain(value: Any) -> str:
 
 def _listed(items: Iterable[str]) -> str:
     return ", ".join(items)
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    """`digits` significant digits, without an exponent where it reads as well without."""
-    if value is None or not math.isfinite(value):
-        return "diverged"
-    if 100 <= abs(value) < 1e5:
-        return f"{value:.0f}"
-    return f"{value:#.{digits}g}".rstrip(".")
-
-
-STYLE = """
-:root{color-scheme:light dark;--ink:#1c1c1a;--soft:#8b8a83;--rule:#dcdbd5;--page:#fbfbf9;--box:#f2f1ec;
---c0:#2a78d6;--c1:#eb6834;--c2:#1baf7a;--c3:#eda100;--c4:#e87ba4;--c5:#008300;--c6:#4a3aa7;--c7:#e34948}
-@media(prefers-color-scheme:dark){:root{--ink:#eceae3;--soft:#908f87;--rule:#3a3934;--page:#191917;--box:#24231f;
---c0:#3987e5;--c1:#d95926;--c2:#199e70;--c3:#c98500;--c4:#d55181;--c5:#2fa02f;--c6:#9085e9;--c7:#e66767}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:64rem;margin:auto;padding:1rem}
-h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}h3{font-size:1rem;margin:1rem 0 .3rem}
-p{max-width:46rem}figure{margin:1rem 0}figcaption{color:var(--ink);font-size:.9rem;max-width:46rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem}
-.card{margin:0;padding:.7rem;background:var(--box);border-radius:.4rem}
-.card figcaption{margin-top:.5rem;font-weight:600}
-.row{display:grid;grid-template-columns:4.7rem 1fr;align-items:center;margin-bottom:2px;font-size:.8rem}
-.cards figure{margin:0}
-img{display:block;width:100%;image-rendering:pixelated}
-.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
-th[scope=row]{text-align:left;font-weight:500;white-space:normal;min-width:8rem;background:var(--page)}
-.wide th[scope=row]{position:sticky;left:0}
-thead th{font-weight:600;vertical-align:bottom}
-tr.ensemble+tr.expert>*,tr.expert+tr.monolith>*{border-top:2px solid var(--rule)}
-small{display:block;color:var(--soft);font-weight:400}
-.chart{display:block;width:100%;max-width:40rem;overflow:visible}
-.chart text{fill:var(--ink);font-size:14px}.rule{stroke:var(--rule)}
-.legend{list-style:none;margin:.4rem 0;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;font-size:.9rem}
-.legend svg{width:1.75rem;height:.65rem;margin-right:.4rem}
-i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em}
-.strip{display:block;width:100%;min-width:6rem;height:2rem}
-.usage{width:100%}.usage td{width:36%;padding:.2rem .4rem}.usage thead th{text-align:left;padding-left:.4rem}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:30rem){dl{display:block}dd{margin-bottom:.4rem}
-table{font-size:.8rem}th,td{padding:.3rem .35rem}thead th{white-space:normal}th[scope=row]{min-width:6.5rem}
-.usage td{width:32%}}
-""".strip()

@@ -1,6 +1,5 @@
 """Evaluates a run: reads its directories, measures every way to sample it, writes report.html and report.json."""
 
-import math
 import os
 import platform
 import re
@@ -39,9 +38,9 @@ from atoll.objective import Objective
 from atoll.schedule import Linear
 from atoll.shards import Shards
 from atoll.solver import sample
+from atoll.words import count_words, telling_words
 
 PICTURES_PER_CLUSTER = 24
-WORDS_PER_CLUSTER = 6
 
 
 @dataclass(frozen=True)
@@ -243,21 +242,6 @@ def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
 def say_objective(objective: Objective) -> str:
     """eps on cosine"""
     return f"{objective.prediction} on {objective.schedule.config()['name']}"
-
-
-def count_words(captions: Sequence[str]) -> Counter[str]:
-    """In how many captions each word stands."""
-    return Counter(word for caption in captions for word in set(re.findall(r"[^\W_]+", caption.lower())))
-
-
-def telling_words(
-    counts: Counter[str], captions: int, overall: Counter[str], total: int
-) -> tuple[tuple[str, float, float], ...]:
-    """(word, share p here, share q overall) of the words commoner here, by p log(p/q): what tells most."""
-    shares = [(word, count / captions, overall[word] / total) for word, count in counts.items()]
-    above = [share for share in shares if share[1] > share[2]]
-    above.sort(key=lambda share: (-share[1] * math.log(share[1] / share[2]), share[0]))
-    return tuple(above[:WORDS_PER_CLUSTER])
 
 
 def hashes_of(run: Opened, results: Results) -> tuple[tuple[str, str], ...]:

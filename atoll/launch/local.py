@@ -115,7 +115,7 @@ def _log(job: Job) -> Path:
 
 
 def _last_line(file: Path) -> dict[str, Any] | None:
-    """The last whole line of a metrics file, read from its end."""
+    """The last whole line of a metrics file that tells of a step, read from its end."""
     try:
         with file.open("rb") as stream:
             return _parse_tail(stream)
@@ -131,5 +131,6 @@ def _parse_tail(stream: IO[bytes]) -> dict[str, Any] | None:
             line: dict[str, Any] = json.loads(text)
         except ValueError:
             continue
-        return line
+        if "loss" in line:  # others tell of a validation, or of an event
+            return line
     return None

@@ -18,6 +18,9 @@ The six vectors come from the time and the optional pooled vector, by one of two
 XL/2 with 4 channels and 768 wide text has 605.7 M parameters with the first, 823.3 M with the second: 26 % less.
 HDDM counts 605 M. PixArt's layout counts 607.0 M: it projects the text by two layers, and the second one, D x D,
 is the difference of 1.3 M. Here, as in HDDM, the text goes through one linear layer.
+
+The last four fields of the configuration are for weights that come from elsewhere (`atoll.convert`); their defaults
+are DiT's and HDDM's.
 """
 
 import math
@@ -32,7 +35,9 @@ from atoll.condition import Condition
 from atoll.errors import AtollError
 
 Kind = Literal["single", "per-block"]
-TIME_FEATURES = 256  # sinusoids of the time, as in DiT
+TIME_FEATURES = 256  # sinusoids of the time, as in DiT,
+TIME_PERIOD = 10000.0  # whose longest period is 2 pi times this
+NORM_EPS = 1e-6
 
 
 def check_sizes(size: tuple[int, int], patch: int, width: int, heads: int) -> None:
@@ -64,6 +69,10 @@ class DiTConfig(BaseModel):
     states_dim: PositiveInt  # width of the condition's states
     pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
     modulation: Kind = "single"
+    final: Kind | None = None  # modulation of the last norm, where it is not that of the blocks
+    text_layers: Literal[1, 2] = 1  # linear layers that the states go through; PixArt has 2
+    mlp_eps: PositiveFloat = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT has 1e-5
+    time_period: PositiveFloat = TIME_PERIOD  # diffusers' DiT has 10000^(128/127): its sinusoids lie in 127 steps
 
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":
@@ -85,20 +94,22 @@ def unpatchify(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)  # [B,C,H,W]
 
 
-def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
+def sincos_positions(rows: int, columns: int, width: int, span: float | None = None) -> Tensor:
     """Fixed 2D positions [rows*columns, width]: half of the width for the column, half for the row.
 
-    The column comes first, as in DiT's get_2d_sincos_pos_embed (whose variable names say otherwise).
+    The column comes first, as in DiT's get_2d_sincos_pos_embed (whose variable names say otherwise). Tokens lie at
+    0, 1, 2, ...; with `span` at equal steps in [0, span) both ways (PixArt, of a network made for another size).
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # [D/4]
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")  # [rows,columns]
+    steps = [torch.arange(n, dtype=torch.float64) * (1 if span is None else span / n) for n in (rows, columns)]
+    row, column = torch.meshgrid(steps, indexing="ij")  # [rows,columns]
     angles = torch.stack([column, row]).reshape(2, -1, 1) * frequencies  # [2,N,D/4]
     by_column, by_row = torch.cat([angles.sin(), angles.cos()], dim=2)  # [N,D/2] each
     return torch.cat([by_column, by_row], dim=1).float()  # [N,D]
 
 
-def time_features(time: Tensor) -> Tensor:
-    """Sinusoids [B,256] of `time` [B], cosines first, periods from 2 pi to 2 pi * 10000: what DiT's MLP reads.
+def time_features(time: Tensor, period: float = TIME_PERIOD) -> Tensor:
+    """Sinusoids [B,256] of `time` [B], cosines first, periods from 2 pi to 2 pi * period: what DiT's MLP reads.
 
     Never in less than float32, and not from a buffer, which `.to(torch.bfloat16)` would round: 999 times a
     rounded frequency is the sinusoid of another time.
@@ -106,7 +117,7 @@ def time_features(time: Tensor) -> Tensor:
     time = time.to(torch.promote_types(time.dtype, torch.float32))  # [B]
     half = TIME_FEATURES // 2
     index = torch.arange(half, device=time.device, dtype=time.dtype)  # [128]
-    angles = time[:, None] * torch.exp(-math.log(10000.0) * index / half)  # [B,128]
+    angles = time[:, None] * torch.exp(-math.log(period) * index / half)  # [B,128]
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # [B,256]
 
 
@@ -144,9 +155,9 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
     return torch.bmm(weights.to(v.dtype), v).unflatten(0, (B, h))  # [B,h,N,d]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
     """norm(x) * (1 + scale) + shift; x [B,N,D], shift and scale [B,1,D]. The norm has no weights of its own."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)  # [B,N,D]
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)  # [B,N,D]
 
 
 class SelfAttention(nn.Module):
@@ -176,6 +187,13 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, states: Tensor, bias: Tensor) -> Tensor:
         k, v = self.kv(states).chunk(2, dim=2)  # [B,L,D] each
         return self.out(attention(self.q(x), k, v, self.heads, bias))  # [B,N,D]
+
+
+def text_projection(states_dim: int, width: int, layers: int) -> nn.Module:
+    """What brings the states to the network's width: a linear layer, or PixArt's MLP of two."""
+    if layers == 1:
+        return nn.Linear(states_dim, width)
+    return nn.Sequential(nn.Linear(states_dim, width), nn.GELU("tanh"), nn.Linear(width, width))
 
 
 class SingleModulation(nn.Module):
@@ -209,14 +227,17 @@ MODULATIONS = {"single": SingleModulation, "per-block": PerBlockModulation}
 class Conditioner(nn.Module):
     """Time [B] and the optional pooled vector [B,P] -> what the modulations of the blocks and of the end read."""
 
-    def __init__(self, width: int, pooled_dim: int | None, kind: Kind) -> None:
+    def __init__(
+        self, width: int, pooled_dim: int | None, kind: Kind, final: Kind | None = None, period: float = TIME_PERIOD
+    ) -> None:
         super().__init__()
+        self.final, self.period = final or kind, period
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled = nn.Linear(pooled_dim, width) if pooled_dim else None
         self.shared = nn.Linear(width, 6 * width) if kind == "single" else None
 
     def forward(self, time: Tensor, pooled: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        c = self.time(time_features(time).to(dtype))  # [B,D]
+        c = self.time(time_features(time, self.period).to(dtype))  # [B,D]
         if self.pooled is not None:
             if pooled is None or pooled.shape[1] != self.pooled.in_features:
                 got = "none" if pooled is None else f"{pooled.shape[1]} wide"
@@ -225,17 +246,20 @@ class Conditioner(nn.Module):
                     "use the encoder that the network was trained with"
                 )
             c = c + self.pooled(pooled.to(dtype))  # [B,D]
-        if self.shared is None:
-            return F.silu(c), F.silu(c)  # [B,D], [B,D]
-        return self.shared(F.silu(c)).unflatten(1, (6, -1)), c[:, None]  # [B,6,D], [B,1,D]
+        activated = F.silu(c)  # [B,D]
+        prepared = activated if self.shared is None else self.shared(activated).unflatten(1, (6, -1))  # [B,6,D]
+        return prepared, c[:, None] if self.final == "single" else activated  # [B,D] or [B,6,D], [B,1,D] or [B,D]
 
 
 class Block(nn.Module):
     """One block, see the head of this file; without `cross` it has no cross-attention (the router's blocks)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, kind: Kind, cross: bool = True) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, kind: Kind, cross: bool = True, mlp_eps: float = NORM_EPS
+    ) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
+        self.mlp_eps = mlp_eps
         self.modulation = MODULATIONS[kind](width, 6)
         self.attention = SelfAttention(width, heads)
         self.cross = CrossAttention(width, heads) if cross else None
@@ -247,7 +271,7 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate_1, self.attention(modulate(x, shift_1, scale_1)))  # [B,N,D]
         if self.cross is not None:
             x = x + self.cross(x, states, bias)  # [B,N,D]
-        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))  # [B,N,D]
+        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, self.mlp_eps)))  # [B,N,D]
 
 
 def check_input(x: Tensor, time: Tensor, channels: int, size: tuple[int, int]) -> None:
@@ -300,10 +324,12 @@ class DiT(nn.Module):
         self.embed = nn.Linear(p * p * config.channels, D)
         # Fixed, and yet persistent: a network built on the meta device gets it together with its weights.
         self.register_buffer("positions", sincos_positions(H // p, W // p, D))
-        self.conditioner = Conditioner(D, config.pooled_dim, kind)
-        self.embed_states = nn.Linear(config.states_dim, D)
-        self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio, kind) for _ in range(config.depth))
-        self.final_modulation = MODULATIONS[kind](D, 2)
+        self.conditioner = Conditioner(D, config.pooled_dim, kind, config.final, config.time_period)
+        self.embed_states = text_projection(config.states_dim, D, config.text_layers)
+        self.blocks = nn.ModuleList(
+            Block(D, config.heads, config.mlp_ratio, kind, mlp_eps=config.mlp_eps) for _ in range(config.depth)
+        )
+        self.final_modulation = MODULATIONS[config.final or kind](D, 2)
         self.final = nn.Linear(D, p * p * config.channels)
         self.initialize()
 
@@ -311,7 +337,9 @@ class DiT(nn.Module):
         """HDDM's initialisation: DiT's, with PixArt's for the text. The output is exactly zero. (PixArt itself
         draws the shared layer and the tables at random: its gates are open from the start.)"""
         initialize_blocks(self, self.conditioner)
-        nn.init.normal_(self.embed_states.weight, std=0.02)
+        for module in self.embed_states.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, CrossAttention):
                 zero(module.out)
@@ -325,7 +353,7 @@ class DiT(nn.Module):
                 f"condition states: got {got} wide, expected {expected}; "
                 "use the encoder that the network was trained with"
             )
-        dtype = compute_dtype(self.embed_states.weight)
+        dtype = compute_dtype(self.embed.weight)
         states = self.embed_states(condition.states.to(dtype))  # [B,L,D]
         bias = torch.zeros(condition.mask.shape, dtype=dtype, device=states.device)  # [B,L]
         return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]

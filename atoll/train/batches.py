@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from atoll.condition import Condition, Encoder, Tokens
+from atoll.train.feed import Batch
+from atoll.train.rows import Rows
 
 
 class Order:
@@ -49,21 +51,29 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> Co
     )
 
 
-class CaptionedLatents:
-    """Latents [n, C, H, W] with their tokenised captions: what an expert trains on, or is calibrated on."""
+class Captioned:
+    """Latents with their captions' tokens: what a part trains on, or is measured on."""
 
-    def __init__(self, latents: Tensor, captions: list[str] | Tokens, encoder: Encoder):
-        self.latents = latents
-        self.tokens = captions if isinstance(captions, Tokens) else encoder.tokenize(captions)
-        self.encoder = encoder
+    def __init__(self, rows: Rows, encoder: Encoder):
+        self.rows, self.encoder = rows, encoder
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.rows)
 
-    def select(self, rows: Tensor) -> "CaptionedLatents":
-        """The given rows alone."""
-        return CaptionedLatents(self.latents[rows], self.tokens.index(rows), self.encoder)
+    def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
+        """The given rows: x0 [b,C,H,W] float16, ids and mask [b,L]. generator: draws which pictures are mirrored."""
+        mirrored = None
+        if generator is not None and self.rows.has_flips:
+            mirrored = torch.rand(len(rows), generator=generator) < 0.5
+        tokens = self.encoder.tokenize(self.rows.captions(rows))
+        return {"x0": self.rows.latents(rows, mirrored), "ids": tokens.ids, "mask": tokens.mask}
 
-    def at(self, rows: Tensor) -> tuple[Tensor, Condition]:
-        """(x0 [b, C, H, W] float32, condition) of the given rows."""
-        return self.latents[rows].float(), self.encoder.encode(self.tokens.index(rows))
+    def condition(self, batch: Batch) -> Condition:
+        """The encoding of a batch's captions, on its device."""
+        return self.encoder.encode(Tokens(batch["ids"], batch["mask"]))
+
+    def some(self, count: int, seed: int) -> tuple[Tensor, Condition]:
+        """At most `count` rows: x0 [b,C,H,W] float32 and their condition; always the same ones."""
+        chosen = torch.randperm(len(self), generator=seeded(seed, 0, stream=11))[:count].sort().values
+        batch = self.batch(chosen)
+        return batch["x0"].float(), self.condition(batch)

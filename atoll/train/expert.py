@@ -1,6 +1,6 @@
 """Trains one expert on one cluster's shards and nothing else: `atoll train expert 3`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,24 @@ from torch import Tensor, nn
 
 from atoll.artifact import save_artifact
 from atoll.calibration import Calibration
-from atoll.condition import Encoder, build_encoder
+from atoll.condition import Condition, Encoder, build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
-from atoll.shards import SPLITS, Shards, Split
-from atoll.train.batches import CaptionedLatents, Order, drop_condition, seeded
+from atoll.shards import Shards
+from atoll.train.batches import Captioned, Order, drop_condition, seeded
 from atoll.train.calibrate import measure_calibration
-from atoll.train.loop import Progress, finished, train, training_mark
+from atoll.train.feed import Batch
+from atoll.train.island import Island, whole
+from atoll.train.loop import finished, train, training_mark
+from atoll.train.rows import Rows
+from atoll.train.task import Task
+from atoll.train.track import Progress
+
+_VALIDATION_ROWS = 256
+_VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
+_CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 
 
 def train_expert(
@@ -89,8 +98,7 @@ def _train(
     objective = Objective(**job.part.objective.model_dump())
     settings = manifest.train_of(job.part)
     network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
-    latents, captions = _read(shards)
-    training, held_out, measured_on = _hold_back(latents, captions, encoder, settings.hold_back, job.seed)
+    training, held_out, measured_on = _hold_back(shards, encoder, settings.hold_back, job.seed)
 
     identity = {
         "network": network_config,
@@ -105,55 +113,60 @@ def _train(
     torch.manual_seed(job.seed)
     network = build_network(network_config)
     state = job.path.with_name(f".train-{job.name}")
-    loss = denoising_loss(network, objective, training, settings, job.seed)
-    trained = train(network, loss, settings, state, mark, resume, restart, progress)
-
-    calibration = calibrate(network, objective, held_out, mean=training.latents.float().mean(0), seed=job.seed)
-    save_artifact(
-        job.path,
-        "expert",
-        {
-            "name": job.name,
-            "clusters": list(job.clusters),
-            "k": card["clusters"],
-            "objective": objective.config(),
-            "network": network_config,
-            "latent_shape": card["latent_shape"],
-            "codec": card["codec"],
-            "condition": card["condition"],
-            "assignment": card["assignment"],
-            "calibration": {**calibration.config(), "measured_on": measured_on, "latents": len(held_out)},
-            "training": {
-                **trained.summary,
-                "rows": len(training),
-                "seed": job.seed,
-                "torch": torch.__version__,
-            },
-        },
-        {
-            **{f"network.{name}": value for name, value in network.state_dict().items()},
-            **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
-        },
-    )
+    with Island.join(settings.device, settings.threads) as island:
+        task = Denoising(network, objective, training, held_out, settings, job.seed, card["codec"])
+        trained = train(task, settings, state, mark, island, resume, restart, progress)
+        calibration = calibrate(network, objective, held_out, training.rows.mean(), job.seed, island.device)
+        if island.is_first:
+            save_artifact(
+                job.path,
+                "expert",
+                {
+                    "name": job.name,
+                    "clusters": list(job.clusters),
+                    "k": card["clusters"],
+                    "objective": objective.config(),
+                    "network": network_config,
+                    "latent_shape": card["latent_shape"],
+                    "codec": card["codec"],
+                    "condition": card["condition"],
+                    "assignment": card["assignment"],
+                    "calibration": {**calibration.config(), "measured_on": measured_on},
+                    "training": {
+                        **trained.summary,
+                        "rows": len(training),
+                        "seed": job.seed,
+                        "torch": torch.__version__,
+                    },
+                },
+                {
+                    **{f"network.{name}": value for name, value in _whole_state(network).items()},
+                    **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
+                },
+            )
     return job.path
 
 
-def _hold_back(
-    latents: dict[Split, Tensor], captions: dict[Split, list[str]], encoder: Encoder, share: float, seed: int
-) -> tuple[CaptionedLatents, CaptionedLatents, str]:
+def _whole_state(network: nn.Module) -> dict[str, Tensor]:
+    names, tensors = zip(*network.state_dict().items(), strict=True)
+    return dict(zip(names, whole(tensors), strict=True))
+
+
+def _hold_back(shards: Sequence[Shards], encoder: Encoder, share: float, seed: int) -> tuple[Captioned, Captioned, str]:
     """(rows to train on, rows to calibrate on, what the latter are).
 
     With a share, so many training rows are kept from training: held out, but of the same words as what is asked at
     inference. Without one they are the val split, or, on an island that has none, the training rows themselves.
     """
-    every = CaptionedLatents(latents["train"], captions["train"], encoder)
+    every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     if share > 0:
         order = torch.randperm(len(every), generator=seeded(seed, 0, stream=9))
         kept = max(1, round(share * len(every)))
-        return every.select(order[kept:].sort().values), every.select(order[:kept].sort().values), "held back"
-    if captions["val"]:
-        return every, CaptionedLatents(latents["val"], captions["val"], encoder), "val"
-    return every, every, "train"
+        training, back = every.select(order[kept:].sort().values), every.select(order[:kept].sort().values)
+        return Captioned(training, encoder), Captioned(back, encoder), "held back"
+    if len(val):
+        return Captioned(every, encoder), Captioned(val, encoder), "val"
+    return Captioned(every, encoder), Captioned(every, encoder), "train"
 
 
 def dit_config(
@@ -172,33 +185,72 @@ def dit_config(
     }
 
 
-def denoising_loss(
-    network: nn.Module, objective: Objective, data: CaptionedLatents, settings: TrainSettings, seed: int
-) -> Any:
-    """step -> mean loss of the step's batch, with the condition dropped in a share of the rows."""
-    order = Order(len(data), settings.batch, seed)
-    null = data.encoder.null(1)
+class Denoising(Task):
+    """An expert's training: the loss of its objective, with the condition dropped in a share of the rows."""
 
-    def batch_loss(step: int) -> Tensor:
-        g = seeded(seed, step)
-        x0, condition = data.at(order.at(step))
-        t = objective.sample_time(len(x0), g)
-        eps = torch.randn(x0.shape, generator=g)
-        condition = drop_condition(condition, null, torch.rand(len(x0), generator=g) < settings.dropout)
-        output = network(objective.diffuse(x0, eps, t), t * objective.time_scale, condition)
-        return objective.loss(output, x0, eps, t).mean()
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        data: Captioned,
+        held_out: Captioned,
+        settings: TrainSettings,
+        seed: int,
+        codec: dict[str, Any],
+    ):
+        self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
+        self.settings, self.seed, self.codec = settings, seed, codec
+        self.order = Order(len(data), settings.batch, seed)
+        self.shape = data.rows.shards[0].shape("latent")
+        self.null: Condition | None = None
 
-    return batch_loss
+    def batch(self, index: int, share: slice) -> Batch:
+        g = seeded(self.seed, index)
+        count = self.settings.batch
+        t = self.objective.sample_time(count, g)
+        eps = torch.randn(count, *self.shape, generator=g)
+        dropped = torch.rand(count, generator=g) < self.settings.dropout
+        rows = self.data.batch(self.order.at(index)[share], seeded(self.seed, index, stream=1 + share.start))
+        return {**rows, "t": t[share], "eps": eps[share], "dropped": dropped[share]}
+
+    def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
+        x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
+        condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
+        output = module(self.objective.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
+        return self.objective.loss(output, x0, eps, t)
+
+    def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
+        """The objective's loss on held-out latents at some log-SNR of its path, conditioned: {"+2": 0.31, ...}."""
+        x0, condition = self.held_out.some(_VALIDATION_ROWS, self.seed)
+        device = next(self.module.parameters()).device
+        losses = {}
+        for level in _VALIDATION_LOG_SNR:
+            t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
+            eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, stream=12))
+            x, scaled = self.objective.diffuse(x0, eps, t), t * self.objective.time_scale
+            output = module(x.to(device), scaled.to(device), condition.to(device)).cpu()
+            losses[f"{level:+d}"] = round(float(self.objective.loss(output.float(), x0, eps, t).mean()), 6)
+        return losses
+
+    def draw(self, module: Callable[..., Tensor], file: Path) -> None:
+        """A grid of pictures by this expert alone, for captions that it was not trained on."""
+        from atoll.train.draw import draw_grid
+
+        draw_grid(module, self.objective, self.held_out, self.codec, file, self.seed)
+
+    def _null(self, device: torch.device) -> Condition:
+        if self.null is None:
+            self.null = self.data.encoder.null(1).to(device)
+        return self.null
 
 
-def calibrate(network: nn.Module, objective: Objective, data: CaptionedLatents, mean: Tensor, seed: int) -> Calibration:
+def calibrate(
+    network: nn.Module, objective: Objective, data: Captioned, mean: Tensor, seed: int, device: torch.device
+) -> Calibration:
     """The expert's calibration on held-out latents with their own captions."""
-    x0, condition = data.at(torch.arange(len(data)))
-    return measure_calibration(network, objective, x0, condition, mean=mean, seed=seed)
+    x0, condition = data.some(_CALIBRATION_ROWS, seed)
 
+    def on_device(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
+        return network(x.to(device), time.to(device), None if given is None else given.to(device)).cpu()
 
-def _read(shards: Sequence[Shards]) -> tuple[dict[Split, Tensor], dict[Split, list[str]]]:
-    """Latents and captions by split, of all given shards."""
-    latents = {s: torch.cat([part.read("latent", part.rows(s)) for part in shards]) for s in SPLITS}
-    captions = {s: [part.captions[i] for part in shards for i in part.rows(s).tolist()] for s in SPLITS}
-    return latents, captions
+    return measure_calibration(on_device, objective, x0, condition.to("cpu"), mean=mean, seed=seed)

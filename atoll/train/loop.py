@@ -1,36 +1,41 @@
 """The training loop, in the open: experts, the router and the monolith all go through it."""
 
-import json
 import math
-import os
 import signal
-import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atoll.artifact import CARD, read_card
+from atoll.device import has_bf16
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
-from atoll.train.checkpoint import CHECKPOINT, fingerprint, load_checkpoint, save_checkpoint
-
-BatchLoss = Callable[[int], Tensor]  # step -> mean loss of that step's batch, a function of the step alone
-Progress = Callable[[dict[str, Any]], None]
-
-METRICS = "metrics.jsonl"
+from atoll.train.checkpoint import Checkpoints, fingerprint
+from atoll.train.feed import Batch, Feed
+from atoll.train.island import Island, whole
+from atoll.train.state import Numbers, State, learning_rate
+from atoll.train.task import Task
+from atoll.train.track import Progress, Tracker
 
 
 class Interrupted(Exception):
     """SIGTERM or SIGINT came; the state is saved."""
 
 
-# Settings that may differ between a run and its continuation: they do not change what is computed.
-_MAY_CHANGE = {"threads", "checkpoint_every", "log_every"}
+# Settings that may differ between a run and its continuation: they do not change what is computed, but for rounding.
+_MAY_CHANGE = {
+    *("threads", "device", "accumulate", "compile", "checkpointing", "sharding"),
+    *("checkpoint_every", "log_every", "validate_every", "sample_every", "track"),
+}
+_ROLLBACKS = 3  # after which training gives up
+_CALM = 100  # steps after which a spike can be told from the beginning
 
 
 def training_mark(identity: dict[str, Any], settings: TrainSettings) -> str:
@@ -56,103 +61,179 @@ def finished(path: Path, kind: str, mark: str, resume: bool, restart: bool) -> b
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop returns: the module with its EMA weights in place, and what the card tells of the training."""
+    """What the loop returns: what the card tells of the training. The module has its EMA weights in place."""
 
     summary: dict[str, Any]
 
 
 def train(
-    module: nn.Module,
-    batch_loss: BatchLoss,
+    task: Task,
     settings: TrainSettings,
     directory: Path,
     mark: str,
+    island: Island,
     resume: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Trained:
-    """Trains `module` in place for settings.steps steps and leaves its EMA weights in it.
+    """Trains the task's module in place for settings.steps steps and leaves its EMA weights in it.
 
     Args:
-        batch_loss: step -> mean loss; must use nothing random but generators seeded by the step.
-        directory: of checkpoint.safetensors and metrics.jsonl; made if missing.
+        directory: of checkpoint, metrics.jsonl, summary.json and the sample grids; made if missing.
         mark: of `training_mark`; a checkpoint of another mark is refused.
+        island: the processes that train together; each calls this.
         resume: continue from the checkpoint, bit for bit as if never stopped; without one, start.
         restart: throw an existing checkpoint away.
-        progress: called with each line of metrics.jsonl.
+        progress: called with each line of metrics.jsonl that tells of a step.
 
     Raises:
-        AtollError: a checkpoint exists and neither resume nor restart was asked; NaN loss.
+        AtollError: a checkpoint exists and neither resume nor restart was asked; the loss was not finite, or leapt,
+            once more than can be skipped; the disk is full.
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
-    torch.set_num_threads(settings.threads)
     directory.mkdir(parents=True, exist_ok=True)
-    parameters: list[Tensor] = list(module.parameters())
-    ema = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    task.module.to(island.device)
+    module = island.spread(_prepared(task.module, settings), settings.sharding)
+    state = State(task.module, settings)
+    with Checkpoints(directory, mark, island) as checkpoints:
+        log = _run(task, module, state, checkpoints, settings, directory, island, resume, restart, progress)
+    with torch.no_grad():
+        for parameter, average in zip(state.parameters, state.ema, strict=True):
+            parameter.copy_(average)
+    module.eval()
+    return Trained(summary=log.close(state.numbers.rollbacks, state.numbers.skipped))
 
+
+def _run(
+    task: Task,
+    module: nn.Module,
+    state: State,
+    checkpoints: Checkpoints,
+    settings: TrainSettings,
+    directory: Path,
+    island: Island,
+    resume: bool,
+    restart: bool,
+    progress: Progress | None,
+) -> Tracker:
+    """The steps that are still to be done."""
     # Where to begin.
-    checkpoint = directory / CHECKPOINT
     if restart:
-        checkpoint.unlink(missing_ok=True)
-    start = 0
-    if checkpoint.exists():
+        checkpoints.clear()
+    if checkpoints.exists():
         if not resume:
-            raise AtollError(f"{checkpoint} exists; add --resume to go on from it, or --restart to begin again")
-        start = load_checkpoint(directory, module, ema, optimizer, mark)
-    log = _Log(directory / METRICS, start, settings, mark, progress)
-    autocast = _autocast(settings.precision, parameters[0].device)
+            raise AtollError(f"{directory}: holds a checkpoint; --resume goes on from it, --restart begins again")
+        checkpoints.load(state)
+    else:
+        checkpoints.save(state)
+    numbers, share = state.numbers, island.share(settings.batch)
+    log = Tracker(directory, numbers.step, settings, checkpoints.mark, progress, quiet=not island.is_first)
+    autocast = _autocast(settings.precision, island.device)
 
     module.train()
-    with _stop_signals() as stopped:
-        for step in range(start, settings.steps):
-            # Forward and backward.
-            with autocast():
-                loss = batch_loss(step)
-            if not math.isfinite(value := loss.item()):
-                raise AtollError(
-                    f"step {step}: the loss is {value}; the checkpoint of step {_last_step(step, start, settings)} is "
-                    "whole: lower lr, or set precision to fp32, and start again"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+    with Feed(lambda index: task.batch(index, share), island.device) as feed, _stop_signals() as stopped:
+        while numbers.step < settings.steps:
+            batch = feed.at(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
+            # Forward and backward, part by part.
+            state.optimizer.zero_grad(set_to_none=True)
+            total = torch.zeros((), device=island.device)
+            for number, part in enumerate(_parts(batch, settings.accumulate)):
+                with autocast(), island.accumulating(module, last=number + 1 == settings.accumulate):
+                    loss = task.losses(module, part).sum() / (share.stop - share.start)
+                    loss.backward()
+                total += loss.detach()
+            value = float(island.mean(total))
+            norm = float(whole([nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)])[0])
+            if not _is_sound(value, norm, numbers, settings):
+                state.numbers = numbers = _roll_back(state, checkpoints, value, log)
+                continue
             # Update.
-            norm = nn.utils.clip_grad_norm_(parameters, settings.clip, foreach=True)
-            optimizer.param_groups[0]["lr"] = _learning_rate(step, settings)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(ema, parameters, 1 - _ema_decay(step, settings))
-            # Log and save.
-            log.step(step, value, norm)
-            done = step + 1
-            if stopped() or done % settings.checkpoint_every == 0 or done == settings.steps:
-                save_checkpoint(directory, done, module, ema, optimizer, mark)
-            if stopped() and done < settings.steps:
+            lr = learning_rate(numbers.step, settings)
+            state.update(lr)
+            done = numbers.step
+            # Log, look and save.
+            log.step(done, value, norm, lr)
+            if _due(done, settings.validate_every, settings):
+                log.validated(done, _with_average(state, module, task.validate))
+            if _due(done, settings.sample_every, settings) and island.world == 1:
+                picture = directory / f"samples-{done:07d}.png"
+                _with_average(state, module, partial(task.draw, file=picture))
+            stop = island.any(stopped())
+            if stop or done % settings.checkpoint_every == 0 or done == settings.steps:
+                checkpoints.save(state)
+            if stop and done < settings.steps:
+                checkpoints.finish()
                 raise Interrupted(f"stopped at step {done} of {settings.steps}; --resume goes on from there")
+    checkpoints.finish()
+    return log
 
-    with torch.no_grad():
-        torch._foreach_copy_(parameters, ema)
+
+def _prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
+    """The module with the switches that trade time for memory or for compilation."""
+    if settings.checkpointing != "none":
+        module.checkpointing = settings.checkpointing  # type: ignore[assignment]
+    if settings.compile:
+        # One block is compiled and serves for all: seconds, where the whole network takes minutes.
+        for block in module.blocks:  # type: ignore[union-attr]
+            block.compile()
+    return module
+
+
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    size = len(next(iter(batch.values()))) // count
+    for start in range(0, size * count, size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+def _is_sound(loss: float, norm: float, numbers: Numbers, settings: TrainSettings) -> bool:
+    """Whether loss and gradient are finite and the loss did not leap; takes it into the running moments if so."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return False
+    level = math.log(max(loss, 1e-30))
+    spread = math.sqrt(max(numbers.square - numbers.mean**2, 1e-4))
+    if numbers.seen >= _CALM and level > numbers.mean + settings.spike * spread:
+        return False
+    keep = min(0.99, numbers.seen / (numbers.seen + 1))
+    numbers.mean = keep * numbers.mean + (1 - keep) * level
+    numbers.square = keep * numbers.square + (1 - keep) * level**2
+    numbers.seen += 1
+    return True
+
+
+def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker) -> Numbers:
+    """Goes back to the last checkpoint and skips the batches since: the numbers to go on with, saved at once."""
+    bad = state.numbers
+    checkpoints.load(state)
+    numbers = state.numbers
+    what = f"the loss of step {bad.step + 1} is {loss:.4g}"
+    if numbers.rollbacks == _ROLLBACKS:
+        raise AtollError(
+            f"{what}, after {_ROLLBACKS} returns to a checkpoint; the one of step {numbers.step} is whole: "
+            "lower train.lr or set train.precision to fp32, and start again"
+        )
+    numbers.skipped += bad.step + 1 - numbers.step
+    numbers.rollbacks += 1
+    checkpoints.save(state)
+    told = f"{what}: back to step {numbers.step}, {numbers.skipped} batches skipped so far"
+    warnings.warn(told, stacklevel=2)
+    log.event(numbers.step, told)
+    return numbers
+
+
+def _due(done: int, every: int, settings: TrainSettings) -> bool:
+    return every > 0 and (done % every == 0 or done == settings.steps)
+
+
+@torch.no_grad()
+def _with_average(state: State, module: nn.Module, look: Callable[[nn.Module], Any]) -> Any:
+    """What `look` sees of the module with its averaged weights, as it will be delivered."""
     module.eval()
-    return Trained(summary=log.summary())
-
-
-def _learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, constant, then linear to 0 from `decay_from` on."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    begin = settings.decay_from * settings.steps
-    fall = 1.0 if step < begin else (settings.steps - step) / max(1.0, settings.steps - begin)
-    return settings.lr * warm * fall
-
-
-def _ema_decay(step: int, settings: TrainSettings) -> float:
-    """The decay grows to its value as (1 + n)/(10 + n), so that the average forgets the initial weights."""
-    return min(settings.ema, (1 + step) / (10 + step))
-
-
-def _last_step(step: int, start: int, settings: TrainSettings) -> int:
-    return max(start, step - step % settings.checkpoint_every)
+    state.swap()
+    try:
+        return look(module)
+    finally:
+        state.swap()
+        module.train()
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], Any]:
@@ -160,15 +241,6 @@ def _autocast(precision: str, device: torch.device) -> Callable[[], Any]:
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 run in hardware there (Ampere and later; AMX or AVX512-BF16)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return False
 
 
 @contextmanager
@@ -184,64 +256,3 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class _Log:
-    """metrics.jsonl: one line each `log_every` steps. A continued run rewrites what came after its checkpoint."""
-
-    def __init__(self, file: Path, start: int, settings: TrainSettings, mark: str, progress: Progress | None):
-        self.settings, self.mark, self.progress = settings, mark, progress
-        kept = [line for line in _lines(file) if line["step"] <= start]
-        self.file = file
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, file)
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
-        self.began = self.last = time.monotonic()
-        self.losses: list[float] = []
-        self.final: dict[str, Any] = kept[-1] if kept else {}
-
-    def step(self, step: int, loss: float, norm: Tensor) -> None:
-        self.losses.append(loss)
-        done = step + 1
-        if done % self.settings.log_every and done != self.settings.steps:
-            return
-        now = time.monotonic()
-        rate = len(self.losses) / max(now - self.last, 1e-9)
-        line = {
-            "step": done,
-            "steps": self.settings.steps,
-            "loss": sum(self.losses) / len(self.losses),
-            "grad_norm": float(norm),
-            "lr": _learning_rate(step, self.settings),
-            "images_per_s": rate * self.settings.batch,
-            "seconds": self.seconds_before + now - self.began,
-            "eta_s": (self.settings.steps - done) / rate,
-        }
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.final, self.losses, self.last = line, [], now
-        if self.progress is not None:
-            self.progress(line)
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "mark": self.mark,
-            "settings": self.settings.model_dump(),
-            "steps": self.settings.steps,
-            "loss": self.final.get("loss"),
-            "seconds": round(self.final.get("seconds", 0.0), 1),
-        }
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a line cut by a crash is left out."""
-    if not file.exists():
-        return []
-    lines = []
-    for text in file.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines

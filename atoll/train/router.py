@@ -1,5 +1,6 @@
 """Trains the router: which cluster does a noisy latent belong to? (DDM section 3.3): `atoll train router`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atoll.artifact import read_json, save_artifact
-from atoll.condition import Encoder, build_encoder
+from atoll.condition import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings
 from atoll.nn import build_network
 from atoll.schedule import Linear
 from atoll.shapes import per_sample
-from atoll.shards import Shards
-from atoll.train.batches import CaptionedLatents, Order, drop_condition, seeded
-from atoll.train.loop import Progress, finished, train, training_mark
+from atoll.shards import INDEX, SPLITS, Shards
+from atoll.train.batches import Captioned, Order, drop_condition, seeded
+from atoll.train.feed import Batch
+from atoll.train.island import Island
+from atoll.train.loop import Trained, finished, train, training_mark
+from atoll.train.rows import Rows
+from atoll.train.task import Task
+from atoll.train.track import Progress
 
 _PATH = Linear()
 _EVALUATED_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
+_EVALUATED_ON = 2048  # held-out latents at most
 
 
 def train_router(
@@ -29,20 +36,14 @@ def train_router(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Trains the router on all latents and their assignment, and returns its artifact's directory.
+    """Trains the router on latents and their clusters, and returns its artifact's directory.
+
+    The data set is clusters/router where that is there (it needs nothing beside it), else all of encoded/.
 
     Raises:
         AtollError: missing or damaged shards, an assignment that lacks a latent, NaN loss, a checkpoint in the way.
     """
-    encoded = Shards(run / "encoded")
-    clusters = read_json(run / "clusters" / "clusters.json")
-    assignment = _assignment(run / "clusters" / "assignment.parquet")
-    try:
-        labels = torch.tensor([assignment[key] for key in encoded.keys])
-    except KeyError as error:
-        raise AtollError(
-            f"{run / 'clusters'}: the assignment lacks the key {error}; it is of other data: run `atoll cluster` again"
-        ) from None
+    encoded, labels, clusters, assignment = _data_set(run)
     settings = manifest.train_of(manifest.router)
     free = manifest.router.network
     encoder = build_encoder(encoded.card["condition"])
@@ -51,79 +52,131 @@ def train_router(
         "name": "router",
         "size": latent_shape[1:],
         "channels": latent_shape[0],
-        "clusters": clusters["k"],
+        "clusters": clusters,
         "pooled_dim": encoder.pooled_dim if free.pooled else None,
         **free.model_dump(exclude={"pooled"}),
     }
     seed = manifest.seed * 1000 + 998
     path = run / "router"
-    mark = training_mark({"network": config, "assignment": clusters["assignment"], "seed": seed}, settings)
+    mark = training_mark({"network": config, "assignment": assignment, "seed": seed}, settings)
     if finished(path, "router", mark, resume, restart):
         return path
     torch.manual_seed(seed)
     router = build_network(config)
-    rows, held_out = encoded.rows("train"), encoded.rows("val")
-    loss = routing_loss(router, _captioned(encoded, rows, encoder), labels[rows], settings, seed)
-    trained = train(router, loss, settings, path.with_name(".train-router"), mark, resume, restart, progress)
+    training, held_out = (Captioned(Rows.of([encoded], split), encoder) for split in SPLITS)
+    with Island.join(settings.device, settings.threads) as island:
+        task = Routing(router, training, held_out, labels, settings, seed)
+        trained = train(task, settings, path.with_name(".train-router"), mark, island, resume, restart, progress)
+        if island.is_first:
+            _save(path, router, task, trained, config, encoded, clusters, assignment)
+    return path
 
-    accuracy = router_accuracy(router, _captioned(encoded, held_out, encoder), labels[held_out], seed)
+
+def _save(
+    path: Path,
+    router: nn.Module,
+    task: "Routing",
+    trained: Trained,
+    config: dict[str, Any],
+    encoded: Shards,
+    clusters: int,
+    assignment: str,
+) -> None:
     save_artifact(
         path,
         "router",
         {
             "network": config,
-            "clusters": clusters["k"],
-            "latent_shape": latent_shape,
+            "clusters": clusters,
+            "latent_shape": list(encoded.shape("latent")),
             "codec": encoded.card["codec"],
-            "assignment": clusters["assignment"],
-            "accuracy_at_t": accuracy,
-            "training": {**trained.summary, "rows": len(rows), "seed": seed, "torch": torch.__version__},
+            "assignment": assignment,
+            "accuracy_at_t": task.accuracy(router),
+            "training": {**trained.summary, "rows": len(task.data), "seed": task.seed, "torch": torch.__version__},
         },
         {f"network.{name}": value for name, value in router.state_dict().items()},
     )
-    return path
 
 
-def routing_loss(router: nn.Module, data: CaptionedLatents, labels: Tensor, settings: TrainSettings, seed: int) -> Any:
-    """step -> mean cross-entropy of log p(cluster | x_t, t[, text]), t uniform on the linear path.
+class Routing(Task):
+    """The router's training: cross-entropy of log p(cluster | x_t, t[, text]), t uniform on the linear path.
 
     The text is dropped in a share of the rows as in an expert's training, so that the router answers without it too.
     """
-    order = Order(len(data), settings.batch, seed)
-    null = data.encoder.null(1)
 
-    def batch_loss(step: int) -> Tensor:
-        g = seeded(seed, step)
-        rows = order.at(step)
-        x0, condition = data.at(rows)
-        t = torch.rand(len(rows), generator=g)
-        x = _diffuse(x0, t, g)
-        condition = drop_condition(condition, null, torch.rand(len(rows), generator=g) < settings.dropout)
-        return F.nll_loss(router(x, t, condition.pooled), labels[rows])
+    def __init__(
+        self,
+        router: nn.Module,
+        data: Captioned,
+        held_out: Captioned,
+        labels: Tensor,
+        settings: TrainSettings,
+        seed: int,
+    ):
+        """labels: [n] int64, the clusters of all rows that `data` and `held_out` are chosen from."""
+        self.module, self.data, self.held_out, self.labels = router, data, held_out, labels
+        self.settings, self.seed = settings, seed
+        self.order = Order(len(data), settings.batch, seed)
+        self.null = data.encoder.null(1)
 
-    return batch_loss
+    def batch(self, index: int, share: slice) -> Batch:
+        g = seeded(self.seed, index)
+        count, rows = self.settings.batch, self.order.at(index)[share]
+        t = torch.rand(count, generator=g)
+        eps = torch.randn(count, *self.data.rows.shards[0].shape("latent"), generator=g)
+        dropped = torch.rand(count, generator=g) < self.settings.dropout
+        labels = self.labels[self.data.rows.numbers[rows]]
+        random = {"t": t[share], "eps": eps[share], "dropped": dropped[share]}
+        return {**self.data.batch(rows, seeded(self.seed, index, stream=1 + share.start)), **random, "label": labels}
+
+    def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
+        condition = self.data.condition(batch)
+        condition = drop_condition(condition, self.null.to(condition.states.device), batch["dropped"])
+        x = _diffuse(batch["x0"].float(), batch["t"], batch["eps"])
+        return F.nll_loss(module(x, batch["t"], condition.pooled), batch["label"], reduction="none")
+
+    def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
+        return {f"accuracy at {time}": share for time, share in self.accuracy(module).items()}
+
+    @torch.inference_mode()
+    def accuracy(self, module: Callable[..., Tensor]) -> dict[str, float]:
+        """Top-1 accuracy on held-out latents at a few times: {"0.1": 0.98, ...}; empty without such latents."""
+        if not len(self.held_out):
+            return {}
+        rows = (
+            torch.randperm(len(self.held_out), generator=seeded(self.seed, 0, stream=11))[:_EVALUATED_ON].sort().values
+        )
+        device = next(self.module.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self.held_out.batch(rows).items()}
+        labels = self.labels[self.held_out.rows.numbers[rows]].to(device)
+        pooled, found = self.held_out.condition(batch).pooled, {}
+        for number, time in enumerate(_EVALUATED_AT):
+            eps = torch.randn(batch["x0"].shape, generator=seeded(self.seed, number, stream=7)).to(device)
+            t = torch.full((len(rows),), time, device=device)
+            answers = module(_diffuse(batch["x0"].float(), t, eps), t, pooled).argmax(1)
+            found[str(time)] = round(float((answers == labels).float().mean()), 4)
+        return found
 
 
-@torch.inference_mode()
-def router_accuracy(router: nn.Module, data: CaptionedLatents, labels: Tensor, seed: int) -> dict[str, float]:
-    """Top-1 accuracy on held-out latents at a few times: {"0.1": 0.98, ...}; empty without such latents."""
-    accuracy = {}
-    for number, time in enumerate(_EVALUATED_AT if len(data) else ()):
-        x0, condition = data.at(torch.arange(len(data)))
-        t = torch.full((len(data),), time)
-        x = _diffuse(x0, t, seeded(seed, number, stream=7))
-        accuracy[str(time)] = round(float((router(x, t, condition.pooled).argmax(1) == labels).float().mean()), 4)
-    return accuracy
-
-
-def _captioned(encoded: Shards, rows: Tensor, encoder: Encoder) -> CaptionedLatents:
-    captions = [encoded.captions[i] for i in rows.tolist()]
-    return CaptionedLatents(encoded.read("latent", rows), captions, encoder)
-
-
-def _diffuse(x0: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-    eps = torch.randn(x0.shape, generator=generator)
+def _diffuse(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     return per_sample(_PATH.alpha(t), x0) * x0 + per_sample(_PATH.sigma(t), x0) * eps
+
+
+def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
+    """Latents, their clusters [n] int64, how many clusters there are, and the hash of the assignment."""
+    directory = run / "clusters"
+    if (directory / "router" / INDEX).is_file():
+        sample = Shards(directory / "router")
+        return sample, sample.read("cluster", slice(None)), sample.card["clusters"], sample.card["assignment"]
+    encoded, card = Shards(run / "encoded"), read_json(directory / "clusters.json")
+    cluster_of = _assignment(directory / "assignment.parquet")
+    try:
+        labels = torch.tensor([cluster_of[key] for key in encoded.keys])
+    except KeyError as error:
+        raise AtollError(
+            f"{directory}: the assignment lacks the key {error}; it is of other data: run `atoll cluster` again"
+        ) from None
+    return encoded, labels, card["k"], card["assignment"]
 
 
 def _assignment(file: Path) -> dict[str, int]:

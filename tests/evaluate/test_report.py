@@ -16,8 +16,9 @@ from torch import Tensor
 
 from atoll.evaluate.measure import EvaluateSettings, Results, Score
 from atoll.evaluate.metrics import DenoisingError
-from atoll.evaluate.pictures import Line, _log_ticks, _ticks, colour, line_chart, png_sheet, weight_strip
-from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, _number, to_html, to_json
+from atoll.evaluate.pictures import Line, _log_ticks, _ticks, line_chart, weight_strip
+from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
+from atoll.page import colour, number, picture_sheet
 
 EVIL = "<script>alert('x')</script> & \"q\" “é”"
 VOID = {"meta", "img", "br"}
@@ -166,7 +167,7 @@ class TestSheet:
 
     def test_is_exact_row_by_row_and_enlarged(self) -> None:
         images = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-        sheet = self.decoded(png_sheet(images, columns=3, side=12, gap=1))
+        sheet = self.decoded(picture_sheet(images, columns=3, side=12, gap=1))
         assert sheet.shape == (2 * (2 * 4 + 1), 2 * (3 * 6 + 2), 4)
         fourth = sheet[2 * 5 : 2 * 9, 2 * 0 : 2 * 6]
         expected = (images[3] * 255).round().permute(1, 2, 0).repeat_interleave(2, 0).repeat_interleave(2, 1)
@@ -176,7 +177,7 @@ class TestSheet:
         assert (fourth[..., 3] == 255).all()
 
     def test_takes_grey(self) -> None:
-        sheet = self.decoded(png_sheet(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), columns=2, side=1))
+        sheet = self.decoded(picture_sheet(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), columns=2, side=1))
         assert sheet[0, :, 0].tolist() == [0, 0, 255]
 
 
@@ -257,4 +258,4 @@ def test_every_expert_has_its_own_colour() -> None:
     ],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
-    assert _number(value) == text
+    assert number(value) == text

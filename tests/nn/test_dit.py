@@ -353,6 +353,50 @@ def test_positions_are_a_row_and_a_column() -> None:
     assert len(grid.flatten(0, 1).unique(dim=0)) == 15
 
 
+# What converted weights need
+
+
+def test_positions_of_a_span_are_those_of_a_grid_stretched_over_it() -> None:
+    stretched = sincos_positions(4, 8, 16, span=4.0).reshape(4, 8, 16)
+    torch.testing.assert_close(stretched[:, ::2], sincos_positions(4, 4, 16).reshape(4, 4, 16))
+    torch.testing.assert_close(stretched[0, :, 0], (torch.arange(8) / 2).sin())
+
+
+def test_the_last_norm_may_have_a_modulation_of_its_own() -> None:
+    network = random_dit(final="per-block")
+    assert isinstance(network.blocks[0].modulation, SingleModulation)
+    assert isinstance(network.final_modulation, PerBlockModulation)
+    time = torch.tensor([371.5], dtype=torch.float64)
+    c = F.silu(network.conditioner.time(time_features(time)))
+    _, prepared = network.conditioner(time, None, torch.float64)
+    torch.testing.assert_close(prepared, c)
+    same = random_dit(final="single")  # what it is anyway
+    assert same.state_dict().keys() == random_dit().state_dict().keys()
+    assert torch.equal(same(*inputs()), random_dit()(*inputs()))
+
+
+def test_text_may_go_through_two_layers() -> None:
+    network = random_dit(text_layers=2)
+    first, last = network.embed_states[0], network.embed_states[2]
+    condition = inputs()[2]
+    states, _ = network.embed_condition(condition)
+    torch.testing.assert_close(states, last(F.gelu(first(condition.states), approximate="tanh")))
+    torch.manual_seed(0)
+    started = DiT(config(text_layers=2, width=128, states_dim=64))
+    assert all(started.embed_states[i].weight.std().item() == pytest.approx(0.02, rel=0.1) for i in (0, 2))
+
+
+@pytest.mark.parametrize("changes", [{"mlp_eps": 1.0}, {"time_period": 100.0}])
+def test_eps_and_period_count(changes: dict[str, float]) -> None:
+    assert relative_error(random_dit(**changes)(*inputs()), random_dit()(*inputs())) > 1e-3
+
+
+def test_the_period_is_that_of_the_slowest_sinusoid() -> None:
+    slowest = 1000 ** -(127 / 128)
+    features = time_features(torch.tensor([5.0]), period=1000.0)
+    assert features[0, 255].item() == pytest.approx(math.sin(5 * slowest), rel=1e-5)
+
+
 # Sizes and configurations
 
 

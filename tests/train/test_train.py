@@ -18,11 +18,15 @@ from atoll.condition import HashEncoder
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn import build_network
-from atoll.train.batches import CaptionedLatents, Order, drop_condition
+from atoll.shards import Shards, ShardWriter
+from atoll.train.batches import Captioned, Order, drop_condition
 from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
-from atoll.train.router import router_accuracy, routing_loss, train_router
+from atoll.train.router import Routing, train_router
+from atoll.train.rows import Rows
+from atoll.train.track import read_metrics
+from tests.conftest import write_run
 
 NAME = "1-flow-linear"
 
@@ -58,8 +62,9 @@ def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
     assert card["assignment"] == json.loads((trained_run / "clusters" / "clusters.json").read_text())["assignment"]
     assert card["calibration"]["measured_on"] == "val"
     assert len(card["calibration"]["slope"]) == len(card["calibration"]["log_snr"])
-    lines = (trained_run / "experts" / f".train-{NAME}" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+    lines = read_metrics(trained_run / "experts" / f".train-{NAME}")
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    assert set(lines[-1]["val"]) == {"-6", "-4", "-2", "+0", "+2", "+4", "+6"}
 
 
 def test_the_artifact_holds_the_average_of_the_weights(trained_run) -> None:
@@ -70,21 +75,23 @@ def test_the_artifact_holds_the_average_of_the_weights(trained_run) -> None:
         assert not torch.equal(state[f"ema.{name}"], state[f"model.{name}"])
 
 
-def test_a_router_with_pooled_reads_the_prompt() -> None:
+def test_a_router_with_pooled_reads_the_prompt(tmp_path) -> None:
     """Latents that say nothing, captions that say all: it must learn from the words, and be unsure without them."""
     encoder = HashEncoder(dim=8, length=4)
-    captions = ["moss", "sand"] * 20
-    data = CaptionedLatents(torch.zeros(40, 1, 4, 8), captions, encoder)
     labels = torch.arange(40) % 2
+    with ShardWriter(tmp_path / "data", {}) as writer:
+        keys, captions = [f"k{i}" for i in range(40)], ["moss", "sand"] * 20
+        writer.append(keys, captions, ["train"] * 40, {"latent": torch.zeros(40, 1, 4, 8).half()})
+    data = Captioned(Rows.of([Shards(tmp_path / "data")], "train"), encoder)
     config = {"name": "router", "size": [4, 8], "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2}
     router = build_network({**config, "clusters": 2, "pooled_dim": 8})
-    loss = routing_loss(router, data, labels, TrainSettings(batch=20), seed=0)
+    task = Routing(router, data, data, labels, TrainSettings(batch=20), seed=0)
     optimizer = torch.optim.AdamW(router.parameters(), lr=1e-2)
-    for step in range(60):
+    for index in range(60):
         optimizer.zero_grad()
-        loss(step).backward()
+        task.losses(router, task.batch(index, slice(0, 20))).mean().backward()
         optimizer.step()
-    assert router_accuracy(router, data, labels, seed=0) == dict.fromkeys(("0.1", "0.3", "0.5", "0.7", "0.9"), 1.0)
+    assert task.accuracy(router) == dict.fromkeys(("0.1", "0.3", "0.5", "0.7", "0.9"), 1.0)
     unsure = router(torch.randn(1, 1, 4, 8), torch.ones(1), encoder.null(1).pooled).exp()
     assert unsure.max() < 0.9
 
@@ -95,7 +102,7 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(run, trained_run, ma
         train_expert(run, manifest, "1", progress=stop_at(killed_at))
     train_expert(run, manifest, "1", resume=True)
     assert_equal(weights(run), weights(trained_run))
-    steps = [json.loads(t)["step"] for t in (run / f"experts/.train-{NAME}/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in read_metrics(run / f"experts/.train-{NAME}") if "loss" in line]
     assert steps == sorted(set(steps))
     assert steps[-1] == 8
 
@@ -173,20 +180,70 @@ def test_a_damaged_checkpoint_is_named(run, manifest) -> None:
         train_expert(run, manifest, "1", resume=True)
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(run, manifest, monkeypatch) -> None:
-    real = atoll.train.expert.denoising_loss
+def poison(monkeypatch, *indices, value=float("nan")):
+    """The losses of these batches are multiplied by `value`."""
+    real = atoll.train.expert.Denoising.batch
+    losses = atoll.train.expert.Denoising.losses
 
-    def poisoned(*arguments):
-        loss = real(*arguments)
-        return lambda step: loss(step) * (float("nan") if step == 5 else 1.0)
+    def batch(self, index, share):
+        factor = value if index in indices else 1.0
+        return {**real(self, index, share), "factor": torch.full((share.stop - share.start,), factor)}
 
-    monkeypatch.setattr(atoll.train.expert, "denoising_loss", poisoned)
-    with pytest.raises(AtollError, match=r"step 5: the loss is nan; the checkpoint of step 3 is whole"):
+    monkeypatch.setattr(atoll.train.expert.Denoising, "batch", batch)
+    monkeypatch.setattr(
+        atoll.train.expert.Denoising, "losses", lambda self, module, part: losses(self, module, part) * part["factor"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the loss of step")
+def test_nan_rolls_back_and_skips_the_batches_since(run, trained_run, manifest, monkeypatch) -> None:
+    poison(monkeypatch, 4)
+    path = train_expert(run, manifest, "1")
+    told = read_card(path, "expert")["training"]
+    assert (told["rollbacks"], told["skipped_batches"]) == (1, 2)  # batches 3 and 4: the checkpoint is of step 3
+    with pytest.raises(AssertionError):
+        assert_equal(weights(run), weights(trained_run))
+    events = [line for line in read_metrics(run / f"experts/.train-{NAME}") if "event" in line]
+    assert len(events) == 1
+    assert "back to step 3" in events[0]["event"]
+
+
+@pytest.mark.filterwarnings("ignore:the loss of step")
+def test_killed_after_a_rollback_equals_never_killed(run, tmp_path, monkeypatch) -> None:
+    other = write_run(tmp_path / "other")
+    poison(monkeypatch, 4)
+    train_expert(run, load_manifest(run), "1")
+    for step in (4, 6):
+        with pytest.raises(Stop):
+            train_expert(other, load_manifest(other), "1", resume=True, progress=stop_at(step))
+    train_expert(other, load_manifest(other), "1", resume=True)
+    assert_equal(weights(run), weights(other))
+
+
+@pytest.mark.filterwarnings("ignore:the loss of step")
+def test_nan_again_and_again_gives_up_and_keeps_the_last_good_checkpoint(run, manifest, monkeypatch) -> None:
+    poison(monkeypatch, *range(4, 40))
+    with pytest.raises(AtollError, match=r"is nan, after 3 returns to a checkpoint; the one of step 3 is whole"):
         train_expert(run, manifest, "1")
     assert not (run / "experts" / NAME).exists()
     with __import__("safetensors").safe_open(run / f"experts/.train-{NAME}" / CHECKPOINT, "pt") as stored:
-        assert stored.metadata()["step"] == "3"
+        assert json.loads(stored.metadata()["numbers"])["step"] == 3
         assert all(torch.isfinite(stored.get_tensor(key)).all() for key in stored.keys())  # noqa: SIM118
+
+
+@pytest.mark.filterwarnings("ignore:the loss of step")
+def test_a_leap_of_the_loss_rolls_back(run, manifest, monkeypatch) -> None:
+    monkeypatch.setattr(atoll.train.loop, "_CALM", 3)
+    poison(monkeypatch, 5, value=1e6)
+    path = train_expert(run, manifest, "1")
+    assert read_card(path, "expert")["training"]["rollbacks"] == 1
+
+
+def test_parts_of_a_batch_give_the_same_step(run, trained_run) -> None:
+    train_expert(run, changed(run, "log_every: 2", "log_every: 2\n  accumulate: 3"), "1")
+    mine, whole = weights(run), weights(trained_run)
+    for name in mine:
+        torch.testing.assert_close(mine[name], whole[name], rtol=2e-3, atol=2e-5)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, trained_run, manifest, monkeypatch) -> None:
@@ -246,8 +303,6 @@ def test_dropped_rows_become_the_null_condition() -> None:
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(tmp_path) -> None:
     """The real process, killed by the kernel wherever it happens to be; five times."""
-    from tests.conftest import write_run
-
     runs = [write_run(tmp_path / name) for name in ("killed", "whole")]
     for run in runs:
         changed(run, "steps: 8", "steps: 400")

@@ -1,21 +1,17 @@
-import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from atoll.artifact import read_json
-from atoll.cluster import CLUSTERS, LARGEST, SMALLEST, _balanced, _transport, assignment_hash, cluster, cluster_run
+from atoll.cluster import CLUSTERS, cluster, cluster_run, load_assignment
+from atoll.cluster.balance import LARGEST, SMALLEST
 from atoll.errors import AtollError
 from atoll.shards import Shards, ShardWriter
 
@@ -75,8 +71,8 @@ def test_what_is_written(tmp_path, encoded) -> None:
     assert {key: card[key] for key in ("format", "kind", "k", "method", "fine", "seed")} == {
         "format": 1, "kind": "clusters", "k": 3, "method": "free", "fine": 7, "seed": 5,
     }  # fmt: skip
-    assert (card["encoded"], card["feature"]) == (shards.sha256, {"name": "blobs"})
-    assert card["assignment"] == assignment_hash(list(found), torch.tensor(list(found.values())))
+    assert (card["encoded"], card["feature"]) == ([shards.sha256], {"name": "blobs"})
+    assert card["assignment"] == load_assignment(out, card).sha256({"name": "blobs"})
     assert list(found) == shards.keys
     centroids = load_file(out / "centroids.safetensors")
     assert {name: tuple(c.shape) for name, c in centroids.items()} == {
@@ -121,16 +117,20 @@ def test_clusters_are_disjoint_and_whole(tmp_path, encoded) -> None:
 def test_balanced_keeps_the_bounds_where_free_does_not(tmp_path) -> None:
     encoded = write(tmp_path / "encoded", sizes=(150, 12, 8, 10), spread=0.5)
     free, balanced = tmp_path / "free", tmp_path / "balanced"
-    cluster(encoded, free, 4, "free")
+    with pytest.warns(UserWarning, match=r"cluster 0 holds 8.* times its fair share of 25.0%"):
+        cluster(encoded, free, 4, "free")
     cluster(encoded, balanced, 4)
     assert read_json(free / CLUSTERS)["largest_over_mean"] > 2
     assert read_json(balanced / CLUSTERS)["largest_over_mean"] <= LARGEST
     assert min(c["train"] for c in read_json(balanced / CLUSTERS)["counts"]) >= SMALLEST * 36 - 2
 
 
-def test_random_is_equal_and_means_nothing(tmp_path, encoded) -> None:
+def test_random_means_nothing_and_is_about_equal(tmp_path) -> None:
+    encoded = write(tmp_path / "encoded", sizes=(200, 200, 200))
     cluster(encoded, tmp_path / "out", 4, "random")
-    assert [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS)["counts"]] == [18] * 4
+    sizes = [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS)["counts"]]
+    assert sum(sizes) == 480
+    assert max(abs(size - 120) for size in sizes) < 4 * (120 * 0.75) ** 0.5  # four standard deviations
     assert len({(key[-1], number) for key, number in labels(tmp_path / "out").items()}) == 12
     cluster(encoded, tmp_path / "other", 4, "random", seed=1)
     assert labels(tmp_path / "other") != labels(tmp_path / "out")
@@ -144,18 +144,22 @@ def test_held_out_images_have_no_say(tmp_path, encoded) -> None:
     assert torch.equal(a["coarse_of_fine"].bincount(), b["coarse_of_fine"].bincount())
 
 
-def test_the_same_bytes_whatever_the_number_of_threads(tmp_path) -> None:
+@pytest.mark.parametrize("method", ["balanced", "free"])
+def test_the_same_bytes_whatever_the_number_of_threads(tmp_path, method) -> None:
     """Each picture is there four times, as a letter is in several scripts: then the last bit of a sum decides."""
     feature = torch.rand(500, 256, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
-    with ShardWriter(tmp_path / "encoded", CARD) as writer:
+    with ShardWriter(tmp_path / "encoded", CARD, shard_rows=900) as writer:
         columns = {"latent": torch.zeros(2000, 1, 1, 2), "feature": feature}
         writer.append([str(i) for i in range(2000)], [""] * 2000, ["train"] * 2000, columns)
-    code = "import sys, pathlib as p, atoll.cluster as c; c.cluster(*map(p.Path, sys.argv[1:]), k=4, fine=700)"
-    for threads in "12":
-        environment = {**os.environ, "OMP_NUM_THREADS": threads}
-        command = [sys.executable, "-c", code, tmp_path / "encoded", tmp_path / threads]
-        subprocess.run(command, check=True, env=environment)
-    assert content(tmp_path / "1") == content(tmp_path / "2")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            cluster(tmp_path / "encoded", tmp_path / str(threads), 4, method, fine=700)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
 
 
 def test_the_same_clustering_is_not_made_again_and_another_not_replaced(tmp_path, encoded) -> None:
@@ -181,7 +185,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, encoded, monkeypatch) -> None
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("atoll.shards.write_bytes", broken)
+    monkeypatch.setattr("atoll.shards.writer.write_bytes", broken)
     with pytest.raises(AtollError, match="No space left"):
         cluster(encoded, out, 2, force=True)
     assert content(out) == before
@@ -211,7 +215,7 @@ def test_impossible_numbers(tmp_path, encoded, k, fine, said) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["balanced", "free", "random"])
+@pytest.mark.parametrize("method", ["balanced", "free"])
 def test_as_many_clusters_as_images_and_one(tmp_path, method) -> None:
     encoded = write(tmp_path / "encoded", sizes=(6, 4))
     cluster(encoded, tmp_path / "out", 8, method)
@@ -248,54 +252,6 @@ def test_a_directory_without_features(tmp_path, encoded) -> None:
         cluster(tmp_path / "out" / "cluster-000", tmp_path / "again", 2)
 
 
-def test_the_hash_is_of_the_pairs_in_any_order() -> None:
-    a = assignment_hash(["x", "y", "z"], torch.tensor([0, 1, 1]))
-    assert a == assignment_hash(["z", "x", "y"], torch.tensor([1, 0, 1]))
-    assert a != assignment_hash(["x", "y", "z"], torch.tensor([1, 0, 0]))
-
-
-def test_transport_is_the_cheapest_within_the_bounds() -> None:
-    """Against all assignments: whole weights of one, so the linear program's answer is whole."""
-    g = torch.Generator().manual_seed(3)
-    for _ in range(5):
-        distances = torch.rand(7, 3, generator=g, dtype=torch.float64)
-        weights = torch.ones(7, dtype=torch.float64)
-        found = _transport(distances, weights, 2, 3)
-        cost = {
-            choice: sum(float(distances[i, c]) for i, c in enumerate(choice))
-            for choice in itertools.product(range(3), repeat=7)
-            if all(2 <= choice.count(c) <= 3 for c in range(3))
-        }
-        assert cost[tuple(found.tolist())] == pytest.approx(min(cost.values()))
-
-
-def test_transport_puts_points_that_the_program_splits_where_there_is_room() -> None:
-    """All want the first label, then the second; five points of weight 2 do not fit as halves."""
-    distances = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64).expand(5, 3)
-    found = _transport(distances, torch.full((5,), 2.0, dtype=torch.float64), 0, 5)
-    assert found.bincount(minlength=3).tolist() == [2, 2, 1]
-
-
-def test_balance_goes_on_until_nothing_changes() -> None:
-    points = torch.rand(90, 3, generator=torch.Generator().manual_seed(1))
-    weights = torch.ones(90, dtype=torch.float64)
-    found = _balanced(points, weights, torch.arange(90) % 3, 3)
-    means = torch.stack([points[found == c].mean(0) for c in range(3)]).double()
-    again = _transport(torch.cdist(points.double(), means).square(), weights, SMALLEST * 30, LARGEST * 30)
-    assert torch.equal(found, again)
-
-
-@given(st.data())
-@settings(max_examples=15, deadline=None)
-def test_balance_holds_where_no_point_weighs_a_quarter_of_the_mean(data) -> None:
-    k = data.draw(st.integers(1, 4))
-    weights = data.draw(st.lists(st.integers(1, 9), min_size=40 * k, max_size=60 * k))
-    weights = torch.tensor(weights, dtype=torch.float64)
-    points = torch.randn(len(weights), 3, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
-    found = _balanced(points, weights, torch.zeros(len(weights), dtype=torch.int64), k)
-    assert float(found.bincount(weights, minlength=k).max()) <= LARGEST * float(weights.sum()) / k
-
-
 def test_the_clusters_of_a_run(run, manifest) -> None:
     shutil.rmtree(run / "clusters")
     encoded = Shards(run / "encoded")
@@ -306,3 +262,83 @@ def test_the_clusters_of_a_run(run, manifest) -> None:
     assert "3 clusters of" in cluster_run(run, manifest)
     assert "there already" in cluster_run(run, manifest)
     assert json.loads((run / "clusters" / CLUSTERS).read_text())["k"] == 3
+
+
+def test_nothing_is_read_as_a_whole(tmp_path, encoded, monkeypatch) -> None:
+    """A hundred million keys, captions or features would not fit: only `Shards.parts` may be used."""
+
+    def refuse(*_):
+        raise AssertionError("the whole of something was asked for")
+
+    with monkeypatch.context() as patch:
+        for name in ("keys", "captions", "splits"):
+            patch.setattr(Shards, name, property(refuse))
+        for name in ("read", "rows"):
+            patch.setattr(Shards, name, refuse)
+        for method in ("balanced", "free", "random"):
+            assert cluster(encoded, tmp_path / method, 3, method, router_fraction=0.5)
+    assert len(Shards(tmp_path / "random" / "router")) < 90
+
+
+def test_the_assignment_is_a_function_not_a_list(tmp_path, encoded) -> None:
+    """Fewer held-out images, or none: the same function, the same hash. Another seed or k: another."""
+    hashes = {}
+    for name, change in (("a", {}), ("b", {"change_val": 2.0})):
+        for method in ("free", "random"):
+            cluster(write(tmp_path / f"encoded-{name}", **change), tmp_path / (name + method), 3, method)
+            hashes[name, method] = read_json(tmp_path / (name + method) / CLUSTERS)["assignment"]
+    assert hashes["a", "free"] == hashes["b", "free"]
+    assert hashes["a", "random"] == hashes["b", "random"]
+    seen = set(hashes.values())
+    for number, change in enumerate(({"seed": 1}, {"k": 2}, {"method": "balanced"}, {"method": "random", "seed": 4})):
+        cluster(encoded, tmp_path / f"out-{number}", **{"k": 3, "method": "free", **change})
+        seen.add(read_json(tmp_path / f"out-{number}" / CLUSTERS)["assignment"])
+    assert len(seen) == 6
+
+
+def test_where_the_weights_lie_does_not_change_the_assignment(tmp_path, encoded) -> None:
+    cluster(encoded, tmp_path / "out", 3)
+    assignment = load_assignment(tmp_path / "out", read_json(tmp_path / "out" / CLUSTERS))
+    here = assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "a"})
+    assert here == assignment.sha256({"name": "dinov2", "weights": "/there", "sha256": "a"})
+    assert here != assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "b"})
+
+
+def test_blank_pictures_stay_together(tmp_path) -> None:
+    feature = F.normalize(torch.rand(60, 4, generator=torch.Generator().manual_seed(0)) - 0.5)
+    feature[::7] = 0
+    with ShardWriter(tmp_path / "encoded", CARD) as writer:
+        columns = {"latent": torch.zeros(60, 1, 2, 3), "feature": feature}
+        writer.append([f"k{i:02d}" for i in range(60)], [""] * 60, ["train"] * 60, columns)
+    cluster(tmp_path / "encoded", tmp_path / "out", 3, "free")
+    found = labels(tmp_path / "out")
+    assert len({found[f"k{i:02d}"] for i in range(0, 60, 7)}) == 1
+    assert read_json(tmp_path / "out" / CLUSTERS)["blank"] == 9
+    assert "9 images have a zero vector" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_other_columns_are_carried_over_in_short_shards(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("atoll.cluster.write._BUFFERS", 4 * 2 * 4 * 36 * 5)  # 5 rows of 36 values, in 4 writers, twice
+    with ShardWriter(tmp_path / "encoded", CARD) as writer:
+        g = torch.Generator().manual_seed(0)
+        latent = torch.rand(60, 1, 3, 6, generator=g)
+        columns = {"latent": latent, "latent_flip": latent.flip(-1), "feature": torch.rand(60, 4, generator=g)}
+        writer.append([f"k{i}" for i in range(60)], [""] * 60, ["train"] * 60, columns)
+    cluster(tmp_path / "encoded", tmp_path / "out", 3, "free")
+    for c in range(3):
+        shards = Shards(tmp_path / "out" / f"cluster-{c:03d}")
+        assert shards.columns == ("latent", "latent_flip")
+        assert torch.equal(shards.read("latent", slice(None)).flip(-1), shards.read("latent_flip", slice(None)))
+        assert max(len(part) for part in shards.parts()) <= 5
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
+def test_impossible_fractions_for_the_router(tmp_path, encoded, fraction) -> None:
+    with pytest.raises(AtollError, match="more than 0 and at most 1"):
+        cluster(encoded, tmp_path / "out", 3, router_fraction=fraction)
+
+
+def test_a_fraction_that_leaves_nothing(tmp_path, encoded) -> None:
+    with pytest.raises(AtollError, match="leaves the router no image"):
+        cluster(encoded, tmp_path / "out", 3, router_fraction=1e-9)
+    assert not (tmp_path / "out").exists()

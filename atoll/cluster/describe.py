@@ -1,0 +1,83 @@
+"""How good the clusters are, and what is in them: measured on the rows that were kept of the stream."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.cluster.kept import Row
+from atoll.words import count_words, telling_words
+
+SILHOUETTE_ROWS = 4096  # all distances between them are measured
+
+
+def describe(sample: Sequence[Row], k: int) -> dict[str, Any]:
+    """The quality of k clusters by a uniform sample of rows with features: plain values for the card.
+
+    silhouette and davies_bouldin are None where they are not defined: for a single cluster. words: (word, share of the
+    cluster's captions, share of all).
+    """
+    labels = torch.tensor([row.cluster for row in sample])
+    features = torch.stack([row.tensor for row in sample])
+    few = slice(0, SILHOUETTE_ROWS)  # the rows come in the order of their draws: these are a uniform sample too
+    widths = silhouette(features[few], labels[few])
+    counts = [count_words(row.caption for row in sample if row.cluster == c) for c in range(k)]
+    rows = labels.bincount(minlength=k).tolist()
+    overall = sum(counts, Counter[str]())
+    score = None if widths is None else _rounded(widths.mean())
+    return {
+        "rows": len(sample),
+        "silhouette": score,
+        "silhouette_rows": min(len(sample), SILHOUETTE_ROWS),
+        "davies_bouldin": _rounded(davies_bouldin(features, labels)),
+        "clusters": [
+            {
+                "silhouette": _rounded(widths[labels[few] == c].mean()) if widths is not None else None,
+                "words": [
+                    [word, round(here, 4), round(everywhere, 4)]
+                    for word, here, everywhere in telling_words(counts[c], max(rows[c], 1), overall, len(sample))
+                ],
+            }
+            for c in range(k)
+        ],
+    }
+
+
+def silhouette(points: Tensor, labels: Tensor) -> Tensor | None:
+    """(b - a) / max(a, b) of each point [n,D] with its label [n]: Rousseeuw 1987. None for fewer than two labels.
+
+    a: the mean distance to the others of its label. b: the least mean distance to the points of another label. 1: well
+    inside its cluster; 0: between two; below: nearer to another. 0 for a point that is alone.
+    """
+    members = torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()  # [n,K]
+    counts, own = members.sum(0), members.bool()
+    if len(counts) < 2:
+        return None
+    sums = torch.cat([torch.cdist(block, points.double()) @ members for block in points.double().split(512)])  # [n,K]
+    a = sums[own] / (counts[own.long().argmax(1)] - 1).clamp(min=1)
+    b = (sums / counts).masked_fill(own, torch.inf).amin(1)
+    alone = counts[own.long().argmax(1)] == 1
+    return ((b - a) / torch.maximum(a, b).clamp(min=1e-300)).masked_fill(alone, 0.0)
+
+
+def davies_bouldin(points: Tensor, labels: Tensor) -> Tensor | None:
+    """mean over i of max over j != i of (s_i + s_j) / d_ij: Davies and Bouldin 1979. None for fewer than two labels.
+
+    s_i: the mean distance of the points of label i to their mean m_i. d_ij: the distance of m_i and m_j. Small: compact
+    clusters far apart. None also where two means fall together.
+    """
+    number, points = labels.unique(return_inverse=True)[1], points.double()
+    members = torch.nn.functional.one_hot(number).double()  # [n,K]
+    if members.shape[1] < 2:
+        return None
+    means = members.T @ points / members.sum(0)[:, None]
+    spread = members.T @ (points - means[number]).norm(dim=1) / members.sum(0)
+    ratio = (spread[:, None] + spread) / torch.cdist(means, means)
+    worst = ratio.fill_diagonal_(-torch.inf).amax(1).mean()
+    return worst if worst.isfinite() else None
+
+
+def _rounded(value: Tensor | None) -> float | None:
+    return None if value is None or not value.isfinite() else round(float(value), 4)

@@ -1,0 +1,171 @@
+"""Fits the clusters: many fine centroids over the features, then k coarse clusters over the fine centroids.
+
+DDM (arXiv 2501.05450, section 3.2) and HDDM do it so; the fine stage makes the second one cheap, and balance possible.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from atoll.cluster.assign import Assignment, Method
+from atoll.cluster.balance import balanced, weighted_means
+from atoll.cluster.nearest import BLOCK, Workers, nearest, unit_features
+from atoll.cluster.sampling import draw, hash_keys, smallest
+from atoll.errors import AtollError
+from atoll.shards import Part, Shards
+
+ROWS_PER_CENTROID = 256  # training images per fine centroid that the fine stage looks at, at most
+_FINE_ROUNDS, _COARSE_ROUNDS, _COARSE_STARTS = 25, 50, 10
+
+Progress = Callable[[int, int, str], None]  # rows done, rows in all, what is being done
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one look at all keys tells. hashes: the least draws of training images, ascending: a uniform sample."""
+
+    rows: int
+    train: int
+    hashes: np.ndarray
+
+
+def survey(shards: Shards, seed: int, most: int) -> Survey:
+    """Counts the rows, and draws at most `most` training images."""
+    rows = train = 0
+
+    def draws() -> Iterator[np.ndarray]:
+        nonlocal rows, train
+        for part in shards.parts():
+            drawn = _training_draws(part, seed)[1]
+            rows, train = rows + len(part), train + len(drawn)
+            yield drawn
+
+    return Survey(hashes=smallest(draws(), most), rows=rows, train=train)
+
+
+def two_stages(
+    shards: Shards, found: Survey, k: int, method: Method, fine: int, seed: int, workers: Workers, progress: Progress
+) -> Assignment:
+    """The assignment by `fine` centroids at most, in `k` clusters numbered by the first training image of each.
+
+    Memory: the features of the sample once, and a few shards.
+    """
+    progress(0, found.rows, "fine k-means")
+    sample = _read_sample(shards, found.hashes[: ROWS_PER_CENTROID * fine], seed)
+    centroids, _ = kmeans(sample, fine, seed, workers, rounds=_FINE_ROUNDS)
+    del sample
+    counts, first = _count(shards, centroids, workers, progress, found.rows)
+    while not counts.all():  # a centroid without a training image has no weight, so it may not attract others
+        centroids = centroids[counts > 0]
+        counts, first = _count(shards, centroids, workers, progress, found.rows)
+    if len(centroids) < k:
+        raise AtollError(
+            f"{len(centroids)} distinct features among {found.train} training images; choose k up to {len(centroids)}"
+        )
+    weights = counts.double()
+    starts = (
+        kmeans(centroids, k, seed + start, workers, rounds=_COARSE_ROUNDS, weights=weights.float())
+        for start in range(_COARSE_STARTS)
+    )
+    coarse, _ = min(starts, key=lambda result: result[1])
+    coarse_of, _ = nearest(centroids, coarse)
+    if method == "balanced":
+        coarse_of = balanced(centroids, weights, coarse_of, k)
+    firsts = torch.full((k,), found.rows).scatter_reduce(0, coarse_of, first, "amin")
+    coarse_of = firsts.argsort(stable=True).argsort()[coarse_of]
+    coarse = weighted_means(centroids, weights, coarse_of, k).float()
+    return Assignment(method, k, seed, centroids, coarse_of, coarse)
+
+
+def kmeans(
+    points: Tensor, k: int, seed: int, workers: Workers, rounds: int, weights: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Lloyd's algorithm from k random points: centroids [<=k,D] of points [n,D] with weights [n], and the mean squared
+    distance to them. The same bits for any number of threads; a centroid that ends without points is left out.
+
+    faiss's k-means, as fast, gives other bits with other numbers of threads.
+    """
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
+    centroids = means = points[order[:k]]
+    held = torch.ones(len(centroids))
+    labels, error = torch.empty(0, dtype=torch.int64), 0.0
+    weight = torch.ones(len(points)) if weights is None else weights
+    for _ in range(rounds):
+        before = labels
+        results = list(workers.map(partial(nearest, centroids=centroids), points.split(BLOCK)))
+        labels = torch.cat([numbers for numbers, _ in results])
+        costs = torch.cat([distances for _, distances in results]) * weight
+        error = float(costs.sum() / weight.sum())
+        if torch.equal(labels, before):
+            break
+        means, held = _means(points, labels, len(centroids), workers, weights)
+        centroids = _refilled(means, held, points, costs)
+    return means[held > 0], error
+
+
+def _means(points: Tensor, labels: Tensor, k: int, workers: Workers, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean [k,D] of each label's points (zero where there are none), and what they weigh [k].
+
+    Each sum is one thread's, in the order of the points.
+    """
+    order, counts = labels.argsort(stable=True), labels.bincount(minlength=k)
+    ends = counts.cumsum(0)
+
+    def total(group: Tensor) -> Tensor:
+        low, high = int(ends[group[0]] - counts[group[0]]), int(ends[group[-1]])
+        rows = order[low:high]
+        starts = ends[group] - counts[group] - low
+        return F.embedding_bag(
+            rows, points, starts, mode="sum", per_sample_weights=None if weights is None else weights[rows]
+        )
+
+    sums = torch.cat(list(workers.map(total, torch.arange(k).split(64))))
+    held = counts.float() if weights is None else torch.zeros(k).index_add_(0, labels, weights)
+    return sums / held.clamp(min=1)[:, None], held
+
+
+def _refilled(means: Tensor, held: Tensor, points: Tensor, costs: Tensor) -> Tensor:
+    """The means, but those that hold nothing are put on the points [n,D] that cost [n] most."""
+    empty = (held == 0).nonzero().flatten()
+    if not len(empty):
+        return means
+    costly = costs.argsort(descending=True, stable=True)[: len(empty)]
+    return means.index_copy(0, empty, points[costly])
+
+
+def _read_sample(shards: Shards, hashes: np.ndarray, seed: int) -> Tensor:
+    """The features [n,D] of the training images with the given draws, at unit length, in the order of the rows."""
+    sample, filled = torch.empty(len(hashes), *shards.shape("feature")), 0
+    for part in shards.parts():
+        rows, drawn = _training_draws(part, seed)
+        chosen = rows[torch.from_numpy(drawn <= hashes[-1])][: len(sample) - filled]
+        sample[filled : filled + len(chosen)] = unit_features(part, chosen, shards.path)
+        filled += len(chosen)
+    return sample
+
+
+def _training_draws(part: Part, seed: int) -> tuple[Tensor, np.ndarray]:
+    """The training rows [n] of a part and their draws [n] uint64."""
+    rows = [row for row, split in enumerate(part.splits) if split == "train"]
+    return torch.tensor(rows, dtype=torch.int64), draw(hash_keys([part.keys[row] for row in rows]), seed, "fit")
+
+
+def _count(shards: Shards, centroids: Tensor, workers: Workers, progress: Progress, rows: int) -> tuple[Tensor, Tensor]:
+    """How many training images are nearest to each centroid [F], and the number of the first of them [F] int64."""
+    counts = torch.zeros(len(centroids), dtype=torch.int64)
+    first = torch.full((len(centroids),), rows)
+
+    def look(part: Part) -> tuple[Part, Tensor, Tensor]:
+        train = torch.tensor([split == "train" for split in part.splits]).nonzero().flatten()
+        return part, train, nearest(unit_features(part, train, shards.path), centroids)[0]
+
+    for part, train, numbers in workers.map(look, shards.parts()):
+        counts += numbers.bincount(minlength=len(centroids))
+        first.scatter_reduce_(0, numbers, train + part.start, "amin")
+        progress(part.start + len(part), rows, "counting")
+    return counts, first

@@ -1,0 +1,75 @@
+"""Features at unit length and their nearest centroids, by as many threads as there are: the same bits by any number.
+
+A sum by several threads differs in the last bit with their number (faiss's and MKL's do), and a tie between centroids
+hangs on that. Here a thread does whole blocks of rows by itself, and the blocks do not depend on how many threads there
+are. What remains is the processor: another kind may round otherwise, and a feature midway between two centroids change
+sides.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+from atoll.shards import Part
+
+BLOCK = 1024  # rows whose distances to all centroids are in memory at a time, per thread
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Workers:
+    """As many threads as torch has (OMP_NUM_THREADS sets it); torch itself uses one in each until they are closed."""
+
+    def __init__(self) -> None:
+        self.count = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self.count)
+        torch.set_num_threads(1)
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """The function's results in the order of the items, of which two per thread are taken ahead."""
+        waiting: deque[Future[R]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(function, item))
+                if len(waiting) > 2 * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        torch.set_num_threads(self.count)
+
+
+def unit_features(part: Part, rows: Tensor, where: Path) -> Tensor:
+    """Features [n,D] float32 of the given rows [n] of a part, at unit length; a zero vector stays one.
+
+    Raises AtollError if one is not finite (or so large that its length is not).
+    """
+    features = part.columns["feature"][rows].float()
+    length = features.norm(dim=1, keepdim=True)
+    if not length.isfinite().all():
+        key = part.keys[int(rows[int((~length.isfinite()).nonzero()[0, 0])])]
+        raise AtollError(f"{where}: the feature of image {key!r} is not finite; encode it again, or leave it out")
+    return features.div_(length.clamp(min=1e-12))
+
+
+def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centroid (of [K,D]) of each point [n,D], the first where several are: number [n], distance^2 [n]."""
+    offset, transposed = centroids.square().sum(1), centroids.T.contiguous()
+    found = [torch.addmm(offset, block, transposed, alpha=-2).min(1) for block in points.split(BLOCK)]
+    numbers = torch.cat([block.indices for block in found])
+    return numbers, (torch.cat([block.values for block in found]) + points.square().sum(1)).clamp(min=0)

@@ -1,0 +1,178 @@
+"""clusters/report.html: what is in each cluster, how good and how even they are, on one page."""
+
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from atoll.cluster.kept import Kept, Row
+from atoll.cluster.nearest import Workers
+from atoll.codec import Codec, build_codec
+from atoll.device import best_device
+from atoll.errors import AtollError
+from atoll.page import colour, document, number, picture_sheet
+
+REPORT = "report.html"
+FAIR = 2.0  # times its fair share: what is more than that is warned of
+_SIDE = 64  # pixels of the longer side of a picture on the page, at most
+_LOSSLESS = 32  # pixels; smaller pictures are drawings, larger ones photographs
+_COLUMNS = 8
+
+
+def imbalance(card: dict[str, Any]) -> str | None:
+    """A sentence if a cluster holds more than `FAIR` times its share of the training images, else None."""
+    counts = [count["train"] for count in card["counts"]]
+    largest, total = max(range(len(counts)), key=counts.__getitem__), sum(counts)
+    times = counts[largest] * len(counts) / total
+    if times <= FAIR:
+        return None
+    return (
+        f"cluster {largest} holds {counts[largest] / total:.1%} of the training images, {times:.1f} times its fair "
+        f"share of {1 / len(counts):.1%}; its expert will see each of them so much less often than the others do theirs"
+    )
+
+
+def to_html(card: dict[str, Any], kept: Kept, workers: Workers, progress: Callable[[str], None]) -> str:
+    """The page of a clustering with this card (clusters.json) and these rows kept."""
+    progress("decoding pictures for the report")
+    nearest = [rows.rows() if card["method"] != "random" else [] for rows in kept.nearest]
+    random = [rows.rows() for rows in kept.random]
+    try:
+        draw, why = _drawer(build_codec(card["codec"]), workers), ""
+    except AtollError as error:
+        draw, why = None, f"<p><b>No pictures:</b> {escape(str(error))}</p>"
+    cards = (_cluster(card, number, nearest[number], random[number], draw) for number in range(card["k"]))
+    warning = imbalance(card)
+    lead = _lead(card) + (f'<p class="card"><b>Warning:</b> {escape(warning)}.</p>' if warning else "")
+    sections = [
+        ("Shares", _shares(card)),
+        ("Quality", _quality(card)),
+        ("What is in them", why + _explained(card) + "\n".join(cards)),
+        ("How this was made", _made(card)),
+    ]
+    return document(f"{card['k']} clusters", lead, sections)
+
+
+def _lead(card: dict[str, Any]) -> str:
+    images = sum(sum(count.values()) for count in card["counts"])
+    how = {
+        "balanced": f"by {card['fine']} fine centroids, none above 1.25 times the mean when they were made",
+        "free": f"by {card['fine']} fine centroids, as large as they come",
+        "random": "at random, by a hash of the key: they mean nothing, and are equal in expectation only",
+    }[card["method"]]
+    return (
+        f"<p>{images:,} images in {card['k']} clusters, {how}. The largest holds {card['largest_over_mean']:.2f} times "
+        "the mean.</p>"
+    )
+
+
+def _shares(card: dict[str, Any]) -> str:
+    """A bar for each cluster's share of the training images; the rule is the fair share."""
+    counts, rows = card["counts"], []
+    total = sum(count["train"] for count in counts)
+    largest = max(count["train"] for count in counts) / total
+    scale = 100 / max(largest, 1 / len(counts))
+    for c, count in enumerate(counts):
+        share = count["train"] / total
+        bar = (
+            f'<svg class="strip" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
+            f'aria-label="cluster {c}: {share:.1%}"><rect width="{share * scale:.2f}" height="10" fill="{colour(c)}"/>'
+            f'<rect x="{scale / len(counts) - 0.2:.2f}" width="0.4" height="10" fill="currentColor"/></svg>'
+        )
+        rows.append(
+            f"<tr><th scope=row>cluster {c}</th><td>{count['train']:,}</td><td>{count['val']:,}</td>"
+            f"<td>{share:.1%}</td><td>{share * len(counts):.2f}</td><td style='width:50%'>{bar}</td></tr>"
+        )
+    head = "<th></th><th>training images</th><th>held out</th><th>share</th><th>times fair</th><th></th>"
+    return (
+        f'<div class="wide"><table style="width:100%"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        f"</table></div>\n<p>Shares of the training images; the rule is the fair share, {1 / len(counts):.1%}.</p>"
+    )
+
+
+def _quality(card: dict[str, Any]) -> str:
+    quality, blank = card["quality"], card["blank"]
+    zero = f"<p>{blank:,} images have a zero vector for a feature; they are in one cluster together.</p>"
+    return (
+        f"<p><b>Silhouette {_score(quality['silhouette'])}</b> on {quality['silhouette_rows']:,} images drawn "
+        "uniformly (1: every image is far nearer to its own cluster than to any other; 0: it is between two; below 0: "
+        f"nearer to another). <b>Davies–Bouldin {_score(quality['davies_bouldin'])}</b> on {quality['rows']:,} (the "
+        "spread of two clusters over the distance of their means, for each cluster's worst neighbour; small is good). "
+        f"Both on features at unit length.</p>{zero if blank else ''}"
+    )
+
+
+def _explained(card: dict[str, Any]) -> str:
+    nearest = "" if card["method"] == "random" else "First the pictures nearest the centroid, then some "
+    return (
+        f"<p>{nearest or 'Pictures '}drawn uniformly. Words by p log(p / q), p being the share of the cluster's "
+        f"captions that have the word and q the share of all; from {card['quality']['rows']:,} captions.</p>"
+    )
+
+
+def _cluster(
+    card: dict[str, Any], number: int, nearest: Sequence[Row], random: Sequence[Row], draw: "Drawer | None"
+) -> str:
+    described, count = card["quality"]["clusters"][number], card["counts"][number]
+    words = ", ".join(f"{escape(w)} ({p:.0%}, overall {q:.0%})" for w, p, q in described["words"]) or "none"
+    sheets = []
+    if draw is not None:
+        for what, rows in (("nearest the centroid", nearest), ("at random", random)):
+            if rows:
+                images = draw(rows)
+                uri = picture_sheet(images, _COLUMNS, lossy=max(images.shape[-2:]) > _LOSSLESS)
+                alt = f"{len(rows)} pictures of cluster {number}, {what}"
+                columns = 100 * min(len(rows), _COLUMNS) / _COLUMNS
+                sheets.append(
+                    f'<figure><img src="{uri}" alt="{alt}" style="width:{columns:.4g}%"><figcaption>{what}'
+                    "</figcaption></figure>"
+                )
+    return (
+        f'<h3><i style="background:{colour(number)}"></i>Cluster {number}: {sum(count.values()):,} images, silhouette '
+        f"{_score(described['silhouette'])}</h3>\n<p>Words: {words}</p>\n"
+        f'<div class="pair">{"".join(sheets)}</div>'
+    )
+
+
+def _made(card: dict[str, Any]) -> str:
+    feature = ", ".join(f"{key} {value}" for key, value in card["feature"].items())
+    rows = {
+        "method": card["method"],
+        "feature": feature,
+        "seed": card["seed"],
+        "assignment": card["assignment"],
+        "encoded": ", ".join(card["encoded"]),
+    }
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items()) + "</dl>"
+
+
+Drawer = Callable[[Sequence[Row]], Tensor]
+
+
+def _drawer(codec: Codec, workers: Workers) -> Drawer:
+    """rows with latents -> images [n,c,h,w] in [0,1], at most `_SIDE` pixels a side."""
+    device = best_device()
+    if device.type != "cpu":
+        codec = codec.to(device)
+
+    @torch.inference_mode()
+    def decode(latents: Tensor) -> Tensor:
+        images = codec.decode(latents.float().to(device)).float().cpu()
+        height, width = images.shape[-2:]
+        if (longer := max(height, width)) <= _SIDE:
+            return images
+        size = max(1, round(height * _SIDE / longer)), max(1, round(width * _SIDE / longer))
+        return F.interpolate(images, size, mode="area")
+
+    def draw(rows: Sequence[Row]) -> Tensor:
+        batches: Iterable[Tensor] = torch.stack([row.tensor for row in rows]).split(2)
+        return torch.cat(list(workers.map(decode, batches)))
+
+    return draw
+
+
+def _score(value: float | None) -> str:
+    return number(value, missing="not defined")

@@ -1,0 +1,180 @@
+"""Foreign checkpoints into experts: `atoll convert`. Nothing of a foreign file is executed.
+
+    "dit"             facebookresearch/DiT: a `.pt` or safetensors file
+    "diffusers-dit"   diffusers' DiTTransformer2DModel: a directory, or a file beside its config.json
+    "pixart"          diffusers' PixArtTransformer2DModel: the same
+
+The result is an expert's directory like any other: it can be sampled, calibrated, and trained on. With the objective of
+the original (eps, linear-beta) it computes what the original does, if nothing was fitted; with another one it is where
+training starts (HDDM, arXiv 2603.06741, Eqs. 19-20: the weights stay, and flow time is fed as DiT's 0..999).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from atoll.artifact import save_artifact
+from atoll.codec import build_codec
+from atoll.condition import build_encoder
+from atoll.convert.dit import Size, from_diffusers_dit, from_dit
+from atoll.convert.modulation import share
+from atoll.convert.native import Native
+from atoll.convert.pixart import from_pixart
+from atoll.convert.read import Checkpoint, read_checkpoint
+from atoll.errors import AtollError
+from atoll.nn import DiT, build_network
+from atoll.objective import Objective
+
+__all__ = ["KINDS", "MODULATIONS", "Kind", "Modulation", "convert", "detect"]
+
+Kind = Literal["dit", "pixart", "diffusers-dit"]
+Modulation = Literal["fit", "reinit", "per-block"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MODULATIONS: tuple[Modulation, ...] = get_args(Modulation)
+MARKS: dict[Kind, tuple[str, ...]] = {
+    "dit": ("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight"),
+    "diffusers-dit": ("pos_embed.proj.weight", "proj_out_1.weight"),
+    "pixart": ("pos_embed.proj.weight", "adaln_single.linear.weight"),
+}
+ORIGINAL = {"prediction": "eps", "schedule": "linear-beta"}  # what all three kinds were trained with
+TIME_SCALE = 999.0
+FACTOR = 8  # of the autoencoder that all three kinds were trained with
+
+
+def convert(
+    source: Path,
+    out: Path,
+    kind: Kind | Literal["auto"] = "auto",
+    objective: Mapping[str, Any] | None = None,
+    modulation: Modulation = "fit",
+    condition: Mapping[str, Any] | None = None,
+    codec: Mapping[str, Any] | None = None,
+    name: str = "",
+    clusters: Sequence[int] = (0,),
+    k: int | None = None,
+    size: Size | None = None,
+    heads: int | None = None,
+    pooled: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Converts the checkpoint at `source` into the expert artifact `out`, and returns `out`.
+
+    Args:
+        kind: "auto" tells it by the tensors' names.
+        objective: arguments of `Objective`; None: eps on linear-beta, what the original was trained with.
+        modulation: of DiT's two kinds. "fit": AdaLN-Single nearest to theirs; "reinit": AdaLN-Single as in a new
+            network (HDDM); "per-block": theirs, exactly. PixArt has AdaLN-Single already and keeps it.
+        condition: the text encoder, as `build_encoder` reads it. PixArt's states must be as wide as its own; None
+            there: that of a network whose encoder is not known, which can be trained on but not sampled.
+        codec: as `build_codec` reads it; None: not known, as above.
+        name: of the expert; "": that of `out`.
+        clusters, k: the clusters it is of, and how many there are; None: one more than the highest named.
+        size: (H, W) of the latent; None: the square of the original. For another one the positions are stretched.
+        heads: of a "dit" whose size is none of the published ones.
+        pooled: the network also reads the condition's pooled vector; the layer for it starts at zero.
+        seed: of what the checkpoint does not have: the text's projection, N(0, 0.02), and cross-attention, whose
+            output is zero.
+
+    Raises:
+        AtollError: an unknown layout or value, tensors missing, misshapen or unknown, a pickle that holds more than
+            tensors, or something at `out` already.
+    """
+    if out.exists():
+        raise AtollError(f"{out}: exists already; choose another place, or remove it")
+    if modulation not in MODULATIONS:
+        raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
+    if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
+        raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
+    aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
+    if aim.time_scale != TIME_SCALE:
+        raise AtollError(f"objective.time_scale: got {aim.time_scale}; the original reads time as 0..999: leave it out")
+    checkpoint = read_checkpoint(source)
+    kind = detect(checkpoint) if kind == "auto" else kind
+    native = _native(checkpoint, kind, size, heads, build_codec(codec).factor if codec else FACTOR)
+    if kind != "pixart" and modulation != "per-block":
+        native = share(native, fit=modulation == "fit")
+    texts, pooled_dim = _text_widths(native, condition, pooled)
+    network = _network(native, texts, pooled_dim, seed)
+    files, notes = checkpoint.files, native.notes
+    del checkpoint, native  # gigabytes that need not be there while the artifact is written
+    save_artifact(
+        out,
+        "expert",
+        {
+            "name": name or out.name,
+            "clusters": list(clusters),
+            "k": k or max(clusters) + 1,
+            "objective": aim.config(),
+            "network": network.config.model_dump(mode="json"),
+            "latent_shape": [network.config.channels, *network.config.size],
+            "codec": dict(codec) if codec else {"name": "unknown"},
+            "condition": dict(condition) if condition else {"name": "unknown", "dim": texts},
+            "assignment": None,
+            "calibration": None,
+            "training": {"mark": "converted", "steps": 0},
+            "conversion": {
+                "kind": kind,
+                "modulation": "single" if kind == "pixart" else modulation,
+                "source": files,
+                "seed": seed,
+                **notes,
+            },
+        },
+        {f"network.{key}": value for key, value in network.state_dict().items()},
+    )
+    return out
+
+
+def detect(checkpoint: Checkpoint) -> Kind:
+    """The kind of a checkpoint, by the names of its tensors. Raises AtollError where it is none that is known."""
+    for kind, marks in MARKS.items():
+        if all(mark in checkpoint.tensors for mark in marks):
+            return kind
+    known = "; ".join(f"{kind} ({', '.join(marks)})" for kind, marks in MARKS.items())
+    found = ", ".join(sorted(checkpoint.tensors)[:4]) or "no tensors"
+    raise AtollError(f"{checkpoint.where}: unknown layout ({found}, ...); recognised are {known}")
+
+
+def _native(checkpoint: Checkpoint, kind: Kind, size: Size | None, heads: int | None, factor: int) -> Native:
+    if kind not in KINDS:
+        raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
+    if kind == "dit":
+        return from_dit(checkpoint, size, heads)
+    if heads is not None:
+        raise AtollError(f"heads {heads}: config.json tells the heads of a {kind!r}; leave them out")
+    if kind == "diffusers-dit":
+        return from_diffusers_dit(checkpoint, size)
+    return from_pixart(checkpoint, size, factor)
+
+
+def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bool) -> tuple[int, int | None]:
+    """Widths of the condition's states and, where it is to be read, of its pooled vector."""
+    own = native.config.get("states_dim")
+    if condition is None:
+        if own is None:
+            raise AtollError("DiT knows no text: say which `condition` encoder the expert is to have")
+        if pooled:
+            raise AtollError("pooled: without a `condition` encoder nothing tells the width of its pooled vector")
+        return own, None
+    encoder = build_encoder(condition)
+    if own not in (None, encoder.dim):
+        raise AtollError(f"condition: its states are {encoder.dim} wide, the checkpoint's {own}; name its own encoder")
+    if pooled and encoder.pooled_dim is None:
+        raise AtollError("pooled: this condition encoder has no pooled vector; leave it out")
+    return encoder.dim, encoder.pooled_dim if pooled else None
+
+
+def _network(native: Native, states_dim: int, pooled_dim: int | None, seed: int) -> DiT:
+    """A new network with the checkpoint's weights in place of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network({"name": "dit", **native.config, "states_dim": states_dim, "pooled_dim": pooled_dim})
+    assert isinstance(network, DiT)
+    weights: dict[str, Tensor] = {}
+    if pooled_dim:  # zero, so that the network still computes what the checkpoint did
+        weights = {k: torch.zeros_like(v) for k, v in network.state_dict().items() if ".pooled." in k}
+    network.load_state_dict(weights | native.weights, strict=False)
+    return network

@@ -1,0 +1,90 @@
+"""What every foreign layout is turned into, and the small steps that all of them share."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from torch import Tensor
+
+from atoll.convert.read import Checkpoint
+from atoll.errors import AtollError
+from atoll.nn import describe
+from atoll.nn.dit import sincos_positions
+
+
+@dataclass(frozen=True)
+class Native:
+    """A network of `atoll.nn.dit`, as far as a checkpoint determines it.
+
+    Attributes:
+        config: fields of a DiTConfig; without states_dim where the checkpoint knows no text.
+        weights: of the network's state_dict; what is not there starts as in a new network.
+        notes: what the card should tell of the conversion.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+class Foreign(BaseModel):
+    """A config.json of diffusers: the keys that matter, with the values that can be converted.
+
+    Keys it does not know are refused unless they switch nothing on, for they may change the network.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _known(self) -> "Foreign":
+        extra = {k: v for k, v in (self.model_extra or {}).items() if not k.startswith("_") and v not in (None, False)}
+        for key, value in extra.items():
+            raise ValueError(f"got {key} {value!r}, which no conversion knows")
+        return self
+
+
+ForeignConfig = TypeVar("ForeignConfig", bound=Foreign)
+
+
+def foreign_config(checkpoint: Checkpoint, kind: type[ForeignConfig]) -> ForeignConfig:
+    """The checkpoint's config.json, checked. Raises AtollError where there is none, or one that cannot be converted."""
+    if checkpoint.config is None:
+        raise AtollError(f"{checkpoint.where}: no config.json beside it, which tells the heads; put it there")
+    try:
+        return kind.model_validate(checkpoint.config)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {describe(e)}" for e in error.errors())
+        raise AtollError(
+            f"{checkpoint.where}: config.json: {problems.removeprefix(': ')}; cannot be converted"
+        ) from None
+
+
+def fill(weights: dict[str, Tensor], name: str, layer: tuple[Tensor, Tensor]) -> None:
+    """Puts a linear layer's (weight, bias) under the network's `name`."""
+    weights[f"{name}.weight"], weights[f"{name}.bias"] = layer
+
+
+def stacked(*layers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Linear layers of one input as one: q, k and v, say."""
+    return torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
+
+
+def patch_kernel(kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A patch embedding's convolution [D,C,p,p] as the network's linear layer [D,p*p*C], in (p,p,C) order."""
+    return kernel.permute(0, 2, 3, 1).flatten(1), bias
+
+
+def keep_channels(layer: tuple[Tensor, Tensor], patch: int, channels: int) -> tuple[Tensor, Tensor]:
+    """A final layer's outputs for the first `channels` channels, those of eps; the others tell a variance.
+
+    Rows of weight [p*p*out,D] and bias [p*p*out] are in (p,p,out) order; they come back as (p,p,channels).
+    """
+    weight, bias = (values.unflatten(0, (patch * patch, -1))[:, :channels].flatten(0, 1) for values in layer)
+    return weight, bias
+
+
+def positions(size: tuple[int, int], patch: int, width: int, base: float) -> Tensor:
+    """Fixed positions [N,D] for a latent of `size` in a network trained on `base` tokens a side: the same stretch,
+    more finely or coarsely divided (PixArt; diffusers' PatchEmbed)."""
+    return sincos_positions(size[0] // patch, size[1] // patch, width, span=base)

@@ -1,0 +1,137 @@
+"""PixArt-alpha (arXiv 2310.00426), in the layout of diffusers' `PixArtTransformer2DModel`, into a native network.
+
+Everything has its place there: the block is PixArt's own, the text goes through two layers (`text_layers: 2`), and
+the fixed positions are stored, stretched by PixArt's interpolation scale. The 1024 px models are also told the
+picture's resolution and aspect ratio; a native network has one size, so those embeddings are constants, and they go
+into the bias of the time embedding's last layer. Of the outputs only eps stays.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from atoll.convert.dit import Size, attention, check_outputs, check_sizes
+from atoll.convert.native import Foreign, Native, fill, foreign_config, keep_channels, patch_kernel, positions, stacked
+from atoll.convert.read import Checkpoint, Taker
+from atoll.errors import AtollError
+from atoll.nn.dit import NORM_EPS, TIME_FEATURES, time_features
+
+
+class PixArt(Foreign):
+    """config.json of a PixArtTransformer2DModel, with that class's defaults."""
+
+    num_attention_heads: PositiveInt = 16
+    attention_head_dim: PositiveInt = 72
+    in_channels: PositiveInt = 4
+    out_channels: PositiveInt | None = 8
+    num_layers: PositiveInt = 28
+    cross_attention_dim: PositiveInt = 1152
+    attention_bias: bool = True
+    sample_size: int = Field(128, ge=1, le=4096)
+    patch_size: PositiveInt = 2
+    interpolation_scale: PositiveFloat | None = None
+    use_additional_conditions: bool | None = None
+    caption_channels: PositiveInt | None = None
+    norm_eps: float = Field(NORM_EPS, ge=NORM_EPS, le=NORM_EPS)
+    norm_type: Literal["ada_norm_single"] = "ada_norm_single"
+    activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
+    norm_elementwise_affine: Literal[False] = False
+    attention_type: Literal["default"] = "default"
+    num_embeds_ada_norm: int | None = 1000  # these four change nothing at inference
+    dropout: float = 0.0
+    norm_num_groups: int = 32
+    upcast_attention: bool = False
+
+
+def from_pixart(checkpoint: Checkpoint, size: Size | None = None, factor: int = 8) -> Native:
+    """A checkpoint of diffusers' PixArtTransformer2DModel, with its config.json; equal to what that class computes.
+
+    Args:
+        size: (H, W) of the latent; None: the square that the checkpoint was trained on.
+        factor: the codec's, pixels of a picture per latent pixel; for models that are told the resolution.
+
+    Raises:
+        AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
+    """
+    config = foreign_config(checkpoint, PixArt)
+    taker = Taker(checkpoint)
+    patch, channels = config.patch_size, config.in_channels
+    width = config.num_attention_heads * config.attention_head_dim
+    check_sizes(taker, config.num_layers, (width, channels, patch, patch))
+    outputs = patch * patch * (config.out_channels or channels)
+    check_outputs(checkpoint, outputs, patch, channels)
+    size = size or (config.sample_size, config.sample_size)
+    interpolation = config.interpolation_scale or max(config.sample_size // 64, 1)
+    weights: dict[str, Tensor] = {}
+    kernel = taker.take("pos_embed.proj.weight", width, channels, patch, patch)
+    fill(weights, "embed", patch_kernel(kernel, taker.take("pos_embed.proj.bias", width)))
+    # Older versions stored the positions, and the caption that training dropped to; inference uses neither.
+    taker.drop("pos_embed.pos_embed", "caption_projection.y_embedding")
+    weights["positions"] = positions(size, patch, width, config.sample_size // patch / interpolation)
+    for i in range(config.num_layers):
+        block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
+        weights[f"{ours}.modulation.table"] = taker.take(f"{block}.scale_shift_table", 6, width)
+        attention(taker, weights, block, ours, width, config.attention_bias)
+        fill(weights, f"{ours}.cross.q", taker.linear(f"{block}.attn2.to_q", width, width, config.attention_bias))
+        parts = [taker.linear(f"{block}.attn2.to_{part}", width, width, config.attention_bias) for part in "kv"]
+        fill(weights, f"{ours}.cross.kv", stacked(*parts))
+        fill(weights, f"{ours}.cross.out", taker.linear(f"{block}.attn2.to_out.0", width, width))
+    weights["final_modulation.table"] = taker.take("scale_shift_table", 2, width)
+    fill(weights, "final", keep_channels(taker.linear("proj_out", outputs, width), patch, channels))
+    fill(weights, "conditioner.shared", taker.linear("adaln_single.linear", 6 * width, width))
+    told = config.use_additional_conditions
+    pixels = (size[0] * factor, size[1] * factor) if (config.sample_size == 128 if told is None else told) else None
+    _time(taker, weights, width, pixels)
+    text = _text(taker, weights, config, width)
+    taker.done()
+    return Native(
+        {
+            "size": list(size),
+            "channels": channels,
+            "patch": patch,
+            "width": width,
+            "depth": config.num_layers,
+            "heads": config.num_attention_heads,
+            "modulation": "single",
+            **text,
+        },
+        weights,
+        {"resolution": list(pixels)} if pixels else {},
+    )
+
+
+def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: Size | None) -> None:
+    """The time embedder, for pictures of `pixels` (height, width) where the network is told their resolution."""
+    name = "adaln_single.emb"
+    fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
+    last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
+    if pixels is not None:
+        height, wide = pixels
+        resolution = _told(taker, f"{name}.resolution_embedder", width // 3, torch.tensor([height, wide]))  # [2,D/3]
+        aspect = _told(taker, f"{name}.aspect_ratio_embedder", width // 3, torch.tensor([height / wide]))  # [1,D/3]
+        bias = bias + torch.cat([resolution, aspect]).flatten()  # [D]
+    fill(weights, "conditioner.time.2", (last, bias))
+
+
+def _told(taker: Taker, name: str, width: int, values: Tensor) -> Tensor:
+    """What an embedder of numbers makes of `values` [n]: [n,width]."""
+    hidden = F.silu(F.linear(time_features(values), *taker.linear(f"{name}.linear_1", width, TIME_FEATURES)))
+    return F.linear(hidden, *taker.linear(f"{name}.linear_2", width, width))
+
+
+def _text(taker: Taker, weights: dict[str, Tensor], config: PixArt, width: int) -> dict[str, int]:
+    """The text's projection; without one the states come as wide as the network, and an identity takes its place."""
+    if config.cross_attention_dim != width:
+        raise AtollError(
+            f"{taker.where}: cross_attention_dim {config.cross_attention_dim}, the network is {width} wide; "
+            "expected both to be equal, as in PixArt: this cannot be converted"
+        )
+    if config.caption_channels is None:
+        fill(weights, "embed_states", (torch.eye(width), torch.zeros(width)))
+        return {"states_dim": width, "text_layers": 1}
+    fill(weights, "embed_states.0", taker.linear("caption_projection.linear_1", width, config.caption_channels))
+    fill(weights, "embed_states.2", taker.linear("caption_projection.linear_2", width, width))
+    return {"states_dim": config.caption_channels, "text_layers": 2}

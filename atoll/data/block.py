@@ -1,0 +1,108 @@
+"""One block of a source -> one shard of an encoding: the same code in this process and on Ray's machines."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atoll.codec import Codec, build_codec
+from atoll.data import Block, Skipped, Source
+from atoll.data.partial import Partial
+from atoll.data.pool import Decoders, Framed
+from atoll.device import best_device, has_bf16
+from atoll.feature import Feature, build_feature
+from atoll.manifest import Manifest
+from atoll.picture import Framing
+
+# Pictures per call. A convolution network on a CPU works fastest on what its caches hold.
+_BATCH = {"cpu": 8, "cuda": 64}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The networks that pictures go through, on their device."""
+
+    codec: Codec
+    feature: Feature
+    device: torch.device
+    precision: str  # "fp32" or "bf16"
+    flips: bool
+    framing: Framing
+
+    @staticmethod
+    def build(manifest: Manifest, device: torch.device | None = None) -> "Frozen":
+        """What the manifest asks for. Raises AtollError as `build_codec` and `build_feature` do."""
+        data, device = manifest.data, device or best_device()
+        bf16 = data.precision == "bf16" or (data.precision == "auto" and has_bf16(device))
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        codec, feature = build_codec(manifest.codec), build_feature(manifest.feature)
+        framing = Framing(data.size, codec.image_channels, data.smallest_side)
+        precision = "bf16" if bf16 else "fp32"
+        return Frozen(codec.to(device, dtype), feature.to(device, dtype), device, precision, data.flips, framing)
+
+    def __call__(self, pixels: np.ndarray) -> dict[str, Tensor]:
+        """Pictures [B,C,h,w] uint8 to the columns of shards: latent float16, feature float32, perhaps latent_flip."""
+        images = torch.from_numpy(pixels).to(self.device).float() / 255  # [B,C,h,w]
+        columns = {"latent": self.codec.encode(images).half(), "feature": self.feature(images).float()}
+        if self.flips:
+            columns["latent_flip"] = self.codec.encode(images.flip(-1)).half()
+        return {name: column.cpu() for name, column in columns.items()}
+
+
+@dataclass
+class _Good:
+    """The good samples of a block so far."""
+
+    text: dict[str, list[str]] = field(default_factory=lambda: {"key": [], "caption": [], "split": []})
+    pixels: list[bytes] = field(default_factory=list)  # hashes
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, samples: list[Framed], columns: dict[str, Tensor], rows: Tensor) -> None:
+        for i in rows.tolist():
+            for name in self.text:
+                self.text[name].append(getattr(samples[i], name))
+            self.pixels.append(samples[i].sha)
+        for name, column in columns.items():
+            self.columns.setdefault(name, []).append(column[rows])
+
+
+def encode_block(
+    number: int,
+    block: Block,
+    source: Source,
+    frozen: Frozen,
+    decoders: Decoders,
+    partial: Partial,
+    tell: Callable[[int, int], None] = lambda good, skipped: None,
+) -> None:
+    """Reads, decodes and encodes a block, and writes its shard into `partial`. tell: hears of each batch's samples.
+
+    Batches never reach over a block's end, so a block's bytes do not depend on who encodes it, or when. A sample
+    whose latent or feature is not finite is skipped.
+    """
+    good, skipped = _Good(), []
+    for batch in _batches(decoders.frames(source.read(block)), _BATCH.get(frozen.device.type, 8)):
+        samples = [sample for sample in batch if isinstance(sample, Framed)]
+        bad = [sample for sample in batch if isinstance(sample, Skipped)]
+        if samples:
+            with torch.inference_mode():
+                columns = frozen(np.stack([sample.pixels for sample in samples]))
+            finite = torch.stack([column.flatten(1).isfinite().all(1) for column in columns.values()]).all(0)
+            bad += [
+                Skipped(samples[i].key, "not finite: its latent or feature; mind the codec's shift and scale")
+                for i in (~finite).nonzero().flatten().tolist()
+            ]
+            good.add(samples, columns, finite.nonzero().flatten())
+        skipped += bad
+        tell(len(batch) - len(bad), len(bad))
+    columns = {name: torch.cat(parts) for name, parts in good.columns.items()}
+    partial.write(number, good.text, good.pixels, columns, skipped)
+
+
+def _batches(items: Iterable[Framed | Skipped], size: int) -> Iterator[list[Framed | Skipped]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

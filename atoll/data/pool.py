@@ -1,0 +1,173 @@
+"""Pictures decoded side by side in processes of their own: in order, in bounded memory, whatever a decoder does."""
+
+import hashlib
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from atoll.data import Raw, Skipped
+from atoll.errors import AtollError
+from atoll.picture import Framing, Unusable, frame
+from atoll.process import Crashed, Remote
+from atoll.shards import Split
+
+CHUNK = 32  # pictures that travel together
+CHUNK_BYTES = 8 << 20  # of their files; photographs straight from a camera travel in twos
+AHEAD = 3  # chunks per process that are waiting, in work, or done and not yet taken
+
+
+class Decode(Protocol):
+    """As `frame`: [C,size,size] uint8 of a file's bytes. Raises Unusable."""
+
+    def __call__(self, data: bytes, framing: Framing) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Framed:
+    """A sample whose picture is decoded. pixels: [C,size,size] uint8. sha: 16 bytes, BLAKE2b of the pixels."""
+
+    key: str
+    caption: str
+    split: Split
+    pixels: np.ndarray
+    sha: bytes
+
+
+class Decoders:
+    """Some processes that decode pictures; a context manager, which ends them.
+
+    workers: how many; with 0 everything happens in this process, and a decoder that crashes takes it along.
+    decode: makes an array of a file's bytes, or raises Unusable; the processes import it by its name.
+    """
+
+    def __init__(self, framing: Framing, workers: int, decode: Decode = frame):
+        if workers < 0:
+            raise ValueError(f"the number of workers is 0 or more; got {workers}")
+        self._framing, self._workers = framing, workers
+        self._decode = partial(decode, framing=framing)
+        self._closed = False
+        if workers:
+            # A thread for each process: it waits for the answers while this one goes on.
+            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
+            self._remotes = [Remote(self._decode) for _ in range(workers)]
+            self._idle: queue.SimpleQueue[Remote] = queue.SimpleQueue()
+            for remote in self._remotes:
+                self._idle.put(remote)
+
+    def __enter__(self) -> "Decoders":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed = True
+        if self._workers:
+            self._kill()  # frees the threads that wait for an answer
+            self._threads.shutdown(cancel_futures=True)
+            self._kill()  # one that a thread has started meanwhile
+
+    def frames(self, raws: Iterable[Raw | Skipped]) -> Iterator[Framed | Skipped]:
+        """The samples in the order they come, decoded; `raws` is read only as far ahead as keeps the processes busy.
+
+        A picture that cannot be used becomes Skipped with the reason. So does one that makes its process die: the
+        others of its chunk are decoded again. Pixels that need no decoding pass as they are.
+
+        Raises:
+            AtollError: pixels of another shape than the framing's, or processes that cannot be started.
+        """
+        if not self._workers:
+            for raw in raws:
+                yield from self._join([raw], [_outcome(self._decode, data) for data in _files([raw])])
+            return
+        waiting: deque[Future[list[Framed | Skipped]]] = deque()
+        try:
+            for chunk in _chunks(raws):
+                waiting.append(self._threads.submit(self._work, chunk))
+                if len(waiting) >= AHEAD * self._workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _work(self, chunk: list[Raw | Skipped]) -> list[Framed | Skipped]:
+        """A chunk through whichever process is idle; in a thread."""
+        remote = self._idle.get()
+        try:
+            return self._join(chunk, self._map(remote, _files(chunk)))
+        finally:
+            self._idle.put(remote)
+
+    def _map(self, remote: Remote, files: list[bytes]) -> list[Any]:
+        """An array or an exception per file. If the process dies, each is tried by itself: which one was it?"""
+        if not files:
+            return []
+        try:
+            return remote.map(files)
+        except Crashed:
+            outcomes: list[Any] = []
+        for file in files:
+            if self._closed:
+                raise Crashed("closed")
+            try:
+                outcomes += remote.map([file])
+            except Crashed as crash:
+                outcomes.append(Unusable(f"its decoder crashed ({crash})"))
+        return outcomes
+
+    def _join(self, chunk: list[Raw | Skipped], outcomes: Iterable[Any]) -> list[Framed | Skipped]:
+        """The samples of a chunk with what became of their files, an outcome per file."""
+        outcome = iter(outcomes)
+        return [raw if isinstance(raw, Skipped) else self._framed(raw, outcome) for raw in chunk]
+
+    def _framed(self, raw: Raw, outcomes: Iterator[Any]) -> Framed | Skipped:
+        pixels = next(outcomes) if isinstance(raw.image, bytes) else raw.image
+        if isinstance(pixels, Unusable):
+            return Skipped(raw.key, str(pixels))
+        if isinstance(pixels, Exception):
+            raise pixels
+        shape = (self._framing.channels, self._framing.size, self._framing.size)
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            raise AtollError(
+                f"picture {raw.key!r} is {pixels.dtype} {list(pixels.shape)}, asked for is uint8 {list(shape)}; "
+                "choose the source's size, and a codec that takes its channels"
+            )
+        sha = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
+        return Framed(raw.key, raw.caption, raw.split, pixels, sha)
+
+    def _kill(self) -> None:
+        for remote in self._remotes:
+            remote.kill()
+
+
+def _outcome(decode: Callable[[bytes], np.ndarray], file: bytes) -> np.ndarray | Unusable:
+    try:
+        return decode(file)
+    except Unusable as unusable:
+        return unusable
+
+
+def _files(chunk: list[Raw | Skipped]) -> list[bytes]:
+    return [raw.image for raw in chunk if isinstance(raw, Raw) and isinstance(raw.image, bytes)]
+
+
+def _chunks(raws: Iterable[Raw | Skipped]) -> Iterator[list[Raw | Skipped]]:
+    """Runs of CHUNK samples, or fewer whose files exceed CHUNK_BYTES."""
+    chunk: list[Raw | Skipped] = []
+    size = 0
+    for raw in raws:
+        chunk.append(raw)
+        size += len(raw.image) if isinstance(raw, Raw) and isinstance(raw.image, bytes) else 0
+        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

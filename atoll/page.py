@@ -1,0 +1,102 @@
+"""What the HTML pages of the stages share: one document that needs no other file, pictures as data URIs, one style."""
+
+import base64
+import io
+import math
+from collections.abc import Iterable
+from html import escape
+
+from torch import Tensor
+
+COLOURS = 8  # --c0 to --c7 of the style sheet
+
+
+def document(title: str, lead: str, sections: Iterable[tuple[str, str]]) -> str:
+    """The page: no scripts, no files beside it. lead and the sections' contents are HTML; titles are plain text."""
+    title = escape(title)
+    content = "".join(f"<section>\n<h2>{escape(name)}</h2>\n{content}\n</section>\n" for name, content in sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body><main>\n"
+        f"<h1>{title}</h1>\n{lead}\n{content}</main></body></html>\n"
+    )
+
+
+def colour(index: int) -> str:
+    """The CSS colour of the expert with this index: the same on the whole page."""
+    return f"var(--c{index})" if index < COLOURS else f"hsl({index * 137.5 % 360:.0f} 55% 50%)"
+
+
+def picture_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1, lossy: bool = False) -> str:
+    """A data URI of images [B, 1 or 3, h, w] in [0, 1] on one sheet, row by row.
+
+    Small pictures are enlarged without smoothing until their longer side has `side` pixels; gaps (in pictures' pixels)
+    and missing places are transparent. PNG or, if `lossy`, WebP: a tenth of the bytes for photographs.
+    """
+    from PIL import Image
+
+    height, width = images.shape[-2:]
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for number, picture in enumerate(pixels):
+        place = (number % columns * (width + gap), number // columns * (height + gap))
+        sheet.paste(Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture), place)
+    factor = max(1, -(-side // max(height, width)))
+    sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    out = io.BytesIO()
+    if lossy:
+        sheet.save(out, format="WEBP", quality=80)
+    else:
+        sheet.save(out, format="PNG", optimize=True)
+    return f"data:image/{'webp' if lossy else 'png'};base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def number(value: float | None, digits: int = 3, missing: str = "diverged") -> str:
+    """`digits` significant digits, without an exponent where it reads as well without."""
+    if value is None or not math.isfinite(value):
+        return missing
+    if 100 <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c1c1a;--soft:#8b8a83;--rule:#dcdbd5;--page:#fbfbf9;--box:#f2f1ec;
+--c0:#2a78d6;--c1:#eb6834;--c2:#1baf7a;--c3:#eda100;--c4:#e87ba4;--c5:#008300;--c6:#4a3aa7;--c7:#e34948}
+@media(prefers-color-scheme:dark){:root{--ink:#eceae3;--soft:#908f87;--rule:#3a3934;--page:#191917;--box:#24231f;
+--c0:#3987e5;--c1:#d95926;--c2:#199e70;--c3:#c98500;--c4:#d55181;--c5:#2fa02f;--c6:#9085e9;--c7:#e66767}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+main{max-width:64rem;margin:auto;padding:1rem}
+h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}h3{font-size:1rem;margin:1rem 0 .3rem}
+p{max-width:46rem}figure{margin:1rem 0}figcaption{color:var(--ink);font-size:.9rem;max-width:46rem}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));gap:1rem}
+.card{margin:0;padding:.7rem;background:var(--box);border-radius:.4rem}
+.card figcaption{margin-top:.5rem;font-weight:600}
+.row{display:grid;grid-template-columns:4.7rem 1fr;align-items:center;margin-bottom:2px;font-size:.8rem}
+.cards figure,.pair figure{margin:0}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
+img{display:block;width:100%;image-rendering:pixelated}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
+th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th[scope=row]{text-align:left;font-weight:500;white-space:normal;min-width:8rem;background:var(--page)}
+.wide th[scope=row]{position:sticky;left:0}
+thead th{font-weight:600;vertical-align:bottom}
+tr.ensemble+tr.expert>*,tr.expert+tr.monolith>*{border-top:2px solid var(--rule)}
+small{display:block;color:var(--soft);font-weight:400}
+.chart{display:block;width:100%;max-width:40rem;overflow:visible}
+.chart text{fill:var(--ink);font-size:14px}.rule{stroke:var(--rule)}
+.legend{list-style:none;margin:.4rem 0;padding:0;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;font-size:.9rem}
+.legend svg{width:1.75rem;height:.65rem;margin-right:.4rem}
+i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em}
+.strip{display:block;width:100%;min-width:6rem;height:2rem}
+.usage{width:100%}.usage td{width:36%;padding:.2rem .4rem}.usage thead th{text-align:left;padding-left:.4rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+@media(max-width:30rem){dl{display:block}dd{margin-bottom:.4rem}
+table{font-size:.8rem}th,td{padding:.3rem .35rem}thead th{white-space:normal}th[scope=row]{min-width:6.5rem}
+.usage td{width:32%}}
+""".strip()

@@ -1,0 +1,16 @@
+"""`atoll plan`: what a run will cost, and when it will be done, before anything is spent.
+
+cost.py     parameters, FLOPs and bytes of a network, by formula
+fit.py      the largest batch in a memory, and the switches that make it fit
+gpus.py     memory, speed and price of the GPUs that are known
+predict.py  the plan, from all of these
+recipe.py   what a manifest says about all that
+islands.py  the simulated collective
+here.py     this machine's speed, and a finished run against its prediction
+report.py   tables and JSON
+"""
+
+from atoll.plan.predict import Expert, Machine, Plan, plan, plan_run
+from atoll.plan.report import as_json, render
+
+__all__ = ["Expert", "Machine", "Plan", "as_json", "plan", "plan_run", "render"]

@@ -1,0 +1,282 @@
+"""Simulates the collective: islands of different speed, hours and luck, each training its experts alone, to the end.
+
+Who trains what is agreed on beforehand, as it is among owners who do not talk: the longest expert first, each to the
+island that would be done with it first. From then on islands do not influence each other; chance is drawn per island
+in the order of its own training hours. So with the same seed and the same assignment a faster island, or one that
+runs more hours a day, is never later: its failures come after the same hours of training, and its progress is ahead
+at each of them.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+
+from atoll.errors import AtollError
+
+DAY = 24.0  # hours
+STUCK = 100_000  # failures of one island, after which it is taken not to get on at all
+
+
+class IslandSettings(BaseModel):
+    """One line of islands.yaml.
+
+    gpu: a name that `atoll plan` knows, `gpus` of them working as one; or tflops (bf16, dense) with memory_gb.
+    failures lose what was trained since the last checkpoint and `repair_hours`; a dropout loses that, takes
+    `replace_days` until another machine of the kind is found, and a new download. Both rates are per day of training.
+    slowdown: 0.1 means that the island turns out 8 % slower than stated on average, rarely 20 % (a straggler).
+    experts: "any", or clusters and full names.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    gpu: str | None = None
+    tflops: float | None = Field(None, gt=0)
+    memory_gb: float | None = Field(None, gt=0)
+    gpus: PositiveInt = 1
+    mfu: float | None = Field(None, gt=0, le=1)
+    hours_per_day: float = Field(24, gt=0, le=24)
+    failures_per_day: float = Field(0, ge=0)
+    dropouts_per_day: float = Field(0, ge=0)
+    repair_hours: float = Field(0.5, ge=0)
+    replace_days: float = Field(2, ge=0)
+    slowdown: float = Field(0, ge=0, le=1)
+    download_mbit: float | None = Field(None, gt=0)  # per second; None: the data is there
+    usd_hour: float | None = Field(None, ge=0)
+    experts: Literal["any"] | tuple[str, ...] = "any"
+
+    @field_validator("name", "gpu", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) else value  # YAML reads 4090 as a number
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        if isinstance(value, int) or (isinstance(value, str) and value != "any"):
+            value = [value]
+        return [str(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def load_islands(file: Path) -> tuple[IslandSettings, ...]:
+    """Raises AtollError where the file is missing, is no list of islands, or has a key or value that does not fit."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AtollError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    if isinstance(content, dict) and list(content) == ["islands"]:
+        content = content["islands"]
+    if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
+        raise AtollError(f"{file}: expected a list of islands such as `- {{name: anna, gpu: 4090, hours_per_day: 12}}`")
+    found: list[IslandSettings] = []
+    for number, item in enumerate(content):
+        try:
+            island = IslandSettings(**{str(key): value for key, value in item.items()})
+        except ValidationError as error:
+            raise AtollError(f"{file}: island {item.get('name', number)}: {_problem(error)}") from None
+        if (island.gpu is None) == (island.tflops is None) or (island.tflops and not island.memory_gb):
+            raise AtollError(f"{file}: island {island.name}: give it either gpu, or tflops and memory_gb")
+        found.append(island)
+    names = [island.name for island in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise AtollError(f"{file}: two islands are called {twice}; rename one")
+    return tuple(found)
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; expected one of {', '.join(IslandSettings.model_fields)}"
+    return f"{key}: {first['msg']}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One expert's training. images: steps times batch; interval: images between checkpoints; download: bytes."""
+
+    name: str
+    images: float
+    interval: float
+    download: float = 0.0
+
+
+@dataclass(frozen=True)
+class Island:
+    """What the simulation knows of an island. images_per_s: by expert, those alone that it can and may train."""
+
+    settings: IslandSettings
+    images_per_s: Mapping[str, float]
+
+    def download_hours(self, work: Work) -> float:
+        rate = self.settings.download_mbit
+        return 0.0 if rate is None else work.download * 8 / (rate * 1e6) / 3600
+
+    def running_hours(self, work: Work) -> float:
+        """Hours of the machine for one expert if nothing happens."""
+        return work.images / self.images_per_s[work.name] / 3600 + self.download_hours(work)
+
+    def calendar_hours(self, running: float) -> float:
+        """When so many hours of the machine are over, which runs the first hours_per_day of every day."""
+        per_day = self.settings.hours_per_day
+        nights = max(0, math.ceil(running / per_day) - 1)
+        return running + nights * (DAY - per_day)
+
+
+Assignment = dict[str, tuple[Work, ...]]  # by island, in the order of training
+
+
+def assign(works: Sequence[Work], islands: Sequence[Island]) -> Assignment:
+    """The longest expert first, each to the island that would finish it first.
+
+    Raises:
+        AtollError: an expert that no island can or may train.
+    """
+    load = {island.settings.name: 0.0 for island in islands}
+    queue: dict[str, list[Work]] = {name: [] for name in load}
+
+    def fewest(work: Work) -> tuple[float, str]:
+        able = [island for island in islands if work.name in island.images_per_s]
+        if not able:
+            raise AtollError(
+                f"no island for expert {work.name}: none names it (or any) and has the memory; add one to the file"
+            )
+        return -min(island.running_hours(work) for island in able), work.name
+
+    for work in sorted(works, key=fewest):
+        able = [island for island in islands if work.name in island.images_per_s]
+        best = min(
+            able,
+            key=lambda i: (i.calendar_hours(load[i.settings.name] + i.running_hours(work)), i.settings.name),
+        )
+        load[best.settings.name] += best.running_hours(work)
+        queue[best.settings.name].append(work)
+    return {name: tuple(works) for name, works in queue.items()}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One island's end. days: of the calendar; hours: its machine ran; trained, lost: images, the lost ones included
+    in the trained."""
+
+    days: float
+    hours: float
+    trained: float
+    lost: float
+    failures: int
+    dropouts: int
+
+
+def run_island(island: Island, works: Sequence[Work], chance: random.Random) -> Outcome:
+    """Lets one island train its experts one after the other.
+
+    Raises:
+        AtollError: failures come so often that no checkpoint is reached.
+    """
+    s = island.settings
+    rate = s.failures_per_day + s.dropouts_per_day  # per DAY hours of training
+    speed = 1 / (1 + s.slowdown * abs(chance.gauss(0, 1)))
+    next_failure = chance.expovariate(rate) * DAY if rate else float("inf")  # in hours of training from the start
+    clock = hours = away = trained = lost = 0.0  # clock: hours of training
+    failures = dropouts = 0
+    for work in works:
+        per_hour = island.images_per_s[work.name] * speed * 3600
+        hours += island.download_hours(work)
+        done = 0.0
+        while clock + (work.images - done) / per_hour > next_failure:
+            progress = (next_failure - clock) * per_hour
+            done, trained, hours = done + progress, trained + progress, hours + next_failure - clock
+            kept = done // work.interval * work.interval
+            lost, done, clock = lost + done - kept, kept, next_failure
+            if chance.random() * rate < s.dropouts_per_day:
+                dropouts, away = dropouts + 1, away + s.replace_days * DAY
+                hours += island.download_hours(work)
+            else:
+                failures, hours = failures + 1, hours + s.repair_hours
+            next_failure = clock + chance.expovariate(rate) * DAY
+            if failures + dropouts > STUCK:
+                raise AtollError(
+                    f"island {s.name}: fails {rate:g} times a day and gets nowhere with {work.name}; save more often "
+                    "(train.checkpoint_every)"
+                )
+        rest = work.images - done
+        clock, hours, trained = clock + rest / per_hour, hours + rest / per_hour, trained + rest
+    days = (island.calendar_hours(hours) + away) / DAY if works else 0.0
+    return Outcome(days, hours, trained, lost, failures, dropouts)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What many trials say. Days are of the calendar; hours: of each machine, on average; days: when each is done.
+
+    idle: the share of the islands' hours, up to the end, in which they have nothing more to do or wait for a
+    replacement. lost: the share of the training that is done twice. decides: how often each island is the last.
+    """
+
+    trials: int
+    seed: int
+    median_days: float
+    p90_days: float
+    idle: float
+    lost: float
+    failures: float
+    dropouts: float
+    hours: dict[str, float]
+    days: dict[str, float]
+    decides: dict[str, float]
+    assignment: dict[str, tuple[str, ...]]
+
+
+def simulate(
+    works: Sequence[Work],
+    islands: Sequence[Island],
+    trials: int = 1000,
+    seed: int = 0,
+    assignment: Assignment | None = None,
+) -> Simulation:
+    """The collective, `trials` times; a function of its arguments alone.
+
+    Args:
+        assignment: who trains what, in order; None: as `assign` finds it.
+
+    Raises:
+        AtollError: an expert without an island, an island that gets nowhere.
+    """
+    assignment = assignment or assign(works, islands)
+    names = [island.settings.name for island in islands]
+    # One source of chance for each island and trial: what one island draws does not move another's luck.
+    runs = [
+        [run_island(i, assignment[i.settings.name], random.Random(f"{seed}/{t}/{i.settings.name}")) for i in islands]
+        for t in range(trials)
+    ]
+    ends = [max(outcome.days for outcome in run) for run in runs]
+    last = [names[max(range(len(run)), key=lambda i, run=run: run[i].days)] for run in runs]  # type: ignore[misc]
+    share = [island.settings.hours_per_day for island in islands]
+    offered = [sum(end * hours for hours in share) for end in ends]
+    used = [sum(outcome.hours for outcome in run) for run in runs]
+    every = [outcome for run in runs for outcome in run]
+    return Simulation(
+        trials=trials,
+        seed=seed,
+        median_days=quantile(ends, 0.5),
+        p90_days=quantile(ends, 0.9),
+        idle=max(0.0, 1 - sum(used) / sum(offered)),
+        lost=sum(outcome.lost for outcome in every) / sum(outcome.trained for outcome in every),
+        failures=sum(outcome.failures for outcome in every) / trials,
+        dropouts=sum(outcome.dropouts for outcome in every) / trials,
+        hours={name: sum(run[i].hours for run in runs) / trials for i, name in enumerate(names)},
+        days={name: quantile([run[i].days for run in runs], 0.5) for i, name in enumerate(names)},
+        decides={name: last.count(name) / trials for name in names if name in last},
+        assignment={name: tuple(work.name for work in works) for name, works in assignment.items()},
+    )
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]

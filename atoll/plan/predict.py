@@ -1,0 +1,321 @@
+"""The plan of a run: its experts on some GPUs, and on islands. Pure arithmetic, but for `--gpu here`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from atoll.errors import AtollError
+from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
+from atoll.plan.cost import (
+    CPU_BF16,
+    CUDA_BF16,
+    FP32,
+    Network,
+    Rules,
+    activation_bytes,
+    fixed_bytes,
+    forward_flops,
+    parameters,
+    router_flops,
+    router_parameters,
+    training_flops,
+)
+from atoll.plan.fit import LADDER, Fit, Switches, fastest, largest_batch, smallest_memory
+from atoll.plan.gpus import GPU, GPUS, find_gpu
+from atoll.plan.islands import Island, IslandSettings, Simulation, Work, load_islands, simulate
+from atoll.plan.recipe import (
+    Text,
+    cluster_bytes,
+    encoded,
+    latent_shape,
+    network_of,
+    router_of,
+    switches_of,
+    text_of,
+)
+
+MEMORIES = (24e9, 48e9, 80e9)  # bytes; what the table of batches shows
+SHOWN = ("4090", "a40", "a100", "h100", "h200")  # where no GPU is named
+GUESSED_FLOPS = 125e12  # a second; ranks the switches where a memory without a speed is named
+SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One training. FLOPs per image; bytes under the recipe's precision; images: steps times batch."""
+
+    name: str
+    network: Network
+    parameters: int
+    forward_flops: int
+    training_flops: int
+    fixed_bytes: float
+    activation_bytes: int
+    activation_bytes_compiled: int
+    activation_bytes_checkpointed: int
+    steps: int
+    batch: int
+    images: int
+    checkpoint_every: int
+    asked: Switches
+    accumulate: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All experts on one kind of GPU: how each fits (None: not at all), images/s, days of one GPU, and USD."""
+
+    gpu: GPU
+    mfu: float
+    fits: dict[str, Fit | None]
+    images_per_s: dict[str, float]
+    gpu_days: dict[str, float]
+    router_gpu_days: float | None
+    total_gpu_days: float | None
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class Router:
+    """The router's training. flops: of its training per latent."""
+
+    parameters: int
+    flops: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `atoll plan` says. batches: by network's expert, switches and memory in bytes, the largest batch.
+
+    images: of the data set; download_bytes: of one cluster; both None where the number of images is not known.
+    """
+
+    name: str
+    precision: str
+    experts: tuple[Expert, ...]
+    router: Router
+    machines: tuple[Machine, ...]
+    batches: dict[str, dict[str, dict[float, int]]]
+    images: int | None
+    download_bytes: float | None
+    islands: tuple[IslandSettings, ...] = ()
+    simulation: Simulation | None = None
+
+
+def plan(
+    manifest: Manifest,
+    gpus: Sequence[GPU] = (),
+    mfu: float | None = None,
+    images: int | None = None,
+    text: Text | None = None,
+    latent: tuple[int, int, int] | None = None,
+    islands: Sequence[IslandSettings] = (),
+    trials: int = 1000,
+    seed: int = 0,
+) -> Plan:
+    """The plan of a run; pure arithmetic, and the same for the same arguments.
+
+    Args:
+        gpus: to say time and price of; none: some usual ones, of which those too small say so.
+        mfu: the share of a GPU's speed that training reaches; None: each GPU's own.
+        images: of the data set.
+        text: of the condition encoder, where its config does not tell.
+        latent: (C, H, W), where the codec's config does not tell.
+        islands: of the simulated collective; none: no simulation.
+
+    Raises:
+        AtollError: a network that fits nowhere or not on a named GPU, an expert without an island, an unknown encoder.
+    """
+    text = text or text_of(manifest.condition)
+    latent = latent or latent_shape(manifest)
+    experts = tuple(_expert(manifest, index, latent, text) for index in range(len(manifest.experts)))
+    router = _router(manifest, latent, text)
+    rules = _rules(manifest.train.precision)
+    for expert in experts:
+        least = smallest_memory(expert.network, rules)
+        room = max([gpu.memory for gpu in gpus] or [gpu.memory for gpu in GPUS.values()])
+        if least > room:
+            where = gpus[0].name if len(gpus) == 1 else "any GPU known"
+            raise AtollError(
+                f"expert {expert.name}: {expert.parameters / 1e6:,.0f} M parameters need {least / 1e9:.1f} GB for a "
+                f"single sample with every switch on, more than {where} has ({room / 1e9:g} GB); "
+                "take a larger GPU or a smaller network"
+            )
+    machines = tuple(_machine(gpu, mfu, manifest, experts, router) for gpu in gpus or [GPUS[name] for name in SHOWN])
+    download = cluster_bytes(manifest, latent, images) if images else None
+    return Plan(
+        name=manifest.name,
+        precision="fp32" if manifest.train.precision == "fp32" else "bf16",
+        experts=experts,
+        router=router,
+        machines=machines,
+        batches=_batches(experts, rules, [gpu.memory for gpu in gpus]),
+        images=images,
+        download_bytes=download,
+        islands=tuple(islands),
+        simulation=_simulation(manifest, experts, islands, mfu, download or 0.0, trials, seed) if islands else None,
+    )
+
+
+def plan_run(
+    recipe: str | Path,
+    gpu: str | None = None,
+    islands: Path | None = None,
+    mfu: float | None = None,
+    images: int | None = None,
+    text: Text | None = None,
+    trials: int = 1000,
+    seed: int = 0,
+) -> Plan:
+    """The plan of a recipe's name, a yaml file or a run's directory, as `atoll plan` calls it.
+
+    Args:
+        gpu: a GPU's name, a size such as "24GB", or "here": this machine, whose speed is measured for some seconds.
+        images: of the data set; None: as many as the run has encoded, if it has. Then its latents' shape counts too.
+
+    Raises:
+        AtollError: an unknown recipe or GPU, a share out of range, and what `plan` raises.
+    """
+    if mfu is not None and not 0 < mfu <= 1:
+        raise AtollError(f"--mfu {mfu:g}: expected a share of the GPU's speed, above 0 and at most 1")
+    if images is not None and images < 1:
+        raise AtollError(f"--images {images}: expected at least 1")
+    directory = Path(recipe)
+    is_run = directory.is_dir()
+    manifest = load_manifest(directory if is_run else recipe_path(str(recipe)))
+    done = encoded(directory) if is_run else None
+    latent = done.latent if done else latent_shape(manifest)
+    images = images or (done.rows if done else None)
+    named = [_here(manifest, text, latent)] if gpu == "here" else [find_gpu(gpu)] if gpu else []
+    return plan(manifest, named, mfu, images, text, latent, load_islands(islands) if islands else (), trials, seed)
+
+
+def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -> GPU:
+    """This machine as a GPU: its ceiling, and the share of it that steps of the run's first expert reach."""
+    from atoll.plan.here import measured_flops, measured_rate, memory_here, on_cpu
+
+    text, train = text or text_of(manifest.condition), manifest.train_of(manifest.experts[0])
+    network = network_of(manifest, manifest.experts[0], latent, text)
+    config = {key: value for key, value in asdict(network).items() if key != "tokens"}
+    ceiling = measured_flops(train.threads, train.precision)
+    batch = min(train.batch, 64)
+    rate = measured_rate({"name": "dit", **config}, network.tokens, batch, train.threads, train.precision)
+    share = rate * training_flops(network) / ceiling
+    return GPU("here", memory_here(), ceiling / 1e12, ceiling / 1e12, mfu=share, compiles=False, cpu=on_cpu())
+
+
+def _rules(precision: str, cpu: bool = False) -> Rules:
+    if precision == "fp32":
+        return FP32
+    return CPU_BF16 if cpu else CUDA_BF16
+
+
+def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: Text) -> Expert:
+    part = manifest.experts[index]
+    train: TrainSettings = manifest.train_of(part)
+    network, rules = network_of(manifest, part, latent, text), _rules(train.precision)
+    asked, accumulate = switches_of(train)
+    return Expert(
+        name=part.full_name,
+        network=network,
+        parameters=parameters(network),
+        forward_flops=forward_flops(network),
+        training_flops=training_flops(network),
+        fixed_bytes=fixed_bytes(network, rules),
+        activation_bytes=activation_bytes(network, rules),
+        activation_bytes_compiled=activation_bytes(network, rules, compiled=True),
+        activation_bytes_checkpointed=activation_bytes(network, rules, "full"),
+        steps=train.steps,
+        batch=train.batch,
+        images=train.steps * train.batch,
+        checkpoint_every=train.checkpoint_every,
+        asked=asked,
+        accumulate=accumulate,
+    )
+
+
+def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> Router:
+    network, train = router_of(manifest, latent, text), manifest.train_of(manifest.router)
+    return Router(router_parameters(network), 3 * router_flops(network), train.steps * train.batch)
+
+
+def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
+    """What training does a second on it; None where its speed is not known."""
+    peak = gpu.fp32_tflops if precision == "fp32" else gpu.tflops
+    return peak * 1e12 * (mfu or gpu.mfu) if peak else None
+
+
+def _machine(gpu: GPU, mfu: float | None, manifest: Manifest, experts: Sequence[Expert], router: Router) -> Machine:
+    """Time and price of all experts on one kind of GPU."""
+    precision = manifest.train.precision
+    flops = _flops(gpu, mfu, precision)
+    rules = _rules(precision, gpu.cpu)
+    fits = {
+        e.name: fastest(e.network, rules, e.batch, gpu.memory, flops or GUESSED_FLOPS, gpu.compiles) for e in experts
+    }
+    speed = {e.name: e.batch / fit.step_seconds for e in experts if flops and (fit := fits[e.name])}
+    days = {e.name: e.images / speed[e.name] / SECONDS_PER_DAY for e in experts if e.name in speed}
+    routing = router.images * router.flops / flops / SECONDS_PER_DAY if flops else None
+    total = sum(days.values()) if len(days) == len(experts) else None
+    return Machine(
+        gpu=gpu,
+        mfu=mfu or gpu.mfu,
+        fits=fits,
+        images_per_s=speed,
+        gpu_days=days,
+        router_gpu_days=routing,
+        total_gpu_days=total,
+        usd=total * 24 * gpu.usd_hour if total is not None and gpu.usd_hour is not None else None,
+    )
+
+
+def _batches(experts: Sequence[Expert], rules: Rules, more: Sequence[float]) -> dict[str, dict[str, dict[float, int]]]:
+    """The largest batch of every distinct network, with every line of the ladder, in every memory."""
+    distinct: dict[Network, str] = {}
+    for expert in experts:
+        distinct.setdefault(expert.network, expert.name)
+    memories = sorted({*MEMORIES, *more})
+    return {
+        name: {str(s): {memory: largest_batch(network, rules, s, memory) for memory in memories} for s in LADDER}
+        for network, name in distinct.items()
+    }
+
+
+def _simulation(
+    manifest: Manifest,
+    experts: Sequence[Expert],
+    islands: Sequence[IslandSettings],
+    mfu: float | None,
+    download: float,
+    trials: int,
+    seed: int,
+) -> Simulation:
+    works = [Work(e.name, e.images, min(e.images, e.checkpoint_every * e.batch), download) for e in experts]
+    clusters = {part.full_name: str(part.cluster) for part in manifest.experts}
+    known = {*clusters, *clusters.values()}
+    ready = []
+    for settings in islands:
+        if unknown := [name for name in settings.experts if settings.experts != "any" and name not in known]:
+            raise AtollError(
+                f"island {settings.name}: no expert {unknown[0]!r}; expected some of {', '.join(clusters)}"
+            )
+        allowed = [e for e in experts if settings.experts == "any" or {e.name, clusters[e.name]} & {*settings.experts}]
+        rates = {e.name: rate for e in allowed if (rate := _island_rate(settings, e, manifest, mfu))}
+        ready.append(Island(settings, rates))
+    return simulate(works, ready, trials, seed)
+
+
+def _island_rate(settings: IslandSettings, expert: Expert, manifest: Manifest, mfu: float | None) -> float | None:
+    """Images a second of an expert on an island, whose GPUs share each batch; None where it does not fit."""
+    if settings.gpu is not None:
+        gpu = find_gpu(settings.gpu)
+    else:
+        gpu = GPU(settings.name, (settings.memory_gb or 0) * 1e9, settings.tflops, settings.tflops)
+    precision = manifest.train.precision
+    flops = _flops(gpu, settings.mfu or mfu, precision)
+    if flops is None:
+        raise AtollError(f"island {settings.name}: {settings.gpu} is a size; name a GPU, or give tflops and memory_gb")
+    share = -(-expert.batch // settings.gpus)
+    fit = fastest(expert.network, _rules(precision, gpu.cpu), share, gpu.memory, flops, gpu.compiles)
+    return expert.batch / fit.step_seconds if fit else None

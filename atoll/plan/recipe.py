@@ -1,0 +1,155 @@
+"""What a manifest says about costs, before a picture is read or a frozen network loaded: shapes, widths, counts."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atoll.errors import AtollError
+from atoll.manifest import ExpertSettings, Manifest, TrainSettings
+from atoll.plan.cost import Network, RouterNetwork
+from atoll.plan.fit import Switches
+
+CAPTION_BYTES = 120  # a web caption of some 20 words; captions are stored as text
+T5_WIDTHS = {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}  # of v1.1's encoders
+
+
+@dataclass(frozen=True)
+class Text:
+    """A caption as a network sees it: T tokens, S wide, and a pooled vector P wide, or None."""
+
+    tokens: int
+    dim: int
+    pooled: int | None
+
+
+def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json beside weights that lie on this machine; empty where they do not."""
+    from atoll.artifact import read_json  # brings torch
+
+    place = os.path.expanduser(os.path.expandvars(str(config.get("weights", ""))))
+    file = Path(place) / str(config.get("subfolder", "")) / "config.json"
+    return read_json(file) if place and file.is_file() else {}
+
+
+def text_of(condition: Mapping[str, Any]) -> Text:
+    """The widths of a condition encoder, from its config.
+
+    Raises:
+        AtollError: an encoder whose widths show only when it is loaded.
+    """
+    name = condition.get("name")
+    if name == "hash":
+        dim = int(condition.get("dim", 64))
+        return Text(int(condition.get("length", 16)), dim, dim)
+    if name == "clip":  # CLIP-L/14, unless other weights lie here
+        local = _local_config(condition)
+        local = local.get("text_config", local)
+        dim = int(local.get("hidden_size", 768))
+        pooled = dim if condition.get("pooled", "last") == "last" else int(local.get("projection_dim", dim))
+        return Text(int(condition.get("length") or local.get("max_position_embeddings", 77)), dim, pooled)
+    if name == "label":
+        from atoll.condition import read_labels  # brings torch
+
+        labels = condition.get("labels", ())
+        dim = len(read_labels(labels if isinstance(labels, str) else tuple(labels)))
+        return Text(1, dim, dim)
+    if name == "t5":
+        size = re.search(r"(small|base|large|xxl|xl)", str(condition.get("weights", "")).lower())
+        width = _local_config(condition).get("d_model") or (T5_WIDTHS[size[1]] if size else None)
+        if width:
+            return Text(int(condition.get("length", 120)), int(width), None)
+    raise AtollError(f"condition {dict(condition)}: how wide it is shows only once it is loaded; give --text 77x768")
+
+
+def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of a run whose pictures are `data.size` pixels a side.
+
+    Raises:
+        AtollError: an unknown codec, or one whose factor does not divide the size.
+    """
+    codec, size = manifest.codec, manifest.data.size
+    name, local = codec.get("name"), _local_config(codec)
+    if name == "pixels":
+        channels, factor = int(codec.get("channels", 1)), 1
+    elif name in ("kl", "tiny"):  # Stable Diffusion's, unless other weights lie here
+        channels = int(local.get("latent_channels", 4))
+        stages = local.get("block_out_channels" if name == "kl" else "encoder_block_out_channels")
+        factor = 2 ** (len(stages) - 1) if stages else 8
+    elif name == "taef2":
+        channels, factor = 32, 8
+    else:
+        raise AtollError(f"codec {name!r}: its latents are not known; expected one of pixels, kl, tiny, taef2")
+    if size % factor:
+        raise AtollError(f"data.size {size}, codec {name}: it makes {factor} pixels one; take a multiple of {factor}")
+    return channels, size // factor, size // factor
+
+
+def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> Network:
+    """The network that one expert trains."""
+    settings = manifest.network_of(part).model_dump()
+    pooled = settings.pop("pooled")
+    channels, height, width = latent
+    sizes = {"size": (height, width), "channels": channels, "states_dim": text.dim}
+    network = Network.from_config({**settings, **sizes, "pooled_dim": text.pooled if pooled else None}, text.tokens)
+    if height % network.patch or width % network.patch:
+        raise AtollError(f"network.patch {network.patch} does not divide the latent, {height}x{width}; change one")
+    return network
+
+
+def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> RouterNetwork:
+    """The run's router."""
+    settings, (channels, height, width) = manifest.router.network, latent
+    return RouterNetwork(
+        size=(height, width),
+        channels=channels,
+        patch=settings.patch,
+        width=settings.width,
+        depth=settings.depth,
+        mlp_ratio=settings.mlp_ratio,
+        clusters=manifest.clusters.k,
+        pooled_dim=text.pooled if settings.pooled else None,
+        modulation=settings.modulation,
+    )
+
+
+def switches_of(train: TrainSettings) -> tuple[Switches, int]:
+    """The switches that the recipe asks for, and its gradient accumulation."""
+    names = ("checkpointing", "optimizer_state", "ema_device", "compile")
+    return Switches(**{name: getattr(train, name) for name in names}), train.accumulate
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a run has encoded. rows: pictures; latent: (C, H, W)."""
+
+    rows: int
+    latent: tuple[int, int, int]
+
+
+def encoded(run: Path) -> Encoded | None:
+    """What the index of the run's encoded pictures says; None before there is one.
+
+    Raises:
+        AtollError: an index that cannot be read.
+    """
+    from atoll.artifact import read_json
+
+    index = run / "encoded" / "index.json"
+    if not index.is_file():
+        return None
+    content = read_json(index)
+    try:
+        channels, height, width = content["columns"]["latent"]["shape"]
+        return Encoded(int(content["rows"]), (channels, height, width))
+    except (KeyError, TypeError, ValueError):
+        raise AtollError(f"{index}: no rows of latents in it; encode again (atoll encode --force)") from None
+
+
+def cluster_bytes(manifest: Manifest, latent: tuple[int, int, int], images: int) -> float:
+    """Bytes that an island downloads: an even share of the float16 latents (twice with flips) and of the captions."""
+    channels, height, width = latent
+    row = channels * height * width * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES
+    return images / manifest.clusters.k * row

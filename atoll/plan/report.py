@@ -1,0 +1,228 @@
+"""A plan for people (tables on the terminal) and for programs (plain values for JSON)."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import date, timedelta
+from typing import TYPE_CHECKING, Any
+
+from atoll.plan.predict import Expert, Machine, Plan
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from atoll.plan.here import Comparison
+
+
+def as_json(plan: Plan, start: date | None = None) -> dict[str, Any]:
+    """Plain values, with the dates of the end where islands were simulated from `start` on (today)."""
+    value = {**asdict(plan), "islands": [island.model_dump(mode="json") for island in plan.islands]}
+    value["batches"] = {
+        name: {
+            switches: {f"{memory / 1e9:g}GB": batch for memory, batch in by.items()} for switches, by in ladder.items()
+        }
+        for name, ladder in plan.batches.items()
+    }
+    if plan.simulation:
+        value["finish"] = {
+            "start": (start or date.today()).isoformat(),
+            "median": _day(plan.simulation.median_days, start),
+            "p90": _day(plan.simulation.p90_days, start),
+        }
+    return value
+
+
+def render(plan: Plan, start: date | None = None) -> "Group":
+    """The tables, for `rich.print`."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = [_networks(plan), Text(), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
+    if len(plan.machines) == 1:
+        parts += [Text(_how(plan.machines[0], plan.experts))]
+    parts += [Text(_data(plan))]
+    if plan.simulation:
+        parts += [Text(), _islands(plan), Text(_finish(plan, start))]
+    return Group(*parts)
+
+
+def comparison_line(c: "Comparison") -> str:
+    """One line on a finished training against its plan."""
+    return (
+        f"{c.name}: {c.images:,} images in {c.measured_seconds:,.0f} s, predicted {c.predicted_seconds:,.0f} s "
+        f"(measured / predicted {c.ratio:.2f}); {c.mfu:.0%} of {c.flops / 1e9:,.0f} GFLOP/s"
+    )
+
+
+def _table(title: str, columns: Iterable[str]) -> "Table":
+    """The first column is text, the others are numbers."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    return table
+
+
+def _groups(plan: Plan) -> list[tuple[str, Expert]]:
+    """Experts that cost the same, once: ("8 experts" or the one's name, the first of them)."""
+    same: dict[tuple[Any, ...], list[Expert]] = {}
+    for e in plan.experts:
+        same.setdefault((e.network, e.steps, e.batch), []).append(e)
+    return [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
+
+
+def _networks(plan: Plan) -> "Table":
+    columns = ("", "parameters", "GFLOP forward", "GFLOP training", "activations", "compiled", "checkpointed", "fixed",
+               "batch", "steps", "images")  # fmt: skip
+    table = _table(f"{plan.name}: one expert ({plan.precision}; FLOPs and activations per image)", columns)
+    for name, e in _groups(plan):
+        table.add_row(
+            name,
+            _count(e.parameters),
+            f"{e.forward_flops / 1e9:,.4g}",
+            f"{e.training_flops / 1e9:,.4g}",
+            _binary(e.activation_bytes),
+            _binary(e.activation_bytes_compiled),
+            _binary(e.activation_bytes_checkpointed),
+            f"{e.fixed_bytes / 1e9:.3g} GB",
+            str(e.batch),
+            f"{e.steps:,}",
+            _count(e.images),
+        )
+    r = plan.router
+    table.add_row(
+        "router", _count(r.parameters), f"{r.flops / 3e9:,.4g}", f"{r.flops / 1e9:,.4g}", *[""] * 6, _count(r.images)
+    )
+    return table
+
+
+def _batches(plan: Plan) -> list[Any]:
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for name, ladder in plan.batches.items():
+        memories = list(next(iter(ladder.values())))
+        title = "Largest batch at a time" + (f", network of {name}" if len(plan.batches) > 1 else "")
+        table = _table(title, ("switches", *(f"{memory / 1e9:g} GB" for memory in memories)))
+        for switches, by in ladder.items():
+            table.add_row(switches, *(str(by[memory]) if by[memory] else "-" for memory in memories))
+        parts += [table, Text()]
+    return parts
+
+
+def _time(plan: Plan) -> "Table":
+    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", "GPU-days per expert", "in all", "router", "USD")
+    table = _table("Time and price", columns)
+    for m in plan.machines:
+        rates, days = sorted(m.images_per_s.values()), sorted(m.gpu_days.values())
+        speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
+        table.add_row(
+            m.gpu.name,
+            f"{m.gpu.memory / 1e9:.3g} GB",
+            speed,
+            f"{m.mfu:.2f}" if m.gpu.tflops else "?",
+            _span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
+            _span(days),
+            _days(m.total_gpu_days),
+            _days(m.router_gpu_days),
+            f"{m.usd:,.0f}" if m.usd is not None else "?",
+        )
+    return table
+
+
+def _time_notes(plan: Plan) -> str:
+    if any(m.gpu.name == "here" for m in plan.machines):
+        return "TFLOP/s: of this machine's matrix products, measured now; MFU: of training steps of the first expert."
+    return "MFU is assumed, without checkpointing and compiled: state another with --mfu. Prices are of March 2026."
+
+
+def _how(m: Machine, experts: Iterable[Expert]) -> str:
+    """The recommended switches, in words; once per different recommendation."""
+    lines: dict[str, list[str]] = {}
+    for e in experts:
+        if fit := m.fits[e.name]:
+            batch = f"batch {e.batch}" + (f" as {fit.accumulate} x {fit.micro_batch}" if fit.accumulate > 1 else "")
+            asked = (
+                "as the recipe has it"
+                if (e.asked, e.accumulate) == (fit.switches, fit.accumulate)
+                else (f"the recipe has: {e.asked}" + (f", accumulate {e.accumulate}" if e.accumulate > 1 else ""))
+            )
+            line = f"{batch} with: {fit.switches} (up to {fit.largest} at a time; {asked})"
+            lines.setdefault(line, []).append(e.name)
+    return "\n".join(
+        f"On {m.gpu.name}{'' if len(lines) == 1 else f', {names[0]} and {len(names) - 1} more'}: {line}"
+        for line, names in lines.items()
+    )
+
+
+def _data(plan: Plan) -> str:
+    if plan.images is None or plan.download_bytes is None:
+        return "Download: state the number of pictures with --images."
+    epochs = sum(e.images for e in plan.experts) / plan.images
+    weights = 4 * max(e.parameters for e in plan.experts)
+    return (
+        f"Data: {plan.images:,} images, seen {epochs:.3g} times; an island downloads "
+        f"{plan.download_bytes / 1e9:.3g} GB ({plan.download_bytes * 8 / 100e6 / 3600:.2g} hours at 100 Mbit/s; "
+        f"up to a quarter more for the largest cluster) and gives back {weights / 1e9:.3g} GB."
+    )
+
+
+def _islands(plan: Plan) -> "Table":
+    s = plan.simulation
+    assert s is not None
+    table = _table("Islands", ("island", "hours a day", "experts", "machine hours", "done, days", "is the last"))
+    for island in plan.islands:
+        table.add_row(
+            island.name,
+            f"{island.hours_per_day:g}",
+            ", ".join(s.assignment[island.name]) or "none",
+            f"{s.hours[island.name]:,.0f}",
+            f"{s.days[island.name]:,.1f}",
+            f"{s.decides.get(island.name, 0):.0%}",
+        )
+    return table
+
+
+def _finish(plan: Plan, start: date | None) -> str:
+    s = plan.simulation
+    assert s is not None
+    last = max(s.decides, key=lambda name: s.decides[name])
+    return (
+        f"Done on {_day(s.median_days, start)} ({s.median_days:.1f} days; in nine of ten trials by "
+        f"{_day(s.p90_days, start)}, {s.p90_days:.1f} days). {last} decides it in {s.decides[last]:.0%} of the trials. "
+        f"Idle {s.idle:.0%} of the hours offered; {s.failures:.1f} failures and {s.dropouts:.1f} dropouts, "
+        f"{s.lost:.1%} of the training done twice. ({s.trials} trials, seed {s.seed})"
+    )
+
+
+def _day(days: float, start: date | None) -> str:
+    return ((start or date.today()) + timedelta(days=days)).isoformat()
+
+
+def _span(values: list[float]) -> str:
+    """Sorted values as one number, or as the range they span."""
+    if not values:
+        return "-"
+    low, high = f"{values[0]:,.3g}", f"{values[-1]:,.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _days(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.3g}"
+
+
+def _count(value: float) -> str:
+    """605.7 M, 1.3 G."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:,.1f} {letter}"
+    return f"{value:g}"
+
+
+def _binary(value: float) -> str:
+    """375 MiB, 34.5 KiB."""
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g} B"

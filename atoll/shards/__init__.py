@@ -1,0 +1,16 @@
+"""The directories between the stages: columns of tensors, a manifest, an index that describes and seals them.
+
+    shard-00000.safetensors   one tensor [rows, ...] per column, memory-mapped
+    manifest.parquet          key, caption, split ("train" or "val"): one line per row, in order; a row group per shard
+    index.json                format, kind, rows, columns, bytes and sha256 of each file, the writer's card
+
+The same input gives the same bytes. A directory appears whole or not at all. Whoever goes through it shard by shard
+(`Shards.parts`) needs no more memory for a hundred million rows than for one shard.
+"""
+
+from atoll.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
+from atoll.shards.reader import Part, Shards
+from atoll.shards.repeated import repeats
+from atoll.shards.writer import ShardWriter
+
+__all__ = ["INDEX", "MANIFEST", "SPLITS", "Part", "ShardWriter", "Shards", "Split", "refuse_foreign", "repeats"]

@@ -1,0 +1,64 @@
+"""What an expert draws while it is trained: a grid of pictures, by itself alone."""
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from atoll.artifact import write_bytes
+from atoll.codec import build_codec
+from atoll.condition import Condition
+from atoll.ensemble import Ensemble, Expert
+from atoll.objective import Objective
+from atoll.solver import sample
+from atoll.train.batches import Captioned, seeded
+
+_PICTURES, _STEPS = 16, 20
+
+
+def draw_grid(
+    module: Callable[..., Tensor],
+    objective: Objective,
+    data: Captioned,
+    codec: dict[str, Any],
+    file: Path,
+    seed: int,
+) -> None:
+    """Writes a PNG of up to 16 pictures for captions of `data`, of the same noise at every call."""
+    device = next(module.parameters()).device  # type: ignore[attr-defined]
+    x0, condition = data.some(_PICTURES, seed)
+    condition = condition.to(device)
+
+    def float_module(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
+        return module(x, time, given).float()
+
+    null = data.encoder.null(1).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no calibration yet; its x0 is clamped meanwhile
+        ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", "snr", null=null)
+    noise = torch.randn(x0.shape, generator=seeded(seed, 0, stream=13)).to(device)
+    latents = sample(lambda x, t: ensemble.velocity(x, t, condition, 1.0), noise, steps=_STEPS)
+    images = build_codec(codec).decode(latents.cpu().float())  # [B,C,h,w]
+    write_bytes(file, _png(images))
+
+
+def _png(images: Tensor) -> bytes:
+    """A square grid, enlarged to at least 64 pixels a picture, white between."""
+    images = images.expand(-1, 3, -1, -1)
+    scale = max(1, math.ceil(64 / images.shape[-1]))
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows, (h, w) = math.ceil(len(images) / columns), images.shape[-2:]
+    grid = torch.ones(3, rows * (h + 2), columns * (w + 2))
+    for i, image in enumerate(images):
+        y, x = i // columns * (h + 2), i % columns * (w + 2)
+        grid[:, y : y + h, x : x + w] = image
+    sink = io.BytesIO()
+    Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(sink, "png")
+    return sink.getvalue()

@@ -1,0 +1,151 @@
+"""What is told of a training: metrics.jsonl always, TensorBoard or W&B where asked, the progress line, summary.json."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.artifact import write_json
+from atoll.errors import AtollError
+from atoll.manifest import TrainSettings
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Tracker:
+    """Writes a line each `log_every` steps. A continued run rewrites what came after its checkpoint."""
+
+    def __init__(
+        self, directory: Path, step: int, settings: TrainSettings, mark: str, progress: Progress | None, quiet: bool
+    ):
+        """quiet: of another process than the first, which writes nothing."""
+        self.directory, self.settings, self.mark, self.quiet = directory, settings, mark, quiet
+        self.progress = None if quiet else progress
+        kept = [line for line in read_metrics(directory) if line["step"] <= step]
+        if not quiet:
+            temporary = directory / f".{METRICS}.tmp"
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, directory / METRICS)
+        steps = [line for line in kept if "loss" in line]
+        self.last_line: dict[str, Any] = steps[-1] if steps else {}
+        self.validation: dict[str, float] = next((line["val"] for line in reversed(kept) if "val" in line), {})
+        self.seconds_before = self.last_line.get("seconds", 0.0)
+        self.began = self.last = time.monotonic()
+        self.losses: list[float] = []
+        self.writer = None if quiet else _writer(settings, directory)
+
+    def step(self, done: int, loss: float, norm: float, lr: float) -> None:
+        """Hears of every step; tells of some."""
+        self.losses.append(loss)
+        if done % self.settings.log_every and done != self.settings.steps:
+            return
+        now = time.monotonic()
+        rate = len(self.losses) / max(now - self.last, 1e-9)
+        line = {
+            "step": done,
+            "steps": self.settings.steps,
+            "loss": sum(self.losses) / len(self.losses),
+            "grad_norm": norm,
+            "lr": lr,
+            "images_per_s": rate * self.settings.batch,
+            "seconds": self.seconds_before + now - self.began,
+            "eta_s": (self.settings.steps - done) / rate,
+        }
+        self.last_line, self.losses, self.last = line, [], now
+        self._write(line)
+        if self.progress is not None:
+            self.progress(line)
+
+    def validated(self, done: int, losses: dict[str, float]) -> None:
+        self.validation = losses
+        self._write({"step": done, "val": losses})
+
+    def event(self, done: int, what: str) -> None:
+        """Something that should not happen: a line of its own."""
+        self._write({"step": done, "event": what})
+
+    def close(self, rollbacks: int, skipped: int) -> dict[str, Any]:
+        """Writes summary.json, and returns what the card tells of the training."""
+        summary = {
+            "mark": self.mark,
+            "settings": self.settings.model_dump(),
+            "steps": self.settings.steps,
+            "loss": self.last_line.get("loss"),
+            "validation": self.validation,
+            "seconds": round(self.last_line.get("seconds", 0.0), 1),
+            "rollbacks": rollbacks,
+            "skipped_batches": skipped,
+        }
+        if not self.quiet:
+            write_json(self.directory / SUMMARY, summary)
+        if self.writer is not None:
+            self.writer.close()
+        return summary
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        with (self.directory / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.writer is not None:
+            numbers = {k: v for k, v in line.items() if isinstance(v, float)}
+            numbers |= {f"val/{name}": value for name, value in line.get("val", {}).items()}
+            self.writer.add(numbers, line["step"])
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def add(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, directory: Path, settings: TrainSettings):
+        import wandb
+
+        name = directory.name.removeprefix(".train-")
+        self._run = wandb.init(project="atoll", name=name, id=name, resume="allow", config=settings.model_dump())
+
+    def add(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _writer(settings: TrainSettings, directory: Path) -> _TensorBoard | _Wandb | None:
+    """Raises AtollError if the package that `track` names is not installed."""
+    if settings.track == "none":
+        return None
+    try:
+        return _Wandb(directory, settings) if settings.track == "wandb" else _TensorBoard(directory)
+    except ImportError:
+        if settings.track == "auto":
+            return None
+        raise AtollError(
+            f"train.track: {settings.track} is not installed: pip install 'atoll[tracking]', or set it to none"
+        ) from None
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a line cut by a crash is left out."""
+    file = directory / METRICS
+    lines: list[dict[str, Any]] = []
+    for text in file.read_text().splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,206 @@
+"""`--assign-only`: new images enter the clusters that are there."""
+
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.nn import functional as F
+
+from atoll.artifact import read_json, write_json
+from atoll.cluster import CLUSTERS, assign_only, cluster, load_assignment
+from atoll.cluster import kept as kept_module
+from atoll.cluster import present as present_module
+from atoll.cluster.sampling import draw, hash_keys
+from atoll.errors import AtollError
+from atoll.shards import Shards, ShardWriter
+
+K = 3
+CARD = {
+    "codec": {"name": "pixels", "channels": 1},
+    "condition": {"name": "hash"},
+    "feature": {"name": "blobs", "weights": "/here", "sha256": "a"},
+    "source": {"name": "blobs"},
+}
+
+
+def write(path: Path, numbers: range, blobs=None, card=CARD, shape=(1, 2, 3), flip=True, shard_rows=32) -> Path:
+    """Row i lies in blob i % 3; its latent and its feature follow from i alone."""
+    rows = list(numbers)
+    features, latents = [], []
+    for i in rows:
+        g = torch.Generator().manual_seed(i)
+        direction = torch.eye(5)[i % 3 if blobs is None else blobs]
+        features.append(direction * (1 + i % 4) + 0.1 * torch.rand(5, generator=g))
+        latents.append(torch.full(shape, i % 100).half())
+    columns = {"latent": torch.stack(latents), "feature": torch.stack(features)}
+    if flip:
+        columns["latent_flip"] = columns["latent"].flip(-1) + 1
+    splits = ["val" if i % 5 == 4 else "train" for i in rows]
+    with ShardWriter(path, card, shard_rows) as writer:
+        writer.append([f"k{i}" for i in rows], [f"caption {i}" for i in rows], splits, columns)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    cluster(write(tmp_path / "encoded", range(90)), tmp_path / "clusters", K, fine=12)
+    return tmp_path / "clusters"
+
+
+def labels(out: Path) -> dict[str, int]:
+    table = pq.read_table(out / "assignment.parquet").to_pydict()
+    return dict(zip(table["key"], table["cluster"], strict=True))
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def refused(out: Path, encoded: Path, said: str) -> None:
+    before = content(out)
+    with pytest.raises(AtollError, match=said):
+        assign_only(out, encoded)
+    assert content(out) == before
+    assert not list(out.parent.glob(".*"))
+
+
+def test_new_images_join_the_old(tmp_path, out) -> None:
+    old, card = labels(out), read_json(out / CLUSTERS)
+    nodes = {c: (out / f"cluster-00{c}" / "shard-00000.safetensors").stat().st_ino for c in range(K)}
+    more = write(tmp_path / "more", range(90, 161), card={**CARD, "feature": {**CARD["feature"], "weights": "/there"}})
+    assert "71 images added: 3 clusters of" in assign_only(out, more)
+    found, again = labels(out), read_json(out / CLUSTERS)
+    assert list(found) == [f"k{i}" for i in range(161)]
+    assert {key: found[key] for key in old} == old
+    assert all(found[f"k{i}"] == found[f"k{i % 3}"] for i in range(161))
+    assert again["assignment"] == card["assignment"] == load_assignment(out, again).sha256(CARD["feature"])
+    assert again["encoded"] == [*card["encoded"], Shards(more).sha256]
+    for c in range(K):
+        shards = Shards(out / f"cluster-00{c}", verify=True)
+        assert (shards.path / "shard-00000.safetensors").stat().st_ino == nodes[c]  # a link, not a copy
+        mine = [int(key[1:]) for key in found if found[key] == c]
+        assert shards.keys == [f"k{i}" for i in mine]
+        assert shards.captions == [f"caption {i}" for i in mine]
+        assert shards.read("latent", slice(None))[:, 0, 0, 0].tolist() == [i % 100 for i in mine]
+        assert shards.read("latent_flip", slice(None))[:, 0, 0, 0].tolist() == [i % 100 + 1 for i in mine]
+        assert shards.card["assignment"] == card["assignment"]
+        counts = {split: shards.splits.count(split) for split in ("train", "val")}
+        assert again["counts"][c] == counts
+    assert "161 images in 3 clusters" in (out / "report.html").read_text()
+    # What made the clusters is still what `atoll cluster` finds there.
+    assert cluster(tmp_path / "encoded", out, K, fine=12) is False
+
+
+def test_what_the_report_shows_is_drawn_from_old_and_new(tmp_path, out, monkeypatch) -> None:
+    monkeypatch.setattr(kept_module, "SAMPLED", 20)
+    monkeypatch.setattr(kept_module, "PICTURED", 4)
+    cluster(tmp_path / "encoded", out, K, fine=12, force=True)
+    assign_only(out, write(tmp_path / "more", range(90, 150)))
+    found, assignment = labels(out), load_assignment(out, read_json(out / CLUSTERS))
+    keys = list(found)
+    drawn = dict(zip(keys, draw(hash_keys(keys), 0, "sample").tolist(), strict=True))
+    assert Shards(out / "sample").keys == sorted(keys, key=drawn.get)[:20]
+    both = [Shards(tmp_path / name).read("feature", slice(None)) for name in ("encoded", "more")]
+    feature = dict(zip(keys, F.normalize(torch.cat(both)), strict=True))
+    drawn = dict(zip(keys, draw(hash_keys(keys), 0, "pictures").tolist(), strict=True))
+    for c in range(K):
+        mine = [key for key in keys if found[key] == c]
+        distance = {key: float((feature[key] - assignment.coarse[c]).norm()) for key in mine}
+        expected = {*sorted(mine, key=distance.get)[:4], *sorted(mine, key=drawn.get)[:4]}
+        pictures = Shards(out / "pictures")
+        shown = [
+            k for k, n in zip(pictures.keys, pictures.read("cluster", slice(None)).tolist(), strict=True) if n == c
+        ]
+        assert set(shown) >= expected
+        assert len(shown) <= 2 * 4
+
+
+def test_what_is_there_is_passed_over(tmp_path, out, monkeypatch) -> None:
+    more = write(tmp_path / "more", range(90, 120))
+    assign_only(out, more)
+    before = content(out)
+    assert "all images of" in assign_only(out, more)
+    monkeypatch.setattr(present_module, "_PASS", 7)
+    again = write(tmp_path / "again", range(100, 120), shard_rows=7)
+    assert "no image added, 20 were there already" in assign_only(out, again)
+    assert content(out) == before
+    overlap = write(tmp_path / "overlap", range(60, 140), shard_rows=9)
+    assert "20 images added, 60 were there already" in assign_only(out, overlap)
+    assert list(labels(out)) == [f"k{i}" for i in range(140)]
+
+
+def test_another_picture_under_a_key_that_is_there(tmp_path, out) -> None:
+    more = tmp_path / "more"
+    columns = {name: torch.full((2, 1, 2, 3), 7.0).half() for name in ("latent", "latent_flip")}
+    with ShardWriter(more, CARD) as writer:
+        writer.append(["new", "k33"], ["", "caption 33"], ["train"] * 2, {**columns, "feature": torch.rand(2, 5)})
+    refused(out, more, "image 'k33' is in .* already with another caption, split or latent")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"card": {**CARD, "feature": {"name": "blobs", "sha256": "b"}}}, r"feature is .*\"b\".*is .*\"a\""),
+        ({"card": {**CARD, "codec": {"name": "pixels", "channels": 3}}}, r"codec is .*3.* is .*1"),
+        ({"shape": (1, 3, 2)}, r"latent shape is \[1, 3, 2\], that of .* is \[1, 2, 3\]"),
+        ({"flip": False}, r"columns is \[\"latent\"\], that of .* is \[\"latent\", \"latent_flip\"\]"),
+    ],
+)
+def test_data_of_another_kind(tmp_path, out, change, said) -> None:
+    refused(out, write(tmp_path / "more", range(90, 99), **change), said)
+
+
+def test_no_clusters_or_damaged_ones(tmp_path, out) -> None:
+    more = write(tmp_path / "more", range(90, 99))
+    with pytest.raises(AtollError, match=r"clusters.json: not found"):
+        assign_only(tmp_path / "nowhere", more)
+    card = read_json(out / CLUSTERS)
+    write_json(out / CLUSTERS, {**card, "assignment": "0" * 64})
+    refused(out, more, "altered or damaged")
+    write_json(out / CLUSTERS, card)
+    (out / "centroids.safetensors").write_bytes(b"")
+    refused(out, more, "cannot be read")
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, out, monkeypatch) -> None:
+    more = write(tmp_path / "more", range(90, 140))
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("atoll.shards.writer.write_bytes", broken)
+    refused(out, more, "No space left")
+
+
+def test_a_feature_that_is_not_finite_is_named(tmp_path, out) -> None:
+    more = write(tmp_path / "more", range(90, 99))
+    file, shards = more / "shard-00000.safetensors", Shards(more)
+    feature = shards.read("feature", slice(None))
+    feature[3, 1] = torch.inf
+    with ShardWriter(tmp_path / "bad", CARD) as writer:
+        columns = {name: shards.read(name, slice(None)) for name in ("latent", "latent_flip")}
+        writer.append(shards.keys, shards.captions, shards.splits, {**columns, "feature": feature})
+    assert file.exists()
+    refused(out, tmp_path / "bad", "'k93' is not finite")
+
+
+def test_a_lost_balance_is_told(tmp_path, out) -> None:
+    with pytest.warns(UserWarning, match=r"no longer balanced: its largest cluster holds 1\.\d+ times the mean"):
+        assign_only(out, write(tmp_path / "more", range(90, 130), blobs=1))
+
+
+def test_the_routers_share_of_the_new(tmp_path) -> None:
+    encoded, out = write(tmp_path / "encoded", range(90)), tmp_path / "clusters"
+    cluster(encoded, out, K, fine=12, router_fraction=0.4)
+    assign_only(out, write(tmp_path / "more", range(90, 200)))
+    at_once = tmp_path / "at_once"
+    cluster(write(tmp_path / "all", range(200)), at_once, K, fine=12, router_fraction=0.4)
+    found, router = labels(out), Shards(out / "router", verify=True)
+    assert router.keys == Shards(at_once / "router").keys
+    assert 50 < len(router) < 110
+    assert router.read("cluster", slice(None)).tolist() == [found[key] for key in router.keys]
+    assert router.columns == ("cluster", "latent", "latent_flip")
+    assert os.path.exists(out / "router" / "shard-00001.safetensors")
+    assert router.read("latent", slice(None))[:, 0, 0, 0].tolist() == [int(key[1:]) % 100 for key in router.keys]

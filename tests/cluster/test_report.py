@@ -1,0 +1,83 @@
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from atoll.cluster import report
+from atoll.cluster.kept import Kept, Row
+from atoll.cluster.nearest import Workers
+from atoll.cluster.report import imbalance, to_html
+
+EVIL = "<script>alert(1)</script>"
+
+
+def card(counts=(30, 10), method="free", codec=None) -> dict:
+    clusters = [{"silhouette": 0.5, "words": [[EVIL, 0.5, 0.1]]}, {"silhouette": None, "words": []}]
+    scores = {"rows": 40, "silhouette": 0.25, "silhouette_rows": 40, "davies_bouldin": None}
+    return {
+        "k": 2, "method": method, "fine": 16, "seed": 0, "counts": [{"train": n, "val": 1} for n in counts], "blank": 3,
+        "largest_over_mean": 2 * max(counts) / sum(counts), "feature": {"name": "hog"}, "encoded": ["0" * 64],
+        "codec": codec or {"name": "pixels", "channels": 3}, "assignment": "1" * 64,
+        "quality": {**scores, "clusters": clusters},
+    }  # fmt: skip
+
+
+def kept(side: int = 8) -> Kept:
+    g, rows = torch.Generator().manual_seed(0), Kept(2, 0)
+    for i in range(12):
+        row = Row(i, f"k{i}", EVIL, "train", i % 2, 0.1 * i, torch.randn(3, side, side + 2, generator=g).half())
+        rows.nearest[i % 2].offer([row])
+        rows.random[i % 2].offer([replace(row, score=12 - i)])
+    return rows
+
+
+def page(card: dict, rows: Kept) -> str:
+    with Workers() as workers:
+        return to_html(card, rows, workers, lambda note: None)
+
+
+def test_the_page_needs_nothing_else_and_executes_nothing() -> None:
+    html = page(card(), kept())
+    assert "<script" not in html
+    assert "http" not in html.replace("https://", "http")
+    assert set(re.findall(r'src="([^"]{10})', html)) == {"data:image"}
+    assert html.count("<img") == 4
+    assert "6 pictures of cluster 1, nearest the centroid" in html
+    for told in ("75.0%", "0.25", "not defined", "3 images have a zero vector"):
+        assert told in html
+
+
+def test_large_pictures_are_reduced_and_small_ones_are_kept_exact() -> None:
+    assert page(card(), kept(8)).count("data:image/png") == 4
+    large = page(card(), kept(300))
+    assert large.count("data:image/webp") == 4
+    assert len(large) < 150_000
+
+
+def test_a_random_clustering_has_no_centroid() -> None:
+    html = page(card(method="random"), kept())
+    assert html.count("<img") == 2
+    assert "nearest the centroid" not in html
+
+
+def test_a_codec_that_cannot_be_found_is_told(tmp_path) -> None:
+    codec = {"name": "taef2", "weights": str(tmp_path / "nothing"), "sha256": "0" * 64}
+    html = page(card(codec=codec), kept())
+    assert "<img" not in html
+    assert "No pictures:" in html
+    assert "nothing" in html
+
+
+@pytest.mark.parametrize(("counts", "warned"), [((30, 10), False), ((100, 0), False), ((95, 3, 2), True)])
+def test_more_than_twice_the_fair_share_is_warned_of(counts, warned) -> None:
+    found = imbalance({"counts": [{"train": n, "val": 99} for n in counts]})
+    assert bool(found) == warned
+    if found:
+        assert "cluster 0 holds 95.0% of the training images, 2.9 times its fair share of 33.3%" in found
+
+
+def test_the_warning_stands_on_the_page(monkeypatch) -> None:
+    assert "Warning" not in page(card(), kept())
+    monkeypatch.setattr(report, "FAIR", 1.4)
+    assert "<b>Warning:</b> cluster 0 holds 75.0%" in page(card(), kept())

@@ -1,0 +1,252 @@
+import io
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from atoll.errors import AtollError
+from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
+from atoll.nn import DiTConfig
+from atoll.plan import Plan, as_json, plan, plan_run, render
+from atoll.plan.cost import Network, training_flops
+from atoll.plan.fit import EMA_EVERY, LADDER, all_switches
+from atoll.plan.gpus import find_gpu
+from atoll.plan.here import compare, measured_flops, measured_rate
+from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
+from atoll.plan.report import comparison_line
+from atoll.train import state
+from atoll.train.expert import dit_config
+
+ISLANDS = """
+- {name: anna, gpu: 4090, hours_per_day: 12, failures_per_day: 0.2, download_mbit: 100, experts: [1, 5-flow-linear]}
+- {name: ben, gpu: a40, failures_per_day: 0.05, dropouts_per_day: 0.01, mfu: 0.5}
+- {name: lab, gpu: a100, gpus: 4, failures_per_day: 0.1}
+- {name: attic, tflops: 40, memory_gb: 12, hours_per_day: 5}
+"""
+
+
+@pytest.fixture(scope="module")
+def hddm() -> Manifest:
+    return load_manifest(recipe_path("hddm-xl2-laion"))
+
+
+def shown(p: Plan) -> str:
+    text = io.StringIO()
+    Console(file=text, width=200).print(render(p, date(2026, 1, 1)))
+    return text.getvalue()
+
+
+def test_hddm_gives_its_own_figures_back(hddm: Manifest) -> None:
+    """8 x XL/2 of 605 M, 2 DDPM and 6 Flow Matching, 11 M images: 72 A100-days (at the MFU that is stated)."""
+    p = plan(hddm, [find_gpu("a100")], images=11_000_000)
+    assert len(p.experts) == 8
+    assert [part.objective.prediction for part in hddm.experts].count("eps") == 2
+    assert {round(e.parameters / 1e6) for e in p.experts} == {606}
+    assert p.router.parameters == pytest.approx(129e6, rel=0.01)
+    (a100,) = p.machines
+    assert a100.mfu == 0.4
+    assert a100.total_gpu_days == pytest.approx(72, rel=0.01)
+    assert a100.total_gpu_days == pytest.approx(sum(a100.gpu_days.values()))
+    # The closed form: what 72 days of 40 % of 312 TFLOP/s can do.
+    work = sum(e.images for e in p.experts) * p.experts[0].training_flops
+    assert work == pytest.approx(72 * 86400 * 312e12 * 0.4, rel=0.01)
+    assert p.batches[p.experts[0].name]["compile"] == {24e9: 24, 48e9: 84, 80e9: 164}
+
+
+def test_twice_the_share_is_half_the_time_and_the_price(hddm: Manifest) -> None:
+    low, high = (plan(hddm, [find_gpu("a100")], mfu=mfu).machines[0] for mfu in (0.25, 0.5))
+    assert low.total_gpu_days == pytest.approx(2 * (high.total_gpu_days or 0))
+    assert low.usd == pytest.approx(2 * (high.usd or 0)) == pytest.approx((low.total_gpu_days or 0) * 24 * 1.39)
+
+
+def test_download_of_a_cluster(hddm: Manifest) -> None:
+    p = plan(hddm, images=11_000_000)
+    assert p.download_bytes == pytest.approx(11e6 / 8 * (4 * 32 * 32 * 2 + 120))
+    assert plan(hddm).download_bytes is None
+
+
+def test_networks_are_those_that_training_builds() -> None:
+    """The plan's sizes are those that `atoll train` builds from, for the recipes that need no download."""
+    for name in ("demo", "glyphs"):
+        manifest = load_manifest(recipe_path(name))
+        text, latent = text_of(manifest.condition), latent_shape(manifest)
+        for part, expert in zip(manifest.experts, plan(manifest).experts, strict=True):
+            config = dit_config(manifest.network_of(part), latent, text.dim, text.pooled)
+            built = DiTConfig.model_validate(config).model_dump()
+            assert expert.network == Network.from_config(built, text.tokens)
+
+
+@pytest.mark.parametrize("gpu", [None, "a100", "24GB"])
+def test_tables_and_json(hddm: Manifest, gpu: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "islands.yaml"
+    file.write_text(ISLANDS)
+    p = plan_run("hddm-xl2-laion", gpu, file, images=11_000_000, trials=20)
+    text = shown(p)
+    for word in ("605.7 M", "439 MiB", "8 experts", "Largest batch", "GPU-days", "anna", "Done on 2026-", "decides it"):
+        assert word in text
+    value = json.loads(json.dumps(as_json(p, date(2026, 1, 1)), allow_nan=False))
+    assert value["experts"][0]["parameters"] == 605_675_536
+    assert value["batches"]["0-eps-cosine"]["compile"]["24GB"] == 24
+    assert value["finish"]["start"] == "2026-01-01"
+    assert value["finish"]["median"] <= value["finish"]["p90"]
+    days = value["machines"][0]["total_gpu_days"]
+    assert (days is None) == (gpu == "24GB")
+    assert set(value["simulation"]["assignment"]) == {"anna", "ben", "lab", "attic"}
+
+
+def test_islands_train_what_they_may_and_what_fits(hddm: Manifest, tmp_path: Path) -> None:
+    file = tmp_path / "islands.yaml"
+    file.write_text("- {name: one, gpu: a40, experts: [0]}\n- {name: many, gpu: a100, gpus: 8}")
+    simulation = plan_run("hddm-xl2-laion", islands=file, trials=3).simulation
+    assert simulation is not None
+    assert set(simulation.assignment["one"]) <= {"0-eps-cosine"}
+    # Eight GPUs that share the batch of 128, 16 each, do eight times the images.
+    per_expert = plan(hddm, [find_gpu("a100")]).machines[0].gpu_days["1-flow-linear"]
+    experts = len(simulation.assignment["many"])
+    assert simulation.hours["many"] == pytest.approx(experts * per_expert * 24 / 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {name: a, gpu: a40, experts: [0]}", "no island for expert 1-flow-linear"),
+        ("- {name: a, tflops: 40, memory_gb: 3}", "no island for expert 0-eps-cosine"),
+        ("- {name: a, gpu: a40, experts: [9]}", "island a: no expert '9'; expected some of 0-eps-cosine"),
+        ("- {name: a, gpu: a41}", "no GPU 'a41'"),
+        ("- {name: a, gpu: 24GB}", "24GB is a size"),
+    ],
+)
+def test_islands_that_do_not_do(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "islands.yaml"
+    file.write_text(text)
+    with pytest.raises(AtollError, match=message):
+        plan_run("hddm-xl2-laion", islands=file, trials=2)
+
+
+def test_mistakes(hddm: Manifest) -> None:
+    with pytest.raises(AtollError, match=r"606 M parameters need .* GB .*more than 4GB has"):
+        plan_run("hddm-xl2-laion", "4GB")
+    huge = hddm.model_copy(update={"network": hddm.network.model_copy(update={"width": 32_000, "heads": 32})})
+    with pytest.raises(AtollError, match="more than any GPU known has"):
+        plan(huge)
+    with pytest.raises(AtollError, match="no recipe 'nothing'"):
+        plan_run("nothing")
+    with pytest.raises(AtollError, match="no GPU 'a1'"):
+        plan_run("demo", "a1")
+    for mfu in (0.0, 1.5, -1.0):
+        with pytest.raises(AtollError, match="--mfu"):
+            plan_run("demo", mfu=mfu)
+    with pytest.raises(AtollError, match="--images 0"):
+        plan_run("demo", images=0)
+
+
+def test_a_gpu_too_small_is_shown_where_none_was_named(hddm: Manifest) -> None:
+    """3 B parameters take 66 GB: a 4090 cannot, an H200 can."""
+    wide = hddm.model_copy(update={"network": hddm.network.model_copy(update={"width": 3584, "heads": 28})})
+    p = plan(wide)
+    fits = {m.gpu.name: m.fits["0-eps-cosine"] is not None for m in p.machines}
+    assert fits["h200"]
+    assert not fits["4090"]
+    assert "does not fit" in shown(p)
+
+
+def test_a_run_knows_its_number_of_images(tmp_path: Path) -> None:
+    (tmp_path / "encoded").mkdir()
+    (tmp_path / "atoll.yaml").write_text(recipe_path("demo").read_text())
+    assert plan_run(tmp_path).images is None
+    index = tmp_path / "encoded" / "index.json"
+    index.write_text(json.dumps({"rows": 2288, "columns": {"latent": {"dtype": "float16", "shape": [3, 8, 24]}}}))
+    p = plan_run(tmp_path)
+    assert p.images == 2288
+    assert (p.experts[0].network.channels, p.experts[0].network.size) == (3, (8, 24))
+    assert plan_run(tmp_path, images=7).images == 7
+    index.write_text(json.dumps({"rows": 2288, "columns": {}}))
+    with pytest.raises(AtollError, match="encode again"):
+        plan_run(tmp_path)
+
+
+def test_widths_of_encoders(tmp_path: Path) -> None:
+    assert text_of({"name": "hash"}) == Text(16, 64, 64)
+    assert text_of({"name": "clip", "weights": "openai/clip-vit-large-patch14"}) == Text(77, 768, 768)
+    assert text_of({"name": "t5", "weights": "google/t5-v1_1-xxl", "length": 77}) == Text(77, 4096, None)
+    (tmp_path / "config.json").write_text(
+        '{"text_config": {"hidden_size": 32, "projection_dim": 24}, "d_model": 48, "latent_channels": 16}'
+    )
+    assert text_of({"name": "clip", "weights": str(tmp_path)}) == Text(77, 32, 32)
+    assert text_of({"name": "clip", "weights": str(tmp_path), "length": 20, "pooled": "projected"}) == Text(20, 32, 24)
+    assert text_of({"name": "t5", "weights": str(tmp_path)}) == Text(120, 48, None)
+    assert text_of({"name": "label", "labels": ["cat", "dog", "owl"]}) == Text(1, 3, 3)
+    for unknown in ({"name": "t5", "weights": "somebody/else"}, {"name": "words"}):
+        with pytest.raises(AtollError, match="--text"):
+            text_of(unknown)
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [
+        ({"name": "pixels", "channels": 3}, (3, 256, 256)),
+        ({"name": "kl"}, (4, 32, 32)),
+        ({"name": "taef2"}, (32, 32, 32)),
+    ],
+)
+def test_shapes_of_latents(hddm: Manifest, codec: dict, shape: tuple[int, int, int]) -> None:
+    assert latent_shape(hddm.model_copy(update={"codec": codec})) == shape
+
+
+def test_latents_that_do_not_divide(hddm: Manifest) -> None:
+    odd = hddm.model_copy(update={"data": hddm.data.model_copy(update={"size": 100})})
+    with pytest.raises(AtollError, match="multiple of 8"):
+        latent_shape(odd)
+    with pytest.raises(AtollError, match="codec 'vq'"):
+        latent_shape(hddm.model_copy(update={"codec": {"name": "vq"}}))
+
+
+def test_what_is_recommended_is_what_a_recipe_may_say(hddm: Manifest) -> None:
+    asked, accumulate = switches_of(hddm.train)
+    assert (str(asked), accumulate) == ("compile", 1)
+    for switches in {*all_switches(), *LADDER}:
+        train = TrainSettings(**asdict(switches), batch=12, accumulate=3)
+        assert switches_of(train) == (switches, 3)
+    assert "as the recipe has it" in shown(plan(hddm, [find_gpu("a100")]))
+    assert "batch 128 as 8 x 16 with: compile (up to 24" in shown(plan(hddm, [find_gpu("4090")]))
+
+
+def test_average_on_the_cpu_is_updated_as_training_does() -> None:
+    assert state._EMA_EVERY_ON_CPU == EMA_EVERY
+
+
+def test_a_finished_run_against_its_plan() -> None:
+    network = Network((8, 12), 1, 4, 32, 2, 2, 4.0, states_dim=16, tokens=5)
+    config = {key: value for key, value in asdict(network).items() if key != "tokens"}
+    training = {"steps": 100, "seconds": 20.0, "settings": {"batch": 16}}
+    c = compare({"name": "0-x", "network": config, "training": training}, tokens=5, flops=1e9, mfu=0.5)
+    assert c.images == 1600
+    assert c.predicted_seconds == pytest.approx(1600 * training_flops(network) / 0.5e9)
+    assert c.mfu == pytest.approx(1600 * training_flops(network) / 20 / 1e9)
+    assert c.ratio == pytest.approx(20 / c.predicted_seconds)
+    assert "measured / predicted" in comparison_line(c)
+    for broken in ({}, {"training": {**training, "seconds": 0}, "network": config}, {"training": 3, "network": config}):
+        with pytest.raises(AtollError, match="its card"):
+            compare(broken, 5, 1e9, 0.5)
+
+
+def test_this_machine_is_measured() -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    assert 1e8 < measured_flops(threads + 1, "fp32", size=256, seconds=0.01) < 1e16
+    config = {"name": "dit", "size": (4, 6), "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2,
+              "states_dim": 8, "pooled_dim": 8}  # fmt: skip
+    assert measured_rate(config, tokens=5, batch=3, threads=threads + 1, seconds=0.01) > 0
+    assert torch.get_num_threads() == threads
+
+
+def test_planning_needs_no_torch_of_its_own() -> None:
+    code = "import sys, atoll.plan; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
