@@ -26,7 +26,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(PYTEST)
+	HYPOTHESIS_PROFILE=default $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -304,7 +304,6 @@ def parse_manifest(text: str, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the manifest"
-        key = key if key.isprintable() else repr(key)
         if first["type"] == "extra_forbidden":
             raise AtollError(f"{where}: unknown key {key}; {_known_keys(first['loc'])}") from None
         message = first["msg"].removeprefix("Value error, ")

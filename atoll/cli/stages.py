@@ -1,51 +1,19 @@
-"""The command line: one verb per stage, no logic. Heavy imports stand inside the verbs: `atoll --help` is instant."""
+"""The verbs of a run's life, from pictures to a report; those that train stand in training.py."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-import typer.core
 
+from atoll.cli.app import Force, Quiet, Run, app, bar
+from atoll.cli.training import launch
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
     from atoll.data.encode import Place
     from atoll.ensemble import Alignment
     from atoll.solver import Method
-
-
-class _InOrder(typer.core.TyperGroup):
-    """Lists the verbs in the order of a run's life."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        order = ["init", "encode", "cluster", "train", "launch", "assemble", "sample", "evaluate", "demo"]
-        return sorted(super().list_commands(ctx), key=order.index)
-
-
-app = typer.Typer(
-    name="atoll",
-    cls=_InOrder,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help="One diffusion model, trained on many machines that never talk to each other.\n\n"
-    "A run is a directory with an atoll.yaml. Its stages, in order: **init**, **encode**, **cluster**, **train** "
-    "(each expert alone, on any machine; **launch** trains all of them here), **assemble**, **sample**, **evaluate**. "
-    "**demo** does all of it on an embedded data set.",
-)
-train_app = typer.Typer(
-    no_args_is_help=True, help="Train one part, alone. Reads its own shards, writes its own artifact."
-)
-app.add_typer(train_app, name="train", rich_help_panel="Stages")
-
-Run = Annotated[Path, typer.Option("--run", "-r", help="The run's directory, which holds atoll.yaml.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Throw an existing checkpoint or artifact away.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
 @app.command(rich_help_panel="Stages")
@@ -87,7 +55,7 @@ def encode(
 
     if on not in ("local", "ray"):
         raise AtollError(f"--on {on}: expected local or ray")
-    with _bar("encode", "images", quiet) as tell:
+    with bar("encode", "images", quiet) as tell:
         done = encode_run(
             run,
             load_manifest(run),
@@ -125,65 +93,12 @@ def cluster(
         raise AtollError("--encoded names images to add: use it with --assign-only")
     if assign_only and (force or router_fraction is not None):
         raise AtollError("--assign-only adds to the clusters as they are: leave --force and --router-fraction out")
-    with _bar("cluster", "images", quiet) as tell:
+    with bar("cluster", "images", quiet) as tell:
         if assign_only:
             done = assign(run / "clusters", encoded or run / "encoded", tell)
         else:
             done = cluster_run(run, load_manifest(run), force, router_fraction, tell)
     typer.echo(done)
-
-
-@train_app.command("expert")
-def train_expert(
-    expert: Annotated[str, typer.Argument(help="Its cluster's number, or its name: 3, or 3-eps-cosine.")],
-    run: Run = Path(),
-    resume: Resume = False,
-    restart: Restart = False,
-    quiet: Quiet = False,
-) -> None:
-    """Train one expert on its cluster's shards and nothing else -> experts/."""
-    from atoll.train.expert import train_expert as work
-
-    _train("expert", run, quiet, lambda m, tell: work(run, m, expert, resume, restart, tell))
-
-
-@train_app.command("router")
-def train_router(run: Run = Path(), resume: Resume = False, restart: Restart = False, quiet: Quiet = False) -> None:
-    """Train the router on all latents and their clusters -> router/."""
-    from atoll.train.router import train_router as work
-
-    _train("router", run, quiet, lambda m, tell: work(run, m, resume, restart, tell))
-
-
-@train_app.command("monolith")
-def train_monolith(run: Run = Path(), resume: Resume = False, restart: Restart = False, quiet: Quiet = False) -> None:
-    """Train the dense model to compare with, on everything -> monolith/."""
-    from atoll.train.expert import train_monolith as work
-
-    _train("monolith", run, quiet, lambda m, tell: work(run, m, resume, restart, tell))
-
-
-@app.command(rich_help_panel="Stages")
-def launch(
-    run: Run = Path(),
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="At a time; default: one per core.")] = None,
-) -> None:
-    """Train every expert, the router and the monolith that atoll.yaml names: processes on this machine.
-
-    What is done is not done again, what was interrupted goes on. Ctrl-C saves and stops all.
-    """
-    import os
-
-    from atoll.launch.local import jobs_of, run_jobs
-    from atoll.launch.progress import LaunchView
-    from atoll.manifest import load_manifest
-
-    slots = jobs or len(os.sched_getaffinity(0))
-    with LaunchView("training", slots) as view:
-        done = run_jobs(jobs_of(run, load_manifest(run)), slots, view.update)
-    failed = [job for job in done if job.state == "failed"]
-    if failed:
-        raise AtollError("; ".join(f"{job.name} failed: {job.error}" for job in failed))
 
 
 @app.command(rich_help_panel="Stages")
@@ -213,7 +128,7 @@ def sample(
     """Draw pictures: `atoll sample runs/demo/ensemble "latin capital letter a, serif bold" -o out.png`."""
     from atoll.pipeline import sample_to_file
 
-    with _bar("sample", "steps", quiet) as tell:
+    with bar("sample", "steps", quiet) as tell:
         sample_to_file(
             ensemble,
             prompts,
@@ -237,7 +152,7 @@ def evaluate(run: Run = Path(), quiet: Quiet = False) -> None:
     from atoll.evaluate.run import evaluate_run
     from atoll.manifest import load_manifest
 
-    with _bar("evaluate", "steps", quiet) as tell:
+    with bar("evaluate", "steps", quiet) as tell:
         report = evaluate_run(run, load_manifest(run).evaluate, tell)
     typer.echo(f"{report} written; open it in a browser")
 
@@ -265,77 +180,3 @@ def demo(
     for number, (name, stage) in enumerate(stages, start=1):
         typer.secho(f"[{number}/{len(stages)}] {name}", bold=True, err=True)
         stage()
-
-
-def _train(what: str, run: Path, quiet: bool, work: Callable[[Any, Any], Path]) -> None:
-    """Runs one training behind a progress bar; a signal that stopped it in order is no error."""
-    from atoll.manifest import load_manifest
-    from atoll.train.loop import Interrupted
-
-    with _bar(what, "steps", quiet) as tell:
-
-        def line(metrics: dict[str, Any]) -> None:
-            note = f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.0f} images/s"
-            tell(metrics["step"], metrics["steps"], note)
-
-        try:
-            typer.echo(f"{work(load_manifest(run), line)} written")
-        except Interrupted as stop:
-            typer.echo(str(stop))
-
-
-@contextmanager
-def _bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on the terminal, told by (done, total, note); silent where there is none."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None, note="")
-
-        def tell(done: int, total: int | None, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, note=note)
-
-        yield tell
-
-
-def main() -> None:
-    """The entry point: a mistake is one line and exit code 2, a warning is one line."""
-    import os
-    import warnings
-
-    # OpenMP's threads otherwise spin while they wait; on shared cores that made small networks ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    def say(message: Warning | str, *_: object) -> None:
-        typer.secho(f"atoll: warning: {message}", fg="yellow", err=True)
-
-    warnings.showwarning = say  # type: ignore[assignment]
-    try:
-        app()
-    except AtollError as error:
-        typer.secho(f"atoll: {error}", fg="red", err=True)
-        sys.exit(2)
-    except OSError as error:  # a path that cannot be read or written, and that no stage could say more about
-        typer.secho(f"atoll: {error.filename or 'input or output'}: {error.strerror or error}", fg="red", err=True)
-        sys.exit(2)
-
-
-@app.callback(invoke_without_command=True)
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
-        from atoll import __version__
-
-        typer.echo(f"atoll {__version__}")
-        raise typer.Exit
-
-
-if __name__ == "__main__":
-    main()

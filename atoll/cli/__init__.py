@@ -1,0 +1,11 @@
+"""The command line: one verb per stage, no logic. Heavy imports stand inside the verbs: `atoll --help` is instant.
+
+app.py       the application, the options that verbs share, how a mistake is told
+stages.py    from pictures to a report: init, encode, cluster, assemble, sample, evaluate, demo
+training.py  train, launch
+"""
+
+from atoll.cli import stages, training
+from atoll.cli.app import app, main
+
+__all__ = ["app", "main", "stages", "training"]
