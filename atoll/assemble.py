@@ -8,6 +8,7 @@ from typing import Any
 from atoll.artifact import CARD, FORMAT, read_card, sha256_file, write_json
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
+from atoll.weights import same
 
 ENSEMBLE = "ensemble.json"
 
@@ -36,7 +37,7 @@ def assemble(experts: list[Path], router: Path | None, out: Path, sampling: dict
     for path, card in cards.items():
         for key in _SHARED:
             mine, theirs = card.get(key), cards[first].get(key)
-            if mine != theirs:
+            if not same(mine, theirs):
                 raise AtollError(
                     f"{path}: its {key} is {mine}, that of {first} is {theirs}; "
                     "parts of one ensemble must come from the same clusters"

@@ -54,7 +54,8 @@ class DataSettings(Section):
     min_side: PositiveInt | None = None  # pixels; smaller pictures are skipped; None: half of `size`
     # Pictures of equal pixels, once they are cropped and resized. None: skip; but some glyphs are meant to look alike.
     duplicates: Literal["skip", "keep"] | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of codec and feature network; auto: bf16 where it is fast
+    # Of codec and feature network; auto: features in fp32, the codec in bf16 where that is fast.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     flips: bool = False  # the mirrored picture's latent is stored too, and training sees either
     max_skipped: float = Field(0.05, ge=0, le=1)  # the share that may fail; duplicates do not count
     block: PositiveInt = 4096  # samples of a shard, where the source can be cut anywhere

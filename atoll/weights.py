@@ -73,6 +73,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _LOCATION}
 
 
+def same(one: object, other: object) -> bool:
+    """Whether two entries of cards are equal; of networks' configurations, whether their identities are."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return identity(one) == identity(other)
+    return one == other
+
+
 def find_weights(given: str, subfolders: Sequence[str] = ("",)) -> Path:
     """The local file or directory of the weights `given`; downloaded only where nothing local is called so.
 

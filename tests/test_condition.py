@@ -44,6 +44,15 @@ def test_words_have_unit_variance_and_no_likeness() -> None:
     assert abs(torch.nn.functional.cosine_similarity(*word, dim=0)) < 0.2
 
 
+def test_encoding_leaves_alone_what_another_thread_tokenizes() -> None:
+    """While one batch is encoded, on a device, the next is tokenized: its new words must not be lost."""
+    encoder = HashEncoder(dim=10, length=7)
+    encoder.encode(encoder.tokenize(["moss"]).to("meta"))
+    late = encoder.tokenize(["sand and rain"])
+    encoder.encode(encoder.tokenize(["moss"]).to("meta"))
+    torch.testing.assert_close(encoder.encode(late).states, HashEncoder(dim=10, length=7)(["sand and rain"]).states)
+
+
 def test_position_tells_the_order_of_words_in_the_states_only() -> None:
     one, other = HashEncoder()(["red on blue", "blue on red"]).index(torch.tensor([0, 1])).states
     assert not torch.allclose(one, other)

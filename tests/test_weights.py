@@ -19,6 +19,7 @@ from atoll.weights import (
     pretrained_files,
     quiet,
     require_sha256,
+    same,
     sha256_files,
     sha256_weights,
 )
@@ -195,3 +196,10 @@ def test_quiet_leaves_the_library_as_it_was() -> None:
         assert settings.get_verbosity() == settings.ERROR
         assert not settings.is_progress_bar_enabled()
     assert (settings.get_verbosity(), settings.is_progress_bar_enabled(), logging.root.manager.disable) == before
+
+
+def test_entries_of_cards_are_compared_by_what_they_are() -> None:
+    assert same({"name": "kl", "weights": "a", "sha256": "1"}, {"name": "kl", "weights": "b", "sha256": "1"})
+    assert not same({"name": "kl", "weights": "a", "sha256": "1"}, {"name": "kl", "weights": "a", "sha256": "2"})
+    assert same([4, 8, 8], [4, 8, 8])
+    assert not same({"name": "kl"}, None)

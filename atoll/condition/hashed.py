@@ -40,6 +40,7 @@ class HashEncoder(Encoder):
         self._position = _sinusoids(length, dim)
         self._ids: dict[str, int] = {}  # word -> row of the table; a word is hashed when it is first met
         self._table = torch.zeros(1, dim)  # row 0 is "nothing stands here"
+        self._placed = (self._table, self._position)
         self._admit([_START])
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -50,11 +51,9 @@ class HashEncoder(Encoder):
         return Tokens(tensor, tensor > 0)
 
     def encode(self, tokens: Tokens) -> Condition:
-        device = tokens.ids.device
-        if self._table.device != device:
-            self._table, self._position = self._table.to(device), self._position.to(device)
-        words = self._table[tokens.ids]  # [B,L,D]
-        states = torch.addcmul(words, self._position, tokens.mask.unsqueeze(-1).to(words.dtype))  # [B,L,D]
+        table, position = self._on(tokens.ids.device)
+        words = table[tokens.ids]  # [B,L,D]
+        states = torch.addcmul(words, position, tokens.mask.unsqueeze(-1).to(words.dtype))  # [B,L,D]
         total = words.sum(1)  # [B,D]
         pooled = total * total.square().mean(1, keepdim=True).rsqrt()  # [B,D], no 0/0: the start token stands
         return Condition(states, tokens.mask, pooled)
@@ -62,13 +61,20 @@ class HashEncoder(Encoder):
     def config(self) -> dict[str, Any]:
         return self._config.model_dump()
 
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Table and positions on a device. One thread may tokenize while another encodes what it tokenized before:
+        the first writes the table alone, the second these copies alone."""
+        placed = self._placed
+        if len(placed[0]) != len(self._table) or placed[0].device != device:
+            self._placed = placed = (self._table.to(device), self._position.to(device))
+        return placed
+
     def _admit(self, words: Sequence[str]) -> None:
         """Gives each new word a row of the table."""
         if not words:
             return
         self._ids.update({word: len(self._table) + i for i, word in enumerate(words)})
-        rows = torch.stack([self._vector(word) for word in words]).to(self._table.device)
-        self._table = torch.cat([self._table, rows])
+        self._table = torch.cat([self._table, torch.stack([self._vector(word) for word in words])])
 
     def _vector(self, word: str) -> Tensor:
         """The word's vector [D]: 32 bits of the hash per number, uniform in +-sqrt(3): unit variance."""

@@ -14,6 +14,7 @@ from atoll.device import cores
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.shards import INDEX, Shards, refuse_foreign
+from atoll.weights import same
 
 Progress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
 Place = Literal["local", "ray"]
@@ -96,7 +97,7 @@ def _is_there(out: Path, card: dict[str, Any], manifest: Manifest) -> bool:
         return False
     found = Shards(out).card
     for key in card.keys() - ({"precision"} if manifest.data.precision == "auto" else set()):
-        if found.get(key) != card[key]:
+        if not same(found.get(key), card[key]):
             raise AtollError(
                 f"{out}: was encoded with {key} {found.get(key)}, asked for is {card[key]}; "
                 "replace it with --force, or name another run"

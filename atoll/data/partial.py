@@ -24,6 +24,7 @@ from atoll.artifact import check_card, read_json, write_bytes, write_json
 from atoll.data import Block, Skipped
 from atoll.errors import AtollError
 from atoll.shards import ShardWriter, repeats
+from atoll.weights import same
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
@@ -99,7 +100,7 @@ class Partial:
     def _compare(self, plan: dict[str, Any]) -> None:
         found = check_card(read_json(self.path / PLAN), "partial", self.path / PLAN)
         for key, value in plan["card"].items():
-            if (got := found["card"].get(key)) != value:
+            if not same(got := found["card"].get(key), value):
                 raise AtollError(
                     f"{self.path}: was begun with {key} {got}, asked for is {value}; start anew with --force"
                 )

@@ -38,6 +38,7 @@ from atoll.objective import Objective
 from atoll.schedule import Linear
 from atoll.shards import Shards
 from atoll.solver import sample
+from atoll.weights import same
 from atoll.words import count_words, telling_words
 
 PICTURES_PER_CLUSTER = 24
@@ -113,7 +114,7 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> Opened:
             f"{list(encoded.shape('latent'))}; evaluate it on the data that it was trained on"
         )
     monolith = load_ensemble(path / "monolith", device=device) if (path / "monolith" / CARD).is_file() else None
-    if monolith is not None and monolith.encoder.config() != loaded.encoder.config():
+    if monolith is not None and not same(monolith.encoder.config(), loaded.encoder.config()):
         raise AtollError(
             f"{path}: the monolith reads prompts with {monolith.encoder.config()}, the ensemble with "
             f"{loaded.encoder.config()}; train both with one condition encoder"

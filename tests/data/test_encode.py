@@ -9,6 +9,7 @@ import torch
 from atoll.codec import PixelCodec
 from atoll.data import Block, Raw, Skipped, Source
 from atoll.data import encode as stage
+from atoll.data.block import Frozen
 from atoll.data.encode import encode_run
 from atoll.errors import AtollError
 from atoll.feature import Hog
@@ -262,3 +263,22 @@ def test_the_embedded_data_set_of_a_run(tmp_path, manifest) -> None:
     assert shards.card["source"]["subset"] == "demo"
     assert told[-1][:2] == (2288, 2288)
     assert "there already" in encode_run(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(
+    ("precision", "of_codec", "of_feature"),
+    [("auto", torch.bfloat16, torch.float32), ("bf16", torch.bfloat16, torch.bfloat16), ("fp32", *[torch.float32] * 2)],
+)
+def test_features_are_exact_unless_told_otherwise(monkeypatch, precision, of_codec, of_feature) -> None:
+    """MobileNetV2 in bf16 is a fifth off, and the clusters hang on it."""
+    taken = {}
+
+    def remember(network, device, dtype=None):
+        taken[type(network)] = dtype
+        return network
+
+    monkeypatch.setattr(PixelCodec, "to", remember)
+    monkeypatch.setattr(Hog, "to", remember)
+    monkeypatch.setattr("atoll.data.block.has_bf16", lambda device: True)
+    Frozen.build(manifest(f"precision: {precision}"))
+    assert taken == {PixelCodec: of_codec, Hog: of_feature}
