@@ -16,23 +16,18 @@ if TYPE_CHECKING:
     from atoll.solver import Method
 
 
+Recipe = Annotated[str | None, typer.Option(help="A built-in recipe, or a yaml file; default: demo, or pictures.")]
+Data = Annotated[str | None, typer.Option(help="Your pictures: a directory, tars, parquet files, a glob or a URL.")]
+
+
 @app.command(rich_help_panel="Stages")
 def init(
-    run: Annotated[Path, typer.Argument(help="The directory to make.")],
-    recipe: Annotated[str, typer.Option(help="A built-in recipe, or a yaml file.")] = "demo",
+    run: Annotated[Path, typer.Argument(help="The directory to make.")], recipe: Recipe = None, data: Data = None
 ) -> None:
     """Make a run: a directory with an atoll.yaml to edit."""
-    from atoll.artifact import write_bytes
-    from atoll.manifest import MANIFEST, parse_manifest, recipe_path
+    from atoll.data.begin import init_run
 
-    source = recipe_path(recipe)
-    text = source.read_text(encoding="utf-8")
-    parse_manifest(text, str(source))
-    if (run / MANIFEST).exists():
-        raise AtollError(f"{run / MANIFEST} exists; edit it, or name another directory")
-    run.mkdir(parents=True, exist_ok=True)
-    write_bytes(run / MANIFEST, text.encode())
-    typer.echo(f"{run / MANIFEST} written from {source.name}")
+    typer.echo(f"{init_run(run, recipe, data)} written")
 
 
 @app.command(rich_help_panel="Stages")
@@ -160,14 +155,15 @@ def evaluate(run: Run = Path(), quiet: Quiet = False) -> None:
 @app.command()
 def demo(
     run: Annotated[Path, typer.Argument(help="The directory to make or to go on with.")] = Path("runs/demo"),
-    recipe: Annotated[str, typer.Option(help="A built-in recipe, or a yaml file.")] = "demo",
+    recipe: Recipe = None,
+    data: Data = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = None,
 ) -> None:
-    """Everything, on the embedded data set: encode, cluster, train, assemble, sample, report."""
-    from atoll.manifest import MANIFEST, load_manifest
+    """Everything, on the embedded data set or on yours: encode, cluster, train, assemble, sample, report."""
+    from atoll.data.begin import init_run
+    from atoll.manifest import load_manifest
 
-    if not (run / MANIFEST).exists():
-        init(run, recipe)
+    init_run(run, recipe, data, again=True)
     prompts = list(load_manifest(run).evaluate.prompts)
     stages: list[tuple[str, Callable[[], None]]] = [
         ("encode", lambda: encode(run, resume=True)),
@@ -177,6 +173,8 @@ def demo(
         ("sample", lambda: sample(run / "ensemble", prompts, run / "samples.png")),
         ("evaluate", lambda: evaluate(run)),
     ]
+    if not prompts:  # the report draws captions of held-out pictures then
+        stages = [(name, stage) for name, stage in stages if name != "sample"]
     for number, (name, stage) in enumerate(stages, start=1):
         typer.secho(f"[{number}/{len(stages)}] {name}", bold=True, err=True)
         stage()
