@@ -34,6 +34,7 @@ class Feature(ABC):
 
     name: str
     dim: int
+    takes_bf16: bool = False  # whether its vectors hardly change in bf16; clusters hang on them
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -148,6 +149,8 @@ class NetworkFeature(Feature):
 
     def __init__(self, config: NetworkConfig, backbone: Backbone):
         self.name, self.dim, self.size = config.name, backbone.dim, backbone.size
+        # Transformers are run in 16 bits everywhere; MobileNetV2's vector, of 8-bit weights, moves by a fifth.
+        self.takes_bf16 = config.name in ("dinov2", "clip-image")
         self._backbone = backbone
         self._config = config.model_copy(update={"sha256": backbone.sha256, "size": backbone.size})
 

@@ -54,7 +54,7 @@ class DataSettings(Section):
     min_side: PositiveInt | None = None  # pixels; smaller pictures are skipped; None: half of `size`
     # Pictures of equal pixels, once they are cropped and resized. None: skip; but some glyphs are meant to look alike.
     duplicates: Literal["skip", "keep"] | None = None
-    # Of codec and feature network; auto: features in fp32, the codec in bf16 where that is fast.
+    # Of codec and feature network; auto: bf16 where that is fast, and where the feature's vectors bear it.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     flips: bool = False  # the mirrored picture's latent is stored too, and training sees either
     max_skipped: float = Field(0.05, ge=0, le=1)  # the share that may fail; duplicates do not count
@@ -108,6 +108,8 @@ class TrainSettings(Section):
     clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
     ema_profiles: tuple[float, ...] = ()  # widths of power-function averages, kept for `atoll ema` (EDM2, 2312.02696)
+    ema_snapshot_every: PositiveInt = 5000  # steps between two of their states on the disk
+    init: str | None = None  # an expert's directory, from the run's, whose weights experts start with
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
     hold_back: float = Field(0.0, ge=0, lt=1)  # share of the training rows kept for calibration; 0: the val split
     # Speed and memory.
@@ -132,6 +134,9 @@ class TrainSettings(Section):
     def _divisible(self) -> "TrainSettings":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
+        for width in self.ema_profiles:
+            if not 0 < width < 0.288:  # 0.2887 is the plain mean's
+                raise ValueError(f"ema_profiles: {width}; expected widths sigma_rel above 0 and below 0.288")
         return self
 
 

@@ -335,3 +335,11 @@ def test_real_networks_know_what_real_pictures_show(name, file) -> None:
 
     feature = build_feature({"name": name, "weights": str(DATA / "weights" / file), "size": 64})
     assert hits(feature(images)) > hits(images.flatten(1)) + 0.2
+
+
+def test_which_networks_bear_bf16(tmp_path) -> None:
+    assert not Hog().takes_bf16
+    for name in SAVE:
+        (tmp_path / name).mkdir()
+        feature = build_feature({"name": name, "weights": str(SAVE[name](tmp_path / name)), **SIZE[name]})
+        assert feature.takes_bf16 == (name in ("dinov2", "clip-image"))

@@ -37,14 +37,12 @@ class Frozen:
         """What the manifest asks for. Raises AtollError as `build_codec` and `build_feature` do."""
         data, device = manifest.data, device or best_device()
         bf16 = data.precision == "bf16" or (data.precision == "auto" and has_bf16(device))
-        # The small feature networks were not trained for bf16 (MobileNetV2's output moves by a fifth), and the clusters
-        # hang on them: "auto" leaves them alone.
-        whole = torch.bfloat16 if data.precision == "bf16" else torch.float32
         codec, feature = build_codec(manifest.codec), build_feature(manifest.feature)
         codec = codec.to(device, torch.bfloat16 if bf16 else torch.float32)
+        half = bf16 and (feature.takes_bf16 or data.precision == "bf16")
+        feature = feature.to(device, torch.bfloat16 if half else torch.float32)
         framing = Framing(data.size, codec.image_channels, data.smallest_side)
-        precision = "bf16" if bf16 else "fp32"
-        return Frozen(codec, feature.to(device, whole), device, precision, data.flips, framing)
+        return Frozen(codec, feature, device, "bf16" if bf16 else "fp32", data.flips, framing)
 
     def __call__(self, pixels: np.ndarray) -> dict[str, Tensor]:
         """Pictures [B,C,h,w] uint8 to the columns of shards: latent float16, feature float32, perhaps latent_flip."""

@@ -266,10 +266,15 @@ def test_the_embedded_data_set_of_a_run(tmp_path, manifest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "of_codec", "of_feature"),
-    [("auto", torch.bfloat16, torch.float32), ("bf16", torch.bfloat16, torch.bfloat16), ("fp32", *[torch.float32] * 2)],
+    ("precision", "bears_it", "of_codec", "of_feature"),
+    [
+        ("auto", False, torch.bfloat16, torch.float32),
+        ("auto", True, torch.bfloat16, torch.bfloat16),
+        ("bf16", False, torch.bfloat16, torch.bfloat16),
+        ("fp32", True, torch.float32, torch.float32),
+    ],
 )
-def test_features_are_exact_unless_told_otherwise(monkeypatch, precision, of_codec, of_feature) -> None:
+def test_features_are_exact_unless_told_otherwise(monkeypatch, precision, bears_it, of_codec, of_feature) -> None:
     """MobileNetV2 in bf16 is a fifth off, and the clusters hang on it."""
     taken = {}
 
@@ -279,6 +284,7 @@ def test_features_are_exact_unless_told_otherwise(monkeypatch, precision, of_cod
 
     monkeypatch.setattr(PixelCodec, "to", remember)
     monkeypatch.setattr(Hog, "to", remember)
+    monkeypatch.setattr(Hog, "takes_bf16", bears_it)
     monkeypatch.setattr("atoll.data.block.has_bf16", lambda device: True)
     Frozen.build(manifest(f"precision: {precision}"))
     assert taken == {PixelCodec: of_codec, Hog: of_feature}
