@@ -26,7 +26,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	HYPOTHESIS_PROFILE=default $(PYTEST)
+	HYPOTHESIS_PROFILE=new $(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,28 +2,44 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atoll.artifact import CARD, FORMAT, read_card, sha256_file, write_json
+import torch
+
+from atoll.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
+from atoll.condition import build_encoder
+from atoll.device import best_device
 from atoll.errors import AtollError
+from atoll.loading import load_expert
 from atoll.manifest import Manifest
+from atoll.replicas import Stacking, measure_stacking
+from atoll.shards import Shards, held_back
 from atoll.weights import same
 
-ENSEMBLE = "ensemble.json"
+ENSEMBLE, STACKINGS = "ensemble.json", "stackings.safetensors"
+_ROWS, _SAMPLES = 1024, 512  # held-out latents at most, and noisy ones at each level, that weigh replicas
 
 # What all parts of one ensemble must share to be sampled as one model.
 _SHARED = ("assignment", "latent_shape", "codec")
 
 
-def assemble(experts: list[Path], router: Path | None, out: Path, sampling: dict[str, Any] | None = None) -> Path:
+def assemble(
+    experts: list[Path],
+    router: Path | None,
+    out: Path,
+    sampling: dict[str, Any] | None = None,
+    stackings: Sequence[Stacking] = (),
+) -> Path:
     """Writes `out`/ensemble.json over the given artifacts (parts stay where they are, named relative to `out`).
 
     Args:
         experts: directories of expert artifacts, at least one.
         router: the router's directory; None where one expert is all there is.
         out: the ensemble's directory.
-        sampling: defaults for the pipeline: steps, guidance_scale, method, routing.
+        sampling: defaults for the pipeline: steps, guidance_scale, method, routing, replicas.
+        stackings: the weights of replicas; see `stack_replicas`.
 
     Raises:
         AtollError: a part is missing or of another kind, or two parts are of different data.
@@ -52,6 +68,7 @@ def assemble(experts: list[Path], router: Path | None, out: Path, sampling: dict
             "router": None if router is None else _entry(router, cards[router], out),
             "clusters": cards[first]["k"],
             **{key: cards[first][key] for key in _SHARED},
+            **({"stackings": _write_stackings(out, stackings)} if stackings else {}),
             "sampling": sampling or {},
         },
     )
@@ -69,7 +86,82 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
     router = run / "router"
     alone = len(trained) == 1 and not (router / CARD).is_file()
-    return assemble(trained, None if alone else router, run / "ensemble", manifest.sampling.model_dump())
+    stackings = stack_replicas(trained, run / "clusters")
+    return assemble(trained, None if alone else router, run / "ensemble", manifest.sampling.model_dump(), stackings)
+
+
+def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
+    """The weights of those experts that are replicas of each other, measured on held-out latents of their clusters.
+
+    clusters: the run's clusters/. Replicas whose latents are not at hand are told about in a warning: they will share
+    their cluster's weight alike.
+
+    Raises:
+        AtollError: the latents are of another assignment than the experts.
+    """
+    groups: dict[tuple[int, ...], list[Path]] = {}
+    for path in experts:
+        groups.setdefault(tuple(read_card(path, "expert")["clusters"]), []).append(path)
+    stackings = []
+    for covered, replicas in groups.items():
+        places = [clusters / f"cluster-{cluster:03d}" for cluster in covered]
+        if len(replicas) < 2:
+            continue
+        if not all(place.is_dir() for place in places):
+            names = ", ".join(path.name for path in replicas)
+            warnings.warn(
+                f"{names} are replicas and {clusters} lacks their latents; they will share alike", stacklevel=3
+            )
+            continue
+        stackings.append(_stacked(replicas, [Shards(place) for place in places]))
+    return stackings
+
+
+def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
+    device = best_device()
+    loaded = [load_expert(path, device) for path in replicas]
+    for part in shards:
+        for path, one in zip(replicas, loaded, strict=True):
+            if part.card.get("assignment") != one.card["assignment"]:
+                raise AtollError(f"{path}: was trained on another assignment than {part.path} is of; train it again")
+    # Rows that none of them was trained on: what all held back, or the val split.
+    share = min(one.card.get("training", {}).get("hold_back", 0) for one in loaded)
+    val = torch.cat([part.rows("val") + start for part, start in _starts(shards)])
+    rows = held_back(shards, share).nonzero().flatten() if share > 0 else val
+    if not len(rows):
+        names = ", ".join(path.name for path in replicas)
+        raise AtollError(f"{names}: no row of {shards[0].path} is held out; set train.hold_back, and train them again")
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_ROWS]].sort().values
+    latents, captions = _read(shards, rows)
+    conditions = [build_encoder(one.card["condition"])(captions) for one in loaded]
+    means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]
+    mean = means[0] if means else latents.mean(0)
+    experts = [one.expert for one in loaded]
+    return measure_stacking(experts, latents, conditions, mean, samples=_SAMPLES, device=device)
+
+
+def _starts(shards: list[Shards]) -> list[tuple[Shards, int]]:
+    starts = [0, *torch.tensor([len(part) for part in shards]).cumsum(0).tolist()]
+    return list(zip(shards, starts, strict=False))
+
+
+def _read(shards: list[Shards], rows: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """Latents [n, ...] float32 and captions of the rows [n], ascending, of directories one after the other."""
+    latents, captions = [], list[str]()
+    for part, start in _starts(shards):
+        mine = rows[(rows >= start) & (rows < start + len(part))] - start
+        latents.append(part.read("latent", mine).float())
+        captions += part.captions_of(mine)
+    return torch.cat(latents), captions
+
+
+def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> dict[str, Any]:
+    from safetensors.torch import save
+
+    data = save({f"mean.{number}": stacking.mean.contiguous() for number, stacking in enumerate(stackings)})
+    write_bytes(out / STACKINGS, data)
+    weights = [stacking.config() for stacking in stackings]
+    return {"file": STACKINGS, "sha256": sha256_file(out / STACKINGS), "weights": weights}
 
 
 def _entry(path: Path, card: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from atoll.errors import AtollError
 from atoll.schedule import Linear
 from atoll.shapes import per_sample
 
+# Path times at which experts are measured: denser towards noise, where they change; 0.9995 stands for t = 1.
+NODES = (
+    *(0.02, 0.06, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.68, 0.75),
+    *(0.81, 0.86, 0.9, 0.93, 0.96, 0.98, 0.99, 0.997, 0.9995),
+)
+
 _PATH = Linear()
+_CURVES = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
 
 
 @dataclass(frozen=True)
@@ -60,24 +67,29 @@ class Calibration:
         excess = per_sample(self.shortfall(_PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
         return x0 - per_sample(_PATH.sigma(t), x0) * excess, eps + per_sample(_PATH.alpha(t), x0) * excess
 
+    @property
+    def velocity_mse(self) -> Tensor:
+        """Mean squared error of the corrected velocity at each node [M]: on the linear path u = (x - x0)/sigma."""
+        return self.x0_mse / _PATH.sigma(_PATH.time_at(self.log_snr)) ** 2
+
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the artifact's safetensors: the mean."""
         return {"mean": self.mean}
 
     def config(self) -> dict[str, Any]:
         """What goes into the card: the curves."""
-        names = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
+        names = ("log_snr", "slope", "x0_mse", "x0_mse_raw", "velocity_mse")
         return {name: [float(value) for value in getattr(self, name)] for name in names}
 
     @classmethod
     def load(cls, config: dict[str, Any], mean: Tensor) -> "Calibration":
-        """The inverse of `config` and `tensors`.
+        """The inverse of `config` and `tensors`. Other keys, and velocity_mse, which follows, are not read.
 
         Raises:
             AtollError: curves that are no equally long lists of numbers, or log-SNR nodes that do not increase.
         """
         try:
-            curves = {name: torch.tensor([float(value) for value in values]) for name, values in config.items()}
+            curves = {name: torch.tensor([float(value) for value in config[name]]) for name in _CURVES}
         except (TypeError, ValueError) as error:
             raise AtollError(f"calibration: {error}; expected lists of numbers") from None
         nodes = curves["log_snr"]

@@ -1,23 +1,28 @@
 """From the disk to running objects: expert, router and ensemble artifacts, their hashes checked."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atoll.artifact import CARD, check_card, read_card, read_json, read_tensors, sha256_file
+from atoll.artifact import CARD, WEIGHTS, check_card, read_card, read_json, read_tensors, sha256_file
 from atoll.calibration import Calibration
 from atoll.codec import Codec, build_codec
-from atoll.condition import Encoder, build_encoder
+from atoll.condition import Encoder, SeveralEncoders, build_encoder
 from atoll.ensemble import Alignment, Ensemble, Expert
 from atoll.errors import AtollError
+from atoll.memory import Store, Weights, bytes_of, check_weights, lowered, parse_budget, read_weights
 from atoll.nn import build_network
 from atoll.objective import Objective
+from atoll.replicas import Stacking
+from atoll.weights import identity, same
 
 
 @dataclass(frozen=True)
@@ -31,29 +36,39 @@ class LoadedEnsemble:
     """An ensemble ready to sample, with the frozen networks it needs around it."""
 
     ensemble: Ensemble
-    encoder: Encoder
+    encoder: Encoder | SeveralEncoders  # of the prompt: several, where the experts' are not all the same
     codec: Codec
     latent_shape: tuple[int, ...]  # (C, H, W)
     card: dict[str, Any]
 
 
-def load_expert(path: str | Path, device: str | torch.device = "cpu") -> LoadedExpert:
+def load_expert(
+    path: str | Path, device: str | torch.device = "cpu", weights: Weights | None = None, store: Store | None = None
+) -> LoadedExpert:
     """The expert artifact at `path`.
 
+    Args:
+        weights: what its weights are rounded to; None: as they are stored.
+        store: what brings its weights when it is asked; None: they are there for good.
+
     Raises:
-        AtollError: missing, altered, of another format, or weights that do not fit the card's network.
+        AtollError: missing, altered, of another format, weights that do not fit the card's network, or unknown weights.
     """
     path = Path(path)
     card = read_card(path, "expert")
     _require(card, ("name", "network", "objective", "clusters", "codec", "condition", "latent_shape"), path / CARD)
     tensors = read_tensors(path, card)
     with _sound(path / CARD):
-        network = _network(path, card, tensors, device)
+        network = _network(path, card, tensors, "meta" if store or weights else device)  # after the weights' check
         calibration = None
         if card.get("calibration"):
             curves = {key: card["calibration"][key] for key in ("log_snr", "slope", "x0_mse", "x0_mse_raw")}
-            calibration = Calibration.load(curves, tensors["calibration.mean"].to(device))
+            calibration = Calibration.load(curves, tensors["calibration.mean"].to(device, copy=True))
         expert = Expert(network, Objective(**card["objective"]), tuple(card["clusters"]), calibration, card["name"])
+    if store or weights:
+        fetch = partial(_fetched, path, card, weights, _state(path / WEIGHTS))
+        size = bytes_of(lowered(network, weights))
+        expert = replace(expert, network=store.add(expert.name, size, fetch) if store else fetch().to(device))
     return LoadedExpert(expert, card)
 
 
@@ -71,20 +86,30 @@ def load_ensemble(
     alignment: Alignment = "snr",
     strict: bool = False,
     device: str | torch.device = "cpu",
+    replicas: str | None = None,
+    memory_budget: str | int | None = None,
+    weights: Weights | None = None,
 ) -> LoadedEnsemble:
     """The ensemble that `path` (a directory with ensemble.json, or an expert's own directory) describes.
 
     Args:
         routing: instead of the ensemble's own default.
         strict: an expert that is missing is an error; otherwise a warning, and its weight goes to the others.
+        replicas: how they are combined, instead of the ensemble's own default.
+        memory_budget: "16GB", or bytes, for the weights of the experts and the router on the device (the text encoder,
+            the codec and activations are not counted); the experts that do not fit are brought when they are asked.
+        weights: what the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as they are stored.
 
     Raises:
-        AtollError: nothing there, a part altered, no expert left, no router, or (strict) an expert missing.
+        AtollError: nothing there, a part altered, no expert left, no router, (strict) an expert missing, or a budget
+            too small for one expert and the router.
     """
     path = Path(path)
+    check_weights(weights)
+    store = None if memory_budget is None else Store(parse_budget(memory_budget), device)
     if not (path / "ensemble.json").is_file():
         if (path / CARD).is_file():
-            return _alone(path, alignment, device)
+            return _alone(path, alignment, device, weights, store)
         raise AtollError(
             f"{path}: no ensemble.json and no {CARD} in it; expected an ensemble's or an expert's directory"
         )
@@ -99,27 +124,63 @@ def load_ensemble(
             warnings.warn(f"the expert {entry['name']} is missing ({part}); sampling without it", stacklevel=2)
             continue
         _check_hash(part / CARD, entry["sha256"])
-        loaded.append(load_expert(part, device))
+        loaded.append(load_expert(part, device, weights, store))
     if not loaded:
         raise AtollError(f"{path}: none of its {len(card['experts'])} experts is there; fetch at least one")
-    router = None
+    router, router_card = None, dict[str, Any]()
     if card["router"] is not None:
         _check_hash(path / card["router"]["url"] / CARD, card["router"]["sha256"])
         router = load_router(path / card["router"]["url"], device)
-    encoder = build_encoder(loaded[0].card["condition"])
+        router_card = read_card(path / card["router"]["url"], "router")
+    if store is not None:
+        store.reserve(bytes_of(router))
+    cards = [one.card["condition"] for one in loaded]
+    kinds = list({json.dumps(identity(config), sort_keys=True): config for config in cards}.values())
+    encoders = [build_encoder(config) for config in kinds]
+    encoder = encoders[0] if len(encoders) == 1 else SeveralEncoders(encoders)
+    which = [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in cards]
     ensemble = Ensemble(
-        [one.expert for one in loaded],
+        [replace(one.expert, encoder=number) for one, number in zip(loaded, which, strict=True)],
         router,
         routing or card["sampling"].get("routing", "top-2"),
         alignment,
         null=encoder.null(1).to(device),
+        stackings=_stackings(path, card, device),
+        replicas=replicas or card["sampling"].get("replicas", "stacked"),
+        router_encoder=_encoder_of(router_card, kinds),
     )
     return LoadedEnsemble(ensemble, encoder, build_codec(card["codec"]), tuple(card["latent_shape"]), card)
 
 
-def _alone(path: Path, alignment: Alignment, device: str | torch.device) -> LoadedEnsemble:
+def _stackings(path: Path, card: dict[str, Any], device: str | torch.device) -> list[Stacking]:
+    """The weights of replicas that the ensemble at `path` was assembled with."""
+    if not card.get("stackings"):
+        return []
+    from safetensors.torch import load
+
+    file = path / card["stackings"]["file"]
+    _check_hash(file, card["stackings"]["sha256"])
+    means = load(file.read_bytes())
+    with _sound(path / "ensemble.json"):
+        return [
+            Stacking.load(config, means[f"mean.{number}"].to(device))
+            for number, config in enumerate(card["stackings"]["weights"])
+        ]
+
+
+def _encoder_of(router: dict[str, Any], kinds: list[dict[str, Any]]) -> int:
+    """Which encoder's pooled vector the router was trained with; the first, where its card does not say."""
+    config = router.get("condition")
+    return next((i for i, kind in enumerate(kinds) if config is not None and same(kind, config)), 0)
+
+
+def _alone(
+    path: Path, alignment: Alignment, device: str | torch.device, weights: Weights | None, store: Store | None
+) -> LoadedEnsemble:
     """One expert (a monolith, say) as an ensemble of its own."""
-    loaded = load_expert(path, device)
+    loaded = load_expert(path, device, weights, store)
+    if store is not None:
+        store.reserve(0)
     encoder = build_encoder(loaded.card["condition"])
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=encoder.null(1).to(device))
     card = {**loaded.card, "sampling": {}}
@@ -161,3 +222,16 @@ def _network(path: Path, card: dict[str, Any], tensors: dict[str, Tensor], devic
             f"{path}: the weights do not fit the card's network ({' '.join(str(error).split())[:200]})"
         ) from None
     return network.to(device).eval().requires_grad_(False)
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """What tells whether a file whose hash was checked is still the same one."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _fetched(path: Path, card: dict[str, Any], weights: Weights | None, checked: tuple[int, int, int]) -> nn.Module:
+    """The network of an artifact whose hash was checked when it was in the state `checked`."""
+    if not (path / WEIGHTS).is_file() or _state(path / WEIGHTS) != checked:
+        raise AtollError(f"{path / WEIGHTS}: changed while it was in use; load the ensemble again")
+    return lowered(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)

@@ -207,6 +207,7 @@ class SamplingSettings(Section):
     guidance_scale: float = 2.0
     method: Literal["euler", "heun", "dpm++2m"] = "euler"
     routing: str = "top-2"
+    replicas: str = Field("stacked", pattern=r"^(stacked|inverse-error|equal|time-switch-(\d*\.)?\d+)$")
 
     @field_validator("routing")
     @classmethod

@@ -53,6 +53,23 @@ def picture_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1, lo
     return f"data:image/{'webp' if lossy else 'png'};base64," + base64.b64encode(out.getvalue()).decode()
 
 
+def weight_strip(weights: Tensor, label: str) -> str:
+    """An SVG of who was asked when: a column per step, weights [T, E] stacked from the first expert (top) down."""
+    parts = [
+        f'<svg class="strip" viewBox="0 0 {len(weights)} 1" preserveAspectRatio="none" shape-rendering="crispEdges" '
+        f'role="img" aria-label="{escape(label)}">'
+    ]
+    for step, row in enumerate(weights.tolist()):
+        top = 0.0
+        for expert, weight in enumerate(row):
+            if weight > 0.002:
+                parts.append(
+                    f'<rect x="{step}" y="{top:.3f}" width="1" height="{weight:.3f}" fill="{colour(expert)}"/>'
+                )
+            top += weight
+    return "".join(parts) + "</svg>"
+
+
 def number(value: float | None, digits: int = 3, missing: str = "diverged") -> str:
     """`digits` significant digits, without an exponent where it reads as well without."""
     if value is None or not math.isfinite(value):

@@ -3,15 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from atoll.artifact import write_bytes, write_json
 from atoll.ensemble import Alignment, Trace
 from atoll.errors import AtollError
 from atoll.loading import LoadedEnsemble, load_ensemble
+from atoll.memory import Weights
+from atoll.page import colour, document, weight_strip
 from atoll.solver import Method, sample
 
 if TYPE_CHECKING:
@@ -20,11 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """images: PIL images, one per prompt; latents [B, C, H, W]; trace: who was asked when, one per batch."""
+    """images: PIL images, one per prompt; latents [B, C, H, W]; traces: who was asked when, one per batch; dropped:
+    experts that failed in use, and how."""
 
     images: list["Image"]
     latents: Tensor
     traces: list[Trace]
+    dropped: dict[str, str]
 
 
 class Pipeline:
@@ -46,10 +52,14 @@ class Pipeline:
         alignment: Alignment = "snr",
         strict: bool = False,
         device: str | torch.device | None = None,
+        replicas: str | None = None,
+        memory_budget: str | int | None = None,
+        weights: Weights | None = None,
     ) -> "Pipeline":
         """Loads an ensemble's directory, or one expert's. Raises AtollError as `load_ensemble` does."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(load_ensemble(path, routing, alignment, strict, device), device)
+        loaded = load_ensemble(path, routing, alignment, strict, device, replicas, memory_budget, weights)
+        return cls(loaded, device)
 
     @torch.inference_mode()
     def __call__(
@@ -61,6 +71,7 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         method: Method | None = None,
         routing: str | None = None,
+        clusters: Sequence[int] | None = None,
         batch_size: int = 64,
         callback: Callable[[int, int], Any] | None = None,
     ) -> Output:
@@ -71,16 +82,20 @@ class Pipeline:
             num_inference_steps, guidance_scale, method, routing: the ensemble's own defaults where None.
             generator: draws the seeds; not together with seeds.
             seeds: one per prompt. A picture depends on its prompt and its seed alone, not on its batch.
+            clusters: one per prompt, for routing "oracle".
             batch_size: pictures sampled at a time.
             callback: called with (steps done, steps in all) over all batches.
 
         Raises:
-            AtollError: no prompts, seeds of another number than prompts, steps < 1, an unknown method or routing.
+            AtollError: no prompts, seeds or clusters of another number than prompts, steps < 1, an unknown method or
+                routing.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise AtollError("no prompts; expected at least one")
         seeds = self._seeds(len(prompts), generator, seeds)
+        if clusters is not None and len(clusters) != len(prompts):
+            raise AtollError(f"{len(clusters)} clusters for {len(prompts)} prompts; expected one cluster per prompt")
         defaults = self.loaded.card["sampling"]
         steps = num_inference_steps if num_inference_steps is not None else defaults.get("steps", 50)
         scale = guidance_scale if guidance_scale is not None else defaults.get("guidance_scale", 1.0)
@@ -94,7 +109,8 @@ class Pipeline:
         for number, start in enumerate(batches):
             condition = self.loaded.encoder(prompts[start : start + batch_size]).to(self.device)
             noise = self.noise(seeds[start : start + batch_size])
-            velocity = partial(ensemble.velocity, condition=condition, guidance_scale=scale)
+            own = None if clusters is None else torch.tensor(clusters[start : start + batch_size], device=self.device)
+            velocity = partial(ensemble.velocity, condition=condition, guidance_scale=scale, cluster=own)
 
             def tell(index: int, _: Tensor, number: int = number) -> None:
                 if callback is not None:
@@ -104,7 +120,7 @@ class Pipeline:
                 latents.append(sample(velocity, noise, steps, method, callback=tell))
             traces.append(trace)
         drawn = torch.cat(latents)
-        return Output(to_pil(self.loaded.codec.decode(drawn)), drawn, traces)
+        return Output(to_pil(self.loaded.codec.decode(drawn)), drawn, traces, dict(ensemble.dropped))
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """x at t = 1, [B, C, H, W] float32: each row from its own seed, drawn on the CPU, equal on every device."""
@@ -159,9 +175,15 @@ def sample_to_file(
     alignment: Alignment = "snr",
     strict: bool = False,
     side: int = 128,
+    replicas: str | None = None,
+    trace: Path | None = None,
     progress: Callable[[int, int], Any] | None = None,
-) -> None:
-    """Draws one picture per prompt and writes them as one sheet.
+    memory_budget: str | None = None,
+    weights: Weights | None = None,
+) -> dict[str, str]:
+    """Draws one picture per prompt and writes them as one sheet; returns the experts that failed in use, and how.
+
+    trace: a JSON file to write of who was asked when; a page that shows it is written beside it.
 
     Raises:
         AtollError: as `Pipeline` does, or `out` is of no picture format or cannot be written.
@@ -173,7 +195,11 @@ def sample_to_file(
         raise AtollError(f"{out}: no picture format is known by {out.suffix!r}; expected .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise AtollError(f"{out.parent}: no such directory; make it first")
-    pipe = Pipeline.from_pretrained(ensemble, routing, alignment, strict)
+    if trace is not None and (trace.suffix != ".json" or not trace.parent.is_dir()):
+        raise AtollError(f"{trace}: expected a file that ends in .json, in a directory that exists")
+    pipe = Pipeline.from_pretrained(
+        ensemble, routing, alignment, strict, replicas=replicas, memory_budget=memory_budget, weights=weights
+    )
     drawn = pipe(
         prompts,
         num_inference_steps=steps,
@@ -186,3 +212,35 @@ def sample_to_file(
         grid(drawn.images, min_side=side).save(out)
     except OSError as error:
         raise AtollError(f"{out}: cannot be written ({error})") from None
+    if trace is not None:
+        write_trace(trace, prompts, [expert.name for expert in pipe.loaded.ensemble.experts], drawn.traces)
+    return drawn.dropped
+
+
+def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces: Sequence[Trace]) -> None:
+    """Who was asked when: {"experts": names, "prompts": [{"prompt", "t": [T], "weights": [T][E]}]}, and as a page."""
+    rows = []
+    for trace in traces:
+        times, weights = torch.stack(trace.times, 1), torch.stack(trace.weights, 1)  # [b, T], [b, T, E]
+        for t, weight in zip(times.tolist(), weights.tolist(), strict=True):
+            rows.append((t, weight))
+    told = [
+        {"prompt": prompt, "t": [round(v, 6) for v in t], "weights": [[round(w, 6) for w in step] for step in weight]}
+        for prompt, (t, weight) in zip(prompts, rows, strict=True)
+    ]
+    write_json(file, {"experts": list(names), "prompts": told})
+    key = " ".join(
+        f'<span style="white-space:nowrap"><span style="background:{colour(i)}">&emsp;</span> {escape(name)}</span>'
+        for i, name in enumerate(names)
+    )
+    lines = "".join(
+        f"<tr><th scope=row>{escape(prompt)}</th><td>{weight_strip(torch.tensor(weight), prompt)}</td></tr>"
+        for prompt, (_, weight) in zip(prompts, rows, strict=True)
+    )
+    lead = (
+        f"<p>One column per step ({len(rows[0][0])}, from noise at the left, t = 1, to the picture at the right, "
+        f"t = 0); the height of a colour is the expert's weight.</p><p>{key}</p>"
+    )
+    table = f'<table class="usage"><tbody>{lines}</tbody></table>'
+    page = document("Who was asked when", lead, [("Prompts", table)])
+    write_bytes(file.with_suffix(".html"), page.encode())

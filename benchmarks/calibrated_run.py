@@ -71,7 +71,7 @@ def _recalibrated(run: Path, opened: Opened, expert: Expert, count: int) -> Expe
     shards = [Shards(place) for place in shards_of(path)]
     encoder = build_encoder(card["condition"])
     trained = card["training"]
-    _, back, _ = hold_back(shards, encoder, trained["hold_back"], trained["seed"])
+    _, back, _ = hold_back(shards, encoder, trained["hold_back"])
     device = torch.device("cpu")
     few = calibrate(expert.network, expert.objective, back, _mean(expert), trained["seed"], device, rows=count)
     return replace(expert, calibration=few)

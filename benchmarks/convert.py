@@ -1,18 +1,19 @@
 """Does a converted DiT give an expert a head start? HDDM (arXiv 2603.06741): 1.2 times fewer steps than from scratch.
 
-    python benchmarks/convert.py --minutes 60 --json convert.json      # three seeds; an hour on one core
+    python benchmarks/convert.py --minutes 30 --out runs/convert      # three seeds, one core
 
-A class-conditional eps-DiT (DiT's own network, linear-beta) is pretrained on one half of EuroSAT at 32 pixels, saved as
-facebookresearch/DiT saves its own, and converted by `atoll.convert` in every way. Each conversion, and a new network,
-is then trained as a flow expert (linear path, captions) on the other half, or on flowers. Within a seed all see the
-same pictures, noise and times. Printed are, first, the distance of each conversion's eps from the original's at step
-0; then the held-out loss over the steps, and in how many steps each reaches the last loss of "scratch".
-The minutes are shared out by the speed measured at the start: one part pretrains, two go to the experts.
+A class-conditional eps-DiT (class_dit.py, linear-beta) is pretrained on one half of EuroSAT at 32 pixels, saved in
+facebookresearch/DiT's layout, and converted by `atoll.convert` in every way. Each conversion, and a new network, is
+then trained as a flow expert (linear path, captions) on the other half, or on flowers. Within a seed all see the same
+pictures, noise and times. Printed are, first, how far each conversion's eps is from the original's at step 0; then
+the held-out loss over the steps, and in how many steps each reaches the last loss of "scratch". `--out` gets dit.pt,
+and convert.json and convert.png after every seed. The minutes are shared out by the speed measured at the start: one
+part pretrains (`--dit` begins with a dit.pt that is there), two go to the experts.
 """
 
 import argparse
 import io
-import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -24,69 +25,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from class_dit import CLASSES, DEPTH, HEADS, PATCH, SIDE, WIDTH, ClassDiT
 from torch import Tensor, nn
 
+from atoll.artifact import write_json
 from atoll.condition import Condition, HashEncoder
-from atoll.convert import convert
+from atoll.convert import MODULATIONS, convert
+from atoll.device import has_bf16
 from atoll.loading import load_expert
 from atoll.nn import DiT, DiTConfig
-from atoll.nn.dit import Block, Conditioner, PerBlockModulation, modulate, patchify, sincos_positions, unpatchify, zero
 from atoll.objective import Objective
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
-SIDE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 32, 4, 96, 4, 4, 10
-BATCH, LR, WARMUP, EMA = 64, 5e-4, 100, 0.995
+BATCH, LR, WARMUP, EMA = 32, 5e-4, 100, 0.995
 EPS, FLOW = Objective("eps", "linear-beta"), Objective("flow", "linear")
 ENCODER = HashEncoder(dim=64, length=12)
-MODULATIONS = ("fit", "reinit", "per-block")
-HELD_OUT, POINTS = 512, 16  # pictures; points of a curve
+TARGETS = {"eurosat": "eurosat64_1of2.parquet", "flowers": "flowers128.parquet"}
+HELD_OUT, POINTS = 256, 14  # pictures; points of a curve
 
 
-class ClassDiT(nn.Module):
-    """The published DiT: forward(x [B,C,H,W], time [B], label [B]) -> eps; the label CLASSES is the null class."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(PATCH * PATCH * 3, WIDTH)
-        self.positions = sincos_positions(SIDE // PATCH, SIDE // PATCH, WIDTH)
-        self.conditioner = Conditioner(WIDTH, CLASSES + 1, "per-block")  # its "pooled vector" is a one-hot label
-        self.blocks = nn.ModuleList(Block(WIDTH, HEADS, 4.0, "per-block", cross=False) for _ in range(DEPTH))
-        self.final_modulation = PerBlockModulation(WIDTH, 2)
-        self.final = nn.Linear(WIDTH, PATCH * PATCH * 3)
-        for module in self.modules():
-            if isinstance(module, PerBlockModulation):
-                zero(module)
-        zero(self.final)
-
-    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
-        one_hot = F.one_hot(label, CLASSES + 1).float()  # [B,CLASSES+1]
-        prepared, prepared_final = self.conditioner(time, one_hot, x.dtype)  # [B,D]
-        tokens = self.embed(patchify(x, PATCH)) + self.positions  # [B,N,D]
-        for block in self.blocks:
-            tokens = block(tokens, prepared)  # [B,N,D]
-        shift, scale = self.final_modulation(prepared_final, x.dtype).unbind(1)  # [B,1,D] each
-        return unpatchify(self.final(modulate(tokens, shift, scale)), PATCH, (SIDE, SIDE))  # [B,C,H,W]
-
-    def published(self) -> dict[str, Tensor]:
-        """The weights under DiT's own names and in its shapes."""
-        own = self.state_dict()
-        names = {"conditioner.time": "t_embedder.mlp", "final_modulation.linear": "final_layer.adaLN_modulation.1"}
-        names |= {"final": "final_layer.linear", "modulation.linear": "adaLN_modulation.1"}
-        names |= {"attention.qkv": "attn.qkv", "attention.out": "attn.proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2"}
-        kernel = own.pop("embed.weight").unflatten(1, (PATCH, PATCH, 3)).permute(0, 3, 1, 2)  # [D,C,p,p]
-        labels, bias = own.pop("conditioner.pooled.weight"), own.pop("conditioner.pooled.bias")
-        theirs = {"x_embedder.proj.weight": kernel, "x_embedder.proj.bias": own.pop("embed.bias")}
-        theirs |= {"pos_embed": self.positions[None], "y_embedder.embedding_table.weight": labels.T + bias}
-        for name, value in own.items():
-            layer, _, kind = name.rpartition(".")
-            prefix = ".".join(layer.split(".")[:2]) + "." if layer.startswith("blocks.") else ""
-            rest = layer.removeprefix(prefix)
-            index = ""
-            if rest.startswith("conditioner.time."):
-                rest, index = "conditioner.time", rest.removeprefix("conditioner.time")
-            theirs[f"{prefix}{names[rest]}{index}.{kind}"] = value
-        return {name: value.clone().contiguous() for name, value in theirs.items()}
+def autocast() -> torch.autocast:
+    """bf16 products, as `atoll train` has them on a CPU that multiplies bf16."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu")))
 
 
 @dataclass(frozen=True)
@@ -95,17 +55,21 @@ class Pictures:
 
     latents: Tensor
     labels: Tensor
-    captions: list[str]
     condition: Condition
 
+    def part(self, rows: slice) -> "Pictures":
+        return Pictures(
+            self.latents[rows], self.labels[rows], self.condition.index(torch.arange(len(self.labels))[rows])
+        )
 
-def read_pictures(names: Sequence[str], limit: int | None = None) -> Pictures:
-    """The pictures of some parquet files, in an order of no meaning."""
+
+def read_pictures(name: str, limit: int | None = None) -> Pictures:
+    """The pictures of a parquet file, in an order of no meaning."""
     import numpy as np
     import pyarrow.parquet as pq
     from PIL import Image
 
-    rows = [row for name in names for row in pq.read_table(DATA / name).to_pylist()]
+    rows = pq.read_table(DATA / name).to_pylist()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
     rows = [rows[i] for i in order]
     pictures = []
@@ -114,9 +78,8 @@ def read_pictures(names: Sequence[str], limit: int | None = None) -> Pictures:
             resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
         pictures.append(torch.from_numpy(np.asarray(resized).copy()))
     latents = torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N,3,32,32]
-    captions = [row["caption"] for row in rows]
     labels = torch.tensor([row["label"] for row in rows])
-    return Pictures((latents - latents.mean()) / latents.std(), labels, captions, ENCODER(captions))
+    return Pictures((latents - latents.mean()) / latents.std(), labels, ENCODER([row["caption"] for row in rows]))
 
 
 class Trainer:
@@ -124,8 +87,9 @@ class Trainer:
 
     def __init__(self, network: nn.Module, objective: Objective, data: Pictures, seed: int) -> None:
         self.network, self.objective, self.data, self.seed = network, objective, data, seed
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
-        self.ema = [p.detach().clone() for p in network.parameters()]
+        self.weights = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
+        self.ema = [p.detach().clone() for p in self.weights]
 
     def step(self, step: int) -> None:
         g = torch.Generator().manual_seed(1_000_003 * self.seed + step)
@@ -133,16 +97,16 @@ class Trainer:
         x0 = self.data.latents[rows]
         t, eps = self.objective.sample_time(BATCH, g), torch.randn(x0.shape, generator=g)
         dropped = torch.rand(BATCH, generator=g) < 0.1
-        output = self.network(
-            self.objective.diffuse(x0, eps, t), t * self.objective.time_scale, self.given(rows, dropped)
-        )
+        x, told = self.objective.diffuse(x0, eps, t), self.given(rows, dropped)
+        with autocast():
+            output = self.network(x, t * self.objective.time_scale, told)
         self.objective.loss(output, x0, eps, t).mean().backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = LR * min(1.0, (step + 1) / WARMUP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(self.ema, [p.detach() for p in self.network.parameters()], 1 - min(EMA, step / (step + 9)))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1 - min(EMA, step / (step + 9)))
 
     def given(self, rows: Tensor, dropped: Tensor) -> Any:
         """What the network is told of the rows: their labels, or their captions."""
@@ -152,9 +116,20 @@ class Trainer:
         states = torch.where(dropped[:, None, None], null.states, told.states)
         return Condition(states, torch.where(dropped[:, None], null.mask, told.mask))
 
-    def use_ema(self) -> None:
+    @torch.no_grad()
+    def use_ema(self) -> list[Tensor]:
+        """Puts the average in the weights' place, and returns the weights."""
+        own = [p.detach().clone() for p in self.weights]
+        torch._foreach_copy_(self.weights, self.ema)
+        return own
+
+    def averaged_loss(self, test: Pictures) -> float:
+        """Held-out loss of the averaged weights."""
+        own = self.use_ema()
+        loss = held_out_loss(self.network, test)
         with torch.no_grad():
-            torch._foreach_copy_(list(self.network.parameters()), self.ema)
+            torch._foreach_copy_(self.weights, own)
+        return loss
 
 
 @torch.no_grad()
@@ -165,9 +140,8 @@ def held_out_loss(network: nn.Module, data: Pictures) -> float:
     t = (torch.arange(n) + 0.5)[torch.randperm(n, generator=g)] / n
     eps = torch.randn(data.latents.shape, generator=g)
     x = FLOW.diffuse(data.latents, eps, t)
-    outputs = [
-        network(x[rows], t[rows] * FLOW.time_scale, data.condition.index(rows)) for rows in torch.arange(n).split(256)
-    ]
+    with autocast():
+        outputs = [network(x[r], t[r] * FLOW.time_scale, data.condition.index(r)) for r in torch.arange(n).split(256)]
     return FLOW.loss(torch.cat(outputs), data.latents, eps, t).mean().item()
 
 
@@ -212,11 +186,7 @@ def curve(network: nn.Module, data: Pictures, test: Pictures, seed: int, steps: 
     for step in range(steps):
         trainer.step(step)
         if (step + 1) % every == 0:
-            now = [p.detach().clone() for p in network.parameters()]
-            trainer.use_ema()
-            losses[step + 1] = held_out_loss(network, test)
-            with torch.no_grad():
-                torch._foreach_copy_(list(network.parameters()), now)
+            losses[step + 1] = trainer.averaged_loss(test)
     return losses
 
 
@@ -239,94 +209,115 @@ def seconds_per_step(data: Pictures) -> float:
     return (time.perf_counter() - began) / 10
 
 
-def run(options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    halves = ["eurosat64_0of2.parquet", "eurosat64_1of2.parquet"]
-    source = read_pictures(halves[:1], options.pictures)
-    every = read_pictures(halves[1:] if options.target == "eurosat" else ["flowers128.parquet"], options.pictures)
+def the_original(options: argparse.Namespace, steps: int) -> ClassDiT:
+    """The pretrained DiT, from `--dit` or trained now; options.out/dit.pt is its checkpoint."""
+    file = options.out / "dit.pt"
+    if options.dit is None:
+        source = read_pictures("eurosat64_0of2.parquet", options.pictures)
+        print(f"pretraining: {steps} steps on {len(source.latents)} pictures", flush=True)
+        torch.save({"ema": pretrain(source, steps).state_dict(), "steps": steps}, file)
+    elif options.dit != file:
+        shutil.copyfile(options.dit, file)
+    original = ClassDiT()
+    original.load_state_dict(torch.load(file, weights_only=True)["ema"])
+    return original.requires_grad_(False)
+
+
+def convert_all(dit: Path, original: ClassDiT, test: Pictures, seeds: int, out: Path) -> dict[str, Any]:
+    """Every conversion for every seed, at out/<modulation>-<seed>; how far the first seed's are from the original."""
+    found: dict[str, Any] = {}
+    for seed in range(seeds):
+        for modulation in MODULATIONS:
+            path = out / f"{modulation}-{seed}"
+            # With the original's objective, to compare at step 0; the weights are the same with any other.
+            convert(dit, path, modulation=modulation, condition=ENCODER.config(), heads=HEADS, seed=seed)
+            if seed == 0:
+                loaded = load_expert(path)
+                error = distance(loaded.expert.network, original, test)
+                found[modulation] = {"eps_error": error, "residual": loaded.card["conversion"].get("residual")}
+    print("relative error of eps at step 0:", {k: f"{v['eps_error']:.2g}" for k, v in found.items()}, flush=True)
+    return found
+
+
+def run(options: argparse.Namespace, scratch: Path) -> None:
+    """The experiment; `scratch` holds the converted experts while it lasts."""
+    every = read_pictures(TARGETS[options.target], options.pictures)
     cut = max(1, min(HELD_OUT, len(every.latents) // 5))
-    rows = torch.arange(len(every.latents))
-    test, data = (
-        Pictures(every.latents[r], every.labels[r], [every.captions[i] for i in r.tolist()], every.condition.index(r))
-        for r in (rows[:cut], rows[cut:])
-    )
+    test, data = every.part(slice(cut)), every.part(slice(cut, None))
     variants = ("scratch", *MODULATIONS)
     budget = options.minutes * 60 / seconds_per_step(data)
     first = options.pretrain_steps or max(10, int(budget / 3))
-    curves_cost = POINTS * cut / BATCH / 3  # in steps: a forward pass is a third of one
+    curves_cost = POINTS * len(test.latents) / BATCH / 3  # in steps: a forward pass is a third of one
     steps = options.steps or max(10, int(budget * 2 / 3 / options.seeds / len(variants) - curves_cost))
-    print(f"{len(source.latents)} pictures, {first} steps of pretraining; {steps} steps an expert", flush=True)
-    original = pretrain(source, first)
-    torch.save({"ema": original.published()}, out / "dit.pt")
-    encoder = ENCODER.config()
-    distances: dict[str, float] = {}
-    residuals: dict[str, Any] = {}
-    for seed in range(options.seeds):
-        for modulation in MODULATIONS:
-            path = out / f"{modulation}-{seed}"
-            objective = {"prediction": "eps", "schedule": "linear-beta"}  # to compare with the original at step 0
-            convert(
-                out / "dit.pt",
-                path,
-                objective=objective,
-                modulation=modulation,
-                condition=encoder,
-                heads=HEADS,
-                seed=seed,
-            )
-            loaded = load_expert(path)
-            distances[modulation] = distance(loaded.expert.network, original, test)
-            residuals[modulation] = loaded.card["conversion"].get("residual")
-    print("relative error of eps at step 0:", {k: f"{v:.2g}" for k, v in distances.items()}, flush=True)
+    original = the_original(options, first)
+    print(f"experts: {steps} steps on {len(data.latents)} pictures", flush=True)
+    conversions = convert_all(options.out / "dit.pt", original, test, options.seeds, scratch)
     curves: dict[str, list[dict[int, float]]] = {variant: [] for variant in variants}
+    about = {"command": " ".join(sys.argv), "torch": torch.__version__, "threads": options.threads, "steps": steps}
     for seed in range(options.seeds):
         for variant in variants:
-            losses = curve(start(variant, seed, out), data, test, seed, steps, max(1, steps // POINTS))
+            losses = curve(start(variant, seed, scratch), data, test, seed, steps, max(1, steps // POINTS))
             curves[variant].append(losses)
-            print(f"seed {seed} {variant:10} " + " ".join(f"{v:.4f}" for v in list(losses.values())[::4]), flush=True)
-    return {
-        "pretraining_steps": first,
-        "steps": steps,
-        "distance_at_step_0": distances,
-        "residual": residuals,
-        "curves": {k: [{"step": list(c), "loss": list(c.values())} for c in v] for k, v in curves.items()},
-        "table": table(curves),
-    }
+            print(f"seed {seed} {variant:10} " + " ".join(f"{v:.4f}" for v in list(losses.values())[::3]), flush=True)
+        plain = {k: [{"step": list(c), "loss": list(c.values())} for c in v] for k, v in curves.items()}
+        result = about | {"conversions": conversions, "curves": plain, "table": table(curves)}
+        write_json(options.out / "convert.json", result)
+        plot(plain, options.out / "convert.png")
 
 
 def table(curves: dict[str, list[dict[int, float]]]) -> list[dict[str, Any]]:
-    """Per variant: last loss and speed-up over scratch (its last step over the step that reaches its last loss)."""
+    """Per variant: first and last loss, and speed-up over scratch (its last step over the step that reaches its last
+    loss)."""
     rows = []
-    print(f"{'start':10} {'last loss':>16} {'speed-up over scratch (each seed)':>40}")
+    print(f"{'start':10} {'loss at step 0':>14} {'last loss':>16} {'speed-up over scratch (each seed)':>36}")
     for variant, runs in curves.items():
-        last = [list(c.values())[-1] for c in runs]
+        zero, last = ([list(c.values())[i] for c in runs] for i in (0, -1))
         speedups = []
         for c, scratch in zip(runs, curves["scratch"], strict=True):
             reached = steps_to(c, list(scratch.values())[-1])
             speedups.append(None if not reached else max(scratch) / reached)
         spread = statistics.stdev(last) if len(last) > 1 else 0.0
         shown = "  ".join("never" if s is None else f"{s:.2f}" for s in speedups)
-        print(f"{variant:10} {statistics.mean(last):8.4f} ±{spread:.4f} {shown:>40}")
-        rows.append({"start": variant, "last_loss": last, "speedup": speedups})
+        print(f"{variant:10} {statistics.mean(zero):14.4f} {statistics.mean(last):8.4f} ±{spread:.4f} {shown:>36}")
+        rows.append({"start": variant, "first_loss": zero, "last_loss": last, "speedup": speedups})
     return rows
+
+
+def plot(curves: dict[str, list[dict[str, list[float]]]], file: Path) -> None:
+    """Held-out loss by step: the mean over the seeds as a line, their range as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for variant, runs in curves.items():
+        steps, losses = runs[0]["step"][1:], torch.tensor([c["loss"] for c in runs])[:, 1:]  # [seeds,points]
+        (line,) = axes.plot(steps, losses.mean(0), label=variant)
+        axes.fill_between(steps, losses.amin(0), losses.amax(0), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="steps of the flow expert", ylabel="held-out flow loss", yscale="log")
+    axes.legend(title="start")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="of training, in all")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training, in all")
     parser.add_argument("--steps", type=int, help="of an expert, instead of what the minutes allow")
     parser.add_argument("--pretrain-steps", type=int, help="instead of what the minutes allow")
+    parser.add_argument("--dit", type=Path, help="a dit.pt of an earlier run, instead of pretraining")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--target", choices=("eurosat", "flowers"), default="eurosat", help="what experts learn")
+    parser.add_argument("--target", choices=tuple(TARGETS), default="eurosat", help="what experts learn")
     parser.add_argument("--pictures", type=int, help="of each data set at most; none: all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    parser.add_argument("--out", type=Path, default=Path("runs/convert"), help="gets convert.json and convert.png")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        result = run(options, Path(directory))
-    if options.json:
-        about = {"command": " ".join(sys.argv), "torch": torch.__version__, "threads": options.threads}
-        options.json.write_text(json.dumps(about | result, indent=1) + "\n")
+        run(options, Path(directory))
+    print(f"{options.out}: dit.pt, convert.json and convert.png written")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atoll.condition import Condition
-from atoll.nn.dit import SIZES, DiT, DiTConfig
+from atoll.nn.dit import SIZES, Block, DiT, DiTConfig
 
 SIZE, CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 32, 4, 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,12 +77,32 @@ class Diffusers(nn.Module):
         )[0].to(x.dtype)
 
 
+def plain_block(block: Block, x: Tensor, prepared: Tensor, states: Tensor, bias: Tensor) -> Tensor:
+    """Atoll's block as one would port it from DiT's description: torch's operations one by one, its fused attention."""
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.modulation(prepared, x.dtype).unbind(1)  # [B,1,D] each
+
+    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(2, (block.attention.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+    own, cross = block.attention, block.cross
+    assert cross is not None
+    x = x + gate_1 * own.out(attend(*own.qkv(norm(x, shift_1, scale_1)).chunk(3, dim=2)))
+    x = x + cross.out(attend(cross.q(x), *cross.kv(states).chunk(2, dim=2), bias))
+    return x + gate_2 * block.mlp(norm(x, shift_2, scale_2))
+
+
 def build(variant: str, size: str, device: str) -> nn.Module:
-    """The network of a variant, "atoll", "diffusers", "atoll-compiled" or "diffusers-compiled", with random weights."""
+    """The network of a variant, "atoll", "plain" or "diffusers", perhaps "...-compiled", with random weights."""
     torch.manual_seed(0)
-    if variant.startswith("atoll"):
+    if variant.startswith(("atoll", "plain")):
         config = DiTConfig(size=(SIZE, SIZE), channels=CHANNELS, states_dim=TEXT_WIDTH, **SIZES[size])
         network: nn.Module = DiT(config)
+        for block in network.blocks if variant.startswith("plain") else ():  # type: ignore[union-attr]
+            block.forward = partial(plain_block, block)
     else:
         network = Diffusers(size)
     for parameter in network.parameters():  # nothing is exactly zero, as in a trained network
@@ -246,7 +267,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", type=listed, default=["forward", "train"], help="forward,train")
     parser.add_argument("--precisions", type=listed, default=["fp32", "bf16"], help="fp32,bf16")
-    parser.add_argument("--variants", type=listed, default=["atoll", "diffusers"], help="atoll,diffusers")
+    parser.add_argument("--variants", type=listed, default=["atoll", "diffusers"], help="atoll,plain,diffusers")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled")
     parser.add_argument("--json", type=Path, help="where to write the results")
     return parser.parse_args(arguments)

@@ -3,11 +3,11 @@ import json
 import torch
 
 from atoll.alignment import snr_velocity
-from atoll.calibration import Calibration
+from atoll.calibration import NODES, Calibration
 from atoll.objective import Objective
 from atoll.schedule import Linear
 from atoll.testing import GaussianMixture
-from atoll.train.calibrate import NODES, measure_calibration
+from atoll.train.calibrate import measure_calibration
 
 SHAPE = (2, 3, 5)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from atoll.condition import Condition
+from atoll.condition import Condition, Conditions
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.objective import Objective
@@ -145,3 +145,88 @@ def test_refusals() -> None:
         Ensemble([one], None, null=condition(1)).velocity(x, t, guidance_scale=2.0)
     with pytest.raises(AtollError, match="the router knows 2 clusters"):
         Ensemble([one, Expert(Constant(1.0), FLOW, (4,))], router_of([[0.5, 0.5]])).velocity(x, t)
+
+
+def test_an_expert_that_answers_nan_is_dropped_and_the_rest_go_on() -> None:
+    class Breaks(Constant):
+        def __call__(self, x, time, condition):
+            super().__call__(x, time, condition)
+            return torch.full_like(x, torch.nan)
+
+    experts = [Expert(Constant(1.0), FLOW, (0,), name="good"), Expert(Breaks(0), FLOW, (1,), name="bad")]
+    x, t = batch(3)
+    ensemble = Ensemble(experts, router_of([[0.5, 0.5], [0.1, 0.9], [1.0, 1e-9]]), routing="full")
+    with pytest.warns(UserWarning, match="bad answered with NaN or infinity; sampling goes on without it"):
+        u = ensemble.velocity(x, t)
+    torch.testing.assert_close(u, torch.ones_like(u))
+    assert ensemble.dropped == {"bad": "answered with NaN or infinity"}
+    ensemble.velocity(x, t)  # it is not asked again
+    assert len(experts[1].network.calls) == 1
+    alone = Ensemble(experts[1:], router_of([[0.5, 0.5]] * 3))
+    with pytest.raises(AtollError, match="bad answered with NaN or infinity, and there is no other"):
+        alone.velocity(x, t)
+
+
+def test_a_replica_that_answers_nan_leaves_its_cluster_to_the_other() -> None:
+    experts = [
+        Expert(Constant(1.0), FLOW, (0,), name="good"),
+        Expert(Constant(torch.inf), FLOW, (0,), name="bad"),
+        Expert(Constant(4.0), FLOW, (1,), name="other"),
+    ]
+    x, t = batch(2)
+    ensemble = Ensemble(experts, router_of([[0.5, 0.5], [0.25, 0.75]]), routing="full")
+    with pytest.warns(UserWarning, match="bad answered"):
+        u = ensemble.velocity(x, t)
+    torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([2.5, 3.25]).double())
+
+
+def test_what_is_not_finite_already_is_nobodys_fault() -> None:
+    x, t = batch(2)
+    x[1] = torch.nan
+    ensemble = Ensemble([Expert(lambda x, time, c: x, FLOW)], None)
+    assert ensemble.velocity(x, t)[1].isnan().all()
+    assert not ensemble.dropped
+
+
+def test_experts_read_the_prompt_by_encoders_of_their_own() -> None:
+    def reads(x, time, given):
+        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)
+
+    experts = [Expert(reads, FLOW, (0,), encoder=0), Expert(reads, FLOW, (1,), encoder=1)]
+    seen = []
+
+    def router(x, t, pooled):
+        seen.append(pooled[:, 0].tolist())
+        return torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75]], dtype=torch.float64))
+
+    null = Conditions((condition(1, 0.0), condition(1, 1.0)))
+    ensemble = Ensemble(experts, router, "full", null=null, router_encoder=1)
+    x, t = batch(2)
+    given = Conditions((condition(2, 2.0), condition(2, 10.0)))
+    u = ensemble.velocity(x, t, given)
+    torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([6.0, 8.0]).double())
+    guided = ensemble.velocity(x, t, given, guidance_scale=2.0)  # 2 * 2 - 0 = 4; 2 * 10 - 1 = 19
+    torch.testing.assert_close(guided[:, 0, 0, 0], torch.tensor([11.5, 15.25]).double())
+    assert seen == [[10.0, 10.0]] * 2
+
+
+def test_a_time_switch_asks_one_expert_above_and_another_below() -> None:
+    networks = [Constant(1.0), Constant(2.0), Constant(3.0)]
+    experts = [Expert(n, FLOW, (k,), name=f"e{k}") for k, n in enumerate(networks)]
+    x, _ = batch(3)
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    ensemble = Ensemble(experts, None, routing="time-switch-0.5:e2:e0")
+    torch.testing.assert_close(ensemble.velocity(x, t)[:, 0, 0, 0], torch.tensor([1.0, 3.0, 3.0]).double())
+    assert not networks[1].calls
+    with pytest.raises(AtollError, match="no expert 'e7'; expected one of e0, e1, e2"):
+        Ensemble(experts, None, routing="time-switch-0.5:e2:e7")
+
+
+def test_oracle_routing_follows_the_samples_clusters() -> None:
+    experts = [Expert(Constant(float(k)), FLOW, (k,)) for k in range(3)]
+    x, t = batch(4)
+    ensemble = Ensemble(experts, router_of([[0.5, 0.3, 0.2]] * 4), routing="oracle")
+    u = ensemble.velocity(x, t, cluster=torch.tensor([2, 0, 1, 1]))
+    assert u[:, 0, 0, 0].tolist() == [2.0, 0.0, 1.0, 1.0]
+    with pytest.raises(AtollError, match="needs each sample's cluster"):
+        ensemble.velocity(x, t)

@@ -18,6 +18,7 @@ LEVELS = [
     ["weights"],
     ["shards", "objective", "calibration", "routing", "condition", "solver"],
     ["manifest", "alignment", "nn"],
+    ["replicas", "memory"],
     ["ensemble", "testing", "codec", "feature"],
     ["loading"],
     ["data", "cluster", "train", "assemble", "evaluate", "launch", "pipeline", "plan", "convert"],  # the stages

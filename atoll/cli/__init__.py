@@ -3,9 +3,11 @@
 app.py       the application, the options that verbs share, how a mistake is told
 stages.py    from pictures to a report: init, encode, cluster, assemble, sample, evaluate, demo
 training.py  train, launch
+tools.py     plan, convert
+calibrate.py calibrate
 """
 
-from atoll.cli import stages, training
+from atoll.cli import calibrate, stages, tools, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "main", "stages", "training"]
+__all__ = ["app", "calibrate", "main", "stages", "tools", "training"]

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from atoll.cli.app import Force, Quiet, Run, app, bar
+from atoll.cli.app import DEGRADED, Force, Quiet, Run, app, bar
 from atoll.cli.training import launch
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
     from atoll.data.encode import Place
     from atoll.ensemble import Alignment
+    from atoll.memory import Weights
     from atoll.solver import Method
 
 
@@ -113,18 +114,28 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default: the ensemble's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the ensemble's.")] = None,
-    routing: Annotated[str | None, typer.Option(help="top-1, top-2, ..., full; default: the ensemble's.")] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="top-2, full, threshold-0.1, nucleus-0.9, sample-1, oracle-3, ...")
+    ] = None,
+    replicas: Annotated[
+        str | None, typer.Option(help="stacked, inverse-error, equal, time-switch-0.5; default: the ensemble's.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m; default: the ensemble's.")] = None,
     alignment: Annotated[str, typer.Option(help="snr (exact) or native (HDDM's formulas).")] = "snr",
     strict: Annotated[bool, typer.Option("--strict", help="A missing expert is an error.")] = False,
     side: Annotated[int, typer.Option(help="Pictures are enlarged to at least so many pixels.")] = 128,
+    trace: Annotated[Path | None, typer.Option(help="A .json file to write of who was asked when, and a page.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="6GB: of experts and router, no more is held at a time; the rest as it is asked.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as they are stored.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw pictures: `atoll sample runs/demo/ensemble "latin capital letter a, serif bold" -o out.png`."""
     from atoll.pipeline import sample_to_file
 
     with bar("sample", "steps", quiet) as tell:
-        sample_to_file(
+        dropped = sample_to_file(
             ensemble,
             prompts,
             out,
@@ -136,9 +147,16 @@ def sample(
             cast("Alignment", alignment),
             strict,
             side,
+            replicas,
+            trace,
             tell,
+            memory_budget,
+            cast("Weights | None", weights),
         )
     typer.echo(f"{out} written")
+    if dropped:
+        typer.echo(f"without {', '.join(f'{name}, which {why}' for name, why in dropped.items())}", err=True)
+        raise typer.Exit(DEGRADED)
 
 
 @app.command(rich_help_panel="Stages")

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from atoll.cli.app import Quiet, Restart, Resume, Run, app, bar
-from atoll.errors import AtollError
 
 train_app = typer.Typer(
     no_args_is_help=True, help="Train one part, alone. Reads its own shards, writes its own artifact."
 )
 app.add_typer(train_app, name="train", rich_help_panel="Stages")
+Nproc = Annotated[
+    int, typer.Option("--nproc", min=1, help="Processes that share each batch: one per GPU of this node.")
+]
 
 
 @train_app.command("expert")
@@ -21,65 +23,117 @@ def train_expert(
     run: Run = Path(),
     resume: Resume = False,
     restart: Restart = False,
+    nproc: Nproc = 1,
     quiet: Quiet = False,
 ) -> None:
     """Train one expert on its cluster's shards and nothing else -> experts/."""
-    from atoll.train.expert import train_expert as work
 
-    _train("expert", run, quiet, lambda m, tell: work(run, m, expert, resume, restart, tell))
+    def work(manifest: Any, tell: Any) -> Path:
+        from atoll.train.expert import train_expert
+
+        return train_expert(run, manifest, expert, resume, restart, tell)
+
+    _train(["expert", expert], run, resume, restart, nproc, quiet, work)
 
 
 @train_app.command("router")
-def train_router(run: Run = Path(), resume: Resume = False, restart: Restart = False, quiet: Quiet = False) -> None:
+def train_router(
+    run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
+) -> None:
     """Train the router on all latents and their clusters -> router/."""
-    from atoll.train.router import train_router as work
 
-    _train("router", run, quiet, lambda m, tell: work(run, m, resume, restart, tell))
+    def work(manifest: Any, tell: Any) -> Path:
+        from atoll.train.router import train_router
+
+        return train_router(run, manifest, resume, restart, tell)
+
+    _train(["router"], run, resume, restart, nproc, quiet, work)
 
 
 @train_app.command("monolith")
-def train_monolith(run: Run = Path(), resume: Resume = False, restart: Restart = False, quiet: Quiet = False) -> None:
+def train_monolith(
+    run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
+) -> None:
     """Train the dense model to compare with, on everything -> monolith/."""
-    from atoll.train.expert import train_monolith as work
 
-    _train("monolith", run, quiet, lambda m, tell: work(run, m, resume, restart, tell))
+    def work(manifest: Any, tell: Any) -> Path:
+        from atoll.train.expert import train_monolith
+
+        return train_monolith(run, manifest, resume, restart, tell)
+
+    _train(["monolith"], run, resume, restart, nproc, quiet, work)
 
 
 @app.command(rich_help_panel="Stages")
 def launch(
+    where: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="The run's directory, or its atoll.yaml; as --run.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Parts at a time; default: all there is room for.")
+    ] = None,
     run: Run = Path(),
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="At a time; default: one per core.")] = None,
+    on: Annotated[str, typer.Option(help="local (processes here), ray or slurm (a cluster).")] = "local",
+    gpus: Annotated[int | None, typer.Option(min=0, help="Of each part; default: 1 where there are any.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="Restarts of a part that was killed or crashed.")] = 3,
+    slurm: Annotated[
+        list[str] | None, typer.Option(help="An option of sbatch, such as partition=gpu; may be repeated.")
+    ] = None,
 ) -> None:
-    """Train every expert, the router and the monolith that atoll.yaml names: processes on this machine.
+    """Train every expert, the router and the monolith that atoll.yaml names, each alone.
 
     What is done is not done again, what was interrupted goes on. Ctrl-C saves and stops all.
     """
-    import os
+    from atoll.launch.run import launch_run
 
-    from atoll.launch.local import jobs_of, run_jobs
-    from atoll.launch.progress import LaunchView
-    from atoll.manifest import load_manifest
-
-    slots = jobs or len(os.sched_getaffinity(0))
-    with LaunchView("training", slots) as view:
-        done = run_jobs(jobs_of(run, load_manifest(run)), slots, view.update)
-    failed = [job for job in done if job.state == "failed"]
-    if failed:
-        raise AtollError("; ".join(f"{job.name} failed: {job.error}" for job in failed))
+    if not launch_run(where or run, on, jobs, gpus, retries, slurm or []):
+        typer.echo("stopped; what was trained is saved, and the same command goes on", err=True)
+        raise typer.Exit(130)
 
 
-def _train(what: str, run: Path, quiet: bool, work: Callable[[Any, Any], Path]) -> None:
-    """Runs one training behind a progress bar; a signal that stopped it in order is no error."""
-    from atoll.manifest import load_manifest
-    from atoll.train.loop import Interrupted
+@app.command(rich_help_panel="Stages")
+def ema(
+    expert: Annotated[Path, typer.Argument(help="An expert's directory, where training wrote it.")],
+    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="The average's width: 0.05 is short, 0.25 is long.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The expert's directory to make.")],
+) -> None:
+    """Average an expert's weights over another length, from the snapshots of train.ema_profiles (EDM2)."""
+    from atoll.train.ema import reconstruct_expert
 
-    with bar(what, "steps", quiet) as tell:
+    typer.echo(f"{reconstruct_expert(expert, sigma_rel, out)} written; atoll calibrate measures it anew")
+
+
+def _train(
+    what: list[str],
+    run: Path,
+    resume: bool,
+    restart: bool,
+    nproc: int,
+    quiet: bool,
+    work: Callable[[Any, Any], Path],
+) -> None:
+    """Runs one training behind a progress bar; a signal that stopped it in order is no error.
+
+    what: the verb and its argument, for the processes of `nproc`. work(manifest, progress): in this process.
+    """
+    from atoll.train.workers import is_first_process, reporting, train_together
+
+    if nproc > 1:
+        flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
+        train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
+        return
+    first = is_first_process()
+    with reporting(), bar(what[0], "steps", quiet or not first) as tell:
+        from atoll.manifest import load_manifest
+        from atoll.train.loop import Interrupted
 
         def line(metrics: dict[str, Any]) -> None:
             note = f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.0f} images/s"
             tell(metrics["step"], metrics["steps"], note)
 
         try:
-            typer.echo(f"{work(load_manifest(run), line)} written")
+            done = f"{work(load_manifest(run), line)} written"
         except Interrupted as stop:
-            typer.echo(str(stop))
+            done = str(stop)
+        if first:
+            typer.echo(done)

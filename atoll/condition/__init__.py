@@ -9,14 +9,17 @@ from atoll.condition.base import Condition, Encoder, Tokens
 from atoll.condition.hashed import HashConfig, HashEncoder
 from atoll.condition.label import LabelConfig, LabelEncoder, read_labels
 from atoll.condition.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
+from atoll.condition.several import Conditions, SeveralEncoders
 from atoll.weights import parse_config
 
 __all__ = [
     "CLIPEncoder",
     "Condition",
+    "Conditions",
     "Encoder",
     "HashEncoder",
     "LabelEncoder",
+    "SeveralEncoders",
     "T5Encoder",
     "Tokens",
     "build_encoder",

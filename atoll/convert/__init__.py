@@ -7,6 +7,12 @@
 The result is an expert's directory like any other: it can be sampled, calibrated, and trained on. With the objective of
 the original (eps, linear-beta) it computes what the original does, if nothing was fitted; with another one it is where
 training starts (HDDM, arXiv 2603.06741, Eqs. 19-20: the weights stay, and flow time is fed as DiT's 0..999).
+
+arguments.py   what a conversion is told: by a run's manifest, or in the words of the command line
+read.py        foreign files, and what is missing, misshapen or left over in them
+dit.py         the two layouts of DiT        pixart.py   PixArt
+modulation.py  DiT's modulation per block as AdaLN-Single
+native.py      what all layouts are turned into
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +31,7 @@ from atoll.convert.native import Native
 from atoll.convert.pixart import from_pixart
 from atoll.convert.read import Checkpoint, read_checkpoint
 from atoll.errors import AtollError
-from atoll.nn import DiT, build_network
+from atoll.nn import DiT, DiTConfig, build_network
 from atoll.objective import Objective
 
 __all__ = ["KINDS", "MODULATIONS", "Kind", "Modulation", "convert", "detect"]
@@ -49,12 +55,14 @@ def convert(
     out: Path,
     kind: Kind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,
-    modulation: Modulation = "fit",
+    modulation: Modulation | None = None,
     condition: Mapping[str, Any] | None = None,
     codec: Mapping[str, Any] | None = None,
     name: str = "",
     clusters: Sequence[int] = (0,),
     k: int | None = None,
+    assignment: str | None = None,
+    network: Mapping[str, Any] | None = None,
     size: Size | None = None,
     heads: int | None = None,
     pooled: bool = False,
@@ -65,13 +73,16 @@ def convert(
     Args:
         kind: "auto" tells it by the tensors' names.
         objective: arguments of `Objective`; None: eps on linear-beta, what the original was trained with.
-        modulation: of DiT's two kinds. "fit": AdaLN-Single nearest to theirs; "reinit": AdaLN-Single as in a new
-            network (HDDM); "per-block": theirs, exactly. PixArt has AdaLN-Single already and keeps it.
+        modulation: of DiT's two kinds. "fit" (None): AdaLN-Single nearest to theirs; "reinit": AdaLN-Single as in a new
+            network (HDDM); "per-block": theirs, exactly. PixArt has AdaLN-Single already and keeps it: None.
         condition: the text encoder, as `build_encoder` reads it. PixArt's states must be as wide as its own; None
             there: that of a network whose encoder is not known, which can be trained on but not sampled.
         codec: as `build_codec` reads it; None: not known, as above.
         name: of the expert; "": that of `out`.
         clusters, k: the clusters it is of, and how many there are; None: one more than the highest named.
+        assignment: which clusters these are, as the cards of its ensemble's other parts have it.
+        network: what a DiT's config must say, such as depth: a checkpoint that says otherwise is an error. Its heads
+            and modulation are taken where `heads` and `modulation` are None.
         size: (H, W) of the latent; None: the square of the original. For another one the positions are stretched.
         heads: of a "dit" whose size is none of the published ones.
         pooled: the network also reads the condition's pooled vector; the layer for it starts at zero.
@@ -84,20 +95,22 @@ def convert(
     """
     if out.exists():
         raise AtollError(f"{out}: exists already; choose another place, or remove it")
-    if modulation not in MODULATIONS:
-        raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
     if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
         raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
-    aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
-    if aim.time_scale != TIME_SCALE:
-        raise AtollError(f"objective.time_scale: got {aim.time_scale}; the original reads time as 0..999: leave it out")
+    if modulation not in (None, *MODULATIONS):
+        raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
+    aim = _aim(objective)
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint) if kind == "auto" else kind
+    wanted = dict(network or {})
+    heads = heads or (wanted.get("heads") if kind == "dit" else None)
     native = _native(checkpoint, kind, size, heads, build_codec(codec).factor if codec else FACTOR)
-    if kind != "pixart" and modulation != "per-block":
-        native = share(native, fit=modulation == "fit")
+    told = _modulation(kind, modulation, wanted)
+    if told in ("fit", "reinit"):
+        native = share(native, fit=told == "fit")
+    _check(native, wanted, source)
     texts, pooled_dim = _text_widths(native, condition, pooled)
-    network = _network(native, texts, pooled_dim, seed)
+    built = _network(native, texts, pooled_dim, seed)
     files, notes = checkpoint.files, native.notes
     del checkpoint, native  # gigabytes that need not be there while the artifact is written
     save_artifact(
@@ -108,22 +121,22 @@ def convert(
             "clusters": list(clusters),
             "k": k or max(clusters) + 1,
             "objective": aim.config(),
-            "network": network.config.model_dump(mode="json"),
-            "latent_shape": [network.config.channels, *network.config.size],
+            "network": built.config.model_dump(mode="json"),
+            "latent_shape": [built.config.channels, *built.config.size],
             "codec": dict(codec) if codec else {"name": "unknown"},
             "condition": dict(condition) if condition else {"name": "unknown", "dim": texts},
-            "assignment": None,
+            "assignment": assignment,
             "calibration": None,
             "training": {"mark": "converted", "steps": 0},
             "conversion": {
                 "kind": kind,
-                "modulation": "single" if kind == "pixart" else modulation,
+                "modulation": told,
                 "source": files,
                 "seed": seed,
                 **notes,
             },
         },
-        {f"network.{key}": value for key, value in network.state_dict().items()},
+        {f"network.{key}": value for key, value in built.state_dict().items()},
     )
     return out
 
@@ -138,6 +151,14 @@ def detect(checkpoint: Checkpoint) -> Kind:
     raise AtollError(f"{checkpoint.where}: unknown layout ({found}, ...); recognised are {known}")
 
 
+def _aim(objective: Mapping[str, Any] | None) -> Objective:
+    """The expert's objective. Raises AtollError for one that feeds the network other times than the original's."""
+    aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
+    if aim.time_scale != TIME_SCALE:
+        raise AtollError(f"objective.time_scale: got {aim.time_scale}; the original reads time as 0..999: leave it out")
+    return aim
+
+
 def _native(checkpoint: Checkpoint, kind: Kind, size: Size | None, heads: int | None, factor: int) -> Native:
     if kind not in KINDS:
         raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
@@ -150,12 +171,32 @@ def _native(checkpoint: Checkpoint, kind: Kind, size: Size | None, heads: int | 
     return from_pixart(checkpoint, size, factor)
 
 
+def _modulation(kind: Kind, asked: Modulation | None, wanted: Mapping[str, Any]) -> str:
+    """What the card says of the modulation: "single" is PixArt's own."""
+    if kind == "pixart" and asked is not None:
+        raise AtollError(f"modulation {asked!r}: PixArt has AdaLN-Single and keeps it exactly; leave it out")
+    if kind == "pixart":
+        return "single"
+    return asked or ("per-block" if wanted.get("modulation") == "per-block" else "fit")
+
+
+def _check(native: Native, wanted: Mapping[str, Any], source: Path) -> None:
+    """Raises AtollError unless the network's config says what is wanted."""
+    got = {key: native.config.get(key, DiTConfig.model_fields[key].default) for key in wanted}
+    other = [f"{key} {got[key]} (wanted: {value})" for key, value in wanted.items() if got[key] != value]
+    if other:
+        raise AtollError(f"{source}: its network has {', '.join(other)}; make atoll.yaml's network and codec equal")
+
+
 def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bool) -> tuple[int, int | None]:
     """Widths of the condition's states and, where it is to be read, of its pooled vector."""
     own = native.config.get("states_dim")
     if condition is None:
         if own is None:
-            raise AtollError("DiT knows no text: say which `condition` encoder the expert is to have")
+            raise AtollError(
+                "DiT knows no text: say which condition encoder the expert is to have (--condition clip,weights=..., "
+                "or the --run that it is for)"
+            )
         if pooled:
             raise AtollError("pooled: without a `condition` encoder nothing tells the width of its pooled vector")
         return own, None

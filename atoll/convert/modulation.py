@@ -64,7 +64,8 @@ def share(native: Native, fit: bool) -> Native:
         shared_bias.flatten(),
     )
     weights |= {f"blocks.{i}.modulation.table": table.clone() for i, table in enumerate(tables)}
-    notes = native.notes | {"residual": (error / total).sqrt().tolist()}
+    residual = (error / torch.where(total > 0, total, torch.inf)).sqrt()  # 0 where a new DiT modulates nothing
+    notes = native.notes | {"residual": residual.tolist()}
     return Native(native.config | {"modulation": "single", "final": "per-block"}, weights, notes)
 
 
@@ -72,10 +73,11 @@ def factors(curves: Tensor) -> Tensor:
     """Curves [b,T,D] of the blocks, of zero mean -> factors [b,D] to which, by channel, they are best proportional.
 
     The loadings of the first principal component over the blocks; about 1 on average, the sign such that most are
-    positive, and none outside FACTORS.
+    positive, and none outside FACTORS. 1 where a channel does not move.
     """
     gram = torch.einsum("btd,ctd->dbc", curves, curves)  # [D,b,b]
     loading = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [b,D]
+    loading = torch.where(gram.diagonal(dim1=1, dim2=2).sum(1) > 0, loading, 1.0)  # [b,D]
     loading = loading * torch.where(loading.sum(0) < 0, -1.0, 1.0) / loading.abs().mean(0)  # [b,D]
     return torch.where(loading < 0, -1.0, 1.0) * loading.abs().clamp(*FACTORS)
 

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from atoll.codec import Codec
-from atoll.condition import Condition, Encoder
+from atoll.condition import Condition, Conditions, Encoder, SeveralEncoders
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics import (
@@ -67,7 +67,7 @@ class Reference:
     """
 
     encoded: Shards
-    encoder: Encoder
+    encoder: Encoder | SeveralEncoders
     codec: Codec
 
     def images(self, rows: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ def evaluate(
     count = worker_count(settings, device)
     bench = _Bench(reference, settings, torch.device(device), count, sum(v.calls for v in variants), progress)
     with side_by_side(count) as run:
-        scores = tuple(bench.score(variant, run) for variant in variants)
+        # What is measured is the variant as it is: an expert that breaks is not left out of it.
+        kept = (replace(variant, ensemble=variant.ensemble.with_options(drops=False)) for variant in variants)
+        scores = tuple(bench.score(variant, run) for variant in kept)
     return Results(
         frechet_name=f"FD-{bench.features.name}",
         features_sha256=bench.features.sha256,
@@ -264,7 +266,7 @@ class _Bench:
         return DenoisingError.of(self.settings.levels, torch.cat(parts))
 
 
-def _bound(ensemble: Ensemble, condition: Condition, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+def _bound(ensemble: Ensemble, condition: Condition | Conditions, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, t: ensemble.velocity(x, t, condition, scale)
 
 

@@ -4,18 +4,18 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.condition import Condition
+from atoll.condition import Condition, Conditions
 from atoll.errors import AtollError
 from atoll.shapes import per_sample
 
 # (x [B, ...], t [B], condition of B rows) -> dx/dt [B, ...] on the linear path
-ConditionedVelocity = Callable[[Tensor, Tensor, Condition | None], Tensor]
+ConditionedVelocity = Callable[[Tensor, Tensor, Any], Tensor]
 
 # Pictures of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
 PCA_VALUES_MAX = 4096
@@ -187,7 +187,7 @@ class DenoisingError:
 def squared_errors(
     velocity: ConditionedVelocity,
     x0: Tensor,
-    condition: Condition | None,
+    condition: Condition | Conditions | None,
     levels: Sequence[float],
     seeds: Sequence[int],
 ) -> Tensor:

@@ -5,10 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from torch import Tensor
-
-from atoll.page import colour
-
 WIDTH, HEIGHT = 520, 340  # of a chart, in its own units: readable when a phone shrinks it to 360 px
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48  # its margins
 
@@ -70,23 +66,6 @@ def legend(lines: Sequence[Line]) -> str:
     key = '<svg viewBox="0 0 28 10" aria-hidden="true"><line x1="1" x2="27" y1="5" y2="5" {}/></svg>'
     entries = (f"<li>{key.format(_stroke(line))}{escape(line.name)}</li>" for line in lines)
     return f'<ul class="legend">{"".join(entries)}</ul>'
-
-
-def weight_strip(weights: Tensor, label: str) -> str:
-    """An SVG of who was asked when: a column per step, weights [T, E] stacked from the first expert (top) down."""
-    parts = [
-        f'<svg class="strip" viewBox="0 0 {len(weights)} 1" preserveAspectRatio="none" shape-rendering="crispEdges" '
-        f'role="img" aria-label="{escape(label)}">'
-    ]
-    for step, row in enumerate(weights.tolist()):
-        top = 0.0
-        for expert, weight in enumerate(row):
-            if weight > 0.002:
-                parts.append(
-                    f'<rect x="{step}" y="{top:.3f}" width="1" height="{weight:.3f}" fill="{colour(expert)}"/>'
-                )
-            top += weight
-    return "".join(parts) + "</svg>"
 
 
 def _stroke(line: Line) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from atoll.evaluate.measure import Results, Score
-from atoll.evaluate.pictures import Line, legend, line_chart, weight_strip
-from atoll.page import colour, document, number, picture_sheet
+from atoll.evaluate.pictures import Line, legend, line_chart
+from atoll.page import colour, document, number, picture_sheet, weight_strip
 
 FORMAT = 1
 

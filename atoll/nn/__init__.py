@@ -1,4 +1,8 @@
-"""The networks: the denoiser (`dit.py`), the router (`router.py`), and how a card's configuration becomes one."""
+"""The networks, and how a card's configuration becomes one.
+
+dit.py, router.py   the denoiser and the router that are trained here
+paris.py            Paris's, as released        foreign.py   diffusers' own, as they are
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +13,29 @@ from torch import nn
 
 from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, DiT, DiTConfig
+from atoll.nn.foreign import Foreign, ForeignConfig
+from atoll.nn.paris import Paris, ParisConfig, ParisRouter, ParisRouterConfig
 from atoll.nn.router import Router, RouterConfig
 
-__all__ = ["SIZES", "DiT", "DiTConfig", "Router", "RouterConfig", "build_network"]
+__all__ = [
+    "SIZES",
+    "DiT",
+    "DiTConfig",
+    "Foreign",
+    "ForeignConfig",
+    "Paris",
+    "ParisConfig",
+    "ParisRouter",
+    "ParisRouterConfig",
+    "Router",
+    "RouterConfig",
+    "build_network",
+]
 
 
 def build_network(config: Mapping[str, Any]) -> nn.Module:
-    """The network that `config` describes, by its "name" ("dit" or "router"), freshly initialised.
+    """The network that `config` describes, by its "name", freshly initialised: "dit" and "router"; "paris" and
+    "paris-router"; "diffusers", which imports that library.
 
     `network.config.model_dump(mode="json")` is such a configuration. Raises AtollError for an unknown name or
     key, a missing or wrong value, and sizes that do not fit each other.
@@ -26,10 +46,17 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
             return DiT(DiTConfig.model_validate(dict(config)))
         if name == "router":
             return Router(RouterConfig.model_validate(dict(config)))
+        if name == "paris":
+            return Paris(ParisConfig.model_validate(dict(config)))
+        if name == "paris-router":
+            return ParisRouter(ParisRouterConfig.model_validate(dict(config)))
+        if name == "diffusers":
+            return Foreign(ForeignConfig.model_validate(dict(config)))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {describe(e)}" for e in error.errors())
         raise AtollError(f"network {name!r}: {problems}; correct these keys") from None
-    raise AtollError(f"network name: got {name!r}, expected 'dit' or 'router'; correct the name")
+    foreign = "or one made elsewhere: 'paris', 'paris-router' or 'diffusers'"
+    raise AtollError(f"network name: got {name!r}, expected 'dit' or 'router', {foreign}; correct the name")
 
 
 def describe(error: ErrorDetails) -> str:

@@ -16,11 +16,9 @@ The six vectors come from the time and the optional pooled vector, by one of two
 - "per-block": one linear layer per block (DiT, adaLN-Zero).
 
 XL/2 with 4 channels and 768 wide text has 605.7 M parameters with the first, 823.3 M with the second: 26 % less.
-HDDM counts 605 M. PixArt's layout counts 607.0 M: it projects the text by two layers, and the second one, D x D,
-is the difference of 1.3 M. Here, as in HDDM, the text goes through one linear layer.
+HDDM counts 605 M; PixArt's layout counts 607.0 M, since it projects the text by two layers instead of one.
 
-The last four fields of the configuration are for weights that come from elsewhere (`atoll.convert`); their defaults
-are DiT's and HDDM's.
+The last four fields of the configuration are for foreign weights (`atoll.convert`); their defaults are DiT's.
 """
 
 import math
@@ -33,6 +31,7 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
+from atoll.nn.recompute import Checkpointing, recomputed
 
 Kind = Literal["single", "per-block"]
 TIME_FEATURES = 256  # sinusoids of the time, as in DiT,
@@ -254,6 +253,8 @@ class Conditioner(nn.Module):
 class Block(nn.Module):
     """One block, see the head of this file; without `cross` it has no cross-attention (the router's blocks)."""
 
+    checkpointing: Checkpointing = "none"  # what the backward pass computes again; the training loop sets it
+
     def __init__(
         self, width: int, heads: int, mlp_ratio: float, kind: Kind, cross: bool = True, mlp_eps: float = NORM_EPS
     ) -> None:
@@ -266,6 +267,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, prepared: Tensor, states: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        return recomputed(self._forward, self.checkpointing, x, prepared, states, bias)  # [B,N,D]
+
+    def _forward(self, x: Tensor, prepared: Tensor, states: Tensor | None, bias: Tensor | None) -> Tensor:
         vectors = self.modulation(prepared, x.dtype)  # [B,6,1,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
         x = torch.addcmul(x, gate_1, self.attention(modulate(x, shift_1, scale_1)))  # [B,N,D]

@@ -10,7 +10,9 @@ here.py     this machine's speed, and a finished run against its prediction
 report.py   tables and JSON
 """
 
+from atoll.plan.here import Comparison, compare_run
 from atoll.plan.predict import Expert, Machine, Plan, plan, plan_run
-from atoll.plan.report import as_json, render
+from atoll.plan.report import as_json, comparison_lines, render
 
-__all__ = ["Expert", "Machine", "Plan", "as_json", "plan", "plan_run", "render"]
+__all__ = ["Comparison", "Expert", "Machine", "Plan", "as_json", "compare_run", "comparison_lines", "plan", "plan_run",
+           "render"]  # fmt: skip

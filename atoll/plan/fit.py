@@ -52,7 +52,7 @@ class Switches:
     def __str__(self) -> str:
         words = ["compile"] if self.compile else []
         words += [f"{self.checkpointing} checkpointing"] if self.checkpointing != "none" else []
-        words += [f"{self.optimizer_state} optimiser state"] if self.optimizer_state != "fp32" else []
+        words += [f"{self.optimizer_state} state"] if self.optimizer_state != "fp32" else []
         words += ["EMA on CPU"] if self.ema_device == "cpu" else []
         return ", ".join(words) or "none"
 

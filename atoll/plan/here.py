@@ -6,37 +6,30 @@ With both, a plan for `--gpu here` predicts a run on this machine, and `compare`
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from atoll.errors import AtollError
 from atoll.plan.cost import Network, training_flops
+from atoll.plan.recipe import Text, text_of
 
-if TYPE_CHECKING:
-    import torch
-
-
-def _device() -> "torch.device":
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MOST = 64  # samples of a step that is measured: more are no faster on a CPU, and may not fit a GPU
 
 
 def on_cpu() -> bool:
     """Whether a training here runs on the CPU."""
-    return _device().type == "cpu"
+    from atoll.device import best_device
+
+    return best_device().type == "cpu"
 
 
 def uses_bf16(precision: str = "auto") -> bool:
     """Whether a training here with this `train.precision` multiplies in bf16."""
-    import torch
+    from atoll.device import best_device, has_bf16
 
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return has_bf16(best_device()) if precision == "auto" else precision == "bf16"
 
 
 def memory_here() -> float:
@@ -59,7 +52,9 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
     """
     import torch
 
-    device, dtype = _device(), torch.bfloat16 if uses_bf16(precision) else torch.float32
+    from atoll.device import best_device
+
+    device, dtype = best_device(), torch.bfloat16 if uses_bf16(precision) else torch.float32
     size = size or (8192 if device.type == "cuda" else 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -81,19 +76,21 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
 
 
 def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: int = 1, precision: str = "auto",
-                  seconds: float = 3.0) -> float:  # fmt: skip
+                  seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter) -> float:  # fmt: skip
     """Images a second of training steps (forward, backward, clip, fused AdamW, EMA) of a new network, on random data.
 
     Args:
         config: a DiT's, as in cards. tokens: of a caption.
         seconds: to measure for, after two steps to warm up; the median step counts.
+        clock: time.process_time counts this process's seconds alone, on a machine that others use too.
     """
     import torch
 
     from atoll.condition import Condition
+    from atoll.device import best_device
     from atoll.nn import build_network
 
-    device = _device()
+    device = best_device()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -108,7 +105,7 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
         times: list[float] = []
         end = math.inf
         while len(times) < 5 or time.monotonic() < end:
-            began = time.perf_counter()
+            began = clock()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision)):
                 loss = (network(x, torch.rand(batch, device=device) * 999, condition) - x).square().mean()
             optimizer.zero_grad(set_to_none=True)
@@ -118,13 +115,29 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
             with torch.no_grad():
                 torch._foreach_lerp_(ema, weights, 1e-4)
             loss.item()  # waits for the device
-            times.append(time.perf_counter() - began)
+            times.append(clock() - began)
             if len(times) == 2:
                 end = time.monotonic() + seconds
         ordered = sorted(times[2:])
     finally:
         torch.set_num_threads(before)
     return batch / ordered[len(ordered) // 2]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What training reaches here. flops: a second, of matrix products; mfu: the share of them in training steps."""
+
+    flops: float
+    mfu: float
+
+
+def speed_here(network: Network, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
+    """Measures, for some seconds, this machine and training steps of `network` on it; arguments as in `train`."""
+    config = {key: value for key, value in asdict(network).items() if key != "tokens"}
+    flops = measured_flops(threads, precision)
+    rate = measured_rate({"name": "dit", **config}, network.tokens, min(batch, MOST), threads, precision)
+    return Speed(flops, rate * training_flops(network) / flops)
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,10 @@ class Comparison:
     def ratio(self) -> float:
         """Measured over predicted: 1.25 is a run that took a quarter longer than the plan said."""
         return self.measured_seconds / self.predicted_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "ratio": self.ratio}
 
 
 def compare(card: Mapping[str, Any], tokens: int, flops: float, mfu: float) -> Comparison:
@@ -168,3 +185,32 @@ def compare(card: Mapping[str, Any], tokens: int, flops: float, mfu: float) -> C
         raise AtollError(f"expert {name}: its card says it was trained in {seconds:g} s; nothing to compare")
     work = steps * batch * training_flops(network)
     return Comparison(name, steps, steps * batch, work / (flops * mfu), seconds, flops, work / seconds / flops)
+
+
+def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
+    """Every expert of a run that was trained, against what this machine does now: train and compare on one machine.
+
+    Args:
+        text: of the condition encoder, where its config does not tell.
+
+    Raises:
+        AtollError: no expert in it is trained, or a card does not say how.
+    """
+    from atoll.artifact import CARD, read_card
+
+    cards = [read_card(file.parent, "expert") for file in sorted((run / "experts").glob(f"*/{CARD}"))]
+    cards = [card for card in cards if "conversion" not in card]  # of those that were converted and no more
+    if not cards:
+        raise AtollError(f"{run / 'experts'}: no trained expert to compare with; train one (atoll train expert)")
+    speeds: dict[tuple[Network, int, int, str], Speed] = {}
+    found = []
+    for card in cards:
+        tokens = (text or text_of(card["condition"])).tokens
+        compare(card, tokens, 1.0, 1.0)  # says what is wrong with a card before anything is measured
+        settings = card["training"]["settings"]
+        network = Network.from_config(card["network"], tokens)
+        kind = network, settings["batch"], settings.get("threads", 1), settings.get("precision", "auto")
+        if kind not in speeds:
+            speeds[kind] = speed_here(*kind)
+        found.append(compare(card, tokens, speeds[kind].flops, speeds[kind].mfu))
+    return found

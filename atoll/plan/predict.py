@@ -1,7 +1,7 @@
 """The plan of a run: its experts on some GPUs, and on islands. Pure arithmetic, but for `--gpu here`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.errors import AtollError
@@ -193,16 +193,13 @@ def plan_run(
 
 def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -> GPU:
     """This machine as a GPU: its ceiling, and the share of it that steps of the run's first expert reach."""
-    from atoll.plan.here import measured_flops, measured_rate, memory_here, on_cpu
+    from atoll.plan.here import memory_here, on_cpu, speed_here
 
     text, train = text or text_of(manifest.condition), manifest.train_of(manifest.experts[0])
     network = network_of(manifest, manifest.experts[0], latent, text)
-    config = {key: value for key, value in asdict(network).items() if key != "tokens"}
-    ceiling = measured_flops(train.threads, train.precision)
-    batch = min(train.batch, 64)
-    rate = measured_rate({"name": "dit", **config}, network.tokens, batch, train.threads, train.precision)
-    share = rate * training_flops(network) / ceiling
-    return GPU("here", memory_here(), ceiling / 1e12, ceiling / 1e12, mfu=share, compiles=False, cpu=on_cpu())
+    speed = speed_here(network, train.batch, train.threads, train.precision)
+    ceiling = speed.flops / 1e12
+    return GPU("here", memory_here(), ceiling, ceiling, mfu=speed.mfu, compiles=False, cpu=on_cpu())
 
 
 def _rules(precision: str, cpu: bool = False) -> Rules:

@@ -25,6 +25,14 @@ class Text:
     pooled: int | None
 
 
+def parse_text(words: str) -> Text:
+    """ "77x768", tokens and width of a caption, or "77x768x768" with a pooled vector. Raises AtollError otherwise."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", words)
+    if found is None:
+        raise AtollError(f"--text {words!r}: expected tokens and width of a caption, such as 77x768 (or 77x768x768)")
+    return Text(int(found[1]), int(found[2]), int(found[3]) if found[3] else None)
+
+
 def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json beside weights that lie on this machine; empty where they do not."""
     from atoll.artifact import read_json  # brings torch

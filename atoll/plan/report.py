@@ -1,6 +1,6 @@
 """A plan for people (tables on the terminal) and for programs (plain values for JSON)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from atoll.plan.here import Comparison
+
+NARROW = 512  # of a network's width: its products are too small to keep a GPU busy
+COLUMNS = 3  # of experts that cost differently, side by side
+UNITS = (("days", 1), ("hours", 24), ("minutes", 1440))  # and how many of them are a day
 
 
 def as_json(plan: Plan, start: date | None = None) -> dict[str, Any]:
@@ -37,7 +41,10 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[Any] = [_networks(plan), Text(), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
+    parts: list[Any] = []
+    for table in _networks(plan):
+        parts += [table, Text()]
+    parts += [*_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], plan.experts))]
     parts += [Text(_data(plan))]
@@ -46,11 +53,12 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     return Group(*parts)
 
 
-def comparison_line(c: "Comparison") -> str:
-    """One line on a finished training against its plan."""
-    return (
-        f"{c.name}: {c.images:,} images in {c.measured_seconds:,.0f} s, predicted {c.predicted_seconds:,.0f} s "
+def comparison_lines(found: Sequence["Comparison"]) -> str:
+    """A line on each finished training against its plan."""
+    return "\n".join(
+        f"{c.name}: {c.images:,} images in {c.measured_seconds:,.1f} s, predicted {c.predicted_seconds:,.1f} s "
         f"(measured / predicted {c.ratio:.2f}); {c.mfu:.0%} of {c.flops / 1e9:,.0f} GFLOP/s"
+        for c in found
     )
 
 
@@ -60,7 +68,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=not number, overflow="fold")
     return table
 
 
@@ -72,29 +80,38 @@ def _groups(plan: Plan) -> list[tuple[str, Expert]]:
     return [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
 
 
-def _networks(plan: Plan) -> "Table":
-    columns = ("", "parameters", "GFLOP forward", "GFLOP training", "activations", "compiled", "checkpointed", "fixed",
-               "batch", "steps", "images")  # fmt: skip
-    table = _table(f"{plan.name}: one expert ({plan.precision}; FLOPs and activations per image)", columns)
-    for name, e in _groups(plan):
-        table.add_row(
-            name,
-            _count(e.parameters),
-            f"{e.forward_flops / 1e9:,.4g}",
-            f"{e.training_flops / 1e9:,.4g}",
-            _binary(e.activation_bytes),
-            _binary(e.activation_bytes_compiled),
-            _binary(e.activation_bytes_checkpointed),
-            f"{e.fixed_bytes / 1e9:.3g} GB",
-            str(e.batch),
-            f"{e.steps:,}",
-            _count(e.images),
-        )
-    r = plan.router
-    table.add_row(
-        "router", _count(r.parameters), f"{r.flops / 3e9:,.4g}", f"{r.flops / 1e9:,.4g}", *[""] * 6, _count(r.images)
-    )
-    return table
+def _networks(plan: Plan) -> list["Table"]:
+    """What one image of an expert costs; those that cost the same share a column, and few columns a table."""
+    groups = _groups(plan)
+    tables = []
+    for start in range(0, len(groups), COLUMNS):
+        shown = groups[start : start + COLUMNS]
+        router = start + COLUMNS >= len(groups)
+        title = f"{plan.name}: the networks ({plan.precision})"
+        table = _table(title, ("", *(name for name, _ in shown), *(["router"] if router else [])))
+        r = plan.router
+        last = {"parameters": _count(r.parameters), "images": _count(r.images)}
+        last |= {"GFLOP an image, forward": f"{r.flops / 3e9:,.4g}", "    in training": f"{r.flops / 1e9:,.4g}"}
+        columns = [_costs(expert) for _, expert in shown]
+        for row in columns[0]:
+            table.add_row(row, *(column[row] for column in columns), *([last.get(row, "")] if router else []))
+        tables.append(table)
+    return tables
+
+
+def _costs(e: Expert) -> dict[str, str]:
+    return {
+        "parameters": _count(e.parameters),
+        "GFLOP an image, forward": f"{e.forward_flops / 1e9:,.4g}",
+        "    in training": f"{e.training_flops / 1e9:,.4g}",
+        "activations an image": _binary(e.activation_bytes),
+        "    compiled": _binary(e.activation_bytes_compiled),
+        "    fully checkpointed": _binary(e.activation_bytes_checkpointed),
+        "weights, moments, EMA, ...": _bytes(e.fixed_bytes),
+        "batch": str(e.batch),
+        "steps": f"{e.steps:,}",
+        "images": _count(e.images),
+    }
 
 
 def _batches(plan: Plan) -> list[Any]:
@@ -104,7 +121,7 @@ def _batches(plan: Plan) -> list[Any]:
     for name, ladder in plan.batches.items():
         memories = list(next(iter(ladder.values())))
         title = "Largest batch at a time" + (f", network of {name}" if len(plan.batches) > 1 else "")
-        table = _table(title, ("switches", *(f"{memory / 1e9:g} GB" for memory in memories)))
+        table = _table(title, ("switches", *(_bytes(memory) for memory in memories)))
         for switches, by in ladder.items():
             table.add_row(switches, *(str(by[memory]) if by[memory] else "-" for memory in memories))
         parts += [table, Text()]
@@ -112,21 +129,22 @@ def _batches(plan: Plan) -> list[Any]:
 
 
 def _time(plan: Plan) -> "Table":
-    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", "GPU-days per expert", "in all", "router", "USD")
+    known = [m.total_gpu_days for m in plan.machines if m.total_gpu_days is not None]
+    unit, per_day = next((u for u in UNITS if max(known, default=2) * u[1] >= 2), UNITS[-1])
+    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert", "in all", "router", "USD")
     table = _table("Time and price", columns)
     for m in plan.machines:
         rates, days = sorted(m.images_per_s.values()), sorted(m.gpu_days.values())
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
             m.gpu.name,
-            f"{m.gpu.memory / 1e9:.3g} GB",
+            _bytes(m.gpu.memory),
             speed,
             f"{m.mfu:.2f}" if m.gpu.tflops else "?",
             _span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
-            _span(days),
-            _days(m.total_gpu_days),
-            _days(m.router_gpu_days),
-            f"{m.usd:,.0f}" if m.usd is not None else "?",
+            _span([day * per_day for day in days]),
+            *("?" if t is None else _number(t * per_day) for t in (m.total_gpu_days, m.router_gpu_days)),
+            "?" if m.usd is None else f"{m.usd:,.0f}" if m.usd >= 10 else f"{m.usd:.2f}",
         )
     return table
 
@@ -134,7 +152,10 @@ def _time(plan: Plan) -> "Table":
 def _time_notes(plan: Plan) -> str:
     if any(m.gpu.name == "here" for m in plan.machines):
         return "TFLOP/s: of this machine's matrix products, measured now; MFU: of training steps of the first expert."
-    return "MFU is assumed, without checkpointing and compiled: state another with --mfu. Prices are of March 2026."
+    text = "MFU is assumed, without checkpointing and compiled: state another with --mfu. Prices are of March 2026."
+    if min(e.network.width for e in plan.experts) < NARROW:
+        text += f" Networks narrower than {NARROW} reach less of it."
+    return text
 
 
 def _how(m: Machine, experts: Iterable[Expert]) -> str:
@@ -163,23 +184,26 @@ def _data(plan: Plan) -> str:
     weights = 4 * max(e.parameters for e in plan.experts)
     return (
         f"Data: {plan.images:,} images, seen {epochs:.3g} times; an island downloads "
-        f"{plan.download_bytes / 1e9:.3g} GB ({plan.download_bytes * 8 / 100e6 / 3600:.2g} hours at 100 Mbit/s; "
-        f"up to a quarter more for the largest cluster) and gives back {weights / 1e9:.3g} GB."
+        f"{_bytes(plan.download_bytes)} ({plan.download_bytes * 8 / 100e6 / 3600:.2g} hours at 100 Mbit/s; "
+        f"up to a quarter more for the largest cluster) and gives back {_bytes(weights)}."
     )
 
 
 def _islands(plan: Plan) -> "Table":
     s = plan.simulation
     assert s is not None
-    table = _table("Islands", ("island", "hours a day", "experts", "machine hours", "done, days", "is the last"))
+    table = _table("Islands", ("island", "hours a day", "machine hours", "done, days", "is the last", "experts"))
+    table.columns[-1].justify = "left"
+    clusters = {name.partition("-")[0] for names in s.assignment.values() for name in names}
+    alone = len(clusters) == sum(map(len, s.assignment.values()))  # no replicas: a cluster's number says it all
     for island in plan.islands:
         table.add_row(
             island.name,
             f"{island.hours_per_day:g}",
-            ", ".join(s.assignment[island.name]) or "none",
             f"{s.hours[island.name]:,.0f}",
             f"{s.days[island.name]:,.1f}",
             f"{s.decides.get(island.name, 0):.0%}",
+            ", ".join(name.partition("-")[0] if alone else name for name in s.assignment[island.name]) or "none",
         )
     return table
 
@@ -204,12 +228,13 @@ def _span(values: list[float]) -> str:
     """Sorted values as one number, or as the range they span."""
     if not values:
         return "-"
-    low, high = f"{values[0]:,.3g}", f"{values[-1]:,.3g}"
+    low, high = _number(values[0]), _number(values[-1])
     return low if low == high else f"{low} to {high}"
 
 
-def _days(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.3g}"
+def _number(value: float) -> str:
+    """Three digits: 0.0117, 456, 91,400."""
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _count(value: float) -> str:
@@ -218,6 +243,14 @@ def _count(value: float) -> str:
         if value >= size:
             return f"{value / size:,.1f} {letter}"
     return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    """13.3 GB, 362 kB."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:g} B"
 
 
 def _binary(value: float) -> str:

@@ -9,8 +9,20 @@ The same input gives the same bytes. A directory appears whole or not at all. Wh
 """
 
 from atoll.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
+from atoll.shards.held import held_back
 from atoll.shards.reader import Part, Shards
 from atoll.shards.repeated import repeats
 from atoll.shards.writer import ShardWriter
 
-__all__ = ["INDEX", "MANIFEST", "SPLITS", "Part", "ShardWriter", "Shards", "Split", "refuse_foreign", "repeats"]
+__all__ = [
+    "INDEX",
+    "MANIFEST",
+    "SPLITS",
+    "Part",
+    "ShardWriter",
+    "Shards",
+    "Split",
+    "held_back",
+    "refuse_foreign",
+    "repeats",
+]

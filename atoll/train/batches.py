@@ -39,6 +39,11 @@ def seeded(seed: int, index: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % 2**63)
 
 
+def mirrored(seed: int, index: int, count: int) -> Tensor:
+    """Which pictures of a batch are mirrored: [count] bool, the same however the batch is shared out."""
+    return torch.rand(count, generator=seeded(seed, index, stream=1)) < 0.5
+
+
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
     """`condition` with the rows marked in dropped [B] bool replaced by the one row of `null`."""
     pooled = None
@@ -60,12 +65,12 @@ class Captioned:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """The given rows: x0 [b,C,H,W] float16, ids and mask [b,L]. generator: draws which pictures are mirrored."""
-        mirrored = None
-        if generator is not None and self.rows.has_flips:
-            mirrored = torch.rand(len(rows), generator=generator) < 0.5
+    def batch(self, rows: Tensor, mirrored: Tensor | None = None) -> Batch:
+        """The given rows: x0 [b,C,H,W] float16, ids and mask [b,L]. mirrored: [b] bool, of which pictures the mirror's
+        latent is taken where it is stored."""
         tokens = self.encoder.tokenize(self.rows.captions(rows))
+        if not self.rows.has_flips:
+            mirrored = None
         return {"x0": self.rows.latents(rows, mirrored), "ids": tokens.ids, "mask": tokens.mask}
 
     def condition(self, batch: Batch) -> Condition:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atoll.alignment import snr_x0_eps
-from atoll.calibration import Calibration
+from atoll.calibration import NODES, Calibration
 from atoll.condition import Condition
 from atoll.objective import Objective
 from atoll.schedule import Linear
@@ -16,30 +16,6 @@ from atoll.train.batches import seeded
 
 class _Network(Protocol):
     def __call__(self, x: Tensor, time: Tensor, condition: Condition | None, /) -> Tensor: ...
-
-
-# Path times at which the slope is measured: denser towards noise, where it changes; 0.9995 stands for t = 1.
-NODES = (
-    0.02,
-    0.06,
-    0.12,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.68,
-    0.75,
-    0.81,
-    0.86,
-    0.9,
-    0.93,
-    0.96,
-    0.98,
-    0.99,
-    0.997,
-    0.9995,
-)
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """Training states on disk, from which training goes on bit for bit; the last one stays whole until the next one is.
 
-    checkpoint.safetensors     all tensors, and the numbers as its metadata: of one process, or of replicas
-    checkpoint-000300.dcp/     torch.distributed.checkpoint's parts, and numbers.json: of sharded weights
+    checkpoint.safetensors       all tensors, and the numbers as its metadata: of one process, or of replicas
+    checkpoint-000300-0.dcp/     torch.distributed.checkpoint's parts, and numbers.json: of sharded weights, at step
+                                 300 after no rollback
 
 Either is read by any number of processes, replicated or sharded.
 """
@@ -10,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,15 +52,16 @@ class Checkpoints:
         self._thread.shutdown()  # a checkpoint that is being written becomes whole, whatever ended the training
 
     def exists(self) -> bool:
-        return (self.directory / CHECKPOINT).exists() or bool(self._sharded())
+        """Whether there is one, the same answer in every process."""
+        found = (self.directory / CHECKPOINT).exists() or bool(self._sharded())
+        self.island.wait()  # before the first process writes one
+        return found
 
     def clear(self) -> None:
         """Throws all away; the others wait for the first process."""
         self.finish()
         if self.island.is_first:
-            (self.directory / CHECKPOINT).unlink(missing_ok=True)
-            for path in self._sharded():
-                shutil.rmtree(path)
+            self._remove([self.directory / CHECKPOINT, *self._sharded()])
         self.island.wait()
 
     def save(self, state: State) -> None:
@@ -84,24 +87,27 @@ class Checkpoints:
             AtollError: the file is damaged, or was written under other settings.
         """
         self.finish()
+        self.island.wait()  # the first process may have been writing until now
         sharded = self._sharded()
         file = self.directory / CHECKPOINT
-        if sharded and (not file.exists() or _step_of(sharded[-1]) > self._numbers(file).step):
+        if sharded and (not file.exists() or _age_of(sharded[-1]) > self._numbers(file).age):
             self._load_sharded(sharded[-1], state)
-            return
-        state.numbers = self._numbers(file)
-        self._read(file, state.tensors())
+        else:
+            state.numbers = self._numbers(file)
+            self._read(file, state.tensors())
+        self.island.wait()  # the first process may write the next one only now
 
     def _write(self, tensors: dict[str, Tensor], numbers: dict[str, str]) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        temporary = self.directory / f".{CHECKPOINT}.{os.getpid()}.tmp"
+        temporary = self.directory / f".{CHECKPOINT}.tmp"  # one that was cut short is written over
         try:
             save_file(tensors, temporary, numbers)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, self.directory / CHECKPOINT)
+            self._remove(self._sharded())
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise AtollError(
@@ -136,7 +142,7 @@ class Checkpoints:
                     value = stored.get_tensor(name)
                     if isinstance(tensor, torch.distributed.tensor.DTensor):
                         value = torch.distributed.tensor.distribute_tensor(
-                            value.to(tensor.device), tensor.device_mesh, tensor.placements
+                            value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
                         )
                     tensor.copy_(value)
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -144,37 +150,55 @@ class Checkpoints:
 
     def _sharded(self) -> list[Path]:
         """The whole ones, the newest last."""
-        return sorted(self.directory.glob("checkpoint-*.dcp"), key=_step_of)
+        return sorted(self.directory.glob("checkpoint-*.dcp"), key=_age_of)
 
     def _save_sharded(self, state: State) -> None:
         from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.api import CheckpointException
 
-        path = self.directory / f"checkpoint-{state.numbers.step:09d}.dcp"
-        temporary = path.with_name(f".{path.name}.tmp")
+        step, rollbacks = state.numbers.age
+        path = self.directory / f"checkpoint-{step:09d}-{rollbacks}.dcp"
+        temporary = self.directory / ".checkpoint.dcp.tmp"
         if self.island.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         self.island.wait()
-        checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)
+        try:
+            checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)
+        except (OSError, CheckpointException) as error:
+            raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
         self.island.wait()
         if self.island.is_first:
+            older = [self.directory / CHECKPOINT, *self._sharded()]
             write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text()})
-            older = self._sharded()
-            if path.exists():  # the same step again, after a rollback
-                shutil.rmtree(path)
             os.replace(temporary, path)
-            for old in older:
-                if old != path:
-                    shutil.rmtree(old, ignore_errors=True)
+            self._remove(older)
         self.island.wait()
+
+    def _remove(self, paths: Sequence[Path]) -> None:
+        for path in paths:
+            if path.suffix == ".dcp":
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _load_sharded(self, path: Path, state: State) -> None:
         from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.api import CheckpointException
 
         found = read_json(path / NUMBERS)
         self._check(path, found.get("mark"))
-        state.numbers = Numbers(**found["numbers"])
-        checkpoint.load(dict(state.tensors()), checkpoint_id=path)
+        try:
+            state.numbers = Numbers(**found["numbers"])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
+                checkpoint.load(dict(state.tensors()), checkpoint_id=path)
+        except (OSError, KeyError, TypeError, CheckpointException) as error:
+            raise AtollError(f"{path}: damaged ({_last_line(error)}); start again with --restart") from None
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-").removesuffix(".dcp"))
+def _age_of(path: Path) -> tuple[int, ...]:
+    return tuple(int(number) for number in path.stem.split("-")[1:])
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -27,10 +27,10 @@ def draw_grid(
     objective: Objective,
     data: Captioned,
     codec: dict[str, Any],
-    file: Path,
+    file: Path | None,
     seed: int,
 ) -> None:
-    """Writes a PNG of up to 16 pictures for captions of `data`, of the same noise at every call."""
+    """Writes a PNG of up to 16 pictures for captions of `data`, of equal noise at every call. file None: draws only."""
     device = next(module.parameters()).device  # type: ignore[attr-defined]
     x0, condition = data.some(_PICTURES, seed)
     condition = condition.to(device)
@@ -44,6 +44,8 @@ def draw_grid(
         ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", "snr", null=null)
     noise = torch.randn(x0.shape, generator=seeded(seed, 0, stream=13)).to(device)
     latents = sample(lambda x, t: ensemble.velocity(x, t, condition, 1.0), noise, steps=_STEPS)
+    if file is None:
+        return
     images = build_codec(codec).decode(latents.cpu().float())  # [B,C,h,w]
     write_bytes(file, _png(images))
 

@@ -14,19 +14,20 @@ from atoll.errors import AtollError
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
-from atoll.shards import Shards
-from atoll.train.batches import Captioned, Order, drop_condition, seeded
+from atoll.shards import Shards, held_back
+from atoll.train.batches import Captioned, Order, drop_condition, mirrored, seeded
 from atoll.train.calibrate import measure_calibration
 from atoll.train.feed import Batch
-from atoll.train.island import Island, whole
+from atoll.train.island import Island, whole_state
 from atoll.train.loop import finished, train, training_mark
 from atoll.train.rows import Rows
+from atoll.train.start import Start
 from atoll.train.task import Task
 from atoll.train.track import Progress
 
 _VALIDATION_ROWS = 256
 _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
-_CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
+CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 
 
 def train_expert(
@@ -46,6 +47,7 @@ def train_expert(
     shards = Shards(run / "clusters" / f"cluster-{expert.cluster:03d}")
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
     job = _Job(
+        run,
         run / "experts" / expert.full_name,
         expert.full_name,
         expert,
@@ -67,7 +69,7 @@ def train_monolith(
         raise AtollError("atoll.yaml names no monolith; add a `monolith:` section with its objective")
     clusters = tuple(range(manifest.clusters.k))
     shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
-    job = _Job(run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
+    job = _Job(run, run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
     return _train(job, manifest, shards, resume, restart, progress)
 
 
@@ -76,13 +78,14 @@ class _Job:
 
     def __init__(
         self,
+        run: Path,
         path: Path,
         name: str,
         part: ExpertSettings | MonolithSettings,
         clusters: tuple[int, ...],
         seed: int,
     ):
-        self.path, self.name, self.part, self.clusters, self.seed = path, name, part, clusters, seed
+        self.run, self.path, self.name, self.part, self.clusters, self.seed = run, path, name, part, clusters, seed
 
 
 def _train(
@@ -98,7 +101,10 @@ def _train(
     objective = Objective(**job.part.objective.model_dump())
     settings = manifest.train_of(job.part)
     network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
-    training, held_out, measured_on = _hold_back(shards, encoder, settings.hold_back, job.seed)
+    start = Start(job.run / settings.init) if settings.init else None
+    began = {"init": start.about} if start else {}
+    network_config = start.config(network_config) if start else network_config
+    training, held_out, measured_on = hold_back(shards, encoder, settings.hold_back)
 
     identity = {
         "network": network_config,
@@ -106,63 +112,55 @@ def _train(
         "assignment": card["assignment"],
         "clusters": list(job.clusters),
         "seed": job.seed,
+        **began,
     }
     mark = training_mark(identity, settings)
     if finished(job.path, "expert", mark, resume, restart):
         return job.path
     torch.manual_seed(job.seed)
     network = build_network(network_config)
+    if start:
+        network.load_state_dict(start.weights())
     state = job.path.with_name(f".train-{job.name}")
     with Island.join(settings.device, settings.threads) as island:
         task = Denoising(network, objective, training, held_out, settings, job.seed, card["codec"])
         trained = train(task, settings, state, mark, island, resume, restart, progress)
         calibration = calibrate(network, objective, held_out, training.rows.mean(), job.seed, island.device)
+        weights = {
+            **{f"network.{name}": value for name, value in whole_state(network).items()},
+            **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
+        }
         if island.is_first:
-            save_artifact(
-                job.path,
-                "expert",
-                {
-                    "name": job.name,
-                    "clusters": list(job.clusters),
-                    "k": card["clusters"],
-                    "objective": objective.config(),
-                    "network": network_config,
-                    "latent_shape": card["latent_shape"],
-                    "codec": card["codec"],
-                    "condition": card["condition"],
-                    "assignment": card["assignment"],
-                    "calibration": {**calibration.config(), "measured_on": measured_on},
-                    "training": {
-                        **trained.summary,
-                        "rows": len(training),
-                        "seed": job.seed,
-                        "torch": torch.__version__,
-                    },
+            about = {
+                "name": job.name,
+                "k": card["clusters"],
+                **{key: identity[key] for key in ("clusters", "objective", "network", "assignment")},
+                **{key: card[key] for key in ("latent_shape", "codec", "condition")},
+                "calibration": {**calibration.config(), "measured_on": measured_on},
+                "training": {
+                    **trained.summary,
+                    **began,
+                    "rows": len(training),
+                    "hold_back": settings.hold_back,
+                    "seed": job.seed,
+                    "torch": torch.__version__,
                 },
-                {
-                    **{f"network.{name}": value for name, value in _whole_state(network).items()},
-                    **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
-                },
-            )
+            }
+            save_artifact(job.path, "expert", about, weights)
     return job.path
 
 
-def _whole_state(network: nn.Module) -> dict[str, Tensor]:
-    names, tensors = zip(*network.state_dict().items(), strict=True)
-    return dict(zip(names, whole(tensors), strict=True))
-
-
-def _hold_back(shards: Sequence[Shards], encoder: Encoder, share: float, seed: int) -> tuple[Captioned, Captioned, str]:
+def hold_back(shards: Sequence[Shards], encoder: Encoder, share: float) -> tuple[Captioned, Captioned, str]:
     """(rows to train on, rows to calibrate on, what the latter are).
 
-    With a share, so many training rows are kept from training: held out, but of the same words as what is asked at
-    inference. Without one they are the val split, or, on an island that has none, the training rows themselves.
+    With a share, so many training rows are kept from training (`held_back`: the same for all replicas): held out, but
+    of the same words as what is asked at inference. Without one they are the val split, or, on an island that has
+    none, the training rows themselves.
     """
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     if share > 0:
-        order = torch.randperm(len(every), generator=seeded(seed, 0, stream=9))
-        kept = max(1, round(share * len(every)))
-        training, back = every.select(order[kept:].sort().values), every.select(order[:kept].sort().values)
+        back_rows = held_back(shards, share)[every.numbers]  # [n] bool
+        training, back = (every.select(rows.nonzero().flatten()) for rows in (~back_rows, back_rows))
         return Captioned(training, encoder), Captioned(back, encoder), "held back"
     if len(val):
         return Captioned(every, encoder), Captioned(val, encoder), "val"
@@ -210,7 +208,7 @@ class Denoising(Task):
         t = self.objective.sample_time(count, g)
         eps = torch.randn(count, *self.shape, generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
-        rows = self.data.batch(self.order.at(index)[share], seeded(self.seed, index, stream=1 + share.start))
+        rows = self.data.batch(self.order.at(index)[share], mirrored(self.seed, index, count)[share])
         return {**rows, "t": t[share], "eps": eps[share], "dropped": dropped[share]}
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -232,7 +230,7 @@ class Denoising(Task):
             losses[f"{level:+d}"] = round(float(self.objective.loss(output.float(), x0, eps, t).mean()), 6)
         return losses
 
-    def draw(self, module: Callable[..., Tensor], file: Path) -> None:
+    def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:
         """A grid of pictures by this expert alone, for captions that it was not trained on."""
         from atoll.train.draw import draw_grid
 
@@ -245,10 +243,16 @@ class Denoising(Task):
 
 
 def calibrate(
-    network: nn.Module, objective: Objective, data: Captioned, mean: Tensor, seed: int, device: torch.device
+    network: Callable[..., Tensor],
+    objective: Objective,
+    data: Captioned,
+    mean: Tensor,
+    seed: int,
+    device: torch.device,
+    rows: int = CALIBRATION_ROWS,
 ) -> Calibration:
-    """The expert's calibration on held-out latents with their own captions."""
-    x0, condition = data.some(_CALIBRATION_ROWS, seed)
+    """The expert's calibration on at most `rows` held-out latents with their own captions; mean: the cluster's."""
+    x0, condition = data.some(rows, seed)
 
     def on_device(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
         return network(x.to(device), time.to(device), None if given is None else given.to(device)).cpu()

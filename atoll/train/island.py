@@ -4,7 +4,7 @@ Each has a share of every batch; gradients are averaged. Nothing here reaches be
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -49,13 +49,22 @@ class Island:
         torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
         try:
             yield Island(rank, world, place)
+            torch.distributed.barrier()  # a process that leaves early takes its connections along
         finally:
             torch.distributed.destroy_process_group()
 
-    def share(self, batch: int) -> slice:
-        """The rows of a batch that are this process's. Raises AtollError if they cannot be dealt out evenly."""
-        if batch % self.world:
-            raise AtollError(f"a batch of {batch} cannot be shared by {self.world} processes; choose a multiple of it")
+    def share(self, batch: int, parts: int = 1) -> slice:
+        """The rows of a batch that are this process's.
+
+        Raises:
+            AtollError: they cannot be dealt out evenly, or the share not be cut into so many parts.
+        """
+        if batch % (self.world * parts):
+            cut = f" in {parts} parts each (train.accumulate)" if parts > 1 else ""
+            raise AtollError(
+                f"a batch of {batch} cannot be shared by {self.world} processes{cut}; "
+                f"choose a multiple of {self.world * parts}"
+            )
         size = batch // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
 
@@ -104,9 +113,14 @@ class Island:
             torch.distributed.barrier()
 
 
-def whole(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sharded tensors gathered, in every process; others as they are."""
-    return [t.full_tensor() if isinstance(t, torch.distributed.tensor.DTensor) else t for t in tensors]
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, in every process; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state on the CPU, gathered one tensor at a time: every process must call this."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
 
 
 def _device(asked: str, local_rank: int) -> torch.device:

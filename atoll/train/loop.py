@@ -18,6 +18,7 @@ from atoll.device import has_bf16
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.train.checkpoint import Checkpoints, fingerprint
+from atoll.train.ema import Snapshots
 from atoll.train.feed import Batch, Feed
 from atoll.train.island import Island, whole
 from atoll.train.state import Numbers, State, learning_rate
@@ -32,7 +33,8 @@ class Interrupted(Exception):
 # Settings that may differ between a run and its continuation: they do not change what is computed, but for rounding.
 _MAY_CHANGE = {
     *("threads", "device", "accumulate", "compile", "checkpointing", "sharding"),
-    *("checkpoint_every", "log_every", "validate_every", "sample_every", "track"),
+    *("checkpoint_every", "log_every", "validate_every", "sample_every", "ema_snapshot_every", "track"),
+    "init",  # training_mark has the hash of what it names
 }
 _ROLLBACKS = 3  # after which training gives up
 _CALM = 100  # steps after which a spike can be told from the beginning
@@ -100,7 +102,7 @@ def train(
     with torch.no_grad():
         for parameter, average in zip(state.parameters, state.ema, strict=True):
             parameter.copy_(average)
-    module.eval()
+    task.module.eval()
     return Trained(summary=log.close(state.numbers.rollbacks, state.numbers.skipped))
 
 
@@ -117,16 +119,9 @@ def _run(
     progress: Progress | None,
 ) -> Tracker:
     """The steps that are still to be done."""
-    # Where to begin.
-    if restart:
-        checkpoints.clear()
-    if checkpoints.exists():
-        if not resume:
-            raise AtollError(f"{directory}: holds a checkpoint; --resume goes on from it, --restart begins again")
-        checkpoints.load(state)
-    else:
-        checkpoints.save(state)
-    numbers, share = state.numbers, island.share(settings.batch)
+    snapshots = Snapshots(directory, checkpoints.mark, island)
+    _begin(state, checkpoints, snapshots, resume, restart)
+    numbers, share = state.numbers, island.share(settings.batch, settings.accumulate)
     log = Tracker(directory, numbers.step, settings, checkpoints.mark, progress, quiet=not island.is_first)
     autocast = _autocast(settings.precision, island.device)
 
@@ -143,9 +138,10 @@ def _run(
                     loss.backward()
                 total += loss.detach()
             value = float(island.mean(total))
-            norm = float(whole([nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)])[0])
+            norm = float(whole(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
             if not _is_sound(value, norm, numbers, settings):
-                state.numbers = numbers = _roll_back(state, checkpoints, value, log)
+                numbers = _roll_back(state, checkpoints, value, log)
+                snapshots.drop_after(numbers.step)
                 continue
             # Update.
             lr = learning_rate(numbers.step, settings)
@@ -154,28 +150,43 @@ def _run(
             # Log, look and save.
             log.step(done, value, norm, lr)
             if _due(done, settings.validate_every, settings):
-                log.validated(done, _with_average(state, module, task.validate))
-            if _due(done, settings.sample_every, settings) and island.world == 1:
-                picture = directory / f"samples-{done:07d}.png"
-                _with_average(state, module, partial(task.draw, file=picture))
+                log.validated(done, _with_average(state, task.validate))
+            if _due(done, settings.sample_every, settings):
+                picture = directory / f"samples-{done:07d}.png" if island.is_first else None
+                _with_average(state, partial(task.draw, file=picture))
+            if settings.ema_profiles and _due(done, settings.ema_snapshot_every, settings):
+                snapshots.save(state)
             stop = island.any(stopped())
             if stop or done % settings.checkpoint_every == 0 or done == settings.steps:
                 checkpoints.save(state)
             if stop and done < settings.steps:
                 checkpoints.finish()
+                log.stop()
                 raise Interrupted(f"stopped at step {done} of {settings.steps}; --resume goes on from there")
     checkpoints.finish()
     return log
 
 
+def _begin(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
+    """Puts the last checkpoint into the state, or writes the first one."""
+    if restart:
+        checkpoints.clear()
+    if not checkpoints.exists():
+        checkpoints.save(state)
+    elif resume:
+        checkpoints.load(state)
+    else:
+        where = checkpoints.directory
+        raise AtollError(f"{where}: holds a checkpoint; --resume goes on from it, --restart begins again")
+    snapshots.drop_after(state.numbers.step)
+
+
 def _prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
     """The module with the switches that trade time for memory or for compilation."""
-    if settings.checkpointing != "none":
-        module.checkpointing = settings.checkpointing  # type: ignore[assignment]
-    if settings.compile:
-        # One block is compiled and serves for all: seconds, where the whole network takes minutes.
-        for block in module.blocks:  # type: ignore[union-attr]
-            block.compile()
+    for block in module.blocks:  # type: ignore[union-attr]
+        block.checkpointing = settings.checkpointing
+        if settings.compile:
+            block.compile()  # one block is compiled and serves for all: seconds, where the whole network takes minutes
     return module
 
 
@@ -225,15 +236,15 @@ def _due(done: int, every: int, settings: TrainSettings) -> bool:
 
 
 @torch.no_grad()
-def _with_average(state: State, module: nn.Module, look: Callable[[nn.Module], Any]) -> Any:
-    """What `look` sees of the module with its averaged weights, as it will be delivered."""
-    module.eval()
+def _with_average(state: State, look: Callable[[nn.Module], Any]) -> Any:
+    """What `look` sees of the module with its averaged weights, as it will be delivered; the same in every process."""
+    state.module.eval()
     state.swap()
     try:
-        return look(module)
+        return look(state.module)
     finally:
         state.swap()
-        module.train()
+        state.module.train()
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,10 @@ from atoll.nn import build_network
 from atoll.schedule import Linear
 from atoll.shapes import per_sample
 from atoll.shards import INDEX, SPLITS, Shards
-from atoll.train.batches import Captioned, Order, drop_condition, seeded
+from atoll.train.batches import Captioned, Order, drop_condition, mirrored, seeded
 from atoll.train.feed import Batch
-from atoll.train.island import Island
-from atoll.train.loop import Trained, finished, train, training_mark
+from atoll.train.island import Island, whole_state
+from atoll.train.loop import finished, train, training_mark
 from atoll.train.rows import Rows
 from atoll.train.task import Task
 from atoll.train.track import Progress
@@ -67,35 +66,20 @@ def train_router(
     with Island.join(settings.device, settings.threads) as island:
         task = Routing(router, training, held_out, labels, settings, seed)
         trained = train(task, settings, path.with_name(".train-router"), mark, island, resume, restart, progress)
-        if island.is_first:
-            _save(path, router, task, trained, config, encoded, clusters, assignment)
-    return path
-
-
-def _save(
-    path: Path,
-    router: nn.Module,
-    task: "Routing",
-    trained: Trained,
-    config: dict[str, Any],
-    encoded: Shards,
-    clusters: int,
-    assignment: str,
-) -> None:
-    save_artifact(
-        path,
-        "router",
-        {
+        card = {
             "network": config,
             "clusters": clusters,
-            "latent_shape": list(encoded.shape("latent")),
+            "latent_shape": latent_shape,
             "codec": encoded.card["codec"],
+            "condition": encoded.card["condition"],
             "assignment": assignment,
             "accuracy_at_t": task.accuracy(router),
-            "training": {**trained.summary, "rows": len(task.data), "seed": task.seed, "torch": torch.__version__},
-        },
-        {f"network.{name}": value for name, value in router.state_dict().items()},
-    )
+            "training": {**trained.summary, "rows": len(training), "seed": seed, "torch": torch.__version__},
+        }
+        weights = {f"network.{name}": value for name, value in whole_state(router).items()}
+        if island.is_first:
+            save_artifact(path, "router", card, weights)
+    return path
 
 
 class Routing(Task):
@@ -127,7 +111,7 @@ class Routing(Task):
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         labels = self.labels[self.data.rows.numbers[rows]]
         random = {"t": t[share], "eps": eps[share], "dropped": dropped[share]}
-        return {**self.data.batch(rows, seeded(self.seed, index, stream=1 + share.start)), **random, "label": labels}
+        return {**self.data.batch(rows, mirrored(self.seed, index, count)[share]), **random, "label": labels}
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         condition = self.data.condition(batch)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
+from atoll.train.ema import decay, gamma_of
 
 _EMA_EVERY_ON_CPU = 10  # steps between updates of an average that lies in the CPU's memory
 
@@ -27,6 +28,11 @@ class Numbers:
     square: float = 0.0
     seen: int = 0
 
+    @property
+    def age(self) -> tuple[int, int]:
+        """Which of two states of one training is the later one: by steps, and after a rollback to the same step."""
+        return self.step, self.rollbacks
+
 
 class State:
     """The state of one training. Its tensors exist from the start, so that loading is copying into them."""
@@ -38,15 +44,21 @@ class State:
         device = "cpu" if settings.ema_device == "cpu" else None
         self.ema = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
         self._every = _EMA_EVERY_ON_CPU if settings.ema_device == "cpu" else 1
+        self.names = [name for name, _ in module.named_parameters()]
+        self.gammas = [gamma_of(width) for width in settings.ema_profiles]
+        self.profiles = [[average.clone() for average in self.ema] for _ in self.gammas]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name: model.*, ema.*, optimizer.<moment>.*; parts of a quantised one end in #part."""
+        """Every tensor by its name: model.*, ema.*, profile-<number>.*, optimizer.<moment>.*; parts of a quantised one
+        end in #part."""
         found: dict[str, Tensor] = {}
         for (name, parameter), average in zip(self.module.named_parameters(), self.ema, strict=True):
             found[f"model.{name}"] = parameter.detach()
             found[f"ema.{name}"] = average
             for moment, value in self.optimizer.state[parameter].items():
                 found |= _parts(f"optimizer.{moment}.{name}", value)
+        for number, averages in enumerate(self.profiles):
+            found |= {f"profile-{number}.{name}": value for name, value in zip(self.names, averages, strict=True)}
         return found
 
     def text(self) -> dict[str, Any]:
@@ -68,6 +80,8 @@ class State:
                 keep *= ema_decay(step, self.settings)
             now = [p.detach().to(e.device) for p, e in zip(self.parameters, self.ema, strict=True)]
             torch._foreach_lerp_(self.ema, now, 1 - keep)
+            for gamma, averages in zip(self.gammas, self.profiles, strict=True):
+                torch._foreach_lerp_(averages, now, 1 - decay(gamma, self.numbers.step, self._every))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -76,6 +90,9 @@ class State:
             now = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(now)
+        for module in self.module.modules():
+            if callable(reshard := getattr(module, "reshard", None)):
+                reshard()  # FSDP2 keeps the outermost weights gathered after a forward pass: those from before
 
 
 def ema_decay(step: int, settings: TrainSettings) -> float:

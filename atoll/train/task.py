@@ -26,5 +26,6 @@ class Task(ABC):
         """Losses on rows that are not trained on, by name; the same rows and noise at every call."""
         return {}
 
-    def draw(self, module: Callable[..., Tensor], file: Path) -> None:  # noqa: B027 (a router draws nothing)
-        """Draws what the module can do by now; nothing where that is no picture."""
+    def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:  # noqa: B027 (a router draws nothing)
+        """Draws what the module can do by now; nothing where that is no picture. Without a file: for the others of the
+        island, whose parts of the weights are needed."""

@@ -82,9 +82,13 @@ class Tracker:
         }
         if not self.quiet:
             write_json(self.directory / SUMMARY, summary)
+        self.stop()
+        return summary
+
+    def stop(self) -> None:
+        """What the trackers hold in memory is written."""
         if self.writer is not None:
             self.writer.close()
-        return summary
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.quiet:

@@ -219,7 +219,13 @@ def test_the_condition_must_be_as_wide_as_the_checkpoints(tmp_path) -> None:
         convert(directory, tmp_path / "e", condition=HASH | {"dim": 12})
     with pytest.raises(AtollError, match=r"heads 4: config\.json tells"):
         convert(directory, tmp_path / "e", heads=4)
-    out = convert(directory, tmp_path / "e", condition=HASH, pooled=True)
+    with pytest.raises(AtollError, match="modulation 'fit': PixArt has AdaLN-Single and keeps it"):
+        convert(directory, tmp_path / "e", modulation="fit")
+    wanted = {"heads": 4, "mlp_ratio": 4.0, "modulation": "single"}
+    with pytest.raises(AtollError, match=r"its network has modulation single \(wanted: per-block\)"):
+        convert(directory, tmp_path / "e", network=wanted | {"modulation": "per-block"})
+    assert not (tmp_path / "e").exists()
+    out = convert(directory, tmp_path / "e", condition=HASH, pooled=True, network=wanted)
     x, time, _ = inputs()
     network = load_expert(out).expert.network
     told = HashEncoder(dim=TEXT, length=L)(["", "moss", "rain"])

@@ -101,6 +101,7 @@ def test_factors_stay_in_their_bounds() -> None:
     low, high = FACTORS
     assert found.shape == (DEPTH, 7)
     assert ((found.abs() >= low) & (found.abs() <= high)).all()
+    assert (found[:, 2] == 1).all()
 
 
 def test_reinitialised_is_a_new_networks(dit, tmp_path) -> None:

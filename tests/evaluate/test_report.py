@@ -16,9 +16,9 @@ from torch import Tensor
 
 from atoll.evaluate.measure import EvaluateSettings, Results, Score
 from atoll.evaluate.metrics import DenoisingError
-from atoll.evaluate.pictures import Line, _log_ticks, _ticks, line_chart, weight_strip
+from atoll.evaluate.pictures import Line, _log_ticks, _ticks, line_chart
 from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
-from atoll.page import colour, number, picture_sheet
+from atoll.page import colour, number, picture_sheet, weight_strip
 
 EVIL = "<script>alert('x')</script> & \"q\" “é”"
 VOID = {"meta", "img", "br"}

@@ -18,7 +18,7 @@ from atoll.plan.fit import EMA_EVERY, LADDER, all_switches
 from atoll.plan.gpus import find_gpu
 from atoll.plan.here import compare, measured_flops, measured_rate
 from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
-from atoll.plan.report import comparison_line
+from atoll.plan.report import comparison_lines
 from atoll.train import state
 from atoll.train.expert import dit_config
 
@@ -229,7 +229,7 @@ def test_a_finished_run_against_its_plan() -> None:
     assert c.predicted_seconds == pytest.approx(1600 * training_flops(network) / 0.5e9)
     assert c.mfu == pytest.approx(1600 * training_flops(network) / 20 / 1e9)
     assert c.ratio == pytest.approx(20 / c.predicted_seconds)
-    assert "measured / predicted" in comparison_line(c)
+    assert "measured / predicted" in comparison_lines([c])
     for broken in ({}, {"training": {**training, "seconds": 0}, "network": config}, {"training": 3, "network": config}):
         with pytest.raises(AtollError, match="its card"):
             compare(broken, 5, 1e9, 0.5)

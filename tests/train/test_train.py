@@ -3,9 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import atoll.train.loop
-from atoll.artifact import CARD, WEIGHTS, read_card
+from atoll.artifact import WEIGHTS, read_card
 from atoll.condition import HashEncoder
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings, load_manifest
@@ -301,22 +298,16 @@ def test_dropped_rows_become_the_null_condition() -> None:
     assert torch.equal(condition.pooled, expected.pooled)
 
 
-@pytest.mark.slow
-def test_kill_9_at_random_moments_changes_nothing(tmp_path) -> None:
-    """The real process, killed by the kernel wherever it happens to be; five times."""
-    runs = [write_run(tmp_path / name) for name in ("killed", "whole")]
-    for run in runs:
-        changed(run, "steps: 8", "steps: 400")
-
-    def command(run):
-        return [sys.executable, "-m", "atoll", "train", "expert", "1", "--run", str(run), "--resume", "--quiet"]
-
-    subprocess.run(command(runs[1]), check=True, capture_output=True)
-    for delay in (2.5, 3.1, 2.9, 3.3, 2.7):
-        process = subprocess.Popen(command(runs[0]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        process.kill()
-        process.wait()
-    subprocess.run(command(runs[0]), check=True, capture_output=True)
-    assert_equal(weights(runs[0]), weights(runs[1]))
-    assert (runs[0] / "experts" / NAME / CARD).is_file()
+def test_a_batch_is_the_same_however_it_is_shared(tmp_path) -> None:
+    """Mirrored pictures too: every process draws for the whole batch, and takes its part."""
+    latents = torch.arange(40.0).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 8).half()
+    with ShardWriter(tmp_path / "data", {}) as writer:
+        captions = ["moss", "sand"] * 20
+        columns = {"latent": latents, "latent_flip": -latents}
+        writer.append([f"k{i}" for i in range(40)], captions, ["train"] * 40, columns)
+    data = Captioned(Rows.of([Shards(tmp_path / "data")], "train"), HashEncoder(dim=8, length=4))
+    task = Routing(torch.nn.Identity(), data, data, torch.arange(40) % 2, TrainSettings(batch=12), seed=0)
+    whole, parts = task.batch(2, slice(0, 12)), [task.batch(2, slice(i, i + 4)) for i in (0, 4, 8)]
+    assert {bool(x) for x in whole["x0"][:, 0, 0, 0] < 0} == {True, False}
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name

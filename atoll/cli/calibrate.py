@@ -1,0 +1,36 @@
+"""The verb that measures how far an expert's estimates can be trusted."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from atoll.cli.app import app
+
+if TYPE_CHECKING:
+    from atoll.train.recalibrate import Use
+
+
+@app.command(rich_help_panel="Tools")
+def calibrate(
+    expert: Annotated[Path, typer.Argument(help="An expert's directory.")],
+    shards: Annotated[
+        list[Path] | None, typer.Option(help="Latents of its clusters; default: clusters/ of the run it lies in.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: in place.")] = None,
+    use: Annotated[
+        str, typer.Option(help="auto: the rows its training held back, or the val split. val. all.")
+    ] = "auto",
+    rows: Annotated[int, typer.Option(min=2, help="At most so many latents.")] = 2048,
+    seed: Annotated[int | None, typer.Option(help="Of the rows and the noise; default: the training's.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of the curves to write.")] = None,
+) -> None:
+    """Measure an expert's calibration on held-out latents and write it into its card."""
+    from atoll.train import recalibrate as work
+
+    found = work.calibrate_expert(expert, shards or work.shards_of(expert), out, cast("Use", use), rows=rows, seed=seed)
+    typer.echo(work.table(found))
+    if plot is not None:
+        work.plot(found, plot, expert.name)
+        typer.echo(f"{plot} written")
+    typer.echo(f"{out or expert} written; `atoll assemble` takes it into the ensemble")

@@ -1,0 +1,111 @@
+"""What a conversion is told: by the manifest of the run that the expert is for, or in the words of the command line."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atoll.artifact import read_card
+from atoll.codec import build_codec
+from atoll.condition import build_encoder
+from atoll.convert.dit import Size
+from atoll.errors import AtollError
+from atoll.manifest import Manifest, load_manifest
+from atoll.shards import Shards
+
+SCHEDULES = {"flow": "linear"}  # of a prediction, where none is named; any other one: the original's, linear-beta
+
+
+def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
+    """Arguments of `convert` for a start of the expert `wanted` (its cluster or full name) of a run.
+
+    Its cluster's shards tell codec, condition, latent and assignment, where they lie here; else the manifest does.
+
+    Raises:
+        AtollError: no run, no such expert, damaged shards, a frozen network that is not found.
+    """
+    manifest = load_manifest(run)
+    part = manifest.find_expert(wanted)
+    shards = run / "clusters" / f"cluster-{part.cluster:03d}"
+    card = Shards(shards).card if shards.is_dir() else _card_of(manifest)
+    channels, height, width = card["latent_shape"]
+    network = manifest.network_of(part).model_dump(exclude={"pooled"})
+    reads_pooled = manifest.network_of(part).pooled and build_encoder(card["condition"]).pooled_dim is not None
+    return {
+        "objective": part.objective.model_dump(),
+        "condition": card["condition"],
+        "codec": card["codec"],
+        "name": part.full_name,
+        "clusters": (part.cluster,),
+        "k": manifest.clusters.k,
+        "assignment": card["assignment"],
+        "network": {"channels": channels, **network},
+        "size": (height, width),
+        "pooled": reads_pooled,
+    }
+
+
+def _card_of(manifest: Manifest) -> dict[str, Any]:
+    """What the card of the run's shards will say."""
+    codec, side = build_codec(manifest.codec), manifest.data.size
+    if side % codec.factor:
+        raise AtollError(f"data.size {side}: the codec makes {codec.factor} pixels one; take a multiple of that")
+    shape = [codec.channels, side // codec.factor, side // codec.factor]
+    condition = build_encoder(manifest.condition).config()
+    return {"codec": codec.config(), "condition": condition, "latent_shape": shape, "assignment": None}
+
+
+def objective_of(prediction: str | None, schedule: str | None) -> dict[str, Any] | None:
+    """An objective from `--objective` and `--schedule`; None where neither is given: the original's.
+
+    "flow" is on the linear path and anything else on linear-beta, where no schedule is named.
+    """
+    if prediction is None and schedule is None:
+        return None
+    prediction = prediction or "eps"
+    named = frozen_network("schedule", schedule) if schedule else SCHEDULES.get(prediction, "linear-beta")
+    return {"prediction": prediction, "schedule": named}
+
+
+def frozen_network(option: str, words: str) -> dict[str, Any]:
+    """ "clip,weights=openai/clip-vit-large-patch14,length=77" as {"name": "clip", ...}; values as YAML reads them.
+
+    Raises:
+        AtollError: words without a key, a key twice, no name.
+    """
+    first, *others = words.split(",")
+    pairs = [part.split("=", 1) for part in ([first] if "=" in first else [f"name={first}"]) + others]
+    keys = [pair[0].strip() for pair in pairs]
+    whole = all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs)
+    if not whole or "name" not in keys or len({*keys}) < len(keys):
+        raise AtollError(f"--{option} {words!r}: expected a name, and keys with values: NAME,KEY=VALUE,...")
+    try:
+        values = [yaml.safe_load(pair[1]) for pair in pairs]
+    except yaml.YAMLError:
+        raise AtollError(f"--{option} {words!r}: a value in it cannot be read; put it in quotes") from None
+    return dict(zip(keys, values, strict=True))
+
+
+def size_of(words: str) -> Size:
+    """ "32x48", height and width, or "32" for a square. Raises AtollError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)
+    if found is None:
+        raise AtollError(f"--size {words!r}: expected the latent's height and width, such as 32x48, or 32")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def told(expert: Path) -> str:
+    """One line on a converted expert: what it came from, its objective, how its modulation was kept."""
+    card = read_card(expert, "expert")
+    conversion, objective = card["conversion"], card["objective"]
+    modulation = conversion["modulation"]
+    if residual := conversion.get("residual"):
+        modulation += f" (off by {min(residual):.2g} to {max(residual):.2g} of a block's)"
+    elif modulation == "reinit":
+        modulation += " (new, to be trained)"
+    else:
+        modulation += " (exact)"
+    schedule: Mapping[str, Any] = objective["schedule"]
+    return f"{expert} written: from {conversion['kind']}, {objective['prediction']} on {schedule['name']}, {modulation}"

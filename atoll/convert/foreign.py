@@ -1,0 +1,135 @@
+"""diffusers' PixArt and DiT as experts that stay what they are: `atoll convert SOURCE --keep`.
+
+Where `convert` turns a checkpoint into a network of Atoll's own, to be trained on, this puts it beside a card as it is:
+diffusers' class computes it (`atoll.nn.foreign`). It can be sampled, calibrated and assembled with any other expert of
+the same latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from atoll.artifact import save_artifact
+from atoll.codec import build_codec
+from atoll.condition import build_encoder
+from atoll.convert import FACTOR, ORIGINAL, Kind, detect
+from atoll.convert.dit import Size
+from atoll.convert.read import Checkpoint, Taker, read_checkpoint
+from atoll.errors import AtollError
+from atoll.nn import Foreign, build_network
+from atoll.nn.foreign import Class, arguments_of
+from atoll.objective import Objective
+
+CLASSES: dict[str, Class] = {"pixart": "PixArtTransformer2DModel", "diffusers-dit": "DiTTransformer2DModel"}
+# Older versions stored the positions, and the caption that training dropped to; no network reads them.
+UNREAD = ("pos_embed.pos_embed", "caption_projection.y_embedding")
+
+
+def keep(
+    source: Path,
+    out: Path,
+    kind: Kind | Literal["auto"] = "auto",
+    objective: Mapping[str, Any] | None = None,
+    condition: Mapping[str, Any] | None = None,
+    codec: Mapping[str, Any] | None = None,
+    name: str = "",
+    clusters: Sequence[int] = (0,),
+    k: int | None = None,
+    assignment: str | None = None,
+    size: Size | None = None,
+) -> Path:
+    """Makes the checkpoint at `source` the expert artifact `out` as it is, and returns `out`.
+
+    Args:
+        kind: "pixart" or "diffusers-dit"; "auto" tells it by the tensors' names.
+        objective: arguments of `Objective`: what it was trained with. None: eps on linear-beta, as the published ones.
+        condition: the text encoder; a DiT's is "label", with the names of its classes in their order.
+        codec: None: not known; it can be sampled in no ensemble then.
+        name: of the expert; "": that of `out`.
+        clusters, k: the clusters it is of, and how many there are; None: one more than the highest named.
+        assignment: which clusters these are, as the cards of its ensemble's other parts have it.
+        size: (H, W) of the ensemble's latents; raises AtollError unless it is the network's own.
+
+    Raises:
+        AtollError: another kind of checkpoint, no config.json, one that diffusers does not build, tensors missing,
+            misshapen or unknown, a condition encoder that does not fit, or something at `out` already.
+    """
+    if out.exists():
+        raise AtollError(f"{out}: exists already; choose another place, or remove it")
+    if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
+        raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
+    aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
+    checkpoint = read_checkpoint(source)
+    kind = detect(checkpoint) if kind == "auto" else kind
+    network = _network(checkpoint, kind, build_codec(codec).factor if codec else FACTOR)
+    if size not in (None, network.size):
+        raise AtollError(
+            f"{source}: its latents are {network.size[0]}x{network.size[1]}, asked for are {size[0]}x{size[1]}; "
+            "a network that is kept keeps its size: convert it, without --keep"
+        )
+    told = _condition(network, condition)
+    save_artifact(
+        out,
+        "expert",
+        {
+            "name": name or out.name,
+            "clusters": list(clusters),
+            "k": k or max(clusters) + 1,
+            "objective": aim.config(),
+            "network": network.config.model_dump(mode="json"),
+            "latent_shape": [network.channels, *network.size],
+            "codec": dict(codec) if codec else {"name": "unknown"},
+            "condition": told,
+            "assignment": assignment,
+            "calibration": None,
+            "training": {"mark": "converted", "steps": 0},
+            "conversion": {"kind": kind, "modulation": "kept", "source": checkpoint.files},
+        },
+        {f"network.{key}": value for key, value in network.state_dict().items()},
+    )
+    return out
+
+
+def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
+    """diffusers' network with the checkpoint's weights."""
+    if kind not in CLASSES:
+        raise AtollError(f"{checkpoint.where}: a {kind!r} cannot be kept, only one of {', '.join(CLASSES)}: convert it")
+    cls = CLASSES[kind]
+    config = _config(checkpoint, cls)
+    side = config.get("sample_size", 128)
+    pixels = [side * factor] * 2 if kind == "pixart" and isinstance(side, int) else None
+    with torch.device("meta"):
+        network = build_network({"name": "diffusers", "class": cls, "config": config, "pixels": pixels})
+    assert isinstance(network, Foreign)
+    taker = Taker(checkpoint)
+    taker.drop(*UNREAD)
+    weights = {name: taker.take(name, *value.shape) for name, value in network.network.state_dict().items()}
+    taker.done()
+    network.network.load_state_dict(weights, assign=True)
+    return network
+
+
+def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
+    """The class's arguments in config.json. Keys that it does not know are refused unless they switch nothing on."""
+    if checkpoint.config is None:
+        raise AtollError(f"{checkpoint.where}: no config.json beside it, which tells the network's sizes; put it there")
+    known = arguments_of(cls)
+    for key, value in checkpoint.config.items():
+        if key not in known and not key.startswith("_") and value not in (None, False):
+            raise AtollError(f"{checkpoint.where}: config.json: got {key} {value!r}, which {cls} does not know")
+    return {key: value for key, value in checkpoint.config.items() if key in known}
+
+
+def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The card's entry of the condition encoder, after it was found to fit."""
+    needed = network.condition_width
+    labels = network.config.cls == "DiTTransformer2DModel"
+    wanted = f"--condition label,labels=FILE with its {needed} classes" if labels else f"its own, {needed} wide"
+    if condition is None:
+        raise AtollError(f"a network that is kept needs its condition encoder to be sampled: say {wanted}")
+    encoder = build_encoder(condition)
+    if encoder.dim != needed or (labels and encoder.name != "label"):
+        raise AtollError(f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; say {wanted}")
+    return encoder.config() if labels else dict(condition)  # the names themselves, whatever becomes of their file

@@ -1,0 +1,174 @@
+"""Paris's open weights (arXiv 2510.03434) into an ensemble's parts: eight experts of XL/2 and their router.
+
+A directory as it was released, of which these files are read:
+
+    expert_0/diffusion_pytorch_model.safetensors ... expert_7/...       router/pytorch_model.safetensors
+
+The networks are `atoll.nn.paris`, and the tensors keep their names. The objective is flow on Atoll's linear path: for
+diffusers' FlowMatchEulerDiscreteScheduler x = (1 - sigma) x0 + sigma noise, the velocity is noise - x0, and the network
+is told 1000 sigma. Prompts go through CLIP-L/14, its last hidden states, and latents are those of sd-vae-ft-mse times
+0.18215; neither is needed to convert.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.artifact import save_artifact, whole_directory
+from atoll.condition import build_encoder
+from atoll.convert.dit import published_heads
+from atoll.convert.read import Checkpoint, Taker, read_checkpoint
+from atoll.errors import AtollError
+from atoll.nn import build_network
+from atoll.objective import Objective
+
+OBJECTIVE = Objective("flow", "linear", time_scale=1000.0)
+CONDITION = {"name": "clip", "weights": "openai/clip-vit-large-patch14"}
+CODEC = {"name": "kl", "weights": "stabilityai/sd-vae-ft-mse", "shift": 0.0, "scale": 0.18215}
+SAMPLING = {"steps": 50, "guidance_scale": 7.5, "method": "euler", "routing": "top-2"}  # as published
+ROUTER = ("router/pytorch_model.safetensors", "router/pytorch_model.bin")
+
+
+def is_paris(source: Path) -> bool:
+    """Whether `source` is a directory of Paris's layout: a router, and experts beside it."""
+    return any((source / name).is_file() for name in ROUTER) and any(source.glob("expert_*"))
+
+
+def convert_paris(
+    source: Path,
+    out: Path,
+    condition: Mapping[str, Any] | None = None,
+    codec: Mapping[str, Any] | None = None,
+    heads: int | None = None,
+) -> tuple[list[Path], Path]:
+    """Converts the directory `source` into `out`/experts/0, ... and `out`/router; returns the experts and the router.
+
+    Experts that are not there are told about in a warning. Memory: one expert at a time.
+
+    Args:
+        condition: the text encoder, as `build_encoder` reads it; None: CLIP-L/14 by its name on the hub, not loaded.
+        codec: the latent codec, as `build_codec` reads it; None: sd-vae-ft-mse by its name, not loaded.
+        heads: of experts and router, where they are of no published size.
+
+    Raises:
+        AtollError: no router or no expert there, tensors missing, misshapen or unknown, a number of an expert that the
+            router does not know, an encoder of another width, or something at `out` already.
+    """
+    if out.exists():
+        raise AtollError(f"{out}: exists already; choose another place, or remove it")
+    checkpoint = read_checkpoint(_router_file(source))
+    router, router_weights = _router(checkpoint, heads)
+    numbers = _experts(source, router["clusters"])
+    width = None if condition is None else build_encoder(condition).dim
+    common = {
+        "latent_shape": [router["channels"], *router["size"]],
+        "codec": dict(codec or CODEC),
+        "condition": dict(condition or CONDITION),
+        "assignment": next(iter(checkpoint.files.values())),  # which clusters these are, this router alone says
+        "training": {"mark": "converted", "steps": 0},
+    }
+    with whole_directory(out) as directory:
+        card = {"network": router, "clusters": router["clusters"], **common, "conversion": _told(checkpoint)}
+        save_artifact(directory / "router", "router", card, router_weights)
+        del checkpoint, router_weights
+        for number in numbers:
+            checkpoint = read_checkpoint(source / f"expert_{number}")
+            network, weights = _expert(checkpoint, heads)
+            _check(checkpoint, network, router, width)
+            card = {
+                "name": f"paris-{number}",
+                "clusters": [number],
+                "k": router["clusters"],
+                "objective": OBJECTIVE.config(),
+                "network": network,
+                **common,
+                "calibration": None,
+                "conversion": _told(checkpoint),
+            }
+            save_artifact(directory / "experts" / str(number), "expert", card, weights)
+    return [out / "experts" / str(number) for number in numbers], out / "router"
+
+
+def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"kind": "paris", "modulation": "kept", "source": checkpoint.files}
+
+
+def _router_file(source: Path) -> Path:
+    for name in ROUTER:
+        if (source / name).is_file():
+            return source / name
+    raise AtollError(f"{source}: no {ROUTER[0]}; expected Paris's directory: router/, expert_0/, expert_1/, ...")
+
+
+def _experts(source: Path, clusters: int) -> list[int]:
+    """The numbers of the experts in `source`, ascending."""
+    names = {path.name.removeprefix("expert_") for path in source.glob("expert_*") if path.is_dir()}
+    found = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    if not found:
+        raise AtollError(f"{source}: no expert_0, expert_1, ... beside the router; fetch at least one")
+    if found[-1] >= clusters:
+        raise AtollError(
+            f"{source}: expert_{found[-1]}, and the router knows {clusters} clusters, 0 to {clusters - 1}; "
+            "get experts and router from one place"
+        )
+    if missing := [f"expert_{number}" for number in range(clusters) if number not in found]:
+        warnings.warn(f"{source}: {', '.join(missing)} not there; the others take their share", stacklevel=3)
+    return found
+
+
+def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An expert's network, and its artifact's tensors."""
+    taker = Taker(checkpoint)
+    config = {"name": "paris", **_sizes(checkpoint, taker, heads), "states_dim": taker.shape("text_proj.weight", 2)[1]}
+    return _taken(taker, config)
+
+
+def _router(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The router's network, and its artifact's tensors."""
+    taker = Taker(checkpoint)
+    clusters = taker.shape("head.4.weight", 2)[0]
+    return _taken(taker, {"name": "paris-router", **_sizes(checkpoint, taker, heads), "clusters": clusters})
+
+
+def _sizes(checkpoint: Checkpoint, taker: Taker, heads: int | None) -> dict[str, Any]:
+    """What the tensors of an expert and of the router alike tell of its sizes."""
+    width, channels, patch, _ = taker.shape("patch_embed.weight", 4)
+    tokens = taker.shape("pos_embed", 3)[1]
+    side, depth = math.isqrt(tokens) * patch, taker.count("layers")
+    if tokens * patch**2 != side**2:
+        raise AtollError(f"{checkpoint.where}: pos_embed has {tokens} positions; expected a square's, such as 256")
+    return {
+        "size": [side, side],
+        "channels": channels,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": heads or published_heads(checkpoint, width, depth),
+        "mlp_ratio": taker.shape("layers.0.mlp.0.weight", 2)[0] / width,
+    }
+
+
+def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The network's whole configuration, and all of its tensors under the names of an artifact."""
+    with torch.device("meta"):
+        network: nn.Module = build_network(config)
+    weights = {f"network.{name}": taker.take(name, *value.shape) for name, value in network.state_dict().items()}
+    taker.done()
+    return network.config.model_dump(mode="json"), weights  # type: ignore[union-attr,operator]
+
+
+def _check(checkpoint: Checkpoint, network: dict[str, Any], router: dict[str, Any], width: int | None) -> None:
+    """Raises AtollError unless the expert has the router's latents, and reads states of the condition's width."""
+    mine, theirs = ([config["channels"], *config["size"]] for config in (network, router))
+    if mine != theirs:
+        raise AtollError(f"{checkpoint.where}: its latents are {mine}, the router's {theirs}; get both from one place")
+    if width not in (None, network["states_dim"]):
+        raise AtollError(
+            f"condition: its states are {width} wide, those of {checkpoint.where} {network['states_dim']}; "
+            "name its own encoder"
+        )

@@ -1,0 +1,59 @@
+"""The whole of `atoll launch`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from atoll.errors import AtollError
+from atoll.launch.job import jobs_of
+from atoll.launch.loop import run_jobs
+from atoll.launch.place import open_place
+from atoll.launch.progress import LaunchView
+from atoll.manifest import MANIFEST, load_manifest
+
+
+def launch_run(
+    run: Path,
+    on: str = "local",
+    jobs: int | None = None,
+    gpus: int | None = None,
+    retries: int = 3,
+    options: Sequence[str] = (),
+) -> bool:
+    """Trains all parts that the manifest of `run` names and shows how they stand; whether it was not stopped before.
+
+    Args:
+        run: the directory, or the atoll.yaml in it.
+        on: local, ray or slurm.
+        jobs: parts at a time; None: as many as there is room for.
+        gpus: of each part; None: one where there are GPUs.
+        retries: restarts of a part that died of something else than a mistake.
+        options: of sbatch: "partition=gpu".
+
+    Raises:
+        AtollError: a mistake in any of that; or, when all others are done, parts that failed for good.
+    """
+    if run.is_file():
+        if run.name != MANIFEST:
+            raise AtollError(f"{run}: the manifest of a run is called {MANIFEST}; give that, or the run's directory")
+        run = run.parent
+    manifest = load_manifest(run)
+    threads = max(job.threads for job in jobs_of(run, manifest))
+    with open_place(on, run, jobs, gpus, threads, _pairs(options)) as place:
+        todo = jobs_of(run, manifest, place.gpus)
+        with LaunchView(manifest.name, place.slots) as view:
+            parts = run_jobs(todo, place, view.update, retries, jobs)
+    failed = [part.job.name for part in parts if part.state == "failed"]
+    if failed:
+        raise AtollError(
+            f"{len(failed)} of {len(parts)} parts failed ({', '.join(failed)}): why stands above, and in "
+            f"{run}/**/.train-*/output.log; once that is mended the same command trains what is missing"
+        )
+    return all(part.state == "done" for part in parts)
+
+
+def _pairs(options: Sequence[str]) -> dict[str, str]:
+    pairs = [option.partition("=") for option in options]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise AtollError(f"--slurm {key}{equals}{value}: expected an option of sbatch and its value: partition=gpu")
+    return {key.removeprefix("--"): value for key, _, value in pairs}

@@ -1,0 +1,293 @@
+"""Paris (arXiv 2510.03434), HDDM's predecessor: the networks of its released experts and router, as they are.
+
+Read it top to bottom; the sizes are at the end. Letters: B batch, C H W latent, N image tokens, L text tokens,
+D width, K clusters, p patch. Parameters have the names and the layout of the release, so that converting is copying.
+
+A block of an expert is PixArt's (AdaLN-Single: one linear layer for all, a table of six vectors per block):
+
+    x = x + gate_1 * self_attention(norm(x) * (1 + scale_1) + shift_1)
+    x = x + cross_attention(x, states)                                     of the un-normalised stream, no gate
+    x = x + gate_2 * mlp(norm(x) * (1 + scale_2) + shift_2)
+
+The router's is DiT's (adaLN-Zero: a linear layer per block), without cross-attention, over a class token and the image.
+Both differ from `atoll.nn.dit` in the eps of their norms, 1e-5. An expert's last modulation adds the time's embedding,
+as it is before `t_block`, to its table.
+
+Assumed, for the release has no code and its weights could not be had here: cross-attention has no mask, so that the
+padding of a prompt is read too; the router is fed the experts' time, 0..1000; its class token stands first and has no
+position; that token's last state goes into the head without another norm; the head's GELUs are tanh like the others.
+All of this is so in the public port to AWS Neuron (jimburtoft/neuronx-distributed-inference, contrib/models).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from atoll.condition import Condition
+from atoll.errors import AtollError
+from atoll.nn.dit import (
+    TIME_FEATURES,
+    attention,
+    check_input,
+    check_sizes,
+    compute_dtype,
+    modulate,
+    sincos_positions,
+    time_features,
+    unpatchify,
+    zero,
+)
+
+EPS = 1e-5  # of every norm
+
+
+class _Config(BaseModel):
+    """What an expert and the router have in common; saved in the card.
+
+    Raises AtollError for sizes that do not fit each other, pydantic.ValidationError for a wrong type or key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[PositiveInt, PositiveInt]  # (H, W) of the latent
+    channels: PositiveInt  # C of the latent
+    patch: PositiveInt  # side of a token, in latent pixels
+    width: PositiveInt  # D
+    depth: PositiveInt  # number of blocks
+    heads: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Config":
+        check_sizes(self.size, self.patch, self.width, self.heads)
+        return self
+
+
+class ParisConfig(_Config):
+    """What an expert's network is built from."""
+
+    name: Literal["paris"] = "paris"
+    states_dim: PositiveInt  # width of the condition's states
+
+
+class ParisRouterConfig(_Config):
+    """What the router is built from."""
+
+    name: Literal["paris-router"] = "paris-router"
+    clusters: PositiveInt  # K
+    time_scale: PositiveFloat = 1000.0  # t in [0,1] becomes the scheduler's 0..1000
+
+
+class Attention(nn.Module):
+    """torch's MultiheadAttention, q, k and v in one matrix; [B,N,D] to itself or to [B,L,D] -> [B,N,D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, states: Tensor | None = None) -> Tensor:
+        weight, bias, D = self.in_proj_weight, self.in_proj_bias, x.shape[2]
+        if states is None:
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=2)  # [B,N,D] each
+        else:
+            q = F.linear(x, weight[:D], bias[:D])  # [B,N,D]
+            k, v = F.linear(states, weight[D:], bias[D:]).chunk(2, dim=2)  # [B,L,D] each
+        return self.out_proj(attention(q, k, v, self.heads))  # [B,N,D]
+
+
+def mlp(width: int, ratio: float) -> nn.Sequential:
+    """A block's MLP; [B,N,D] -> [B,N,D]."""
+    hidden = round(width * ratio)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
+
+
+class ExpertBlock(nn.Module):
+    """One block of an expert, see the head of this file."""
+
+    def __init__(self, config: ParisConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.scale_shift_table = nn.Parameter(torch.empty(6, D))
+        self.attn = Attention(D, config.heads)
+        self.cross_attn = Attention(D, config.heads)
+        self.mlp = mlp(D, config.mlp_ratio)
+
+    def forward(self, x: Tensor, prepared: Tensor, states: Tensor) -> Tensor:
+        vectors = (self.scale_shift_table + prepared).to(x.dtype).unsqueeze(2)  # [B,6,1,D] from [B,6,D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
+        x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1, EPS)))  # [B,N,D]
+        x = x + self.cross_attn(x, states)  # [B,N,D]
+        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, EPS)))  # [B,N,D]
+
+
+class RouterBlock(nn.Module):
+    """One block of the router, see the head of this file."""
+
+    def __init__(self, config: ParisRouterConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.attn = Attention(D, config.heads)
+        self.mlp = mlp(D, config.mlp_ratio)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        vectors = self.adaLN_modulation(c).unflatten(1, (6, 1, -1)).to(x.dtype)  # [B,6,1,D] from [B,D]
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
+        x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1, EPS)))  # [B,1+N,D]
+        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, EPS)))  # [B,1+N,D]
+
+
+class TimeEmbedding(nn.Module):
+    """time [B] in 0..1000 -> [B,D]; sinusoids as DiT's, cosines first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(time_features(time).to(dtype))  # [B,D]
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B,N,D] and the time's embedding [B,D] -> [B,N,p*p*C]."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        vectors = (self.scale_shift_table + c[:, None]).to(x.dtype).unsqueeze(2)  # [B,2,1,D]
+        shift, scale = vectors.unbind(1)  # [B,1,D] each
+        return self.linear(modulate(x, shift, scale, EPS))  # [B,N,p*p*C]
+
+
+class _Tokens(nn.Module):
+    """What an expert and the router begin with: the latent as tokens, and the time's embedding."""
+
+    def __init__(self, config: ParisConfig | ParisRouterConfig) -> None:
+        super().__init__()
+        (H, W), p, D = config.size, config.patch, config.width
+        self.patch_embed = nn.Conv2d(config.channels, D, p, stride=p)
+        self.pos_embed = nn.Parameter(torch.empty(1, (H // p) * (W // p), D))
+        self.time_embed = TimeEmbedding(D)
+
+    def tokens(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        embedded = self.patch_embed(x.to(dtype)).flatten(2).transpose(1, 2)  # [B,N,D] from [B,C,H,W]
+        return embedded + self.pos_embed.to(embedded.dtype)  # [B,N,D]
+
+    def initialize_tokens(self, config: ParisConfig | ParisRouterConfig) -> None:
+        """Xavier for all matrices and zero for all biases, as in DiT; fixed positions to begin with."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("weight") and parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter.flatten(1))
+        rows, columns = (side // config.patch for side in config.size)
+        self.pos_embed.data = sincos_positions(rows, columns, config.width)[None].to(self.pos_embed.device)
+
+
+class Paris(_Tokens):
+    """An expert: forward(x [B,C,H,W], time [B], condition) -> the velocity noise - x0 [B,C,H,W], in the dtype of x.
+
+    `time` is the scheduler's 0..1000 (time_scale 1000). The network computes in the dtype of its weights, or in
+    autocast's. The condition's mask is not read, nor its pooled vector. Raises AtollError where an input does not fit
+    the configuration.
+    """
+
+    def __init__(self, config: ParisConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        D = config.width
+        self.text_proj = nn.Linear(config.states_dim, D)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.layers = nn.ModuleList(ExpertBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(D, config.patch**2 * config.channels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Every gate, cross-attention's output and the network's are zero."""
+        self.initialize_tokens(self.config)
+        for module in (self.t_block, self.final_layer):
+            zero(module)
+        for layer in self.layers:
+            assert isinstance(layer, ExpertBlock)
+            nn.init.zeros_(layer.scale_shift_table)
+            zero(layer.cross_attn.out_proj)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+        config = self.config
+        check_input(x, time, config.channels, config.size)
+        condition = require_condition(condition, len(x), config.states_dim)
+        dtype = compute_dtype(self.text_proj.weight)
+        c = self.time_embed(time, dtype)  # [B,D]
+        prepared = self.t_block(c).unflatten(1, (6, -1))  # [B,6,D]
+        states = self.text_proj(condition.states.to(dtype))  # [B,L,D]
+        tokens = self.tokens(x, dtype)  # [B,N,D]
+        for layer in self.layers:
+            tokens = layer(tokens, prepared, states)  # [B,N,D]
+        tokens = self.final_layer(tokens, c)  # [B,N,p*p*C]
+        return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
+
+
+class ParisRouter(_Tokens):
+    """forward(x [B,C,H,W], t [B] in [0,1], pooled) -> log p(cluster | x, t) [B,K]; `pooled` is not read.
+
+    The log-probabilities are in float32 at least. Raises AtollError where an input does not fit the configuration.
+    """
+
+    def __init__(self, config: ParisRouterConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        D = config.width
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.layers = nn.ModuleList(RouterBlock(config) for _ in range(config.depth))
+        self.head = nn.Sequential(
+            nn.Linear(D, D), nn.GELU("tanh"), nn.LayerNorm(D, EPS), nn.GELU("tanh"), nn.Linear(D, config.clusters)
+        )
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Every gate is zero, and every cluster as likely as the others."""
+        self.initialize_tokens(self.config)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for layer in self.layers:
+            assert isinstance(layer, RouterBlock)
+            zero(layer.adaLN_modulation)
+        zero(self.head[4])
+
+    def forward(self, x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
+        config = self.config
+        check_input(x, t, config.channels, config.size)
+        dtype = compute_dtype(self.patch_embed.weight)
+        c = self.time_embed(t * config.time_scale, dtype)  # [B,D]
+        tokens = self.tokens(x, dtype)  # [B,N,D]
+        tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]
+        for layer in self.layers:
+            tokens = layer(tokens, c)  # [B,1+N,D]
+        logits = self.head(tokens[:, 0])  # [B,K]
+        return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [B,K]
+
+
+def require_condition(condition: Condition | None, rows: int, states_dim: int) -> Condition:
+    """The condition. Raises AtollError unless it is there, has `rows` rows, and states as wide as `states_dim`."""
+    if condition is None or len(condition) != rows:
+        got = "none" if condition is None else f"{len(condition)} rows"
+        raise AtollError(f"condition: got {got}, expected {rows} rows; no prompt is encoder.null({rows})")
+    if condition.states.shape[2] != states_dim:
+        raise AtollError(
+            f"condition states: got {condition.states.shape[2]} wide, expected {states_dim}; "
+            "use the encoder that the network was trained with"
+        )
+    return condition
+
+
+# As released, with the sizes of `atoll.nn.dit`: ParisConfig(**LATENT, **SIZES["XL/2"], states_dim=768) has 606.0 M
+# parameters, ParisRouterConfig(**LATENT, **SIZES["B/2"], clusters=8) 129.1 M: as published.
+LATENT = {"size": (32, 32), "channels": 4}

@@ -1,0 +1,50 @@
+"""Training that starts from weights that are there: `train.init`, the directory of an expert."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from atoll.artifact import CARD, read_card, read_tensors
+from atoll.errors import AtollError
+from atoll.nn import DiTConfig
+
+_FOREIGN = ("final", "text_layers", "mlp_eps", "time_period")  # what atoll.yaml cannot say: the expert's own
+
+
+class Start:
+    """An expert to start from: its network's config and weights, and what the new card tells of it.
+
+    Raises:
+        AtollError: no expert, or one that is damaged.
+    """
+
+    def __init__(self, path: Path):
+        card = read_card(path, "expert")
+        self.path, self.about = path, {"name": card["name"], "sha256": card["weights"]["sha256"]}
+        try:
+            self._config = DiTConfig.model_validate(card["network"]).model_dump(mode="json")
+        except ValidationError as error:
+            raise AtollError(f"{path / CARD}: network: {error.errors()[0]['msg']}; get a fresh copy of it") from None
+        self._card = card
+
+    def config(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The config `wanted`, with what only weights from elsewhere have.
+
+        Raises:
+            AtollError: the expert's network is another one.
+        """
+        merged = {**wanted, **{key: self._config[key] for key in _FOREIGN}}
+        whole = DiTConfig.model_validate(merged).model_dump(mode="json")
+        other = [f"{key} {self._config[key]} (here {whole[key]})" for key in whole if whole[key] != self._config[key]]
+        if other:
+            raise AtollError(
+                f"train.init: {self.path} is a network of {', '.join(other)}; make atoll.yaml's equal, or leave it out"
+            )
+        return merged
+
+    def weights(self) -> dict[str, Tensor]:
+        """By the network's names. Raises AtollError if the file is damaged."""
+        tensors = read_tensors(self.path, self._card)
+        return {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}

@@ -1,0 +1,118 @@
+"""What a user sees of a launch."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from atoll.launch.loop import Part
+from atoll.launch.progress import LaunchView, seconds_left
+from tests.launch.stub import job
+
+STEP = {"step": 4, "loss": 0.25, "images_per_s": 10.0, "eta_s": 65.0}
+
+
+def part(tmp_path, name: str, state: str = "waiting", work: float = 100.0, **more) -> Part:
+    return Part(job(tmp_path, name, work=work), state, **more)  # type: ignore[arg-type]
+
+
+def running(tmp_path, name: str, **more) -> Part:
+    return part(tmp_path, name, "running", metrics={**STEP, **more}, fresh=True)
+
+
+def table(parts: list[Part], width: int, height: int = 40, slots: int | None = 2) -> list[str]:
+    console = Console(record=True, width=width, height=height, file=io.StringIO(), force_terminal=True)
+    console.print(LaunchView("glyphs", slots, console).table(parts))
+    return console.export_text().splitlines()
+
+
+def test_time_left_counts_what_waits(tmp_path) -> None:
+    parts = [running(tmp_path, "a", eta_s=4.0), part(tmp_path, "b")]
+    assert seconds_left(parts, slots=1) == 14.0
+    assert seconds_left(parts, slots=2) == 10.0  # not less than the longest part takes alone
+    assert seconds_left(parts, slots=None) == 14.0  # a queue that holds one now
+    assert seconds_left(parts[1:], slots=1) is None
+    assert seconds_left([part(tmp_path, "a", "done", metrics=STEP)], slots=1) == 0.0
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_line_for_each_part_tells_how_it_stands(tmp_path, width) -> None:
+    died = part(tmp_path, "2-flow-linear", restarts=1, error="ended by SIGKILL")
+    failed = part(tmp_path, "3-flow-linear", "failed", error="atoll: no shards")
+    parts = [
+        running(tmp_path, "0-eps-cosine"), part(tmp_path, "1-x0-linear-beta", "running", restarts=2), died, failed,
+        part(tmp_path, "router"), part(tmp_path, "monolith", "done", metrics=STEP),
+    ]  # fmt: skip
+    lines = table(parts, width)
+    assert max(map(len, lines)) <= width
+    assert lines[0].startswith("glyphs: 1 of 6 done, 1 failed, 0:00 gone, about ")
+    assert lines[1].split() == ["part", "state", "step", "loss", "images/s", "left", "restarts"]
+    cells = [[cell for cell in line.split() if "━" not in cell and "╺" not in cell] for line in lines[2:]]
+    assert cells[0] == ["0-eps-cosine", "running", "4/10", "0.2500", "10", "1:05"]
+    assert cells[1] == ["1-x0-linear-beta", "starting", "0/10", "2"]
+    assert cells[2] == ["2-flow-linear", "restarting", "0/10", "1"]
+    assert cells[3] == ["3-flow-linear", "failed", "0/10"]
+    assert cells[4] == ["router", "waiting", "0/10"]
+    assert cells[5] == ["monolith", "done", "10/10", "0.2500"]
+    assert lines[8] == "2-flow-linear: ended by SIGKILL"
+    assert lines[9] == "3-flow-linear: atoll: no shards"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_numbers_of_a_long_training_are_shown_whole(tmp_path, width) -> None:
+    one = running(tmp_path, "12-a-name-that-somebody-chose", step=123456, eta_s=200_000.0)
+    one.restarts, one.job = 12, replace(one.job, steps=800_000)
+    cells = table([one], width)[2].split()
+    assert [cell for cell in cells if "━" not in cell][1:] == [
+        "running", "123456/800000", "0.2500", "10", "2d", "7:33", "12",
+    ]  # fmt: skip
+
+
+def test_old_metrics_tell_no_speed(tmp_path) -> None:
+    again = part(tmp_path, "a", "running", metrics=STEP)
+    assert table([again], 100)[2].split()[:2] == ["a", "starting"]
+    assert "1:05" not in "".join(table([again], 100))
+
+
+def test_of_more_parts_than_lines_the_interesting_ones_are_shown(tmp_path) -> None:
+    parts = [part(tmp_path, f"{n}-done", "done") for n in range(20)]
+    parts += [running(tmp_path, f"{n}-run") for n in range(20, 24)]
+    parts += [part(tmp_path, f"{n}-wait") for n in range(24, 60)]
+    parts += [part(tmp_path, "60-bad", "failed", error="no shards")]
+    lines = table(parts, 100, height=20)
+    assert len(lines) < 20
+    assert [line.split()[0] for line in lines[2:7]] == ["20-run", "21-run", "22-run", "23-run", "24-wait"]
+    assert "and 20 done, 26 waiting" in lines
+    assert lines[-1] == "60-bad: no shards"
+
+
+def test_without_a_terminal_events_and_a_line_now_and_then(tmp_path, monkeypatch) -> None:
+    text, now = io.StringIO(), [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    one, two = running(tmp_path, "one"), part(tmp_path, "two")
+    with LaunchView("glyphs", 1, Console(file=text, width=60)) as view:
+        for _ in range(4):
+            now[0] += 4
+            view.update([one, two])
+        one.state = "done"
+        two.state, two.restarts, two.error = "waiting", 1, "ended by SIGSEGV: [red]words"
+        view.update([one, two])
+        two.state, two.error = "failed", "atoll: no shards"
+        view.update([one, two])
+    lines = text.getvalue().splitlines()
+    assert lines[0].endswith("one 4/10 loss 0.2500 10 images/s")
+    assert lines[1].startswith("glyphs: 0 of 2 done, 0:16 gone")
+    assert lines[2:] == [
+        "one done",
+        "two is started again: ended by SIGSEGV: [red]words",
+        "two failed: atoll: no shards",
+        "glyphs: 1 of 2 done, 1 failed, 0:16 gone",
+    ]
+
+
+def test_on_a_terminal_the_table_repaints_itself(tmp_path) -> None:
+    text = io.StringIO()
+    with LaunchView("glyphs", 2, Console(file=text, force_terminal=True, width=100)) as view:
+        view.update([running(tmp_path, "one")])
+    assert "4/10" in text.getvalue()

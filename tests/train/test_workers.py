@@ -1,0 +1,173 @@
+"""`atoll train expert 1 --nproc 2` as a user meets it: one line per mistake, signals, and kills."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from atoll.artifact import CARD, WEIGHTS
+from atoll.manifest import load_manifest
+from atoll.train.expert import train_expert
+from tests.conftest import write_run
+
+NAME = "1-flow-linear"
+
+
+def make(path: Path, steps: int, every: int = 3) -> Path:
+    run = write_run(path)
+    text = (run / "atoll.yaml").read_text().replace("steps: 8", f"steps: {steps}")
+    (run / "atoll.yaml").write_text(text.replace("checkpoint_every: 3", f"checkpoint_every: {every}"))
+    return run
+
+
+def state(run: Path) -> Path:
+    return run / f"experts/.train-{NAME}"
+
+
+def command(run: Path, *flags: object) -> list[str]:
+    return [sys.executable, "-m", "atoll", "train", "expert", "1", "--run", str(run), *map(str, flags)]
+
+
+def call(run: Path, *flags: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command(run, *flags), capture_output=True, text=True, timeout=120)
+
+
+def start(run: Path, *flags: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(run, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_steps(run: Path, process: "subprocess.Popen[str]") -> None:
+    file, deadline = state(run) / "metrics.jsonl", time.monotonic() + 60
+    while not (file.exists() and file.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers_of(process: "subprocess.Popen[str]") -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    mine, other = (load_file(run / "experts" / NAME / WEIGHTS) for run in (a, b))
+    assert mine.keys() == other.keys()
+    for name in mine:
+        assert torch.equal(mine[name], other[name]), name
+
+
+def test_a_mistake_is_one_line_of_one_process(run) -> None:
+    (run / "atoll.yaml").write_text((run / "atoll.yaml").read_text().replace("batch: 6", "batch: 6\n  accumulate: 2"))
+    done = call(run, "--nproc", 2)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "atoll: a batch of 6 cannot be shared by 2 processes in 2 parts each (train.accumulate); "
+        "choose a multiple of 4\n"
+    )
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_ends_with_0_and_a_killed_worker_is_told(tmp_path, number) -> None:
+    run = make(tmp_path / "run", 100_000, every=100_000)
+    process = start(run, "--nproc", 2)
+    wait_for_steps(run, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert re.fullmatch(r"stopped at step \d+ of 100000; --resume goes on from there\n", out)
+    assert err == ""
+    if number == signal.SIGINT:
+        return
+    (state(run) / "metrics.jsonl").unlink()
+    process = start(run, "--nproc", 2, "--resume")
+    wait_for_steps(run, process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1  # no mistake: `atoll launch` tries again
+    assert err == "atoll: process 1 of 2 was ended by signal 9; --resume goes on from where it saved\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path) -> None:
+    run = make(tmp_path / "run", 100_000, every=100_000)
+    process = start(run, "--nproc", 2)
+    wait_for_steps(run, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate(timeout=60)  # both ends of the pipes close with the last of them
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def run_killed(run: Path, kills: int, flags: list[object], seconds: float, seed: int) -> int:
+    """Starts and kills the training `kills` times, group and all; returns how many died writing a checkpoint.
+
+    Every other one dies at a random moment, the others where the next checkpoint is being written.
+    """
+    moments, writing = random.Random(seed), 0
+    for kill in range(kills):
+        before = time.time()
+        process = start(run, *flags, "--resume", "--quiet")
+        if kill % 2:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline:
+                if partly_written(run, before):
+                    break
+        else:
+            time.sleep(moments.uniform(0.5, 1) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        writing += bool(partly_written(run))
+    return writing
+
+
+def partly_written(run: Path, since: float = 0.0) -> list[Path]:
+    """The checkpoints that are being written, or that a kill left half-written, begun after `since`."""
+    found = []
+    for path in state(run).glob(".checkpoint*.tmp"):
+        try:
+            if path.stat().st_mtime > since:
+                found.append(path)
+        except FileNotFoundError:  # it has just become whole
+            continue
+    return found
+
+
+def test_killed_twice_the_weights_are_those_of_the_run_never_killed(tmp_path) -> None:
+    run, whole = (make(tmp_path / name, 60, every=1) for name in ("killed", "whole"))
+    train_expert(whole, load_manifest(whole), "1")
+    run_killed(run, 2, [], 3, seed=0)
+    train_expert(run, load_manifest(run), "1", resume=True)
+    assert_equal(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--nproc", 2], ["--nproc", 2, "shard"]], ids=["one", "two", "two-sharded"])
+def test_killed_at_twenty_random_moments(tmp_path, flags) -> None:
+    run, whole = (make(tmp_path / name, 4000, every=20) for name in ("killed", "whole"))
+    if "shard" in flags:
+        flags = flags[:-1]
+        for path in (run, whole):
+            text = (path / "atoll.yaml").read_text()
+            (path / "atoll.yaml").write_text(text.replace("steps: 4000", "steps: 1000\n  sharding: shard"))
+    assert call(whole, *flags, "--quiet").returncode == 0
+    writing = run_killed(run, 20, flags, 5, seed=1)
+    assert writing > 0
+    assert call(run, *flags, "--resume", "--quiet").returncode == 0
+    assert_equal(run, whole)
+    assert (run / "experts" / NAME / CARD).is_file()

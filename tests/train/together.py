@@ -1,0 +1,88 @@
+"""One of the processes of an island under test; it takes part in one training after the other.
+
+RANK and WORLD_SIZE are set; the argument is a JSON list of trainings, see `Training`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import atoll.train.expert
+from atoll.manifest import load_manifest
+from atoll.train.expert import train_expert
+
+
+@dataclass
+class Training:
+    """run: its directory. stop: the step at which they die, saving nothing. poison: batches whose loss is NaN."""
+
+    run: str
+    stop: int = 0
+    resume: bool = False
+    poison: tuple[int, ...] = ()
+    port: int = 0
+
+
+class Stop(Exception):
+    pass
+
+
+def take_part(training: Training) -> None:
+    os.environ["MASTER_PORT"] = str(training.port)
+    batch, losses = atoll.train.expert.Denoising.batch, atoll.train.expert.Denoising.losses
+
+    def poisoned(self, index, share):
+        if training.stop and index >= training.stop:
+            raise Stop
+        factor = float("nan") if index in training.poison else 1.0
+        return {**batch(self, index, share), "factor": torch.full((share.stop - share.start,), factor)}
+
+    atoll.train.expert.Denoising.batch = poisoned
+    atoll.train.expert.Denoising.losses = lambda self, module, part: losses(self, module, part) * part["factor"]
+    try:
+        train_expert(Path(training.run), load_manifest(Path(training.run)), "1", resume=training.resume)
+    except Stop:
+        pass
+    finally:
+        atoll.train.expert.Denoising.batch, atoll.train.expert.Denoising.losses = batch, losses
+
+
+def start(trainings: list[Training], count: int = 2) -> None:
+    """Runs the trainings in `count` processes. Raises AssertionError with what they told if one failed."""
+    from torch.distributed import TCPStore
+
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in trainings]
+    for training, store in zip(trainings, stores, strict=True):
+        training.port = store.port
+    where = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count)}
+    command = [sys.executable, "-m", "tests.train.together", json.dumps([asdict(t) for t in trainings])]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    deadline = time.monotonic() + 200
+    while any(process.poll() is None for process in processes):
+        failed = any(process.returncode for process in processes) or time.monotonic() > deadline
+        for process in processes if failed else ():
+            process.kill()  # it would wait for the one that failed
+        time.sleep(0.1)
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(told)
+
+
+if __name__ == "__main__":
+    for item in json.loads(sys.argv[1]):
+        take_part(Training(**item))
+    os._exit(0)
