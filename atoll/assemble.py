@@ -58,6 +58,12 @@ def assemble(
                     f"{path}: its {key} is {mine}, that of {first} is {theirs}; "
                     "parts of one ensemble must come from the same clusters"
                 )
+    known = None if router is None else cards[router].get("clusters")
+    for path in experts:
+        if known is not None and cards[path].get("k") != known:
+            raise AtollError(
+                f"{router}: knows {known} clusters, {path} is of {cards[path].get('k')}; take the router of its clusters"
+            )
     out.mkdir(parents=True, exist_ok=True)
     write_json(
         out / ENSEMBLE,

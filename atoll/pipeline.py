@@ -1,5 +1,6 @@
 """Prompts -> images, with the manners of a diffusers pipeline."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,6 +97,9 @@ class Pipeline:
         seeds = self._seeds(len(prompts), generator, seeds)
         if clusters is not None and len(clusters) != len(prompts):
             raise AtollError(f"{len(clusters)} clusters for {len(prompts)} prompts; expected one cluster per prompt")
+        for prompt in dict.fromkeys(prompts):
+            if rest := self.loaded.encoder.unread(prompt):
+                warnings.warn(f"the prompt {_short(prompt)!r} is too long: not read is {_short(rest)!r}", stacklevel=2)
         defaults = self.loaded.card["sampling"]
         steps = num_inference_steps if num_inference_steps is not None else defaults.get("steps", 50)
         scale = guidance_scale if guidance_scale is not None else defaults.get("guidance_scale", 1.0)
@@ -136,6 +140,10 @@ class Pipeline:
         if len(seeds) != count:
             raise AtollError(f"{len(seeds)} seeds for {count} prompts; expected one seed per prompt")
         return list(seeds)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
 
 
 def to_pil(images: Tensor) -> list["Image"]:

@@ -47,23 +47,23 @@ RUN = {
 }
 
 
-def write_run(path: Path, rows: int = 60) -> Path:
+def write_run(path: Path, rows: int = 60, shape: tuple[int, ...] = SHAPE) -> Path:
     """encoded/, clusters/ and atoll.yaml as the stages before training would leave them."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "atoll.yaml").write_text(yaml.safe_dump(RUN))
     g = torch.Generator().manual_seed(0)
     cluster = torch.arange(rows) % K
-    latents = (cluster.reshape(-1, 1, 1, 1) - 1.0 + 0.3 * torch.randn(rows, *SHAPE, generator=g)).half()
+    latents = (cluster.reshape(-1, 1, 1, 1) - 1.0 + 0.3 * torch.randn(rows, *shape, generator=g)).half()
     keys = [f"picture-{i:03d}" for i in range(rows)]
     captions = [f"{WORDS[i % 4]} {WORDS[i // 4 % 4]}" for i in range(rows)]
     splits = ["val" if i % 10 >= 7 else "train" for i in range(rows)]
     frozen = {"codec": {"name": "pixels", "channels": 1}, "condition": RUN["condition"]}
-    with ShardWriter(path / "encoded", {**frozen, "latent_shape": list(SHAPE)}) as writer:
+    with ShardWriter(path / "encoded", {**frozen, "latent_shape": list(shape)}) as writer:
         writer.append(keys, captions, splits, {"latent": latents, "feature": latents.float().flatten(1)})
     assignment = hashlib.sha256(b"tiny").hexdigest()
     for k in range(K):
         mine = [i for i in range(rows) if cluster[i] == k]
-        card = {**frozen, "latent_shape": list(SHAPE), "assignment": assignment, "cluster": k, "clusters": K}
+        card = {**frozen, "latent_shape": list(shape), "assignment": assignment, "cluster": k, "clusters": K}
         with ShardWriter(path / "clusters" / f"cluster-{k:03d}", card) as writer:
             writer.append(
                 *([column[i] for i in mine] for column in (keys, captions, splits)), {"latent": latents[mine]}

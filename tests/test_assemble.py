@@ -146,3 +146,17 @@ def test_clusters_must_be_one_per_prompt(trained_run) -> None:
     pipe = Pipeline.from_pretrained(trained_run / "ensemble", routing="oracle")
     with pytest.raises(AtollError, match="2 clusters for 1 prompts; expected one cluster per prompt"):
         pipe("moss", clusters=[0, 1])
+
+
+def test_a_prompt_that_is_cut_is_told(trained_run) -> None:
+    pipe = Pipeline.from_pretrained(trained_run / "ensemble")
+    with pytest.warns(UserWarning, match=r"'moss sand rain rust fern' is too long: not read is 'rust fern'"):
+        pipe(["moss", "moss sand rain rust fern"], num_inference_steps=1)
+
+
+def test_a_router_of_another_number_of_clusters_is_refused(trained_run, tmp_path) -> None:
+    shutil.copytree(trained_run / "experts" / "1-flow-linear", tmp_path / "expert")
+    changed(tmp_path / "expert", k=8)
+    with pytest.raises(AtollError, match=r"router: knows 3 clusters, .*expert is of 8"):
+        assemble([tmp_path / "expert"], trained_run / "router", tmp_path / "ensemble")
+    assert not (tmp_path / "ensemble").exists()

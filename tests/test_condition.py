@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.condition import Condition, HashEncoder, LabelEncoder, build_encoder
+from atoll.condition import Condition, HashEncoder, LabelEncoder, SeveralEncoders, build_encoder
 from atoll.errors import AtollError
 from atoll.weights import identity
 
@@ -408,3 +408,24 @@ def test_unknown_labels_are_refused_with_the_nearest() -> None:
 def test_labels_that_cannot_be(labels, said) -> None:
     with pytest.raises(AtollError, match=said):
         build_encoder({"name": "label", "labels": labels})
+
+
+def test_what_is_cut_off_a_long_caption_is_told() -> None:
+    encoder = HashEncoder(dim=8, length=4)
+    assert encoder.unread("moss, sand rain") == ""
+    assert encoder.unread("moss, Sand rain RUST; fern") == "rust fern"
+    shorter, longer = HashEncoder(dim=8, length=3), HashEncoder(dim=6, length=9)
+    assert SeveralEncoders([longer, shorter]).unread("moss sand rain") == "rain"
+    assert LabelEncoder(("moss", "sand")).unread("moss") == ""
+
+
+def test_what_clip_cuts_off_is_told(clip_encoder) -> None:
+    words = list("abcdefghijklmnopqrstuvwxyz")
+    caption = " ".join(words * 8)
+    rest = clip_encoder.unread(caption)
+    kept = caption.replace(" ", "")[: -len(rest.replace(" ", ""))]
+    assert rest
+    assert clip_encoder.unread(" ".join(kept)) == ""
+    tokens = clip_encoder.tokenize([caption]).ids
+    torch.testing.assert_close(tokens, clip_encoder.tokenize([" ".join(kept)]).ids)
+    assert clip_encoder.unread("") == ""

@@ -101,6 +101,10 @@ class Encoder(ABC):
     def config(self) -> dict[str, Any]:
         """The plain values that stand in cards; `build_encoder(config)` makes an equal encoder anywhere."""
 
+    def unread(self, caption: str) -> str:
+        """What of a caption stands beyond `length` tokens and is cut; "" where nothing does."""
+        return ""
+
     def __call__(self, captions: Sequence[str]) -> Condition:
         return self.encode(self.tokenize(captions))
 

@@ -58,6 +58,9 @@ class HashEncoder(Encoder):
         pooled = total * total.square().mean(1, keepdim=True).rsqrt()  # [B,D], no 0/0: the start token stands
         return Condition(states, tokens.mask, pooled)
 
+    def unread(self, caption: str) -> str:
+        return " ".join(_WORD.findall(caption.lower())[self.length - 1 :])
+
     def config(self) -> dict[str, Any]:
         return self._config.model_dump()
 

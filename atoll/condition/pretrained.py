@@ -84,6 +84,11 @@ class _TextEncoder(Encoder):
         )
         return Tokens(encoded.input_ids, encoded.attention_mask.bool())
 
+    def unread(self, caption: str) -> str:
+        ids = self._tokenizer(caption, verbose=False).input_ids
+        # Of what is kept, the last place is the end token's.
+        return self._tokenizer.decode(ids[self.length - 1 : -1]).strip() if len(ids) > self.length else ""
+
     # Not inference_mode: a trained network reads the states, and autograd keeps them.
     @torch.no_grad()
     def encode(self, tokens: Tokens) -> Condition:

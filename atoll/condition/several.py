@@ -44,6 +44,10 @@ class SeveralEncoders:
         parts = zip(tokens.ids.split(lengths, dim=1), tokens.mask.split(lengths, dim=1), self.encoders, strict=True)
         return Conditions(tuple(encoder.encode(Tokens(ids, mask)) for ids, mask, encoder in parts))
 
+    def unread(self, caption: str) -> str:
+        """What the encoder that reads least of a caption does not read; "" where all read it whole."""
+        return max((encoder.unread(caption) for encoder in self.encoders), key=len)
+
     def config(self) -> dict[str, Any]:
         """Plain values, to be compared; each expert's card has its own encoder's."""
         return {"name": "several", "encoders": [encoder.config() for encoder in self.encoders]}

@@ -103,7 +103,7 @@ def _train(
     network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
     start = Start(job.run / settings.init) if settings.init else None
     began = {"init": start.about} if start else {}
-    network_config = start.config(network_config) if start else network_config
+    network_config = start.config(network_config, card) if start else network_config
     training, held_out, measured_on = hold_back(shards, encoder, settings.hold_back)
 
     identity = {

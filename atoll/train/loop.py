@@ -95,7 +95,7 @@ def train(
     """
     directory.mkdir(parents=True, exist_ok=True)
     task.module.to(island.device)
-    module = island.spread(_prepared(task.module, settings), settings.sharding)
+    module = island.spread(prepared(task.module, settings), settings.sharding)
     state = State(task.module, settings)
     with Checkpoints(directory, mark, island) as checkpoints:
         log = _run(task, module, state, checkpoints, settings, directory, island, resume, restart, progress)
@@ -119,26 +119,18 @@ def _run(
     progress: Progress | None,
 ) -> Tracker:
     """The steps that are still to be done."""
+    share = island.share(settings.batch, settings.accumulate)
     snapshots = Snapshots(directory, checkpoints.mark, island)
     _begin(state, checkpoints, snapshots, resume, restart)
-    numbers, share = state.numbers, island.share(settings.batch, settings.accumulate)
+    numbers = state.numbers
     log = Tracker(directory, numbers.step, settings, checkpoints.mark, progress, quiet=not island.is_first)
-    autocast = _autocast(settings.precision, island.device)
+    autocast = autocast_of(settings.precision, island.device)
 
     module.train()
     with Feed(lambda index: task.batch(index, share), island.device) as feed, _stop_signals() as stopped:
         while numbers.step < settings.steps:
             batch = feed.at(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
-            # Forward and backward, part by part.
-            state.optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros((), device=island.device)
-            for number, part in enumerate(_parts(batch, settings.accumulate)):
-                with autocast(), island.accumulating(module, last=number + 1 == settings.accumulate):
-                    loss = task.losses(module, part).sum() / (share.stop - share.start)
-                    loss.backward()
-                total += loss.detach()
-            value = float(island.mean(total))
-            norm = float(whole(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
+            value, norm = gradients(task, module, batch, state, island, autocast)
             if not _is_sound(value, norm, numbers, settings):
                 numbers = _roll_back(state, checkpoints, value, log)
                 snapshots.drop_after(numbers.step)
@@ -167,6 +159,26 @@ def _run(
     return log
 
 
+def gradients(
+    task: Task, module: nn.Module, batch: Batch, state: State, island: Island, autocast: Callable[[], Any]
+) -> tuple[float, float]:
+    """Forward and backward, part by part: the batch's mean loss, and the norm of the gradients before clipping.
+
+    The clipped gradients are left in the parameters, for `state.update`.
+    """
+    settings = state.settings
+    rows = settings.batch // island.world
+    state.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=island.device)
+    for number, part in enumerate(_parts(batch, settings.accumulate)):
+        with autocast(), island.accumulating(module, last=number + 1 == settings.accumulate):
+            loss = task.losses(module, part).sum() / rows
+            loss.backward()
+        total += loss.detach()
+    value = float(island.mean(total))
+    return value, float(whole(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
+
+
 def _begin(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
     """Puts the last checkpoint into the state, or writes the first one."""
     if restart:
@@ -181,9 +193,19 @@ def _begin(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume:
     snapshots.drop_after(state.numbers.step)
 
 
-def _prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
-    """The module with the switches that trade time for memory or for compilation."""
-    for block in module.blocks:  # type: ignore[union-attr]
+def prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
+    """The module with the switches that trade time for memory or for compilation.
+
+    Raises:
+        AtollError: a switch is asked for that a network from elsewhere does not have.
+    """
+    blocks: list[Any] = list(getattr(module, "blocks", ()))
+    if not blocks or not all(hasattr(block, "checkpointing") for block in blocks):
+        for key, off in (("checkpointing", "none"), ("compile", False), ("sharding", "replicate")):
+            if getattr(settings, key) != off:
+                raise AtollError(f"train.{key}: a network that is kept as it came has no such switch; leave it out")
+        return module
+    for block in blocks:
         block.checkpointing = settings.checkpointing
         if settings.compile:
             block.compile()  # one block is compiled and serves for all: seconds, where the whole network takes minutes
@@ -247,7 +269,7 @@ def _with_average(state: State, look: Callable[[nn.Module], Any]) -> Any:
         state.module.train()
 
 
-def _autocast(precision: str, device: torch.device) -> Callable[[], Any]:
+def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:
     """bf16 autocast where asked, and with "auto" where the hardware multiplies bf16 matrices."""
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

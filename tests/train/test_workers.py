@@ -74,6 +74,7 @@ def test_a_mistake_is_one_line_of_one_process(run) -> None:
         "choose a multiple of 4\n"
     )
     assert done.stdout == ""
+    assert not list(state(run).glob("*check*"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
