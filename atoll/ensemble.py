@@ -174,6 +174,7 @@ class Ensemble:
         condition: Condition | Conditions | None = None,
         guidance_scale: float = 1.0,
         cluster: Tensor | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """u = sum_k p(k | x) u_k on the linear path, [B, ...], for x [B, ...] at times t [B].
 
@@ -184,18 +185,21 @@ class Ensemble:
         Args:
             condition: of B rows; of each encoder, where the experts have several.
             cluster: [B] int64, each sample's own, for routing "oracle".
+            guidance_range: the times between which there is guidance, both included; elsewhere the condition alone is
+                asked, which is half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724).
 
         Raises:
             AtollError: guidance without a condition or without a null condition; no expert left.
         """
-        guided = guidance_scale != 1.0
-        if guided and (condition is None or self.null is None):
+        if guidance_scale != 1.0 and (condition is None or self.null is None):
             missing = "condition" if condition is None else "null condition (Ensemble(..., null=...))"
             raise AtollError(f"guidance_scale is {guidance_scale} but there is no {missing}")
         given = None if condition is None else _each(condition)
+        inside = (t >= guidance_range[0]) & (t <= guidance_range[1])
+        scale = torch.where(inside, guidance_scale, 1.0).to(x.dtype)  # [B]
         while True:
             weights = self.weights(x, t, self._pooled(len(x), given), cluster)
-            velocity, failed = self._fused(weights, x, t, given, guidance_scale)
+            velocity, failed = self._fused(weights, x, t, given, scale)
             if failed is None:
                 break
             self._drop(failed)
@@ -205,7 +209,7 @@ class Ensemble:
         return velocity
 
     def _fused(
-        self, weights: Tensor, x: Tensor, t: Tensor, given: tuple[Condition, ...] | None, scale: float
+        self, weights: Tensor, x: Tensor, t: Tensor, given: tuple[Condition, ...] | None, scale: Tensor
     ) -> tuple[Tensor, int | None]:
         """The weighted velocity [B, ...], and the number of an expert whose answer was not finite."""
         velocity = torch.zeros_like(x)
@@ -226,7 +230,7 @@ class Ensemble:
         answers = {}
         for index in order:
             mine = rows[index]
-            u = self._asked(self.experts[index], x[mine], t[mine], given, mine, scale, index in raw)
+            u = self._asked(self.experts[index], x[mine], t[mine], given, mine, scale[mine], index in raw)
             if self.drops and not u.isfinite().all() and x[mine].isfinite().all():
                 return velocity, index
             answers[index] = per_sample(factors[mine, index], u) * u
@@ -241,19 +245,19 @@ class Ensemble:
         t: Tensor,
         given: tuple[Condition, ...] | None,
         rows: Tensor,
-        scale: float,
+        scale: Tensor,
         raw: bool,
     ) -> Tensor:
-        """One expert's velocity [b, ...] for some rows of a batch, guided."""
+        """One expert's velocity [b, ...] for some rows of a batch, guided by their scale [b]."""
         if given is None:
             return expert.velocity(x, t, None, self.alignment, raw)
         condition = given[expert.encoder].index(rows)
-        if scale == 1.0:
+        if (scale == 1.0).all():
             return expert.velocity(x, t, condition, self.alignment, raw)
         both = Condition.cat([condition, self._null_rows(expert.encoder, len(rows))])
         u_both = expert.velocity(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), both, self.alignment, raw)
         u_condition, u_null = u_both.chunk(2)
-        return u_null + scale * (u_condition - u_null)
+        return u_null + per_sample(scale, x) * (u_condition - u_null)
 
     def _drop(self, index: int) -> None:
         """Leaves an expert out from now on."""

@@ -21,7 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ Weights = Literal["fp32", "bf16", "fp16", "int8"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 _UNITS = {"": 1, "B": 1} | {p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("B", 1000), ("iB", 1024))}
-_LIKELY = 0.05  # the chance of being asked in the next step from which an expert is brought before it is asked
+_LIKELY = 0.05  # the chance of being asked next from which an expert is worth a copy: it holds up those that are asked
 
 
 def parse_budget(given: str | int) -> int:
@@ -52,12 +52,12 @@ def parse_budget(given: str | int) -> int:
 
 
 def check_weights(weights: str | None) -> Weights | None:
-    """`weights`, if it is known (None: as they are stored). Raises AtollError otherwise; for int8 without torchao too."""
-    if weights is None or weights in get_args(Weights):
-        if weights == "int8":
-            _quantizer()
-        return weights  # type: ignore[return-value]
-    raise AtollError(f"unknown weights {weights!r}; expected {', '.join(get_args(Weights))}")
+    """`weights`, if it is known (None: as they are stored). Raises AtollError otherwise, or if torchao is missing."""
+    if weights is not None and weights not in get_args(Weights):
+        raise AtollError(f"unknown weights {weights!r}; expected {', '.join(get_args(Weights))}")
+    if weights == "int8":
+        _quantizer()
+    return cast("Weights | None", weights)
 
 
 def read_weights(file: Path, weights: Weights | None = None) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class Store:
 
     The budget counts the weights of the experts at hand and what was `reserve`d (the router's weights). It does not
     count the text encoder, the codec, activations, or, on a GPU, what lies in the host's memory. While an expert is
-    rounded to another dtype, one tensor of its file comes on top; to int8, its weights in bf16.
+    rounded to another dtype, one tensor of its file comes on top; to int8, its weights in bf16. It is for one thread.
 
     Args:
         budget: in bytes.
@@ -170,10 +170,10 @@ class Store:
         largest = max(range(len(self._sizes)), key=lambda key: self._sizes[key])
         least = self._reserved + self._sizes[largest]
         if least > self.budget:
+            router = f" and the router {_told(self._reserved)}" if self._reserved else ""
             raise AtollError(
                 f"memory budget {_told(self.budget)}: the largest expert, {self._names[largest]}, needs "
-                f"{_told(self._sizes[largest])} and the router {_told(self._reserved)}; "
-                f"give {_told(least)} at least, or take smaller weights (int8)"
+                f"{_told(self._sizes[largest])}{router}; give {_told(least)} at least, or take smaller weights (int8)"
             )
 
     @property
@@ -344,4 +344,5 @@ def _host_memory() -> int:
 
 
 def _told(size: int) -> str:
-    return f"{ceil(size / 1e6)}MB"
+    """A size as `parse_budget` reads it, rounded up: who gives so much has enough."""
+    return f"{ceil(size / 1e6)}MB" if size > 1e7 else f"{ceil(size / 1e3)}KB"

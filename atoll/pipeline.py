@@ -73,6 +73,7 @@ class Pipeline:
         method: Method | None = None,
         routing: str | None = None,
         clusters: Sequence[int] | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
         batch_size: int = 64,
         callback: Callable[[int, int], Any] | None = None,
     ) -> Output:
@@ -84,6 +85,7 @@ class Pipeline:
             generator: draws the seeds; not together with seeds.
             seeds: one per prompt. A picture depends on its prompt and its seed alone, not on its batch.
             clusters: one per prompt, for routing "oracle".
+            guidance_range: the times (0 data, 1 noise) between which there is guidance.
             batch_size: pictures sampled at a time.
             callback: called with (steps done, steps in all) over all batches.
 
@@ -114,7 +116,13 @@ class Pipeline:
             condition = self.loaded.encoder(prompts[start : start + batch_size]).to(self.device)
             noise = self.noise(seeds[start : start + batch_size])
             own = None if clusters is None else torch.tensor(clusters[start : start + batch_size], device=self.device)
-            velocity = partial(ensemble.velocity, condition=condition, guidance_scale=scale, cluster=own)
+            velocity = partial(
+                ensemble.velocity,
+                condition=condition,
+                guidance_scale=scale,
+                cluster=own,
+                guidance_range=guidance_range,
+            )
 
             def tell(index: int, _: Tensor, number: int = number) -> None:
                 if callback is not None:

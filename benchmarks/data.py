@@ -148,9 +148,12 @@ def read(options: argparse.Namespace) -> dict[str, Any]:
                 )
         shards, generator = Shards(directory), torch.Generator().manual_seed(0)
         shards.read("latent", torch.arange(len(shards)))  # into the page cache
+        shards.captions_of(torch.arange(1))
 
         def batch() -> None:
-            shards.read("latent", torch.randint(len(shards), (256,), generator=generator))
+            rows = torch.randint(len(shards), (256,), generator=generator)
+            shards.read("latent", rows)
+            shards.captions_of(rows)
 
         rate = 256 / seconds(batch, options.turns)
     return {"rows": options.rows, "latents_per_s": rate, "over_xl2_need": rate / XL2_NEEDS}

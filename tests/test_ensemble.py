@@ -230,3 +230,19 @@ def test_oracle_routing_follows_the_samples_clusters() -> None:
     assert u[:, 0, 0, 0].tolist() == [2.0, 0.0, 1.0, 1.0]
     with pytest.raises(AtollError, match="needs each sample's cluster"):
         ensemble.velocity(x, t)
+
+
+def test_guidance_outside_its_range_asks_the_condition_alone() -> None:
+    calls = []
+
+    def network(x, time, given):
+        calls.append(len(x))
+        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
+
+    ensemble = Ensemble([Expert(network, FLOW)], None, null=condition(1, 0.5))
+    x, _ = batch(3)
+    t = torch.tensor([0.1, 0.3, 0.8], dtype=torch.float64)
+    u = ensemble.velocity(x, t, condition(3, 2.0), guidance_scale=4.0, guidance_range=(0.3, 0.7))
+    torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([2.0, 6.5, 2.0]).double())
+    ensemble.velocity(x[:1], t[:1], condition(1, 2.0), guidance_scale=4.0, guidance_range=(0.3, 0.7))
+    assert calls == [6, 1]

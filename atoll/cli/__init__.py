@@ -4,10 +4,10 @@ app.py       the application, the options that verbs share, how a mistake is tol
 stages.py    from pictures to a report: init, encode, cluster, assemble, sample, evaluate, demo
 training.py  train, launch
 tools.py     plan, convert
-calibrate.py calibrate
+trained.py   calibrate, ema
 """
 
-from atoll.cli import calibrate, stages, tools, training
+from atoll.cli import stages, tools, trained, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "calibrate", "main", "stages", "tools", "training"]
+__all__ = ["app", "main", "stages", "tools", "trained", "training"]

@@ -63,7 +63,7 @@ def convert(
         str, typer.Option(help="dit, pixart, diffusers-dit, paris; auto tells it by what is there.")
     ] = "auto",
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave diffusers' PixArt or DiT what it is, to be sampled, not trained on.")
+        bool, typer.Option("--keep", help="Leave diffusers' PixArt or DiT what it is: its own class computes it.")
     ] = False,
     run: Annotated[
         Path | None, typer.Option("--run", "-r", help="The run it is for: tells all that --expert is to be.")

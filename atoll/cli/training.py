@@ -91,18 +91,6 @@ def launch(
         raise typer.Exit(130)
 
 
-@app.command(rich_help_panel="Stages")
-def ema(
-    expert: Annotated[Path, typer.Argument(help="An expert's directory, where training wrote it.")],
-    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="The average's width: 0.05 is short, 0.25 is long.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The expert's directory to make.")],
-) -> None:
-    """Average an expert's weights over another length, from the snapshots of train.ema_profiles (EDM2)."""
-    from atoll.train.ema import reconstruct_expert
-
-    typer.echo(f"{reconstruct_expert(expert, sigma_rel, out)} written; atoll calibrate measures it anew")
-
-
 def _train(
     what: list[str],
     run: Path,

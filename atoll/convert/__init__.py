@@ -13,6 +13,8 @@ read.py        foreign files, and what is missing, misshapen or left over in the
 dit.py         the two layouts of DiT        pixart.py   PixArt
 modulation.py  DiT's modulation per block as AdaLN-Single
 native.py      what all layouts are turned into
+foreign.py     diffusers' PixArt and DiT kept as they are, not turned into anything
+paris.py       Paris's directory, experts and router, into an ensemble's parts
 """
 
 from collections.abc import Mapping, Sequence

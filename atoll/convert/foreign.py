@@ -1,8 +1,8 @@
 """diffusers' PixArt and DiT as experts that stay what they are: `atoll convert SOURCE --keep`.
 
-Where `convert` turns a checkpoint into a network of Atoll's own, to be trained on, this puts it beside a card as it is:
-diffusers' class computes it (`atoll.nn.foreign`). It can be sampled, calibrated and assembled with any other expert of
-the same latents.
+Where `convert` turns a checkpoint into a network of Atoll's own, this puts it beside a card as it is: diffusers' class
+computes it (`atoll.nn.foreign`). It can be sampled, calibrated, trained on (`train.init`), and assembled with any other
+expert of the same latents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,9 +126,13 @@ def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[st
     """The card's entry of the condition encoder, after it was found to fit."""
     needed = network.condition_width
     labels = network.config.cls == "DiTTransformer2DModel"
-    wanted = f"--condition label,labels=FILE with its {needed} classes" if labels else f"its own, {needed} wide"
+    wanted = (
+        f"--condition label,labels=FILE with its {needed} classes"
+        if labels
+        else f"--condition with its own, {needed} wide"
+    )
     if condition is None:
-        raise AtollError(f"a network that is kept needs its condition encoder to be sampled: say {wanted}")
+        raise AtollError(f"a network that is kept reads what it was trained with: say its condition encoder: {wanted}")
     encoder = build_encoder(condition)
     if encoder.dim != needed or (labels and encoder.name != "label"):
         raise AtollError(f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; say {wanted}")

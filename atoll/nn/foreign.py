@@ -1,7 +1,7 @@
 """diffusers' own networks as experts, kept as they are: PixArtTransformer2DModel and DiTTransformer2DModel.
 
 The network is diffusers' class, built from its own configuration, which our card holds; this file only adapts the call.
-What is predicted is the card's objective. `atoll.convert.foreign` makes such experts.
+What is predicted is the card's objective. `atoll.convert.foreign` makes such experts, and training may go on from them.
 """
 
 import inspect
@@ -81,6 +81,10 @@ class Foreign(nn.Module):
         if self._reads_pixels() and config.pixels is None:
             raise AtollError(f"{config.cls}: this one is told the picture's size; pixels (height, width) is missing")
         _place_positions(self.network)
+        if config.cls == "DiTTransformer2DModel":
+            for block in self.network.transformer_blocks:
+                # In training it drops labels by global random numbers. Ours drops conditions itself, by seed and step.
+                block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     @property
     def condition_width(self) -> int:

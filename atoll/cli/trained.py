@@ -1,4 +1,4 @@
-"""The verb that measures how far an expert's estimates can be trusted."""
+"""Verbs for an expert that is trained: how far its estimates can be trusted, and another average of its weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -34,3 +34,15 @@ def calibrate(
         work.plot(found, plot, expert.name)
         typer.echo(f"{plot} written")
     typer.echo(f"{out or expert} written; `atoll assemble` takes it into the ensemble")
+
+
+@app.command(rich_help_panel="Tools")
+def ema(
+    expert: Annotated[Path, typer.Argument(help="An expert's directory, where training wrote it.")],
+    sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="The average's width: 0.05 is short, 0.25 is long.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The expert's directory to make.")],
+) -> None:
+    """Average an expert's weights over another length, from the snapshots of train.ema_profiles (EDM2)."""
+    from atoll.train.ema import reconstruct_expert
+
+    typer.echo(f"{reconstruct_expert(expert, sigma_rel, out)} written; atoll calibrate measures it anew")
