@@ -183,10 +183,25 @@ def _data(plan: Plan) -> str:
     epochs = sum(e.images for e in plan.experts) / plan.images
     weights = 4 * max(e.parameters for e in plan.experts)
     return (
-        f"Data: {plan.images:,} images, seen {epochs:.3g} times; an island downloads "
-        f"{_bytes(plan.download_bytes)} ({plan.download_bytes * 8 / 100e6 / 3600:.2g} hours at 100 Mbit/s; "
+        f"Data: {plan.images:,} images, seen {_plain(epochs)} times; an island downloads "
+        f"{_bytes(plan.download_bytes)} ({_roughly(plan.download_bytes * 8 / 100e6)} at 100 Mbit/s; "
         f"up to a quarter more for the largest cluster) and gives back {_bytes(weights)}."
     )
+
+
+def _plain(value: float) -> str:
+    """Three digits, or all of a larger number: 0.75, 81.4, 3,413."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _roughly(seconds: float) -> str:
+    """In the unit that one would say."""
+    if seconds < 1:
+        return "less than a second"
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _islands(plan: Plan) -> "Table":
