@@ -84,7 +84,8 @@ class Ensemble:
         experts: at least one. Experts that cover the same cluster with the same breadth are replicas and are combined
             as `replicas` says; a broader one stands in only where no narrower one covers a cluster. A cluster nobody
             covers loses its weight to the others.
-        router: (x, t, pooled) -> log p [B, K]; may be None where one expert is all there is.
+        router: (x, t, pooled) -> log p [B, K]; may be None where one expert is all there is, or the caller names the
+            clusters (routing "oracle").
         routing: a name of `atoll.routing`: "top-2", "full", "nucleus-0.9", ...
         alignment: "snr" (exact) or "native" (HDDM's formulas).
         null: the null condition, one row (of each encoder, where there are several); needed for guidance.
@@ -130,7 +131,8 @@ class Ensemble:
         self._weigh = build_routing(routing)
         self._owners = _owners(self.experts)
         self._groups = _groups(self.experts, self.stackings if replicas == "stacked" and alignment == "snr" else ())
-        if router is None and len(self.experts) > 1 and not isinstance(self._weigh, TimeSwitch):
+        needs_router = not isinstance(self._weigh, TimeSwitch) and not routing.startswith("oracle")
+        if router is None and len(self.experts) > 1 and needs_router:
             raise AtollError(f"{len(self.experts)} experts without a router; expected a router, or one expert alone")
         if isinstance(self._weigh, TimeSwitch):
             self._number(self._weigh.above), self._number(self._weigh.below)
@@ -148,9 +150,12 @@ class Ensemble:
         """Each expert's weight [B, E]; rows sum to 1. cluster [B]: each sample's own, for routing "oracle"."""
         if isinstance(self._weigh, TimeSwitch):
             return self._switched(self._weigh, t, x)
-        if self.router is None:
+        if self.router is None and len(self.experts) == 1:
             return x.new_ones(len(x), 1)
-        log_p = self.router(x, t, pooled).to(x.dtype)
+        if self.router is None:  # the caller names the clusters
+            log_p = x.new_zeros(len(x), self._owners.shape[1])
+        else:
+            log_p = self.router(x, t, pooled).to(x.dtype)
         owners = self._living().to(log_p)  # [E, K]
         if owners.shape[1] > log_p.shape[1]:
             raise AtollError(

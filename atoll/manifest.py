@@ -1,7 +1,7 @@
 """The run's atoll.yaml: every choice of one collective model, validated before anything is computed.
 
 Paths of a run, all below the directory that holds atoll.yaml:
-    encoded/  clusters/  experts/<cluster>-<name>/  router/  monolith/  ensemble/  report.html
+    encoded/  clusters/  experts/<cluster>-<name>/  router/  monolith/  ensemble/  student/  report.html
 """
 
 from pathlib import Path
@@ -202,6 +202,13 @@ class MonolithSettings(Section):
     train: dict[str, Any] = {}
 
 
+class StudentSettings(MonolithSettings):
+    """The dense model that learns from the ensemble (DDM section 5). teacher: the expert that owns a sample's cluster,
+    which needs no router, or the whole ensemble, as it is routed."""
+
+    teacher: Literal["owner", "ensemble"] = "owner"
+
+
 class SamplingSettings(Section):
     steps: PositiveInt = 25
     guidance_scale: float = 2.0
@@ -255,6 +262,7 @@ class Manifest(Section):
     experts: tuple[ExpertSettings, ...]
     router: RouterSettings = RouterSettings()
     monolith: MonolithSettings | None = None
+    student: StudentSettings | None = None
     sampling: SamplingSettings = SamplingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 

@@ -8,8 +8,9 @@
 - torch.load, meta: the best that can be done with it: built on the meta device, the weights that were read assigned.
 - torch.load, mmap: the same with mmap=True.
 
-Each load is a process of its own, the variants alternate within each round, files are in the page cache. "ready": until
-the network could be called; "read": until every weight was read once besides, so that nobody gains by putting work off.
+Each load is a process of its own, the variants alternate within each round, files are in the page cache; what torch
+imports when a network is first built on the meta device is imported before, for all of them alike. "ready": until the
+network could be called; "read": until every weight was read once besides, so that nobody gains by putting work off.
 The table shows medians of times, of the ratios to torch.load within a round, and of the private (anonymous) memory that
 loading adds.
 """
@@ -103,7 +104,8 @@ def private() -> int:
 def load(variant: str, path: Path) -> dict[str, float]:
     """Seconds and bytes of one load; meant for a process of its own."""
     torch.set_num_threads(1)
-    torch.ones(8, 8) @ torch.ones(8, 8)
+    with torch.device("meta"):  # what torch imports the first time, 2 to 3 s, whatever is loaded then
+        build_network({"name": "dit", "size": (4, 4), "channels": 1, "states_dim": 8, **SIZES["tiny"]})
     before, start = private(), time.perf_counter()
     network = VARIANTS[variant](path)
     ready = time.perf_counter() - start

@@ -32,7 +32,7 @@ WORDS = ("moss", "sand", "rain", "rust")
 
 RUN = {
     "name": "tiny",
-    "condition": {"name": "hash", "dim": 8, "length": 4},
+    "condition": {"name": "hash", "dim": 8, "length": 4, "seed": 0},
     "clusters": {"k": K},
     "network": {"patch": 2, "width": 16, "depth": 1, "heads": 2},
     "train": {"steps": 8, "batch": 6, "checkpoint_every": 3, "log_every": 2, "precision": "fp32", "track": "none"},

@@ -2,7 +2,7 @@
 
 app.py       the application, the options that verbs share, how a mistake is told
 stages.py    from pictures to a report: init, encode, cluster, assemble, sample, evaluate, demo
-training.py  train, launch
+training.py  train, launch, distil
 tools.py     plan, convert
 trained.py   calibrate, ema
 """

@@ -64,6 +64,25 @@ def train_monolith(
     _train(["monolith"], run, resume, restart, nproc, quiet, work)
 
 
+@train_app.command("student")
+def train_student(
+    run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
+) -> None:
+    """Train the dense model that learns from the ensemble -> student/; the same as `atoll distil`."""
+
+    def work(manifest: Any, tell: Any) -> Path:
+        from atoll.train.distil import distil_run
+
+        return distil_run(run, manifest, resume, restart, tell)
+
+    _train(["student"], run, resume, restart, nproc, quiet, work)
+
+
+app.command("distil", rich_help_panel="Stages", help="One dense model that learns from the ensemble -> student/.")(
+    train_student
+)
+
+
 @app.command(rich_help_panel="Stages")
 def launch(
     where: Annotated[

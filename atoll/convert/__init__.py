@@ -126,7 +126,7 @@ def convert(
             "network": built.config.model_dump(mode="json"),
             "latent_shape": [built.config.channels, *built.config.size],
             "codec": dict(codec) if codec else {"name": "unknown"},
-            "condition": dict(condition) if condition else {"name": "unknown", "dim": texts},
+            "condition": build_encoder(condition).config() if condition else {"name": "unknown", "dim": texts},
             "assignment": assignment,
             "calibration": None,
             "training": {"mark": "converted", "steps": 0},

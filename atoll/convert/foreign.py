@@ -136,4 +136,4 @@ def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[st
     encoder = build_encoder(condition)
     if encoder.dim != needed or (labels and encoder.name != "label"):
         raise AtollError(f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; say {wanted}")
-    return encoder.config() if labels else dict(condition)  # the names themselves, whatever becomes of their file
+    return encoder.config()  # whole, as cards of trained experts have it; of labels the names, not their file

@@ -4,7 +4,7 @@ A directory as it was released, of which these files are read:
 
     expert_0/diffusion_pytorch_model.safetensors ... expert_7/...       router/pytorch_model.safetensors
 
-The networks are `atoll.nn.paris`, and the tensors keep their names. The objective is flow on Atoll's linear path: for
+The networks are `atoll.nn.paris`, and the tensors keep their values. The objective is flow on Atoll's linear path: for
 diffusers' FlowMatchEulerDiscreteScheduler x = (1 - sigma) x0 + sigma noise, the velocity is noise - x0, and the network
 is told 1000 sigma. Prompts go through CLIP-L/14, its last hidden states, and latents are those of sd-vae-ft-mse times
 0.18215; neither is needed to convert.
@@ -64,11 +64,11 @@ def convert_paris(
     checkpoint = read_checkpoint(_router_file(source))
     router, router_weights = _router(checkpoint, heads)
     numbers = _experts(source, router["clusters"])
-    width = None if condition is None else build_encoder(condition).dim
+    encoder = None if condition is None else build_encoder(condition)
     common = {
         "latent_shape": [router["channels"], *router["size"]],
         "codec": dict(codec or CODEC),
-        "condition": dict(condition or CONDITION),
+        "condition": dict(CONDITION) if encoder is None else encoder.config(),
         "assignment": next(iter(checkpoint.files.values())),  # which clusters these are, this router alone says
         "training": {"mark": "converted", "steps": 0},
     }
@@ -79,7 +79,7 @@ def convert_paris(
         for number in numbers:
             checkpoint = read_checkpoint(source / f"expert_{number}")
             network, weights = _expert(checkpoint, heads)
-            _check(checkpoint, network, router, width)
+            _check(checkpoint, network, router, None if encoder is None else encoder.dim)
             card = {
                 "name": f"paris-{number}",
                 "clusters": [number],
@@ -91,6 +91,7 @@ def convert_paris(
                 "conversion": _told(checkpoint),
             }
             save_artifact(directory / "experts" / str(number), "expert", card, weights)
+            del checkpoint, weights  # before the next one is read
     return [out / "experts" / str(number) for number in numbers], out / "router"
 
 
@@ -157,9 +158,22 @@ def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     """The network's whole configuration, and all of its tensors under the names of an artifact."""
     with torch.device("meta"):
         network: nn.Module = build_network(config)
-    weights = {f"network.{name}": taker.take(name, *value.shape) for name, value in network.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    for name, value in network.state_dict().items():
+        part, _, end = name.rpartition(".")
+        if part.endswith(".out"):  # of attention
+            weights[name] = taker.take(f"{part}_proj.{end}", *value.shape)
+        elif part.endswith(".qkv"):
+            weights[name] = taker.take(f"{part.removesuffix('qkv')}in_proj_{end}", *value.shape)
+        elif part.endswith(".q"):  # q first, then k and v, in one tensor
+            width, *rest = value.shape
+            both = taker.take(f"{part.removesuffix('q')}in_proj_{end}", 3 * width, *rest)
+            weights[name], weights[f"{part.removesuffix('q')}kv.{end}"] = both.split([width, 2 * width])
+        elif not part.endswith(".kv"):
+            weights[name] = taker.take(name, *value.shape)
     taker.done()
-    return network.config.model_dump(mode="json"), weights  # type: ignore[union-attr,operator]
+    tensors = {f"network.{name}": value for name, value in weights.items()}
+    return network.config.model_dump(mode="json"), tensors  # type: ignore[union-attr,operator]
 
 
 def _check(checkpoint: Checkpoint, network: dict[str, Any], router: dict[str, Any], width: int | None) -> None:

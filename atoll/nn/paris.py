@@ -1,7 +1,8 @@
 """Paris (arXiv 2510.03434), HDDM's predecessor: the networks of its released experts and router, as they are.
 
 Read it top to bottom; the sizes are at the end. Letters: B batch, C H W latent, N image tokens, L text tokens,
-D width, K clusters, p patch. Parameters have the names and the layout of the release, so that converting is copying.
+D width, K clusters, p patch. Parameters have the names of the release, except in attention, whose q, k and v are linear
+layers here: those can be rounded to int8.
 
 A block of an expert is PixArt's (AdaLN-Single: one linear layer for all, a table of six vectors per block):
 
@@ -30,6 +31,7 @@ from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.dit import (
     TIME_FEATURES,
+    SelfAttention,
     attention,
     check_input,
     check_sizes,
@@ -81,24 +83,19 @@ class ParisRouterConfig(_Config):
     time_scale: PositiveFloat = 1000.0  # t in [0,1] becomes the scheduler's 0..1000
 
 
-class Attention(nn.Module):
-    """torch's MultiheadAttention, q, k and v in one matrix; [B,N,D] to itself or to [B,L,D] -> [B,N,D]."""
+class CrossAttention(nn.Module):
+    """Attention of the image tokens to all text tokens; [B,N,D] and [B,L,D] -> [B,N,D]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, states: Tensor | None = None) -> Tensor:
-        weight, bias, D = self.in_proj_weight, self.in_proj_bias, x.shape[2]
-        if states is None:
-            q, k, v = F.linear(x, weight, bias).chunk(3, dim=2)  # [B,N,D] each
-        else:
-            q = F.linear(x, weight[:D], bias[:D])  # [B,N,D]
-            k, v = F.linear(states, weight[D:], bias[D:]).chunk(2, dim=2)  # [B,L,D] each
-        return self.out_proj(attention(q, k, v, self.heads))  # [B,N,D]
+    def forward(self, x: Tensor, states: Tensor) -> Tensor:
+        k, v = self.kv(states).chunk(2, dim=2)  # [B,L,D] each
+        return self.out(attention(self.q(x), k, v, self.heads))  # [B,N,D]
 
 
 def mlp(width: int, ratio: float) -> nn.Sequential:
@@ -114,8 +111,8 @@ class ExpertBlock(nn.Module):
         super().__init__()
         D = config.width
         self.scale_shift_table = nn.Parameter(torch.empty(6, D))
-        self.attn = Attention(D, config.heads)
-        self.cross_attn = Attention(D, config.heads)
+        self.attn = SelfAttention(D, config.heads)
+        self.cross_attn = CrossAttention(D, config.heads)
         self.mlp = mlp(D, config.mlp_ratio)
 
     def forward(self, x: Tensor, prepared: Tensor, states: Tensor) -> Tensor:
@@ -133,7 +130,7 @@ class RouterBlock(nn.Module):
         super().__init__()
         D = config.width
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.attn = Attention(D, config.heads)
+        self.attn = SelfAttention(D, config.heads)
         self.mlp = mlp(D, config.mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -219,7 +216,7 @@ class Paris(_Tokens):
         for layer in self.layers:
             assert isinstance(layer, ExpertBlock)
             nn.init.zeros_(layer.scale_shift_table)
-            zero(layer.cross_attn.out_proj)
+            zero(layer.cross_attn.out)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
         config = self.config

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def train_expert(
     expert = manifest.find_expert(wanted)
     shards = Shards(run / "clusters" / f"cluster-{expert.cluster:03d}")
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
-    job = _Job(
+    job = Job(
         run,
         run / "experts" / expert.full_name,
         expert.full_name,
@@ -54,7 +54,7 @@ def train_expert(
         (expert.cluster,),
         manifest.seed * 1000 + number,
     )
-    return _train(job, manifest, [shards], resume, restart, progress)
+    return train_denoiser(job, manifest, [shards], resume, restart, progress)
 
 
 def train_monolith(
@@ -69,11 +69,11 @@ def train_monolith(
         raise AtollError("atoll.yaml names no monolith; add a `monolith:` section with its objective")
     clusters = tuple(range(manifest.clusters.k))
     shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
-    job = _Job(run, run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
-    return _train(job, manifest, shards, resume, restart, progress)
+    job = Job(run, run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
+    return train_denoiser(job, manifest, shards, resume, restart, progress)
 
 
-class _Job:
+class Job:
     """What tells one training of a denoiser from another."""
 
     def __init__(
@@ -88,14 +88,22 @@ class _Job:
         self.run, self.path, self.name, self.part, self.clusters, self.seed = run, path, name, part, clusters, seed
 
 
-def _train(
-    job: _Job,
+def train_denoiser(
+    job: Job,
     manifest: Manifest,
     shards: Sequence[Shards],
     resume: bool,
     restart: bool,
     progress: Progress | None,
+    teaching: "Teaching | None" = None,
 ) -> Path:
+    """One training of a denoiser, from the shards to the artifact.
+
+    teaching: where the target comes from, if not from the data; see `atoll.train.distil`.
+
+    Raises:
+        AtollError: as `train_expert`.
+    """
     card = shards[0].card
     encoder = build_encoder(card["condition"])
     objective = Objective(**job.part.objective.model_dump())
@@ -113,6 +121,7 @@ def _train(
         "clusters": list(job.clusters),
         "seed": job.seed,
         **began,
+        **({"teacher": teaching.about} if teaching else {}),
     }
     mark = training_mark(identity, settings)
     if finished(job.path, "expert", mark, resume, restart):
@@ -124,6 +133,8 @@ def _train(
     state = job.path.with_name(f".train-{job.name}")
     with Island.join(settings.device, settings.threads) as island:
         task = Denoising(network, objective, training, held_out, settings, job.seed, card["codec"])
+        if teaching is not None:
+            task.teacher = teaching.on(island.device)
         trained = train(task, settings, state, mark, island, resume, restart, progress)
         calibration = calibrate(network, objective, held_out, training.rows.mean(), job.seed, island.device)
         weights = {
@@ -140,6 +151,7 @@ def _train(
                 "training": {
                     **trained.summary,
                     **began,
+                    **({"teacher": teaching.about} if teaching else {}),
                     "rows": len(training),
                     "hold_back": settings.hold_back,
                     "seed": job.seed,
@@ -183,6 +195,18 @@ def dit_config(
     }
 
 
+# (objective, x, t, condition, cluster) -> (x0, eps): what stands behind the student's x at its own time t.
+Teacher = Callable[[Objective, Tensor, Tensor, Condition, Tensor], tuple[Tensor, Tensor]]
+
+
+class Teaching(Protocol):
+    """A teacher that is not loaded yet; about: what the card tells of it, and the training's mark depends on."""
+
+    about: dict[str, Any]
+
+    def on(self, device: torch.device) -> Teacher: ...
+
+
 class Denoising(Task):
     """An expert's training: the loss of its objective, with the condition dropped in a share of the rows."""
 
@@ -201,6 +225,7 @@ class Denoising(Task):
         self.order = Order(len(data), settings.batch, seed)
         self.shape = data.rows.shards[0].shape("latent")
         self.null: Condition | None = None
+        self.teacher: Teacher | None = None
 
     def batch(self, index: int, share: slice) -> Batch:
         g = seeded(self.seed, index)
@@ -209,12 +234,19 @@ class Denoising(Task):
         eps = torch.randn(count, *self.shape, generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         rows = self.data.batch(self.order.at(index)[share], mirrored(self.seed, index, count)[share])
-        return {**rows, "t": t[share], "eps": eps[share], "dropped": dropped[share]}
+        made = {**rows, "t": t[share], "eps": eps[share], "dropped": dropped[share]}
+        if self.teacher is not None:
+            made["cluster"] = self.data.rows.clusters(self.order.at(index)[share])
+        return made
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
         condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
-        output = module(self.objective.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
+        x = self.objective.diffuse(x0, eps, t)
+        if self.teacher is not None:
+            # The targets of all predictions are linear in (x0, eps): the teacher's estimates take the data's place.
+            x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
+        output = module(x, t * self.objective.time_scale, condition)
         return self.objective.loss(output, x0, eps, t)
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:

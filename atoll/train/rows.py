@@ -43,6 +43,11 @@ class Rows:
             latents[mirrored] = self._read("latent_flip", self.numbers[rows[mirrored]])
         return latents
 
+    def clusters(self, rows: Tensor) -> Tensor:
+        """The clusters [b] int64 that the given rows' directories are of."""
+        known = torch.tensor([part.card["cluster"] for part in self.shards])
+        return known[torch.searchsorted(self._ends, self.numbers[rows], right=True)]
+
     def captions(self, rows: Tensor) -> list[str]:
         """The captions of the given rows."""
         numbers = self.numbers[rows]

@@ -1,0 +1,99 @@
+"""One dense model that learns from the ensemble: `atoll distil` (DDM, arXiv 2501.05450, section 5).
+
+At the student's own (x, t) the teacher's x0 and eps take the data's place in the student's target. Since the targets of
+all predictions are linear in both, student and teacher may have any objectives. The student is a plain expert of all
+clusters, which is sampled alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.artifact import read_json, sha256_file
+from atoll.condition import Condition, build_encoder
+from atoll.ensemble import Ensemble
+from atoll.errors import AtollError
+from atoll.loading import load_ensemble
+from atoll.manifest import Manifest
+from atoll.objective import Objective
+from atoll.schedule import Linear
+from atoll.shapes import per_sample
+from atoll.shards import Shards
+from atoll.train.expert import Job, Teacher, train_denoiser
+from atoll.train.track import Progress
+from atoll.weights import same
+
+STUDENT, _SEED = "student", 998  # the seed's place beside the experts' and the monolith's
+_PATH = Linear()
+
+
+def distil_run(
+    run: Path,
+    manifest: Manifest,
+    resume: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Trains the run's student on its ensemble and all clusters' latents, and returns the student's directory.
+
+    Raises:
+        AtollError: the manifest names no student, there is no ensemble, or it reads captions otherwise than the data's
+            encoder; and as `train_expert`.
+    """
+    if manifest.student is None:
+        raise AtollError("atoll.yaml names no student; add a `student:` section with its objective")
+    clusters = tuple(range(manifest.clusters.k))
+    shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
+    job = Job(run, run / STUDENT, STUDENT, manifest.student, clusters, manifest.seed * 1000 + _SEED)
+    teaching = _Teaching(run / "ensemble", manifest.student.teacher, shards[0].card["condition"])
+    return train_denoiser(job, manifest, shards, resume, restart, progress, teaching)
+
+
+class _Teaching:
+    """The run's ensemble, to be loaded where the student trains."""
+
+    def __init__(self, path: Path, teacher: str, condition: dict[str, Any]):
+        if not (path / "ensemble.json").is_file():
+            raise AtollError(f"{path}: no ensemble to learn from; `atoll assemble` makes it")
+        read_json(path / "ensemble.json")
+        self._path, self._teacher, self._condition = path, teacher, build_encoder(condition).config()
+        self.about = {"ensemble": sha256_file(path / "ensemble.json"), "by": teacher}
+
+    def on(self, device: torch.device) -> Teacher:
+        loaded = load_ensemble(self._path, device=device)
+        if not same(loaded.encoder.config(), self._condition):
+            raise AtollError(
+                f"{self._path}: its experts read captions by {loaded.encoder.config()}, the data's encoder is "
+                f"{self._condition}; distil from experts that read what the student reads"
+            )
+        ensemble = loaded.ensemble
+        if self._teacher == "owner":  # the cluster is known: no router is asked
+            ensemble = Ensemble(
+                ensemble.experts, None, "oracle", "snr", ensemble.null, ensemble.stackings, ensemble.replicas
+            )
+        return teacher_of(ensemble)
+
+
+def teacher_of(ensemble: Ensemble) -> Teacher:
+    """The ensemble's (x0, eps) at any point of any schedule.
+
+    At the student's x = alpha x0 + sigma eps the ensemble is asked on the linear path, at the time of equal log-SNR,
+    where the same (x0, eps) make c x: c is the ratio of the alphas, or of the sigmas, which are equal.
+    """
+
+    @torch.no_grad()
+    def teach(
+        objective: Objective, x: Tensor, t: Tensor, condition: Condition, cluster: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        schedule = objective.schedule
+        log_snr = schedule.log_snr(t)
+        at = _PATH.time_at(log_snr)
+        # Each ratio is used on the side where it does not divide by a small number.
+        ratio = torch.where(log_snr < 0, _PATH.sigma(at) / schedule.sigma(t), _PATH.alpha(at) / schedule.alpha(t))
+        asked = per_sample(ratio, x) * x
+        u = ensemble.velocity(asked, at, condition, cluster=cluster)
+        return asked - per_sample(at, x) * u, asked + per_sample(1 - at, x) * u
+
+    return teach

@@ -1,0 +1,237 @@
+"""The matmul ceiling, and training steps of Atoll's DiT and diffusers' PixArt: parts of benchmarks/gpu.py.
+
+A step is atoll.train's own: `gradients` (bf16 autocast, forward, backward, clipping) and `State.update` (fused AdamW,
+EMA), on fp32 weights, for either network. Its batch lies on the device already: data loading is not measured here.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from gpu_measure import Bench, Call, interleaved, release
+from step import Diffusers
+from torch import Tensor, nn
+
+from atoll.condition import Condition
+from atoll.manifest import TrainSettings
+from atoll.nn import SIZES, DiT, DiTConfig
+from atoll.objective import Objective
+from atoll.plan.cost import CUDA_BF16, Network, activation_bytes, fixed_bytes, training_flops
+from atoll.plan.fit import Switches, needed_bytes
+from atoll.schedule import Linear
+from atoll.train.batches import drop_condition, seeded
+from atoll.train.feed import Batch
+from atoll.train.island import Island
+from atoll.train.loop import autocast_of, gradients, prepared
+from atoll.train.state import State, learning_rate
+from atoll.train.task import Task
+
+LATENT, TEXT_TOKENS, TEXT_WIDTH = (4, 32, 32), 77, 768  # a 256x256 picture in SD's latents, CLIP-L's text
+MOST = 128  # samples of a step
+BYTES_OF_OTHERS = 1.25  # what diffusers' network keeps for its backward pass, over what Atoll's does: with a margin
+STEPS = 3  # in a row, of which a round takes the mean
+
+
+def config_of(size: str) -> DiTConfig:
+    """A DiT of this size for the latents and the text that are measured here."""
+    channels, *sides = LATENT
+    return DiTConfig(size=(sides[0], sides[1]), channels=channels, states_dim=TEXT_WIDTH, **SIZES[size])
+
+
+def cost_of(size: str) -> Network:
+    """What `atoll plan` knows of it."""
+    return Network.from_config(config_of(size).model_dump(), TEXT_TOKENS)
+
+
+class PixArt(Diffusers):
+    """diffusers' network, its blocks where the training loop looks for them."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.network.transformer_blocks
+
+
+class RandomBatch(Task):
+    """A flow expert's training on random latents and text of `size` rows, a tenth of the captions dropped."""
+
+    def __init__(self, module: nn.Module, size: int):
+        self.module, self.size, self.objective = module, size, Objective("flow", Linear())
+
+    def batch(self, index: int, share: slice) -> Batch:
+        g, B = seeded(0, index), self.size
+        lengths = torch.randint(5, TEXT_TOKENS + 1, (B, 1), generator=g)
+        drawn = {
+            "x0": torch.randn(B, *LATENT, generator=g).half(),
+            "eps": torch.randn(B, *LATENT, generator=g),
+            "t": torch.rand(B, generator=g),
+            "states": torch.randn(B, TEXT_TOKENS, TEXT_WIDTH, generator=g),
+            "mask": torch.arange(TEXT_TOKENS) < lengths,
+            "dropped": torch.rand(B, generator=g) < 0.1,
+        }
+        return {name: tensor[share] for name, tensor in drawn.items()}
+
+    def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
+        x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
+        given = Condition(batch["states"], batch["mask"])
+        null = Condition(torch.zeros_like(given.states[:1]), torch.ones_like(given.mask[:1]))
+        condition = drop_condition(given, null, batch["dropped"])
+        output = module(self.objective.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
+        return self.objective.loss(output, x0, eps, t)
+
+
+def switched(network: nn.Module, settings: TrainSettings) -> nn.Module:
+    """The network with its blocks compiled, if so set, and Atoll's checkpointed as the loop does it."""
+    if isinstance(network, DiT):
+        return prepared(network, settings)
+    for block in network.blocks if settings.compile else ():  # type: ignore[union-attr]
+        block.compile()
+    return network
+
+
+class Training:
+    """One network's training: `step(compiled)` is a step of the loop's. The eager and the compiled module share their
+    weights, and the state."""
+
+    def __init__(self, network: nn.Module, batch: int, device: torch.device, checkpointing: str = "none"):
+        settings = {"batch": batch, "lr": 1e-5, "warmup": 0, "precision": "bf16", "checkpointing": checkpointing}
+        self.settings = TrainSettings.model_validate(settings)
+        self.eager = switched(network.to(device).train(), self.settings)
+        shared: dict[int, Any] = {id(t): t for t in (*network.parameters(), *network.buffers())}
+        self.compiled = switched(deepcopy(network, shared), self.settings.model_copy(update={"compile": True}))
+        self.state = State(network, self.settings)
+        self.task = RandomBatch(network, batch)
+        self.held = {name: tensor.to(device) for name, tensor in self.task.batch(0, slice(batch)).items()}
+        self.island, self.autocast = Island(0, 1, device), autocast_of("bf16", device)
+        self.loss = 0.0
+
+    def step(self, compiled: bool) -> None:
+        module = self.compiled if compiled else self.eager
+        self.loss, _ = gradients(self.task, module, self.held, self.state, self.island, self.autocast)
+        self.state.update(learning_rate(self.state.numbers.step, self.settings))
+
+
+def randomized(network: nn.Module, std: float = 0.02) -> nn.Module:
+    """The network with no parameter exactly zero, as in a trained one."""
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=std)
+    return network
+
+
+def build(kind: str, size: str, device: torch.device) -> nn.Module:
+    """The network of a kind, "atoll" or "diffusers"."""
+    with device:
+        return randomized(DiT(config_of(size)) if kind == "atoll" else PixArt(size))
+
+
+def product(rows: int, inner: int, columns: int, device: torch.device) -> tuple[Call, float]:
+    """A product of random bf16 matrices, and its FLOPs."""
+    a = torch.randn(rows, inner, device=device).bfloat16()
+    b = torch.randn(inner, columns, device=device).bfloat16()
+    return lambda: torch.mm(a, b), 2.0 * rows * inner * columns
+
+
+def ceiling(bench: Bench) -> None:
+    """Part "ceiling": TFLOP/s of bf16 products, square ones and those of the networks' blocks."""
+    sides = (256, 512) if bench.tiny else (4096, 8192, 16384)
+    shapes = {f"{side}^3": (side, side, side) for side in sides}
+    for size in ("tiny",) if bench.tiny else ("B/2", "XL/2"):
+        D, rows = SIZES[size]["width"], (4 if bench.tiny else 64) * cost_of(size).image_tokens
+        for name, (inner, columns) in {"qkv": (D, 3 * D), "out": (D, D), "up": (D, 4 * D), "down": (4 * D, D)}.items():
+            shapes[f"{size} {name} {rows}x{inner}x{columns}"] = (rows, inner, columns)
+    products = {name: product(*shape, bench.device) for name, shape in shapes.items()}
+    calls = {name: call for name, (call, _) in products.items()}
+    seconds, _ = interleaved(calls, bench.device, bench.rounds, repeats=2 if bench.tiny else 10)
+    tflops = {name: products[name][1] / statistics.median(own) / 1e12 for name, own in seconds.items()}
+    bench.keep("ceiling", {"tflops": max(tflops[f"{side}^3"] for side in sides), "products": tflops})
+
+
+def common_batch(bench: Bench, size: str) -> int:
+    """The samples of a step that leave room for both networks' states; a multiple of 8 on a GPU, at most MOST."""
+    if bench.tiny:
+        return 3
+    network, memory = cost_of(size), torch.cuda.get_device_properties(bench.device).total_memory
+    free = 0.93 * memory - 2 * fixed_bytes(network, CUDA_BF16)
+    each = BYTES_OF_OTHERS * activation_bytes(network, CUDA_BF16)
+    return max(8, min(MOST, int(free / each) // 8 * 8))
+
+
+def compared(bench: Bench, size: str, batch: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Training steps of the kinds, eager and compiled, and the ceiling's products, interleaved."""
+    torch.compiler.reset()  # else a second batch or width is compiled for any size, which is another program
+    trainings = {kind: Training(build(kind, size, bench.device), batch, bench.device) for kind in kinds}
+    calls: dict[str, Call] = {}
+    for kind, training in trainings.items():
+        calls[kind] = lambda training=training: training.step(False)
+        if bench.compile:
+            calls[f"{kind}-compiled"] = lambda training=training: training.step(True)
+    side, count = (256, 1) if bench.tiny else (8192, 20)
+    multiply, ceiling_flops = product(side, side, side, bench.device)
+    calls["ceiling"] = lambda: [multiply() for _ in range(count)]
+    seconds, first = interleaved(calls, bench.device, bench.rounds, repeats=1 if bench.tiny else STEPS)
+    flops, known = training_flops(cost_of(size)) * batch, bench.known_gpu()
+    top = count * ceiling_flops / statistics.median(seconds.pop("ceiling"))
+    rows = {}
+    for name, own in seconds.items():
+        median = statistics.median(own)
+        rows[name] = {
+            "images_per_second": batch / median,
+            "step_seconds": median,
+            "first_step_seconds": first[name],
+            "tflops": flops / median / 1e12,
+            "of_ceiling": flops / median / top,
+            "mfu": flops / median / 1e12 / known.tflops if known and known.tflops else None,
+            **{f"over_{base}": _ratio(seconds[base], own) for base in seconds if base.startswith("diffusers")},
+        }
+    losses = {kind: training.loss for kind, training in trainings.items()}
+    if not all(map(math.isfinite, losses.values())):
+        raise RuntimeError(f"the loss after the last step is not finite: {losses}")
+    return {"batch": batch, "ceiling_tflops": top / 1e12, "variants": rows, "losses": losses}
+
+
+def _ratio(base: list[float], own: list[float]) -> float:
+    """How many times as fast, the median over the rounds."""
+    return statistics.median(b / o for b, o in zip(base, own, strict=True))
+
+
+def training(bench: Bench) -> None:
+    """Part "training": for each size images/s, share of the ceiling and MFU, against diffusers in the same rounds; and,
+    where both together leave no room for a batch of MOST, Atoll alone with it."""
+    kinds: tuple[str, ...] = ("atoll", "diffusers")
+    try:
+        import diffusers
+
+        bench.keep("training", {"diffusers": diffusers.__version__})
+    except ImportError as error:
+        kinds = ("atoll",)
+        bench.leave_out("training", f"diffusers' network: {error}")
+    for size, needed in (("tiny", 0),) if bench.tiny else (("B/2", 60), ("XL/2", 120)):
+        if not bench.has_time(needed, "training", size):
+            continue
+        about = {"flops_per_image": training_flops(cost_of(size)), "image_tokens": cost_of(size).image_tokens}
+        batch = common_batch(bench, size)
+        while True:
+            release(bench.device)
+            try:
+                bench.keep("training", {size: {**about, **compared(bench, size, batch, kinds)}})
+                break
+            except torch.OutOfMemoryError:
+                batch = batch * 3 // 32 * 8  # three quarters, a multiple of 8
+                if batch < 8:
+                    raise
+        release(bench.device)
+        if bench.on_gpu and batch < MOST and bench.has_time(40, "training", f"{size} alone"):
+            alone(bench, size)
+
+
+def alone(bench: Bench, size: str) -> None:
+    """Atoll without diffusers beside it, batch MOST, if `atoll plan` finds that to fit."""
+    memory = torch.cuda.get_device_properties(bench.device).total_memory
+    if needed_bytes(cost_of(size), CUDA_BF16, Switches(compile=False), MOST) < memory:
+        try:
+            bench.keep("training", {f"{size} alone": compared(bench, size, MOST, ("atoll",))})
+        except torch.OutOfMemoryError:
+            bench.leave_out("training", f"{size} alone: a batch of {MOST} does not fit, though the plan says so")
+        release(bench.device)
