@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from atoll.diffusers import AtollPipeline
     from atoll.ensemble import Ensemble, Expert
     from atoll.objective import Objective
     from atoll.pipeline import Pipeline
 
-__all__ = ["Ensemble", "Expert", "Objective", "Pipeline", "__version__"]
+__all__ = ["AtollPipeline", "Ensemble", "Expert", "Objective", "Pipeline", "__version__"]
 
 _HOMES = {
+    "AtollPipeline": "atoll.diffusers",
     "Ensemble": "atoll.ensemble",
     "Expert": "atoll.ensemble",
     "Objective": "atoll.objective",

@@ -21,7 +21,8 @@ LEVELS = [
     ["replicas", "memory"],
     ["ensemble", "testing", "codec", "feature"],
     ["loading"],
-    ["data", "cluster", "train", "assemble", "evaluate", "launch", "pipeline", "plan", "convert"],  # the stages
+    # the stages
+    ["data", "cluster", "train", "assemble", "evaluate", "launch", "pipeline", "diffusers", "plan", "convert"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,0 +1,195 @@
+"""An ensemble's directory as a component of a diffusers pipeline, loaded and saved in Atoll's own format."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atoll.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_json
+from atoll.condition import Condition, Conditions
+from atoll.ensemble import Alignment, Ensemble
+from atoll.errors import AtollError
+from atoll.loading import load_ensemble
+from atoll.memory import Weights
+from atoll.weights import VARIABLE, WANTED, find_weights, quiet
+
+with quiet("diffusers"):
+    from diffusers.models.modeling_utils import ModelMixin
+
+ENSEMBLE, FROZEN, _STACKINGS = "ensemble.json", "frozen", "stackings.safetensors"
+_WEIGHTS: dict[torch.dtype | None, Weights | None] = {
+    None: None,
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
+
+
+class AtollEnsemble(ModelMixin):
+    """An ensemble (or one expert) of Atoll's as a component of a diffusers pipeline.
+
+    Args:
+        path: its directory.
+        weights: what the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as they are stored.
+
+    Attributes:
+        loaded: the ensemble with its text encoder and codec; these two follow what they are given to its device.
+
+    Raises:
+        AtollError: as `load_ensemble` does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], weights: Weights | None = None):
+        super().__init__()
+        self.path = Path(path)
+        with _found_in(self.path / FROZEN):
+            self.loaded = load_ensemble(self.path, weights=weights)
+        self._under: dict[tuple[str | None, ...], Ensemble] = {}  # options -> the ensemble under them
+        own = self.loaded.ensemble
+        used = (*(expert.network for expert in own.experts), own.router)
+        # What .to() moves and casts; the ensemble's other tensors follow x.
+        self.networks = nn.ModuleList(network for network in used if isinstance(network, nn.Module))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # the base class has nothing but keywords
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "AtollEnsemble":
+        """The ensemble at a local path.
+
+        Args:
+            torch_dtype: float32, bfloat16 or float16, what the experts' weights are rounded to; None: as stored.
+            options: what `DiffusionPipeline.from_pretrained` hands to models of its own; most mean nothing here.
+
+        Raises:
+            AtollError: as `load_ensemble` does; another dtype; a device_map or a variant, which would be ignored.
+        """
+        if torch_dtype not in _WEIGHTS:
+            raise AtollError(f"dtype {torch_dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
+        if unknown := [name for name in ("device_map", "variant") if options.get(name) is not None]:
+            raise AtollError(
+                f"{unknown[0]}: an ensemble of Atoll's has none; load it without, and move it by .to(device)"
+            )
+        return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype])
+
+    def forward(
+        self, asked: Ensemble, x: Tensor, t: Tensor, condition: Condition | Conditions, guidance_scale: float
+    ) -> Tensor:
+        """The velocity [B, C, H, W] of `asked`, one of `self.asked()`, for x [B, C, H, W] at times t [B] in [0, 1]."""
+        return asked.velocity(x, t, condition, guidance_scale)
+
+    def asked(
+        self,
+        routing: str | None = None,
+        alignment: Alignment | None = None,
+        replicas: str | None = None,
+        null: Condition | Conditions | None = None,
+        device: torch.device | str | None = None,
+    ) -> Ensemble:
+        """The ensemble under other options (None: its own), with its null condition or the one given, on a device.
+
+        Raises:
+            AtollError: an unknown routing, alignment or way to combine replicas.
+        """
+        key = (routing, alignment, replicas)
+        if key not in self._under:
+            self._under[key] = self.loaded.ensemble.with_options(routing, alignment, replicas)
+        # The same one for every call: an expert that failed in one is not asked in the next.
+        ensemble = self._under[key] if null is None else copy(self._under[key])
+        null = self.loaded.ensemble.null if null is None else null
+        ensemble.null = None if null is None else null.to(device)
+        return ensemble
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
+        """Copies what it was loaded from, with every part and the frozen networks inside; whole or not at all.
+
+        Weights are written as they were read, not as `.to(dtype)` made them. `options` are those of diffusers' own
+        models (safe_serialization, max_shard_size): what is written is safetensors and JSON, whatever they say.
+
+        Raises:
+            AtollError: a part is gone or was changed since it was loaded, frozen weights that are pickled, a full disk.
+        """
+        with whole_directory(Path(save_directory)) as directory:
+            if (self.path / ENSEMBLE).is_file():
+                self._copy_ensemble(directory)
+            else:
+                _copy_part(self.path, directory)
+            self._copy_frozen(directory / FROZEN)
+
+    def _copy_ensemble(self, directory: Path) -> None:
+        card = dict(self.loaded.card)
+        there = [entry for entry in card["experts"] if (self.path / entry["url"] / CARD).is_file()]
+        card["experts"] = [{**entry, "url": f"experts/{number:03d}"} for number, entry in enumerate(there)]
+        parts = list(zip(there, card["experts"], strict=True))
+        if card["router"] is not None:
+            parts.append((card["router"], {**card["router"], "url": "router"}))
+            card["router"] = parts[-1][1]
+        for old, new in parts:
+            _copy_part(self.path / old["url"], directory / new["url"])
+            if sha256_file(directory / new["url"] / CARD) != old["sha256"]:
+                raise AtollError(f"{self.path / old['url'] / CARD}: was changed since it was loaded; load it again")
+        if card.get("stackings"):
+            _copy_file(self.path / card["stackings"]["file"], directory / _STACKINGS)
+            card["stackings"] = {**card["stackings"], "file": _STACKINGS}
+        write_json(directory / ENSEMBLE, card)
+
+    def _copy_frozen(self, directory: Path) -> None:
+        """The weights of the text encoders and the codec, each under the last part of the name that cards call it."""
+        encoder = self.loaded.encoder.config()
+        configs = (self.loaded.codec.config(), *encoder.get("encoders", [encoder]))
+        names = dict[str, str]()
+        for config in (config for config in configs if "weights" in config):
+            given, subfolder = config["weights"], config.get("subfolder", "")
+            name = Path(given).name
+            if not name.strip("."):
+                raise AtollError(
+                    f"weights {given!r}: no name to save them under; load from their directory's whole path"
+                )
+            if names.setdefault(name, given) != given:
+                raise AtollError(f"weights {given!r} and {names[name]!r}: both would be saved as {name}; rename one")
+            tokenizer = subfolder if config.get("tokenizer") is None else config["tokenizer"]
+            folders = list(dict.fromkeys((subfolder, tokenizer)))
+            with _found_in(self.path / FROZEN):
+                root = find_weights(given, folders)
+            for folder in folders:
+                files = {file for pattern in WANTED for file in (root / folder).glob(pattern)}
+                if folder == subfolder and not any(file.suffix == ".safetensors" for file in files):
+                    raise AtollError(f"{root / folder}: no safetensors to save; convert these weights to safetensors")
+                (directory / name / folder).mkdir(parents=True, exist_ok=True)
+                for file in files:
+                    shutil.copyfile(file, directory / name / folder / file.name)
+
+
+def _copy_part(source: Path, directory: Path) -> None:
+    """Copies a card and its weights, and nothing else that lies there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (CARD, WEIGHTS):
+        _copy_file(source / name, directory / name)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise AtollError(f"{source}: is gone since it was loaded; what was loaded from there cannot be saved")
+    shutil.copyfile(source, target)
+
+
+@contextmanager
+def _found_in(directory: Path) -> Iterator[None]:
+    """While the block runs, frozen weights that are not where their names say are looked for in `directory`, if any."""
+    before = os.environ.get(VARIABLE)
+    if directory.is_dir():
+        os.environ[VARIABLE] = str(directory)
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before

@@ -1,0 +1,57 @@
+"""The one edge between Atoll's times and the sigmas of diffusers' schedulers.
+
+The path is the same on both sides, x = (1 - sigma) x0 + sigma noise with velocity noise - x0, and t = sigma. A
+scheduler's timesteps are no measure of t: several round them to integers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+from atoll.weights import quiet
+
+with quiet("diffusers"):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+_EXPECTED = (
+    "expected FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or UniPC or DPM-Solver++ with "
+    "prediction_type='flow_prediction' and use_flow_sigmas=True"
+)
+_START = 0.9  # the least sigma at which x may be noise alone; UniPC with Karras' spacing starts at 0.994
+
+
+def flow_sigmas(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """Sets the timesteps of a scheduler of diffusers, and gives the sigma that belongs to each of the N: [N] float32.
+
+    FlowMatchEulerDiscreteScheduler is given even sigmas, as `solver.sample` has them: by itself it goes from 0.001 to 0
+    in its last step, which is all but wasted. Where its config asks for a spacing (Karras, exponential, beta), and with
+    every other scheduler, the scheduler's own stand.
+
+    Raises:
+        AtollError: it is not of flow matching, its sigmas do not lead from noise to data, or it asks for more than
+            a number of steps (`use_dynamic_shifting` does).
+    """
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if config.get("prediction_type", "flow_prediction") != "flow_prediction" or not config.get("use_flow_sigmas", True):
+        raise AtollError(f"{name}, as it is set, is not of flow matching; {_EXPECTED}")
+    options: dict[str, Any] = {"num_inference_steps": steps, "device": device}
+    spaced = any(config.get(f"use_{spacing}_sigmas") for spacing in ("karras", "exponential", "beta"))
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not spaced:
+        options["sigmas"] = torch.linspace(1, 0, steps + 1)[:-1].numpy()
+    try:
+        scheduler.set_timesteps(**options)
+        sigmas, count = scheduler.sigmas.float().cpu(), len(scheduler.timesteps)
+    except (AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AtollError(
+            f"{name}, as it is set, cannot be driven by a number of steps ({reason}); {_EXPECTED}"
+        ) from None
+    if len(sigmas) != count + 1 or not (sigmas.diff() <= 0).all() or not _START <= float(sigmas[0]) <= 1:
+        raise AtollError(f"{name}, as it is set, has no sigmas that fall from 1 to 0; {_EXPECTED}")
+    if sigmas[-1] != 0:
+        raise AtollError(f"{name} stops in noise, at sigma {float(sigmas[-1]):.3g}; set its final_sigmas_type='zero'")
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks the first timestep up, among rounded ones
+    return sigmas[:-1].to(device)
