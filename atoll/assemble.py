@@ -62,7 +62,7 @@ def assemble(
     for path in experts:
         if known is not None and cards[path].get("k") != known:
             raise AtollError(
-                f"{router}: knows {known} clusters, {path} is of {cards[path].get('k')}; take the router of its clusters"
+                f"{router}: knows {known} clusters, {path} is of {cards[path].get('k')}; take the router trained on its"
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(

@@ -1,14 +1,14 @@
 """How the router's probabilities over clusters become weights.
 
-    top-1, top-2, ...     the k most probable clusters, renormalised (HDDM section 3.4, DDM section 4)
-    full                  all clusters, as probable as they are: the exact mixture (HDDM Eq. 1)
-    threshold-0.1         clusters of at least that probability, renormalised; the most probable one at any rate
-    nucleus-0.9           the fewest clusters that hold that probability together, renormalised (Holtzman et al. 2020)
-    nucleus-0.9@0.7       the same of probabilities sharpened by a temperature: softmax(log p / 0.7)
-    sample-1, sample-2    so many clusters drawn with their probabilities at each step, each draw weighing alike
-    oracle                the cluster that the caller names for each sample, for evaluation
-    oracle-3              cluster 3 for every sample
-    time-switch-0.5:A:B   expert A at t >= 0.5, expert B below, whatever the router says (HDDM section 4.3)
+top-1, top-2, ...     the k most probable clusters, renormalised (HDDM section 3.4, DDM section 4)
+full                  all clusters, as probable as they are: the exact mixture (HDDM Eq. 1)
+threshold-0.1         clusters of at least that probability, renormalised; the most probable one at any rate
+nucleus-0.9           the fewest clusters that hold that probability together, renormalised (Holtzman et al. 2020)
+nucleus-0.9@0.7       the same of probabilities sharpened by a temperature: softmax(log p / 0.7)
+sample-1, sample-2    so many clusters drawn with their probabilities at each step, each draw weighing alike
+oracle                the cluster that the caller names for each sample, for evaluation
+oracle-3              cluster 3 for every sample
+time-switch-0.5:A:B   expert A at t >= 0.5, expert B below, whatever the router says (HDDM section 4.3)
 """
 
 import hashlib
