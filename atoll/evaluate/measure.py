@@ -1,6 +1,7 @@
 """Measures variants of one model: Fréchet distance to real pictures, held-out denoising error, pictures per second."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +56,9 @@ class Variant:
     @property
     def calls(self) -> int:
         """Experts asked per velocity, at most: the unit of the time left."""
-        routing, experts = self.ensemble.routing, len(self.ensemble.experts)
-        return experts if routing == "full" else min(experts, int(routing.removeprefix("top-")))
+        experts = len(self.ensemble.experts)
+        counted = re.fullmatch(r"(?:top|sample)-(\d+)", self.ensemble.routing)
+        return min(experts, int(counted[1])) if counted else experts
 
 
 @dataclass(frozen=True)

@@ -367,3 +367,12 @@ def test_results_are_found_by_name() -> None:
     with pytest.raises(KeyError):
         results.score("nobody")
     assert replace(results, floor=1.0).floor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("routing", "calls"), [("top-1", 1), ("top-9", 3), ("full", 3), ("sample-2", 2), ("nucleus-0.9", 3), ("oracle-1", 3)]
+)
+def test_every_routing_has_its_share_of_the_time(routing, calls) -> None:
+    experts = [Expert(lambda x, time, condition: x, Objective("flow", "linear"), (k,)) for k in range(3)]
+    ensemble = Ensemble(experts, lambda x, t, pooled=None: x.new_zeros(len(x), 3), routing)
+    assert Variant("one", ensemble).calls == calls
