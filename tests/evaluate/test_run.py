@@ -370,7 +370,8 @@ def test_results_are_found_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("routing", "calls"), [("top-1", 1), ("top-9", 3), ("full", 3), ("sample-2", 2), ("nucleus-0.9", 3), ("oracle-1", 3)]
+    ("routing", "calls"),
+    [("top-1", 1), ("top-9", 3), ("full", 3), ("sample-2", 2), ("nucleus-0.9", 3), ("oracle-1", 3)],
 )
 def test_every_routing_has_its_share_of_the_time(routing, calls) -> None:
     experts = [Expert(lambda x, time, condition: x, Objective("flow", "linear"), (k,)) for k in range(3)]
