@@ -37,7 +37,7 @@ def ensembles_of(run: Path, opened: Opened) -> tuple[dict[str, Ensemble], dict[s
     slopes: dict[str, Any] = {}
 
     def made(experts: list[Expert]) -> Ensemble:
-        return Ensemble(experts, base.router, base.routing, "snr", base.null)
+        return base.with_experts(experts, alignment="snr", replicas="equal")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an eps-expert without calibration is what is asked for here

@@ -164,10 +164,9 @@ def _alone(expert: Expert, ensemble: Ensemble) -> Ensemble:
 
 
 def _with_calibrations(ensemble: Ensemble, choose: Callable[[Expert], Calibration | None]) -> Ensemble:
+    """Replicas alike, since a stacking would take the calibrations' place."""
     experts = [replace(expert, calibration=choose(expert)) for expert in ensemble.experts]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # here, an eps-expert without calibration is what is asked for
-        return Ensemble(experts, ensemble.router, ensemble.routing, "snr", ensemble.null)
+    return ensemble.with_experts(experts, alignment="snr", replicas="equal")
 
 
 def draw_grid(

@@ -1,6 +1,7 @@
 """Training rows that are kept from training, so that experts can be measured on them."""
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,9 @@ def held_back(shards: Sequence[Shards], share: float) -> Tensor:
     is. So replicas of a cluster hold back the same rows wherever they were trained, and whoever measures an expert
     later finds them again, also when data was added since.
     """
-    fractions = [_fraction(key) for part in shards for key in part.keys]
-    training = torch.cat([_mask(len(part), part.rows("train")) for part in shards])
+    # Shard by shard: all keys of a large cluster as Python strings would take gigabytes.
+    fractions = array("d", (_fraction(key) for d in shards for part in d.parts() for key in part.keys))
+    training = torch.cat([_mask(len(directory), directory.rows("train")) for directory in shards])
     fraction = torch.tensor(fractions, dtype=torch.float64).masked_fill(~training, 2.0)
     found = fraction < share
     if training.any() and not found.any():
