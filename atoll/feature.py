@@ -1,4 +1,4 @@
-"""The vector per image that is clustered. "hog" needs no download and no fitting; the others are networks."""
+"""The vector per image that is clustered. "hog" and "pixels" need no download and no fit; the others are networks."""
 
 import math
 from abc import ABC, abstractmethod
@@ -94,6 +94,32 @@ class Hog(Feature):
         return self  # nothing to move
 
 
+class PixelsConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["pixels"] = "pixels"
+    size: int = Field(8, ge=1)
+
+
+class Pixels(Feature):
+    """The image itself, at `size` x `size` pixels of red, green and blue: what features are compared with."""
+
+    name = "pixels"
+    takes_bf16 = True
+
+    def __init__(self, size: int = 8):
+        self.size, self.dim = size, 3 * size * size
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return resize(rgb(images.float(), self.name), self.size).flatten(1)
+
+    def config(self) -> dict[str, Any]:
+        return PixelsConfig(size=self.size).model_dump()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        return self  # nothing to move
+
+
 class DINOv2Config(PretrainedConfig):
     """DINOv2 (Oquab et al. 2023), the papers' feature: facebook/dinov2-small to -giant; 1024-d for -large."""
 
@@ -179,13 +205,12 @@ class NetworkFeature(Feature):
 
     def _input(self, images: Tensor) -> Tensor:
         """Images [B,1 or 3,h,w] as the network takes them, [B,3,h,w]; the network follows them to their device."""
-        if images.shape[1] not in (1, 3):
-            raise AtollError(f"the feature {self.name!r} takes images of 1 or 3 channels; got {images.shape[1]}")
+        images = rgb(images, self.name)
         weight = next(self._backbone.network.parameters())
         if weight.device != images.device:
             self._backbone.network.to(images.device)
         mean, std = self._backbone.mean.to(images.device), self._backbone.std.to(images.device)
-        images = (images.expand(-1, 3, -1, -1) - mean) / std  # [B,3,h,w]
+        images = (images - mean) / std  # [B,3,h,w]
         return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -251,6 +276,13 @@ def _pretrained(config: PretrainedConfig, name: str) -> tuple[Path, str]:
     return directory, found
 
 
+def rgb(images: Tensor, feature: str) -> Tensor:
+    """Images [B,1 or 3,H,W] -> [B,3,H,W]. Raises AtollError for other channels; `feature` says whose."""
+    if images.shape[1] not in (1, 3):
+        raise AtollError(f"the feature {feature!r} takes images of 1 or 3 channels; got {images.shape[1]}")
+    return images.expand(-1, 3, -1, -1)
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """Images [B,C,H,W] in [0,1] to [B,C,size,size]: bicubic with antialiasing by the shorter side, then the middle."""
     height, width = images.shape[-2:]
@@ -264,6 +296,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 _CONFIGS: dict[str, type[BaseModel]] = {
     "hog": HogConfig,
+    "pixels": PixelsConfig,
     "dinov2": DINOv2Config,
     "clip-image": CLIPImageConfig,
     "mobilenetv2": MobileNetConfig,
@@ -287,4 +320,6 @@ def build_feature(config: Mapping[str, Any]) -> Feature:
             return NetworkFeature(checked, _load_npz(checked))
         case HogConfig() as checked:
             return Hog(checked.bins, checked.grid)
+        case PixelsConfig() as checked:
+            return Pixels(checked.size)
     raise AssertionError("a name without its feature")

@@ -188,9 +188,14 @@ class RouterNetworkSettings(NetworkSettings):
 
 
 class RouterSettings(Section):
-    """The router's network and its training."""
+    """The router's network and its training.
+
+    path: what it learns to read: latents on the linear path, as sampling shows them to it ("linear"), or each on the
+    schedule of its cluster's first expert, as that was trained ("experts"; HDDM leaves open which).
+    """
 
     network: RouterNetworkSettings = RouterNetworkSettings()
+    path: Literal["linear", "experts"] = "linear"
     train: dict[str, Any] = {}
 
 

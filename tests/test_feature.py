@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from atoll.errors import AtollError
-from atoll.feature import Hog, build_feature, resize
+from atoll.feature import Hog, Pixels, build_feature, resize
 from atoll.nn.mobilenet import Conv, MobileNetV2
 from atoll.nn.squeezenet import SqueezeNet
 from atoll.weights import identity
@@ -70,6 +70,17 @@ def test_a_thin_shape_is_near_its_bold_and_far_from_another() -> None:
 def test_rows_do_not_depend_on_the_batch() -> None:
     images = torch.rand(5, 1, 16, 18)
     torch.testing.assert_close(Hog()(images)[2:4], Hog()(images[2:4]))
+
+
+def test_pixels_are_the_picture_made_small() -> None:
+    images = torch.rand(3, 3, 8, 12)
+    assert build_feature({"name": "pixels", "size": 8}).dim == 192
+    assert torch.equal(Pixels(8)(images), images[..., 2:10].flatten(1))
+    grey = torch.full((2, 1, 16, 18), 0.25)
+    torch.testing.assert_close(Pixels(2)(grey), torch.full((2, 12), 0.25))
+    assert build_feature(Pixels(5).config()).config() == {"name": "pixels", "size": 5}
+    with pytest.raises(AtollError, match="1 or 3 channels; got 2"):
+        Pixels()(torch.zeros(3, 2, 8, 12))
 
 
 def test_build_feature_round_trip() -> None:

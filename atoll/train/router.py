@@ -1,6 +1,6 @@
 """Trains the router: which cluster does a noisy latent belong to? (DDM section 3.3): `atoll train router`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from atoll.condition import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings
 from atoll.nn import build_network
-from atoll.schedule import Linear
+from atoll.objective import Objective
+from atoll.schedule import Linear, Schedule
 from atoll.shapes import per_sample
 from atoll.shards import INDEX, SPLITS, Shards
 from atoll.train.batches import Captioned, Order, drop_condition, mirrored, seeded
@@ -23,7 +24,8 @@ from atoll.train.rows import Rows
 from atoll.train.task import Task
 from atoll.train.track import Progress
 
-_PATH = Linear()
+_SAMPLING = Linear()
+NoisePath = tuple[Schedule, Tensor]  # a schedule, and the clusters [n] int64 whose latents are noised by it
 _EVALUATED_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 _EVALUATED_ON = 2048  # held-out latents at most
 
@@ -57,14 +59,16 @@ def train_router(
     }
     seed = manifest.seed * 1000 + 998
     path = run / "router"
-    mark = training_mark({"network": config, "assignment": assignment, "seed": seed}, settings)
+    paths = _paths(manifest, clusters)
+    about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
+    mark = training_mark({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
     if finished(path, "router", mark, resume, restart):
         return path
     torch.manual_seed(seed)
     router = build_network(config)
     training, held_out = (Captioned(Rows.of([encoded], split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island:
-        task = Routing(router, training, held_out, labels, settings, seed)
+        task = Routing(router, training, held_out, labels, settings, seed, paths)
         trained = train(task, settings, path.with_name(".train-router"), mark, island, resume, restart, progress)
         card = {
             "network": config,
@@ -73,6 +77,7 @@ def train_router(
             "codec": encoded.card["codec"],
             "condition": encoded.card["condition"],
             "assignment": assignment,
+            **about,
             "accuracy_at_t": task.accuracy(router),
             "training": {**trained.summary, "rows": len(training), "seed": seed, "torch": torch.__version__},
         }
@@ -83,7 +88,7 @@ def train_router(
 
 
 class Routing(Task):
-    """The router's training: cross-entropy of log p(cluster | x_t, t[, text]), t uniform on the linear path.
+    """The router's training: cross-entropy of log p(cluster | x_t, t[, text]), t uniform on each cluster's path.
 
     The text is dropped in a share of the rows as in an expert's training, so that the router answers without it too.
     """
@@ -96,10 +101,13 @@ class Routing(Task):
         labels: Tensor,
         settings: TrainSettings,
         seed: int,
+        paths: Sequence[NoisePath] = (),
     ):
-        """labels: [n] int64, the clusters of all rows that `data` and `held_out` are chosen from."""
+        """labels: [n] int64, the clusters of all rows that `data` and `held_out` are chosen from.
+
+        paths: of training; none: the linear one for all. What is held out is asked on that, where sampling will be."""
         self.module, self.data, self.held_out, self.labels = router, data, held_out, labels
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.paths = settings, seed, paths
         self.order = Order(len(data), settings.batch, seed)
         self.null = data.encoder.null(1)
 
@@ -116,8 +124,18 @@ class Routing(Task):
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         condition = self.data.condition(batch)
         condition = drop_condition(condition, self.null.to(condition.states.device), batch["dropped"])
-        x = _diffuse(batch["x0"].float(), batch["t"], batch["eps"])
+        x = self._diffuse(batch["x0"].float(), batch["t"], batch["eps"], batch["label"])
         return F.nll_loss(module(x, batch["t"], condition.pooled), batch["label"], reduction="none")
+
+    def _diffuse(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
+        """Each row on the path of its cluster."""
+        if not self.paths:
+            return _diffuse(_SAMPLING, x0, t, eps)
+        x = torch.empty_like(x0)
+        for schedule, clusters in self.paths:
+            rows = torch.isin(labels, clusters.to(labels.device)).nonzero().flatten()
+            x[rows] = _diffuse(schedule, x0[rows], t[rows], eps[rows])
+        return x
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
         return {f"accuracy at {time}": share for time, share in self.accuracy(module).items()}
@@ -137,13 +155,27 @@ class Routing(Task):
         for number, time in enumerate(_EVALUATED_AT):
             eps = torch.randn(batch["x0"].shape, generator=seeded(self.seed, number, stream=7)).to(device)
             t = torch.full((len(rows),), time, device=device)
-            answers = module(_diffuse(batch["x0"].float(), t, eps), t, pooled).argmax(1)
+            answers = module(_diffuse(_SAMPLING, batch["x0"].float(), t, eps), t, pooled).argmax(1)
             found[str(time)] = round(float((answers == labels).float().mean()), 4)
         return found
 
 
-def _diffuse(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    return per_sample(_PATH.alpha(t), x0) * x0 + per_sample(_PATH.sigma(t), x0) * eps
+def _diffuse(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    return per_sample(schedule.alpha(t), x0) * x0 + per_sample(schedule.sigma(t), x0) * eps
+
+
+def _paths(manifest: Manifest, clusters: int) -> list[NoisePath]:
+    """Of training; none for the linear one. Raises AtollError for a cluster without an expert to follow."""
+    if manifest.router.path == "linear":
+        return []
+    first = {expert.cluster: expert for expert in reversed(manifest.experts)}
+    if missing := [str(cluster) for cluster in range(clusters) if cluster not in first]:
+        raise AtollError(
+            f"router.path: experts, but no expert of cluster {', '.join(missing)} stands in atoll.yaml; name one, or "
+            "take path: linear"
+        )
+    schedules = [Objective(**first[cluster].objective.model_dump()).schedule for cluster in range(clusters)]
+    return [(schedule, torch.tensor([cluster])) for cluster, schedule in enumerate(schedules)]
 
 
 def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:

@@ -5,9 +5,16 @@ import shutil
 import pytest
 import torch
 
+from atoll.artifact import read_card
+from atoll.condition import HashEncoder
 from atoll.errors import AtollError
+from atoll.manifest import Manifest, TrainSettings
+from atoll.objective import Objective
+from atoll.schedule import Cosine, Linear
 from atoll.shards import Shards, ShardWriter
-from atoll.train.router import _data_set, train_router
+from atoll.train.batches import Captioned
+from atoll.train.router import Routing, _data_set, train_router
+from atoll.train.rows import Rows
 
 
 def test_all_of_encoded(run) -> None:
@@ -33,3 +40,36 @@ def test_the_part_that_is_set_apart_needs_nothing_beside_it(run, manifest) -> No
     assert (len(shards), clusters, assignment) == (30, 3, "a" * 64)
     assert labels.tolist() == (rows % 3).tolist()
     assert (train_router(run, manifest) / "card.json").is_file()
+
+
+def test_each_row_is_noised_on_its_clusters_path(run) -> None:
+    data = Captioned(Rows.of([Shards(run / "encoded")], "train"), HashEncoder(dim=8, length=4))
+    paths = [(Cosine(), torch.tensor([0, 2])), (Linear(), torch.tensor([1]))]
+    labels = torch.arange(len(data.rows.shards[0])) % 3
+    task = Routing(torch.nn.Identity(), data, data, labels, TrainSettings(batch=12), 0, paths)
+    batch, seen = task.batch(0, slice(0, 12)), []
+
+    def module(x, t, pooled):
+        seen.append(x)
+        return torch.zeros(len(x), 3)
+
+    task.losses(module, batch)
+    assert set(batch["label"].tolist()) == {0, 1, 2}
+    for x, x0, t, eps, label in zip(seen[0], *(batch[name] for name in ("x0", "t", "eps", "label")), strict=True):
+        objective = Objective("eps", Linear() if label == 1 else Cosine())
+        torch.testing.assert_close(x, objective.diffuse(x0[None].float(), eps[None], t[None])[0])
+
+
+def test_a_router_on_the_experts_paths_says_so_and_is_another_training(run, manifest) -> None:
+    content = manifest.model_dump()
+    content["router"]["path"] = "experts"
+    content["experts"] = [{"cluster": k, "objective": {"prediction": "eps", "schedule": "cosine"}} for k in range(3)]
+    train_router(run, manifest)
+    assert "path" not in read_card(run / "router", "router")
+    with pytest.raises(AtollError, match="other settings"):
+        train_router(run, Manifest(**content))
+    train_router(run, Manifest(**content), restart=True)
+    assert [of for _, of in read_card(run / "router", "router")["path"]] == [[0], [1], [2]]
+    content["experts"] = content["experts"][1:]
+    with pytest.raises(AtollError, match="no expert of cluster 0"):
+        train_router(run, Manifest(**content), restart=True)
