@@ -23,6 +23,7 @@ LEVELS = [
     ["loading"],
     # the stages
     ["data", "cluster", "train", "assemble", "evaluate", "launch", "pipeline", "diffusers", "plan", "convert"],
+    ["study"],
     ["cli"],
     ["__main__"],
 ]

@@ -5,9 +5,10 @@ stages.py    from pictures to a report: init, encode, cluster, assemble, sample,
 training.py  train, launch, distil
 tools.py     plan, convert
 trained.py   calibrate, ema
+research.py  compare, study
 """
 
-from atoll.cli import stages, tools, trained, training
+from atoll.cli import research, stages, tools, trained, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "main", "stages", "tools", "trained", "training"]
+__all__ = ["app", "main", "research", "stages", "tools", "trained", "training"]

@@ -160,13 +160,24 @@ def sample(
 
 
 @app.command(rich_help_panel="Stages")
-def evaluate(run: Run = Path(), quiet: Quiet = False) -> None:
-    """Ensemble against monolith -> report.html and report.json."""
+def evaluate(
+    run: Run = Path(),
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="An axis and its values: routing=top-1,top-2; repeated, every combination. Or: monolith."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Ensemble against monolith -> report.html and report.json. Interrupted, it goes on where it stopped."""
     from atoll.evaluate.run import evaluate_run
+    from atoll.evaluate.sweep import parse_sweep
     from atoll.manifest import load_manifest
 
+    settings = load_manifest(run).evaluate
+    if sweep:
+        settings = settings.model_copy(update={"sweep": (parse_sweep(sweep),)})
     with bar("evaluate", "steps", quiet) as tell:
-        report = evaluate_run(run, load_manifest(run).evaluate, tell)
+        report = evaluate_run(run, settings, tell)
     typer.echo(f"{report} written; open it in a browser")
 
 

@@ -1,35 +1,26 @@
-"""Measures variants of one model: Fréchet distance to real pictures, held-out denoising error, pictures per second."""
+"""Measures variants of one model: distances to real pictures, held-out denoising error, agreement, diversity, cost."""
 
 import os
 import re
-import time
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atoll.codec import Codec
-from atoll.condition import Condition, Conditions, Encoder, SeveralEncoders
+from atoll.condition import Encoder, SeveralEncoders
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
-from atoll.evaluate.metrics import (
-    DenoisingError,
-    Moments,
-    PixelPCA,
-    frechet_distance,
-    seeded_noise,
-    squared_errors,
-)
+from atoll.evaluate.metrics import DenoisingError
 from atoll.manifest import EvaluateSettings
 from atoll.shards import Shards
-from atoll.solver import Method, sample
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from atoll.solver import Method
 
 # (network calls done, network calls in all, what is being measured)
 Progress = Callable[[int, int, str], None]
@@ -44,6 +35,8 @@ class Variant:
         ensemble: a single expert is an ensemble of one.
         made_by: in words, for the report.
         steps, method, guidance_scale: instead of the settings' own.
+        axes: of a sweep, the values that it has on its axes.
+        identity: names all that the ensemble is made of, so that what was measured of it is found again; "": it is not.
     """
 
     name: str
@@ -52,6 +45,8 @@ class Variant:
     steps: int | None = None
     method: Method | None = None
     guidance_scale: float | None = None
+    axes: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
 
     @property
     def calls(self) -> int:
@@ -111,33 +106,68 @@ class Reference:
 
 @dataclass(frozen=True)
 class Score:
-    """One variant's numbers. frechet is None where `diverged` of its pictures held NaN or infinity."""
+    """One variant's numbers.
+
+    Attributes:
+        metrics: by the metric's whole name, which says its feature network and that network's hash; None where
+            `diverged` of the pictures held NaN or infinity.
+        gflops: of one picture, 10^9 floating-point operations; None where none could be counted.
+        key: of the directory of the evaluation's store that holds its parts; "" where they are not kept.
+    """
 
     name: str
     made_by: str
     steps: int
     method: str
     guidance_scale: float
-    frechet: float | None
+    axes: dict[str, Any]
+    metrics: dict[str, float | None]
     diverged: int
     denoising: DenoisingError
     images_per_second: float
+    gflops: float | None
+    key: str = ""
+
+    @property
+    def frechet(self) -> float | None:
+        """The first of the metrics: the Fréchet distance on principal components of the pixels."""
+        return next(iter(self.metrics.values()))
+
+
+@dataclass(frozen=True)
+class Space:
+    """A feature space in words. explained: the share of the real pictures' variance that lies in it."""
+
+    name: str
+    dim: int
+    sha256: str
+    explained: float
 
 
 @dataclass(frozen=True)
 class Results:
-    """All scores and what they share. `frechet_name` names the feature space, `features_sha256` its fitted basis,
-    `features_explain` the share of the real pictures' variance that lies in it."""
+    """All scores and what they share. `real` has the metrics of `images` real pictures: a perfect model's."""
 
-    frechet_name: str
-    features_sha256: str
-    features_explain: float
-    images: int  # per variant, and in the floor
+    spaces: tuple[Space, ...]
+    images: int  # per variant, and of the real ones
     reference: int  # real pictures compared with
     held_out: int
-    floor: float
+    real: dict[str, float | None]
     workers: int
+    bench: str  # the key of what all were measured on: numbers of one bench may be compared picture by picture
+    notes: tuple[str, ...] = ()  # what has to be said of the numbers
     scores: tuple[Score, ...] = field(default=())
+
+    @property
+    def frechet_name(self) -> str:
+        return f"FD-{self.spaces[0].name}"
+
+    @property
+    def floor(self) -> float:
+        """The Fréchet distance of real pictures to real pictures, on principal components of the pixels."""
+        found = next(iter(self.real.values()))
+        assert found is not None  # real pictures are finite
+        return found
 
     def score(self, name: str) -> Score:
         """By the variant's name (KeyError if there is none)."""
@@ -150,126 +180,44 @@ def evaluate(
     settings: EvaluateSettings | None = None,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    store: Path | None = None,
 ) -> Results:
     """Measures every variant with the same captions, the same noise per picture and the same held-out latents.
 
+    Args:
+        store: a directory where all that is measured is kept, batch by batch: what is there is not measured again.
+
     Raises:
-        AtollError: too few real pictures, no held-out ones, or two variants of one name.
+        AtollError: too few real pictures, no held-out ones, or two variants of one name; weights of a feature network
+            that are not found, or of another; a file of the store that is damaged.
     """
+    from atoll.evaluate.bench import Bench
+
     settings = settings or EvaluateSettings()
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
-        raise AtollError(f"two variants have one name among {', '.join(names)}; expected names that differ")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise AtollError(f"two variants have one name, {twice}, among {', '.join(names)}; expected names that differ")
     count = worker_count(settings, device)
-    bench = _Bench(reference, settings, torch.device(device), count, sum(v.calls for v in variants), progress)
-    with side_by_side(count) as run:
+    with tempfile.TemporaryDirectory(prefix="atoll-") as passing, side_by_side(count) as run:
+        places = Places(store, Path(passing))
+        calls = sum(variant.calls for variant in variants)
+        bench = Bench(reference, settings, torch.device(device), places, calls, progress, run, count)
         # What is measured is the variant as it is: an expert that breaks is not left out of it.
         kept = (replace(variant, ensemble=variant.ensemble.with_options(drops=False)) for variant in variants)
-        scores = tuple(bench.score(variant, run) for variant in kept)
-    return Results(
-        frechet_name=f"FD-{bench.features.name}",
-        features_sha256=bench.features.sha256,
-        features_explain=bench.features.explained,
-        images=len(bench.probe),
-        reference=bench.base.count,
-        held_out=len(bench.held_out),
-        floor=bench.floor,
-        workers=count,
-        scores=scores,
-    )
+        scores = tuple(bench.score(variant) for variant in kept)
+        return bench.results(scores)
 
 
-class _Bench:
-    """What all variants are measured on."""
+@dataclass(frozen=True)
+class Places:
+    """Where what is measured is kept: for good, or until the evaluation ends."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        settings: EvaluateSettings,
-        device: torch.device,
-        workers: int,
-        calls: int,
-        progress: Progress | None,
-    ):
-        self.reference, self.settings, self.device, self.workers = reference, settings, device, workers
-        self.probe, base = reference.split(settings)
-        self.held_out = reference.held_out(settings)
-        self.features = PixelPCA.fit(map(reference.images, base.split(settings.batch)), settings.components)
-        self.base = self._moments(reference.images(rows) for rows in base.split(settings.batch))
-        probe = self._moments(reference.images(rows) for rows in self.probe.split(settings.batch))
-        self.floor = frechet_distance(probe, self.base)
-        # Tokenised once: an encoder may learn new words here, which is not for several threads at a time.
-        self.prompts = reference.encoder.tokenize(reference.captions(self.probe))
-        self.held_out_tokens = reference.encoder.tokenize(reference.captions(self.held_out))
-        self.shape = reference.encoded.shape("latent")
-        per_call = len(self.probe) * settings.steps + len(self.held_out) * len(settings.levels)
-        self._progress, self._total, self._done = progress, calls * per_call, 0
+    store: Path | None
+    passing: Path
 
-    def _moments(self, batches: Iterable[Tensor]) -> Moments:
-        moments = Moments(self.features.dim)
-        for images in batches:
-            moments.update(self.features(images))
-        return moments
-
-    def _parts(self, count: int) -> Sequence[Tensor]:
-        """0..count-1 in equal batches, the same number for every worker."""
-        rounds = -(-count // (self.settings.batch * self.workers))
-        return torch.arange(count).tensor_split(min(count, rounds * self.workers))
-
-    def _tell(self, what: str, calls: int) -> None:
-        self._done += calls
-        if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total, what)
-
-    def score(self, variant: Variant, run: "Run") -> Score:
-        steps = variant.steps or self.settings.steps
-        method = variant.method or self.settings.method
-        scale = self.settings.guidance_scale if variant.guidance_scale is None else variant.guidance_scale
-
-        def draw(numbers: Tensor) -> Tensor:
-            """Features of the pictures with these numbers, [B, dim]."""
-            condition = self.reference.encoder.encode(self.prompts.index(numbers)).to(self.device)
-            seeds = [self.settings.seed + number for number in numbers.tolist()]
-            noise = seeded_noise(seeds, self.shape).to(self.device)
-            velocity = _bound(variant.ensemble, condition, scale)
-            images = self.reference.codec.decode(sample(velocity, noise, steps, method))
-            return self.features(images.cpu())
-
-        moments, diverged, start = Moments(self.features.dim), 0, time.perf_counter()
-        for features in run(draw, self._parts(len(self.probe))):
-            moments.update(features)
-            diverged += int((~torch.isfinite(features).all(1)).sum())
-            self._tell(variant.name, len(features) * self.settings.steps * variant.calls)
-        seconds = time.perf_counter() - start
-        return Score(
-            name=variant.name,
-            made_by=variant.made_by,
-            steps=steps,
-            method=method,
-            guidance_scale=scale,
-            frechet=None if diverged else frechet_distance(moments, self.base),
-            diverged=diverged,
-            denoising=self._denoising(variant, run),
-            images_per_second=len(self.probe) / seconds,
-        )
-
-    def _denoising(self, variant: Variant, run: "Run") -> DenoisingError:
-        def errors(numbers: Tensor) -> Tensor:
-            rows = self.held_out[numbers]
-            condition = self.reference.encoder.encode(self.held_out_tokens.index(numbers)).to(self.device)
-            x0 = self.reference.latents(rows).to(self.device)
-            seeds = [self.settings.seed + row for row in rows.tolist()]
-            return squared_errors(variant.ensemble.velocity, x0, condition, self.settings.levels, seeds).cpu()
-
-        parts = []
-        for part in run(errors, self._parts(len(self.held_out))):
-            parts.append(part)
-            self._tell(variant.name, part.numel() * variant.calls)
-        return DenoisingError.of(self.settings.levels, torch.cat(parts))
-
-
-def _bound(ensemble: Ensemble, condition: Condition | Conditions, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, t: ensemble.velocity(x, t, condition, scale)
+    def of(self, identity: str) -> Path:
+        return self.store if self.store is not None and identity else self.passing
 
 
 Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]

@@ -19,6 +19,9 @@ ConditionedVelocity = Callable[[Tensor, Tensor, Any], Tensor]
 
 # Pictures of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
 PCA_VALUES_MAX = 4096
+# Fewer pictures than this per dimension on a side, and the Fréchet distance is said to be biased: FID's own habit is
+# 10,000 pictures or more in 2048 dimensions.
+BIAS_PICTURES_PER_DIMENSION = 5
 
 
 class Moments:
@@ -84,14 +87,79 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(0.0, float(distance))  # of equal sets the rounding error may be negative
 
 
+def bias_warning(n: int, m: int, dim: int) -> str | None:
+    """What to say of a Fréchet distance between n and m pictures in `dim` dimensions; None where both are enough.
+
+    The estimate is biased upwards, as 1/n (Chong & Forsyth 2020): two samples of one Gaussian with equal variances lie
+    (D + 5)/4 (1/n + 1/m) of its total variance apart (second order in 1/n), which at n = m = 5 D is a tenth. Of n <= D
+    pictures the covariance is singular besides: in most directions nothing was measured.
+    """
+    side, enough = min(n, m), BIAS_PICTURES_PER_DIMENSION * dim
+    if side >= enough:
+        return None
+    singular = ", and its covariance is singular (no more pictures than dimensions)" if side <= dim else ""
+    return (
+        f"a Fréchet distance of {n:,} against {m:,} pictures in {dim:,} dimensions is biased upwards{singular}: the "
+        f"smaller side should hold {BIAS_PICTURES_PER_DIMENSION} pictures per dimension ({enough:,}); measure more "
+        f"pictures, take at most {max(1, side // BIAS_PICTURES_PER_DIMENSION):,} components, or read the kernel "
+        "distance, which is unbiased"
+    )
+
+
 class Features(Protocol):
-    """What the Fréchet distance is taken in; `atoll.feature`'s modules fit too."""
+    """The space that a distance is taken in: `PixelPCA`, or a `FeatureSpace`. `metric_name` names the distance.
+
+    Attributes:
+        name: of the space, as it stands in a distance's name ("MNv2-pca64").
+        dim: D.
+        explained: the share of the variance of the full features that lies in the components kept; 1 where all are.
+        sha256: of all that the features depend on: numbers are comparable where it is equal.
+    """
 
     name: str
     dim: int
+    explained: float
+
+    @property
+    def sha256(self) -> str: ...
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Images [B, C, H, W] in [0, 1] -> [B, dim]."""
+
+
+class Named(Protocol):
+    """What a space is called by: `Features`, or what a report tells of them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+# A metric has a name of its own where it is taken in the very space that it was defined in.
+_OWN_NAMES = {("FD", "Inception"): "FID", ("KD", "Inception"): "KID", ("MMD", "CLIP"): "CMMD"}
+
+
+def metric_name(kind: str, features: Named) -> str:
+    """What the field calls a metric in a space, and the first 8 letters of the space's hash.
+
+    "FD" (Fréchet distance), "KD" (kernel distance), "MMD" (RBF), "precision", ...: "FD-MNv2-pca64 [3fa9c2d1]". FID and
+    KID are of Inception's features, all 2048, and CMMD is of CLIP's; in other spaces they are FD, KD and MMD.
+    """
+    return f"{_OWN_NAMES.get((kind, features.name), f'{kind}-{features.name}')} [{features.sha256[:8]}]"
+
+
+def principal_components(moments: Moments, components: int) -> tuple[Tensor, float]:
+    """The orthonormal directions [D, components] of most variance, largest first, and the share of it they hold.
+
+    Fewer than asked for where dimensions, or pictures less one, are fewer. Raises AtollError below two pictures.
+    """
+    kept = min(components, len(moments.mean), moments.count - 1)
+    variances, vectors = torch.linalg.eigh(moments.covariance)
+    basis = vectors.flip(1)[:, :kept]
+    # An eigenvector's sign is arbitrary; its largest entry is made positive.
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    return basis * largest.sign(), float(variances[-kept:].sum() / variances.sum())
 
 
 class PixelPCA:
@@ -128,13 +196,8 @@ class PixelPCA:
             moments.update(vectors)
         if moments is None:
             raise AtollError("a PCA of no pictures; expected at least 2")
-        kept = min(components, len(moments.mean), moments.count - 1)
-        variances, vectors = torch.linalg.eigh(moments.covariance)
-        explained = float(variances[-kept:].sum() / variances.sum())
-        basis = vectors.flip(1)[:, :kept]
-        # An eigenvector's sign is arbitrary; its largest entry is made positive.
-        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        return cls(moments.mean, basis * largest.sign(), pool, explained)
+        basis, explained = principal_components(moments, components)
+        return cls(moments.mean, basis, pool, explained)
 
     def __call__(self, images: Tensor, /) -> Tensor:
         return (_pooled(images, self.pool).float() - self.mean) @ self.basis

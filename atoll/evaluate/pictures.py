@@ -79,7 +79,8 @@ def _finite(line: Line, positive: bool) -> list[tuple[float, float]]:
 
 def _extent(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
-    return (low, high) if high > low else (low, low + 1)
+    apart = high - low > 1e-9 * max(abs(low), abs(high))  # else the ticks between them would be one
+    return (low, high) if apart else (low, low + 1)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from atoll.evaluate.measure import Results, Score
+from atoll.evaluate.diagnose import Diagnostics
+from atoll.evaluate.diagnose_page import diagnostics_html, diagnostics_json
+from atoll.evaluate.measure import Results
 from atoll.evaluate.pictures import Line, legend, line_chart
+from atoll.evaluate.table import head_of, numbers, score_row
 from atoll.page import colour, document, number, picture_sheet, weight_strip
 
 FORMAT = 1
@@ -25,6 +28,7 @@ class Grid:
     rows: tuple[tuple[str, Tensor], ...]
     real: tuple[Tensor | None, ...]
     made_by: str
+    keys: tuple[str, ...] = ()  # of the rows, in the evaluation's store
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ class Report:
         groups: names of scores: "ensemble", "expert", "monolith".
         alignment: (label, name of the score) in the order shown.
         clustered_by: the feature and method of the clustering, in words.
+        store: where what was measured is kept, seen from the report's directory.
+        routing: the ensemble's own.
+        diagnostics: of the alignment of experts and data, where they were asked for.
     """
 
     title: str
@@ -82,6 +89,9 @@ class Report:
     usages: tuple[Usage, ...]
     clusters: tuple[ClusterInfo, ...]
     clustered_by: str
+    store: str = ""
+    routing: str = ""
+    diagnostics: Diagnostics | None = None
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -93,7 +103,12 @@ def to_json(report: Report) -> dict[str, Any]:
         "made": report.made,
         "settings": report.settings,
         "hashes": dict(report.hashes),
-        "results": asdict(report.results),
+        "results": {
+            **asdict(report.results),
+            "frechet_name": report.results.frechet_name,
+            "floor": report.results.floor,
+            "scores": [{**asdict(score), "frechet": score.frechet} for score in report.results.scores],
+        },
         "groups": report.groups,
         "alignment": dict(report.alignment),
         "experts": [asdict(expert) for expert in report.experts],
@@ -101,6 +116,14 @@ def to_json(report: Report) -> dict[str, Any]:
             {"cluster": c.number, "count": c.count, "share": c.share, "words": c.words} for c in report.clusters
         ],
         "clustered_by": report.clustered_by,
+        "diagnostics": diagnostics_json(report.diagnostics) if report.diagnostics else None,
+        "store": report.store,
+        "routing": report.routing,
+        "grid": {
+            "prompts": report.grid.prompts,
+            "seeds": report.grid.seeds,
+            "keys": dict(zip((name for name, _ in report.grid.rows), report.grid.keys, strict=False)),
+        },
         "usage": [
             {
                 "routing": usage.routing,
@@ -128,11 +151,12 @@ def to_html(report: Report) -> str:
     """The page: no scripts, no files beside it."""
     sections = [
         ("Pictures", _pictures(report)),
-        ("Numbers", _numbers(report)),
+        ("Numbers", numbers(report.results, report.groups, report.settings, str(report.made["machine"]))),
         ("Denoising error by noise level", _by_level(report)),
         ("Clusters", _clusters(report)),
-        ("Calibration and alignment", _alignment(report)),
-        ("Which expert was used when", _usage(report)),
+        *([("Calibration and alignment", _alignment(report))] if report.alignment else []),
+        *([("Which expert was used when", _usage(report))] if report.usages else []),
+        *([("Experts and their data", diagnostics_html(report.diagnostics))] if report.diagnostics else []),
         ("How this was made", _made(report)),
     ]
     return document(report.title, _lead(report), sections)
@@ -141,7 +165,8 @@ def to_html(report: Report) -> str:
 def _lead(report: Report) -> str:
     """The first sentence: what this is, and the answer."""
     scores = {score.name: score for score in report.results.scores}
-    names = [*report.groups.get("ensemble", ()), *report.groups.get("monolith", ())]
+    swept = sorted(report.groups.get("sweep", ()), key=lambda name: scores[name].frechet or math.inf)
+    names = [*report.groups.get("ensemble", ()), *swept[:3], *report.groups.get("monolith", ())]
     told = ", ".join(f"{escape(name)} {number(scores[name].frechet)}" for name in names)
     return (
         f"<p>{len(report.experts)} experts, trained apart on {len(report.clusters) or 'their'} clusters, sampled as "
@@ -172,53 +197,6 @@ def _pictures(report: Report) -> str:
 def _strip(name: str, uri: str, alt: str, count: int, columns: int) -> str:
     image = f'<img src="{uri}" alt="{escape(alt)}" style="width:{100 * count / columns:.4g}%">'
     return f'<div class="row"><span>{escape(name)}</span><div>{image}</div></div>'
-
-
-def _numbers(report: Report) -> str:
-    results = report.results
-    body = []
-    for group, names in report.groups.items():
-        for name in names:
-            body.append(_score_row(name, results.score(name), group))
-    head = f"<th>{results.frechet_name}</th><th>denoising error</th><th>pictures/s</th>"
-    floor = f"<tr><th scope=row>floor: real pictures</th><td>{number(results.floor)}</td><td></td><td></td></tr>"
-    return (
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}{floor}</tbody></table>'
-        f"</div>\n{_explained(report)}"
-    )
-
-
-def _score_row(label: str, score: Score, group: str = "") -> str:
-    error = score.denoising
-    return (
-        f'<tr class="{group}"><th scope=row>{escape(label)}<small>{escape(score.made_by)}</small></th>'
-        f"<td>{_frechet(score)}</td><td>{number(error.mean)} ± {number(error.standard_error, 2)}</td>"
-        f"<td>{score.images_per_second:.3g}</td></tr>"
-    )
-
-
-def _frechet(score: Score) -> str:
-    return number(score.frechet) if score.frechet is not None else f"{score.diverged} pictures diverged"
-
-
-def _explained(report: Report) -> str:
-    """What made each number of the table."""
-    r, s = report.results, report.settings
-    steps = _listed(sorted({f"{x.steps} {x.method} steps, guidance {x.guidance_scale:g}" for x in r.scores}))
-    return (
-        f"<p><b>{r.frechet_name}</b>: Fréchet distance between {r.images} drawn pictures and {r.reference} real "
-        f"training pictures, on {r.frechet_name.removeprefix('FD-pca')} principal components of the real pictures' "
-        f"pixels, {r.features_explain:.1%} of their variance (basis <code>{r.features_sha256[:12]}</code>). {steps}; "
-        f"seeds {s['seed']} to {s['seed'] + r.images - 1}; the prompts are the captions of {r.images} training "
-        f"pictures kept out of the {r.reference}. <b>Floor</b>: the distance of these {r.images} real pictures "
-        "themselves, so a perfect model scores the floor. Every row has the same prompts and noise.</p>"
-        f"<p><b>Denoising error</b>: mean of |u − (ε − x₀)|² per latent value at {len(s['levels'])} times from "
-        f"t = {s['levels'][0]:g} to {s['levels'][-1]:g}, on {r.held_out} held-out latents with their captions and the "
-        "same noise in every row, without guidance; ± is its standard error over the latents. Its least value is the "
-        "spread of what the noisy latent leaves open, not 0.</p>"
-        f"<p><b>Pictures/s</b>: of the pictures measured, {r.workers} batches of at most {s['batch']} side by side, on "
-        f"{escape(str(report.made['machine']))}.</p>"
-    )
 
 
 def _by_level(report: Report) -> str:
@@ -284,8 +262,8 @@ def _alignment(report: Report) -> str:
     ]
     label = "Slope of each expert's calibration against the time t"
     chart = line_chart(slopes, label, "t (0: data, 1: noise)", "slope s", include=(0, 1))
-    rows = "".join(_score_row(label, report.results.score(name)) for label, name in report.alignment)
-    head = f"<th>{report.results.frechet_name}</th><th>denoising error</th><th>pictures/s</th>"
+    rows = "".join(score_row(label, report.results.score(name)) for label, name in report.alignment)
+    head = head_of(report.results)
     note = (
         "The slope says how much of an expert's x₀ is to be believed, as measured on held-out latents of its own "
         "cluster: x₀ becomes m + s (x₀ − m), m being the cluster's mean. 1: all of it; 0: nothing but the mean."
@@ -297,7 +275,7 @@ def _alignment(report: Report) -> str:
         f"{figure}\n<p>The same ensemble with its experts brought to the common path in four ways. <b>native</b>: "
         "HDDM's formulas (Eqs. 5–8) with its hand-set safeguards; <b>snr</b>: asked at equal log-SNR, which is exact "
         "for exact experts. Measured as in the first table.</p>\n"
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
     )
 
 

@@ -4,10 +4,9 @@ import os
 import platform
 import re
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch import Tensor
 
 import atoll
 from atoll.artifact import CARD, read_json, sha256_file, write_bytes, write_json
-from atoll.calibration import Calibration
-from atoll.ensemble import Ensemble, Expert, Trace
+from atoll.ensemble import Expert
 from atoll.errors import AtollError
+from atoll.evaluate.bench import FORMAT
+from atoll.evaluate.diagnose import Diagnostics
 from atoll.evaluate.measure import (
     EvaluateSettings,
     Progress,
@@ -31,10 +31,13 @@ from atoll.evaluate.measure import (
     side_by_side,
     worker_count,
 )
-from atoll.evaluate.metrics import seeded_noise
+from atoll.evaluate.metrics import PixelPCA, seeded_noise
 from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
+from atoll.evaluate.run_diagnostics import diagnose_run
+from atoll.evaluate.spaces import build_space
+from atoll.evaluate.store import Part, Store
+from atoll.evaluate.variants import identified, say_objective, swept, variants_of
 from atoll.loading import LoadedEnsemble, load_ensemble
-from atoll.objective import Objective
 from atoll.schedule import Linear
 from atoll.shards import Shards
 from atoll.solver import sample
@@ -42,6 +45,8 @@ from atoll.weights import same
 from atoll.words import count_words, telling_words
 
 PICTURES_PER_CLUSTER = 24
+ROWS_OF_GRID = 12  # variants at most that the grid shows
+STORE = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,28 @@ def evaluate_run(
     settings: EvaluateSettings | None = None,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    store: Path | None = None,
 ) -> Path:
     """Writes `run_dir`/report.html and report.json, each as a whole or not at all; returns the page's path.
 
-    Reads encoded/ and ensemble/ (with the parts it names); monolith/ and clusters/ where they are.
+    Reads encoded/ and ensemble/ (with the parts it names); monolith/ and clusters/ where they are. What is measured is
+    kept in `store` (None: `run_dir`/evaluation) batch by batch, so that an interrupted evaluation goes on there.
 
     Raises:
         AtollError: a directory is missing or broken, or ensemble, monolith and data do not fit each other.
     """
     settings, start = settings or EvaluateSettings(), time.perf_counter()
     run = open_run(Path(run_dir), device)
-    variants, groups, alignment = variants_of(run)
-    results = evaluate(variants, run.reference, settings, progress, device)
-    grid, usages = draw_grid(run, groups, variants, settings, device)
+    dense = run.monolith.ensemble if run.monolith else None
+    if settings.sweep:
+        found, groups, alignment = swept(settings.sweep, run.loaded.ensemble, dense)
+    else:
+        found, groups, alignment = variants_of(run.loaded.ensemble, dense)
+    variants = identified(found, dense, _parts(run))
+    store = store or run.path / STORE
+    results = evaluate(variants, run.reference, settings, progress, device, store)
+    grid, usages = draw_grid(run, groups, variants, settings, store, device)
+    diagnosed = _diagnosed(run, settings, progress, device) if settings.diagnosed else None
     report = Report(
         title=f"Atoll: {run.path.resolve().name}",
         made={
@@ -97,6 +111,9 @@ def evaluate_run(
         usages=usages,
         clusters=tuple(describe_clusters(run, settings.seed)),
         clustered_by=_clustered_by(run.clustering),
+        store=os.path.relpath(store, run.path),
+        routing=run.loaded.ensemble.routing,
+        diagnostics=diagnosed,
     )
     html = run.path / "report.html"
     write_json(run.path / "report.json", to_json(report))
@@ -124,49 +141,17 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> Opened:
     return Opened(path, encoded, loaded, monolith, tuple(map(Shards, directories)), clustering)
 
 
-def variants_of(run: Opened) -> tuple[list[Variant], dict[str, tuple[str, ...]], tuple[tuple[str, str], ...]]:
-    """All that is measured; the names by group; (label, name) of those that compare the alignments."""
-    ensemble = run.loaded.ensemble
-    many = f"{len(ensemble.experts)} experts and their router"
-    routings = ["top-1", "top-2", "full"] if len(ensemble.experts) > 1 else ["full"]
-    routings += [ensemble.routing] if ensemble.routing not in routings else []
-    routed = [Variant(r, ensemble.with_options(routing=r, alignment="snr"), f"{many}, {r}") for r in routings]
-    alone = [
-        Variant(expert.name, _alone(expert, ensemble), f"{say_objective(expert.objective)}, asked for everything")
-        for expert in ensemble.experts
-    ]
-    dense = []
-    if run.monolith is not None:
-        objective = say_objective(run.monolith.ensemble.experts[0].objective)
-        dense = [Variant("monolith", run.monolith.ensemble, f"one network trained on everything, {objective}")]
-    clamped = _with_calibrations(ensemble, lambda expert: None)
-    pure = _with_calibrations(ensemble, lambda expert: Calibration.identity(torch.zeros(run.loaded.latent_shape)))
-    aligned = [
-        Variant("native", ensemble.with_options(alignment="native"), f"{ensemble.routing}, HDDM's formulas"),
-        Variant("snr + x0 clamp", clamped, f"{ensemble.routing}, |x₀| ≤ 20 for eps-experts instead of a calibration"),
-        Variant("snr alone", pure, f"{ensemble.routing}, nothing corrected"),
-    ]
-    groups = {
-        "ensemble": tuple(v.name for v in routed),
-        "expert": tuple(v.name for v in alone),
-        "monolith": tuple(v.name for v in dense),
-    }
-    labels = ("native", "snr + calibration", "snr + x0 clamp", "snr alone")
-    names = ("native", ensemble.routing, "snr + x0 clamp", "snr alone")
-    return [*routed, *alone, *dense, *aligned], groups, tuple(zip(labels, names, strict=True))
-
-
-def _alone(expert: Expert, ensemble: Ensemble) -> Ensemble:
-    """The expert as if it were all there is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the ensemble was loaded
-        return Ensemble([replace(expert, clusters=(0,))], None, "full", null=ensemble.null)
-
-
-def _with_calibrations(ensemble: Ensemble, choose: Callable[[Expert], Calibration | None]) -> Ensemble:
-    """Replicas alike, since a stacking would take the calibrations' place."""
-    experts = [replace(expert, calibration=choose(expert)) for expert in ensemble.experts]
-    return ensemble.with_experts(experts, alignment="snr", replicas="equal")
+def _diagnosed(
+    run: Opened, settings: EvaluateSettings, progress: Progress | None, device: str | torch.device
+) -> Diagnostics:
+    """Of the ensemble as it is routed, in the first space of a network, or in that of the pixels."""
+    if progress is not None:
+        progress(0, 1, "alignment diagnostics")
+    probe = run.reference.split(settings)[1].split(settings.batch)
+    images = (run.reference.images(rows) for rows in probe)
+    space = build_space(settings.spaces[0], images) if settings.spaces else PixelPCA.fit(images, settings.components)
+    loaded = run.loaded
+    return diagnose_run(loaded.ensemble, run.clusters, loaded.encoder, loaded.codec, space, settings, device)
 
 
 def draw_grid(
@@ -174,37 +159,47 @@ def draw_grid(
     groups: dict[str, tuple[str, ...]],
     variants: Sequence[Variant],
     settings: EvaluateSettings,
+    store: Path,
     device: str | torch.device = "cpu",
 ) -> tuple[Grid, tuple[Usage, ...]]:
     """Each prompt with each seed by each routing and the monolith, as `atoll sample` draws; traces top-1 and full."""
-    defaults = run.loaded.card["sampling"]
-    steps, method = defaults.get("steps", 50), defaults.get("method", "euler")
-    scale = defaults.get("guidance_scale", 1.0)
-    prompts = settings.prompts or tuple(run.reference.captions(run.reference.held_out(settings)[:8]))
+    defaults = {"steps": 50, "method": "euler", "guidance_scale": 1.0, **run.loaded.card["sampling"]}
+    prompts = settings.prompts or tuple(dict.fromkeys(run.reference.captions(run.reference.held_out(settings))))[:8]
     seeds = tuple(range(settings.seed, settings.seed + settings.seeds))
     tokens = run.loaded.encoder.tokenize([prompt for prompt in prompts for _ in seeds])
     condition = run.loaded.encoder.encode(tokens).to(device)
     noise = seeded_noise(seeds * len(prompts), run.loaded.latent_shape).to(device)
+    shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
-    def draw(variant: Variant) -> tuple[Tensor, Trace]:
+    def draw(variant: Variant, how: dict[str, Any]) -> Part:
+        scale = how["guidance_scale"]
         velocity = partial(variant.ensemble.velocity, condition=condition, guidance_scale=scale)
         with variant.ensemble.tracing() as trace:
-            images = run.loaded.codec.decode(sample(velocity, noise, steps, method)).cpu()
-        return images.unflatten(0, (len(prompts), len(seeds))), trace
+            images = run.loaded.codec.decode(sample(velocity, noise, how["steps"], how["method"])).cpu()
+        weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P,T,E]: the first seed's
+        return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
 
-    shown = [v for v in variants if v.name in (*groups["ensemble"], *groups["monolith"])]
+    def kept(variant: Variant) -> tuple[str, Part]:
+        how = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
+        how |= {key: value for key, value in variant.axes.items() if key in how}
+        kept_in = Store(store, {"grid": variant.identity, **how, **shared})
+        return kept_in.key, kept_in.part("grid", lambda: draw(variant, how))
+
+    names = [name for group in ("ensemble", "sweep", "monolith") for name in groups.get(group, ())]
+    shown = [variant for variant in variants if variant.name in names][:ROWS_OF_GRID]
     with side_by_side(worker_count(settings, device)) as side:
-        drawn = dict(zip((v.name for v in shown), side(draw, shown), strict=True))
-    made_by = f"Drawn with {steps} {method} steps and guidance {scale:g}."
-    grid = Grid(prompts, seeds, tuple((n, images) for n, (images, _) in drawn.items()), _real(run, prompts), made_by)
+        drawn = dict(zip((v.name for v in shown), side(kept, shown), strict=True))
+    sizes = (len(prompts), len(seeds))
+    rows = tuple((name, part["images"].unflatten(0, sizes)) for name, (_, part) in drawn.items())
+    how = f"{defaults['steps']} {defaults['method']} steps and guidance {defaults['guidance_scale']:g}"
+    made_by = f"Drawn with {how}, where a row does not say otherwise."
+    if len(names) > len(shown):
+        made_by += f" The first {len(shown)} of {len(names)} rows."
+    grid = Grid(prompts, seeds, rows, _real(run, prompts), made_by, tuple(key for key, _ in drawn.values()))
     traced = [name for name in ("top-1", "full") if name in drawn]
-    return grid, tuple(_usage(name, drawn[name][1], len(seeds)) for name in traced)
-
-
-def _usage(routing: str, trace: Trace, seeds: int) -> Usage:
-    """The first seed's rows of a trace."""
-    weights = torch.stack(trace.weights, dim=1)[::seeds]  # [P, T, E]
-    return Usage(routing, tuple(float(t[0]) for t in trace.times), weights)
+    return grid, tuple(
+        Usage(name, tuple(drawn[name][1]["times"].tolist()), drawn[name][1]["weights"]) for name in traced
+    )
 
 
 def _real(run: Opened, prompts: Sequence[str]) -> tuple[Tensor | None, ...]:
@@ -239,9 +234,10 @@ def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
     return described
 
 
-def say_objective(objective: Objective) -> str:
-    """eps on cosine"""
-    return f"{objective.prediction} on {objective.schedule.config()['name']}"
+def _parts(run: Opened) -> dict[str, str]:
+    """Of ensemble and monolith the hash of what names all hashes of their parts."""
+    parts = {"ensemble": sha256_file(run.path / "ensemble" / "ensemble.json")}
+    return parts | ({"monolith": sha256_file(run.path / "monolith" / CARD)} if run.monolith else {})
 
 
 def hashes_of(run: Opened, results: Results) -> tuple[tuple[str, str], ...]:
@@ -254,7 +250,7 @@ def hashes_of(run: Opened, results: Results) -> tuple[tuple[str, str], ...]:
     found += [(f"{Path(part['url']).name}/{CARD}", part["sha256"]) for part in parts]
     if run.monolith is not None:
         found.append((f"monolith/{CARD}", sha256_file(run.path / "monolith" / CARD)))
-    return (*found, (f"basis of {results.frechet_name}", results.features_sha256))
+    return (*found, *((f"feature space {space.name}", space.sha256) for space in results.spaces))
 
 
 def _clustered_by(clustering: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ def launch_run(
     gpus: int | None = None,
     retries: int = 3,
     options: Sequence[str] = (),
+    only: Sequence[str] | None = None,
 ) -> bool:
     """Trains all parts that the manifest of `run` names and shows how they stand; whether it was not stopped before.
 
@@ -28,6 +29,7 @@ def launch_run(
         gpus: of each part; None: one where there are GPUs.
         retries: restarts of a part that died of something else than a mistake.
         options: of sbatch: "partition=gpu".
+        only: names of parts ("3-flow-linear", "router"), instead of all.
 
     Raises:
         AtollError: a mistake in any of that; or, when all others are done, parts that failed for good.
@@ -39,7 +41,7 @@ def launch_run(
     manifest = load_manifest(run)
     threads = max(job.threads for job in jobs_of(run, manifest))
     with open_place(on, run, jobs, gpus, threads, _pairs(options)) as place:
-        todo = jobs_of(run, manifest, place.gpus)
+        todo = [job for job in jobs_of(run, manifest, place.gpus) if only is None or job.name in only]
         with LaunchView(manifest.name, place.slots) as view:
             parts = run_jobs(todo, place, view.update, retries, jobs)
     failed = [part.job.name for part in parts if part.state == "failed"]

@@ -14,7 +14,9 @@ from atoll.evaluate.metrics import (
     DenoisingError,
     Moments,
     PixelPCA,
+    bias_warning,
     frechet_distance,
+    metric_name,
     seeded_noise,
     squared_errors,
 )
@@ -124,6 +126,34 @@ class TestFrechetDistance:
         # sqrtm itself loses half the digits where the product is singular
         assert measured == pytest.approx(expected, rel=1e-9 if rank_a >= dim else 1e-5)
 
+    @pytest.mark.parametrize("dim", [3, 11])
+    def test_of_a_gaussian_and_its_image_under_a_symmetric_map(self, dim: int) -> None:
+        # x -> A x + c with A positive is the optimal transport from N(m, S) to N(A m + c, A S A) (Knott & Smith 1984):
+        # the distance is E |A x + c - x|^2 = |A m + c - m|^2 + tr((A - 1) S (A - 1)). S and A S A do not commute.
+        one = torch.eye(dim, dtype=torch.float64)
+        s, a = random_covariance(dim, 2 * dim, 0), random_covariance(dim, 2 * dim, 1) + 0.1 * one
+        m, c = torch.linspace(-1, 2, dim).double(), torch.linspace(3, 1, dim).double()
+        expected = (a @ m + c - m).square().sum() + ((a - one) @ s @ (a - one)).trace()
+        measured = frechet_distance(exactly(m, s), exactly(a @ m + c, a @ s @ a))
+        assert measured == pytest.approx(float(expected), rel=1e-9)
+
+    def test_equals_torchmetrics(self) -> None:
+        fid = pytest.importorskip("torchmetrics.image.fid")
+
+        class Identity(torch.nn.Module):
+            num_features = 6
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x
+
+        g = torch.Generator().manual_seed(0)
+        real = torch.randn(50, 6, generator=g) @ torch.randn(6, 6, generator=g)
+        fake = torch.randn(40, 6, generator=g) @ torch.randn(6, 6, generator=g) + 0.7
+        theirs = fid.FrechetInceptionDistance(Identity())
+        theirs.update(real, real=True)
+        theirs.update(fake, real=False)
+        assert frechet_distance(moments_of(real), moments_of(fake)) == pytest.approx(float(theirs.compute()), rel=1e-5)
+
     def test_is_symmetric(self) -> None:
         a = exactly(torch.zeros(6), random_covariance(6, 9, 3))
         b = exactly(torch.ones(6), random_covariance(6, 4, 4))
@@ -134,6 +164,69 @@ class TestFrechetDistance:
         bad = moments_of(torch.tensor([[1.0, torch.nan], [0.0, 1.0], [1.0, 1.0]]))
         with pytest.raises(AtollError, match="diverged"):
             frechet_distance(good, bad)
+
+
+class TestBias:
+    def test_nothing_to_say_of_five_pictures_a_dimension(self) -> None:
+        assert bias_warning(320, 10_000, 64) is None
+        assert bias_warning(10_000, 319, 64) is not None
+
+    def test_says_the_rule_and_the_fix_in_one_line(self) -> None:
+        said = bias_warning(512, 20_000, 1280)
+        assert said is not None
+        assert "512 against 20,000 pictures in 1,280 dimensions is biased upwards" in said
+        assert "5 pictures per dimension (6,400)" in said
+        assert "at most 102 components" in said
+        assert bias_warning(512, 512, 102) is None
+        assert "kernel distance" in said
+        assert said.isprintable()
+
+    def test_says_where_the_covariance_is_singular(self) -> None:
+        assert "singular" in str(bias_warning(64, 1000, 64))
+        assert "singular" not in str(bias_warning(65, 1000, 64))
+        g = torch.Generator().manual_seed(0)
+        for count, rank in ((64, 63), (65, 64)):
+            moments = moments_of(torch.randn(count, 64, generator=g, dtype=torch.float64))
+            assert torch.linalg.matrix_rank(moments.covariance) == rank
+
+    def test_the_bias_is_what_the_docstring_says(self) -> None:
+        # n = 5 D, m = 7 D: (D + 5)/4 (1/n + 1/m) of the total variance, to second order.
+        dim, g = 20, torch.Generator().manual_seed(0)
+        draw = lambda n: moments_of(torch.randn(n, dim, generator=g))  # noqa: E731
+        found = sum(frechet_distance(draw(5 * dim), draw(7 * dim)) for _ in range(40)) / 40
+        assert found / dim == pytest.approx((dim + 5) / 4 * (1 / (5 * dim) + 1 / (7 * dim)), rel=0.05)
+
+
+class TestMetricName:
+    class Space:
+        dim, explained, sha256 = 2048, 1.0, "3fa9c2d1" + "0" * 56
+
+        def __init__(self, name: str):
+            self.name = name
+
+        def __call__(self, images: Tensor, /) -> Tensor:
+            return images.flatten(1)
+
+    @pytest.mark.parametrize(
+        ("kind", "space", "name"),
+        [
+            ("FD", "MNv2-pca64", "FD-MNv2-pca64"),
+            ("FD", "Inception", "FID"),
+            ("FD", "Inception-pca64", "FD-Inception-pca64"),
+            ("KD", "Inception", "KID"),
+            ("KD", "DINOv2", "KD-DINOv2"),
+            ("MMD", "CLIP", "CMMD"),
+            ("MMD", "MNv2", "MMD-MNv2"),
+            ("FD", "CLIP", "FD-CLIP"),
+            ("precision", "Inception", "precision-Inception"),
+        ],
+    )
+    def test_only_the_space_of_its_paper_gives_a_metric_its_own_name(self, kind, space, name) -> None:
+        assert metric_name(kind, self.Space(space)) == f"{name} [3fa9c2d1]"
+
+    def test_of_pixels(self) -> None:
+        features = PixelPCA.fit([torch.rand(6, 1, 4, 5, generator=torch.Generator().manual_seed(0))], 3)
+        assert metric_name("FD", features) == f"FD-pca3 [{features.sha256[:8]}]"
 
 
 class TestPixelPCA:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atoll.evaluate.measure import EvaluateSettings, Results, Score
+from atoll.evaluate.measure import EvaluateSettings, Results, Score, Space
 from atoll.evaluate.metrics import DenoisingError
 from atoll.evaluate.pictures import Line, _log_ticks, _ticks, line_chart
 from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
@@ -55,7 +55,9 @@ class Parsed(HTMLParser):
 
 def score(name: str, frechet: float | None = 1.25, error: float = 0.5) -> Score:
     denoising = DenoisingError((0.25, 0.75), (error, 2 * error), 1.5 * error, 0.01)
-    return Score(name, f"made by {name}", 3, "euler", 1.0, frechet, 0 if frechet is not None else 7, denoising, 12.5)
+    metrics = {"FD-pca48 [cdcdcdcd]": frechet, "recall-pca48 [cdcdcdcd]": None if frechet is None else 0.875}
+    diverged = 0 if frechet is not None else 7
+    return Score(name, f"made by {name}", 3, "euler", 1.0, {}, metrics, diverged, denoising, 12.5, 0.037)
 
 
 def make_report(text: str = "a prompt") -> Report:
@@ -67,7 +69,17 @@ def make_report(text: str = "a prompt") -> Report:
         made={"machine": text},
         settings=EvaluateSettings(prompts=(text,)).model_dump(),
         hashes=(("encoded", "ab" * 32),),
-        results=Results("FD-pca48", "cd" * 32, 0.9, 12, 30, 6, 0.75, 2, tuple(map(score, names))),
+        results=Results(
+            (Space("pca48", 48, "cd" * 32, 0.9),),
+            12,
+            30,
+            6,
+            {"FD-pca48 [cdcdcdcd]": 0.75, "recall-pca48 [cdcdcdcd]": 0.5},
+            2,
+            "0123",
+            (f"{text}: too few",),
+            tuple(map(score, names)),
+        ),
         groups={"ensemble": ("top-1", "full"), "expert": (text,), "monolith": ("monolith",)},
         alignment=(("native", "native"), ("snr + calibration", "top-1")),
         experts=(
@@ -119,9 +131,14 @@ class TestPage:
 
     def test_shows_each_number_and_what_made_it(self) -> None:
         text = Parsed(to_html(make_report())).text
-        for expected in ("1.25", "0.750 ± 0.010", "12.5", "floor: real pictures0.750", "made by monolith", "90.0%"):
+        for expected in ("1.25", "0.750 ± 0.010", "12.5", "made by monolith", "90.0%"):
             assert expected in text
-        assert "between 12 drawn pictures and 30 real" in text
+        assert "real pictureswhat a perfect model scores0.7500.500" in text
+        assert "pca48cdcdcdcd" in text  # the space and its hash, above "FD" and "recall"
+        assert "FD ↓recall ↑" in text
+        assert "a prompt: too few." in text
+        assert "0.0370" in text  # GFLOPs
+        assert "12 drawn pictures against 30 real training pictures" in text
         assert "3 euler steps, guidance 1" in text
 
     def test_a_variant_that_diverged_is_said_to(self) -> None:
@@ -205,6 +222,13 @@ class TestChart:
         assert len(self.points(line_chart([line], "l", "t", "y", log_y=True))[0]) == 2
         nothing = line_chart([Line("a", (0, 1), (math.nan, math.nan), "red")], "l", "t", "y", log_y=True)
         assert self.points(nothing) == [[]]
+
+    @pytest.mark.parametrize("apart", [0.0, 1e-16, 1e-13])
+    def test_values_that_hardly_differ_are_one_line(self, apart: float) -> None:
+        for log_y in (False, True):
+            svg = line_chart([Line("a", (0, 1), (0.5, 0.5 + apart), "red")], "l", "t", "y", log_y=log_y)
+            (((_, a), (_, b)),) = self.points(svg)[:1]
+            assert a == pytest.approx(b, abs=0.1)
 
     def test_names_axes_and_lines(self) -> None:
         svg = line_chart([Line("<a>", (0, 1), (1, 2), "red", "2 4")], "<what>", "t (0: data)", "y & z")

@@ -1,7 +1,6 @@
 """Measuring variants against each other (the oracle's floor and order), and a whole run on disk into a report."""
 
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate import EvaluateSettings, Reference, Results, Variant, evaluate, evaluate_run
 from atoll.evaluate import run as run_module
-from atoll.evaluate.measure import side_by_side
+from atoll.evaluate.measure import Space, side_by_side
+from atoll.evaluate.variants import alone
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.schedule import Linear
@@ -159,7 +159,8 @@ class TestEvaluate:
         variant = Variant("long", ensemble, steps=9, method="euler", guidance_scale=2.0)
         score = evaluate([variant], oracle.reference, SMALL).score("long")
         assert (score.steps, score.method, score.guidance_scale) == (9, "euler", 2.0)
-        assert sum(calls) == 12 * 9 * 2 + 6 * 2  # both branches in sampling, one in the denoising error
+        # both branches in sampling, one in the denoising error; four more pictures whose operations are counted
+        assert sum(calls) == (12 + 4) * 9 * 2 + 6 * 2
 
     def test_progress_ends_at_its_total(self, oracle: Oracle) -> None:
         told: list[tuple[int, int, str]] = []
@@ -272,7 +273,7 @@ class TestEvaluateRun:
         assert all(score["frechet"] > 0 and len(score["denoising"]["by_level"]) == 2 for score in scores.values())
         assert scores["top-2"] == {
             **scores["full"],
-            **{k: scores["top-2"][k] for k in ("name", "made_by", "images_per_second")},
+            **{k: scores["top-2"][k] for k in ("name", "made_by", "images_per_second", "key")},
         }
         assert report["results"]["frechet_name"] == "FD-pca8"
         # each way of alignment is another model; the calibration acts on both experts
@@ -285,7 +286,7 @@ class TestEvaluateRun:
         assert hashes["monolith/card.json"] == sha256_file(run / "monolith" / "card.json")
         assert hashes["0-eps-cosine/card.json"] == sha256_file(run / "experts" / "0-eps-cosine" / "card.json")
         assert hashes["ensemble/ensemble.json"] == sha256_file(run / "ensemble" / "ensemble.json")
-        assert {"encoded/index.json", "clusters/clusters.json", "router/card.json", "basis of FD-pca8"} < set(hashes)
+        assert {"encoded/index.json", "clusters/clusters.json", "router/card.json", "feature space pca8"} < set(hashes)
 
     def test_traces_who_was_asked(self, run: Path) -> None:
         usage = {one["routing"]: one for one in report_of(run)["usage"]}
@@ -317,6 +318,22 @@ class TestEvaluateRun:
         )  # 2 prompts x 4 rows, one in the data, 2 clusters
         assert not [p for p in run.iterdir() if p.name.startswith(".")]
 
+    def test_the_alignment_of_experts_and_data_is_diagnosed_where_asked(self, run: Path, tmp_path: Path) -> None:
+        import shutil
+
+        assert report_of(run)["diagnostics"] is None
+        path = tmp_path / "diagnosed"
+        shutil.copytree(run, path)
+        asked = SMALL.model_copy(update={"diagnosed": 3})
+        page = evaluate_run(path, asked).read_text()
+        assert "Experts and their data" in page
+        found = report_of(path)["diagnostics"]
+        assert found["trajectory"]["pictures"] == 3
+        assert found["router"]["count"] == found["experts"]["count"] == 7  # all that the clusters hold out
+        shutil.rmtree(path / "clusters")
+        with pytest.raises(AtollError, match=r"evaluate.diagnosed needs the clusters' shards"):
+            evaluate_run(path, asked)
+
     def test_monolith_and_clusters_may_be_missing(self, tmp_path: Path) -> None:
         import shutil
 
@@ -326,7 +343,7 @@ class TestEvaluateRun:
         page = evaluate_run(path, SMALL.model_copy(update={"prompts": ()})).read_text()
         assert "no clusters beside it" in page
         assert "monolith" not in report_of(path)["hashes"]
-        assert len(report_of(path)["usage"][0]["prompts"]) == 6  # held-out captions where none are set
+        assert report_of(path)["usage"][0]["prompts"] == ["red 0", "blue 0"]  # held-out captions where none are set
 
     def test_other_data_is_refused_and_the_report_untouched(self, tmp_path: Path) -> None:
         path = make_run(tmp_path / "other")
@@ -349,9 +366,9 @@ def test_an_expert_alone_is_asked_for_everything() -> None:
     flow = Objective("flow", Linear())
     experts = [Expert(lambda x, time, c, k=k: x * 0 + k, flow, (k,), name=f"e{k}") for k in range(3)]
     ensemble = Ensemble(experts, lambda x, t, pooled: x.new_zeros(len(x), 3), "full")
-    alone = run_module._alone(experts[2], ensemble)
+    one = alone(experts[2], ensemble)
     x = torch.randn(5, *SHAPE)
-    torch.testing.assert_close(alone.velocity(x, torch.full((5,), 0.5)), torch.full_like(x, 2.0))
+    torch.testing.assert_close(one.velocity(x, torch.full((5,), 0.5)), torch.full_like(x, 2.0))
 
 
 def test_words_that_are_everywhere_tell_nothing() -> None:
@@ -363,10 +380,10 @@ def test_words_that_are_everywhere_tell_nothing() -> None:
 
 
 def test_results_are_found_by_name() -> None:
-    results = Results("FD-pca1", "0", 1.0, 1, 1, 1, 0.0, 1)
+    results = Results((Space("pca1", 1, "0", 1.0),), 1, 1, 1, {"FD-pca1 [0]": 0.25, "KD-pca1 [0]": 0.5}, 1, "")
     with pytest.raises(KeyError):
         results.score("nobody")
-    assert replace(results, floor=1.0).floor == 1.0
+    assert (results.frechet_name, results.floor) == ("FD-pca1", 0.25)
 
 
 @pytest.mark.parametrize(

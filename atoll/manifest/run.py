@@ -8,29 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from atoll.errors import AtollError
+from atoll.manifest.base import Section
+from atoll.manifest.evaluation import EvaluateSettings, Method
 
 MANIFEST = "atoll.yaml"
 # Inside an installed package the recipes lie in it; in a checkout they lie beside it.
 RECIPES = next(
-    d for d in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes", Path()) if d.is_dir()
+    d for d in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes", Path()) if d.is_dir()
 )
-
-
-class Section(BaseModel):
-    """A part of the manifest: an unknown key is an error, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataSettings(Section):
@@ -166,8 +154,8 @@ class ExpertSettings(Section):
     cluster: int = Field(ge=0)
     objective: ObjectiveSettings
     name: str = ""
-    network: dict[str, Any] = {}
-    train: dict[str, Any] = {}
+    network: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def full_name(self) -> str:
@@ -196,15 +184,15 @@ class RouterSettings(Section):
 
     network: RouterNetworkSettings = RouterNetworkSettings()
     path: Literal["linear", "experts"] = "linear"
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default_factory=dict)
 
 
 class MonolithSettings(Section):
     """The dense model of equal total FLOPs to compare with; batch is usually k times an expert's."""
 
     objective: ObjectiveSettings
-    network: dict[str, Any] = {}
-    train: dict[str, Any] = {}
+    network: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
 
 
 class StudentSettings(MonolithSettings):
@@ -217,7 +205,7 @@ class StudentSettings(MonolithSettings):
 class SamplingSettings(Section):
     steps: PositiveInt = 25
     guidance_scale: float = 2.0
-    method: Literal["euler", "heun", "dpm++2m"] = "euler"
+    method: Method = "euler"
     routing: str = "top-2"
     replicas: str = Field("stacked", pattern=r"^(stacked|inverse-error|equal|time-switch-(\d*\.)?\d+)$")
 
@@ -233,34 +221,15 @@ class SamplingSettings(Section):
         return routing
 
 
-class EvaluateSettings(Section):
-    """What the report's numbers depend on. images: per variant; steps, method, guidance_scale: of the pictures measured
-    (those of the grid are drawn by the ensemble's own defaults)."""
-
-    images: PositiveInt = 512
-    steps: PositiveInt = 15
-    method: Literal["euler", "heun", "dpm++2m"] = "dpm++2m"
-    guidance_scale: float = 1.0
-    components: PositiveInt = 48  # of the PCA
-    reference: PositiveInt = 20_000  # real pictures at most
-    held_out: PositiveInt = 128  # latents at most
-    levels: tuple[float, ...] = tuple((2 * i + 1) / 20 for i in range(10))  # t of the denoising error
-    prompts: tuple[str, ...] = ()  # of the grid; none: captions of held-out pictures
-    seeds: PositiveInt = 4  # pictures per prompt in the grid
-    batch: PositiveInt = 128
-    workers: PositiveInt | None = None  # batches side by side, each on its share of threads; None: one per core
-    seed: int = Field(0, ge=0)
-
-
 class Manifest(Section):
     """The whole of atoll.yaml."""
 
     name: str
     seed: int = Field(0, ge=0)
     data: DataSettings = DataSettings()
-    codec: dict[str, Any] = {"name": "pixels", "channels": 1}
-    condition: dict[str, Any] = {"name": "hash"}
-    feature: dict[str, Any] = {"name": "hog"}
+    codec: dict[str, Any] = Field(default_factory=lambda: {"name": "pixels", "channels": 1})
+    condition: dict[str, Any] = Field(default_factory=lambda: {"name": "hash"})
+    feature: dict[str, Any] = Field(default_factory=lambda: {"name": "hog"})
     clusters: ClusterSettings = ClusterSettings()
     network: NetworkSettings = NetworkSettings()
     train: TrainSettings = TrainSettings()

@@ -1,0 +1,343 @@
+"""What all variants are measured on: equal real pictures, prompts, noise and held-out latents, in equal spaces."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.condition import Condition, Conditions
+from atoll.ensemble import Ensemble
+from atoll.errors import AtollError
+from atoll.evaluate.agreement import CLIPScore, RidgeAgreement, pooled_vectors
+from atoll.evaluate.compared import Statistics, compare
+from atoll.evaluate.cost import count_flops
+from atoll.evaluate.diversity import PerceptualDistance, build_distance
+from atoll.evaluate.measure import Places, Progress, Reference, Results, Run, Score, Space, Variant
+from atoll.evaluate.metrics import DenoisingError, Features, PixelPCA, bias_warning, seeded_noise, squared_errors
+from atoll.evaluate.spaces import FeatureSpace, build_space, build_space_feature
+from atoll.evaluate.store import Part, Store
+from atoll.manifest import EvaluateSettings, SpaceSettings
+from atoll.solver import Method, sample
+
+FORMAT = 1
+_COUNTED = 4  # pictures drawn to count their operations
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a variant's pictures are drawn."""
+
+    steps: int
+    method: Method
+    guidance_scale: float
+
+
+# (tokens of B prompts, B seeds of noise) -> pictures [B, c, h, w]
+_Draw = Callable[[Any, Sequence[int]], Tensor]
+
+
+class Bench:
+    """Measures one variant after the other.
+
+    Args:
+        places: where what is measured is kept.
+        calls: of all variants together, for the progress.
+        run: of `side_by_side`, with so many workers.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        settings: EvaluateSettings,
+        device: torch.device,
+        places: Places,
+        calls: int,
+        progress: Progress | None,
+        run: Run,
+        workers: int,
+    ):
+        self.reference, self.settings, self.device, self.places, self.run = reference, settings, device, places, run
+        self.probe, self.base = reference.split(settings)
+        self.held_out = reference.held_out(settings)
+        self.shape = reference.encoded.shape("latent")
+        # Tokenised once: an encoder may learn new words here, which is not for several threads at a time.
+        self.captions = reference.captions(self.probe)
+        self.prompts = reference.encoder.tokenize(self.captions)
+        self.held_out_tokens = reference.encoder.tokenize(reference.captions(self.held_out))
+        self.real = Store(places.of(reference.encoded.sha256), self._about())
+        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
+        self.real.part("prompts", lambda: {"number": torch.tensor([numbers[caption] for caption in self.captions])})
+        self.spaces = [self._pixels(), *(self._space(i, space) for i, space in enumerate(settings.spaces))]
+        base = self._features_of(self.base, "base")
+        self.base_statistics = [self._statistics(i, base) for i in range(len(self.spaces))]
+        probe = self._features_of(self.probe, "probe")
+        self.probe_statistics = [self._statistics(i, probe) for i in range(len(self.spaces))]
+        self.agreement = self._agreement()
+        self.clip = CLIPScore.load(settings.clip["weights"]) if settings.clip else None
+        self.distance: PerceptualDistance | None = None
+        if settings.diversity:
+            self.distance = build_distance(settings.diversity.feature)
+        drawn = len(self.probe) + (self._diverse * settings.diversity.images if settings.diversity else 0)
+        per_call = drawn * settings.steps + len(self.held_out) * len(settings.levels)
+        self._progress, self._total, self._done = progress, calls * per_call, 0
+        self.workers = workers
+
+    # The real pictures.
+
+    def _about(self) -> dict[str, Any]:
+        """All that the real pictures' features depend on, but for the feature networks."""
+        s = self.settings
+        return {
+            "format": FORMAT,
+            "encoded": self.reference.encoded.sha256,
+            "codec": self.reference.codec.config(),
+            **{key: getattr(s, key) for key in ("seed", "images", "reference", "components", "batch", "held_out")},
+            "spaces": [space.model_dump(mode="json") for space in s.spaces],
+        }
+
+    def _base_images(self) -> Iterator[Tensor]:
+        return (self.reference.images(rows) for rows in self.base.split(self.settings.batch))
+
+    def _pixels(self) -> PixelPCA:
+        def fit() -> Part:
+            found = PixelPCA.fit(self._base_images(), self.settings.components)
+            numbers = torch.tensor([found.pool, found.explained], dtype=torch.float64)
+            return {"mean": found.mean, "basis": found.basis, "numbers": numbers}
+
+        part = self.real.part("pixels", fit)
+        pool, explained = part["numbers"].tolist()
+        return PixelPCA(part["mean"], part["basis"], int(pool), explained)
+
+    def _space(self, number: int, asked: SpaceSettings) -> Features:
+        if asked.components is None:
+            return build_space(asked)
+
+        def fit() -> Part:
+            found = build_space(asked, self._base_images())
+            assert found.mean is not None
+            assert found.basis is not None
+            explained = torch.tensor([found.explained], dtype=torch.float64)
+            return {"mean": found.mean, "basis": found.basis, "explained": explained}
+
+        part = self.real.part(f"space-{number}", fit)
+        feature = build_space_feature(asked.feature)
+        return FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"]))
+
+    def _features_of(self, rows: Tensor, name: str) -> Sequence[Part]:
+        """Of real pictures in every space, batch by batch."""
+
+        def make(numbered: tuple[int, Tensor]) -> Part:
+            number, part = numbered
+            return self.real.part(f"{name}-{number:05d}", lambda: self._seen(self.reference.images(part)))
+
+        return list(self.run(make, enumerate(rows.split(self.settings.batch))))
+
+    def _seen(self, images: Tensor) -> Part:
+        return {str(i): space(images) for i, space in enumerate(self.spaces)}
+
+    def _statistics(self, space: int, parts: Sequence[Part]) -> Statistics:
+        return Statistics.of(self.spaces[space].dim, self.settings.kept, (part[str(space)] for part in parts))
+
+    def _agreement(self) -> RidgeAgreement | None:
+        """Fitted in the first space of a network, or else on the pixels; None where all prompts are one."""
+        if len(set(self.captions)) < 2:
+            return None
+        number = min(1, len(self.spaces) - 1)
+        features = self.base_statistics[number].features
+        captions = self.reference.captions(self.base[: len(features)])
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            encoder, size = self.reference.encoder, self.settings.batch
+            for start in range(0, len(features), size):
+                condition = encoder.encode(encoder.tokenize(captions[start : start + size]))
+                yield features[start : start + size], pooled_vectors(condition)
+
+        return RidgeAgreement.fit(self.spaces[number], pairs())
+
+    def _agreement_of(self, statistics: Sequence[Statistics]) -> dict[str, float | None]:
+        if self.agreement is None:
+            return {}
+        found = statistics[min(1, len(self.spaces) - 1)]
+        if found.broken:
+            return {self.agreement.name: None}
+        captions = self.captions[: len(found.features)]
+        vectors = pooled_vectors(self.reference.encoder.encode(self.prompts.index(torch.arange(len(captions)))))
+        return {self.agreement.name: self.agreement.score(found.features, captions, vectors).r_precision}
+
+    # A variant.
+
+    def score(self, variant: Variant) -> Score:
+        s = self.settings
+        scale = s.guidance_scale if variant.guidance_scale is None else variant.guidance_scale
+        how = _How(variant.steps or s.steps, variant.method or s.method, scale)
+        store = Store(self.places.of(variant.identity), self._about_variant(variant, how))
+
+        def draw(tokens: Any, seeds: Sequence[int]) -> Tensor:
+            condition = self.reference.encoder.encode(tokens).to(self.device)
+            noise = seeded_noise(seeds, self.shape).to(self.device)
+            velocity = _bound(variant.ensemble, condition, scale)
+            return self.reference.codec.decode(sample(velocity, noise, how.steps, how.method))
+
+        def counted() -> Part:
+            numbers = torch.arange(min(_COUNTED, len(self.probe)))
+            try:
+                with torch.inference_mode():
+                    cost = count_flops(lambda: draw(self.prompts.index(numbers), numbers.tolist()), len(numbers)).flops
+            except AtollError:  # experts that are no networks of torch
+                cost = math.nan
+            return {"flops": torch.tensor([cost], dtype=torch.float64)}
+
+        statistics, clip, speed = self._pictures(variant, store, draw, how.steps)
+        metrics = dict(self._metrics(statistics))
+        if self.clip is not None:
+            metrics[self.clip.name] = None if statistics[0].broken else clip
+        metrics |= self._diversity(variant, store, draw, how.steps)
+        denoising = self._denoising(variant, store)
+        flops = float(store.part("flops", counted)["flops"])
+        return Score(
+            name=variant.name,
+            made_by=variant.made_by,
+            steps=how.steps,
+            method=how.method,
+            guidance_scale=scale,
+            axes=variant.axes,
+            metrics=metrics,
+            diverged=statistics[0].broken,
+            denoising=denoising,
+            images_per_second=speed,
+            gflops=flops / 1e9 if math.isfinite(flops) else None,
+            key=store.key if self.places.of(variant.identity) == self.places.store else "",
+        )
+
+    def _about_variant(self, variant: Variant, how: _How) -> dict[str, Any]:
+        diversity = self.settings.diversity
+        return {
+            "format": FORMAT,
+            "variant": variant.identity or variant.name,
+            **asdict(how),
+            "levels": self.settings.levels,
+            "bench": self.real.key,
+            "spaces": [space.sha256 for space in self.spaces],
+            "clip": self.clip.name if self.clip else None,
+            "diversity": [self.distance.name, diversity.prompts, diversity.images]
+            if self.distance and diversity
+            else None,
+        }
+
+    def _pictures(
+        self, variant: Variant, store: Store, draw: _Draw, steps: int
+    ) -> tuple[list[Statistics], float, float]:
+        """(statistics in every space, mean CLIP score, pictures per second)."""
+
+        def make(numbered: tuple[int, Tensor]) -> Part:
+            number, rows = numbered
+
+            def drawn() -> Part:
+                start = time.perf_counter()
+                images = draw(self.prompts.index(rows), [self.settings.seed + row for row in rows.tolist()])
+                seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+                part = {**self._seen(images.cpu()), "seconds": seconds}
+                if self.clip is not None:
+                    part["clip"] = self.clip(images, [self.captions[row] for row in rows.tolist()])
+                return part
+
+            return store.part(f"pictures-{number:05d}", drawn)
+
+        statistics = [Statistics(space.dim, self.settings.kept) for space in self.spaces]
+        clip = seconds = 0.0
+        for part in self.run(make, enumerate(torch.arange(len(self.probe)).split(self.settings.batch))):
+            for number, found in enumerate(statistics):
+                found.update(part[str(number)])
+            seconds += float(part["seconds"])
+            clip += float(part["clip"].sum()) if "clip" in part else 0.0
+            self._tell(variant.name, len(part["0"]) * steps * variant.calls)
+        return statistics, clip / len(self.probe), len(self.probe) / seconds * self.workers
+
+    def _metrics(self, statistics: Sequence[Statistics]) -> Iterator[tuple[str, float | None]]:
+        for space, real, drawn in zip(self.spaces, self.base_statistics, statistics, strict=True):
+            yield from compare(space, real, drawn).items()
+        yield from self._agreement_of(statistics).items()
+
+    @property
+    def _diverse(self) -> int:
+        """Prompts that diversity is measured on: distinct captions of the probe."""
+        asked = self.settings.diversity
+        return min(asked.prompts, len(set(self.captions))) if asked else 0
+
+    def _diversity(self, variant: Variant, store: Store, draw: _Draw, steps: int) -> dict[str, float | None]:
+        """HDDM: the mean over prompts, and their standard deviation."""
+        if self.distance is None or self.settings.diversity is None:
+            return {}
+        distance, count = self.distance, self.settings.diversity.images
+        prompts = list(dict.fromkeys(self.captions))[: self._diverse]
+        tokens = self.reference.encoder.tokenize([prompt for prompt in prompts for _ in range(count)])
+
+        def make(prompt: int) -> Part:
+            def drawn() -> Part:
+                rows = torch.arange(prompt * count, (prompt + 1) * count)
+                images = draw(tokens.index(rows), range(self.settings.seed, self.settings.seed + count)).cpu()
+                finite = bool(torch.isfinite(images).all())
+                mean = distance.pairwise(images).double().mean() if finite else torch.tensor(torch.nan)
+                return {"distance": mean.double().reshape(1)}
+
+            return store.part(f"diversity-{prompt:05d}", drawn)
+
+        means = []
+        for part in self.run(make, range(len(prompts))):
+            means.append(float(part["distance"]))
+            self._tell(variant.name, count * steps * variant.calls)
+        values = torch.tensor(means, dtype=torch.float64)
+        if not bool(torch.isfinite(values).all()):
+            return {distance.name: None, f"std of {distance.name}": None}
+        spread = float(values.std()) if len(values) > 1 else 0.0
+        return {distance.name: float(values.mean()), f"std of {distance.name}": spread}
+
+    def _denoising(self, variant: Variant, store: Store) -> DenoisingError:
+        def make(numbered: tuple[int, Tensor]) -> Part:
+            number, numbers = numbered
+
+            def errors() -> Part:
+                rows = self.held_out[numbers]
+                condition = self.reference.encoder.encode(self.held_out_tokens.index(numbers)).to(self.device)
+                x0 = self.reference.latents(rows).to(self.device)
+                seeds = [self.settings.seed + row for row in rows.tolist()]
+                levels = self.settings.levels
+                return {"errors": squared_errors(variant.ensemble.velocity, x0, condition, levels, seeds)}
+
+            return store.part(f"errors-{number:05d}", errors)
+
+        parts = []
+        for part in self.run(make, enumerate(torch.arange(len(self.held_out)).split(self.settings.batch))):
+            parts.append(part["errors"].cpu())
+            self._tell(variant.name, parts[-1].numel() * variant.calls)
+        return DenoisingError.of(self.settings.levels, torch.cat(parts))
+
+    def _tell(self, what: str, calls: int) -> None:
+        self._done += calls
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total, what)
+
+    def results(self, scores: tuple[Score, ...]) -> Results:
+        n, m = len(self.probe), len(self.base)
+        notes = dict.fromkeys(
+            f"{space.name}: {said}" for space in self.spaces if (said := bias_warning(n, m, space.dim)) is not None
+        )
+        return Results(
+            spaces=tuple(Space(space.name, space.dim, space.sha256, space.explained) for space in self.spaces),
+            images=n,
+            reference=m,
+            held_out=len(self.held_out),
+            real=dict(self._metrics(self.probe_statistics)),
+            workers=self.workers,
+            bench=self.real.key,
+            notes=tuple(notes),
+            scores=scores,
+        )
+
+
+def _bound(ensemble: Ensemble, condition: Condition | Conditions, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, t: ensemble.velocity(x, t, condition, scale)

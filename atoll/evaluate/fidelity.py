@@ -1,0 +1,172 @@
+"""How two sets of pictures compare beyond their first two moments: manifolds of neighbours, and kernel distances.
+
+All on features real [n, D] and fake [m, D], computed in float64. They need the features themselves, of which
+the caller keeps a bounded number.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atoll.errors import AtollError
+
+# Squared distances by products have a rounding error of about 1e-13 of the vectors' squared length. Below the first
+# number a distance is 0; within the second, relative, two distances are equal.
+ZERO, TIE = 1e-12, 1e-9
+
+
+@dataclass(frozen=True)
+class ManifoldScores:
+    """Each in [0, 1], but for density, which is about 1 for sets of one distribution and may be larger.
+
+    Attributes:
+        precision: the share of fakes within the reals' manifold: quality.
+        recall: the share of reals within the fakes' manifold: variety.
+        density: how many reals' balls a fake lies in, over k: quality, robust to outliers among the reals.
+        coverage: the share of reals with a fake in their ball: variety, robust to outliers among the fakes.
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifold_scores(real: Tensor, fake: Tensor, pr_k: int = 3, dc_k: int = 5, chunk: int = 512) -> ManifoldScores:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, section 2) and density and coverage (Naeem et al.
+    2020, section 3), from one pass over the distances.
+
+    A set's manifold is the union of balls around its vectors, each as large as to reach the k-th nearest of the same
+    set. As published, a ball has its edge for precision and recall, and not for density and coverage. All four depend
+    on the number of pictures: compare at equal n and equal m. Time grows as (n + m)^2 D: 10,000 against 10,000 vectors
+    of 1280 numbers take some 90 s of a busy core.
+
+    Args:
+        chunk: rows of distances at a time; memory is some chunk * max(n, m) * 32 bytes.
+
+    Raises:
+        AtollError: shapes that do not fit, features that are not finite, or fewer vectors than max(pr_k, dc_k) + 1.
+    """
+    real, fake = _checked(real, fake, max(pr_k, dc_k) + 1)
+    centre = real.mean(0)  # shorter vectors, smaller rounding errors
+    real, fake = real - centre, fake - centre
+    real_radii = _squared_radii(real, (pr_k, dc_k), chunk)  # [n,2]
+    fake_radii = _squared_radii(fake, (pr_k,), chunk)[:, 0]  # [m]
+    precise = dense = 0
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    for part, radii in zip(fake.split(chunk), fake_radii.split(chunk), strict=True):
+        squared = _squared_distances(part, real)  # [c,n]
+        precise += int((squared <= real_radii[:, 0] * (1 + TIE)).any(1).sum())
+        recalled |= (squared <= radii[:, None] * (1 + TIE)).any(0)
+        within = squared < real_radii[:, 1] * (1 - TIE)  # [c,n]
+        dense += int(within.sum())
+        covered |= within.any(0)
+    return ManifoldScores(
+        precision=precise / len(fake),
+        recall=float(recalled.double().mean()),
+        density=dense / (dc_k * len(fake)),
+        coverage=float(covered.double().mean()),
+    )
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """Mean over `subsets` pairs of subsets of `size` pictures, and the standard deviation between them."""
+
+    mean: float
+    std: float
+    subsets: int
+    size: int
+
+
+def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> KernelDistance:
+    """The squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, unbiased: KID on Inception's features.
+
+    Binkowski et al. 2018. Unbiased: its mean does not depend on the number of pictures, and of sets of one
+    distribution it is negative about as often as positive.
+
+    Args:
+        subsets: pairs of subsets, drawn without replacement within each; one where `size` takes in both sets whole.
+        size: at most; fewer where n or m are fewer.
+
+    Raises:
+        AtollError: shapes that do not fit, features that are not finite, or fewer than two vectors on a side.
+    """
+    real, fake = _checked(real, fake, 2)
+    size = min(size, len(real), len(fake))
+    if size == len(real) == len(fake):
+        subsets = 1  # all would be the same
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(subsets):
+        x = real[torch.randperm(len(real), generator=generator)[:size]]
+        y = fake[torch.randperm(len(fake), generator=generator)[:size]]
+        found.append(_polynomial_mmd(x, y))
+    values = torch.tensor(found, dtype=torch.float64)
+    return KernelDistance(float(values.mean()), float(values.std(correction=0)), subsets, size)
+
+
+def rbf_distance(real: Tensor, fake: Tensor, sigma: float = 10.0, scale: float = 1000.0, chunk: int = 512) -> float:
+    """scale * MMD^2 of unit-normalised features with the kernel exp(-|x - y|^2 / (2 sigma^2)): CMMD on CLIP's.
+
+    Jayasumana et al. 2024, section 4. As in their code the sums hold each vector with itself: the estimate is never
+    negative, and biased upwards, by about scale (1/n + 1/m) E |x - x'|^2 / (2 sigma^2): at most 10 (1/n + 1/m) for
+    vectors without a common direction.
+
+    Raises:
+        AtollError: shapes that do not fit, features that are not finite, vectors of zeros, or none.
+    """
+    real, fake = _checked(real, fake, 1)
+    for vectors in (real, fake):
+        if bool((vectors.norm(dim=1) == 0).any()):
+            raise AtollError("a feature of zeros has no direction; take another feature, or leave out blank pictures")
+    real, fake = F.normalize(real), F.normalize(fake)
+
+    def mean_kernel(a: Tensor, b: Tensor) -> float:
+        total = sum(float((-_squared_distances(part, b) / (2 * sigma**2)).exp().sum()) for part in a.split(chunk))
+        return total / (len(a) * len(b))
+
+    return scale * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake))
+
+
+def _polynomial_mmd(x: Tensor, y: Tensor) -> float:
+    """Unbiased, of x and y [s, D]: pairs of a vector with itself are left out."""
+    s, dim = x.shape
+    xx, yy, xy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (s * (s - 1))
+    return float(within - 2 * xy.mean())
+
+
+def _checked(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Both in float64 on the CPU."""
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise AtollError(
+            f"features of shapes {list(real.shape)} and {list(fake.shape)}; expected [n, D] and [m, D], of one space"
+        )
+    for name, vectors in (("real", real), ("drawn", fake)):
+        if len(vectors) < least:
+            raise AtollError(f"{len(vectors)} {name} pictures; expected at least {least}: give more pictures")
+        if not bool(torch.isfinite(vectors).all()):
+            raise AtollError(f"features of {name} pictures that are not finite: the sampling diverged")
+    return real.detach().cpu().double(), fake.detach().cpu().double()
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|^2 of a [c, D] and b [n, D], float64: [c, n]. Equal vectors are at exactly 0."""
+    lengths = a.square().sum(1)[:, None] + b.square().sum(1)  # [c,n]
+    squared = lengths - 2 * (a @ b.T)
+    return squared.masked_fill_(squared <= ZERO * lengths, 0)
+
+
+def _squared_radii(vectors: Tensor, ks: tuple[int, ...], chunk: int) -> Tensor:
+    """The squared distance of each of the vectors [n, D] to its k-th nearest other one: [n, len(ks)]."""
+    radii = []
+    for start in range(0, len(vectors), chunk):
+        squared = _squared_distances(vectors[start : start + chunk], vectors)  # [c,n]
+        squared.diagonal(start).fill_(torch.inf)  # not itself
+        nearest = squared.topk(max(ks), largest=False).values  # [c,max k], sorted
+        radii.append(nearest[:, [k - 1 for k in ks]])
+    return torch.cat(radii)

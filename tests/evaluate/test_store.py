@@ -1,0 +1,125 @@
+"""What was measured is kept: a killed evaluation goes on, and what it finds is what an unbroken one finds."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atoll.ensemble import Ensemble, Expert
+from atoll.errors import AtollError
+from atoll.evaluate import Variant, evaluate
+from atoll.evaluate.store import Store, load_parts
+from atoll.manifest import SpaceSettings
+from atoll.objective import Objective
+from atoll.schedule import Linear
+from tests.evaluate.test_run import SMALL, Oracle
+
+HOG = SpaceSettings(feature={"name": "hog", "bins": 2, "grid": 2}, components=3)
+SETTINGS = SMALL.model_copy(update={"spaces": (HOG,), "workers": 1})
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    return Oracle(tmp_path_factory.mktemp("oracle"))
+
+
+class Counted:
+    """A variant whose network counts how often it is asked."""
+
+    def __init__(self, identity: str = "one", slope: float = 0.5):
+        self.calls = 0
+        ensemble = Ensemble([Expert(self, Objective("flow", Linear()))], None)
+        self.slope, self.variant = slope, Variant("a", ensemble, identity=identity)
+
+    def __call__(self, x: Tensor, time: Tensor, condition: Any) -> Tensor:
+        self.calls += 1
+        return self.slope * x
+
+
+class Killed(Exception):
+    pass
+
+
+def numbers(score: Any) -> dict[str, Any]:
+    """Sums may differ in the last digit by where in memory their terms lie."""
+    return {**score.metrics, "error": score.denoising.mean, "gflops": score.gflops, "key": score.key}
+
+
+def test_a_killed_evaluation_goes_on_and_finds_the_same(oracle: Oracle, tmp_path: Path) -> None:
+    unbroken = Counted()
+    expected = evaluate([unbroken.variant], oracle.reference, SETTINGS, store=tmp_path / "whole")
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done > 20:
+            raise Killed
+
+    broken = Counted()
+    with pytest.raises(Killed):
+        evaluate([broken.variant], oracle.reference, SETTINGS, kill, store=tmp_path / "killed")
+    first = broken.calls
+    found = evaluate([broken.variant], oracle.reference, SETTINGS, store=tmp_path / "killed")
+    assert 0 < first < unbroken.calls
+    assert broken.calls < unbroken.calls + first  # it did not begin anew
+    assert numbers(found.scores[0]) == pytest.approx(numbers(expected.scores[0]), rel=1e-6, abs=1e-6)
+    assert found.real == pytest.approx(expected.real, rel=1e-6, abs=1e-6)
+    again = evaluate([broken.variant], oracle.reference, SETTINGS, store=tmp_path / "killed")
+    assert again.scores == found.scores
+
+
+def test_what_is_there_is_not_measured_again(oracle: Oracle, tmp_path: Path) -> None:
+    one, other = Counted(), Counted("other", slope=1.0)
+    first = evaluate([one.variant], oracle.reference, SETTINGS, store=tmp_path).score("a")
+    calls = one.calls
+    assert evaluate([one.variant], oracle.reference, SETTINGS, store=tmp_path).score("a") == first
+    assert one.calls == calls
+    assert evaluate([other.variant], oracle.reference, SETTINGS, store=tmp_path).score("a").frechet != first.frechet
+    for change in ({"seed": 1}, {"images": 11}, {"steps": 2}, {"levels": (0.3, 0.9)}, {"guidance_scale": 2.0}):
+        before = one.calls
+        null = oracle.reference.encoder.null(1)
+        changed = replace(one.variant, ensemble=Ensemble(one.variant.ensemble.experts, None, null=null))
+        evaluate([changed], oracle.reference, SETTINGS.model_copy(update=change), store=tmp_path)
+        assert one.calls > before, change
+
+
+def test_nothing_is_kept_of_a_variant_without_an_identity(oracle: Oracle, tmp_path: Path) -> None:
+    one = Counted("")
+    score = evaluate([one.variant], oracle.reference, SETTINGS, store=tmp_path).score("a")
+    assert score.key == ""
+    assert len(list(tmp_path.iterdir())) == 1  # the real pictures
+
+
+def test_every_space_has_its_metrics_under_its_own_name(oracle: Oracle, tmp_path: Path) -> None:
+    results = evaluate([Counted().variant], oracle.reference, SETTINGS, store=tmp_path)
+    names = list(results.scores[0].metrics)
+    assert [space.name for space in results.spaces] == ["pca8", "HOG-pca3"]
+    for space in results.spaces:
+        own = [name for name in names if f"-{space.name} [{space.sha256[:8]}]" in name]
+        assert [name.split("-")[0] for name in own][:6] == ["FD", "KD", "precision", "recall", "density", "coverage"]
+    assert names[-1].startswith("R-precision-HOG-pca3 [")
+    assert list(results.real) == names
+    assert results.frechet_name == "FD-pca8"
+    assert any("biased upwards" in note and note.startswith("pca8") for note in results.notes)
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path, {"what": "this"})
+    assert store.part("a-1", lambda: {"x": torch.ones(3)})["x"].tolist() == [1, 1, 1]
+    (store.path / "a-1.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(AtollError, match=r"a-1.safetensors: cannot be read .*; remove it"):
+        store.part("a-1", lambda: {"x": torch.ones(3)})
+    with pytest.raises(AtollError, match="remove it"):
+        load_parts(store.path, "a")
+
+
+def test_parts_come_in_their_order_and_of_other_values_are_others(tmp_path: Path) -> None:
+    store, other = Store(tmp_path, {"what": "this"}), Store(tmp_path, {"what": "that"})
+    for number in (2, 0, 1):
+        store.part(f"a-{number:05d}", lambda number=number: {"x": torch.tensor([number])})
+    store.part("b", lambda: {"x": torch.tensor([9])})
+    assert [int(part["x"]) for part in load_parts(store.path, "a")] == [0, 1, 2]
+    assert store.part("a-00002", lambda: pytest.fail("measured again"))["x"].tolist() == [2]
+    assert other.key != store.key
+    assert load_parts(other.path, "a") == []

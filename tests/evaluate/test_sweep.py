@@ -1,0 +1,146 @@
+"""Sweeps: every combination that is named, each under its own name, and no other."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from atoll.calibration import Calibration
+from atoll.ensemble import Ensemble, Expert
+from atoll.errors import AtollError
+from atoll.evaluate.sweep import aligned, choose, parse_sweep, variants_of_sweep
+from atoll.evaluate.variants import identified, swept
+from atoll.manifest import SweepSettings
+from atoll.objective import Objective
+
+
+def expert(cluster: int, name: str, prediction: str = "flow") -> Expert:
+    objective = Objective(prediction, "linear" if prediction == "flow" else "cosine")
+    curve = Calibration(
+        torch.zeros(1, 4, 6), torch.linspace(-6, 6, 5), torch.full((5,), 0.5), torch.ones(5), torch.ones(5)
+    )
+
+    def network(x: Tensor, time: Tensor, condition: object) -> Tensor:
+        return x * 0 + cluster + (10 if name == "eps" else 0)
+
+    return Expert(network, objective, (cluster,), calibration=curve, name=f"{cluster}-{name}")
+
+
+def uniform(x: Tensor, t: Tensor, pooled: Tensor | None) -> Tensor:
+    return x.new_zeros(len(x), 2).log_softmax(1)
+
+
+@pytest.fixture
+def ensemble() -> Ensemble:
+    experts = [
+        expert(cluster, name, "eps" if name == "eps" else "flow") for name in ("flow", "eps") for cluster in (0, 1)
+    ]
+    return Ensemble(experts, uniform, "top-1")
+
+
+@pytest.fixture
+def monolith() -> Ensemble:
+    return Ensemble([expert(0, "mono")], None)
+
+
+def test_every_combination_once(ensemble, monolith) -> None:
+    sweep = SweepSettings(
+        routing=("top-1", "full"), guidance_scale=(1.0, 2.5), steps=(3,), alignment=("snr", "native"), monolith=True
+    )
+    found = list(variants_of_sweep(sweep, ensemble, monolith))
+    names = [variant.name for variant in found]
+    assert len(set(names)) == len(names) == 2 * (2 * 2 + 1)
+    assert "full, native, 3 steps, guidance 2.5" in names
+    assert "monolith, 3 steps, guidance 1" in names
+    by_name = {variant.name: variant for variant in found}
+    one = by_name["full, native, 3 steps, guidance 2.5"]
+    assert (one.ensemble.routing, one.ensemble.alignment, one.steps, one.guidance_scale) == ("full", "native", 3, 2.5)
+    assert one.axes == {"routing": "full", "alignment": "native", "steps": 3, "guidance_scale": 2.5}
+    assert by_name["monolith, 3 steps, guidance 1"].ensemble is monolith
+
+
+def test_an_axis_that_is_not_named_keeps_the_ensembles_value(ensemble) -> None:
+    (only,) = variants_of_sweep(SweepSettings(guidance_scale=(2.0,)), ensemble, None)
+    assert (only.name, only.ensemble.routing, only.steps) == ("guidance 2", "top-1", None)
+
+
+def test_experts_are_chosen_by_cluster(ensemble) -> None:
+    mixed = choose(ensemble, {"all": "flow", 1: "eps"}, "mixed")
+    assert [one.name for one in mixed.experts] == ["0-flow", "1-eps"]
+    both = choose(ensemble, {0: ("flow", "eps")}, "both of 0")
+    assert [one.name for one in both.experts] == ["0-flow", "0-eps"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"all": "x0"}, "no expert 0-x0; expected one of 0-flow, 1-flow, 0-eps, 1-eps"),
+        ({5: "flow"}, "no cluster 5; expected 0 to 1, or all"),
+        ({"all": ()}, "chooses none"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_refused(ensemble, chosen, said) -> None:
+    with pytest.raises(AtollError, match=said):
+        choose(ensemble, chosen, "this")
+
+
+def test_a_monolith_that_is_not_there_is_refused(ensemble) -> None:
+    with pytest.raises(AtollError, match="the run has none"):
+        list(variants_of_sweep(SweepSettings(monolith=True), ensemble, None))
+
+
+def test_alignments_differ_and_leave_the_ensemble_alone(ensemble) -> None:
+    x, t = torch.randn(3, 1, 4, 6), torch.tensor([0.2, 0.6, 0.9])
+    eps = choose(ensemble, {"all": "eps"}, "eps")
+    found = [aligned(eps, how).velocity(x, t) for how in ("snr", "native", "snr-clamp", "snr-alone")]
+    for i, one in enumerate(found):
+        for j, other in enumerate(found[:i]):
+            assert not torch.allclose(one, other) or (j, i) == (2, 3)  # nothing here is large enough to be clamped
+    assert all(expert.calibration is not None for expert in ensemble.experts)
+    with pytest.raises(AtollError, match="alignment 'none'; expected one of snr"):
+        aligned(ensemble, "none")
+
+
+def test_two_sweeps_measure_a_variant_of_both_once(ensemble, monolith) -> None:
+    sweeps = [SweepSettings(routing=("top-1", "full")), SweepSettings(routing=("full",)), SweepSettings(monolith=True)]
+    variants, groups, _ = swept(sweeps, ensemble, monolith)
+    assert [variant.name for variant in variants] == ["top-1", "full", "monolith"]
+    assert groups == {"sweep": ("top-1", "full"), "monolith": ("monolith",)}
+
+
+def test_identities_tell_apart_what_is_sampled_differently(ensemble, monolith) -> None:
+    sweep = SweepSettings(
+        routing=("top-1", "full"),
+        alignment=("snr", "native", "snr-alone"),
+        experts={"flow": {"all": "flow"}, "eps": {"all": "eps"}},
+        monolith=True,
+    )
+    variants = list(variants_of_sweep(sweep, ensemble, monolith))
+    parts = {"ensemble": "a", "monolith": "b"}
+    found = [variant.identity for variant in identified(variants, monolith, parts)]
+    assert len(set(found)) == len(found) == 13
+    assert found == [variant.identity for variant in identified(variants, monolith, parts)]
+    retrained = identified(variants, monolith, {**parts, "ensemble": "c"})
+    assert [one.identity in found for one in retrained] == [True] + [False] * 12
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (["color=red"], "expected an axis and its values"),
+        (["routing"], "expected an axis and its values"),
+        (["experts=flow"], "expected an axis and its values"),
+        (["routing=best"], "--sweep routing.*best"),
+        (["steps=0"], "--sweep steps.0.*greater than 0"),
+        (["alignment=exact"], "--sweep alignment.0"),
+        (["guidance=much"], "--sweep guidance_scale.0"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_in_a_line(text, said) -> None:
+    with pytest.raises(AtollError, match=said) as caught:
+        parse_sweep(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_lines_axes() -> None:
+    sweep = parse_sweep(["routing=top-1, full", "guidance=1,2.5", "steps=4", "monolith"])
+    assert sweep == SweepSettings(routing=("top-1", "full"), guidance_scale=(1, 2.5), steps=(4,), monolith=True)

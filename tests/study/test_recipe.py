@@ -1,0 +1,108 @@
+"""A study's yaml: what it makes of every run's manifest, and what it refuses before anything is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from atoll.errors import AtollError
+from atoll.study import load_study
+from atoll.study.recipe import STUDIES, Study, merged
+
+FLOW = {"prediction": "flow", "schedule": "linear"}
+EPS = {"prediction": "eps", "schedule": "cosine"}
+CONTENT: dict[str, Any] = {
+    "name": "small",
+    "seeds": [3, 5],
+    "manifest": {"data": {"source": "glyphs"}, "clusters": {"k": 4}, "train": {"steps": 7, "batch": 24}},
+    "objectives": {"flow": FLOW, "eps": EPS},
+    "runs": {
+        "whole": {"experts": ["flow", "eps"], "monolith": "flow"},
+        "two": {"changes": {"clusters": {"k": 2}}},
+        "mixed": {"like": "whole", "experts": {"all": "flow", 2: "eps"}},
+        "some": {"like": "whole", "experts": {1: "eps"}, "evaluate": {"images": 9}},
+    },
+}
+
+
+def study(**changes: Any) -> Study:
+    return Study(**merged(CONTENT, changes))
+
+
+def test_an_expert_gets_its_part_of_the_batch_and_the_monolith_all() -> None:
+    whole, two = study().manifest_of("whole", 5), study().manifest_of("two", 3)
+    assert (whole.seed, whole.name) == (5, "small-whole")
+    assert [whole.train_of(expert).batch for expert in whole.experts] == [6] * 8
+    assert [two.train_of(expert).batch for expert in two.experts] == [12, 12]
+    assert whole.monolith is not None
+    assert whole.train_of(whole.monolith).batch == 24
+    assert whole.train_of(whole.router).batch == 24
+    assert two.monolith is None
+    assert whole.train.steps == 7
+
+
+def test_experts_of_every_cluster_or_by_cluster() -> None:
+    names = [expert.full_name for expert in study().manifest_of("whole", 3).experts]
+    assert names == ["0-flow", "1-flow", "2-flow", "3-flow", "0-eps", "1-eps", "2-eps", "3-eps"]
+    mixed = study().manifest_of("mixed", 3)
+    assert [expert.full_name for expert in mixed.experts] == ["0-flow", "1-flow", "2-eps", "3-flow"]
+    assert mixed.experts[2].objective.prediction == "eps"
+    assert [expert.full_name for expert in study().manifest_of("some", 3).experts] == ["1-eps"]
+    assert study().manifest_of("some", 3).evaluate.images == 9
+
+
+def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
+    base = {"a": {"b": 1, "c": {"d": 2}}, "feature": {"name": "mobilenetv2", "weights": "w"}}
+    assert merged(base, {"a": {"c": {"e": 3}}})["a"] == {"b": 1, "c": {"d": 2, "e": 3}}
+    assert merged(base, {"feature": {"size": 64}})["feature"] == {"name": "mobilenetv2", "weights": "w", "size": 64}
+    assert merged(base, {"feature": {"name": "pixels"}})["feature"] == {"name": "pixels"}
+    assert base == {"a": {"b": 1, "c": {"d": 2}}, "feature": {"name": "mobilenetv2", "weights": "w"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": [1, 1]}, "seeds: .*none twice"),
+        ({"seeds": []}, "seeds: .*at least one"),
+        ({"name": "a/b"}, "name: "),
+        ({"runs": {"whole": {"experts": ["x0"]}}}, "runs.whole: no objective 'x0'; expected one of flow, eps"),
+        ({"runs": {"whole": {"monolith": "x0"}}}, "no objective 'x0'"),
+        ({"runs": {"whole": {"experts": []}}}, "runs.whole.experts.*at least one objective"),
+        ({"runs": {"mixed": {"like": "later"}}}, "runs.mixed.like: 'later'; expected a run that stands before it"),
+        ({"runs": {"mixed": {"experts": {"every": "flow"}}}}, "'every'; expected the number of a cluster, or all"),
+        ({"runs": {"two": {"changes": {"clusters": {"k": 5}}}}}, "run two: batch 24 is no multiple of its 5 clusters"),
+        ({"runs": {"two": {"changes": {"train": {"step": 5}}}}}, "run two: unknown key train.step"),
+        ({"baseline": "three:monolith"}, "baseline: 'three:monolith'; expected RUN:VARIANT, of whole, two"),
+        ({"runs": {"two": {"twice": 1}}}, "runs.two.twice"),
+        ({"objectives": {"flow": {"prediction": "noise"}}}, "objectives.flow"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_trained(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(merged(CONTENT, changes), sort_keys=False))
+    with pytest.raises(AtollError, match=said) as caught:
+        load_study(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "name: {", "7", ""])
+def test_no_study_at_all(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(AtollError, match=r"study.yaml: is no study|study.yaml: .*[Ff]ield required") as caught:
+        load_study(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_tells_the_known_ones() -> None:
+    with pytest.raises(AtollError, match=r"no study 'mars'; expected one of .*eurosat"):
+        load_study("mars")
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(STUDIES.glob("*.yaml"))])
+def test_every_built_in_study_is_valid(name: str) -> None:
+    found = load_study(name)
+    assert found.name == name
+    for run in found.runs:
+        found.manifest_of(run, found.seeds[0])

@@ -1,0 +1,132 @@
+"""A whole study in small, with the trainings' processes replaced by trainings in this one."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from atoll.errors import AtollError
+from atoll.manifest import load_manifest
+from atoll.study import load_study, run_study
+from atoll.study import run as run_module
+from atoll.study.table import difference, say
+from atoll.train.expert import train_expert, train_monolith
+from atoll.train.router import train_router
+
+CONTENT = {
+    "name": "small",
+    "seeds": [0, 1],
+    "baseline": "k2:monolith",
+    "columns": ["FD", "denoising", "likeness"],
+    "manifest": {
+        "data": {"source": "glyphs", "size": 16},
+        "condition": {"name": "hash", "dim": 8, "length": 4},
+        "clusters": {"k": 2, "fine": 32},
+        "network": {"patch": 8, "width": 8, "depth": 1, "heads": 2},
+        "train": {"steps": 3, "batch": 8, "hold_back": 0.05, "track": "none", "precision": "fp32"},
+        "router": {"network": {"patch": 8, "width": 8, "depth": 1, "heads": 2}},
+        "sampling": {"steps": 2, "guidance_scale": 1.0, "routing": "top-1"},
+        "evaluate": {
+            "images": 12, "reference": 40, "held_out": 6, "steps": 2, "components": 4, "seeds": 1, "levels": [0.5],
+            "batch": 6, "workers": 1, "sweep": [{"monolith": True, "routing": ["top-1", "full"]}],
+        },
+    },
+    "objectives": {
+        "flow": {"prediction": "flow", "schedule": "linear"},
+        "eps": {"prediction": "eps", "schedule": "cosine"},
+    },
+    "runs": {
+        "k2": {"experts": ["flow", "eps"], "monolith": "flow"},
+        "pooled": {
+            "like": "k2", "experts": {"all": "flow", 0: "eps"}, "changes": {"router": {"network": {"pooled": True}}},
+            "evaluate": {"sweep": [{"routing": ["top-1"]}]},
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
+    return str(file)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str] | None]]:
+    """`atoll launch` without processes; what it was asked for."""
+    asked: list[tuple[str, Sequence[str] | None]] = []
+
+    def launch(run: Path, jobs: int | None = None, only: Sequence[str] | None = None) -> bool:
+        asked.append((f"{run.parent.name}/{run.name}", only))
+        manifest = load_manifest(run)
+        if only is None:
+            for expert in manifest.experts:
+                train_expert(run, manifest, expert.full_name, resume=True)
+        train_router(run, manifest, resume=True)
+        if manifest.monolith and (only is None or "monolith" in only):
+            train_monolith(run, manifest, resume=True)
+        return True
+
+    monkeypatch.setattr(run_module, "launch_run", launch)
+    return asked
+
+
+def test_a_study_from_pictures_to_its_table(recipe, launched, tmp_path) -> None:
+    study, out, told = load_study(recipe), tmp_path / "out", []
+    table = run_study(study, out, tell=told.append).read_text()
+    assert launched == [
+        (f"seed-{s}/{run}", only) for s in (0, 1) for run, only in (("k2", None), ("pooled", ["router"]))
+    ]
+    assert told[:2] == ["seed 0, k2: training", "seed 0, k2: evaluating"]
+    assert len(list((out / "encoded").iterdir())) == 1  # once for all runs of all seeds
+    assert not os.path.isabs(os.readlink(out / "seed-1" / "k2" / "encoded"))
+    assert sorted(p.name for p in (out / "seed-0/pooled/experts").iterdir() if p.name[0] != ".") == [
+        "0-eps", "0-flow", "1-eps", "1-flow"
+    ]  # fmt: skip
+    lines = table.splitlines()
+    assert len(lines) == 2 + 3 + 1
+    assert lines[0].startswith("| run | variant | FD-pca4 [")
+    assert "likeness" in lines[0]
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| k2", "monolith"], ["| k2", "top-1"], ["| k2", "full"], ["| pooled", "top-1"]
+    ]  # fmt: skip
+    assert all(line.count("±") >= 3 for line in lines[2:])
+    value = json.loads((out / "results.json").read_text())
+    monolith = value["rows"][0]
+    assert set(monolith["values"]["denoising error"]) == {"0", "1"}
+    assert monolith["values"]["likeness"] == {"0": pytest.approx(1), "1": pytest.approx(1)}
+
+    # Again: nothing is trained; with other settings of the evaluation only that is done.
+    launched.clear()
+    assert run_study(study, out).read_text() == table
+    assert launched == []
+    run_study(study, out, seeds=[1])
+    assert launched == []
+
+
+def test_a_link_that_is_something_else_is_not_replaced(recipe, launched, tmp_path) -> None:
+    place = tmp_path / "out" / "seed-0" / "k2" / "encoded"
+    place.mkdir(parents=True)
+    with pytest.raises(AtollError, match=r"encoded: is not the link to .* remove it"):
+        run_study(load_study(recipe), tmp_path / "out")
+    assert launched == []
+
+
+def test_a_stopped_launch_stops_the_study(recipe, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(run_module, "launch_run", lambda *_, **__: False)
+    with pytest.raises(AtollError, match="k2: stopped; what was trained is saved"):
+        run_study(load_study(recipe), tmp_path / "out")
+
+
+def test_numbers_of_several_seeds() -> None:
+    assert say({0: 1.0, 1: 2.0, 2: 3.0}) == "2.00 ± 1.0"
+    assert say({1: 0.25}) == "0.250"
+    assert say({}) == ""
+    # differences 1, 2, 3: mean 2, deviation 1, t of two degrees of freedom 4.303
+    assert difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0, 3: 9.0}) == "+2.00 ± 2.5"
+    assert difference({0: 1.0}, {0: 1.5}) == "-0.500"
+    assert difference({0: 1.0}, {1: 1.5}) == ""
