@@ -166,16 +166,21 @@ def evaluate(
         list[str] | None,
         typer.Option(help="An axis and its values: routing=top-1,top-2; repeated, every combination. Or: monolith."),
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, one prompt per line, for the report's pictures.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Ensemble against monolith -> report.html and report.json. Interrupted, it goes on where it stopped."""
     from atoll.evaluate.run import evaluate_run
-    from atoll.evaluate.sweep import parse_sweep
+    from atoll.evaluate.sweep import parse_sweep, read_prompts
     from atoll.manifest import load_manifest
 
     settings = load_manifest(run).evaluate
     if sweep:
         settings = settings.model_copy(update={"sweep": (parse_sweep(sweep),)})
+    if prompts:
+        settings = settings.model_copy(update={"prompts": read_prompts(prompts)})
     with bar("evaluate", "steps", quiet) as tell:
         report = evaluate_run(run, settings, tell)
     typer.echo(f"{report} written; open it in a browser")

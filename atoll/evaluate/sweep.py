@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,3 +142,23 @@ def parse_sweep(text: list[str]) -> SweepSettings:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         raise AtollError(f"--sweep {'.'.join(map(str, first['loc']))}: {message}, got {first['input']}") from None
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """One prompt per line.
+
+    Raises:
+        AtollError: the file cannot be read or is empty; a line is, or two are equal.
+    """
+    try:
+        prompts = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AtollError(f"{file}: cannot be read ({error}); name a text file, one prompt per line") from None
+    if not prompts:
+        raise AtollError(f"{file}: is empty; expected one prompt per line")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise AtollError(f"{file}: line {number} is empty; remove it (the empty prompt is the null condition's)")
+        if (first := prompts.index(prompt) + 1) != number:
+            raise AtollError(f"{file}: lines {first} and {number} are equal; remove one of them")
+    return tuple(prompts)

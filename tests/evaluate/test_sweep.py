@@ -7,7 +7,7 @@ from torch import Tensor
 from atoll.calibration import Calibration
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
-from atoll.evaluate.sweep import aligned, choose, parse_sweep, variants_of_sweep
+from atoll.evaluate.sweep import aligned, choose, parse_sweep, read_prompts, variants_of_sweep
 from atoll.evaluate.variants import identified, swept
 from atoll.manifest import SweepSettings
 from atoll.objective import Objective
@@ -144,3 +144,28 @@ def test_a_wrong_sweep_is_refused_in_a_line(text, said) -> None:
 def test_the_command_lines_axes() -> None:
     sweep = parse_sweep(["routing=top-1, full", "guidance=1,2.5", "steps=4", "monolith"])
     assert sweep == SweepSettings(routing=("top-1", "full"), guidance_scale=(1, 2.5), steps=(4,), monolith=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty; expected one prompt per line"),
+        (b"a cat\n\na dog\n", "line 2 is empty"),
+        (b"a cat\n  \n", "line 2 is empty"),
+        (b"a cat\na dog\na cat\n", "lines 1 and 3 are equal"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_file_of_prompts_that_is_wrong_is_refused(tmp_path, content, said) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(AtollError, match=said):
+        read_prompts(file)
+    with pytest.raises(AtollError, match="cannot be read"):
+        read_prompts(tmp_path)
+
+
+def test_prompts_are_read_as_they_are(tmp_path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat, sitting\r\nein Hund\u00e4\n".encode())
+    assert read_prompts(file) == ("a cat, sitting", "ein Hund\u00e4")
