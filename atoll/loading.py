@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,18 +127,12 @@ def load_ensemble(
         loaded.append(load_expert(part, device, weights, store))
     if not loaded:
         raise AtollError(f"{path}: none of its {len(card['experts'])} experts is there; fetch at least one")
-    router, router_card = None, dict[str, Any]()
-    if card["router"] is not None:
-        _check_hash(path / card["router"]["url"] / CARD, card["router"]["sha256"])
-        router = load_router(path / card["router"]["url"], device)
-        router_card = read_card(path / card["router"]["url"], "router")
+    router, router_card = _router_of(path, card, device)
     if store is not None:
         store.reserve(bytes_of(router))
-    cards = [one.card["condition"] for one in loaded]
-    kinds = list({json.dumps(identity(config), sort_keys=True): config for config in cards}.values())
+    kinds, which = _kinds([one.card["condition"] for one in loaded])
     encoders = [build_encoder(config) for config in kinds]
     encoder = encoders[0] if len(encoders) == 1 else SeveralEncoders(encoders)
-    which = [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in cards]
     ensemble = Ensemble(
         [replace(one.expert, encoder=number) for one, number in zip(loaded, which, strict=True)],
         router,
@@ -150,6 +144,21 @@ def load_ensemble(
         router_encoder=_encoder_of(router_card, kinds),
     )
     return LoadedEnsemble(ensemble, encoder, build_codec(card["codec"]), tuple(card["latent_shape"]), card)
+
+
+def _router_of(path: Path, card: dict[str, Any], device: str | torch.device) -> tuple[nn.Module | None, dict[str, Any]]:
+    """The router that the ensemble at `path` names, and its card; None and {} of one without."""
+    if card["router"] is None:
+        return None, {}
+    part = path / card["router"]["url"]
+    _check_hash(part / CARD, card["router"]["sha256"])
+    return load_router(part, device), read_card(part, "router")
+
+
+def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The encoders' configs without repetition, and which of them each one is: an encoder is loaded once for all."""
+    kinds = list({json.dumps(identity(config), sort_keys=True): config for config in configs}.values())
+    return kinds, [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in configs]
 
 
 def _stackings(path: Path, card: dict[str, Any], device: str | torch.device) -> list[Stacking]:

@@ -99,9 +99,7 @@ class Pipeline:
         seeds = self._seeds(len(prompts), generator, seeds)
         if clusters is not None and len(clusters) != len(prompts):
             raise AtollError(f"{len(clusters)} clusters for {len(prompts)} prompts; expected one cluster per prompt")
-        for prompt in dict.fromkeys(prompts):
-            if rest := self.loaded.encoder.unread(prompt):
-                warnings.warn(f"the prompt {_short(prompt)!r} is too long: not read is {_short(rest)!r}", stacklevel=2)
+        self._warn_of_unread(prompts)
         defaults = self.loaded.card["sampling"]
         steps = num_inference_steps if num_inference_steps is not None else defaults.get("steps", 50)
         scale = guidance_scale if guidance_scale is not None else defaults.get("guidance_scale", 1.0)
@@ -113,14 +111,12 @@ class Pipeline:
         latents, traces = [], []
         batches = range(0, len(prompts), batch_size)
         for number, start in enumerate(batches):
-            condition = self.loaded.encoder(prompts[start : start + batch_size]).to(self.device)
-            noise = self.noise(seeds[start : start + batch_size])
-            own = None if clusters is None else torch.tensor(clusters[start : start + batch_size], device=self.device)
+            rows = slice(start, start + batch_size)
             velocity = partial(
                 ensemble.velocity,
-                condition=condition,
+                condition=self.loaded.encoder(prompts[rows]).to(self.device),
                 guidance_scale=scale,
-                cluster=own,
+                cluster=None if clusters is None else torch.tensor(clusters[rows], device=self.device),
                 guidance_range=guidance_range,
             )
 
@@ -129,7 +125,7 @@ class Pipeline:
                     callback(number * steps + index + 1, len(batches) * steps)
 
             with ensemble.tracing() as trace:
-                latents.append(sample(velocity, noise, steps, method, callback=tell))
+                latents.append(sample(velocity, self.noise(seeds[rows]), steps, method, callback=tell))
             traces.append(trace)
         drawn = torch.cat(latents)
         return Output(to_pil(self.loaded.codec.decode(drawn)), drawn, traces, dict(ensemble.dropped))
@@ -138,6 +134,12 @@ class Pipeline:
         """x at t = 1, [B, C, H, W] float32: each row from its own seed, drawn on the CPU, equal on every device."""
         rows = [torch.randn(self.loaded.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(rows).to(self.device)
+
+    def _warn_of_unread(self, prompts: Sequence[str]) -> None:
+        """Warns of words at a prompt's end that the text encoder leaves out."""
+        for prompt in dict.fromkeys(prompts):
+            if rest := self.loaded.encoder.unread(prompt):
+                warnings.warn(f"the prompt {_short(prompt)!r} is too long: not read is {_short(rest)!r}", stacklevel=3)
 
     @staticmethod
     def _seeds(count: int, generator: torch.Generator | None, seeds: Sequence[int] | None) -> list[int]:

@@ -9,10 +9,17 @@ k-means on L2-normalised features (faiss, as `atoll cluster` does it), mean over
   char     share of a character's faces that lie in the character's most frequent cluster
   face     NMI with the face: how far it clusters by style (less is better)
   largest  largest cluster / mean cluster
+
+How far does bf16 move a network's vectors? |bf16 - fp32| / |fp32| over all of them, on a CPU, as they come and at unit
+length, as they are clustered:
+
+    python benchmarks/features.py --bf16 mobilenetv2,weights=$ATOLL_DATA/weights/mobilenetv2_tf_int8.npz \\
+        --pictures "$ATOLL_DATA/eurosat64_*of2.parquet" --size 64
 """
 
 import argparse
 import math
+import random
 import time
 import unicodedata
 from collections.abc import Callable
@@ -24,8 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from atoll.convert.arguments import frozen_network
+from atoll.data import Raw, build_source
 from atoll.data.glyphs import Glyphs
-from atoll.feature import Hog
+from atoll.feature import Hog, build_feature
+from atoll.manifest import DataSettings
+from atoll.picture import Framing, frame
 
 
 def ink(images: Tensor) -> Tensor:
@@ -121,6 +132,34 @@ CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def pictures(path: str, size: int, count: int) -> Tensor:
+    """`count` pictures of parquet files, drawn at random, [n,3,size,size] in [0,1]."""
+    source = build_source(DataSettings(source="parquet", path=path, size=size))
+    raws = (raw for block in source.blocks() for raw in source.read(block) if isinstance(raw, Raw))
+    files = [raw.image for raw in raws if isinstance(raw.image, bytes)]
+    chosen = random.Random(0).sample(files, min(count, len(files)))
+    return torch.from_numpy(np.stack([frame(file, Framing(size, 3, size)) for file in chosen])).float() / 255
+
+
+def difference(narrow: Tensor, wide: Tensor) -> float:
+    """|narrow - wide| / |wide| over all vectors together."""
+    return float((narrow - wide).norm() / wide.norm())
+
+
+def tell_bf16(words: str, images: Tensor) -> None:
+    """Prints how far bf16 moves the vectors; words: NAME,KEY=VALUE,... of a feature."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        feature = build_feature(frozen_network("bf16", words)).to("cpu", dtype)
+        found.append(torch.cat([feature(part) for part in images.split(64)]))
+    wide, narrow = found
+    print(
+        f"{words.split(',')[0]} of {len(images)} images of {images.shape[-1]}x{images.shape[-1]}: bf16 moves the "
+        f"vectors by {difference(narrow, wide):.1%}, at unit length by "
+        f"{difference(F.normalize(narrow), F.normalize(wide)):.1%}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subset", default="demo", choices=["demo", "all"])
@@ -128,15 +167,24 @@ def main() -> None:
     parser.add_argument("-k", type=int, nargs="+", default=[4])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default="", help="candidates whose names hold this")
+    parser.add_argument("--bf16", default="", metavar="NAME,KEY=VALUE", help="how far bf16 moves this feature, alone")
+    parser.add_argument("--pictures", default="", help="parquet files of pictures, for --bf16")
+    parser.add_argument("--images", type=int, default=256, help="so many of them")
     args = parser.parse_args()
-    parts = list(Glyphs(args.subset, args.size).batches(1024))
-    images = torch.cat([part.images for part in parts])
-    codes = [int(key.split("/")[0][2:], 16) for part in parts for key in part.keys]
+    if args.bf16:
+        if not args.pictures:
+            parser.error("--bf16 asks for --pictures: parquet files to take them from")
+        tell_bf16(args.bf16, pictures(args.pictures, args.size, args.images))
+        return
+    source = Glyphs(args.subset, args.size)
+    glyphs = [glyph for block in source.blocks() for glyph in source.read(block)]
+    images = torch.from_numpy(np.stack([np.asarray(glyph.image) for glyph in glyphs])).float() / 255  # [N,1,H,W]
+    codes = [int(glyph.key.split("/")[0][2:], 16) for glyph in glyphs]
     number = lambda words: np.unique(np.array(words), return_inverse=True)[1]  # noqa: E731
     kind_of = lambda code: {"Lu": "Lu", "Ll": "Ll", "Nd": "Nd"}.get(unicodedata.category(chr(code)), "other")  # noqa: E731
     kind = number([kind_of(code) for code in codes])
     script = number([unicodedata.name(chr(code)).split()[0] for code in codes])
-    face = number([key.split("/")[1] for part in parts for key in part.keys])
+    face = number([glyph.key.split("/")[1] for glyph in glyphs])
     char = number(codes)
     for k in args.k:
         print(f"\n{args.subset} {args.size}x{args.size}, {len(images)} images, K={k}, {args.seeds} seeds")

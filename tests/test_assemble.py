@@ -106,6 +106,16 @@ def test_experts_with_encoders_of_their_own_are_sampled_together(trained_run, tm
         torch.testing.assert_close(drawn[i : i + 1], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_router_keeps_the_encoder_that_it_was_trained_with(trained_run, tmp_path) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    experts = [tmp_path / "run" / "experts" / name for name in ("0-eps-cosine", "1-flow-linear", "2-x0-linear-beta")]
+    changed(experts[0], condition={**RUN["condition"], "seed": 7})
+    assemble(experts, tmp_path / "run" / "router", tmp_path / "run" / "ensemble")
+    ensemble = Pipeline.from_pretrained(tmp_path / "run" / "ensemble").loaded.ensemble
+    assert [expert.encoder for expert in ensemble.experts] == [0, 1, 1]
+    assert ensemble.router_encoder == 1
+
+
 def test_the_trace_tells_who_was_asked(replicated, tmp_path) -> None:
     trace = tmp_path / "trace.json"
     prompts = ["moss <sand>", "rain"]

@@ -43,9 +43,10 @@ def test_a_tampered_weight_file_is_refused(run) -> None:
         load_ensemble(run / "ensemble")
 
 
-def test_a_tampered_card_is_refused(run) -> None:
-    edit(run / "experts" / "1-flow-linear" / CARD, clusters=[0])
-    with pytest.raises(AtollError, match=r"1-flow-linear.*is not the one that was assembled"):
+@pytest.mark.parametrize(("part", "change"), [("experts/1-flow-linear", {"clusters": [0]}), ("router", {"k": 4})])
+def test_a_tampered_card_is_refused(run, part, change) -> None:
+    edit(run / part / CARD, **change)
+    with pytest.raises(AtollError, match=rf"{part}.*is not the one that was assembled"):
         load_ensemble(run / "ensemble")
 
 

@@ -25,6 +25,15 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, routing, batch_size) -> No
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
+def test_a_cluster_belongs_to_its_picture_in_every_batch(pipe) -> None:
+    arguments = {"seeds": range(7), "routing": "oracle", "num_inference_steps": 4}
+    together = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 0]).latents
+    apart = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 0], batch_size=2).latents
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
+    other = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 1]).latents
+    assert not torch.allclose(other[6], together[6], rtol=1e-3, atol=1e-3)
+
+
 def test_seeds_and_generators_decide(pipe) -> None:
     same = [np.asarray(pipe("moss", seeds=[5]).images[0]) for _ in range(2)]
     other = np.asarray(pipe("moss", seeds=[6]).images[0])

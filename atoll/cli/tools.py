@@ -95,20 +95,16 @@ def convert(
     source, kind = (source, kind) if directory is None else (directory, str(source))
     encoder = frozen_network("condition", condition) if condition else None
     decoder = frozen_network("codec", codec) if codec else None
-    of_run = (objective, schedule, cluster, of, size, pooled or None, name or None)
-    if kind == "paris" or (kind == "auto" and is_paris(source)):
-        if any(given is not None for given in (*of_run, run, expert, modulation, keep or None)):
-            raise AtollError("Paris's release tells all but --condition, --codec and --heads: leave the others out")
+    options = {
+        "objective": objective, "schedule": schedule, "cluster": cluster, "of": of, "size": size, "run": run,
+        "expert": expert, "modulation": modulation, "condition": condition, "codec": codec, "heads": heads,
+        "keep": keep or None, "pooled": pooled or None, "name": name or None,
+    }  # fmt: skip
+    paris = kind == "paris" or (kind == "auto" and is_paris(source))
+    _check_options({option for option, value in options.items() if value is not None}, paris)
+    if paris:
         _convert_paris(source, out, encoder, decoder, heads)
         return
-    if keep and (modulation is not None or pooled or heads is not None):
-        raise AtollError("--keep leaves the network what it is: leave --modulation, --pooled and --heads out")
-    if (run is None) != (expert is None):
-        raise AtollError("--run and --expert belong together: which expert of which run is it to become?")
-    if run is not None and any(given is not None for given in (*of_run, codec, None if keep else condition)):
-        raise AtollError(
-            "--run tells objective, schedule, condition, codec, clusters, size, pooled and name: leave them out"
-        )
     if run is not None and expert is not None:
         arguments = arguments_of_run(run, expert)
     else:
@@ -130,6 +126,22 @@ def convert(
     typer.echo(
         told(work(source, out, chosen, modulation=cast("Modulation", modulation), heads=heads, seed=seed, **arguments))
     )
+
+
+def _check_options(given: set[str], paris: bool) -> None:
+    """Raises AtollError where options of `atoll convert` do not go together; given: the names of those in use."""
+    of_run = {"objective", "schedule", "cluster", "of", "size", "pooled", "name"}
+    if paris and given & {*of_run, "run", "expert", "modulation", "keep"}:
+        raise AtollError("Paris's release tells all but --condition, --codec and --heads: leave the others out")
+    if "keep" in given and given & {"modulation", "pooled", "heads"}:
+        raise AtollError("--keep leaves the network what it is: leave --modulation, --pooled and --heads out")
+    if ("run" in given) != ("expert" in given):
+        raise AtollError("--run and --expert belong together: which expert of which run is it to become?")
+    frozen = {"codec"} if "keep" in given else {"codec", "condition"}  # what is kept still has to name its encoder
+    if "run" in given and given & (of_run | frozen):
+        raise AtollError(
+            "--run tells objective, schedule, condition, codec, clusters, size, pooled and name: leave them out"
+        )
 
 
 def _convert_paris(

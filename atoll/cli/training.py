@@ -27,57 +27,25 @@ def train_expert(
     quiet: Quiet = False,
 ) -> None:
     """Train one expert on its cluster's shards and nothing else -> experts/."""
-
-    def work(manifest: Any, tell: Any) -> Path:
-        from atoll.train.expert import train_expert
-
-        return train_expert(run, manifest, expert, resume, restart, tell)
-
-    _train(["expert", expert], run, resume, restart, nproc, quiet, work)
+    _train(["expert", expert], run, resume, restart, nproc, quiet)
 
 
-@train_app.command("router")
-def train_router(
-    run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
-) -> None:
-    """Train the router on all latents and their clusters -> router/."""
+def _verb(part: str, told: str) -> Callable[..., None]:
+    """The verb that trains a part of which a run has one; told: its help."""
 
-    def work(manifest: Any, tell: Any) -> Path:
-        from atoll.train.router import train_router
+    def train(
+        run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
+    ) -> None:
+        _train([part], run, resume, restart, nproc, quiet)
 
-        return train_router(run, manifest, resume, restart, tell)
-
-    _train(["router"], run, resume, restart, nproc, quiet, work)
+    return train_app.command(part, help=told)(train)
 
 
-@train_app.command("monolith")
-def train_monolith(
-    run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
-) -> None:
-    """Train the dense model to compare with, on everything -> monolith/."""
-
-    def work(manifest: Any, tell: Any) -> Path:
-        from atoll.train.expert import train_monolith
-
-        return train_monolith(run, manifest, resume, restart, tell)
-
-    _train(["monolith"], run, resume, restart, nproc, quiet, work)
-
-
-@train_app.command("student")
-def train_student(
-    run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
-) -> None:
-    """Train the dense model that learns from the ensemble -> student/; the same as `atoll distil`."""
-
-    def work(manifest: Any, tell: Any) -> Path:
-        from atoll.train.distil import distil_run
-
-        return distil_run(run, manifest, resume, restart, tell)
-
-    _train(["student"], run, resume, restart, nproc, quiet, work)
-
-
+train_router = _verb("router", "Train the router on all latents and their clusters -> router/.")
+train_monolith = _verb("monolith", "Train the dense model to compare with, on everything -> monolith/.")
+train_student = _verb(
+    "student", "Train the dense model that learns from the ensemble -> student/; the same as `atoll distil`."
+)
 app.command("distil", rich_help_panel="Stages", help="One dense model that learns from the ensemble -> student/.")(
     train_student
 )
@@ -110,18 +78,25 @@ def launch(
         raise typer.Exit(130)
 
 
-def _train(
-    what: list[str],
-    run: Path,
-    resume: bool,
-    restart: bool,
-    nproc: int,
-    quiet: bool,
-    work: Callable[[Any, Any], Path],
-) -> None:
+def _trainer(part: str) -> Callable[..., Path]:
+    """What trains a part: (run, manifest, which one of several, resume, restart, progress) -> its directory."""
+    if part == "router":
+        from atoll.train.router import train_router
+
+        return train_router
+    if part == "student":
+        from atoll.train.distil import distil_run
+
+        return distil_run
+    from atoll.train.expert import train_expert, train_monolith
+
+    return train_expert if part == "expert" else train_monolith
+
+
+def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, quiet: bool) -> None:
     """Runs one training behind a progress bar; a signal that stopped it in order is no error.
 
-    what: the verb and its argument, for the processes of `nproc`. work(manifest, progress): in this process.
+    what: the part, and which one where there are several: what stands behind `atoll train`.
     """
     from atoll.train.workers import is_first_process, reporting, train_together
 
@@ -139,7 +114,8 @@ def _train(
             tell(metrics["step"], metrics["steps"], note)
 
         try:
-            done = f"{work(load_manifest(run), line)} written"
+            part, *which = what
+            done = f"{_trainer(part)(run, load_manifest(run), *which, resume, restart, line)} written"
         except Interrupted as stop:
             done = str(stop)
         if first:

@@ -91,14 +91,7 @@ def cluster(
             assignment = Assignment(method, k, seed)
         else:
             assignment = two_stages(shards, found, k, method, fine, seed, workers, tell)
-        card = {
-            "format": FORMAT,
-            "kind": "clusters",
-            **asked,
-            "codec": shards.card["codec"],
-            "assignment": assignment.sha256(shards.card["feature"]),
-            "encoded": [shards.sha256],
-        }
+        card = _card(asked, shards, assignment)
         with Output(directory, shards, island_card(card, shards), seed, router_fraction) as output:
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
                 output.add(assigned)
@@ -145,6 +138,18 @@ def say_counts(card: dict[str, Any]) -> str:
     """4 clusters of 570, 571, 560, 587 images"""
     counts = ", ".join(f"{count['train'] + count['val']:,}" for count in card["counts"])
     return f"{card['k']} clusters of {counts} images"
+
+
+def _card(asked: dict[str, Any], shards: Shards, assignment: Assignment) -> dict[str, Any]:
+    """What clusters.json says before any row is assigned; `finish` adds the rest."""
+    return {
+        "format": FORMAT,
+        "kind": "clusters",
+        **asked,
+        "codec": shards.card["codec"],
+        "assignment": assignment.sha256(shards.card["feature"]),
+        "encoded": [shards.sha256],
+    }
 
 
 def _check(encoded: Path, found: Survey, k: int, fine: int | None) -> int:

@@ -18,6 +18,7 @@ paris.py       Paris's directory, experts and router, into an ensemble's parts
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +34,7 @@ from atoll.convert.native import Native
 from atoll.convert.pixart import from_pixart
 from atoll.convert.read import Checkpoint, read_checkpoint
 from atoll.errors import AtollError
-from atoll.nn import DiT, DiTConfig, build_network
+from atoll.nn import DiT, DiTConfig, Foreign, build_network
 from atoll.objective import Objective
 
 __all__ = ["KINDS", "MODULATIONS", "Kind", "Modulation", "convert", "detect"]
@@ -50,6 +51,63 @@ MARKS: dict[Kind, tuple[str, ...]] = {
 ORIGINAL = {"prediction": "eps", "schedule": "linear-beta"}  # what all three kinds were trained with
 TIME_SCALE = 999.0
 FACTOR = 8  # of the autoencoder that all three kinds were trained with
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an expert from a foreign checkpoint goes, and what its card says that no checkpoint tells.
+
+    Attributes: as `convert` takes them.
+
+    Raises:
+        AtollError: something at `out` already, no cluster, or one that is not from 0 to k - 1.
+    """
+
+    out: Path
+    name: str
+    clusters: Sequence[int]
+    k: int | None
+    codec: Mapping[str, Any] | None
+    assignment: str | None
+
+    def __post_init__(self) -> None:
+        if self.out.exists():
+            raise AtollError(f"{self.out}: exists already; choose another place, or remove it")
+        clusters, k = self.clusters, self.k
+        if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
+            raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture per latent pixel, each way."""
+        return build_codec(self.codec).factor if self.codec else FACTOR
+
+    def write(
+        self,
+        network: DiT | Foreign,
+        latent_shape: Sequence[int],
+        objective: Objective,
+        condition: Mapping[str, Any],
+        conversion: Mapping[str, Any],
+    ) -> Path:
+        """Writes the artifact; latent_shape: (C, H, W); condition and conversion: as they are to stand in the card."""
+        card = {
+            "name": self.name or self.out.name,
+            "clusters": list(self.clusters),
+            "k": self.k or max(self.clusters) + 1,
+            "objective": objective.config(),
+            "network": network.config.model_dump(mode="json"),
+            "latent_shape": list(latent_shape),
+            "codec": dict(self.codec) if self.codec else {"name": "unknown"},
+            "condition": dict(condition),
+            "assignment": self.assignment,
+            "calibration": None,
+            "training": {"mark": "converted", "steps": 0},
+            "conversion": dict(conversion),
+        }
+        weights = {f"network.{key}": value for key, value in network.state_dict().items()}
+        save_artifact(self.out, "expert", card, weights)
+        return self.out
 
 
 def convert(
@@ -95,10 +153,7 @@ def convert(
         AtollError: an unknown layout or value, tensors missing, misshapen or unknown, a pickle that holds more than
             tensors, or something at `out` already.
     """
-    if out.exists():
-        raise AtollError(f"{out}: exists already; choose another place, or remove it")
-    if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
-        raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
+    destination = Destination(out, name, clusters, k, codec, assignment)
     if modulation not in (None, *MODULATIONS):
         raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
     aim = _aim(objective)
@@ -106,7 +161,7 @@ def convert(
     kind = detect(checkpoint) if kind == "auto" else kind
     wanted = dict(network or {})
     heads = heads or (wanted.get("heads") if kind == "dit" else None)
-    native = _native(checkpoint, kind, size, heads, build_codec(codec).factor if codec else FACTOR)
+    native = _native(checkpoint, kind, size, heads, destination.factor)
     told = _modulation(kind, modulation, wanted)
     if told in ("fit", "reinit"):
         native = share(native, fit=told == "fit")
@@ -115,32 +170,13 @@ def convert(
     built = _network(native, texts, pooled_dim, seed)
     files, notes = checkpoint.files, native.notes
     del checkpoint, native  # gigabytes that need not be there while the artifact is written
-    save_artifact(
-        out,
-        "expert",
-        {
-            "name": name or out.name,
-            "clusters": list(clusters),
-            "k": k or max(clusters) + 1,
-            "objective": aim.config(),
-            "network": built.config.model_dump(mode="json"),
-            "latent_shape": [built.config.channels, *built.config.size],
-            "codec": dict(codec) if codec else {"name": "unknown"},
-            "condition": build_encoder(condition).config() if condition else {"name": "unknown", "dim": texts},
-            "assignment": assignment,
-            "calibration": None,
-            "training": {"mark": "converted", "steps": 0},
-            "conversion": {
-                "kind": kind,
-                "modulation": told,
-                "source": files,
-                "seed": seed,
-                **notes,
-            },
-        },
-        {f"network.{key}": value for key, value in built.state_dict().items()},
+    return destination.write(
+        built,
+        (built.config.channels, *built.config.size),
+        aim,
+        build_encoder(condition).config() if condition else {"name": "unknown", "dim": texts},
+        {"kind": kind, "modulation": told, "source": files, "seed": seed, **notes},
     )
-    return out
 
 
 def detect(checkpoint: Checkpoint) -> Kind:

@@ -101,8 +101,8 @@ def published_heads(checkpoint: Checkpoint, width: int, depth: int) -> int:
     )
 
 
-class DiffusersDiT(Foreign):
-    """config.json of a DiTTransformer2DModel, with that class's defaults."""
+class Transformer(Foreign):
+    """What config.json of a DiTTransformer2DModel and of a PixArtTransformer2DModel have in common."""
 
     num_attention_heads: PositiveInt = 16
     attention_head_dim: PositiveInt = 72
@@ -112,6 +112,20 @@ class DiffusersDiT(Foreign):
     attention_bias: bool = True
     sample_size: int = Field(32, ge=1, le=4096)
     patch_size: PositiveInt = 2
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def outputs(self) -> int:
+        """Of a token."""
+        return self.patch_size**2 * (self.out_channels or self.in_channels)
+
+
+class DiffusersDiT(Transformer):
+    """config.json of a DiTTransformer2DModel, with that class's defaults."""
+
     num_embeds_ada_norm: PositiveInt = 1000  # classes
     norm_eps: float = Field(1e-5, gt=0)  # of the norm before the MLP alone; the others have 1e-6
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
@@ -134,18 +148,9 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: Size | None = None) -> Nati
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
     """
     config = foreign_config(checkpoint, DiffusersDiT)
-    taker = Taker(checkpoint)
-    patch, channels = config.patch_size, config.in_channels
-    width = config.num_attention_heads * config.attention_head_dim
-    check_sizes(taker, config.num_layers, (width, channels, patch, patch))
-    outputs = patch * patch * (config.out_channels or channels)
-    check_outputs(checkpoint, outputs, patch, channels)
+    patch, channels, width = config.patch_size, config.in_channels, config.width
     size = size or (config.sample_size, config.sample_size)
-    weights: dict[str, Tensor] = {}
-    kernel = taker.take("pos_embed.proj.weight", width, channels, patch, patch)
-    fill(weights, "embed", patch_kernel(kernel, taker.take("pos_embed.proj.bias", width)))
-    taker.drop("pos_embed.pos_embed")  # older versions stored it; it follows from the config
-    weights["positions"] = positions(size, patch, width, config.sample_size // patch)
+    taker, weights = embedding(checkpoint, config, size, config.sample_size // patch)
     embedders = []
     for i in range(config.num_layers):
         block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
@@ -153,7 +158,7 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: Size | None = None) -> Nati
         fill(weights, f"{ours}.modulation.linear", taker.linear(f"{block}.norm1.linear", 6 * width, width))
         attention(taker, weights, block, ours, width, config.attention_bias)
     fill(weights, "final_modulation.linear", taker.linear("proj_out_1", 2 * width, width))
-    fill(weights, "final", keep_channels(taker.linear("proj_out_2", outputs, width), patch, channels))
+    fill(weights, "final", keep_channels(taker.linear("proj_out_2", config.outputs, width), patch, channels))
     taker.done()
     for i, embedder in enumerate(embedders):
         if any(not torch.equal(embedder[name], embedders[0][name]) for name in embedder):
@@ -176,6 +181,26 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: Size | None = None) -> Nati
         weights | embedders[0],
         {"classes": config.num_embeds_ada_norm},
     )
+
+
+def embedding(checkpoint: Checkpoint, config: Transformer, size: Size, base: float) -> tuple[Taker, dict[str, Tensor]]:
+    """Begins a conversion: the taker of all that is left, and the weights of patch embedding and positions.
+
+    base: tokens a side that the positions were made for, as `positions` takes it.
+
+    Raises:
+        AtollError: the checkpoint has other blocks or another patch embedding than config.json says, or outputs that
+            are no eps.
+    """
+    taker, weights = Taker(checkpoint), dict[str, Tensor]()
+    patch, channels, width = config.patch_size, config.in_channels, config.width
+    check_sizes(taker, config.num_layers, (width, channels, patch, patch))
+    check_outputs(checkpoint, config.outputs, patch, channels)
+    kernel = taker.take("pos_embed.proj.weight", width, channels, patch, patch)
+    fill(weights, "embed", patch_kernel(kernel, taker.take("pos_embed.proj.bias", width)))
+    taker.drop("pos_embed.pos_embed")  # older versions stored it; it follows from the config
+    weights["positions"] = positions(size, patch, width, base)
+    return taker, weights
 
 
 def check_sizes(taker: Taker, layers: int, kernel: tuple[int, ...]) -> None:

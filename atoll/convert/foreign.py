@@ -11,10 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from atoll.artifact import save_artifact
-from atoll.codec import build_codec
 from atoll.condition import build_encoder
-from atoll.convert import FACTOR, ORIGINAL, Kind, detect
+from atoll.convert import ORIGINAL, Destination, Kind, detect
 from atoll.convert.dit import Size
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
 from atoll.errors import AtollError
@@ -56,40 +54,23 @@ def keep(
         AtollError: another kind of checkpoint, no config.json, one that diffusers does not build, tensors missing,
             misshapen or unknown, a condition encoder that does not fit, or something at `out` already.
     """
-    if out.exists():
-        raise AtollError(f"{out}: exists already; choose another place, or remove it")
-    if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
-        raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
+    destination = Destination(out, name, clusters, k, codec, assignment)
     aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint) if kind == "auto" else kind
-    network = _network(checkpoint, kind, build_codec(codec).factor if codec else FACTOR)
+    network = _network(checkpoint, kind, destination.factor)
     if size not in (None, network.size):
         raise AtollError(
             f"{source}: its latents are {network.size[0]}x{network.size[1]}, asked for are {size[0]}x{size[1]}; "
             "a network that is kept keeps its size: convert it, without --keep"
         )
-    told = _condition(network, condition)
-    save_artifact(
-        out,
-        "expert",
-        {
-            "name": name or out.name,
-            "clusters": list(clusters),
-            "k": k or max(clusters) + 1,
-            "objective": aim.config(),
-            "network": network.config.model_dump(mode="json"),
-            "latent_shape": [network.channels, *network.size],
-            "codec": dict(codec) if codec else {"name": "unknown"},
-            "condition": told,
-            "assignment": assignment,
-            "calibration": None,
-            "training": {"mark": "converted", "steps": 0},
-            "conversion": {"kind": kind, "modulation": "kept", "source": checkpoint.files},
-        },
-        {f"network.{key}": value for key, value in network.state_dict().items()},
+    return destination.write(
+        network,
+        (network.channels, *network.size),
+        aim,
+        _condition(network, condition),
+        {"kind": kind, "modulation": "kept", "source": checkpoint.files},
     )
-    return out
 
 
 def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:

@@ -13,25 +13,19 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from atoll.convert.dit import Size, attention, check_outputs, check_sizes
-from atoll.convert.native import Foreign, Native, fill, foreign_config, keep_channels, patch_kernel, positions, stacked
+from atoll.convert.dit import Size, Transformer, attention, embedding
+from atoll.convert.native import Native, fill, foreign_config, keep_channels, stacked
 from atoll.convert.read import Checkpoint, Taker
 from atoll.errors import AtollError
 from atoll.nn.dit import NORM_EPS, TIME_FEATURES, time_features
 
 
-class PixArt(Foreign):
+class PixArt(Transformer):
     """config.json of a PixArtTransformer2DModel, with that class's defaults."""
 
-    num_attention_heads: PositiveInt = 16
-    attention_head_dim: PositiveInt = 72
-    in_channels: PositiveInt = 4
     out_channels: PositiveInt | None = 8
-    num_layers: PositiveInt = 28
     cross_attention_dim: PositiveInt = 1152
-    attention_bias: bool = True
     sample_size: int = Field(128, ge=1, le=4096)
-    patch_size: PositiveInt = 2
     interpolation_scale: PositiveFloat | None = None
     use_additional_conditions: bool | None = None
     caption_channels: PositiveInt | None = None
@@ -57,20 +51,11 @@ def from_pixart(checkpoint: Checkpoint, size: Size | None = None, factor: int = 
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
     """
     config = foreign_config(checkpoint, PixArt)
-    taker = Taker(checkpoint)
-    patch, channels = config.patch_size, config.in_channels
-    width = config.num_attention_heads * config.attention_head_dim
-    check_sizes(taker, config.num_layers, (width, channels, patch, patch))
-    outputs = patch * patch * (config.out_channels or channels)
-    check_outputs(checkpoint, outputs, patch, channels)
+    patch, channels, width = config.patch_size, config.in_channels, config.width
     size = size or (config.sample_size, config.sample_size)
     interpolation = config.interpolation_scale or max(config.sample_size // 64, 1)
-    weights: dict[str, Tensor] = {}
-    kernel = taker.take("pos_embed.proj.weight", width, channels, patch, patch)
-    fill(weights, "embed", patch_kernel(kernel, taker.take("pos_embed.proj.bias", width)))
-    # Older versions stored the positions, and the caption that training dropped to; inference uses neither.
-    taker.drop("pos_embed.pos_embed", "caption_projection.y_embedding")
-    weights["positions"] = positions(size, patch, width, config.sample_size // patch / interpolation)
+    taker, weights = embedding(checkpoint, config, size, config.sample_size // patch / interpolation)
+    taker.drop("caption_projection.y_embedding")  # the caption that training dropped to, in older versions
     for i in range(config.num_layers):
         block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
         weights[f"{ours}.modulation.table"] = taker.take(f"{block}.scale_shift_table", 6, width)
@@ -80,7 +65,7 @@ def from_pixart(checkpoint: Checkpoint, size: Size | None = None, factor: int = 
         fill(weights, f"{ours}.cross.kv", stacked(*parts))
         fill(weights, f"{ours}.cross.out", taker.linear(f"{block}.attn2.to_out.0", width, width))
     weights["final_modulation.table"] = taker.take("scale_shift_table", 2, width)
-    fill(weights, "final", keep_channels(taker.linear("proj_out", outputs, width), patch, channels))
+    fill(weights, "final", keep_channels(taker.linear("proj_out", config.outputs, width), patch, channels))
     fill(weights, "conditioner.shared", taker.linear("adaln_single.linear", 6 * width, width))
     told = config.use_additional_conditions
     pixels = (size[0] * factor, size[1] * factor) if (config.sample_size == 128 if told is None else told) else None

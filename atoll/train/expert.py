@@ -110,7 +110,7 @@ def train_denoiser(
     settings = manifest.train_of(job.part)
     network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
     start = Start(job.run / settings.init) if settings.init else None
-    began = {"init": start.about} if start else {}
+    began = {**({"init": start.about} if start else {}), **({"teacher": teaching.about} if teaching else {})}
     network_config = start.config(network_config, card) if start else network_config
     training, held_out, measured_on = hold_back(shards, encoder, settings.hold_back)
 
@@ -121,7 +121,6 @@ def train_denoiser(
         "clusters": list(job.clusters),
         "seed": job.seed,
         **began,
-        **({"teacher": teaching.about} if teaching else {}),
     }
     mark = training_mark(identity, settings)
     if finished(job.path, "expert", mark, resume, restart):
@@ -142,24 +141,24 @@ def train_denoiser(
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
         if island.is_first:
-            about = {
-                "name": job.name,
-                "k": card["clusters"],
-                **{key: identity[key] for key in ("clusters", "objective", "network", "assignment")},
-                **{key: card[key] for key in ("latent_shape", "codec", "condition")},
-                "calibration": {**calibration.config(), "measured_on": measured_on},
-                "training": {
-                    **trained.summary,
-                    **began,
-                    **({"teacher": teaching.about} if teaching else {}),
-                    "rows": len(training),
-                    "hold_back": settings.hold_back,
-                    "seed": job.seed,
-                    "torch": torch.__version__,
-                },
-            }
-            save_artifact(job.path, "expert", about, weights)
+            measured = {**calibration.config(), "measured_on": measured_on}
+            summary = {**trained.summary, **began, "rows": len(training), "hold_back": settings.hold_back}
+            save_artifact(job.path, "expert", _card(job, identity, card, measured, summary), weights)
     return job.path
+
+
+def _card(
+    job: Job, identity: dict[str, Any], data: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any]
+) -> dict[str, Any]:
+    """The expert's card; data: the card of its shards, calibration and training: what was measured and done."""
+    return {
+        "name": job.name,
+        "k": data["clusters"],
+        **{key: identity[key] for key in ("clusters", "objective", "network", "assignment")},
+        **{key: data[key] for key in ("latent_shape", "codec", "condition")},
+        "calibration": calibration,
+        "training": {**training, "seed": job.seed, "torch": torch.__version__},
+    }
 
 
 def hold_back(shards: Sequence[Shards], encoder: Encoder, share: float) -> tuple[Captioned, Captioned, str]:

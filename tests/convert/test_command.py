@@ -1,8 +1,6 @@
 """`atoll convert` as a user meets it: for itself, or for an expert of a run."""
 
 import shutil
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -11,28 +9,12 @@ import yaml
 
 from atoll.artifact import read_card
 from atoll.assemble import assemble
-from atoll.cli import main
 from atoll.convert import convert
 from atoll.convert.arguments import arguments_of_run, frozen_network, objective_of, size_of
 from atoll.errors import AtollError
 from atoll.loading import load_ensemble, load_expert
 
 FLAGS = ("--heads", "4", "--condition", "hash,dim=10,length=4")
-
-
-@pytest.fixture
-def atoll(capsys, monkeypatch, tmp_path):
-    """Runs a command in this process, in tmp_path: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atoll", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which main replaces
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture
@@ -134,6 +116,10 @@ def test_the_manifest_alone_tells_as_much(run) -> None:
         (["--expert", "3"], "--run and --expert belong together"),
         (["--run", "nowhere", "--expert", "3"], "not found"),
         (["--run", "run", "--expert", "1", "--objective", "flow"], "leave them out"),
+        (["--run", "run", "--expert", "1", "--condition", "hash"], "leave them out"),
+        (["--run", "run", "--expert", "1", "--codec", "pixels"], "leave them out"),
+        (["--run", "run", "--expert", "1", "--pooled"], "leave them out"),
+        (["--run", "run", "--expert", "1", "--name", "moss"], "leave them out"),
         (["--run", "run", "--expert", "9"], "no expert '9'"),
         (["--run", "run", "--expert", "1", "--heads", "4"], "channels 2 (wanted: 1), width 24 (wanted: 16), depth 3"),
     ],

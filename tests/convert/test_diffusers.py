@@ -1,16 +1,20 @@
 """diffusers' networks: the converted one computes what the real class computes, from what the real class saved."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from atoll.artifact import read_card
 from atoll.condition import Condition, HashEncoder
 from atoll.convert import convert
+from atoll.convert.dit import DiffusersDiT
+from atoll.convert.pixart import PixArt
 from atoll.errors import AtollError
 from atoll.loading import load_expert
 
@@ -99,6 +103,23 @@ def test_pixart_equals_diffusers(tmp_path, changes) -> None:
     theirs = pixart(**changes)
     out = convert(saved(theirs, tmp_path / "p"), tmp_path / "e")
     assert pixart_error(theirs, out) < 1e-4
+
+
+@pytest.mark.parametrize("ours", [PixArt, DiffusersDiT])
+def test_what_config_json_leaves_out_is_the_classs_default(ours) -> None:
+    cls = diffusers.PixArtTransformer2DModel if ours is PixArt else diffusers.DiTTransformer2DModel
+    theirs = inspect.signature(cls.__init__).parameters
+    found = {name: field.default for name, field in ours.model_fields.items() if name in theirs}
+    assert found == {name: theirs[name].default for name in found}
+    assert len(found) > 12
+
+
+def test_what_older_versions_stored_besides_is_left_out(tmp_path) -> None:
+    theirs = pixart()
+    file = saved(theirs, tmp_path / "p") / "diffusion_pytorch_model.safetensors"
+    stored = {"pos_embed.pos_embed": torch.ones(1, 16, 24), "caption_projection.y_embedding": torch.ones(120, TEXT)}
+    save_file(load_file(file) | stored, file)
+    assert pixart_error(theirs, convert(tmp_path / "p", tmp_path / "e")) < 1e-4
 
 
 @pytest.mark.parametrize("size", [(8, 16), (12, 4)])

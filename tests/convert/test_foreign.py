@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 
 from atoll.artifact import read_card, save_artifact
 from atoll.assemble import assemble
-from atoll.cli import main
 from atoll.condition import Condition, LabelEncoder, build_encoder
 from atoll.convert import convert
 from atoll.convert.arguments import arguments_of_run
@@ -76,21 +73,6 @@ def router(out: Path) -> Path:
     }  # fmt: skip
     save_artifact(out, "router", card, {f"network.{k}": v for k, v in network.state_dict().items()})
     return out
-
-
-@pytest.fixture
-def atoll(capsys, monkeypatch, tmp_path):
-    """Runs a command in this process, in tmp_path: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atoll", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which main replaces
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return command
 
 
 def inputs() -> tuple[Tensor, Tensor, Condition]:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.artifact import read_card
-from atoll.cli import main
 from atoll.condition import Condition
 from atoll.convert.paris import CODEC, CONDITION, convert_paris, is_paris
 from atoll.errors import AtollError
@@ -48,21 +45,6 @@ def released(tmp_path_factory) -> Path:
 @pytest.fixture
 def paris(released, tmp_path) -> Path:
     return shutil.copytree(released, tmp_path / "paris")
-
-
-@pytest.fixture
-def atoll(capsys, monkeypatch, tmp_path):
-    """Runs a command in this process, in tmp_path: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atoll", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which main replaces
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return command
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Condition]:
