@@ -17,13 +17,12 @@ from atoll.evaluate.compared import Statistics, compare
 from atoll.evaluate.cost import count_flops
 from atoll.evaluate.diversity import PerceptualDistance, build_distance
 from atoll.evaluate.measure import Places, Progress, Reference, Results, Run, Score, Space, Variant
-from atoll.evaluate.metrics import DenoisingError, Features, PixelPCA, bias_warning, seeded_noise, squared_errors
-from atoll.evaluate.spaces import FeatureSpace, build_space, build_space_feature
+from atoll.evaluate.metrics import DenoisingError, bias_warning, seeded_noise, squared_errors
+from atoll.evaluate.real import FORMAT, Real
 from atoll.evaluate.store import Part, Store
-from atoll.manifest import EvaluateSettings, SpaceSettings
+from atoll.manifest import EvaluateSettings
 from atoll.solver import Method, sample
 
-FORMAT = 1
 _COUNTED = 4  # pictures drawn to count their operations
 
 
@@ -61,21 +60,15 @@ class Bench:
         workers: int,
     ):
         self.reference, self.settings, self.device, self.places, self.run = reference, settings, device, places, run
-        self.probe, self.base = reference.split(settings)
+        self.real = Real(reference, settings, places.of(reference.encoded.sha256))
+        self.spaces, self.probe, self.captions = self.real.spaces, self.real.probe, self.real.captions
+        self.base_statistics = self.real.statistics("base", run)
+        self.probe_statistics = self.real.statistics("probe", run)
         self.held_out = reference.held_out(settings)
         self.shape = reference.encoded.shape("latent")
         # Tokenised once: an encoder may learn new words here, which is not for several threads at a time.
-        self.captions = reference.captions(self.probe)
         self.prompts = reference.encoder.tokenize(self.captions)
         self.held_out_tokens = reference.encoder.tokenize(reference.captions(self.held_out))
-        self.real = Store(places.of(reference.encoded.sha256), self._about())
-        numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
-        self.real.part("prompts", lambda: {"number": torch.tensor([numbers[caption] for caption in self.captions])})
-        self.spaces = [self._pixels(), *(self._space(i, space) for i, space in enumerate(settings.spaces))]
-        base = self._features_of(self.base, "base")
-        self.base_statistics = [self._statistics(i, base) for i in range(len(self.spaces))]
-        probe = self._features_of(self.probe, "probe")
-        self.probe_statistics = [self._statistics(i, probe) for i in range(len(self.spaces))]
         self.agreement = self._agreement()
         self.clip = CLIPScore.load(settings.clip["weights"]) if settings.clip else None
         self.distance: PerceptualDistance | None = None
@@ -86,69 +79,13 @@ class Bench:
         self._progress, self._total, self._done = progress, calls * per_call, 0
         self.workers = workers
 
-    # The real pictures.
-
-    def _about(self) -> dict[str, Any]:
-        """All that the real pictures' features depend on, but for the feature networks."""
-        s = self.settings
-        return {
-            "format": FORMAT,
-            "encoded": self.reference.encoded.sha256,
-            "codec": self.reference.codec.config(),
-            **{key: getattr(s, key) for key in ("seed", "images", "reference", "components", "batch", "held_out")},
-            "spaces": [space.model_dump(mode="json") for space in s.spaces],
-        }
-
-    def _base_images(self) -> Iterator[Tensor]:
-        return (self.reference.images(rows) for rows in self.base.split(self.settings.batch))
-
-    def _pixels(self) -> PixelPCA:
-        def fit() -> Part:
-            found = PixelPCA.fit(self._base_images(), self.settings.components)
-            numbers = torch.tensor([found.pool, found.explained], dtype=torch.float64)
-            return {"mean": found.mean, "basis": found.basis, "numbers": numbers}
-
-        part = self.real.part("pixels", fit)
-        pool, explained = part["numbers"].tolist()
-        return PixelPCA(part["mean"], part["basis"], int(pool), explained)
-
-    def _space(self, number: int, asked: SpaceSettings) -> Features:
-        if asked.components is None:
-            return build_space(asked)
-
-        def fit() -> Part:
-            found = build_space(asked, self._base_images())
-            assert found.mean is not None
-            assert found.basis is not None
-            explained = torch.tensor([found.explained], dtype=torch.float64)
-            return {"mean": found.mean, "basis": found.basis, "explained": explained}
-
-        part = self.real.part(f"space-{number}", fit)
-        feature = build_space_feature(asked.feature)
-        return FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"]))
-
-    def _features_of(self, rows: Tensor, name: str) -> Sequence[Part]:
-        """Of real pictures in every space, batch by batch."""
-
-        def make(numbered: tuple[int, Tensor]) -> Part:
-            number, part = numbered
-            return self.real.part(f"{name}-{number:05d}", lambda: self._seen(self.reference.images(part)))
-
-        return list(self.run(make, enumerate(rows.split(self.settings.batch))))
-
-    def _seen(self, images: Tensor) -> Part:
-        return {str(i): space(images) for i, space in enumerate(self.spaces)}
-
-    def _statistics(self, space: int, parts: Sequence[Part]) -> Statistics:
-        return Statistics.of(self.spaces[space].dim, self.settings.kept, (part[str(space)] for part in parts))
-
     def _agreement(self) -> RidgeAgreement | None:
         """Fitted in the first space of a network, or else on the pixels; None where all prompts are one."""
         if len(set(self.captions)) < 2:
             return None
         number = min(1, len(self.spaces) - 1)
         features = self.base_statistics[number].features
-        captions = self.reference.captions(self.base[: len(features)])
+        captions = self.reference.captions(self.real.base[: len(features)])
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             encoder, size = self.reference.encoder, self.settings.batch
@@ -240,7 +177,7 @@ class Bench:
                 start = time.perf_counter()
                 images = draw(self.prompts.index(rows), [self.settings.seed + row for row in rows.tolist()])
                 seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
-                part = {**self._seen(images.cpu()), "seconds": seconds}
+                part = {**self.real.seen(images.cpu()), "seconds": seconds}
                 if self.clip is not None:
                     part["clip"] = self.clip(images, [self.captions[row] for row in rows.tolist()])
                 return part
@@ -322,7 +259,7 @@ class Bench:
             self._progress(min(self._done, self._total), self._total, what)
 
     def results(self, scores: tuple[Score, ...]) -> Results:
-        n, m = len(self.probe), len(self.base)
+        n, m = len(self.probe), len(self.real.base)
         notes = dict.fromkeys(
             f"{space.name}: {said}" for space in self.spaces if (said := bias_warning(n, m, space.dim)) is not None
         )

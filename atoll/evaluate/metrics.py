@@ -18,7 +18,7 @@ from atoll.shapes import per_sample
 ConditionedVelocity = Callable[[Tensor, Tensor, Any], Tensor]
 
 # Pictures of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
-PCA_VALUES_MAX = 4096
+PCA_VALUES_MAX = 1024
 # Fewer pictures than this per dimension on a side, and the Fréchet distance is said to be biased: FID's own habit is
 # 10,000 pictures or more in 2048 dimensions.
 BIAS_PICTURES_PER_DIMENSION = 5

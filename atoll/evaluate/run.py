@@ -19,7 +19,6 @@ import atoll
 from atoll.artifact import CARD, read_json, sha256_file, write_bytes, write_json
 from atoll.ensemble import Expert
 from atoll.errors import AtollError
-from atoll.evaluate.bench import FORMAT
 from atoll.evaluate.diagnose import Diagnostics
 from atoll.evaluate.measure import (
     EvaluateSettings,
@@ -31,10 +30,10 @@ from atoll.evaluate.measure import (
     side_by_side,
     worker_count,
 )
-from atoll.evaluate.metrics import PixelPCA, seeded_noise
+from atoll.evaluate.metrics import seeded_noise
+from atoll.evaluate.real import FORMAT, Real
 from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
 from atoll.evaluate.run_diagnostics import diagnose_run
-from atoll.evaluate.spaces import build_space
 from atoll.evaluate.store import Part, Store
 from atoll.evaluate.variants import identified, say_objective, swept, variants_of
 from atoll.loading import LoadedEnsemble, load_ensemble
@@ -91,7 +90,7 @@ def evaluate_run(
     store = store or run.path / STORE
     results = evaluate(variants, run.reference, settings, progress, device, store)
     grid, usages = draw_grid(run, groups, variants, settings, store, device)
-    diagnosed = _diagnosed(run, settings, progress, device) if settings.diagnosed else None
+    diagnosed = _diagnosed(run, settings, store, progress, device) if settings.diagnosed else None
     report = Report(
         title=f"Atoll: {run.path.resolve().name}",
         made={
@@ -142,14 +141,12 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> Opened:
 
 
 def _diagnosed(
-    run: Opened, settings: EvaluateSettings, progress: Progress | None, device: str | torch.device
+    run: Opened, settings: EvaluateSettings, store: Path, progress: Progress | None, device: str | torch.device
 ) -> Diagnostics:
     """Of the ensemble as it is routed, in the first space of a network, or in that of the pixels."""
     if progress is not None:
         progress(0, 1, "alignment diagnostics")
-    probe = run.reference.split(settings)[1].split(settings.batch)
-    images = (run.reference.images(rows) for rows in probe)
-    space = build_space(settings.spaces[0], images) if settings.spaces else PixelPCA.fit(images, settings.components)
+    space = Real(run.reference, settings, store).spaces[min(1, len(settings.spaces))]
     loaded = run.loaded
     return diagnose_run(loaded.ensemble, run.clusters, loaded.encoder, loaded.codec, space, settings, device)
 
