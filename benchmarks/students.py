@@ -26,8 +26,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     opened, settings = open_run(options.run), load_manifest(options.run).evaluate
     ensembles = {"ensemble": opened.loaded.ensemble}
-    if opened.monolith is not None:
-        ensembles["monolith"] = opened.monolith.ensemble
+    if "monolith" in opened.dense:
+        ensembles["monolith"] = opened.dense["monolith"].ensemble
     for name, _, directory in (given.partition("=") for given in options.students):
         ensembles[f"student {name}"] = load_ensemble(directory).ensemble
     variants = [Variant(name, ensemble) for name, ensemble in ensembles.items()]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll.codec import Codec
 from atoll.condition import Encoder, SeveralEncoders
+from atoll.device import has_bf16
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics import DenoisingError
@@ -193,12 +194,14 @@ def evaluate(
     """
     from atoll.evaluate.bench import Bench
 
-    settings = settings or EvaluateSettings()
+    settings = resolved(settings or EvaluateSettings(), device)
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise AtollError(f"two variants have one name, {twice}, among {', '.join(names)}; expected names that differ")
     count = worker_count(settings, device)
+    if settings.precision == "bf16":
+        reference.codec.to(dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory(prefix="atoll-") as passing, side_by_side(count) as run:
         places = Places(store, Path(passing))
         calls = sum(variant.calls for variant in variants)
@@ -207,6 +210,13 @@ def evaluate(
         kept = (replace(variant, ensemble=variant.ensemble.with_options(drops=False)) for variant in variants)
         scores = tuple(bench.score(variant) for variant in kept)
         return bench.results(scores)
+
+
+def resolved(settings: EvaluateSettings, device: str | torch.device) -> EvaluateSettings:
+    """With the codec's precision as it will be: bf16 decodes twice as fast, and moves a pixel by a third of 1/255."""
+    if settings.precision != "auto":
+        return settings
+    return settings.model_copy(update={"precision": "bf16" if has_bf16(torch.device(device)) else "fp32"})
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Real:
         return {
             "format": FORMAT,
             "encoded": self.reference.encoded.sha256,
-            "codec": identity(self.reference.codec.config()),
+            "codec": [identity(self.reference.codec.config()), s.precision],
             **{key: getattr(s, key) for key in keys},
             "spaces": [
                 [identity(feature.config()), space.components]

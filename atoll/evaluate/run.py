@@ -27,6 +27,7 @@ from atoll.evaluate.measure import (
     Results,
     Variant,
     evaluate,
+    resolved,
     side_by_side,
     worker_count,
 )
@@ -46,16 +47,17 @@ from atoll.words import count_words, telling_words
 PICTURES_PER_CLUSTER = 24
 ROWS_OF_GRID = 12  # variants at most that the grid shows
 STORE = "evaluation"
+DENSE = ("monolith", "student")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What stands in a run's directory. monolith and clusters may be missing."""
+    """What stands in a run's directory. Clusters may be missing; dense: monolith and student, if they are there."""
 
     path: Path
     encoded: Shards
     loaded: LoadedEnsemble
-    monolith: LoadedEnsemble | None
+    dense: dict[str, LoadedEnsemble]
     clusters: tuple[Shards, ...]
     clustering: dict[str, Any]
 
@@ -79,9 +81,9 @@ def evaluate_run(
     Raises:
         AtollError: a directory is missing or broken, or ensemble, monolith and data do not fit each other.
     """
-    settings, start = settings or EvaluateSettings(), time.perf_counter()
+    settings, start = resolved(settings or EvaluateSettings(), device), time.perf_counter()
     run = open_run(Path(run_dir), device)
-    dense = run.monolith.ensemble if run.monolith else None
+    dense = {name: model.ensemble for name, model in run.dense.items()}
     if settings.sweep:
         found, groups, alignment = swept(settings.sweep, run.loaded.ensemble, dense)
     else:
@@ -129,15 +131,17 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> Opened:
             f"{path}: the ensemble draws latents of shape {list(loaded.latent_shape)}, encoded/ holds "
             f"{list(encoded.shape('latent'))}; evaluate it on the data that it was trained on"
         )
-    monolith = load_ensemble(path / "monolith", device=device) if (path / "monolith" / CARD).is_file() else None
-    if monolith is not None and not same(monolith.encoder.config(), loaded.encoder.config()):
-        raise AtollError(
-            f"{path}: the monolith reads prompts with {monolith.encoder.config()}, the ensemble with "
-            f"{loaded.encoder.config()}; train both with one condition encoder"
-        )
+    there = [name for name in DENSE if (path / name / CARD).is_file()]
+    dense = {name: load_ensemble(path / name, device=device) for name in there}
+    for name, model in dense.items():
+        if not same(model.encoder.config(), loaded.encoder.config()):
+            raise AtollError(
+                f"{path}: the {name} reads prompts with {model.encoder.config()}, the ensemble with "
+                f"{loaded.encoder.config()}; train both with one condition encoder"
+            )
     directories = sorted((path / "clusters").glob("cluster-*"))
     clustering = read_json(path / "clusters" / "clusters.json") if directories else {}
-    return Opened(path, encoded, loaded, monolith, tuple(map(Shards, directories)), clustering)
+    return Opened(path, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
 
 
 def _diagnosed(
@@ -232,9 +236,9 @@ def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
 
 
 def _parts(run: Opened) -> dict[str, str]:
-    """Of ensemble and monolith the hash of what names all hashes of their parts."""
+    """Of ensemble, monolith and student the hash of what names all hashes of their parts."""
     parts = {"ensemble": sha256_file(run.path / "ensemble" / "ensemble.json")}
-    return parts | ({"monolith": sha256_file(run.path / "monolith" / CARD)} if run.monolith else {})
+    return parts | {name: sha256_file(run.path / name / CARD) for name in run.dense}
 
 
 def hashes_of(run: Opened, results: Results) -> tuple[tuple[str, str], ...]:
@@ -245,8 +249,7 @@ def hashes_of(run: Opened, results: Results) -> tuple[tuple[str, str], ...]:
     found.append(("ensemble/ensemble.json", sha256_file(run.path / "ensemble" / "ensemble.json")))
     parts = [*run.loaded.card["experts"], *([run.loaded.card["router"]] if run.loaded.card["router"] else [])]
     found += [(f"{Path(part['url']).name}/{CARD}", part["sha256"]) for part in parts]
-    if run.monolith is not None:
-        found.append((f"monolith/{CARD}", sha256_file(run.path / "monolith" / CARD)))
+    found += [(f"{name}/{CARD}", sha256_file(run.path / name / CARD)) for name in run.dense]
     return (*found, *((f"feature space {space.name}", space.sha256) for space in results.spaces))
 
 

@@ -1,7 +1,7 @@
 """Sweeps: every combination of routing, guidance, steps, alignment, ... of one ensemble, as variants to be measured."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -71,20 +71,25 @@ def choose(ensemble: Ensemble, chosen: dict[int | str, str | tuple[str, ...]], n
     return ensemble.with_experts(taken)
 
 
-def variants_of_sweep(sweep: SweepSettings, ensemble: Ensemble, monolith: Ensemble | None) -> Iterator[Variant]:
+def variants_of_sweep(sweep: SweepSettings, ensemble: Ensemble, dense: Mapping[str, Ensemble]) -> Iterator[Variant]:
     """One variant per combination of the axes that are named; their names tell the values of these axes.
 
+    dense: by name, "monolith" and "student", as far as they are there.
+
     Raises:
-        AtollError: an expert that is not there, a monolith where there is none, an unknown routing.
+        AtollError: an expert that is not there, a monolith or student where there is none, an unknown routing.
     """
-    if sweep.monolith and monolith is None:
-        raise AtollError("sweep: monolith, but the run has none; train it with `atoll train monolith`, or leave it out")
+    asked = [name for name, wanted in (("monolith", sweep.monolith), ("student", sweep.student)) if wanted]
+    for name in asked:
+        if name not in dense:
+            raise AtollError(
+                f"sweep: {name}, but the run has none; train it with `atoll train {name}`, or leave it out"
+            )
     axes = {axis: values for axis in ("steps", "method", "guidance_scale") if (values := getattr(sweep, axis))}
     for how in _combinations(axes):
-        if sweep.monolith:
-            assert monolith is not None
-            yield _variant("monolith", monolith, {}, how)
-        if sweep.experts or not sweep.monolith or sweep.routing:
+        for name in asked:
+            yield _variant(name, dense[name], {}, how)
+        if sweep.experts or sweep.routing or not asked:
             yield from _of_ensemble(sweep, ensemble, how)
 
 
@@ -113,6 +118,7 @@ def _variant(name: str, ensemble: Ensemble, options: dict[str, Any], how: dict[s
     return Variant(", ".join(said) or ensemble.routing, ensemble, axes=axes, **how)
 
 
+_DENSE = ("monolith", "student")
 _SAID = {"steps": "{} steps", "method": "{}", "guidance_scale": "guidance {:g}"}
 
 
@@ -128,12 +134,12 @@ def parse_sweep(text: list[str]) -> SweepSettings:
     for part in text:
         axis, equals, values = part.partition("=")
         axis = {"guidance": "guidance_scale"}.get(axis, axis)
-        if axis == "monolith" and not equals:
+        if axis in _DENSE and not equals:
             content[axis] = True
-        elif axis in ("experts", "monolith") or axis not in SweepSettings.model_fields or not values:
-            known = ", ".join(name for name in SweepSettings.model_fields if name not in ("experts", "monolith"))
+        elif axis in ("experts", *_DENSE) or axis not in SweepSettings.model_fields or not values:
+            known = ", ".join(name for name in SweepSettings.model_fields if name not in ("experts", *_DENSE))
             raise AtollError(f"--sweep {part}: expected an axis and its values, such as routing=top-1,top-2; axes: "
-                             f"{known}, or monolith by itself")  # fmt: skip
+                             f"{known}, or monolith or student by itself")  # fmt: skip
         else:
             content[axis] = re.split(r"\s*,\s*", values.strip())
     try:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from atoll.ensemble import Ensemble, Expert
@@ -17,9 +17,12 @@ Groups = dict[str, tuple[str, ...]]
 
 
 def variants_of(
-    ensemble: Ensemble, monolith: Ensemble | None
+    ensemble: Ensemble, dense: Mapping[str, Ensemble]
 ) -> tuple[list[Variant], Groups, tuple[tuple[str, str], ...]]:
-    """All that is measured; the names by group; (label, name) of those that compare the alignments."""
+    """All that is measured; the names by group; (label, name) of those that compare the alignments.
+
+    dense: "monolith" and "student", as far as they are there.
+    """
     many = f"{len(ensemble.experts)} experts and their router"
     routings = ["top-1", "top-2", "full"] if len(ensemble.experts) > 1 else ["full"]
     routings += [ensemble.routing] if ensemble.routing not in routings else []
@@ -28,10 +31,11 @@ def variants_of(
         Variant(expert.name, alone(expert, ensemble), f"{say_objective(expert.objective)}, asked for everything")
         for expert in ensemble.experts
     ]
-    dense = []
-    if monolith is not None:
-        objective = say_objective(monolith.experts[0].objective)
-        dense = [Variant("monolith", monolith, f"one network trained on everything, {objective}")]
+    one = {"monolith": "one network trained on everything", "student": "one network that learnt from the ensemble"}
+    whole = [
+        Variant(name, model, f"{one[name]}, {say_objective(model.experts[0].objective)}")
+        for name, model in dense.items()
+    ]
     others = {"native": "native", "snr + x0 clamp": "snr-clamp", "snr alone": "snr-alone"}
     compared = [
         Variant(label, aligned(ensemble, how), f"{ensemble.routing}, {ALIGNMENTS[how]}")
@@ -40,31 +44,32 @@ def variants_of(
     groups = {
         "ensemble": tuple(v.name for v in routed),
         "expert": tuple(v.name for v in alone_),
-        "monolith": tuple(v.name for v in dense),
+        "monolith": tuple(v.name for v in whole),
     }
     labels = ("native", "snr + calibration", "snr + x0 clamp", "snr alone")
     names = ("native", ensemble.routing, "snr + x0 clamp", "snr alone")
-    return [*routed, *alone_, *dense, *compared], groups, tuple(zip(labels, names, strict=True))
+    return [*routed, *alone_, *whole, *compared], groups, tuple(zip(labels, names, strict=True))
 
 
 def swept(
-    sweeps: Sequence[SweepSettings], ensemble: Ensemble, monolith: Ensemble | None
+    sweeps: Sequence[SweepSettings], ensemble: Ensemble, dense: Mapping[str, Ensemble]
 ) -> tuple[list[Variant], Groups, tuple[tuple[str, str], ...]]:
     """As `variants_of`, of what the sweeps name; what two of them name is measured once."""
     found: dict[str, Variant] = {}
     for sweep in sweeps:
-        for variant in variants_of_sweep(sweep, ensemble, monolith):
+        for variant in variants_of_sweep(sweep, ensemble, dense):
             found.setdefault(variant.name, variant)
-    dense = tuple(name for name, variant in found.items() if variant.ensemble is monolith)
-    return list(found.values()), {"sweep": tuple(n for n in found if n not in dense), "monolith": dense}, ()
+    whole = tuple(name for name, variant in found.items() if _which(variant, dense) != "ensemble")
+    return list(found.values()), {"sweep": tuple(n for n in found if n not in whole), "monolith": whole}, ()
 
 
-def identified(variants: Sequence[Variant], monolith: Ensemble | None, parts: dict[str, str]) -> list[Variant]:
-    """The variants with identities. parts: hashes of all that "ensemble" and "monolith" consist of."""
-    return [
-        replace(v, identity=_identity(v.ensemble, parts["monolith" if v.ensemble is monolith else "ensemble"]))
-        for v in variants
-    ]
+def identified(variants: Sequence[Variant], dense: Mapping[str, Ensemble], parts: Mapping[str, str]) -> list[Variant]:
+    """The variants with identities. parts: hashes of all that "ensemble", "monolith" and "student" consist of."""
+    return [replace(v, identity=_identity(v.ensemble, parts[_which(v, dense)])) for v in variants]
+
+
+def _which(variant: Variant, dense: Mapping[str, Ensemble]) -> str:
+    return next((name for name, model in dense.items() if variant.ensemble is model), "ensemble")
 
 
 def _identity(ensemble: Ensemble, parts: str) -> str:

@@ -37,7 +37,7 @@ class SweepSettings(Section):
 
     alignment: "snr", "native", "snr-clamp" (HDDM's clamp instead of calibrations), "snr-alone". experts: by a name of
     the choice, whose expert is taken of each cluster: {mixed: {all: flow, 0: eps-cosine, 1: [flow, eps-cosine]}}.
-    monolith: it is measured too, with each number of steps and each guidance.
+    monolith, student: they are measured too, with each number of steps and each guidance.
     """
 
     routing: tuple[str, ...] = ()
@@ -48,6 +48,7 @@ class SweepSettings(Section):
     replicas: tuple[str, ...] = ()
     experts: dict[str, dict[int | str, str | tuple[str, ...]]] = Field(default_factory=dict)
     monolith: bool = False
+    student: bool = False
 
     @field_validator("routing")
     @classmethod
@@ -83,5 +84,6 @@ class EvaluateSettings(Section):
     prompts: tuple[str, ...] = ()  # of the grid; none: captions of held-out pictures
     seeds: PositiveInt = 4  # pictures per prompt in the grid
     batch: PositiveInt = 128
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the codec; auto: bf16 where the hardware multiplies it
     workers: PositiveInt | None = None  # batches side by side, each on its share of threads; None: one per core
     seed: int = Field(0, ge=0)

@@ -27,12 +27,14 @@ class StudyRun(Section):
     like: another run, whose clusters and experts are taken as they are; of `experts` those that are to be assembled.
     changes: what differs from the study's manifest, key by key.
     monolith: its objective's name; None: none is trained.
+    student: as the `student` section of atoll.yaml, but for its objective, which is a name; None: none is trained.
     """
 
     experts: tuple[str, ...] | dict[int | str, str] = ("flow",)
     like: str | None = None
     changes: dict[str, Any] = Field(default_factory=dict)
     monolith: str | None = None
+    student: dict[str, Any] | None = None
     evaluate: dict[str, Any] = Field(default_factory=dict)  # instead of the study manifest's `evaluate`, key by key
 
     @field_validator("experts")
@@ -79,7 +81,10 @@ class Study(Section):
         done: set[str] = set()
         for name, run in self.runs.items():
             named = run.experts.values() if isinstance(run.experts, dict) else run.experts
-            for objective in (*named, *([run.monolith] if run.monolith else [])):
+            if run.student is not None and "objective" not in run.student:
+                raise ValueError(f"runs.{name}.student: has no objective; expected one of {', '.join(self.objectives)}")
+            dense = [run.monolith, run.student["objective"] if run.student else None]
+            for objective in (*named, *(one for one in dense if one is not None)):
                 if objective not in self.objectives:
                     known = ", ".join(self.objectives)
                     raise ValueError(f"runs.{name}: no objective {objective!r}; expected one of {known}")
@@ -118,6 +123,8 @@ class Study(Section):
             content["monolith"] = {**monolith, "objective": plain[run.monolith], "train": train}
         else:
             content.pop("monolith", None)
+        if run.student is not None:
+            content["student"] = {**run.student, "objective": plain[run.student["objective"]]}
         return copy.deepcopy({**content, "name": f"{self.name}-{name}", "seed": seed})  # no aliases in the yaml
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -83,8 +85,18 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
         if not launch_run(run, jobs=jobs, only=only):
             raise AtollError(f"{run}: stopped; what was trained is saved, and the same command goes on")
         assemble_run(run, manifest)
+        if manifest.student is not None:
+            _distil(run)
         write_json(run / _TRAINED, mark)
     return run
+
+
+def _distil(run: Path) -> None:
+    """In a process of its own, as `atoll launch` trains the other parts."""
+    arguments = ["-m", "atoll", "distil", "--run", str(run), "--resume", "--quiet"]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AtollError(f"{run}: the student's training ended with code {done.returncode}: {done.stderr.strip()}")
 
 
 def encode_once(manifest: Manifest, out: Path) -> Path:

@@ -46,7 +46,7 @@ def test_every_combination_once(ensemble, monolith) -> None:
     sweep = SweepSettings(
         routing=("top-1", "full"), guidance_scale=(1.0, 2.5), steps=(3,), alignment=("snr", "native"), monolith=True
     )
-    found = list(variants_of_sweep(sweep, ensemble, monolith))
+    found = list(variants_of_sweep(sweep, ensemble, {"monolith": monolith}))
     names = [variant.name for variant in found]
     assert len(set(names)) == len(names) == 2 * (2 * 2 + 1)
     assert "full, native, 3 steps, guidance 2.5" in names
@@ -59,7 +59,7 @@ def test_every_combination_once(ensemble, monolith) -> None:
 
 
 def test_an_axis_that_is_not_named_keeps_the_ensembles_value(ensemble) -> None:
-    (only,) = variants_of_sweep(SweepSettings(guidance_scale=(2.0,)), ensemble, None)
+    (only,) = variants_of_sweep(SweepSettings(guidance_scale=(2.0,)), ensemble, {})
     assert (only.name, only.ensemble.routing, only.steps) == ("guidance 2", "top-1", None)
 
 
@@ -83,9 +83,10 @@ def test_a_choice_that_is_not_there_is_refused(ensemble, chosen, said) -> None:
         choose(ensemble, chosen, "this")
 
 
-def test_a_monolith_that_is_not_there_is_refused(ensemble) -> None:
-    with pytest.raises(AtollError, match="the run has none"):
-        list(variants_of_sweep(SweepSettings(monolith=True), ensemble, None))
+@pytest.mark.parametrize("name", ["monolith", "student"])
+def test_a_dense_model_that_is_not_there_is_refused(ensemble, name) -> None:
+    with pytest.raises(AtollError, match=f"{name}, but the run has none; train it with `atoll train {name}`"):
+        list(variants_of_sweep(SweepSettings(**{name: True}), ensemble, {}))
 
 
 def test_alignments_differ_and_leave_the_ensemble_alone(ensemble) -> None:
@@ -102,9 +103,12 @@ def test_alignments_differ_and_leave_the_ensemble_alone(ensemble) -> None:
 
 def test_two_sweeps_measure_a_variant_of_both_once(ensemble, monolith) -> None:
     sweeps = [SweepSettings(routing=("top-1", "full")), SweepSettings(routing=("full",)), SweepSettings(monolith=True)]
-    variants, groups, _ = swept(sweeps, ensemble, monolith)
-    assert [variant.name for variant in variants] == ["top-1", "full", "monolith"]
-    assert groups == {"sweep": ("top-1", "full"), "monolith": ("monolith",)}
+    sweeps.append(SweepSettings(student=True))
+    student = Ensemble(monolith.experts, None)
+    variants, groups, _ = swept(sweeps, ensemble, {"monolith": monolith, "student": student})
+    assert [variant.name for variant in variants] == ["top-1", "full", "monolith", "student"]
+    assert variants[3].ensemble is student
+    assert groups == {"sweep": ("top-1", "full"), "monolith": ("monolith", "student")}
 
 
 def test_identities_tell_apart_what_is_sampled_differently(ensemble, monolith) -> None:
@@ -114,12 +118,13 @@ def test_identities_tell_apart_what_is_sampled_differently(ensemble, monolith) -
         experts={"flow": {"all": "flow"}, "eps": {"all": "eps"}},
         monolith=True,
     )
-    variants = list(variants_of_sweep(sweep, ensemble, monolith))
+    dense = {"monolith": monolith}
+    variants = list(variants_of_sweep(sweep, ensemble, dense))
     parts = {"ensemble": "a", "monolith": "b"}
-    found = [variant.identity for variant in identified(variants, monolith, parts)]
+    found = [variant.identity for variant in identified(variants, dense, parts)]
     assert len(set(found)) == len(found) == 13
-    assert found == [variant.identity for variant in identified(variants, monolith, parts)]
-    retrained = identified(variants, monolith, {**parts, "ensemble": "c"})
+    assert found == [variant.identity for variant in identified(variants, dense, parts)]
+    retrained = identified(variants, dense, {**parts, "ensemble": "c"})
     assert [one.identity in found for one in retrained] == [True] + [False] * 12
 
 

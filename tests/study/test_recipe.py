@@ -52,6 +52,13 @@ def test_experts_of_every_cluster_or_by_cluster() -> None:
     assert study().manifest_of("some", 3).evaluate.images == 9
 
 
+def test_a_student_has_an_objective_of_the_study() -> None:
+    runs = {"two": {"student": {"objective": "eps", "teacher": "ensemble", "train": {"batch": 6}}}}
+    student = study(runs=runs).manifest_of("two", 3).student
+    assert student is not None
+    assert (student.objective.prediction, student.teacher, student.train) == ("eps", "ensemble", {"batch": 6})
+
+
 def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
     base = {"a": {"b": 1, "c": {"d": 2}}, "feature": {"name": "mobilenetv2", "weights": "w"}}
     assert merged(base, {"a": {"c": {"e": 3}}})["a"] == {"b": 1, "c": {"d": 2, "e": 3}}
@@ -75,6 +82,12 @@ def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
         ({"runs": {"two": {"changes": {"train": {"step": 5}}}}}, "run two: unknown key train.step"),
         ({"baseline": "three:monolith"}, "baseline: 'three:monolith'; expected RUN:VARIANT, of whole, two"),
         ({"runs": {"two": {"twice": 1}}}, "runs.two.twice"),
+        (
+            {"runs": {"two": {"student": {"teacher": "owner"}}}},
+            "runs.two.student: has no objective; expected one of flow",
+        ),
+        ({"runs": {"two": {"student": {"objective": "x0"}}}}, "runs.two: no objective 'x0'"),
+        ({"runs": {"two": {"student": {"objective": "eps", "teach": 1}}}}, "run two: unknown key student.teach"),
         ({"objectives": {"flow": {"prediction": "noise"}}}, "objectives.flow"),
     ],
 )
