@@ -1,0 +1,79 @@
+"""Fills the tables of docs/results.md from what the studies wrote.
+
+    python benchmarks/results.py studies docs/results.md
+
+A table stands between two comments, the first of which says in JSON what it holds:
+
+    <!-- table {"study": "eurosat", "rows": ["k8:flow, top-*"], "columns": ["FD-MNv2", "denoising"]} -->
+    <!-- end -->
+
+rows: patterns of RUN:VARIANT. columns: how a metric's name begins. less: the row that all others are compared with, in
+the first column; the difference is paired by seed, with its 95 % interval (Student's). A study that is not there leaves
+its tables as they are.
+"""
+
+import json
+import re
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from atoll.study.table import difference, say
+
+BLOCK = re.compile(r"(<!-- table (\{.*?\}) -->\n).*?(<!-- end -->)", re.DOTALL)
+Values = dict[str, dict[str, float]]
+
+
+def table(rows: list[dict[str, Any]], asked: dict[str, Any]) -> str:
+    """Raises SystemExit where a pattern fits no row, or a column's name no or two metrics."""
+    named = {f"{row['run']}:{row['variant']}": row["values"] for row in rows}
+    chosen: dict[str, Values] = {}
+    for pattern in asked["rows"]:
+        fitting = {name: values for name, values in named.items() if fnmatchcase(name, pattern)}
+        if not fitting:
+            sys.exit(f"no row {pattern!r} in study {asked['study']}; there are {', '.join(named)}")
+        chosen |= fitting
+    metrics = [_metric(column, chosen) for column in asked["columns"]]
+    base = named[asked["less"]] if "less" in asked else None
+    head = ["", *metrics, *([f"{metrics[0].split(' [')[0]}, less {asked['less'].split(':')[1]}"] if base else [])]
+    lines = [head, ["---"] * len(head)]
+    for name, values in chosen.items():
+        cells = [name.partition(":")[2] if asked.get("short") else name.replace(":", ": ", 1)]
+        cells += [say(_by_seed(values, metric)) for metric in metrics]
+        if base is not None:
+            same = name == asked["less"]
+            cells.append("" if same else difference(_by_seed(values, metrics[0]), _by_seed(base, metrics[0])))
+        lines.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _metric(column: str, rows: dict[str, Values]) -> str:
+    found = list(dict.fromkeys(name for values in rows.values() for name in values if name.startswith(column)))
+    if len(found) != 1:
+        sys.exit(f"column {column!r}: expected one metric, found {found}")
+    return found[0]
+
+
+def _by_seed(values: Values, metric: str) -> dict[int, float]:
+    return {int(seed): value for seed, value in values.get(metric, {}).items()}
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    studies, page = Path(sys.argv[1]), Path(sys.argv[2])
+
+    def fill(block: re.Match[str]) -> str:
+        asked = json.loads(block[2])
+        file = studies / asked["study"] / "results.json"
+        if not file.is_file():
+            return block[0]
+        return f"{block[1]}\n{table(json.loads(file.read_text())['rows'], asked)}\n{block[3]}"
+
+    page.write_text(BLOCK.sub(fill, page.read_text()))
+    print(f"{page} written")
+
+
+if __name__ == "__main__":
+    main()
