@@ -2,7 +2,7 @@
 
 app.py       the application, the options that verbs share, how a mistake is told
 stages.py    from pictures to a report: init, encode, cluster, assemble, sample, evaluate, demo
-training.py  train, launch, distil
+training.py  train, launch, distil, synthesize
 tools.py     plan, convert
 trained.py   calibrate, ema
 research.py  compare, study

@@ -1,12 +1,15 @@
-"""The verbs that train: one part, or all of them."""
+"""The verbs that train: one part, or all of them; and the one that makes data for it where there are none."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from atoll.cli.app import Quiet, Restart, Resume, Run, app, bar
+
+if TYPE_CHECKING:
+    from atoll.solver import Method
 
 train_app = typer.Typer(
     no_args_is_help=True, help="Train one part, alone. Reads its own shards, writes its own artifact."
@@ -49,6 +52,45 @@ train_student = _verb(
 app.command("distil", rich_help_panel="Stages", help="One dense model that learns from the ensemble -> student/.")(
     train_student
 )
+
+
+@app.command(rich_help_panel="Stages")
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="The run to make, or --run itself where that has no data.")],
+    run: Run = Path(),
+    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Latents of each cluster.")] = 4096,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="A text file, one caption per line, or a directory with one per cluster (cluster-000.txt)."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps; default: atoll.yaml's.")] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 draws what the experts learned.")] = 1.0,
+    method: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m; default: atoll.yaml's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: atoll.yaml's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with draws that were interrupted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace other draws; data are never replaced.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Without pictures: experts draw what router and student train on -> OUT/encoded/ and OUT/clusters/."""
+    from atoll.manifest import load_manifest
+    from atoll.synthesize import synthesize_run
+
+    with bar("synthesize", "latents", quiet) as tell:
+        done = synthesize_run(
+            run,
+            load_manifest(run),
+            out,
+            images=images,
+            captions=captions,
+            steps=steps,
+            guidance=guidance,
+            method=cast("Method | None", method),
+            seed=seed,
+            resume=resume,
+            force=force,
+            progress=tell,
+        )
+    typer.echo(done)
 
 
 @app.command(rich_help_panel="Stages")

@@ -27,12 +27,12 @@ from atoll.data.locate import (
     printable,
     read_file,
     shown,
-    split_by_hash,
     split_of,
     told,
 )
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
+from atoll.shards import split_by_hash
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTIONS = ("text", "caption")  # where data.caption names none

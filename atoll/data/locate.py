@@ -214,12 +214,6 @@ def split_of(value: object) -> Split:
     return "train" if value in ("train", b"train") else "val"
 
 
-def split_by_hash(key: str, validation: float) -> Split:
-    """The split of a key: held out are those whose sha256, as a fraction of 1, lies below `validation`."""
-    fraction = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-    return "val" if fraction < validation else "train"
-
-
 def fingerprint(sizes: Iterable[tuple[str, int]]) -> str:
     """The sha256 over relative names and sizes: quick also for terabytes; an edit that keeps the size is not seen."""
     digest = hashlib.sha256()

@@ -19,12 +19,12 @@ from atoll.data.locate import (
     open_file,
     printable,
     shown,
-    split_by_hash,
     split_of,
     told,
 )
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
+from atoll.shards import split_by_hash
 
 _ROWS = 32  # that are decoded together
 _BUFFER = 1 << 20  # bytes of a column that are read at a time

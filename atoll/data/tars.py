@@ -29,13 +29,12 @@ from atoll.data.locate import (
     printable,
     read_file,
     shown,
-    split_by_hash,
     split_of,
     told,
 )
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.shards import Split
+from atoll.shards import Split, split_by_hash
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # WebDataset's rule: the key ends at the first dot of the file name

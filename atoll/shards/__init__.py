@@ -12,6 +12,7 @@ from atoll.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
 from atoll.shards.held import held_back
 from atoll.shards.reader import Part, Shards
 from atoll.shards.repeated import repeats
+from atoll.shards.split import key_fraction, split_by_hash
 from atoll.shards.writer import ShardWriter
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Shards",
     "Split",
     "held_back",
+    "key_fraction",
     "refuse_foreign",
     "repeats",
+    "split_by_hash",
 ]

@@ -1,6 +1,5 @@
 """Training rows that are kept from training, so that experts can be measured on them."""
 
-import hashlib
 from array import array
 from collections.abc import Sequence
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atoll.shards.reader import Shards
+from atoll.shards.split import key_fraction
 
 
 def held_back(shards: Sequence[Shards], share: float) -> Tensor:
@@ -33,4 +33,4 @@ def _mask(count: int, rows: Tensor) -> Tensor:
 
 def _fraction(key: str) -> float:
     """Uniform in [0, 1) over keys, and independent of what decides the val split."""
-    return int.from_bytes(hashlib.sha256(b"held back\0" + key.encode()).digest()[:8], "big") / 2**64
+    return key_fraction("held back\0" + key)

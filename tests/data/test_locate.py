@@ -21,10 +21,10 @@ from atoll.data.locate import (
     printable,
     read_file,
     shown,
-    split_by_hash,
     split_of,
 )
 from atoll.errors import AtollError
+from atoll.shards import split_by_hash
 
 TAR = ("tars", (".tar",))
 

@@ -1,0 +1,117 @@
+"""One cluster's experts, without a router, draw latents of that cluster."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from atoll.condition import Encoder, SeveralEncoders, build_encoder
+from atoll.ensemble import Ensemble
+from atoll.errors import AtollError
+from atoll.loading import LoadedExpert
+from atoll.solver import Method, sample
+from atoll.synthesize.rows import noise
+from atoll.weights import same
+
+BATCH = 64  # rows sampled at a time
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are drawn. A guidance scale of 1 draws what the expert takes its data to be."""
+
+    steps: int
+    method: Method
+    guidance_scale: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Raises AtollError for what no solver takes: better now than when the first expert is loaded."""
+        if self.method not in get_args(Method):
+            raise AtollError(f"unknown method {self.method!r}; expected one of {', '.join(get_args(Method))}")
+        if self.steps < 1:
+            raise AtollError(f"steps is {self.steps}; expected at least 1")
+
+    def config(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ClusterModel:
+    """The experts of one cluster as one model of it.
+
+    Replicas are combined as an ensemble combines them that has no stackings, with equal shares: a stacking is measured
+    on latents of the data, which nobody gives.
+
+    Args:
+        cluster: its number.
+        experts: of that cluster, at least one.
+        device: where they are.
+    """
+
+    def __init__(self, cluster: int, experts: Sequence[LoadedExpert], device: str | torch.device = "cpu"):
+        self.cluster, self._device = cluster, device
+        self.shape = tuple(experts[0].card["latent_shape"])
+        self._names = ", ".join(one.expert.name for one in experts)
+        kinds: list[dict[str, Any]] = []  # of encoders, without repetition
+        for one in experts:
+            if not any(same(one.card["condition"], kind) for kind in kinds):
+                kinds.append(one.card["condition"])
+        encoders = [build_encoder(kind) for kind in kinds]
+        self._encoder: Encoder | SeveralEncoders = encoders[0] if len(encoders) == 1 else SeveralEncoders(encoders)
+        which = [next(i for i, kind in enumerate(kinds) if same(one.card["condition"], kind)) for one in experts]
+        self._ensemble = Ensemble(
+            [replace(one.expert, encoder=number) for one, number in zip(experts, which, strict=True)],
+            None,
+            f"oracle-{cluster}",
+            null=self._encoder.null(1).to(device),
+            replicas="equal",
+        )
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        captions: Sequence[str],
+        rows: range,
+        sampling: Sampling,
+        batch: int = BATCH,
+        tell: Callable[[int], None] = lambda done: None,
+    ) -> Tensor:
+        """Latents [n, C, H, W] float16, as shards hold them, of the rows with these captions (n of each).
+
+        A row depends on its caption, its number and the seed; on its batch by no more than rounding. tell: hears how
+        many rows are done.
+
+        Raises:
+            AtollError: an expert answered with NaN or infinity, or a latent is not finite in float16.
+        """
+        drawn = []
+        for start in range(0, len(rows), batch):
+            mine = slice(start, start + batch)
+            x = noise(sampling.seed, self.cluster, rows[mine], self.shape).to(self._device)
+            velocity = partial(
+                self._velocity,
+                condition=self._encoder(captions[mine]).to(self._device),
+                guidance_scale=sampling.guidance_scale,
+            )
+            latents = sample(velocity, x, sampling.steps, sampling.method).half().cpu()
+            if not latents.isfinite().all():
+                raise AtollError(
+                    f"cluster {self.cluster}: a latent that {self._names} drew is not finite in float16; take more "
+                    "steps, less guidance, or a fresh copy of the expert"
+                )
+            drawn.append(latents)
+            tell(min(start + batch, len(rows)))
+        return torch.cat(drawn)
+
+    def _velocity(self, x: Tensor, t: Tensor, **given: Any) -> Tensor:
+        """The ensemble's, but no replica may fail: what is drawn is all of theirs, or nothing is."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*answered with NaN or infinity")
+            u = self._ensemble.velocity(x, t, **given)
+        for name, why in self._ensemble.dropped.items():
+            raise AtollError(f"{name} {why}; get a fresh copy of it, or take it out of atoll.yaml")
+        return u

@@ -1,0 +1,197 @@
+"""The draws in the making: synthesized.partial/, a file per shard, until encoded/ and clusters/ are made of them.
+
+plan.json               what is drawn: whoever goes on must want the same
+000-00000.safetensors   latents of cluster 0, its first rows; complete if it is there
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from atoll.artifact import (
+    CARD,
+    FORMAT,
+    WEIGHTS,
+    check_card,
+    read_json,
+    sha256_file,
+    whole_directory,
+    write_bytes,
+    write_json,
+)
+from atoll.errors import AtollError
+from atoll.shards import INDEX, SPLITS, Shards, ShardWriter
+from atoll.synthesize.captions import Order
+from atoll.synthesize.rows import Keys
+from atoll.weights import same
+
+SOURCE = "experts"  # the source's name in the cards of what was drawn
+PLAN = "plan.json"
+CLUSTERS, ASSIGNMENT = "clusters.json", "assignment.parquet"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the bytes depend on.
+
+    Attributes:
+        card: of every directory of shards; "clusters" in it is their number, "source" what draws, and how.
+        images: rows of each cluster.
+        shard_rows: of a shard, at most.
+    """
+
+    card: Mapping[str, Any]
+    images: int
+    shard_rows: int
+
+    @property
+    def clusters(self) -> int:
+        return int(self.card["clusters"])
+
+    def shards(self, cluster: int) -> Iterator[tuple[int, range]]:
+        """(number of the shard, its rows) of a cluster, in order."""
+        for number in range(math.ceil(self.images / self.shard_rows)):
+            start = number * self.shard_rows
+            yield number, range(start, min(start + self.shard_rows, self.images))
+
+
+def is_there(out: Path, plan: Plan, force: bool) -> bool:
+    """Whether `out` holds just what the plan would make, and all of it.
+
+    Raises:
+        AtollError: encoded/ or clusters/ is of something else. Where that was drawn too, `force` allows it.
+    """
+    encoded, clusters = out / "encoded", out / "clusters"
+    found = {
+        encoded: read_json(encoded / INDEX).get("card") if (encoded / INDEX).is_file() else None,
+        clusters: read_json(clusters / CLUSTERS) if (clusters / CLUSTERS).is_file() else None,
+    }
+    for path, card in found.items():
+        source = card.get("source") if isinstance(card, dict) else None
+        if path.exists() and not (isinstance(source, dict) and source.get("name") == SOURCE):
+            raise AtollError(f"{path}: exists and was not made by `atoll synthesize`; name another directory")
+        if card is not None and not force:
+            _compare(card, plan.card, path)
+    return not force and None not in found.values() and len(Shards(encoded)) > 0  # which looks for its files
+
+
+class Partial:
+    """The directory of draws in the making, `out`/synthesized.partial."""
+
+    def __init__(self, out: Path, plan: Plan):
+        self.out, self.path, self.plan = out, out / "synthesized.partial", plan
+
+    @property
+    def begun(self) -> bool:
+        return (self.path / PLAN).is_file()
+
+    def prepare(self, resume: bool, force: bool) -> None:
+        """Makes the directory, or opens that of draws that were interrupted.
+
+        Raises:
+            AtollError: unfinished draws are there and neither resume nor force was asked for, or they are others.
+        """
+        if self.begun and (resume or not force):
+            if not resume:
+                raise AtollError(f"{self.path}: unfinished draws; go on with --resume, or start anew with --force")
+            _compare(check_card(read_json(self.path / PLAN), "partial", self.path / PLAN), self.plan.card, self.path)
+            return
+        self.discard()
+        self.path.mkdir(parents=True)
+        write_json(self.path / PLAN, {"format": FORMAT, "kind": "partial", **self.plan.card})
+
+    def discard(self) -> None:
+        """Removes it, the plan last. Raises AtollError if it is something else."""
+        if not self.path.exists():
+            return
+        if not self.begun and any(self.path.glob("[!.]*")):
+            raise AtollError(f"{self.path}: exists and holds no unfinished draws (it has no {PLAN}); move it away")
+        for file in self.path.iterdir():
+            if file.name != PLAN:
+                file.unlink()
+        shutil.rmtree(self.path)
+
+    def is_done(self, cluster: int, number: int) -> bool:
+        return self._file(cluster, number).is_file()
+
+    def write(self, cluster: int, number: int, latents: Tensor) -> None:
+        """Writes a shard, whole or not at all."""
+        from safetensors.torch import save
+
+        write_bytes(self._file(cluster, number), save({"latent": latents.contiguous()}))
+
+    def seal(self, keys: Sequence[Keys], captions: Sequence[Order]) -> None:
+        """Makes clusters/ and encoded/ of the finished shards, linked where the file system can, and removes them here.
+
+        keys, captions: of each cluster. Killed in between, it is done again.
+        """
+        with whole_directory(self.out / "clusters") as directory:
+            self._write_clusters(directory, keys, captions)
+        with ShardWriter(self.out / "encoded", self.plan.card) as writer:
+            for cluster in range(self.plan.clusters):
+                self._adopt(writer, cluster, keys[cluster], captions[cluster])
+        self.discard()
+
+    def _write_clusters(self, directory: Path, keys: Sequence[Keys], captions: Sequence[Order]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        counts = []
+        schema = pa.schema({"key": pa.string(), "cluster": pa.int32(), "split": pa.string()})
+        with pq.ParquetWriter(directory / ASSIGNMENT, schema, compression="zstd") as table:
+            for cluster in range(self.plan.clusters):
+                path = directory / f"cluster-{cluster:03d}"
+                with ShardWriter(path, {"cluster": cluster, **self.plan.card}) as writer:
+                    self._adopt(writer, cluster, keys[cluster], captions[cluster])
+                for part in (shards := Shards(path)).parts():
+                    rows = {"key": part.keys, "cluster": [cluster] * len(part), "split": part.splits}
+                    table.write_table(pa.table(rows, schema=schema), row_group_size=len(part))
+                counts.append({split: len(shards.rows(split)) for split in SPLITS})
+        about = {"format": FORMAT, "kind": "clusters", "k": self.plan.clusters, **self.plan.card, "counts": counts}
+        write_json(directory / CLUSTERS, about)
+
+    def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: Order) -> None:
+        """All rows of a cluster."""
+        for number, rows in self.plan.shards(cluster):
+            mine = keys(rows)
+            writer.adopt(self._file(cluster, number), mine, captions(rows), [keys.split(key) for key in mine])
+
+    def _file(self, cluster: int, number: int) -> Path:
+        return self.path / f"{cluster:03d}-{number:05d}.safetensors"
+
+
+def link_expert(source: Path, target: Path, force: bool) -> None:
+    """Puts an expert's artifact where the later stages look for it: linked where the file system can, else copied.
+
+    Raises:
+        AtollError: another one of that name is there, and it may not be replaced.
+    """
+    if (target / CARD).is_file():
+        if sha256_file(target / CARD) == sha256_file(source / CARD):
+            return
+        if not force:
+            raise AtollError(
+                f"{target}: is another expert than {source}; name a new directory, or replace it with --force"
+            )
+    with whole_directory(target) as directory:
+        for name in (CARD, WEIGHTS):
+            try:
+                (directory / name).hardlink_to(source / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(source / name, directory / name)
+
+
+def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
+    """Raises AtollError with the first entry that differs."""
+    for key, value in wanted.items():
+        if isinstance(value, Mapping) and key == "source":
+            _compare(found.get(key, {}), value, where)
+        elif not same(got := found.get(key), value):
+            plain = isinstance(value, str | int | float)
+            what = f"{key} {got}, asked for is {value}" if plain else f"other {key} than asked for"
+            raise AtollError(f"{where}: was drawn with {what}; replace it with --force, or name another directory")

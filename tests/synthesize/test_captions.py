@@ -1,0 +1,116 @@
+"""Captions come from strangers' files; every row's caption, key and split is a function of its number."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atoll.errors import AtollError
+from atoll.synthesize.captions import Listed, Order, load_captions
+from atoll.synthesize.rows import Keys
+
+HERE = "8950abfda7b727630760dd35bcf5c3daa7631aff223a90f7728c0d2521dde10c"  # the assignment of tests/conftest.py
+
+
+def write(directory, **texts) -> None:
+    directory.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (directory / f"{name.replace('_', '-')}.txt").write_text(text)
+
+
+def test_one_list_for_all_or_one_for_each(tmp_path) -> None:
+    write(tmp_path / "lists", cluster_000="moss\n", cluster_001="sand\nrain\n", cluster_002="rust", notes="")
+    each, about = load_captions(tmp_path / "lists", tmp_path, 3, HERE)
+    assert [list(one.lines) for one in each] == [["moss"], ["sand", "rain"], ["rust"]]
+    assert about["counts"] == [1, 2, 1]
+    assert len(set(about["sha256"])) == 3
+    alike, about = load_captions(tmp_path / "lists" / "cluster-001.txt", tmp_path, 3, HERE)
+    assert [list(one.lines) for one in alike] == [["sand", "rain"]] * 3
+    assert len(set(about["sha256"])) == 1
+
+
+def test_captions_of_shards_are_those_of_training_rows(run) -> None:
+    found, about = load_captions(None, run / "clusters", 3, HERE)
+    assert about["from"] == "of the clusters' shards: captions shared, pictures not"
+    assert about["counts"] == [len(one) for one in found] == [14, 14, 14]
+    rows = [i for i in range(60) if i % 3 == 1 and i % 10 < 7]
+    words = ("moss", "sand", "rain", "rust")
+    drawn = Order(found[1], 0, 1)(range(14))
+    assert Counter(drawn) == Counter(f"{words[i % 4]} {words[i // 4 % 4]}" for i in rows)
+
+
+def test_what_is_missing_or_wrong_is_told(run, tmp_path) -> None:
+    with pytest.raises(AtollError, match=r"no captions: .*cluster-000 is not at hand; name them with --captions"):
+        load_captions(None, tmp_path, 3, HERE)
+    with pytest.raises(AtollError, match=r"its assignment is 8950\S+, the experts' is other; name the captions"):
+        load_captions(None, run / "clusters", 3, "other")
+    write(tmp_path / "lists", cluster_000="moss", cluster_001="sand")
+    with pytest.raises(AtollError, match=r"cluster-002.txt: not found; write the captions there"):
+        load_captions(tmp_path / "lists", tmp_path, 3, HERE)
+    with pytest.raises(
+        AtollError, match=r"cluster-001.txt: of no cluster; expected cluster-000.txt to cluster-000.txt"
+    ):
+        load_captions(tmp_path / "lists", tmp_path, 1, HERE)
+    for text, told in ((b"", "is empty"), (b"moss\n\nsand\n", "line 2 is empty"), (b"\xff\xfe\x00", "cannot be read")):
+        (tmp_path / "list.txt").write_bytes(text)
+        with pytest.raises(AtollError, match=told):
+            load_captions(tmp_path / "list.txt", tmp_path, 3, HERE)
+
+
+def test_experts_of_no_captions_take_a_list_of_empty_lines(tmp_path) -> None:
+    (tmp_path / "none.txt").write_text("\n\n")
+    (one,), _ = load_captions(tmp_path / "none.txt", tmp_path, 1, HERE)
+    assert Order(one, 0, 0)(range(5)) == [""] * 5
+
+
+@given(st.binary(max_size=60))
+def test_any_file_is_a_list_or_a_mistake(tmp_path_factory, content) -> None:
+    file = tmp_path_factory.mktemp("any") / "captions.txt"
+    file.write_bytes(content)
+    try:
+        (one,), _ = load_captions(file, file, 1, HERE)
+    except AtollError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert len(one) > 0
+        assert len(Order(one, 0, 0)(range(3))) == 3
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 40), st.integers(0, 3))
+def test_captions_come_equally_often_wherever_the_rows_are_cut(size, rows, cut, seed) -> None:
+    order = Order(Listed([str(i) for i in range(size)], ""), seed, 2)
+    whole = order(range(rows))
+    cut = min(cut, rows - 1)
+    assert (order(range(cut)) if cut else []) + order(range(cut, rows)) == whole
+    counts = Counter(whole)
+    assert max(counts.values()) - min(counts.get(str(i), 0) for i in range(size)) <= 1
+
+
+def test_captions_come_in_another_order_of_each_seed_cluster_and_pass() -> None:
+    lines = Listed([str(i) for i in range(30)], "")
+    orders = [Order(lines, seed, cluster)(range(60)) for seed in (0, 1) for cluster in (0, 1)]
+    assert len({tuple(part) for order in orders for part in (order[:30], order[30:])}) == 8
+
+
+@given(st.integers(2, 300), st.floats(0, 0.5), st.integers(0, 5), st.integers(0, 4))
+def test_keys_are_unique_and_some_are_held_out(rows, validation, seed, cluster) -> None:
+    try:
+        keys = Keys(seed, cluster, rows, validation)
+    except AtollError as error:  # of two rows or so, a half may be all
+        assert "holds out all" in str(error)  # noqa: PT017
+        return
+    names = keys(range(rows))
+    assert len(set(names)) == rows
+    held = [keys.split(name) == "val" for name in names]
+    assert min(8, rows // 2) <= sum(held) < rows
+    assert keys(range(rows // 2, rows)) == names[rows // 2 :]
+
+
+def test_the_share_held_out_is_the_manifests() -> None:
+    keys = Keys(0, 0, 5000, 0.2)
+    assert 900 < sum(keys.split(key) == "val" for key in keys(range(5000))) < 1100
+    with pytest.raises(AtollError, match="images is 1; expected at least 2"):
+        Keys(0, 0, 1, 0.1)
+    with pytest.raises(AtollError, match=r"data.validation 0.999 holds out all 5 images of cluster 3"):
+        Keys(0, 3, 5, 0.999)

@@ -1,0 +1,306 @@
+"""Drawn data are data: what is written, what is refused, and what the later stages make of it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import Counter
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+import atoll.synthesize.run as stage
+from atoll.artifact import CARD, read_card, sha256_file
+from atoll.assemble import assemble_run
+from atoll.calibration import Calibration
+from atoll.condition import build_encoder
+from atoll.ensemble import Expert
+from atoll.errors import AtollError
+from atoll.loading import LoadedExpert, load_ensemble
+from atoll.manifest import load_manifest
+from atoll.objective import Objective
+from atoll.shards import Shards
+from atoll.synthesize import synthesize_run
+from atoll.testing import GaussianMixture
+from atoll.train.distil import distil_run
+from atoll.train.expert import train_expert
+from atoll.train.router import train_router
+from tests.conftest import RUN, SHAPE, K
+from tests.synthesize.conftest import Stop, content, keep_private, synthesize
+
+STUDENT = {"objective": {"prediction": "v", "schedule": "cosine"}}
+
+
+def test_what_is_written_is_a_run(private, listed, tmp_path) -> None:
+    said = synthesize(private, tmp_path / "drawn", listed, seed=3)
+    assert "3 clusters of 22 latents each, drawn by 3 experts" in said
+    drawn = tmp_path / "drawn"
+    assert sorted(entry.name for entry in drawn.iterdir()) == ["atoll.yaml", "clusters", "encoded", "experts"]
+    encoded = Shards(drawn / "encoded", verify=True)
+    clusters = [Shards(drawn / "clusters" / f"cluster-{k:03d}", verify=True) for k in range(K)]
+    assert len(set(encoded.keys)) == len(encoded) == 22 * K
+    assert encoded.keys == [key for part in clusters for key in part.keys]
+    assert torch.equal(
+        encoded.read("latent", slice(None)), torch.cat([part.read("latent", slice(None)) for part in clusters])
+    )
+    assert encoded.shape("latent") == SHAPE
+    about = json.loads((drawn / "clusters" / "clusters.json").read_text())
+    expert = read_card(private / "experts" / "0-eps-cosine", "expert")
+    for card in (about, encoded.card, *(part.card for part in clusters)):
+        for key in ("assignment", "codec", "condition", "latent_shape"):
+            assert card[key] == expert[key]
+    table = pq.read_table(drawn / "clusters" / "assignment.parquet").to_pydict()
+    assert dict(zip(table["key"], table["cluster"], strict=True)) == {
+        key: part.card["cluster"] for part in clusters for key in part.keys
+    }
+    assert table["split"] == encoded.splits
+    for part, counts in zip(clusters, about["counts"], strict=True):
+        assert dict(Counter(part.splits)) == counts == {"train": 14, "val": 8}
+        assert Counter(part.captions).keys() == {"moss sand", "rain", "rust"}
+
+
+def test_the_card_says_what_made_it(private, listed, tmp_path) -> None:
+    synthesize(private, tmp_path / "drawn", listed, seed=3, guidance=1.5, method="heun")
+    source = Shards(tmp_path / "drawn" / "encoded").card["source"]
+    told = {"steps": 2, "method": "heun", "guidance_scale": 1.5, "seed": 3, "images": 22, "name": "experts"}
+    assert told.items() <= source.items()
+    assert source["captions"]["sha256"] == [sha256_file(listed)] * K
+    names = ["0-eps-cosine", "1-flow-linear", "2-x0-linear-beta"]
+    assert source["experts"] == [
+        {"name": name, "draws": [k], "sha256": sha256_file(private / "experts" / name / CARD)}
+        for k, name in enumerate(names)
+    ]
+
+
+def test_defaults_are_the_manifests_but_unguided(private, listed, tmp_path) -> None:
+    synthesize_run(private, load_manifest(private), tmp_path / "drawn", images=4, captions=listed)
+    source = Shards(tmp_path / "drawn" / "encoded").card["source"]
+    assert (source["steps"], source["method"], source["seed"], source["guidance_scale"]) == (3, "euler", 0, 1.0)
+
+
+def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
+    (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "student": STUDENT}))
+    manifest = load_manifest(drawn)
+    router = read_card(train_router(drawn, manifest), "router")
+    assert router["assignment"] == read_card(drawn / "experts" / "1-flow-linear", "expert")["assignment"]
+    assert len(router["accuracy_at_t"]) == 5
+    loaded = load_ensemble(assemble_run(drawn, manifest))
+    x, condition = torch.randn(2, *SHAPE), build_encoder(RUN["condition"])(["moss"] * 2)
+    assert loaded.ensemble.velocity(x, torch.rand(2), condition).isfinite().all()
+    shutil.copytree(drawn / "router", private / "router")
+    assemble_run(private, load_manifest(private))  # the router fits where the experts came from too
+    student = distil_run(drawn, manifest)
+    assert read_card(student, "expert")["training"]["rows"] == 14 * K
+    of_all = manifest.model_copy(update={"student": manifest.student.model_copy(update={"teacher": "ensemble"})})
+    distil_run(drawn, of_all, restart=True)
+    assert load_ensemble(student).ensemble.velocity(x, torch.rand(2), condition).isfinite().all()
+
+
+def test_a_routers_paths_are_the_experts(drawn) -> None:
+    (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "router": {**RUN["router"], "path": "experts"}}))
+    assert len(read_card(train_router(drawn, load_manifest(drawn)), "router")["path"]) == K
+
+
+def test_each_cluster_is_drawn_by_its_own_exact_expert(private, listed, tmp_path, monkeypatch) -> None:
+    mixture = GaussianMixture.random(6, K, SHAPE, seed=2)
+    mixture = GaussianMixture(mixture.means.float(), mixture.scales.float(), mixture.weights.float(), mixture.clusters)
+
+    def load(path, device):
+        card = read_card(path, "expert")
+        objective, (cluster,) = Objective(**card["objective"]), card["clusters"]
+        nothing = Calibration.identity(torch.zeros(SHAPE))
+        return LoadedExpert(
+            Expert(mixture.network(objective, cluster), objective, (cluster,), nothing, path.name), card
+        )
+
+    monkeypatch.setattr(stage, "load_expert", load)
+    count = 400
+    synthesize(private, tmp_path / "drawn", listed, images=count, steps=20, method="dpm++2m", shard_rows=150)
+    for k in range(K):
+        latents = Shards(tmp_path / "drawn" / "clusters" / f"cluster-{k:03d}").read("latent", slice(None)).float()
+        own = mixture.cluster(k)
+        mean = (own.weights.reshape(-1, 1, 1, 1) * own.means).sum(0)
+        assert ((latents.mean(0) - mean).abs() < 5 * (latents.std(0) / count**0.5)).all()
+
+
+def test_replicas_draw_together_and_are_stacked_on_what_they_drew(trained_run, listed, tmp_path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    second = {"cluster": 0, "name": "second", "objective": {"prediction": "v", "schedule": "linear"}}
+    (run / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "experts": [*RUN["experts"], second]}))
+    train_expert(run, load_manifest(run), "0-second")
+    private = keep_private(run, tmp_path / "private")
+    synthesize(private, tmp_path / "both", listed)
+    source = Shards(tmp_path / "both" / "encoded").card["source"]
+    assert [(e["name"], e["draws"]) for e in source["experts"]][:2] == [("0-eps-cosine", [0]), ("0-second", [0])]
+    manifest = load_manifest(tmp_path / "both")
+    train_router(tmp_path / "both", manifest)
+    assemble_run(tmp_path / "both", manifest)
+    stacked = json.loads((tmp_path / "both" / "ensemble" / "ensemble.json").read_text())["stackings"]["weights"]
+    assert len(stacked) == 1
+
+    shutil.rmtree(private / "experts" / "0-second")
+    with pytest.warns(UserWarning, match="not trained yet, left out: 0-second"):
+        synthesize(private, tmp_path / "one", listed)
+    alone, both = (Shards(tmp_path / name / "encoded").read("latent", slice(None)) for name in ("one", "both"))
+    assert not torch.equal(alone[:22], both[:22])
+    assert torch.equal(alone[22:], both[22:])
+
+
+def test_captions_may_be_those_of_the_shards(trained_run, tmp_path) -> None:
+    said = synthesize(trained_run, tmp_path / "drawn")
+    assert "captions shared, pictures not" in said
+    mine, theirs = (Shards(path / "clusters" / "cluster-001") for path in (tmp_path / "drawn", trained_run))
+    assert set(mine.captions) == {
+        c for c, split in zip(theirs.captions, theirs.splits, strict=True) if split == "train"
+    }
+
+
+def test_a_run_without_data_may_be_filled_in_place(private, listed) -> None:
+    before = content(private)
+    synthesize(private, private, listed)
+    assert before.items() <= content(private).items()
+    assert len(Shards(private / "encoded")) == 22 * K
+    train_router(private, load_manifest(private))
+
+
+def test_other_draws_are_refused_or_replaced(drawn, private, listed, tmp_path) -> None:
+    for options, told in (
+        ({"images": 23}, "drawn with images 22, asked for is 23"),
+        ({"guidance": 2.0}, "drawn with guidance_scale 1.0"),
+        ({"seed": 1}, "drawn with seed 0, asked for is 1; replace it with --force"),
+    ):
+        with pytest.raises(AtollError, match=told):
+            synthesize(private, drawn, listed, **options)
+    right = listed.read_text()
+    listed.write_text("moss sand\nrain\nrusty\n")
+    with pytest.raises(AtollError, match="was drawn with other captions than asked for"):
+        synthesize(private, drawn, listed)
+    listed.write_text(right)
+    first = content(drawn)["encoded/shard-00000.safetensors"]
+    (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "student": STUDENT}))
+    synthesize(private, drawn, listed, seed=1, force=True)
+    assert content(drawn)["encoded/shard-00000.safetensors"] != first
+    assert load_manifest(drawn).student is not None  # what was added there stays
+
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        synthesize(private, out, listed, progress=lambda *_: (_ for _ in ()).throw(Stop()))
+    with pytest.raises(AtollError, match="drawn with steps 2, asked for is 3"):
+        synthesize(private, out, listed, steps=3, resume=True)
+    synthesize(private, out, listed, steps=3, force=True)
+    assert Shards(out / "encoded").card["source"]["steps"] == 3
+
+
+def test_what_is_something_else_is_never_touched(trained_run, private, listed, tmp_path) -> None:
+    data = shutil.copytree(trained_run, tmp_path / "data")
+    other = keep_private(trained_run, tmp_path / "other")
+    (other / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "name": "other"}))
+    begun = keep_private(trained_run, tmp_path / "begun")
+    (begun / "synthesized.partial").mkdir()
+    (begun / "synthesized.partial" / "letter").write_text("dear")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter").write_text("dear")
+    for out, told in (
+        (data, "encoded: exists and was not made by `atoll synthesize`"),
+        (other, "is a run with another atoll.yaml"),
+        (begun, "exists and holds no unfinished draws"),
+        (tmp_path / "full", "exists and is no former result"),
+        (listed, "exists and is no former result"),
+    ):
+        before = content(out)
+        for force in (False, True):
+            with pytest.raises(AtollError, match=told):
+                synthesize(private, out, listed, force=force)
+        assert content(out) == before
+
+
+def test_another_expert_of_that_name_is_not_replaced(trained_run, private, listed, tmp_path) -> None:
+    out = keep_private(trained_run, tmp_path / "out")
+    card = out / "experts" / "1-flow-linear" / CARD
+    card.write_text(card.read_text() + "\n")
+    with pytest.raises(AtollError, match="1-flow-linear: is another expert than"):
+        synthesize(private, out, listed)
+
+
+def test_experts_must_be_there_and_of_one_run(private, listed, tmp_path) -> None:
+    card = private / "experts" / "2-x0-linear-beta" / CARD
+    right = json.loads(card.read_text())
+    for change, told in (
+        ({"assignment": "0" * 64}, "2-x0-linear-beta: its assignment is 000"),
+        ({"latent_shape": [1, 8, 4]}, r"its latent_shape is \[1, 8, 4\]"),
+        ({"k": 4}, "its k is 4"),
+        ({"clusters": [0]}, "cluster 2 has no expert that could draw it; put it at .*2-x0-linear-beta"),
+    ):
+        card.write_text(json.dumps({**right, **change}))
+        with pytest.raises(AtollError, match=told):
+            synthesize(private, tmp_path / "out", listed)
+    shutil.rmtree(card.parent)
+    with pytest.raises(AtollError, match="cluster 2 has no expert"):
+        synthesize(private, tmp_path / "out", listed)
+    manifest = yaml.safe_dump({**RUN, "experts": RUN["experts"][:2]})
+    (private / "atoll.yaml").write_text(manifest)
+    with pytest.raises(AtollError, match=r"cluster 2 has no expert that could draw it; name one in atoll.yaml"):
+        synthesize(private, tmp_path / "out", listed)
+    (private / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "experts": RUN["experts"][:2], "clusters": {"k": 2}}))
+    with pytest.raises(AtollError, match=r"is of 3 clusters, atoll.yaml says clusters.k 2"):
+        synthesize(private, tmp_path / "out", listed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generalist_draws_the_clusters_that_have_none_of_their_own(trained_run, private, listed, tmp_path) -> None:
+    shutil.rmtree(private / "experts" / "2-x0-linear-beta")
+    shutil.copytree(trained_run / "monolith", private / "experts" / "2-all")
+    everything = {"cluster": 2, "name": "all", "objective": {"prediction": "flow", "schedule": "linear"}}
+    (private / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "experts": [*RUN["experts"][:2], everything]}))
+    synthesize(private, tmp_path / "out", listed)
+    draws = {e["name"]: e["draws"] for e in Shards(tmp_path / "out" / "encoded").card["source"]["experts"]}
+    assert draws == {"0-eps-cosine": [0], "1-flow-linear": [1], "2-all": [2]}
+
+
+def test_an_expert_that_answers_with_nan_leaves_no_data(private, listed, tmp_path, monkeypatch) -> None:
+    sound = stage.load_expert
+
+    def load(path, device):
+        loaded = sound(path, device)
+        if path.name == "1-flow-linear":
+            for weight in loaded.expert.network.parameters():
+                weight.fill_(torch.nan)
+        return loaded
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched.setattr(stage, "load_expert", load)
+        with pytest.raises(AtollError, match="1-flow-linear answered with NaN"):
+            synthesize(private, out, listed)
+    assert not (out / "encoded").exists()
+    assert not (out / "clusters").exists()
+    assert {file.name[:3] for file in (out / "synthesized.partial").glob("0*")} == {"000"}
+
+
+def test_a_mistake_writes_nothing(private, listed, tmp_path) -> None:
+    for options in ({"steps": 0}, {"method": "rk4"}, {"images": 1}, {"captions": tmp_path / "none.txt"}):
+        with pytest.raises(AtollError):
+            synthesize(private, tmp_path / "out", **{"captions": listed, **options})
+    with pytest.raises(AtollError, match="no captions"):
+        synthesize(private, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_latents_make_small_shards(private, listed, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stage, "_SHARD_BYTES", 5 * 64)  # a latent here has 64 bytes
+    synthesize(private, tmp_path / "out", listed)
+    assert [len(part) for part in Shards(tmp_path / "out" / "clusters" / "cluster-000").parts()] == [5, 5, 5, 5, 2]
+
+
+def test_the_command(private, listed, tmp_path) -> None:
+    command = [sys.executable, "-m", "atoll", "synthesize", str(tmp_path / "out"), "--run", str(private)]
+    options = ["--images", "4", "--captions", str(listed), "--steps", "1", "--seed", "2", "--guidance", "2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 clusters of 4 latents each, drawn by 3 experts; captions: one list for all clusters" in done.stdout
+    source = Shards(tmp_path / "out" / "encoded").card["source"]
+    assert (source["seed"], source["guidance_scale"], source["steps"]) == (2, 2.0, 1)
