@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from atoll.errors import AtollError
 from atoll.manifest import RECIPES, Manifest, ObjectiveSettings, Section, parse_manifest
@@ -25,6 +25,8 @@ class StudyRun(Section):
     experts: names of the study's objectives, of which every cluster gets one expert each (replicas, if there are
     several). Or by cluster: {all: flow, 0: eps-cosine}.
     like: another run, whose clusters and experts are taken as they are; of `experts` those that are to be assembled.
+    drawn: so many latents of each cluster, drawn by these experts, are what router and student train on (DDM: private
+    data); what is measured is measured against the real data. With `like` only.
     changes: what differs from the study's manifest, key by key.
     monolith: its objective's name; None: none is trained.
     student: as the `student` section of atoll.yaml, but for its objective, which is a name; None: none is trained.
@@ -32,6 +34,7 @@ class StudyRun(Section):
 
     experts: tuple[str, ...] | dict[int | str, str] = ("flow",)
     like: str | None = None
+    drawn: PositiveInt | None = None
     changes: dict[str, Any] = Field(default_factory=dict)
     monolith: str | None = None
     student: dict[str, Any] | None = None
@@ -90,6 +93,8 @@ class Study(Section):
                     raise ValueError(f"runs.{name}: no objective {objective!r}; expected one of {known}")
             if run.like is not None and run.like not in done:
                 raise ValueError(f"runs.{name}.like: {run.like!r}; expected a run that stands before it")
+            if run.drawn is not None and run.like is None:
+                raise ValueError(f"runs.{name}.drawn: by which experts? name their run in `like`")
             done.add(name)
         if self.baseline is not None and self.baseline.partition(":")[0] not in self.runs:
             raise ValueError(f"baseline: {self.baseline!r}; expected RUN:VARIANT, of {', '.join(self.runs)}")

@@ -20,6 +20,7 @@ from atoll.launch.run import launch_run
 from atoll.manifest import MANIFEST, Manifest, load_manifest
 from atoll.study.recipe import Study
 from atoll.study.table import write_results
+from atoll.synthesize import synthesize_run
 
 # What a run was trained and measured for: where that has not changed, it need not be looked at again.
 _TRAINED, _EVALUATED = ".trained.json", ".evaluated.json"
@@ -79,16 +80,34 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
         missing = [e.full_name for e in manifest.experts if not (run / "experts" / e.full_name / CARD).is_file()]
         if missing:
             raise AtollError(f"study {study.name}: run {like} has no expert {', '.join(missing)}, which {name} takes")
-    mark = _mark(manifest)
+    drawn = study.runs[name].drawn
+    mark = {**_mark(manifest), **({"drawn": drawn} if drawn else {})}
     if not _is_done(run / _TRAINED, mark):
-        only = None if like is None else ["router", *(["monolith"] if manifest.monolith else [])]
-        if not launch_run(run, jobs=jobs, only=only):
-            raise AtollError(f"{run}: stopped; what was trained is saved, and the same command goes on")
-        assemble_run(run, manifest)
-        if manifest.student is not None:
-            _distil(run)
+        if drawn is None:
+            only = None if like is None else ["router", *(["monolith"] if manifest.monolith else [])]
+            _train(run, manifest, jobs, only)
+        else:
+            _train_on_draws(run, manifest, jobs, drawn)
         write_json(run / _TRAINED, mark)
     return run
+
+
+def _train(run: Path, manifest: Manifest, jobs: int | None, only: Sequence[str] | None) -> None:
+    if not launch_run(run, jobs=jobs, only=only):
+        raise AtollError(f"{run}: stopped; what was trained is saved, and the same command goes on")
+    assemble_run(run, manifest)
+    if manifest.student is not None:
+        _distil(run)
+
+
+def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int) -> None:
+    """Router and student, below drawn/, on latents that the experts draw; they are linked beside the real data."""
+    drawn = run / "drawn"
+    synthesize_run(run, manifest, drawn, images=images, resume=True)
+    _train(drawn, manifest, jobs, ["router"])
+    for part in ("router", *(["student"] if manifest.student else [])):
+        _link(run / part, drawn / part)
+    assemble_run(run, manifest)
 
 
 def _distil(run: Path) -> None:

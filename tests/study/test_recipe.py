@@ -88,6 +88,7 @@ def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
         ),
         ({"runs": {"two": {"student": {"objective": "x0"}}}}, "runs.two: no objective 'x0'"),
         ({"runs": {"two": {"student": {"objective": "eps", "teach": 1}}}}, "run two: unknown key student.teach"),
+        ({"runs": {"two": {"drawn": 5}}}, "runs.two.drawn: by which experts"),
         ({"objectives": {"flow": {"prediction": "noise"}}}, "objectives.flow"),
     ],
 )

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atoll.artifact import sha256_file
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.study import load_study, run_study
 from atoll.study import run as run_module
 from atoll.study.table import difference, say
+from atoll.train.distil import distil_run
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.router import train_router
 
@@ -44,6 +46,10 @@ CONTENT = {
             "like": "k2", "experts": {"all": "flow", 0: "eps"}, "changes": {"router": {"network": {"pooled": True}}},
             "evaluate": {"sweep": [{"routing": ["top-1"]}]},
         },
+        "private": {
+            "like": "k2", "drawn": 20, "experts": ["eps"], "student": {"objective": "flow", "teacher": "owner"},
+            "evaluate": {"sweep": [{"student": True, "routing": ["top-1"]}]},
+        },
     },
 }  # fmt: skip
 
@@ -56,12 +62,12 @@ def recipe(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str] | None]]:
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Sequence[str] | None]]:
     """`atoll launch` without processes; what it was asked for."""
     asked: list[tuple[str, Sequence[str] | None]] = []
 
     def launch(run: Path, jobs: int | None = None, only: Sequence[str] | None = None) -> bool:
-        asked.append((f"{run.parent.name}/{run.name}", only))
+        asked.append((str(run.relative_to(tmp_path / "out")), only))
         manifest = load_manifest(run)
         if only is None:
             for expert in manifest.experts:
@@ -71,16 +77,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str] |
             train_monolith(run, manifest, resume=True)
         return True
 
+    def distil(run: Path) -> None:
+        distil_run(run, load_manifest(run), resume=True)
+
     monkeypatch.setattr(run_module, "launch_run", launch)
+    monkeypatch.setattr(run_module, "_distil", distil)
     return asked
 
 
 def test_a_study_from_pictures_to_its_table(recipe, launched, tmp_path) -> None:
     study, out, told = load_study(recipe), tmp_path / "out", []
     table = run_study(study, out, tell=told.append).read_text()
-    assert launched == [
-        (f"seed-{s}/{run}", only) for s in (0, 1) for run, only in (("k2", None), ("pooled", ["router"]))
-    ]
+    trained = [("k2", None), ("pooled", ["router"]), ("private/drawn", ["router"])]
+    assert launched == [(f"seed-{seed}/{run}", only) for seed in (0, 1) for run, only in trained]
     assert told[:2] == ["seed 0, k2: training", "seed 0, k2: evaluating"]
     assert len(list((out / "encoded").iterdir())) == 1  # once for all runs of all seeds
     assert not os.path.isabs(os.readlink(out / "seed-1" / "k2" / "encoded"))
@@ -88,13 +97,21 @@ def test_a_study_from_pictures_to_its_table(recipe, launched, tmp_path) -> None:
         "0-eps", "0-flow", "1-eps", "1-flow"
     ]  # fmt: skip
     lines = table.splitlines()
-    assert len(lines) == 2 + 3 + 1
+    assert len(lines) == 2 + 3 + 1 + 2
     assert lines[0].startswith("| run | variant | FD-pca4 [")
     assert "likeness" in lines[0]
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
-        ["| k2", "monolith"], ["| k2", "top-1"], ["| k2", "full"], ["| pooled", "top-1"]
+        ["| k2", "monolith"], ["| k2", "top-1"], ["| k2", "full"], ["| pooled", "top-1"],
+        ["| private", "student"], ["| private", "top-1"],
     ]  # fmt: skip
     assert all(line.count("±") >= 3 for line in lines[2:])
+    private = out / "seed-1" / "private"
+    assert os.readlink(private / "student") == "drawn/student"
+    drawn = json.loads((private / "drawn" / "encoded" / "index.json").read_text())
+    assert drawn["rows"] == 2 * 20
+    assert json.loads((private / "report.json").read_text())["hashes"]["encoded/index.json"] == sha256_file(
+        out / "seed-1" / "k2" / "encoded" / "index.json"
+    )  # judged by the real pictures
     value = json.loads((out / "results.json").read_text())
     monolith = value["rows"][0]
     assert set(monolith["values"]["denoising error"]) == {"0", "1"}
