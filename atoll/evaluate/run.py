@@ -173,9 +173,9 @@ def draw_grid(
     shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
     def draw(variant: Variant, how: dict[str, Any]) -> Part:
-        scale = how["guidance_scale"]
-        velocity = partial(variant.ensemble.velocity, condition=condition, guidance_scale=scale)
-        with variant.ensemble.tracing() as trace:
+        ensemble = variant.ensemble.with_options()  # of its own: another thread may trace the same one
+        velocity = partial(ensemble.velocity, condition=condition, guidance_scale=how["guidance_scale"])
+        with ensemble.tracing() as trace:
             images = run.loaded.codec.decode(sample(velocity, noise, how["steps"], how["method"])).cpu()
         weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P,T,E]: the first seed's
         return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}

@@ -20,6 +20,7 @@ from atoll.evaluate import EvaluateSettings, Reference, Results, Variant, evalua
 from atoll.evaluate import run as run_module
 from atoll.evaluate.measure import Space, side_by_side
 from atoll.evaluate.variants import alone
+from atoll.manifest import SweepSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.schedule import Linear
@@ -333,6 +334,23 @@ class TestEvaluateRun:
         shutil.rmtree(path / "clusters")
         with pytest.raises(AtollError, match=r"evaluate.diagnosed needs the clusters' shards"):
             evaluate_run(path, asked)
+
+    def test_a_sweep_shows_every_variant(self, run: Path, tmp_path: Path) -> None:
+        import shutil
+
+        path = tmp_path / "swept"
+        shutil.copytree(run, path)
+        sweep = SweepSettings(monolith=True, routing=("top-1", "full"), guidance_scale=(1.0, 1.5, 2.0), steps=(2, 3))
+        page = evaluate_run(path, SMALL.model_copy(update={"sweep": (sweep,)})).read_text()
+        report = report_of(path)
+        names = [score["name"] for score in report["results"]["scores"]]
+        assert len(names) == 3 * 3 * 2
+        assert set(report["groups"]) == {"sweep", "monolith"}
+        assert len(report["grid"]["keys"]) == 12
+        assert set(report["grid"]["keys"]) <= set(names)
+        assert "The first 12 of 18 rows." in page
+        assert "Calibration and alignment" not in page
+        assert len({score["key"] for score in report["results"]["scores"]}) == 18
 
     def test_monolith_and_clusters_may_be_missing(self, tmp_path: Path) -> None:
         import shutil
