@@ -23,7 +23,7 @@ class StudyRun(Section):
     """One run of a study, made once per seed.
 
     experts: names of the study's objectives, of which every cluster gets one expert each (replicas, if there are
-    several). Or by cluster: {all: flow, 0: eps-cosine}.
+    several). Or by cluster: {all: flow, 0: [flow, eps-cosine]}.
     like: another run, whose clusters and experts are taken as they are; of `experts` those that are to be assembled.
     drawn: so many latents of each cluster, drawn by these experts, are what router and student train on (DDM: private
     data); what is measured is measured against the real data. With `like` only.
@@ -32,7 +32,7 @@ class StudyRun(Section):
     student: as the `student` section of atoll.yaml, but for its objective, which is a name; None: none is trained.
     """
 
-    experts: tuple[str, ...] | dict[int | str, str] = ("flow",)
+    experts: tuple[str, ...] | dict[int | str, str | tuple[str, ...]] = ("flow",)
     like: str | None = None
     drawn: PositiveInt | None = None
     changes: dict[str, Any] = Field(default_factory=dict)
@@ -42,7 +42,7 @@ class StudyRun(Section):
 
     @field_validator("experts")
     @classmethod
-    def _clusters(cls, experts: tuple[str, ...] | dict[int | str, str]) -> tuple[str, ...] | dict[int | str, str]:
+    def _clusters(cls, experts: Any) -> Any:
         if isinstance(experts, dict):
             for cluster in experts:
                 if not isinstance(cluster, int) and cluster != "all":
@@ -55,9 +55,17 @@ class StudyRun(Section):
         """(cluster, objective's name) of every expert, of k clusters."""
         if not isinstance(self.experts, dict):
             return [(cluster, name) for name in self.experts for cluster in range(k)]
-        everywhere = self.experts.get("all")
-        chosen = {cluster: self.experts.get(cluster, everywhere) for cluster in range(k)}
-        return [(cluster, name) for cluster, name in chosen.items() if name is not None]
+        everywhere = self.experts.get("all", ())
+        chosen = {cluster: _several(self.experts.get(cluster, everywhere)) for cluster in range(k)}
+        names = dict.fromkeys(name for several in chosen.values() for name in several)
+        return [(cluster, name) for name in names for cluster in range(k) if name in chosen[cluster]]
+
+    @property
+    def named(self) -> list[str]:
+        """The objectives' names."""
+        if not isinstance(self.experts, dict):
+            return list(self.experts)
+        return [name for several in self.experts.values() for name in _several(several)]
 
 
 class Study(Section):
@@ -83,11 +91,10 @@ class Study(Section):
             raise ValueError(f"seeds: {list(self.seeds)}; expected at least one, and none twice")
         done: set[str] = set()
         for name, run in self.runs.items():
-            named = run.experts.values() if isinstance(run.experts, dict) else run.experts
             if run.student is not None and "objective" not in run.student:
                 raise ValueError(f"runs.{name}.student: has no objective; expected one of {', '.join(self.objectives)}")
             dense = [run.monolith, run.student["objective"] if run.student else None]
-            for objective in (*named, *(one for one in dense if one is not None)):
+            for objective in (*run.named, *(one for one in dense if one is not None)):
                 if objective not in self.objectives:
                     known = ", ".join(self.objectives)
                     raise ValueError(f"runs.{name}: no objective {objective!r}; expected one of {known}")
@@ -131,6 +138,10 @@ class Study(Section):
         if run.student is not None:
             content["student"] = {**run.student, "objective": plain[run.student["objective"]]}
         return copy.deepcopy({**content, "name": f"{self.name}-{name}", "seed": seed})  # no aliases in the yaml
+
+
+def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

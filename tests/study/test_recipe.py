@@ -46,9 +46,11 @@ def test_experts_of_every_cluster_or_by_cluster() -> None:
     names = [expert.full_name for expert in study().manifest_of("whole", 3).experts]
     assert names == ["0-flow", "1-flow", "2-flow", "3-flow", "0-eps", "1-eps", "2-eps", "3-eps"]
     mixed = study().manifest_of("mixed", 3)
-    assert [expert.full_name for expert in mixed.experts] == ["0-flow", "1-flow", "2-eps", "3-flow"]
-    assert mixed.experts[2].objective.prediction == "eps"
+    assert [expert.full_name for expert in mixed.experts] == ["0-flow", "1-flow", "3-flow", "2-eps"]
+    assert mixed.experts[3].objective.prediction == "eps"
     assert [expert.full_name for expert in study().manifest_of("some", 3).experts] == ["1-eps"]
+    both = study(runs={"two": {"experts": {"all": "flow", 1: ["flow", "eps"]}}}).manifest_of("two", 3)
+    assert [expert.full_name for expert in both.experts] == ["0-flow", "1-flow", "1-eps"]
     assert study().manifest_of("some", 3).evaluate.images == 9
 
 
