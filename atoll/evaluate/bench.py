@@ -13,11 +13,11 @@ from atoll.condition import Condition, Conditions
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.agreement import CLIPScore, RidgeAgreement, pooled_vectors
-from atoll.evaluate.compared import Statistics, compare
 from atoll.evaluate.cost import count_flops
 from atoll.evaluate.diversity import PerceptualDistance, build_distance
 from atoll.evaluate.measure import Places, Progress, Reference, Results, Run, Score, Space, Variant
 from atoll.evaluate.metrics import DenoisingError, bias_warning, seeded_noise, squared_errors
+from atoll.evaluate.picture_metrics import Statistics, picture_metrics
 from atoll.evaluate.real import FORMAT, Real
 from atoll.evaluate.store import Part, Store
 from atoll.manifest import EvaluateSettings
@@ -80,8 +80,8 @@ class Bench:
         self.workers = workers
 
     def _agreement(self) -> RidgeAgreement | None:
-        """Fitted in the first space of a network, or else on the pixels; None where all prompts are one."""
-        if len(set(self.captions)) < 2:
+        """Fitted in the first space of a network, or else on the pixels; None where there is nothing to tell apart."""
+        if len(set(self.captions)) < 2 or len(self.real.base) < 3:
             return None
         number = min(1, len(self.spaces) - 1)
         features = self.base_statistics[number].features
@@ -196,7 +196,7 @@ class Bench:
 
     def _metrics(self, statistics: Sequence[Statistics]) -> Iterator[tuple[str, float | None]]:
         for space, real, drawn in zip(self.spaces, self.base_statistics, statistics, strict=True):
-            yield from compare(space, real, drawn).items()
+            yield from picture_metrics(space, real, drawn).items()
         yield from self._agreement_of(statistics).items()
 
     @property

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from atoll.artifact import read_json
 from atoll.errors import AtollError
-from atoll.evaluate.compared import Statistics, compare, kind_of
 from atoll.evaluate.measure import Space
 from atoll.evaluate.metrics import frechet_distance, metric_name
+from atoll.evaluate.picture_metrics import Statistics, kind_of, picture_metrics
 from atoll.evaluate.store import load_parts
 
 GROUPS = 20  # of pictures, of which the jackknife leaves out one after the other
@@ -172,7 +172,7 @@ def _metrics(space: Space, real: Statistics, whole: bool, drawn: Tensor) -> dict
     statistics = Statistics.of(space.dim, len(drawn), [drawn])
     if not whole:
         return {metric_name("FD", space): frechet_distance(statistics.moments, real.moments)}
-    return {name: value for name, value in compare(space, real, statistics).items() if value is not None}
+    return {name: value for name, value in picture_metrics(space, real, statistics).items() if value is not None}
 
 
 def _difference(measure: Callable[[Tensor], dict[str, float]], a: Tensor, b: Tensor, rows: Tensor) -> dict[str, float]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.evaluate.compared import Statistics
 from atoll.evaluate.measure import Reference, Run
 from atoll.evaluate.metrics import Features, PixelPCA
+from atoll.evaluate.picture_metrics import Statistics
 from atoll.evaluate.spaces import FeatureSpace, build_space, build_space_feature
 from atoll.evaluate.store import Part, Store
 from atoll.manifest import EvaluateSettings, SpaceSettings

@@ -5,8 +5,8 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from atoll.evaluate.compared import KINDS, kind_of
 from atoll.evaluate.measure import Results, Score
+from atoll.evaluate.picture_metrics import KINDS, kind_of
 from atoll.page import number
 
 

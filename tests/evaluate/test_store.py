@@ -11,8 +11,9 @@ from torch import Tensor
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate import Variant, evaluate
+from atoll.evaluate import bench as bench_module
 from atoll.evaluate.store import Store, load_parts
-from atoll.manifest import SpaceSettings
+from atoll.manifest import DiversitySettings, SpaceSettings
 from atoll.objective import Objective
 from atoll.schedule import Linear
 from tests.evaluate.test_run import SMALL, Oracle
@@ -103,6 +104,62 @@ def test_every_space_has_its_metrics_under_its_own_name(oracle: Oracle, tmp_path
     assert list(results.real) == names
     assert results.frechet_name == "FD-pca8"
     assert any("biased upwards" in note and note.startswith("pca8") for note in results.notes)
+
+
+def test_diversity_is_of_one_prompts_pictures_and_clip_of_each_with_its_own(oracle, tmp_path, monkeypatch) -> None:
+    """With stand-ins for the two networks: what is asked of them, and what becomes of their answers."""
+
+    class Distance:
+        name = "SqueezeDist [0123abcd]"
+
+        def pairwise(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return torch.pdist(images.flatten(1))
+
+    class Clip:
+        name = "CLIPScore [0123abcd]"
+
+        @classmethod
+        def load(cls, weights: str) -> "Clip":
+            assert weights == "a clip"
+            return cls()
+
+        def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+            asked.extend(prompts)
+            return torch.tensor([10.0 * prompt.startswith("red") for prompt in prompts])
+
+    seen: list[Tensor] = []
+    asked: list[str] = []
+    monkeypatch.setattr(bench_module, "build_distance", lambda config: Distance())
+    monkeypatch.setattr(bench_module, "CLIPScore", Clip)
+    diversity = DiversitySettings(feature={"name": "squeezenet"}, prompts=3, images=4)
+    settings = SMALL.model_copy(update={"workers": 1, "diversity": diversity, "clip": {"weights": "a clip"}})
+    told: list[tuple[int, int, str]] = []
+    score = evaluate([Counted().variant], oracle.reference, settings, lambda *x: told.append(x), store=tmp_path).scores[
+        0
+    ]
+    assert told[-1][0] == told[-1][1]
+    assert [len(images) for images in seen] == [4, 4, 4]
+    assert torch.equal(seen[0], seen[1])  # this variant does not read its prompt, and the noise is the same
+    means = [float(torch.pdist(images.flatten(1)).mean()) for images in seen]
+    assert score.metrics["SqueezeDist [0123abcd]"] == pytest.approx(means[0], rel=1e-5)
+    assert score.metrics["std of SqueezeDist [0123abcd]"] == pytest.approx(0, abs=1e-6)
+    captions = oracle.reference.captions(oracle.reference.split(settings)[0])
+    assert asked == captions
+    red = sum(caption.startswith("red") for caption in captions)
+    assert score.metrics["CLIPScore [0123abcd]"] == pytest.approx(10 * red / len(captions))
+    seen.clear(), asked.clear()
+    again = evaluate([Counted().variant], oracle.reference, settings, store=tmp_path).scores[0]
+    assert again.metrics == pytest.approx(score.metrics)
+    assert not seen
+    assert not asked
+
+
+def test_four_pictures_are_enough_to_be_measured(tmp_path: Path) -> None:
+    tiny = Oracle(tmp_path, 5)
+    found = evaluate([Counted().variant], tiny.reference, SMALL.model_copy(update={"workers": 1}), store=tmp_path / "s")
+    assert found.images == 2
+    assert [name.split("-")[0] for name in found.scores[0].metrics] == ["FD", "KD"]
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

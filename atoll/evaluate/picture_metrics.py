@@ -56,7 +56,7 @@ class Statistics:
         return torch.cat(self._first) if self._first else torch.zeros(0, len(self.moments.mean))
 
 
-def compare(space: Named, real: Statistics, drawn: Statistics) -> dict[str, float | None]:
+def picture_metrics(space: Named, real: Statistics, drawn: Statistics) -> dict[str, float | None]:
     """Every metric of the space by its whole name, in KINDS' order; None where pictures diverged."""
     kinds = ["FD", "KD", *(["MMD"] if space.name == "CLIP" else [])]
     enough = min(len(real.features), len(drawn.features)) >= _NEIGHBOURS
