@@ -9,7 +9,7 @@ A table stands between two comments, the first of which says in JSON what it hol
 
 rows: patterns of RUN:VARIANT. columns: how a metric's name begins. less: the row that all others are compared with, in
 the first column; the difference is paired by seed, with its 95 % interval (Student's). A study that is not there leaves
-its tables as they are.
+its tables as they are; rows that are not measured yet are left out, and named.
 """
 
 import json
@@ -32,10 +32,12 @@ def table(rows: list[dict[str, Any]], asked: dict[str, Any]) -> str:
     for pattern in asked["rows"]:
         fitting = {name: values for name, values in named.items() if fnmatchcase(name, pattern)}
         if not fitting:
-            sys.exit(f"no row {pattern!r} in study {asked['study']}; there are {', '.join(named)}")
+            print(f"study {asked['study']}: no row {pattern!r} yet", file=sys.stderr)
         chosen |= fitting
+    if not chosen:
+        return "*(not measured yet)*\n"
     metrics = [_metric(column, chosen) for column in asked["columns"]]
-    base = named[asked["less"]] if "less" in asked else None
+    base = named.get(asked["less"]) if "less" in asked else None
     head = ["", *metrics, *([f"{metrics[0].split(' [')[0]}, less {asked['less'].split(':')[1]}"] if base else [])]
     lines = [head, ["---"] * len(head)]
     for name, values in chosen.items():
