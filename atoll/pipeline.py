@@ -136,10 +136,11 @@ class Pipeline:
         return torch.stack(rows).to(self.device)
 
     def _warn_of_unread(self, prompts: Sequence[str]) -> None:
-        """Warns of words at a prompt's end that the text encoder leaves out."""
+        """Warns of words at a prompt's end that the text encoder leaves out, at the caller's line (torch's decorator of
+        `__call__` is a frame too)."""
         for prompt in dict.fromkeys(prompts):
             if rest := self.loaded.encoder.unread(prompt):
-                warnings.warn(f"the prompt {_short(prompt)!r} is too long: not read is {_short(rest)!r}", stacklevel=3)
+                warnings.warn(f"the prompt {_short(prompt)!r} is too long: not read is {_short(rest)!r}", stacklevel=4)
 
     @staticmethod
     def _seeds(count: int, generator: torch.Generator | None, seeds: Sequence[int] | None) -> list[int]:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,6 +74,24 @@ def write_run(path: Path, rows: int = 60, shape: tuple[int, ...] = SHAPE) -> Pat
     table = pa.table({"key": keys, "cluster": cluster.numpy(), "split": splits})
     pq.write_table(table, path / "clusters" / "assignment.parquet")
     return path
+
+
+@pytest.fixture
+def atoll(capsys, monkeypatch, tmp_path):
+    """Runs a command in this process, in tmp_path: (exit code, stdout, stderr)."""
+    from atoll.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["atoll", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which main replaces
+        monkeypatch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as end:
+            main()
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    return command
 
 
 @pytest.fixture

@@ -1,16 +1,8 @@
-"""A DiT of random weights in the layout of facebookresearch/DiT: width 24, 3 blocks, 4 heads, 2 channels, 6 classes.
-
-And the command `atoll`, as a user meets it.
-"""
-
-import sys
-import warnings
+"""A DiT of random weights in the layout of facebookresearch/DiT: width 24, 3 blocks, 4 heads, 2 channels, 6 classes."""
 
 import pytest
 import torch
 from torch import Tensor
-
-from atoll.cli import main
 
 WIDTH, DEPTH, HEADS, CHANNELS, PATCH, SIDE, CLASSES = 24, 3, 4, 2, 2, 8, 6
 
@@ -54,18 +46,3 @@ def dit() -> dict[str, Tensor]:
 def dit_of_the_run() -> dict[str, Tensor]:
     """As wide and deep as the tiny run's network, for its latents of 1 x 4 x 8: eight tokens of 2 x 2."""
     return random_weights(width=16, depth=1, channels=1, tokens=8, ratio=4)
-
-
-@pytest.fixture
-def atoll(capsys, monkeypatch, tmp_path):
-    """Runs a command in this process, in tmp_path: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atoll", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which main replaces
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return command

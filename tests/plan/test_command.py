@@ -2,35 +2,17 @@
 
 import json
 import shutil
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 from atoll.artifact import read_json, write_json
-from atoll.cli import main
 from atoll.errors import AtollError
 from atoll.plan import compare_run, here
 from atoll.plan.here import Speed
 from atoll.plan.recipe import Text, parse_text
 
 DAY_MISMATCH = 0.01  # the recipe's steps are rounded: 71.95 A100-days, not 72
-
-
-@pytest.fixture
-def atoll(capsys, monkeypatch):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atoll", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which main replaces
-        monkeypatch.setenv("COLUMNS", "80")
-        with pytest.raises(SystemExit) as end:
-            main()
-        return (int(end.value.code or 0), *capsys.readouterr())
-
-    return command
 
 
 def test_hddm_on_the_command_line(atoll, tmp_path) -> None:
