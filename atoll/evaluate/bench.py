@@ -14,7 +14,7 @@ from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.agreement import CLIPScore, RidgeAgreement, pooled_vectors
 from atoll.evaluate.cost import count_flops
-from atoll.evaluate.diversity import PerceptualDistance, build_distance
+from atoll.evaluate.diversity import Diversity, PerceptualDistance, build_distance, mean_distance
 from atoll.evaluate.measure import Places, Progress, Reference, Results, Run, Score, Space, Variant
 from atoll.evaluate.metrics import DenoisingError, bias_warning, seeded_noise, squared_errors
 from atoll.evaluate.picture_metrics import Statistics, picture_metrics
@@ -69,6 +69,7 @@ class Bench:
         # Tokenised once: an encoder may learn new words here, which is not for several threads at a time.
         self.prompts = reference.encoder.tokenize(self.captions)
         self.held_out_tokens = reference.encoder.tokenize(reference.captions(self.held_out))
+        self.vectors = self._vectors(self.captions[: settings.kept])
         self.agreement = self._agreement()
         self.clip = CLIPScore.load(settings.clip["weights"]) if settings.clip else None
         self.distance: PerceptualDistance | None = None
@@ -84,16 +85,15 @@ class Bench:
         if len(set(self.captions)) < 2 or len(self.real.base) < 3:
             return None
         number = min(1, len(self.spaces) - 1)
-        features = self.base_statistics[number].features
-        captions = self.reference.captions(self.real.base[: len(features)])
+        features, size = self.base_statistics[number].features, self.settings.batch
+        vectors = self._vectors(self.reference.captions(self.real.base[: len(features)]))
+        return RidgeAgreement.fit(self.spaces[number], zip(features.split(size), vectors.split(size), strict=True))
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            encoder, size = self.reference.encoder, self.settings.batch
-            for start in range(0, len(features), size):
-                condition = encoder.encode(encoder.tokenize(captions[start : start + size]))
-                yield features[start : start + size], pooled_vectors(condition)
-
-        return RidgeAgreement.fit(self.spaces[number], pairs())
+    def _vectors(self, captions: Sequence[str]) -> Tensor:
+        """One vector per caption, [n, P]; its token states are not kept."""
+        encoder, size = self.reference.encoder, self.settings.batch
+        parts = (captions[start : start + size] for start in range(0, len(captions), size))
+        return torch.cat([pooled_vectors(encoder.encode(encoder.tokenize(part))) for part in parts])
 
     def _agreement_of(self, statistics: Sequence[Statistics]) -> dict[str, float | None]:
         if self.agreement is None:
@@ -101,9 +101,9 @@ class Bench:
         found = statistics[min(1, len(self.spaces) - 1)]
         if found.broken:
             return {self.agreement.name: None}
-        captions = self.captions[: len(found.features)]
-        vectors = pooled_vectors(self.reference.encoder.encode(self.prompts.index(torch.arange(len(captions)))))
-        return {self.agreement.name: self.agreement.score(found.features, captions, vectors).r_precision}
+        n = len(found.features)
+        agreement = self.agreement.score(found.features, self.captions[:n], self.vectors[:n])
+        return {self.agreement.name: agreement.r_precision}
 
     # A variant.
 
@@ -133,8 +133,10 @@ class Bench:
         if self.clip is not None:
             metrics[self.clip.name] = None if statistics[0].broken else clip
         metrics |= self._diversity(variant, store, draw, how.steps)
-        denoising = self._denoising(variant, store)
+        errors = Store(self.places.of(variant.identity), self._about_errors(variant))
+        denoising = self._denoising(variant, errors)
         flops = float(store.part("flops", counted)["flops"])
+        kept = self.places.of(variant.identity) == self.places.store
         return Score(
             name=variant.name,
             made_by=variant.made_by,
@@ -147,7 +149,8 @@ class Bench:
             denoising=denoising,
             images_per_second=speed,
             gflops=flops / 1e9 if math.isfinite(flops) else None,
-            key=store.key if self.places.of(variant.identity) == self.places.store else "",
+            key=store.key if kept else "",
+            errors_key=errors.key if kept else "",
         )
 
     def _about_variant(self, variant: Variant, how: _How) -> dict[str, Any]:
@@ -164,6 +167,10 @@ class Bench:
             if self.distance and diversity
             else None,
         }
+
+    def _about_errors(self, variant: Variant) -> dict[str, Any]:
+        """Not of how pictures are drawn: a sweep over steps and guidance measures these errors once."""
+        return {"format": FORMAT, "errors of": variant.identity or variant.name, "bench": self.real.key}
 
     def _pictures(
         self, variant: Variant, store: Store, draw: _Draw, steps: int
@@ -217,9 +224,7 @@ class Bench:
             def drawn() -> Part:
                 rows = torch.arange(prompt * count, (prompt + 1) * count)
                 images = draw(tokens.index(rows), range(self.settings.seed, self.settings.seed + count)).cpu()
-                finite = bool(torch.isfinite(images).all())
-                mean = distance.pairwise(images).double().mean() if finite else torch.tensor(torch.nan)
-                return {"distance": mean.double().reshape(1)}
+                return {"distance": torch.tensor([mean_distance(distance, images)], dtype=torch.float64)}
 
             return store.part(f"diversity-{prompt:05d}", drawn)
 
@@ -227,11 +232,8 @@ class Bench:
         for part in self.run(make, range(len(prompts))):
             means.append(float(part["distance"]))
             self._tell(variant.name, count * steps * variant.calls)
-        values = torch.tensor(means, dtype=torch.float64)
-        if not bool(torch.isfinite(values).all()):
-            return {distance.name: None, f"std of {distance.name}": None}
-        spread = float(values.std()) if len(values) > 1 else 0.0
-        return {distance.name: float(values.mean()), f"std of {distance.name}": spread}
+        found = Diversity.of(means)
+        return {distance.name: _number(found.mean), f"std of {distance.name}": _number(found.std)}
 
     def _denoising(self, variant: Variant, store: Store) -> DenoisingError:
         def make(numbered: tuple[int, Tensor]) -> Part:
@@ -274,6 +276,10 @@ class Bench:
             notes=tuple(notes),
             scores=scores,
         )
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _bound(ensemble: Ensemble, condition: Condition | Conditions, scale: float) -> Callable[[Tensor, Tensor], Tensor]:

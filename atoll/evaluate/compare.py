@@ -52,7 +52,7 @@ class Measured:
 
     def errors(self) -> Tensor:
         """|u - (eps - x0)|^2 of the held-out latents by level, [n, M]."""
-        return torch.cat([part["errors"] for part in load_parts(self.store / self.score["key"], "errors")])
+        return torch.cat([part["errors"] for part in load_parts(self.store / self.score["errors_key"], "errors")])
 
     def diversity(self) -> Tensor | None:
         """Mean distance between the pictures of each prompt, [P]; None where it was not measured."""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from html import escape
 from typing import Any
 
+from atoll.artifact import finite
 from atoll.evaluate.diagnose import Diagnostics, Refinement, Trajectory
 from atoll.evaluate.experts import CHOSEN, ExpertErrors
 from atoll.evaluate.pictures import Line, line_chart
@@ -18,17 +19,7 @@ _CHOSEN, _OTHERS, _REFERENCE = colour(0), colour(1), "var(--soft)"
 
 def diagnostics_json(found: Diagnostics) -> dict[str, Any]:
     """The page's numbers and all that it leaves out. What is not finite is null."""
-    return {name: _finite(part) for name, part in asdict(found).items() if part is not None}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return value
+    return {name: finite(part) for name, part in asdict(found).items() if part is not None}
 
 
 def diagnostics_html(found: Diagnostics) -> str:

@@ -1,9 +1,9 @@
 """How unlike each other the pictures of one prompt are: intra-prompt diversity, as HDDM reports it."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import combinations
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.evaluate.inception import local_weights
+from atoll.evaluate.inception import import_with_torchvision, local_weights
 from atoll.feature import NetworkFeature, build_feature
 from atoll.nn.squeezenet import SMALLEST
 from atoll.weights import sha256_weights
@@ -75,14 +75,7 @@ class LPIPS:
         if net not in ("alex", "vgg", "squeeze"):
             raise AtollError(f"lpips: unknown net {net!r}; take 'alex', 'vgg' or 'squeeze'")
         path = local_weights(weights)
-        try:
-            library: Any = import_module("lpips")
-        except Exception as error:  # a torchvision of another torch raises a RuntimeError
-            reason = " ".join(str(error).split())[:120]
-            raise AtollError(
-                f"lpips cannot be imported ({reason}); pip install lpips, and the torchvision of this torch, or take "
-                "SqueezeDist, which needs neither"
-            ) from None
+        library = import_with_torchvision("lpips", "pip install lpips", ", or take SqueezeDist, which needs neither")
         network = library.LPIPS(net=net, pnet_rand=True, verbose=False)  # random, so that nothing is downloaded
         try:
             given = torch.load(path, map_location="cpu", weights_only=True)
@@ -105,37 +98,32 @@ class LPIPS:
 
 @dataclass(frozen=True)
 class Diversity:
-    """Mean and standard deviation over prompts of the mean distance between the pictures of one; std 0 for one prompt.
-
-    by_prompt: in the order of the prompts.
+    """HDDM's intra-prompt diversity (arXiv 2603.06741): over prompts, mean and standard deviation (0 for one prompt) of
+    the mean distance between the pictures of one. Larger is more various; noise is most various of all, so it says
+    nothing alone. NaN where pictures diverged.
     """
 
     mean: float
     std: float
-    by_prompt: tuple[float, ...]
+
+    @classmethod
+    def of(cls, by_prompt: Sequence[float]) -> "Diversity":
+        """From `mean_distance` of each prompt's pictures. Raises AtollError for no prompts."""
+        if not by_prompt:
+            raise AtollError("the diversity of no prompts; expected at least one")
+        values = torch.tensor(by_prompt, dtype=torch.float64)
+        return cls(float(values.mean()), float(values.std()) if len(values) > 1 else float(values[0] * 0))
 
 
-def intra_prompt_diversity(distance: PerceptualDistance, groups: Iterable[Tensor]) -> Diversity:
-    """HDDM's intra-prompt diversity (arXiv 2603.06741): larger is more various; noise is most various of all, so it
-    says nothing alone.
-
-    Args:
-        groups: of each prompt its pictures [n, C, H, W] in [0, 1], n >= 2; taken one prompt at a time, and not kept.
+def mean_distance(distance: PerceptualDistance, images: Tensor) -> float:
+    """Between the pictures [n, C, H, W] in [0, 1] of one prompt; NaN where any of them is not finite.
 
     Raises:
-        AtollError: no prompts, one picture of a prompt, or pictures that are not finite.
+        AtollError: fewer than two pictures.
     """
-    means = []
-    for number, images in enumerate(groups):
-        if len(images) < 2:
-            raise AtollError(f"prompt {number}: {len(images)} pictures; its diversity needs at least 2")
-        if not bool(torch.isfinite(images).all()):
-            raise AtollError(f"prompt {number}: pictures that are not finite: the sampling diverged")
-        means.append(float(distance.pairwise(images).double().mean()))
-    if not means:
-        raise AtollError("the diversity of no prompts; expected at least one")
-    values = torch.tensor(means, dtype=torch.float64)
-    return Diversity(float(values.mean()), float(values.std()) if len(means) > 1 else 0.0, tuple(means))
+    if len(images) < 2:
+        raise AtollError(f"{len(images)} pictures of a prompt; its diversity needs at least 2")
+    return float(distance.pairwise(images).double().mean()) if bool(torch.isfinite(images).all()) else math.nan
 
 
 def _enlarged(images: Tensor, size: int) -> Tensor:

@@ -46,14 +46,7 @@ class Inception(Feature):
                 f"{path}: has sha256 {found[:8]}..., FID is defined by the weights {FID_WEIGHTS}...; get "
                 f"weights-inception-2015-12-05-{FID_WEIGHTS}.pth from torch-fidelity's release v0.2.0"
             )
-        try:
-            library: Any = import_module("torch_fidelity.feature_extractor_inceptionv3")
-        except Exception as error:  # a torchvision of another torch raises a RuntimeError
-            reason = " ".join(str(error).split())[:120]
-            raise AtollError(
-                f"feature 'inception': torch-fidelity cannot be imported ({reason}); pip install torch-fidelity, and "
-                "the torchvision of this torch"
-            ) from None
+        library = import_with_torchvision("torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity")
         try:
             # torch-fidelity unpickles without restraint; what torch's restricted reader accepts cannot execute.
             torch.load(path, map_location="cpu", weights_only=True)
@@ -91,3 +84,15 @@ def local_weights(given: str) -> Path:
 def build_inception(config: Mapping[str, Any]) -> Inception:
     """As `atoll.feature.build_feature`, for {"name": "inception", "weights": path}. Raises AtollError as that does."""
     return Inception(parse_config("feature", {"inception": InceptionConfig}, config))
+
+
+def import_with_torchvision(module: str, fix: str, otherwise: str = "") -> Any:
+    """A module of a package that needs torchvision, and that may be absent. Raises AtollError with the fix."""
+    try:
+        return import_module(module)
+    except Exception as error:  # a torchvision of another torch raises a RuntimeError
+        reason = " ".join(str(error).split())[:120]
+        package = module.partition(".")[0].replace("_", "-")
+        raise AtollError(
+            f"{package} cannot be imported ({reason}); {fix}, and the torchvision of this torch{otherwise}"
+        ) from None

@@ -113,7 +113,8 @@ class Score:
         metrics: by the metric's whole name, which says its feature network and that network's hash; None where
             `diverged` of the pictures held NaN or infinity.
         gflops: of one picture, 10^9 floating-point operations; None where none could be counted.
-        key: of the directory of the evaluation's store that holds its parts; "" where they are not kept.
+        key, errors_key: of the directories of the evaluation's store that hold its pictures' parts, and its denoising
+            errors; "" where they are not kept.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Score:
     images_per_second: float
     gflops: float | None
     key: str = ""
+    errors_key: str = ""
 
     @property
     def frechet(self) -> float | None:

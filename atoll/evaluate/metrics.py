@@ -186,18 +186,10 @@ class PixelPCA:
         Raises:
             AtollError: fewer than two pictures.
         """
-        moments, pool = None, 1
+        fit = PixelFit(components)
         for images in batches:
-            if moments is None:
-                while images[0].numel() / pool**2 > PCA_VALUES_MAX and min(images.shape[-2:]) >= 2 * pool:
-                    pool *= 2
-            vectors = _pooled(images, pool)
-            moments = moments or Moments(vectors.shape[1])
-            moments.update(vectors)
-        if moments is None:
-            raise AtollError("a PCA of no pictures; expected at least 2")
-        basis, explained = principal_components(moments, components)
-        return cls(moments.mean, basis, pool, explained)
+            fit.update(images)
+        return fit.done()
 
     def __call__(self, images: Tensor, /) -> Tensor:
         return (_pooled(images, self.pool).float() - self.mean) @ self.basis
@@ -207,6 +199,30 @@ class PixelPCA:
         """Of the fitted mean and basis: distances are comparable where it is equal."""
         data = torch.cat([self.mean[:, None], self.basis], dim=1).contiguous().numpy().tobytes()
         return hashlib.sha256(data).hexdigest()
+
+
+class PixelFit:
+    """A `PixelPCA` in the making, from pictures that arrive in batches."""
+
+    def __init__(self, components: int):
+        self.components, self._pool = components, 1
+        self._moments: Moments | None = None
+
+    def update(self, images: Tensor) -> None:
+        """Adds pictures [B, C, H, W], all of one size."""
+        if self._moments is None:
+            while images[0].numel() / self._pool**2 > PCA_VALUES_MAX and min(images.shape[-2:]) >= 2 * self._pool:
+                self._pool *= 2
+        vectors = _pooled(images, self._pool)
+        self._moments = self._moments or Moments(vectors.shape[1])
+        self._moments.update(vectors)
+
+    def done(self) -> PixelPCA:
+        """Raises AtollError for fewer than two pictures."""
+        if self._moments is None:
+            raise AtollError("a PCA of no pictures; expected at least 2")
+        basis, explained = principal_components(self._moments, self.components)
+        return PixelPCA(self._moments.mean, basis, self._pool, explained)
 
 
 def _pooled(images: Tensor, pool: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The real pictures that drawn ones are compared with, in every feature space, and where that is kept."""
 
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from atoll.evaluate.measure import Reference, Run
-from atoll.evaluate.metrics import Features, PixelPCA
+from atoll.evaluate.metrics import Features, PixelFit, PixelPCA
 from atoll.evaluate.picture_metrics import Statistics
-from atoll.evaluate.spaces import FeatureSpace, build_space, build_space_feature
+from atoll.evaluate.spaces import FeatureSpace, SpaceFit, build_space_feature
 from atoll.evaluate.store import Part, Store
-from atoll.manifest import EvaluateSettings, SpaceSettings
+from atoll.manifest import EvaluateSettings
 from atoll.weights import identity
 
 FORMAT = 1
@@ -41,7 +41,7 @@ class Real:
         self.key = self._store.key
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
         self._store.part("prompts", lambda: {"number": torch.tensor([numbers[caption] for caption in self.captions])})
-        self.spaces = [self._pixels(), *(self._space(i, space) for i, space in enumerate(settings.spaces))]
+        self.spaces = self._spaces()
 
     def _about(self) -> dict[str, Any]:
         s = self.settings
@@ -57,33 +57,27 @@ class Real:
             ],
         }
 
-    def _base_images(self) -> Iterator[Tensor]:
-        return (self.reference.images(rows) for rows in self.base.split(self.settings.batch))
-
-    def _pixels(self) -> PixelPCA:
-        def fit() -> Part:
-            found = PixelPCA.fit(self._base_images(), self.settings.components)
-            numbers = torch.tensor([found.pool, found.explained], dtype=torch.float64)
-            return {"mean": found.mean, "basis": found.basis, "numbers": numbers}
-
-        part = self._store.part("pixels", fit)
-        pool, explained = part["numbers"].tolist()
-        return PixelPCA(part["mean"], part["basis"], int(pool), explained)
-
-    def _space(self, number: int, asked: SpaceSettings) -> Features:
-        feature = self._features[number]
-        if asked.components is None:
-            return FeatureSpace(feature)
-
-        def fit() -> Part:
-            found = build_space(asked, self._base_images())
-            assert found.mean is not None
-            assert found.basis is not None
-            explained = torch.tensor([found.explained], dtype=torch.float64)
-            return {"mean": found.mean, "basis": found.basis, "explained": explained}
-
-        part = self._store.part(f"space-{number}", fit)
-        return FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"]))
+    def _spaces(self) -> list[Features]:
+        """The pixels' and the settings'; those that are not fitted yet, in one pass over the base."""
+        asked = list(enumerate(zip(self._features, self.settings.spaces, strict=True)))
+        fits: dict[str, PixelFit | SpaceFit] = {"pixels": PixelFit(self.settings.components)}
+        for number, (feature, space) in asked:
+            if space.components is not None:
+                fits[f"space-{number}"] = SpaceFit(feature, space.components)
+        missing = [fit for name, fit in fits.items() if not self._store.has(name)]
+        for rows in self.base.split(self.settings.batch) if missing else ():
+            images = self.reference.images(rows)
+            for fit in missing:
+                fit.update(images)
+        found: list[Features] = [_load_pixels(self._store.part("pixels", partial(_done, fits["pixels"])))]
+        for number, (feature, _) in asked:
+            name = f"space-{number}"
+            if name not in fits:
+                found.append(FeatureSpace(feature))
+                continue
+            part = self._store.part(name, partial(_done, fits[name]))
+            found.append(FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"])))
+        return found
 
     def seen(self, images: Tensor) -> Part:
         """Features of pictures [B, c, h, w] in every space, by its number."""
@@ -102,3 +96,18 @@ class Real:
             for number, statistics in enumerate(found):
                 statistics.update(part[str(number)])
         return found
+
+
+def _done(fit: PixelFit | SpaceFit) -> Part:
+    fitted = fit.done()
+    assert fitted.mean is not None
+    assert fitted.basis is not None
+    about = {"mean": fitted.mean, "basis": fitted.basis}
+    if isinstance(fitted, PixelPCA):
+        return {**about, "numbers": torch.tensor([fitted.pool, fitted.explained], dtype=torch.float64)}
+    return {**about, "explained": torch.tensor([fitted.explained], dtype=torch.float64)}
+
+
+def _load_pixels(part: Part) -> PixelPCA:
+    pool, explained = part["numbers"].tolist()
+    return PixelPCA(part["mean"], part["basis"], int(pool), explained)

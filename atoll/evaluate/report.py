@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from atoll.artifact import finite
 from atoll.evaluate.diagnose import Diagnostics
 from atoll.evaluate.diagnose_page import diagnostics_html, diagnostics_json
 from atoll.evaluate.measure import Results
@@ -134,17 +135,7 @@ def to_json(report: Report) -> dict[str, Any]:
             for usage in report.usages
         ],
     }
-    return _finite(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return value
+    return finite(value)
 
 
 def to_html(report: Report) -> str:

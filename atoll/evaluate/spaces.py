@@ -12,7 +12,6 @@ from atoll.errors import AtollError
 from atoll.evaluate.inception import build_inception
 from atoll.evaluate.metrics import Moments, principal_components
 from atoll.feature import Feature, build_feature
-from atoll.manifest import SpaceSettings
 from atoll.weights import identity
 
 # What the field calls a feature in the name of a distance.
@@ -62,15 +61,10 @@ class FeatureSpace:
         Raises:
             AtollError: fewer than two pictures, or features that are not finite.
         """
-        moments = Moments(feature.dim)
+        fit = SpaceFit(feature, components)
         for images in batches:
-            moments.update(feature(images))
-        if moments.count < 2:
-            raise AtollError(f"the principal components of {moments.count} pictures; expected at least 2")
-        if not moments.finite:
-            raise AtollError(f"the feature {feature.name!r} of the reference pictures is not finite; look at the data")
-        basis, explained = principal_components(moments, components)
-        return cls(feature, moments.mean, basis, explained)
+            fit.update(images)
+        return fit.done()
 
     def __call__(self, images: Tensor, /) -> Tensor:
         vectors = self.feature(images)  # [B,D]
@@ -85,17 +79,25 @@ class FeatureSpace:
         return self._sha256
 
 
-def build_space(settings: SpaceSettings, batches: Iterable[Tensor] = ()) -> FeatureSpace:
-    """The space that the settings describe; where it has components, they are fitted on `batches` of reference
-    pictures [B, C, H, W] in [0, 1], which are else not touched.
+class SpaceFit:
+    """A projection in the making, from pictures that arrive in batches."""
 
-    Raises:
-        AtollError: weights that are not found, damaged or of another network; a missing package; too few pictures.
-    """
-    feature = build_space_feature(settings.feature)
-    if settings.components is None:
-        return FeatureSpace(feature)
-    return FeatureSpace.fit(feature, batches, settings.components)
+    def __init__(self, feature: Feature, components: int):
+        self.feature, self.components, self._moments = feature, components, Moments(feature.dim)
+
+    def update(self, images: Tensor) -> None:
+        """Adds pictures [B, C, H, W]."""
+        self._moments.update(self.feature(images))
+
+    def done(self) -> FeatureSpace:
+        """Raises AtollError for fewer than two pictures, or features that are not finite."""
+        moments, name = self._moments, self.feature.name
+        if moments.count < 2:
+            raise AtollError(f"the principal components of {moments.count} pictures; expected at least 2")
+        if not moments.finite:
+            raise AtollError(f"the feature {name!r} of the reference pictures is not finite; look at the data")
+        basis, explained = principal_components(moments, self.components)
+        return FeatureSpace(self.feature, moments.mean, basis, explained)
 
 
 def build_space_feature(config: Mapping[str, Any]) -> Feature:

@@ -48,6 +48,9 @@ class Store:
         write_bytes(file, save({key: tensor.detach().cpu().contiguous() for key, tensor in made.items()}))
         return made
 
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.safetensors").is_file()
+
 
 def load_parts(path: Path, prefix: str) -> list[Part]:
     """The parts below `path` whose names are `prefix`, or it and a number; in their order. Raises AtollError for a

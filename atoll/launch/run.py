@@ -41,7 +41,12 @@ def launch_run(
     manifest = load_manifest(run)
     threads = max(job.threads for job in jobs_of(run, manifest))
     with open_place(on, run, jobs, gpus, threads, _pairs(options)) as place:
-        todo = [job for job in jobs_of(run, manifest, place.gpus) if only is None or job.name in only]
+        todo = jobs_of(run, manifest, place.gpus)
+        if only is not None:
+            names = [job.name for job in todo]
+            if unknown := [name for name in only if name not in names]:
+                raise AtollError(f"{run}: no part {', '.join(unknown)}; expected some of {', '.join(names)}")
+            todo = [job for job in todo if job.name in only]
         with LaunchView(manifest.name, place.slots) as view:
             parts = run_jobs(todo, place, view.update, retries, jobs)
     failed = [part.job.name for part in parts if part.state == "failed"]

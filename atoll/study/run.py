@@ -60,7 +60,7 @@ def run_study(
                 tell(f"seed {seed}, {name}: evaluating")
                 evaluate_run(run, manifest.evaluate, store=out / "evaluation")
                 write_json(run / _EVALUATED, mark)
-            write_results(study, out, seeds)
+                write_results(study, out, seeds)
     return write_results(study, out, seeds)
 
 

@@ -1,7 +1,7 @@
 """Diversity by hand, SqueezeDist against its definition written out, LPIPS where it is installed."""
 
+import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.evaluate.diversity import LPIPS, SqueezeDist, intra_prompt_diversity
+from atoll.evaluate.diversity import LPIPS, Diversity, SqueezeDist, mean_distance
 from atoll.feature import NetworkFeature, build_feature
 from tests.test_feature import save_mobilenet, save_squeezenet
 
@@ -45,35 +45,25 @@ def squeezenet(tmp_path, monkeypatch) -> NetworkFeature:
 class TestDiversity:
     def test_by_hand(self) -> None:
         # pairs of the first: 0.1, 0.4, 0.3; of the second: 0.5
-        found = intra_prompt_diversity(Brightness(), [grey(0.0, 0.1, 0.4), grey(0.2, 0.7)])
-        first, second = 0.8 / 3, 0.5
-        assert found.by_prompt == pytest.approx((first, second))
-        assert found.mean == pytest.approx((first + second) / 2)
-        assert found.std == pytest.approx((second - first) / 2**0.5)
-        assert intra_prompt_diversity(Brightness(), [grey(0.2, 0.7)]).std == 0
+        means = [mean_distance(Brightness(), images) for images in (grey(0.0, 0.1, 0.4), grey(0.2, 0.7))]
+        assert means == pytest.approx([0.8 / 3, 0.5])
+        found = Diversity.of(means)
+        assert found.mean == pytest.approx((0.8 / 3 + 0.5) / 2)
+        assert found.std == pytest.approx((0.5 - 0.8 / 3) / 2**0.5)
+        assert Diversity.of([0.5]) == Diversity(0.5, 0.0)
 
-    def test_a_prompts_pictures_are_drawn_when_the_last_ones_are_done(self) -> None:
-        done = []
-
-        class Watched(Brightness):
-            def pairwise(self, images: Tensor, /) -> Tensor:
-                done.append(len(images))
-                return super().pairwise(images)
-
-        def draw() -> Iterator[Tensor]:
-            for number in range(4):
-                assert len(done) == number
-                yield grey(0.1, 0.2, 0.5)
-
-        assert len(intra_prompt_diversity(Watched(), draw()).by_prompt) == 4
+    def test_what_diverged_is_no_number(self) -> None:
+        broken = mean_distance(Brightness(), grey(0.1, torch.nan))
+        assert math.isnan(broken)
+        for means in ([broken], [0.5, broken]):
+            assert math.isnan(Diversity.of(means).mean)
+            assert math.isnan(Diversity.of(means).std)
 
     def test_refusals(self) -> None:
-        with pytest.raises(AtollError, match="prompt 1: 1 pictures; its diversity needs at least 2"):
-            intra_prompt_diversity(Brightness(), [grey(0.1, 0.2), grey(0.1)])
+        with pytest.raises(AtollError, match="1 pictures of a prompt; its diversity needs at least 2"):
+            mean_distance(Brightness(), grey(0.1))
         with pytest.raises(AtollError, match="no prompts"):
-            intra_prompt_diversity(Brightness(), [])
-        with pytest.raises(AtollError, match="prompt 0: pictures that are not finite"):
-            intra_prompt_diversity(Brightness(), [grey(0.1, torch.nan)])
+            Diversity.of([])
 
 
 def written_out(feature: NetworkFeature, a: Tensor, b: Tensor) -> float:

@@ -274,7 +274,7 @@ class TestEvaluateRun:
         assert all(score["frechet"] > 0 and len(score["denoising"]["by_level"]) == 2 for score in scores.values())
         assert scores["top-2"] == {
             **scores["full"],
-            **{k: scores["top-2"][k] for k in ("name", "made_by", "images_per_second", "key")},
+            **{k: scores["top-2"][k] for k in ("name", "made_by", "images_per_second", "key", "errors_key")},
         }
         assert report["results"]["frechet_name"] == "FD-pca8"
         # each way of alignment is another model; the calibration acts on both experts

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from atoll.errors import AtollError
 from atoll.evaluate import inception
 from atoll.evaluate.metrics import metric_name
-from atoll.evaluate.spaces import FeatureSpace, build_space
+from atoll.evaluate.spaces import FeatureSpace, build_space_feature
 from atoll.feature import Hog, build_feature
-from atoll.manifest import SpaceSettings
 from tests.test_feature import save_clip_image, save_dinov2, save_mobilenet, save_squeezenet
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -27,9 +26,8 @@ def images_of(*shape: int, seed: int = 1) -> Tensor:
 
 
 def space_of(feature: dict, components: int | None = None, batches: tuple[Tensor, ...] = ()) -> FeatureSpace:
-    space = build_space(SpaceSettings(feature=feature, components=components), batches)
-    assert isinstance(space, FeatureSpace)
-    return space
+    built = build_space_feature(feature)
+    return FeatureSpace(built) if components is None else FeatureSpace.fit(built, batches, components)
 
 
 class TestNames:
@@ -122,13 +120,6 @@ class TestProjection:
 
 
 class TestSettings:
-    def test_pictures_are_not_asked_for_without_components(self) -> None:
-        def refuse():
-            raise AssertionError("a picture was read")
-            yield
-
-        assert build_space(SpaceSettings(feature={"name": "hog"}), refuse()).dim == 256
-
     def test_the_feature_refuses_its_own(self) -> None:
         with pytest.raises(AtollError, match="bins"):
             space_of({"name": "hog", "bins": 1})

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
-from atoll.evaluate import Variant, evaluate
+from atoll.evaluate import Reference, Variant, evaluate
 from atoll.evaluate import bench as bench_module
+from atoll.evaluate.real import Real
 from atoll.evaluate.store import Store, load_parts
 from atoll.manifest import DiversitySettings, SpaceSettings
 from atoll.objective import Objective
@@ -84,6 +85,35 @@ def test_what_is_there_is_not_measured_again(oracle: Oracle, tmp_path: Path) -> 
         changed = replace(one.variant, ensemble=Ensemble(one.variant.ensemble.experts, None, null=null))
         evaluate([changed], oracle.reference, SETTINGS.model_copy(update=change), store=tmp_path)
         assert one.calls > before, change
+
+
+def test_errors_are_measured_once_however_pictures_are_drawn(oracle: Oracle, tmp_path: Path) -> None:
+    one = Counted()
+    null = oracle.reference.encoder.null(1)
+    ensemble = Ensemble(one.variant.ensemble.experts, None, null=null)
+    variants = [replace(one.variant, ensemble=ensemble, name=str(g), guidance_scale=g) for g in (1.0, 2.0)]
+    first, second = evaluate(variants, oracle.reference, SETTINGS, store=tmp_path).scores
+    assert first.key != second.key
+    assert first.errors_key == second.errors_key
+    assert first.denoising == second.denoising
+    one.calls = 0
+    evaluate([replace(variants[0], name="more", guidance_scale=3.0)], oracle.reference, SETTINGS, store=tmp_path)
+    batches = 3 + 1  # of pictures, and those whose operations are counted
+    assert one.calls == batches * SETTINGS.steps
+
+
+def test_all_spaces_are_fitted_in_one_pass_and_found_again(oracle: Oracle, tmp_path: Path, monkeypatch) -> None:
+    decoded: list[int] = []
+    images = Reference.images
+    monkeypatch.setattr(Reference, "images", lambda self, rows: decoded.append(len(rows)) or images(self, rows))
+    two = SETTINGS.model_copy(update={"spaces": (HOG, HOG.model_copy(update={"components": 5}))})
+    base = len(oracle.reference.split(two)[1])
+    first = Real(oracle.reference, two, tmp_path)
+    assert sum(decoded) == base
+    again = Real(oracle.reference, two, tmp_path)
+    assert sum(decoded) == base
+    assert [space.sha256 for space in again.spaces] == [space.sha256 for space in first.spaces]
+    assert [space.dim for space in again.spaces] == [8, 3, 5]
 
 
 def test_nothing_is_kept_of_a_variant_without_an_identity(oracle: Oracle, tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ def test_mistakes_name_the_fix(run, tmp_path) -> None:
         launch_run(run, on="moon")
     with pytest.raises(AtollError, match="only with --on slurm"):
         launch_run(run, options=["partition=gpu"])
+    with pytest.raises(AtollError, match=r"no part rooter; expected some of .*router"):
+        launch_run(run, only=["router", "rooter"])
     for option in ("partition", "=gpu", "partition="):
         with pytest.raises(AtollError, match="expected an option of sbatch and its value"):
             launch_run(run, on="slurm", options=[option])
