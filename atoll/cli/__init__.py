@@ -5,7 +5,7 @@ stages.py    from pictures to a report: init, encode, cluster, assemble, sample,
 training.py  train, launch, distil, synthesize
 tools.py     plan, convert
 trained.py   calibrate, ema
-research.py  compare, study
+research.py  compare, study, statistics
 """
 
 from atoll.cli import research, stages, tools, trained, training

@@ -14,7 +14,7 @@ from atoll.errors import AtollError
 DEGRADED = 3  # the exit code of work that was done without a part that failed
 
 ORDER = ["init", "plan", "encode", "cluster", "train", "launch", "calibrate", "ema", "convert", "assemble", "sample"]
-ORDER += ["evaluate", "compare", "study", "distil", "synthesize", "demo"]
+ORDER += ["evaluate", "compare", "statistics", "study", "distil", "synthesize", "demo"]
 
 
 class _InOrder(typer.core.TyperGroup):

@@ -1,11 +1,11 @@
-"""The verbs of those who measure: compare two models, study a question over several seeds."""
+"""The verbs of those who measure: compare two models, study a question over several seeds, hand statistics on."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from atoll.cli.app import app
+from atoll.cli.app import Quiet, Run, app, bar
 
 
 @app.command(rich_help_panel="Tools")
@@ -46,3 +46,19 @@ def study(
     place = out or Path("studies") / loaded.name
     done = run_study(loaded, place, seeds or loaded.seeds, jobs, lambda what: typer.secho(what, bold=True, err=True))
     typer.echo(f"{done} written")
+
+
+@app.command(rich_help_panel="Tools")
+def statistics(
+    run: Run = Path(),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write to.")] = Path("statistics"),
+    quiet: Quiet = False,
+) -> None:
+    """Mean and covariance of a run's pictures in every feature space, for those who have not the pictures."""
+    from atoll.evaluate.run_statistics import statistics_run
+    from atoll.manifest import load_manifest
+
+    with bar("statistics", "pictures", quiet) as tell:
+        written = statistics_run(run, load_manifest(run), out, tell)
+    for file in written:
+        typer.echo(f"{file} written; name it as `statistics` of that feature's space")

@@ -16,7 +16,7 @@ from atoll.evaluate.agreement import CLIPScore, RidgeAgreement, pooled_vectors
 from atoll.evaluate.cost import count_flops
 from atoll.evaluate.diversity import Diversity, PerceptualDistance, build_distance, mean_distance
 from atoll.evaluate.measure import Places, Progress, Reference, Results, Run, Score, Space, Variant
-from atoll.evaluate.metrics import DenoisingError, bias_warning, seeded_noise, squared_errors
+from atoll.evaluate.metrics import DenoisingError, Features, bias_warning, seeded_noise, squared_errors
 from atoll.evaluate.picture_metrics import Statistics, picture_metrics
 from atoll.evaluate.real import FORMAT, Real
 from atoll.evaluate.store import Part, Store
@@ -202,8 +202,9 @@ class Bench:
         return statistics, clip / len(self.probe), len(self.probe) / seconds * self.workers
 
     def _metrics(self, statistics: Sequence[Statistics]) -> Iterator[tuple[str, float | None]]:
-        for space, real, drawn in zip(self.spaces, self.base_statistics, statistics, strict=True):
-            yield from picture_metrics(space, real, drawn).items()
+        sides = zip(self.spaces, self.base_statistics, statistics, self.real.published, strict=True)
+        for space, real, drawn, published in sides:
+            yield from picture_metrics(space, real, drawn, published).items()
         yield from self._agreement_of(statistics).items()
 
     @property
@@ -262,9 +263,11 @@ class Bench:
 
     def results(self, scores: tuple[Score, ...]) -> Results:
         n, m = len(self.probe), len(self.real.base)
-        notes = dict.fromkeys(
-            f"{space.name}: {said}" for space in self.spaces if (said := bias_warning(n, m, space.dim)) is not None
-        )
+        counts: list[tuple[Features, float]] = [(space, m) for space in self.spaces]
+        sides = zip(self.spaces, self.real.published, strict=True)
+        counts += [(space, given.count) for space, given in sides if given is not None]
+        warned = [(space, bias_warning(n, count, space.dim)) for space, count in counts]
+        notes = dict.fromkeys(f"{space.name}: {said}" for space, said in warned if said is not None)
         return Results(
             spaces=tuple(Space(space.name, space.dim, space.sha256, space.explained) for space in self.spaces),
             images=n,

@@ -68,7 +68,20 @@ class Moments:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self._scatter).all())
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+class TwoMoments(Protocol):
+    """Mean [D] and covariance [D, D] of features, float64: `Moments`, or a `Gaussian` that was read from a file."""
+
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def covariance(self) -> Tensor: ...
+    @property
+    def count(self) -> float: ...
+    @property
+    def finite(self) -> bool: ...
+
+
+def frechet_distance(a: TwoMoments, b: TwoMoments) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), between the Gaussians fitted to two sets of features.
 
     Heusel et al. 2017, Eq. 6 (Dowson & Landau 1982). S_a S_b has the eigenvalues of the symmetric R S_b R with
@@ -87,23 +100,27 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(0.0, float(distance))  # of equal sets the rounding error may be negative
 
 
-def bias_warning(n: int, m: int, dim: int) -> str | None:
+def bias_warning(n: int, m: float, dim: int) -> str | None:
     """What to say of a Fréchet distance between n and m pictures in `dim` dimensions; None where both are enough.
 
     The estimate is biased upwards, as 1/n (Chong & Forsyth 2020): two samples of one Gaussian with equal variances lie
     (D + 5)/4 (1/n + 1/m) of its total variance apart (second order in 1/n), which at n = m = 5 D is a tenth. Of n <= D
     pictures the covariance is singular besides: in most directions nothing was measured.
     """
-    side, enough = min(n, m), BIAS_PICTURES_PER_DIMENSION * dim
+    side, enough = int(min(n, m)), BIAS_PICTURES_PER_DIMENSION * dim
     if side >= enough:
         return None
     singular = ", and its covariance is singular (no more pictures than dimensions)" if side <= dim else ""
     return (
-        f"a Fréchet distance of {n:,} against {m:,} pictures in {dim:,} dimensions is biased upwards{singular}: the "
-        f"smaller side should hold {BIAS_PICTURES_PER_DIMENSION} pictures per dimension ({enough:,}); measure more "
+        f"a Fréchet distance of {n:,} against {_said(m)} pictures in {dim:,} dimensions is biased upwards{singular}: "
+        f"the smaller side should hold {BIAS_PICTURES_PER_DIMENSION} pictures per dimension ({enough:,}); measure more "
         f"pictures, take at most {max(1, side // BIAS_PICTURES_PER_DIMENSION):,} components, or read the kernel "
         "distance, which is unbiased"
     )
+
+
+def _said(pictures: float) -> str:
+    return f"{pictures:,.0f}" if math.isfinite(pictures) else "an unknown number of"
 
 
 class Features(Protocol):
@@ -149,12 +166,12 @@ def metric_name(kind: str, features: Named) -> str:
     return f"{_OWN_NAMES.get((kind, features.name), f'{kind}-{features.name}')} [{features.sha256[:8]}]"
 
 
-def principal_components(moments: Moments, components: int) -> tuple[Tensor, float]:
+def principal_components(moments: TwoMoments, components: int) -> tuple[Tensor, float]:
     """The orthonormal directions [D, components] of most variance, largest first, and the share of it they hold.
 
     Fewer than asked for where dimensions, or pictures less one, are fewer. Raises AtollError below two pictures.
     """
-    kept = min(components, len(moments.mean), moments.count - 1)
+    kept = int(min(components, len(moments.mean), moments.count - 1))
     variances, vectors = torch.linalg.eigh(moments.covariance)
     basis = vectors.flip(1)[:, :kept]
     # An eigenvector's sign is arbitrary; its largest entry is made positive.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from atoll.evaluate.fidelity import kernel_distance, manifold_scores, rbf_distance
+from atoll.evaluate.gaussian import Gaussian
 from atoll.evaluate.metrics import Moments, Named, frechet_distance, metric_name
 
 _SUBSETS = 20  # of at most 1,000 pictures, for the kernel distance
@@ -56,12 +57,20 @@ class Statistics:
         return torch.cat(self._first) if self._first else torch.zeros(0, len(self.moments.mean))
 
 
-def picture_metrics(space: Named, real: Statistics, drawn: Statistics) -> dict[str, float | None]:
-    """Every metric of the space by its whole name, in KINDS' order; None where pictures diverged."""
+def picture_metrics(
+    space: Named, real: Statistics, drawn: Statistics, published: Gaussian | None = None
+) -> dict[str, float | None]:
+    """Every metric of the space by its whole name, in KINDS' order; None where pictures diverged.
+
+    Args:
+        published: reference statistics in this space; the Fréchet distance to them comes last, "FID [...] to NAME".
+    """
     kinds = ["FD", "KD", *(["MMD"] if space.name == "CLIP" else [])]
     enough = min(len(real.features), len(drawn.features)) >= _NEIGHBOURS
     kinds += ["precision", "recall", "density", "coverage"] if enough else []
     names = {kind: metric_name(kind, space) for kind in kinds}
+    if published is not None:
+        names["published"] = f"{metric_name('FD', space)} to {published.name}"
     if drawn.broken:
         return dict.fromkeys(names.values())
     found: dict[str, float] = {"FD": frechet_distance(drawn.moments, real.moments)}
@@ -71,6 +80,8 @@ def picture_metrics(space: Named, real: Statistics, drawn: Statistics) -> dict[s
     if enough:
         manifold = manifold_scores(real.features, drawn.features)
         found |= {kind: getattr(manifold, kind) for kind in ("precision", "recall", "density", "coverage")}
+    if published is not None:
+        found["published"] = frechet_distance(drawn.moments, published)
     return {names[kind]: value for kind, value in found.items()}
 
 

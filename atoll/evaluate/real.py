@@ -1,5 +1,6 @@
 """The real pictures that drawn ones are compared with, in every feature space, and where that is kept."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.evaluate.gaussian import Gaussian, load_gaussian
 from atoll.evaluate.measure import Reference, Run
 from atoll.evaluate.metrics import Features, PixelFit, PixelPCA
 from atoll.evaluate.picture_metrics import Statistics
@@ -26,10 +28,12 @@ class Real:
         probe, base: their rows.
         captions: of the probe.
         spaces: the pixels' principal components, then those that the settings name.
+        published: for each space the reference statistics that its settings name, in that space; or None.
         key: of all that these depend on: numbers of one key may be compared picture by picture.
 
     Raises:
-        AtollError: too few real pictures; weights of a feature network that are not found, or of another.
+        AtollError: too few real pictures; weights of a feature network that are not found, or of another; reference
+            statistics likewise.
     """
 
     def __init__(self, reference: Reference, settings: EvaluateSettings, directory: Path):
@@ -37,11 +41,17 @@ class Real:
         self.probe, self.base = reference.split(settings)
         self.captions = reference.captions(self.probe)
         self._features = [build_space_feature(space.feature) for space in settings.spaces]
+        shape = reference.images(self.base[:1]).shape[1:]
+        self._published = [
+            None if space.statistics is None else load_gaussian(_path(space.statistics), feature, shape)
+            for feature, space in zip(self._features, settings.spaces, strict=True)
+        ]
         self._store = Store(directory, self._about())
         self.key = self._store.key
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
         self._store.part("prompts", lambda: {"number": torch.tensor([numbers[caption] for caption in self.captions])})
         self.spaces = self._spaces()
+        self.published = self._seen_statistics()
 
     def _about(self) -> dict[str, Any]:
         s = self.settings
@@ -52,17 +62,17 @@ class Real:
             "codec": [identity(self.reference.codec.config()), s.precision],
             **{key: getattr(s, key) for key in keys},
             "spaces": [
-                [identity(feature.config()), space.components]
-                for feature, space in zip(self._features, s.spaces, strict=True)
+                [identity(feature.config()), space.components, *([] if given is None else [given.sha256])]
+                for feature, space, given in zip(self._features, s.spaces, self._published, strict=True)
             ],
         }
 
     def _spaces(self) -> list[Features]:
         """The pixels' and the settings'; those that are not fitted yet, in one pass over the base."""
-        asked = list(enumerate(zip(self._features, self.settings.spaces, strict=True)))
+        asked = list(enumerate(zip(self._features, self.settings.spaces, self._published, strict=True)))
         fits: dict[str, PixelFit | SpaceFit] = {"pixels": PixelFit(self.settings.components)}
-        for number, (feature, space) in asked:
-            if space.components is not None:
+        for number, (feature, space, given) in asked:
+            if space.components is not None and given is None:
                 fits[f"space-{number}"] = SpaceFit(feature, space.components)
         missing = [fit for name, fit in fits.items() if not self._store.has(name)]
         for rows in self.base.split(self.settings.batch) if missing else ():
@@ -70,13 +80,23 @@ class Real:
             for fit in missing:
                 fit.update(images)
         found: list[Features] = [_load_pixels(self._store.part("pixels", partial(_done, fits["pixels"])))]
-        for number, (feature, _) in asked:
+        for number, (feature, space, given) in asked:
             name = f"space-{number}"
+            if given is not None:
+                found.append(FeatureSpace.of(feature, given, space.components))
+                continue
             if name not in fits:
                 found.append(FeatureSpace(feature))
                 continue
             part = self._store.part(name, partial(_done, fits[name]))
             found.append(FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"])))
+        return found
+
+    def _seen_statistics(self) -> list[Gaussian | None]:
+        found: list[Gaussian | None] = [None]  # nobody publishes those of our pixels
+        for space, given in zip(self.spaces[1:], self._published, strict=True):
+            assert isinstance(space, FeatureSpace)
+            found.append(None if given is None else space.seen(given))
         return found
 
     def seen(self, images: Tensor) -> Part:
@@ -96,6 +116,10 @@ class Real:
             for number, statistics in enumerate(found):
                 statistics.update(part[str(number)])
         return found
+
+
+def _path(given: str) -> Path:
+    return Path(os.path.expanduser(os.path.expandvars(given)))
 
 
 def _done(fit: PixelFit | SpaceFit) -> Part:

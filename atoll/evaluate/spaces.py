@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.evaluate.gaussian import Gaussian
 from atoll.evaluate.inception import build_inception
 from atoll.evaluate.metrics import Moments, principal_components
 from atoll.feature import Feature, build_feature
@@ -50,7 +51,7 @@ class FeatureSpace:
         self.basis = None if basis is None else basis.float().cpu()
         self.dim = feature.dim if basis is None else basis.shape[1]
         self.name = LABELS[feature.name] + ("" if basis is None else f"-pca{self.dim}")
-        self._sha256 = _hash(feature, self.mean, self.basis)
+        self._sha256 = hash_of(feature, self.mean, self.basis)
 
     @classmethod
     def fit(cls, feature: Feature, batches: Iterable[Tensor], components: int) -> "FeatureSpace":
@@ -65,6 +66,20 @@ class FeatureSpace:
         for images in batches:
             fit.update(images)
         return fit.done()
+
+    @classmethod
+    def of(cls, feature: Feature, statistics: Gaussian, components: int | None) -> "FeatureSpace":
+        """The projection on the first components of reference statistics: the same wherever these are at hand."""
+        if components is None:
+            return cls(feature)
+        basis, explained = principal_components(statistics, components)
+        return cls(feature, statistics.mean, basis, explained)
+
+    def seen(self, statistics: Gaussian) -> Gaussian:
+        """Statistics of the whole feature, in this space."""
+        if self.mean is None or self.basis is None:
+            return statistics
+        return statistics.projected(self.mean, self.basis)
 
     def __call__(self, images: Tensor, /) -> Tensor:
         vectors = self.feature(images)  # [B,D]
@@ -105,7 +120,8 @@ def build_space_feature(config: Mapping[str, Any]) -> Feature:
     return build_inception(config) if config.get("name") == "inception" else build_feature(config)
 
 
-def _hash(feature: Feature, mean: Tensor | None, basis: Tensor | None) -> str:
+def hash_of(feature: Feature, mean: Tensor | None = None, basis: Tensor | None = None) -> str:
+    """Of a feature, and of what its vectors are projected by."""
     config = feature.config()
     if feature.name == "inception" and basis is None:
         return str(config["sha256"])  # by which everyone knows it

@@ -14,11 +14,14 @@ class SpaceSettings(Section):
     """A feature space, in which drawn and real pictures are compared.
 
     feature: as in the `feature` section; or {name: inception, weights: ...}, whose distance is FID. components: a
-    projection on so many principal components of the real pictures' features; None: the whole vector.
+    projection on so many principal components of the real pictures' features; None: the whole vector. statistics: a
+    file with mean and covariance of other pictures' features (`atoll statistics`, or an .npz with mu and sigma), to
+    which a Fréchet distance is taken too; then the components are theirs.
     """
 
     feature: dict[str, Any]
     components: PositiveInt | None = None
+    statistics: str | None = None
 
 
 class DiversitySettings(Section):
