@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from atoll.condition import Condition, Conditions
 from atoll.errors import AtollError
 from atoll.memory import chances_of, store_of
 from atoll.objective import Objective
+from atoll.prompts import KEPT_BYTES, Prompt, Prompts, each
 from atoll.replicas import Stacking, check_replicas, replica_shares
 from atoll.routing import Asked, TimeSwitch, build_routing
 from atoll.shapes import per_sample
@@ -23,8 +24,11 @@ Alignment = Literal["snr", "native"]
 
 
 class Network(Protocol):
-    def __call__(self, x: Tensor, time: Tensor, condition: Condition | None, /) -> Tensor:
-        """x [B, ...], time [B] (t * time_scale), condition of B rows -> [B, ...]."""
+    def __call__(self, x: Tensor, time: Tensor, condition: Any, /) -> Tensor:
+        """x [B, ...], time [B] (t * time_scale), condition of B rows or None -> [B, ...].
+
+        A condition is a `Condition`, or what the network's own `read_prompt` made of one, if it has such a method.
+        """
 
 
 class RouterNetwork(Protocol):
@@ -53,7 +57,7 @@ class Expert:
     encoder: int = 0
 
     def velocity(
-        self, x: Tensor, t: Tensor, condition: Condition | None = None, alignment: Alignment = "snr", raw: bool = False
+        self, x: Tensor, t: Tensor, condition: Prompt | None = None, alignment: Alignment = "snr", raw: bool = False
     ) -> Tensor:
         """dx/dt on the linear sampling path, [B, ...], for x [B, ...] at times t [B].
 
@@ -172,11 +176,18 @@ class Ensemble:
             weights[:, members] = weights[:, members].sum(1, keepdim=True) * self._shares(members, stacking, t)
         return weights
 
+    def prompts(self, condition: Condition | Conditions, limit: int = KEPT_BYTES) -> Prompts:
+        """The prompts of a sampling, for `velocity`: each expert reads a prompt once, not at every step.
+
+        Good for as long as the experts' weights stay; numbers differ by rounding alone. limit: of bytes that are kept.
+        """
+        return Prompts(each(condition), None if self.null is None else each(self.null), limit)
+
     def velocity(
         self,
         x: Tensor,
         t: Tensor,
-        condition: Condition | Conditions | None = None,
+        condition: Condition | Conditions | Prompts | None = None,
         guidance_scale: float = 1.0,
         cluster: Tensor | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
@@ -188,7 +199,7 @@ class Ensemble:
         An expert that answers with NaN or infinity is dropped from then on, with a warning, and the others go on.
 
         Args:
-            condition: of B rows; of each encoder, where the experts have several.
+            condition: of B rows; of each encoder, where the experts have several. Or `prompts` of it.
             cluster: [B] int64, each sample's own, for routing "oracle".
             guidance_range: the times between which there is guidance, both included; elsewhere the condition alone is
                 asked, which is half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724).
@@ -199,7 +210,7 @@ class Ensemble:
         if guidance_scale != 1.0 and (condition is None or self.null is None):
             missing = "condition" if condition is None else "null condition (Ensemble(..., null=...))"
             raise AtollError(f"guidance_scale is {guidance_scale} but there is no {missing}")
-        given = None if condition is None else _each(condition)
+        given = self.prompts(condition, limit=0) if isinstance(condition, Condition | Conditions) else condition
         inside = (t >= guidance_range[0]) & (t <= guidance_range[1])
         scale = torch.where(inside, guidance_scale, 1.0).to(x.dtype)  # [B]
         while True:
@@ -214,7 +225,7 @@ class Ensemble:
         return velocity
 
     def _fused(
-        self, weights: Tensor, x: Tensor, t: Tensor, given: tuple[Condition, ...] | None, scale: Tensor
+        self, weights: Tensor, x: Tensor, t: Tensor, given: Prompts | None, scale: Tensor
     ) -> tuple[Tensor, int | None]:
         """The weighted velocity [B, ...], and the number of an expert whose answer was not finite."""
         velocity = torch.zeros_like(x)
@@ -248,7 +259,7 @@ class Ensemble:
         expert: Expert,
         x: Tensor,
         t: Tensor,
-        given: tuple[Condition, ...] | None,
+        given: Prompts | None,
         rows: Tensor,
         scale: Tensor,
         raw: bool,
@@ -256,11 +267,11 @@ class Ensemble:
         """One expert's velocity [b, ...] for some rows of a batch, guided by their scale [b]."""
         if given is None:
             return expert.velocity(x, t, None, self.alignment, raw)
-        condition = given[expert.encoder].index(rows)
-        if (scale == 1.0).all():
+        guided = bool((scale != 1.0).any())
+        condition = given.of(expert.network, expert.encoder, rows, guided)
+        if not guided:
             return expert.velocity(x, t, condition, self.alignment, raw)
-        both = Condition.cat([condition, self._null_rows(expert.encoder, len(rows))])
-        u_both = expert.velocity(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), both, self.alignment, raw)
+        u_both = expert.velocity(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), condition, self.alignment, raw)
         u_condition, u_null = u_both.chunk(2)
         return u_null + per_sample(scale, x) * (u_condition - u_null)
 
@@ -306,16 +317,12 @@ class Ensemble:
             raise AtollError(f"routing {self.routing}: no expert {name!r}; expected one of {', '.join(names)}")
         return names.index(name)
 
-    def _pooled(self, count: int, given: tuple[Condition, ...] | None) -> Tensor | None:
+    def _pooled(self, count: int, given: Prompts | None) -> Tensor | None:
         """What the router sees of the prompt; the null condition's where there is no prompt."""
         if given is not None:
-            return given[self.router_encoder].pooled
-        return None if self.null is None else self._null_rows(self.router_encoder, count).pooled
-
-    def _null_rows(self, encoder: int, count: int) -> Condition:
-        assert self.null is not None
-        null = _each(self.null)[encoder]
-        return null.index(torch.zeros(count, dtype=torch.long, device=null.states.device))
+            return given.conditions[self.router_encoder].pooled
+        pooled = None if self.null is None else each(self.null)[self.router_encoder].pooled
+        return None if pooled is None else pooled.expand(count, -1)
 
     @contextmanager
     def tracing(self) -> Iterator[Trace]:
@@ -358,10 +365,6 @@ class Ensemble:
                 self.router_encoder,
                 self.drops if drops is None else drops,
             )
-
-
-def _each(conditions: Condition | Conditions) -> tuple[Condition, ...]:
-    return conditions.parts if isinstance(conditions, Conditions) else (conditions,)
 
 
 def _owners(experts: Sequence[Expert], dropped: Sequence[bool] | None = None) -> Tensor:

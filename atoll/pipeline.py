@@ -114,7 +114,7 @@ class Pipeline:
             rows = slice(start, start + batch_size)
             velocity = partial(
                 ensemble.velocity,
-                condition=self.loaded.encoder(prompts[rows]).to(self.device),
+                condition=ensemble.prompts(self.loaded.encoder(prompts[rows]).to(self.device)),
                 guidance_scale=scale,
                 cluster=None if clusters is None else torch.tensor(clusters[rows], device=self.device),
                 guidance_range=guidance_range,

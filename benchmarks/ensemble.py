@@ -5,7 +5,9 @@
 - grouped: `Ensemble.velocity`: one call per expert in use, both guidance branches in it.
 - loop: sample by sample, each chosen expert called twice (condition, null).
 - mask: every expert on every sample, both branches, then weighted (most weights are 0).
+- grouped-again: the same, of prompts that the experts have read before: every step of a sampling but the first.
 - one: a single model of an expert's size on all samples, both branches: what a monolith costs.
+- one-again: the same, of prompts that it has read before.
 
 The variants alternate within each round; the table shows medians of their times and of the ratios within a round.
 """
@@ -24,11 +26,16 @@ from atoll.alignment import snr_velocity
 from atoll.calibration import Calibration
 from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
+from atoll.nn.attention import ReadPrompt
 from atoll.nn.dit import SIZES, DiT, DiTConfig
 from atoll.objective import Objective
 
 EXPERTS, PROMPTS, TOKENS, TEXT, GUIDANCE = 8, 16, 77, 768, 7.5
 LATENT = (4, 16, 16)
+RATIOS = [
+    *(("loop", "grouped"), ("mask", "grouped"), ("grouped", "one"), ("grouped", "grouped-again")),
+    *(("grouped-again", "one"), ("grouped-again", "one-again")),
+]
 
 
 def build(size: str, dtype: torch.dtype) -> tuple[list[Expert], Tensor]:
@@ -84,9 +91,13 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
     both = Condition.cat([condition, null.index(torch.zeros(PROMPTS, dtype=torch.long))])
     first = experts[0]
 
-    def one() -> Tensor:
+    prompts = ensemble.prompts(condition)
+    assert isinstance(first.network, DiT)
+    read = first.network.read_prompt(both)
+
+    def one(prompt: Condition | ReadPrompt) -> Tensor:
         def predict(asked: Tensor, time: Tensor) -> Tensor:
-            return first.network(asked, time, both)
+            return first.network(asked, time, prompt)
 
         return snr_velocity(predict, first.objective, x.repeat(2, 1, 1, 1), t.repeat(2), first.calibration)
 
@@ -94,11 +105,15 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
         "grouped": lambda: ensemble.velocity(x, t, condition, GUIDANCE),
         "loop": lambda: by_loop(ensemble, x, t, condition, null),
         "mask": lambda: by_mask(ensemble, x, t, condition, null),
-        "one": one,
+        "one": lambda: one(both),
+        "grouped-again": lambda: ensemble.velocity(x, t, prompts, GUIDANCE),
+        "one-again": lambda: one(read),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with torch.inference_mode():
-        answers = [variants[name]() for name in ("grouped", "loop", "mask")]  # warm-up, and all must agree
+        answers = [
+            variants[name]() for name in ("grouped", "loop", "mask", "grouped-again")
+        ]  # warm-up, and all must agree
         scale = answers[0].abs().max()
         difference = max(float((answer - answers[0]).abs().max() / scale) for answer in answers[1:])
         assert difference < 0.05, f"the variants disagree by {difference}"
@@ -108,9 +123,9 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
                 work()
                 seconds[name].append(time.perf_counter() - start)
     result = {name: statistics.median(times) for name, times in seconds.items()}
-    for name in ("loop", "mask", "one"):
-        pairs = zip(seconds[name], seconds["grouped"], strict=True)
-        result[f"{name}/grouped"] = statistics.median(a / b for a, b in pairs)
+    for name, other in RATIOS:
+        pairs = zip(seconds[name], seconds[other], strict=True)
+        result[f"{name}/{other}"] = statistics.median(a / b for a, b in pairs)
     return result
 
 
@@ -129,10 +144,10 @@ def main() -> None:
     print(
         f"{EXPERTS} experts {arguments.size}, {PROMPTS} guided prompts, {arguments.dtype}, {arguments.threads} threads"
     )
-    print(f"{'routing':8} {'grouped s':>10} {'loop/grouped':>13} {'mask/grouped':>13} {'one/grouped':>12}")
+    names = [f"{name}/{other}" for name, other in RATIOS]
+    print(f"{'routing':8} {'grouped s':>10}  {'  '.join(names)}")
     for routing, r in results.items():
-        ratios = f"{r['loop/grouped']:13.2f} {r['mask/grouped']:13.2f} {r['one/grouped']:12.2f}"
-        print(f"{routing:8} {r['grouped']:10.2f} {ratios}")
+        print(f"{routing:8} {r['grouped']:10.2f}  {'  '.join(f'{r[name]:{len(name)}.2f}' for name in names)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -18,7 +18,7 @@ LEVELS = [
     ["weights"],
     ["shards", "objective", "calibration", "routing", "condition", "solver"],
     ["manifest", "alignment", "nn"],
-    ["replicas", "memory"],
+    ["replicas", "memory", "prompts"],
     ["ensemble", "testing", "codec", "feature"],
     ["loading"],
     # the stages

@@ -17,6 +17,7 @@ from atoll.ensemble import Alignment, Ensemble
 from atoll.errors import AtollError
 from atoll.loading import load_ensemble
 from atoll.memory import Weights
+from atoll.prompts import Prompts
 from atoll.weights import VARIABLE, WANTED, find_weights, quiet
 
 with quiet("diffusers"):
@@ -81,7 +82,7 @@ class AtollEnsemble(ModelMixin):
         return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype])
 
     def forward(
-        self, asked: Ensemble, x: Tensor, t: Tensor, condition: Condition | Conditions, guidance_scale: float
+        self, asked: Ensemble, x: Tensor, t: Tensor, condition: Condition | Conditions | Prompts, guidance_scale: float
     ) -> Tensor:
         """The velocity [B, C, H, W] of `asked`, one of `self.asked()`, for x [B, C, H, W] at times t [B] in [0, 1]."""
         return asked.velocity(x, t, condition, guidance_scale)

@@ -154,14 +154,17 @@ class AtollPipeline(DiffusionPipeline):
         _check(steps, scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         owners = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]  # of B pictures
         condition = loaded.encoder(prompts).to(device).index(torch.tensor(owners, device=device))
-        shares = self._shares(prompts, negative_prompt, owners, scale, device)
+        shares = [
+            (rows, asked, asked.prompts(condition.index(rows)))
+            for rows, asked in self._shares(prompts, negative_prompt, owners, scale, device)
+        ]
         x = _first((len(owners), *loaded.latent_shape), latents, generator, device)
         sigmas = flow_sigmas(self.scheduler, steps, device)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             u = torch.empty_like(x)
-            for rows, asked in shares:
-                u[rows] = self.ensemble(asked, x[rows], t[rows], condition.index(rows), scale)
+            for rows, asked, share in shares:
+                u[rows] = self.ensemble(asked, x[rows], t[rows], share, scale)
             return u
 
         tell = None if callback_on_step_end is None else partial(callback_on_step_end, self)

@@ -22,6 +22,7 @@ The last four fields of the configuration are for foreign weights (`atoll.conver
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
+from atoll.nn.attention import CrossAttention, ReadPrompt, SelfAttention, read_states
 from atoll.nn.recompute import Checkpointing, recomputed
 
 Kind = Literal["single", "per-block"]
@@ -126,66 +128,9 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v in every head; q [B,N,D], k and v [B,M,D], bias [B,1,1,M] -> [B,N,D].
-
-    It is torch's fused kernel, except in bfloat16 on a CPU: there, plain products are 1.5 times faster forward,
-    and with their backward 2 (at 256 tokens) to 8 times faster (at 16). Measured with AVX512-BF16, torch 2.13.
-    """
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B,h,N or M,d]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        x = attention_by_products(q, k, v, bias)  # [B,h,N,d]
-    else:
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B,h,N,d]
-    return x.transpose(1, 2).flatten(2)  # [B,N,D]
-
-
-def attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for q [B,h,N,d], k and v [B,h,M,d] -> [B,h,N,d], by two batched matrix products."""
-    B, h, _, d = q.shape
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [B*h,N or M,d]
-    if bias is None:
-        scores = torch.bmm(q * d**-0.5, k.transpose(1, 2))  # [B*h,N,M]
-    else:
-        bias = bias.expand(B, h, 1, -1).flatten(0, 1)  # [B*h,1,M]
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d**-0.5)  # [B*h,N,M]
-    # torch's softmax of short rows is 2 to 4 times slower in bfloat16 than in float32; of long rows it is faster.
-    weights = scores.softmax(-1, dtype=torch.float32 if k.shape[1] < 128 else None)  # [B*h,N,M]
-    return torch.bmm(weights.to(v.dtype), v).unflatten(0, (B, h))  # [B,h,N,d]
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
     """norm(x) * (1 + scale) + shift; x [B,N,D], shift and scale [B,1,D]. The norm has no weights of its own."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)  # [B,N,D]
-
-
-class SelfAttention(nn.Module):
-    """Attention of the image tokens to each other; [B,N,D] -> [B,N,D]."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=2)  # [B,N,D] each
-        return self.out(attention(q, k, v, self.heads))  # [B,N,D]
-
-
-class CrossAttention(nn.Module):
-    """Attention of the image tokens to the text tokens; [B,N,D] and [B,L,D] -> [B,N,D]."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, states: Tensor, bias: Tensor) -> Tensor:
-        k, v = self.kv(states).chunk(2, dim=2)  # [B,L,D] each
-        return self.out(attention(self.q(x), k, v, self.heads, bias))  # [B,N,D]
 
 
 def text_projection(states_dim: int, width: int, layers: int) -> nn.Module:
@@ -266,15 +211,26 @@ class Block(nn.Module):
         self.cross = CrossAttention(width, heads) if cross else None
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, prepared: Tensor, states: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        return recomputed(self._forward, self.checkpointing, x, prepared, states, bias)  # [B,N,D]
+    def forward(
+        self,
+        x: Tensor,
+        prepared: Tensor,
+        states: Tensor | None = None,
+        bias: Tensor | None = None,
+        keys_values: Tensor | None = None,
+    ) -> Tensor:
+        """keys_values [B,L,2D]: of the states, where they were computed before."""
+        return recomputed(self._forward, self.checkpointing, x, prepared, states, bias, keys_values)  # [B,N,D]
 
-    def _forward(self, x: Tensor, prepared: Tensor, states: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, prepared: Tensor, states: Tensor | None, bias: Tensor | None, keys_values: Tensor | None
+    ) -> Tensor:
         vectors = self.modulation(prepared, x.dtype)  # [B,6,1,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
         x = torch.addcmul(x, gate_1, self.attention(modulate(x, shift_1, scale_1)))  # [B,N,D]
         if self.cross is not None:
-            x = x + self.cross(x, states, bias)  # [B,N,D]
+            keys_values = self.cross.kv(states) if keys_values is None else keys_values  # [B,L,2D]
+            x = x + self.cross(x, keys_values, bias)  # [B,N,D]
         return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, self.mlp_eps)))  # [B,N,D]
 
 
@@ -362,7 +318,13 @@ class DiT(nn.Module):
         bias = torch.zeros(condition.mask.shape, dtype=dtype, device=states.device)  # [B,L]
         return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+    def read_prompt(self, condition: Condition) -> ReadPrompt:
+        """What `forward` takes in the condition's place, to spare its text layers at every further call (4 % of XL/2 at
+        256 image and 77 text tokens, 15 % of S/2 at 64). It is this network's, as its weights are now."""
+        states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
+        return read_states(self, states, bias, condition.pooled)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
         config = self.config
         check_input(x, time, config.channels, config.size)
         if condition is None or len(condition) != len(x):
@@ -370,11 +332,17 @@ class DiT(nn.Module):
             raise AtollError(f"condition: got {got}, expected {len(x)} rows; no prompt is encoder.null({len(x)})")
         dtype = compute_dtype(self.embed.weight)
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
-        states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
+        states: Tensor | None = None
+        bias: Tensor | None = None
+        read: Sequence[Tensor | None] = [None] * config.depth
+        if isinstance(condition, ReadPrompt):
+            bias, read = condition.bias, condition.keys_values.unbind(1)  # [B,L,2D] each
+        else:
+            states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]
-        for block in self.blocks:
-            tokens = block(tokens, prepared, states, bias)  # [B,N,D]
+        for block, keys_values in zip(self.blocks, read, strict=True):
+            tokens = block(tokens, prepared, states, bias, keys_values)  # [B,N,D]
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         tokens = self.final(modulate(tokens, shift, scale))  # [B,N,p*p*C]
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]

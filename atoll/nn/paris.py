@@ -20,6 +20,7 @@ position; that token's last state goes into the head without another norm; the h
 All of this is so in the public port to AWS Neuron (jimburtoft/neuronx-distributed-inference, contrib/models).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,10 +30,9 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
+from atoll.nn.attention import CrossAttention, ReadPrompt, SelfAttention, read_states
 from atoll.nn.dit import (
     TIME_FEATURES,
-    SelfAttention,
-    attention,
     check_input,
     check_sizes,
     compute_dtype,
@@ -83,21 +83,6 @@ class ParisRouterConfig(_Config):
     time_scale: PositiveFloat = 1000.0  # t in [0,1] becomes the scheduler's 0..1000
 
 
-class CrossAttention(nn.Module):
-    """Attention of the image tokens to all text tokens; [B,N,D] and [B,L,D] -> [B,N,D]."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, states: Tensor) -> Tensor:
-        k, v = self.kv(states).chunk(2, dim=2)  # [B,L,D] each
-        return self.out(attention(self.q(x), k, v, self.heads))  # [B,N,D]
-
-
 def mlp(width: int, ratio: float) -> nn.Sequential:
     """A block's MLP; [B,N,D] -> [B,N,D]."""
     hidden = round(width * ratio)
@@ -115,11 +100,13 @@ class ExpertBlock(nn.Module):
         self.cross_attn = CrossAttention(D, config.heads)
         self.mlp = mlp(D, config.mlp_ratio)
 
-    def forward(self, x: Tensor, prepared: Tensor, states: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prepared: Tensor, states: Tensor | None, keys_values: Tensor | None = None) -> Tensor:
+        """keys_values [B,L,2D]: of the states, where they were computed before."""
         vectors = (self.scale_shift_table + prepared).to(x.dtype).unsqueeze(2)  # [B,6,1,D] from [B,6,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
         x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1, EPS)))  # [B,N,D]
-        x = x + self.cross_attn(x, states)  # [B,N,D]
+        keys_values = self.cross_attn.kv(states) if keys_values is None else keys_values  # [B,L,2D]
+        x = x + self.cross_attn(x, keys_values)  # [B,N,D]
         return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, EPS)))  # [B,N,D]
 
 
@@ -218,17 +205,28 @@ class Paris(_Tokens):
             nn.init.zeros_(layer.scale_shift_table)
             zero(layer.cross_attn.out)
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+    def read_prompt(self, condition: Condition) -> ReadPrompt:
+        """What `forward` takes in the condition's place, as `DiT.read_prompt`."""
+        return read_states(self, self._states(condition))
+
+    def _states(self, condition: Condition) -> Tensor:
+        return self.text_proj(condition.states.to(compute_dtype(self.text_proj.weight)))  # [B,L,D]
+
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
         config = self.config
         check_input(x, time, config.channels, config.size)
-        condition = require_condition(condition, len(x), config.states_dim)
+        states: Tensor | None = None
+        read: Sequence[Tensor | None] = [None] * config.depth
+        if isinstance(condition, ReadPrompt):
+            read = condition.keys_values.unbind(1)  # [B,L,2D] each
+        else:
+            states = self._states(require_condition(condition, len(x), config.states_dim))
         dtype = compute_dtype(self.text_proj.weight)
         c = self.time_embed(time, dtype)  # [B,D]
         prepared = self.t_block(c).unflatten(1, (6, -1))  # [B,6,D]
-        states = self.text_proj(condition.states.to(dtype))  # [B,L,D]
         tokens = self.tokens(x, dtype)  # [B,N,D]
-        for layer in self.layers:
-            tokens = layer(tokens, prepared, states)  # [B,N,D]
+        for layer, keys_values in zip(self.layers, read, strict=True):
+            tokens = layer(tokens, prepared, states, keys_values)  # [B,N,D]
         tokens = self.final_layer(tokens, c)  # [B,N,p*p*C]
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
 

@@ -14,11 +14,11 @@ from torch.profiler import profile
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn import SIZES, DiT, DiTConfig, build_network
+from atoll.nn.attention import attention_by_products
 from atoll.nn.dit import (
     Kind,
     PerBlockModulation,
     SingleModulation,
-    attention_by_products,
     patchify,
     sincos_positions,
     time_features,

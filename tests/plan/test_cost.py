@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import atoll.nn.attention
 import atoll.nn.dit
 from atoll.condition import Condition
 from atoll.nn import SIZES, DiT, DiTConfig, Router, RouterConfig
@@ -158,7 +159,7 @@ def test_activations_under_the_rules_of_cuda(n: Network, monkeypatch: pytest.Mon
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     monkeypatch.setattr(atoll.nn.dit, "modulate", modulate)
-    monkeypatch.setattr(atoll.nn.dit, "attention_by_products", fused)
+    monkeypatch.setattr(atoll.nn.attention, "attention_by_products", fused)
     assert activation_bytes(n, CUDA_BF16) == pytest.approx(saved_bytes(build(n), n, bf16=True), rel=0.002)
 
 

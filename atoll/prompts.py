@@ -1,0 +1,103 @@
+"""The prompts of a batch, as the experts of an ensemble are asked by them.
+
+A network that can `read_prompt` (DiT, Paris) computes what depends on the prompt alone, the text's keys and values in
+every block, once for each prompt that it is asked for, and not again at every step.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from atoll.condition import Condition, Conditions
+from atoll.errors import AtollError
+from atoll.nn.attention import ReadPrompt
+
+Prompt = Condition | ReadPrompt  # what a network is asked with
+
+KEPT_BYTES = 2**31  # by all experts together; an XL/2 keeps 10 MB per prompt of 77 tokens in bfloat16
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A network that takes what it has read in the condition's place."""
+
+    def read_prompt(self, condition: Condition) -> ReadPrompt: ...
+
+
+class Prompts:
+    """B prompts by every encoder, the null condition, and what was read of them.
+
+    What is kept is of the networks as they are: of other weights, other `Prompts`.
+
+    Args:
+        conditions: of each encoder, B rows.
+        null: of each encoder, one row; needed where there is guidance.
+        limit: bytes to keep at most; what comes after is read anew each time. 0 keeps nothing.
+    """
+
+    def __init__(
+        self, conditions: tuple[Condition, ...], null: tuple[Condition, ...] | None = None, limit: int = KEPT_BYTES
+    ):
+        self.conditions, self.null, self.limit = conditions, null, limit
+        self._kept: dict[Reader, _Kept] = {}
+
+    def __len__(self) -> int:
+        return len(self.conditions[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        return sum(kept.prompts.nbytes for kept in self._kept.values() if kept.prompts is not None)
+
+    def of(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> Prompt:
+        """What `network` is asked with for the rows [b]: b rows; where guided 2 b, the last of the null condition.
+
+        Raises:
+            AtollError: guided, without a null condition.
+        """
+        wanted = rows.tolist()
+        wanted += [len(self)] * len(rows) if guided else []  # the null condition's number
+        if self.limit and isinstance(network, Reader):
+            kept = self._kept.setdefault(network, _Kept())
+            missing = [number for number in dict.fromkeys(wanted) if number not in kept.places]
+            if missing:
+                read = network.read_prompt(self._plain(encoder, missing))
+                if self.nbytes + read.nbytes > self.limit:
+                    return self._plain(encoder, wanted)
+                kept.add(missing, read)
+            return kept.index(wanted, rows.device)
+        return self._plain(encoder, wanted)
+
+    def _plain(self, encoder: int, wanted: list[int]) -> Condition:
+        condition = self.conditions[encoder]
+        device = condition.states.device
+        own = [number for number in wanted if number < len(self)]
+        found = condition.index(torch.tensor(own, device=device, dtype=torch.long))
+        if len(own) == len(wanted):
+            return found
+        if self.null is None:
+            raise AtollError("guidance of prompts without a null condition; make them by an ensemble that has one")
+        null = self.null[encoder].index(torch.zeros(len(wanted) - len(own), device=device, dtype=torch.long))
+        return Condition.cat([found, null]) if own else null
+
+
+class _Kept:
+    """What one network has read, in the order in which it was asked."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, int] = {}  # of a prompt's number, where it stands
+        self.prompts: ReadPrompt | None = None
+
+    def add(self, numbers: list[int], read: ReadPrompt) -> None:
+        self.places |= {number: len(self.places) + place for place, number in enumerate(numbers)}
+        self.prompts = read if self.prompts is None else ReadPrompt.cat([self.prompts, read])
+
+    def index(self, numbers: list[int], device: torch.device) -> ReadPrompt:
+        assert self.prompts is not None
+        return self.prompts.index(torch.tensor([self.places[number] for number in numbers], device=device))
+
+
+def each(conditions: Condition | Conditions) -> tuple[Condition, ...]:
+    """One condition per encoder."""
+    return conditions.parts if isinstance(conditions, Conditions) else (conditions,)
