@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atoll.artifact import write_bytes, write_json
+from atoll.compiled import compile_blocks, compile_network
 from atoll.ensemble import Alignment, Trace
 from atoll.errors import AtollError
 from atoll.loading import LoadedEnsemble, load_ensemble
@@ -61,6 +62,23 @@ class Pipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_ensemble(path, routing, alignment, strict, device, replicas, memory_budget, weights)
         return cls(loaded, device)
+
+    def compile(self, **options: Any) -> "Pipeline":
+        """Compiles experts and router by torch.compile, and returns itself; the first pictures then take a minute or
+        more, the others less time. Pictures differ by rounding alone.
+
+        Args:
+            options: torch.compile's own: backend, mode.
+
+        Raises:
+            AtollError: experts within a memory budget.
+        """
+        ensemble = self.loaded.ensemble
+        experts = [replace(expert, network=compile_network(expert.network, **options)) for expert in ensemble.experts]
+        if isinstance(ensemble.router, torch.nn.Module):  # its batches are whole ones: nothing to fill up
+            compile_blocks(ensemble.router, **options)
+        self.loaded = replace(self.loaded, ensemble=ensemble.with_experts(experts))
+        return self
 
     @torch.inference_mode()
     def __call__(

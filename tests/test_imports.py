@@ -19,7 +19,7 @@ LEVELS = [
     ["shards", "objective", "calibration", "routing", "condition", "solver"],
     ["manifest", "alignment", "nn"],
     ["replicas", "memory", "prompts"],
-    ["ensemble", "testing", "codec", "feature"],
+    ["ensemble", "testing", "codec", "feature", "compiled"],
     ["loading"],
     # the stages
     [
