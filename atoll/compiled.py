@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from atoll.errors import AtollError
 from atoll.memory import Offloaded
+from atoll.nn.attention import ReadPrompt
 from atoll.prompts import Prompt, Reader
 
 _GRAPHS = 64  # of one block's code: sizes, times the architectures in an ensemble
@@ -40,6 +41,11 @@ class Padded:
 
 class PaddedReader(Padded):
     """One that reads prompts."""
+
+    def __call__(self, x: Tensor, time: Tensor, condition: Prompt | None) -> Tensor:
+        if isinstance(condition, ReadPrompt) and condition.cache is not None:
+            raise AtollError("compiled experts ask all blocks; leave block_cache at 0, or do not compile")
+        return super().__call__(x, time, condition)
 
     def read_prompt(self, condition: Any) -> Any:
         """As the network does, which is not compiled for it."""

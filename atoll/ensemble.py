@@ -176,12 +176,13 @@ class Ensemble:
             weights[:, members] = weights[:, members].sum(1, keepdim=True) * self._shares(members, stacking, t)
         return weights
 
-    def prompts(self, condition: Condition | Conditions, limit: int = KEPT_BYTES) -> Prompts:
-        """The prompts of a sampling, for `velocity`: each expert reads a prompt once, not at every step.
+    def prompts(self, condition: Condition | Conditions, limit: int = KEPT_BYTES, block_cache: float = 0.0) -> Prompts:
+        """The prompts of one sampling, for `velocity`: each expert reads a prompt once, not at every step.
 
-        Good for as long as the experts' weights stay; numbers differ by rounding alone. limit: of bytes that are kept.
+        Good for as long as the experts' weights stay; numbers differ by rounding, or by what `block_cache` spares.
+        Arguments and errors as in `Prompts`.
         """
-        return Prompts(each(condition), None if self.null is None else each(self.null), limit)
+        return Prompts(each(condition), None if self.null is None else each(self.null), limit, block_cache)
 
     def velocity(
         self,

@@ -94,6 +94,7 @@ class Pipeline:
         guidance_range: tuple[float, float] = (0.0, 1.0),
         batch_size: int = 64,
         callback: Callable[[int, int], Any] | None = None,
+        block_cache: float = 0.0,
     ) -> Output:
         """Draws one picture per prompt.
 
@@ -106,6 +107,8 @@ class Pipeline:
             guidance_range: the times (0 data, 1 noise) between which there is guidance.
             batch_size: pictures sampled at a time.
             callback: called with (steps done, steps in all) over all batches.
+            block_cache: the threshold of first-block caching, of 0.05 to 0.3: faster, and not the same pictures
+                (docs/fusion.md has what it costs); 0: none.
 
         Raises:
             AtollError: no prompts, seeds or clusters of another number than prompts, steps < 1, an unknown method or
@@ -132,7 +135,7 @@ class Pipeline:
             rows = slice(start, start + batch_size)
             velocity = partial(
                 ensemble.velocity,
-                condition=ensemble.prompts(self.loaded.encoder(prompts[rows]).to(self.device)),
+                condition=ensemble.prompts(self.loaded.encoder(prompts[rows]).to(self.device), block_cache=block_cache),
                 guidance_scale=scale,
                 cluster=None if clusters is None else torch.tensor(clusters[rows], device=self.device),
                 guidance_range=guidance_range,

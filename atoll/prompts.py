@@ -4,6 +4,8 @@ A network that can `read_prompt` (DiT, Paris) computes what depends on the promp
 every block, once for each prompt that it is asked for, and not again at every step.
 """
 
+import math
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from atoll.condition import Condition, Conditions
 from atoll.errors import AtollError
 from atoll.nn.attention import ReadPrompt
+from atoll.nn.block_cache import BlockCache
 
 Prompt = Condition | ReadPrompt  # what a network is asked with
 
@@ -34,39 +37,58 @@ class Prompts:
         conditions: of each encoder, B rows.
         null: of each encoder, one row; needed where there is guidance.
         limit: bytes to keep at most; what comes after is read anew each time. 0 keeps nothing.
+        block_cache: the threshold of first-block caching (`atoll.nn.block_cache`); 0: all blocks are asked.
     """
 
     def __init__(
-        self, conditions: tuple[Condition, ...], null: tuple[Condition, ...] | None = None, limit: int = KEPT_BYTES
+        self,
+        conditions: tuple[Condition, ...],
+        null: tuple[Condition, ...] | None = None,
+        limit: int = KEPT_BYTES,
+        block_cache: float = 0.0,
     ):
-        self.conditions, self.null, self.limit = conditions, null, limit
+        if not 0 <= block_cache < math.inf:
+            raise AtollError(f"block_cache is {block_cache}; expected a threshold from 0 (none) to about 0.3")
+        self.conditions, self.null, self.limit, self.block_cache = conditions, null, limit, block_cache
         self._kept: dict[Reader, _Kept] = {}
 
     def __len__(self) -> int:
         return len(self.conditions[0])
 
     @property
+    def spared(self) -> float:
+        """The share of the questions in which the first block alone was asked."""
+        caches = [kept.cache for kept in self._kept.values() if kept.cache is not None]
+        return sum(cache.spared for cache in caches) / max(1, sum(cache.asked for cache in caches))
+
+    @property
     def nbytes(self) -> int:
-        """Of what is kept."""
+        """Of what is kept of the prompts."""
         return sum(kept.prompts.nbytes for kept in self._kept.values() if kept.prompts is not None)
 
     def of(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> Prompt:
         """What `network` is asked with for the rows [b]: b rows; where guided 2 b, the last of the null condition.
 
         Raises:
-            AtollError: guided, without a null condition.
+            AtollError: guided, without a null condition; a block cache for a network that reads no prompts.
         """
+        if self.block_cache and not isinstance(network, Reader):
+            raise AtollError(
+                f"{type(network).__name__} has no block cache: only DiT and Paris have, without a memory budget; leave "
+                "block_cache at 0"
+            )
         wanted = rows.tolist()
         wanted += [len(self)] * len(rows) if guided else []  # the null condition's number
         if self.limit and isinstance(network, Reader):
-            kept = self._kept.setdefault(network, _Kept())
+            kept = self._kept.setdefault(network, _Kept(BlockCache(self.block_cache) if self.block_cache else None))
             missing = [number for number in dict.fromkeys(wanted) if number not in kept.places]
             if missing:
                 read = network.read_prompt(self._plain(encoder, missing))
                 if self.nbytes + read.nbytes > self.limit:
                     return self._plain(encoder, wanted)
                 kept.add(missing, read)
-            return kept.index(wanted, rows.device)
+            branches = [(row, branch) for branch in range(1 + guided) for row in rows.tolist()]
+            return kept.index(wanted, rows.device, tuple(branches))
         return self._plain(encoder, wanted)
 
     def _plain(self, encoder: int, wanted: list[int]) -> Condition:
@@ -85,7 +107,8 @@ class Prompts:
 class _Kept:
     """What one network has read, in the order in which it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: BlockCache | None) -> None:
+        self.cache = cache
         self.places: dict[int, int] = {}  # of a prompt's number, where it stands
         self.prompts: ReadPrompt | None = None
 
@@ -93,9 +116,11 @@ class _Kept:
         self.places |= {number: len(self.places) + place for place, number in enumerate(numbers)}
         self.prompts = read if self.prompts is None else ReadPrompt.cat([self.prompts, read])
 
-    def index(self, numbers: list[int], device: torch.device) -> ReadPrompt:
+    def index(self, numbers: list[int], device: torch.device, keys: tuple[tuple[int, int], ...]) -> ReadPrompt:
+        """Of the prompts' numbers; keys: of each its sample, and the branch of guidance."""
         assert self.prompts is not None
-        return self.prompts.index(torch.tensor([self.places[number] for number in numbers], device=device))
+        found = self.prompts.index(torch.tensor([self.places[number] for number in numbers], device=device))
+        return found if self.cache is None else replace(found, cache=self.cache, keys=keys)
 
 
 def each(conditions: Condition | Conditions) -> tuple[Condition, ...]:

@@ -1,5 +1,7 @@
 """Prompts that are read once: the same pictures, fewer operations, within a limit."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from atoll.errors import AtollError
 from atoll.nn import DiT, DiTConfig, Paris, ParisConfig
 from atoll.nn.attention import ReadPrompt
 from atoll.objective import Objective
+from atoll.pipeline import Pipeline
 from atoll.prompts import Prompts
 from atoll.solver import sample
 
@@ -186,6 +189,96 @@ def test_guidance_of_prompts_without_a_null_condition_is_refused() -> None:
     x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
     with pytest.raises(AtollError, match="make them by an ensemble that has one"):
         ensemble.velocity(x, t, other.prompts(condition_of(2)), 2.0)
+
+
+class TestBlockCache:
+    @pytest.mark.parametrize("network", [dit(0, depth=3), paris(0), dit(1, depth=1)])
+    @pytest.mark.parametrize("guidance", [1.0, 2.0])
+    def test_below_every_change_nothing_is_spared(self, network, guidance) -> None:
+        ensemble, condition = ensemble_of([network]), condition_of(3)
+        g = torch.Generator().manual_seed(0)
+        noise = torch.randn(3, C, SIDE, SIDE, generator=g, dtype=torch.float64)
+        prompts = ensemble.prompts(condition, block_cache=1e-12)
+        drawn = [
+            sample(lambda x, t, asked=asked: ensemble.velocity(x, t, asked, guidance), noise, 4)
+            for asked in (prompts, condition)
+        ]
+        torch.testing.assert_close(*drawn)
+        assert prompts.spared == 0
+
+    def test_above_every_change_the_first_block_is_all_that_is_asked(self) -> None:
+        network = dit(0, depth=3)
+        asked = []
+        for number, block in enumerate(network.blocks):
+            block.register_forward_hook(lambda _, inputs, __, number=number: asked.append((number, len(inputs[0]))))
+        ensemble = ensemble_of([network])
+        prompts = ensemble.prompts(condition_of(3), block_cache=1e9)
+        x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.9).double()
+        first = ensemble.velocity(x, t, prompts, 2.0)
+        assert asked == [(0, 6), (1, 6), (2, 6)]
+        torch.testing.assert_close(ensemble.velocity(x, t, prompts, 2.0), first)  # nothing changed: the same answer
+        assert asked[3:] == [(0, 6)]
+        ensemble.velocity(x[:2], t[:2], ensemble.prompts(condition_of(2), block_cache=1e9), 1.0)  # another sampling
+        assert asked[4:] == [(0, 2), (1, 2), (2, 2)]
+        assert prompts.spared == 0.5
+
+    def test_every_sample_decides_for_itself(self) -> None:
+        network, condition = dit(0, depth=3), condition_of(3)
+        sizes = []
+        network.blocks[1].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+        ensemble = ensemble_of([network])
+        prompts = ensemble.prompts(condition, block_cache=0.1)
+        x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.5).double()
+        first = ensemble.velocity(x, t, prompts)
+        moved = x.clone()
+        moved[1] *= -3
+        second = ensemble.velocity(moved, t, prompts)
+        assert sizes == [3, 1]
+        torch.testing.assert_close(second[[0, 2]], first[[0, 2]])
+        torch.testing.assert_close(second[1], ensemble.velocity(moved, t, condition)[1])
+        slightly = moved + 1e-4 * torch.randn_like(moved)
+        third = ensemble.velocity(slightly, t, prompts)
+        exact = ensemble.velocity(slightly, t, condition)
+        assert sizes == [3, 1, 3, 3]  # of the condition itself, twice
+        assert 0 < (third - exact).abs().max() < 0.01 * exact.abs().max()
+
+    def test_guidances_branches_are_apart(self) -> None:
+        ensemble = ensemble_of([dit(0, depth=3)])
+        x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
+        prompts = ensemble.prompts(condition_of(2), block_cache=1e9)
+        plain = ensemble.velocity(x, t, prompts)
+        guided = ensemble.velocity(x, t, prompts, 2.0)  # the null condition's branch is new, the other is known
+        torch.testing.assert_close(guided, ensemble.velocity(x, t, condition_of(2), 2.0))
+        torch.testing.assert_close(plain, ensemble.velocity(x, t, condition_of(2)))
+        assert prompts.spared == 2 / 6
+
+    def test_what_cannot_is_refused(self, trained_run) -> None:
+        def plain(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+            return x
+
+        ensemble = ensemble_of([plain])
+        x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
+        with pytest.raises(AtollError, match="function has no block cache: only DiT and Paris"):
+            ensemble.velocity(x, t, ensemble.prompts(condition_of(2), block_cache=0.1))
+        for threshold in (-0.1, math.nan, math.inf):
+            with pytest.raises(AtollError, match="expected a threshold from 0"):
+                ensemble.prompts(condition_of(2), block_cache=threshold)
+        pipe = Pipeline.from_pretrained(trained_run / "ensemble")
+        with pytest.raises(AtollError, match="compiled experts ask all blocks"):
+            pipe.compile(backend="eager")("moss", num_inference_steps=2, block_cache=0.1)
+
+    def test_by_the_pipeline(self, trained_run, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, prompts = [], Ensemble.prompts
+
+        def spy(self, *arguments, **options) -> Prompts:
+            made.append(prompts(self, *arguments, **options))
+            return made[-1]
+
+        monkeypatch.setattr(Ensemble, "prompts", spy)
+        pipe = Pipeline.from_pretrained(trained_run / "ensemble")
+        pipe(["moss", "rain", "moss"], seeds=[0, 1, 2], num_inference_steps=6, batch_size=2, block_cache=5.0)
+        assert [(len(one), one.block_cache) for one in made] == [(2, 5.0), (1, 5.0)]
+        assert all(one.spared > 0.5 for one in made)
 
 
 def test_the_texts_part_is_spared() -> None:

@@ -3,12 +3,15 @@
 Letters as in `atoll.nn.dit`: B batch, N image tokens, L text tokens, D width, h heads, d = D / h.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from atoll.nn.block_cache import BlockCache
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
@@ -71,16 +74,23 @@ class CrossAttention(nn.Module):
         return self.out(attention(self.q(x), k, v, self.heads, bias))  # [B,N,D]
 
 
+# (block, x [b,N,D], the batch's rows that these are, bias, keys and values [b,L,2D]) -> [b,N,D]
+AskBlock = Callable[[Any, Tensor, Tensor | slice, Tensor | None, Tensor], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class ReadPrompt:
     """A condition as one network has read it: all that its blocks attend to, at any time and for any latent.
 
     keys_values: [B,depth,L,2D]. bias: [B,1,1,L], -inf where masked; None: nothing is. pooled: [B,P], or None.
+    cache, keys: what the blocks did to the samples before, and which sample each row is; None: all blocks are asked.
     """
 
     keys_values: Tensor
     bias: Tensor | None
     pooled: Tensor | None
+    cache: BlockCache | None = None
+    keys: tuple[Hashable, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys_values)
@@ -90,13 +100,28 @@ class ReadPrompt:
         return self.keys_values.nbytes
 
     def index(self, rows: Tensor) -> "ReadPrompt":
-        """The given rows ([b] int64), in their order."""
+        """The given rows ([b] int64), in their order; without the cache."""
         bias, pooled = (None if part is None else part[rows] for part in (self.bias, self.pooled))
         return ReadPrompt(self.keys_values[rows], bias, pooled)
 
+    def through(self, blocks: Iterable[nn.Module], tokens: Tensor, ask: AskBlock) -> Tensor:
+        """The tokens [B,N,D] after all blocks, or after as many of them as the cache wants to be asked."""
+        first, *others = zip(blocks, self.keys_values.unbind(1), strict=True)  # each block with its [B,L,2D]
+
+        def through(parts: Sequence[tuple[nn.Module, Tensor]], x: Tensor, rows: Tensor | slice) -> Tensor:
+            bias = None if self.bias is None else self.bias[rows]  # [b,1,1,L]
+            for block, keys_values in parts:
+                x = ask(block, x, rows, bias, keys_values[rows])  # [b,N,D]
+            return x
+
+        once = through([first], tokens, slice(None))
+        if self.cache is None:
+            return through(others, once, slice(None))
+        return self.cache.through(self.keys, tokens, once, lambda rows, x: through(others, x, rows))
+
     @staticmethod
     def cat(prompts: "Sequence[ReadPrompt]") -> "ReadPrompt":
-        """Joined along the batch: of one network."""
+        """Joined along the batch: of one network; without the cache."""
         biases = [prompt.bias for prompt in prompts if prompt.bias is not None]
         pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
         return ReadPrompt(

@@ -22,7 +22,6 @@ The last four fields of the configuration are for foreign weights (`atoll.conver
 """
 
 import math
-from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 import torch
@@ -332,17 +331,16 @@ class DiT(nn.Module):
             raise AtollError(f"condition: got {got}, expected {len(x)} rows; no prompt is encoder.null({len(x)})")
         dtype = compute_dtype(self.embed.weight)
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
-        states: Tensor | None = None
-        bias: Tensor | None = None
-        read: Sequence[Tensor | None] = [None] * config.depth
-        if isinstance(condition, ReadPrompt):
-            bias, read = condition.bias, condition.keys_values.unbind(1)  # [B,L,2D] each
-        else:
-            states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]
-        for block, keys_values in zip(self.blocks, read, strict=True):
-            tokens = block(tokens, prepared, states, bias, keys_values)  # [B,N,D]
+        if isinstance(condition, ReadPrompt):
+            tokens = condition.through(
+                self.blocks, tokens, lambda block, x, rows, bias, read: block(x, prepared[rows], None, bias, read)
+            )  # [B,N,D]
+        else:
+            states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
+            for block in self.blocks:
+                tokens = block(tokens, prepared, states, bias)  # [B,N,D]
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         tokens = self.final(modulate(tokens, shift, scale))  # [B,N,p*p*C]
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]

@@ -20,7 +20,6 @@ position; that token's last state goes into the head without another norm; the h
 All of this is so in the public port to AWS Neuron (jimburtoft/neuronx-distributed-inference, contrib/models).
 """
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -215,18 +214,18 @@ class Paris(_Tokens):
     def forward(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
         config = self.config
         check_input(x, time, config.channels, config.size)
-        states: Tensor | None = None
-        read: Sequence[Tensor | None] = [None] * config.depth
-        if isinstance(condition, ReadPrompt):
-            read = condition.keys_values.unbind(1)  # [B,L,2D] each
-        else:
-            states = self._states(require_condition(condition, len(x), config.states_dim))
         dtype = compute_dtype(self.text_proj.weight)
         c = self.time_embed(time, dtype)  # [B,D]
         prepared = self.t_block(c).unflatten(1, (6, -1))  # [B,6,D]
         tokens = self.tokens(x, dtype)  # [B,N,D]
-        for layer, keys_values in zip(self.layers, read, strict=True):
-            tokens = layer(tokens, prepared, states, keys_values)  # [B,N,D]
+        if isinstance(condition, ReadPrompt):
+            tokens = condition.through(
+                self.layers, tokens, lambda layer, x, rows, _, read: layer(x, prepared[rows], None, read)
+            )  # [B,N,D]
+        else:
+            states = self._states(require_condition(condition, len(x), config.states_dim))  # [B,L,D]
+            for layer in self.layers:
+                tokens = layer(tokens, prepared, states)  # [B,N,D]
         tokens = self.final_layer(tokens, c)  # [B,N,p*p*C]
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
 
