@@ -1,7 +1,7 @@
 """What first-block caching spares and what it costs: `python benchmarks/block_cache.py runs/demo --device cpu`.
 
-The same prompts and noise are drawn with every threshold, batch by batch in turn. "spared" is the share of the questions
-to a network in which its first block alone was asked; "PSNR" of the pictures against those without caching; the Fréchet
+The same prompts and noise are drawn with every threshold, batch by batch in turn. "spared" is the share of questions to
+a network in which its first block alone was asked; "PSNR" is of the pictures against those without caching; the Fréchet
 distance is to the run's real pictures, on 48 principal components of the pixels.
 """
 

@@ -1,6 +1,6 @@
 """The networks, and how a card's configuration becomes one.
 
-dit.py, router.py   the denoiser and the router that are trained here, of attention.py; block_cache.py spares blocks
+dit.py, router.py   the denoiser and the router that are trained here, of attention.py; block_cache.py
 paris.py            Paris's, as released        foreign.py   diffusers' own, as they are
 """
 
