@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.schedule import Linear, Schedule
 from atoll.shapes import per_sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -58,6 +59,19 @@ def sample(
         if callback is not None:
             callback(index, x)
     return x
+
+
+def times_of(schedule: Schedule, steps: int) -> Tensor:
+    """The times of the linear path, [steps + 1] float64, that have the log-SNR of `schedule` at its own even times.
+
+    Along them Euler's steps on an exactly aligned expert of that schedule are DDIM's own (Song et al. 2021). The last
+    time is 0; the first is where the schedule ends, 1 if its terminal SNR is zero.
+    """
+    if steps < 1:
+        raise AtollError(f"steps is {steps}; expected at least 1")
+    times = Linear().time_at(schedule.log_snr(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
+    times[-1] = 0.0
+    return times
 
 
 def _euler(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from atoll.alignment import snr_velocity
 from atoll.errors import AtollError
 from atoll.objective import Objective
-from atoll.schedule import Linear, LinearBeta
-from atoll.solver import sample
+from atoll.schedule import Cosine, Linear, LinearBeta
+from atoll.solver import sample, times_of
 from atoll.testing import GaussianMixture
 
 MIXTURE = GaussianMixture.random(components=5, clusters=2, shape=(3, 2), seed=2)
@@ -68,6 +68,20 @@ def test_euler_equals_diffusers_flow_match_euler() -> None:
         x = scheduler.step(MIXTURE.velocity(x.double(), t.double()).float(), step_time, x).prev_sample
     ours = sample(lambda x, t: MIXTURE.velocity(x.double(), t.double()).float(), noise().float(), steps=20)
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), LinearBeta(), Linear()])
+def test_times_of_a_schedule_have_its_log_snr(schedule) -> None:
+    times = times_of(schedule, 8)
+    assert times.shape == (9,)
+    assert (times.diff() < 0).all()
+    assert times[-1] == 0
+    own = torch.linspace(1, 0, 9).double()[1:-1]
+    torch.testing.assert_close(Linear().log_snr(times[1:-1]), schedule.log_snr(own))
+    if isinstance(schedule, Linear):
+        torch.testing.assert_close(times, torch.linspace(1, 0, 9).double())
+    with pytest.raises(AtollError, match="steps is 0"):
+        times_of(schedule, 0)
 
 
 def test_a_ddpm_expert_on_the_linear_path_is_ddim_at_the_matched_times() -> None:

@@ -33,6 +33,11 @@ class _How:
     steps: int
     method: Method
     guidance_scale: float
+    grid: str | None = None
+
+    def about(self) -> dict[str, Any]:
+        """What its pictures depend on, with nothing said of what is usual."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 # (tokens of B prompts, B seeds of noise) -> pictures [B, c, h, w]
@@ -110,14 +115,14 @@ class Bench:
     def score(self, variant: Variant) -> Score:
         s = self.settings
         scale = s.guidance_scale if variant.guidance_scale is None else variant.guidance_scale
-        how = _How(variant.steps or s.steps, variant.method or s.method, scale)
+        how = _How(variant.steps or s.steps, variant.method or s.method, scale, variant.grid)
         store = Store(self.places.of(variant.identity), self._about_variant(variant, how))
 
         def draw(tokens: Any, seeds: Sequence[int]) -> Tensor:
             condition = self.reference.encoder.encode(tokens).to(self.device)
             noise = seeded_noise(seeds, self.shape).to(self.device)
             velocity = _bound(variant.ensemble, condition, scale)
-            return self.reference.codec.decode(sample(velocity, noise, how.steps, how.method))
+            return self.reference.codec.decode(sample(velocity, noise, how.steps, how.method, variant.times(how.steps)))
 
         def counted() -> Part:
             numbers = torch.arange(min(_COUNTED, len(self.probe)))
@@ -158,7 +163,7 @@ class Bench:
         return {
             "format": FORMAT,
             "variant": variant.identity or variant.name,
-            **asdict(how),
+            **how.about(),
             "levels": self.settings.levels,
             "bench": self.real.key,
             "spaces": [space.sha256 for space in self.spaces],

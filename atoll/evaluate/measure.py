@@ -20,8 +20,9 @@ from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics import DenoisingError
 from atoll.manifest import EvaluateSettings
+from atoll.schedule import build_schedule
 from atoll.shards import Shards
-from atoll.solver import Method
+from atoll.solver import Method, times_of
 
 # (network calls done, network calls in all, what is being measured)
 Progress = Callable[[int, int, str], None]
@@ -36,6 +37,7 @@ class Variant:
         ensemble: a single expert is an ensemble of one.
         made_by: in words, for the report.
         steps, method, guidance_scale: instead of the settings' own.
+        grid: the schedule in whose time the steps are even; None: they are even in t.
         axes: of a sweep, the values that it has on its axes.
         identity: names all that the ensemble is made of, so that what was measured of it is found again; "": it is not.
     """
@@ -46,8 +48,13 @@ class Variant:
     steps: int | None = None
     method: Method | None = None
     guidance_scale: float | None = None
+    grid: str | None = None
     axes: dict[str, Any] = field(default_factory=dict)
     identity: str = ""
+
+    def times(self, steps: int) -> Tensor | None:
+        """Of `steps` steps, [steps + 1]; None: even ones."""
+        return None if self.grid is None else times_of(build_schedule(self.grid), steps)
 
     @property
     def calls(self) -> int:

@@ -176,14 +176,16 @@ def draw_grid(
         ensemble = variant.ensemble.with_options()  # of its own: another thread may trace the same one
         velocity = partial(ensemble.velocity, condition=condition, guidance_scale=how["guidance_scale"])
         with ensemble.tracing() as trace:
-            images = run.loaded.codec.decode(sample(velocity, noise, how["steps"], how["method"])).cpu()
+            x0 = sample(velocity, noise, how["steps"], how["method"], variant.times(how["steps"]))
+            images = run.loaded.codec.decode(x0).cpu()
         weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P,T,E]: the first seed's
         return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
 
     def kept(variant: Variant) -> tuple[str, Part]:
         how = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
         how |= {key: value for key, value in variant.axes.items() if key in how}
-        kept_in = Store(store, {"grid": variant.identity, **how, **shared})
+        times = {} if variant.grid is None else {"times": variant.grid}
+        kept_in = Store(store, {"grid": variant.identity, **how, **times, **shared})
         return kept_in.key, kept_in.part("grid", lambda: draw(variant, how))
 
     names = [name for group in ("ensemble", "sweep", "monolith") for name in groups.get(group, ())]

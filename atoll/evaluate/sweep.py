@@ -13,7 +13,7 @@ from atoll.calibration import Calibration
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate.measure import Variant
-from atoll.manifest import SweepSettings
+from atoll.manifest import EVEN, SweepSettings
 
 # How an expert's answer is brought to the sampling path, and what corrects it.
 ALIGNMENTS = {
@@ -85,7 +85,7 @@ def variants_of_sweep(sweep: SweepSettings, ensemble: Ensemble, dense: Mapping[s
             raise AtollError(
                 f"sweep: {name}, but the run has none; train it with `atoll train {name}`, or leave it out"
             )
-    axes = {axis: values for axis in ("steps", "method", "guidance_scale") if (values := getattr(sweep, axis))}
+    axes = {axis: values for axis in ("steps", "method", "grid", "guidance_scale") if (values := getattr(sweep, axis))}
     for how in _combinations(axes):
         for name in asked:
             yield _variant(name, dense[name], {}, how)
@@ -115,11 +115,12 @@ def _variant(name: str, ensemble: Ensemble, options: dict[str, Any], how: dict[s
     said += [str(value) for value in options.values()]
     said += [_SAID[axis].format(value) for axis, value in how.items()]
     axes = {**({"experts": name} if name else {}), **options, **how}
-    return Variant(", ".join(said) or ensemble.routing, ensemble, axes=axes, **how)
+    drawn = {**how, "grid": None if how.get("grid") == EVEN else how.get("grid")}
+    return Variant(", ".join(said) or ensemble.routing, ensemble, axes=axes, **drawn)
 
 
 _DENSE = ("monolith", "student")
-_SAID = {"steps": "{} steps", "method": "{}", "guidance_scale": "guidance {:g}"}
+_SAID = {"steps": "{} steps", "method": "{}", "grid": "{} grid", "guidance_scale": "guidance {:g}"}
 
 
 def parse_sweep(text: list[str]) -> SweepSettings:

@@ -5,7 +5,7 @@ Paths of a run, all below the directory that holds atoll.yaml:
 """
 
 from atoll.manifest.base import Section
-from atoll.manifest.evaluation import DiversitySettings, EvaluateSettings, SpaceSettings, SweepSettings
+from atoll.manifest.evaluation import EVEN, DiversitySettings, EvaluateSettings, SpaceSettings, SweepSettings
 from atoll.manifest.run import (
     MANIFEST,
     RECIPES,
@@ -27,6 +27,7 @@ from atoll.manifest.run import (
 )
 
 __all__ = [
+    "EVEN",
     "MANIFEST",
     "RECIPES",
     "ClusterSettings",

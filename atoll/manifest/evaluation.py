@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt, field_validator
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
 
+EVEN = "even"
 Method = Literal["euler", "heun", "dpm++2m"]
 
 
@@ -40,6 +41,7 @@ class SweepSettings(Section):
 
     alignment: "snr", "native", "snr-clamp" (HDDM's clamp instead of calibrations), "snr-alone". experts: by a name of
     the choice, whose expert is taken of each cluster: {mixed: {all: flow, 0: eps-cosine, 1: [flow, eps-cosine]}}.
+    grid: "even" steps in t, or a schedule, in whose own time they are even ("cosine": with euler, that is DDIM).
     monolith, student: they are measured too, with each number of steps and each guidance.
     """
 
@@ -49,6 +51,7 @@ class SweepSettings(Section):
     method: tuple[Method, ...] = ()
     alignment: tuple[Literal["snr", "native", "snr-clamp", "snr-alone"], ...] = ()
     replicas: tuple[str, ...] = ()
+    grid: tuple[str, ...] = ()
     experts: dict[str, dict[int | str, str | tuple[str, ...]]] = Field(default_factory=dict)
     monolith: bool = False
     student: bool = False
@@ -64,6 +67,19 @@ class SweepSettings(Section):
         except AtollError as error:
             raise ValueError(str(error)) from None
         return routings
+
+    @field_validator("grid")
+    @classmethod
+    def _schedules(cls, grids: tuple[str, ...]) -> tuple[str, ...]:
+        from atoll.schedule import build_schedule
+
+        try:
+            for grid in grids:
+                if grid != EVEN:
+                    build_schedule(grid)
+        except AtollError as error:
+            raise ValueError(f"{error}; or {EVEN}") from None
+        return grids
 
 
 class EvaluateSettings(Section):

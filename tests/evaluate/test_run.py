@@ -23,8 +23,9 @@ from atoll.evaluate.variants import alone
 from atoll.manifest import SweepSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
-from atoll.schedule import Linear
+from atoll.schedule import Cosine, Linear
 from atoll.shards import Shards, ShardWriter
+from atoll.solver import times_of
 from atoll.testing import GaussianMixture
 
 SHAPE = (1, 4, 6)
@@ -148,6 +149,28 @@ class TestEvaluate:
         score = evaluate([Variant("broken", ensemble)], oracle.reference, SMALL).score("broken")
         assert score.frechet is None
         assert score.diverged == 12
+
+    def test_a_variants_own_times_are_used(self, oracle: Oracle) -> None:
+        seen: dict[str | None, list[float]] = {}
+
+        def router_of(grid: str | None) -> Any:
+            def router(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
+                seen.setdefault(grid, []).append(float(t[0]))
+                return x.new_zeros(len(x), 2)
+
+            return router
+
+        ensemble = oracle.ensemble()
+        variants = [
+            Variant(str(grid), Ensemble(ensemble.experts, router_of(grid), "full"), steps=4, method="euler", grid=grid)
+            for grid in (None, "cosine")
+        ]
+        settings = SMALL.model_copy(update={"images": 5, "workers": 1})
+        scores = evaluate(variants, oracle.reference, settings).scores
+        expected = {None: torch.linspace(1, 0, 5)[:-1], "cosine": times_of(Cosine(), 4)[:-1].float()}
+        for grid, times in expected.items():
+            torch.testing.assert_close(torch.tensor(seen[grid][:4]), times)
+        assert scores[0].frechet != scores[1].frechet
 
     def test_a_variants_own_sampling_is_used(self, oracle: Oracle) -> None:
         calls = []

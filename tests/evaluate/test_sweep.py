@@ -11,6 +11,8 @@ from atoll.evaluate.sweep import aligned, choose, parse_sweep, read_prompts, var
 from atoll.evaluate.variants import identified, swept
 from atoll.manifest import SweepSettings
 from atoll.objective import Objective
+from atoll.schedule import Cosine
+from atoll.solver import times_of
 
 
 def expert(cluster: int, name: str, prediction: str = "flow") -> Expert:
@@ -174,3 +176,15 @@ def test_prompts_are_read_as_they_are(tmp_path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa cat, sitting\r\nein Hund\u00e4\n".encode())
     assert read_prompts(file) == ("a cat, sitting", "ein Hund\u00e4")
+
+
+def test_steps_may_be_even_in_another_schedules_time(ensemble) -> None:
+    found = list(variants_of_sweep(SweepSettings(grid=("even", "cosine"), method=("euler",)), ensemble, {}))
+    assert [variant.name for variant in found] == ["euler, even grid", "euler, cosine grid"]
+    even, cosine = found
+    assert even.times(5) is None
+    torch.testing.assert_close(cosine.times(5), times_of(Cosine(), 5))
+    assert cosine.axes == {"method": "euler", "grid": "cosine"}
+    assert parse_sweep(["grid=even,linear-beta"]).grid == ("even", "linear-beta")
+    with pytest.raises(AtollError, match=r"unknown schedule 'cosin'.*; or even"):
+        parse_sweep(["grid=cosin"])
