@@ -36,7 +36,7 @@ class Prompts:
     Args:
         conditions: of each encoder, B rows.
         null: of each encoder, one row; needed where there is guidance.
-        limit: bytes to keep at most; what comes after is read anew each time. 0 keeps nothing.
+        limit: bytes to keep at most; what comes after is not kept, and read at every step. 0 keeps nothing.
         block_cache: the threshold of first-block caching (`atoll.nn.block_cache`); 0: all blocks are asked.
     """
 
@@ -51,6 +51,7 @@ class Prompts:
             raise AtollError(f"block_cache is {block_cache}; expected a threshold from 0 (none) to about 0.3")
         self.conditions, self.null, self.limit, self.block_cache = conditions, null, limit, block_cache
         self._kept: dict[Reader, _Kept] = {}
+        self._full = False  # the limit was met
 
     def __len__(self) -> int:
         return len(self.conditions[0])
@@ -82,9 +83,12 @@ class Prompts:
         if self.limit and isinstance(network, Reader):
             kept = self._kept.setdefault(network, _Kept(BlockCache(self.block_cache) if self.block_cache else None))
             missing = [number for number in dict.fromkeys(wanted) if number not in kept.places]
+            if missing and self._full:
+                return self._plain(encoder, wanted)
             if missing:
                 read = network.read_prompt(self._plain(encoder, missing))
                 if self.nbytes + read.nbytes > self.limit:
+                    self._full = True
                     return self._plain(encoder, wanted)
                 kept.add(missing, read)
             branches = [(row, branch) for branch in range(1 + guided) for row in rows.tolist()]

@@ -69,20 +69,23 @@ class Ended:
     words: str
 
 
-def jobs_of(run: Path, manifest: Manifest, gpus: int = 0) -> list[Job]:
-    """Every training that the manifest names, the longest first. gpus: of a part that may train on GPUs."""
+def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False) -> list[Job]:
+    """Every training that the manifest names, the longest first; the student's, which needs what the others made, only
+    where asked. gpus: of a part that may train on GPUs."""
     run = run.resolve()  # another machine has another working directory
     parts: list[tuple[str, list[str], Path, Any]] = [
-        (e.full_name, ["expert", e.full_name], run / "experts", e) for e in manifest.experts
+        (e.full_name, ["train", "expert", e.full_name], run / "experts", e) for e in manifest.experts
     ]
-    parts.append(("router", ["router"], run, manifest.router))
+    parts.append(("router", ["train", "router"], run, manifest.router))
     if manifest.monolith is not None:
-        parts.append(("monolith", ["monolith"], run, manifest.monolith))
+        parts.append(("monolith", ["train", "monolith"], run, manifest.monolith))
+    if student and manifest.student is not None:
+        parts.append(("student", ["distil"], run, manifest.student))
     jobs = []
     for name, words, parent, part in parts:
         settings = manifest.train_of(part)
-        arguments = ("-m", "atoll", "train", *words, "--run", str(run), "--resume", "--quiet")
-        mine = 0 if settings.device == "cpu" else gpus
+        arguments = ("-m", "atoll", *words, "--run", str(run), "--resume", "--quiet")
+        mine = 0 if settings.device == "cpu" else min(gpus, 1) if name == "student" else gpus
         if mine > 1:
             arguments += ("--nproc", str(mine))
         work = float(settings.steps * settings.batch)

@@ -29,7 +29,7 @@ def launch_run(
         gpus: of each part; None: one where there are GPUs.
         retries: restarts of a part that died of something else than a mistake.
         options: of sbatch: "partition=gpu".
-        only: names of parts ("3-flow-linear", "router"), instead of all.
+        only: names of parts ("3-flow-linear", "router"), instead of all; "student" is trained only where it is named.
 
     Raises:
         AtollError: a mistake in any of that; or, when all others are done, parts that failed for good.
@@ -41,7 +41,7 @@ def launch_run(
     manifest = load_manifest(run)
     threads = max(job.threads for job in jobs_of(run, manifest))
     with open_place(on, run, jobs, gpus, threads, _pairs(options)) as place:
-        todo = jobs_of(run, manifest, place.gpus)
+        todo = jobs_of(run, manifest, place.gpus, student=only is not None)
         if only is not None:
             names = [job.name for job in todo]
             if unknown := [name for name in only if name not in names]:

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,11 +91,15 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
 
 
 def _train(run: Path, manifest: Manifest, jobs: int | None, only: Sequence[str] | None) -> None:
-    if not launch_run(run, jobs=jobs, only=only):
-        raise AtollError(f"{run}: stopped; what was trained is saved, and the same command goes on")
+    _launch(run, jobs, only)
     assemble_run(run, manifest)
     if manifest.student is not None:
-        _distil(run)
+        _launch(run, jobs, ["student"])
+
+
+def _launch(run: Path, jobs: int | None, only: Sequence[str] | None) -> None:
+    if not launch_run(run, jobs=jobs, only=only):
+        raise AtollError(f"{run}: stopped; what was trained is saved, and the same command goes on")
 
 
 def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int) -> None:
@@ -108,14 +110,6 @@ def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int
     for part in ("router", *(["student"] if manifest.student else [])):
         _link(run / part, drawn / part)
     assemble_run(run, manifest)
-
-
-def _distil(run: Path) -> None:
-    """In a process of its own, as `atoll launch` trains the other parts."""
-    arguments = ["-m", "atoll", "distil", "--run", str(run), "--resume", "--quiet"]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AtollError(f"{run}: the student's training ended with code {done.returncode}: {done.stderr.strip()}")
 
 
 def encode_once(manifest: Manifest, out: Path) -> Path:

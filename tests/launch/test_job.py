@@ -64,6 +64,18 @@ def test_every_part_is_a_job_the_longest_first(run, manifest) -> None:
     assert {str(j.result.parent.relative_to(run)) for j in jobs} >= {"experts/0-eps-cosine", "router", "monolith"}
 
 
+def test_the_students_training_is_a_job_where_it_is_asked_for(run) -> None:
+    text = (run / "atoll.yaml").read_text()
+    objective = "{prediction: flow, schedule: linear}"
+    (run / "atoll.yaml").write_text(f"{text}\nstudent: {{objective: {objective}, train: {{steps: 5, batch: 4}}}}\n")
+    manifest = load_manifest(run)
+    assert "student" not in [job.name for job in jobs_of(run, manifest)]
+    (job,) = [job for job in jobs_of(run, manifest, gpus=4, student=True) if job.name == "student"]
+    assert job.arguments == ("-m", "atoll", "distil", "--run", str(run.resolve()), "--resume", "--quiet")
+    assert (job.steps, job.work, job.gpus) == (5, 20, 1)  # it has no --nproc
+    assert job.result == run.resolve() / "student" / "card.json"
+
+
 def test_gpus_are_of_parts_that_may_use_them(run) -> None:
     text = (run / "atoll.yaml").read_text().replace("router:", "router:\n  train: {device: cpu}")
     (run / "atoll.yaml").write_text(text)
