@@ -158,7 +158,7 @@ def _lead(report: Report) -> str:
     scores = {score.name: score for score in report.results.scores}
     swept = sorted(report.groups.get("sweep", ()), key=lambda name: scores[name].frechet or math.inf)
     names = [*report.groups.get("ensemble", ()), *swept[:3], *report.groups.get("monolith", ())]
-    told = ", ".join(f"{escape(name)} {number(scores[name].frechet)}" for name in names)
+    told = "; ".join(f"{escape(name)}: {number(scores[name].frechet)}" for name in names)
     return (
         f"<p>{len(report.experts)} experts, trained apart on {len(report.clusters) or 'their'} clusters, sampled as "
         f"one model. Fréchet distance ({report.results.frechet_name}, smaller is better): {told}; two sets of real "
