@@ -41,11 +41,7 @@ class Real:
         self.probe, self.base = reference.split(settings)
         self.captions = reference.captions(self.probe)
         self._features = [build_space_feature(space.feature) for space in settings.spaces]
-        shape = reference.images(self.base[:1]).shape[1:]
-        self._published = [
-            None if space.statistics is None else load_gaussian(_path(space.statistics), feature, shape)
-            for feature, space in zip(self._features, settings.spaces, strict=True)
-        ]
+        self._published = self._load_statistics()
         self._store = Store(directory, self._about())
         self.key = self._store.key
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
@@ -91,6 +87,17 @@ class Real:
             part = self._store.part(name, partial(_done, fits[name]))
             found.append(FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"])))
         return found
+
+    def _load_statistics(self) -> list[Gaussian | None]:
+        """For each space that the settings name."""
+        files = [space.statistics for space in self.settings.spaces]
+        if not any(files):
+            return [None] * len(files)
+        shape = self.reference.images(self.base[:1]).shape[1:]  # [C,h,w]
+        return [
+            None if file is None else load_gaussian(_path(file), feature, shape)
+            for file, feature in zip(files, self._features, strict=True)
+        ]
 
     def _seen_statistics(self) -> list[Gaussian | None]:
         found: list[Gaussian | None] = [None]  # nobody publishes those of our pixels
