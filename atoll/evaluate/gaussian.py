@@ -91,8 +91,12 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
         )
     read = _read_npz if file.suffix == ".npz" else _read_safetensors
     mean, covariance, metadata = read(file)
-    if metadata:
-        _check_made_of(file, metadata, feature, image_shape)
+    try:
+        count = float(metadata.get("count", "inf"))
+        if metadata:
+            _check_made_of(file, metadata, feature, image_shape)
+    except (KeyError, ValueError, TypeError) as error:
+        raise AtollError(f"{file}: its metadata cannot be read ({error}); make it by `atoll statistics`") from None
     sizes = (tuple(mean.shape), tuple(covariance.shape))
     if sizes != ((feature.dim,), (feature.dim, feature.dim)):
         raise AtollError(
@@ -100,7 +104,6 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
             f"has {feature.dim} dimensions; name the statistics of this network, or the network of these statistics"
         )
     sha256 = sha256_file(file)
-    count = float(metadata.get("count", "inf"))
     found = Gaussian(f"{file.stem} [{sha256[:8]}]", sha256, mean.double(), covariance.double(), count)
     scale = float(found.covariance.abs().max())
     if not found.finite or float((found.covariance - found.covariance.T).abs().max()) > 1e-6 * scale:

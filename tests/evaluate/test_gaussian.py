@@ -137,6 +137,18 @@ class TestRefused:
         save_file({"mean": torch.zeros(12)}, tmp_path / "a.safetensors", {"format": "other"})
         with pytest.raises(AtollError, match=f"'other', expected '{FORMAT}'"):
             load_gaussian(tmp_path / "a.safetensors", Pixels(2), SHAPE)
+        whole = {"format": FORMAT, "feature": json.dumps(PIXELS), "image": "[1, 8, 8]", "count": "9"}
+        for key, value in (
+            ("feature", None),
+            ("feature", "no json"),
+            ("feature", "3"),
+            ("image", None),
+            ("count", "many"),
+        ):
+            metadata = {k: v for k, v in {**whole, key: value}.items() if v is not None}
+            save_file({"mean": torch.zeros(12), "covariance": torch.eye(12)}, tmp_path / "b.safetensors", metadata)
+            with pytest.raises(AtollError, match="its metadata cannot be read"):
+                load_gaussian(tmp_path / "b.safetensors", Pixels(2), SHAPE)
         np.savez(tmp_path / "a.npz", mean=np.zeros(12))
         with pytest.raises(AtollError, match="holds mean; expected mu and sigma"):
             load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
