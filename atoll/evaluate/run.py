@@ -165,7 +165,7 @@ def draw_grid(
 ) -> tuple[Grid, tuple[Usage, ...]]:
     """Each prompt with each seed by each routing and the monolith, as `atoll sample` draws; traces top-1 and full."""
     defaults = {"steps": 50, "method": "euler", "guidance_scale": 1.0, **run.loaded.card["sampling"]}
-    prompts = settings.prompts or tuple(dict.fromkeys(run.reference.captions(run.reference.held_out(settings))))[:8]
+    prompts = settings.prompts or _spread(run.reference.captions(run.reference.held_out(settings)))
     seeds = tuple(range(settings.seed, settings.seed + settings.seeds))
     tokens = run.loaded.encoder.tokenize([prompt for prompt in prompts for _ in seeds])
     condition = run.loaded.encoder.encode(tokens).to(device)
@@ -203,6 +203,13 @@ def draw_grid(
     return grid, tuple(
         Usage(name, tuple(drawn[name][1]["times"].tolist()), drawn[name][1]["weights"]) for name in traced
     )
+
+
+def _spread(captions: Sequence[str], count: int = 8) -> tuple[str, ...]:
+    """So many different captions, evenly over their order: what was encoded one source after the other is all shown."""
+    found = tuple(dict.fromkeys(captions))
+    count = min(count, len(found))
+    return tuple(found[i * len(found) // count] for i in range(count))
 
 
 def _real(run: Opened, prompts: Sequence[str]) -> tuple[Tensor | None, ...]:

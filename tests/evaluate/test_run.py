@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from atoll.artifact import save_artifact, write_json
@@ -19,6 +21,7 @@ from atoll.errors import AtollError
 from atoll.evaluate import EvaluateSettings, Reference, Results, Variant, evaluate, evaluate_run
 from atoll.evaluate import run as run_module
 from atoll.evaluate.measure import Space, side_by_side
+from atoll.evaluate.run import _spread
 from atoll.evaluate.variants import alone
 from atoll.manifest import SweepSettings
 from atoll.nn import build_network
@@ -410,6 +413,14 @@ def test_an_expert_alone_is_asked_for_everything() -> None:
     one = alone(experts[2], ensemble)
     x = torch.randn(5, *SHAPE)
     torch.testing.assert_close(one.velocity(x, torch.full((5,), 0.5)), torch.full_like(x, 2.0))
+
+
+@given(sources=st.integers(1, 8), each=st.integers(1, 40))
+def test_the_grid_shows_every_source(sources: int, each: int) -> None:
+    captions = [f"{source} {i % each}" for source in range(sources) for i in range(2 * each)]
+    shown = _spread(captions)
+    assert len(set(shown)) == len(shown) == min(8, sources * each)
+    assert {prompt.split()[0] for prompt in shown} == {str(source) for source in range(sources)}
 
 
 def test_words_that_are_everywhere_tell_nothing() -> None:
