@@ -6,7 +6,6 @@ plan.json           the card of the encoding and its blocks: whoever goes on mus
 00012.parquet       key, caption, split, pixels (a hash of them); written last: a block is done if it is there
 """
 
-import fcntl
 import hashlib
 import json
 import re
@@ -23,6 +22,7 @@ from torch import Tensor
 from atoll.artifact import check_card, read_json, write_bytes, write_json
 from atoll.data import Block, Skipped
 from atoll.errors import AtollError
+from atoll.lock import try_lock
 from atoll.shards import ShardWriter, repeats
 from atoll.weights import same
 
@@ -92,10 +92,8 @@ class Partial:
     def _lock(self) -> None:
         # Kept open: the lock is the open file's, and goes with the process however that ends.
         self._locked = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AtollError(f"{self.path}: another process is encoding here; wait for it, or stop it") from None
+        if not try_lock(self._locked.fileno()):
+            raise AtollError(f"{self.path}: another process is encoding here; wait for it, or stop it")
 
     def _compare(self, plan: dict[str, Any]) -> None:
         found = check_card(read_json(self.path / PLAN), "partial", self.path / PLAN)

@@ -6,7 +6,6 @@ Beside a part's checkpoint and metrics.jsonl its directory holds, of a launch:
     starts       one line per start of a job in a queue; `stop`, while it exists, asks such a job to save and end
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atoll.lock import try_lock
 from atoll.manifest import Manifest
 
 OUTPUT, BEFORE, METRICS = "output.log", "output-before.log", "metrics.jsonl"
@@ -107,7 +107,7 @@ class Process:
         self.job = job
         job.directory.mkdir(parents=True, exist_ok=True)
         with (job.directory / LOCK).open("w") as lock:
-            self._held_elsewhere = not _lock(lock.fileno(), patience)
+            self._held_elsewhere = not try_lock(lock.fileno(), patience)
             if self._held_elsewhere:
                 return
             with suppress(FileNotFoundError):
@@ -206,19 +206,3 @@ def _tail(file: Path) -> list[str]:
             return stream.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _lock(descriptor: int, patience: float) -> bool:
-    """Whether nobody else has it. A file system without locks gives it to everybody."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.5)
-        except OSError:
-            return True
-        else:
-            return True

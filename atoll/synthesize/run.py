@@ -71,18 +71,18 @@ def synthesize_run(
     sampling = Sampling(default.steps if steps is None else steps, method or default.method, guidance, seed)
     plan = _plan(manifest, card, experts, told, sampling, images, shard_rows)
     keys = [Keys(seed, cluster, images, manifest.data.validation) for cluster in range(plan.clusters)]
-    partial = Partial(out, plan)
-    if is_there(out, plan, force):
-        partial.discard()  # of one that was killed at its very end
-        return f"{out} is there already: {_say(plan)}"
-    _claim(run, out, partial)
-    partial.prepare(resume, force)
-    for path in dict.fromkeys(path for paths in experts for path in paths):
-        link_expert(path, out / "experts" / path.name, force)
-    orders = [Order(one, seed, cluster) for cluster, one in enumerate(found)]
-    for cluster, paths in enumerate(experts):
-        _draw(cluster, paths, orders[cluster], sampling, partial, progress)
-    partial.seal(keys, orders)
+    with Partial(out, plan) as partial:
+        if is_there(out, plan, force):
+            partial.discard()  # of one that was killed at its very end
+            return f"{out} is there already: {_say(plan)}"
+        _claim(run, out, partial)
+        partial.prepare(resume, force)
+        for path in dict.fromkeys(path for paths in experts for path in paths):
+            link_expert(path, out / "experts" / path.name, force)
+        orders = [Order(one, seed, cluster) for cluster, one in enumerate(found)]
+        for cluster, paths in enumerate(experts):
+            _draw(cluster, paths, orders[cluster], sampling, partial, progress)
+        partial.seal(keys, orders)
     return f"{out} written: {_say(plan)}"
 
 

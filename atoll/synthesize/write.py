@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from atoll.artifact import (
     write_json,
 )
 from atoll.errors import AtollError
+from atoll.lock import try_lock
 from atoll.shards import INDEX, SPLITS, Shards, ShardWriter
 from atoll.synthesize.captions import Order
 from atoll.synthesize.rows import Keys
@@ -81,40 +82,60 @@ def is_there(out: Path, plan: Plan, force: bool) -> bool:
 
 
 class Partial:
-    """The directory of draws in the making, `out`/synthesized.partial."""
+    """The directory of draws in the making, `out`/synthesized.partial; from `prepare` to the end nobody else's."""
 
     def __init__(self, out: Path, plan: Plan):
         self.out, self.path, self.plan = out, out / "synthesized.partial", plan
+        self._locked: IO[str] | None = None
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._locked is not None:
+            self._locked.close()
 
     @property
     def begun(self) -> bool:
         return (self.path / PLAN).is_file()
 
     def prepare(self, resume: bool, force: bool) -> None:
-        """Makes the directory, or opens that of draws that were interrupted.
+        """Makes the directory, or opens that of interrupted draws, and keeps others out.
 
         Raises:
-            AtollError: unfinished draws are there and neither resume nor force was asked for, or they are others.
+            AtollError: another process is at work; unfinished draws are there and neither resume nor force was asked
+                for, or they are others.
         """
+        self._refuse_other()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._locked = (self.path / ".lock").open("w")  # kept open, and the lock with it
+        if not try_lock(self._locked.fileno()):
+            raise AtollError(f"{self.path}: another process is drawing here; wait for it, or stop it")
         if self.begun and (resume or not force):
             if not resume:
                 raise AtollError(f"{self.path}: unfinished draws; go on with --resume, or start anew with --force")
             _compare(check_card(read_json(self.path / PLAN), "partial", self.path / PLAN), self.plan.card, self.path)
             return
-        self.discard()
-        self.path.mkdir(parents=True)
+        self._empty()
         write_json(self.path / PLAN, {"format": FORMAT, "kind": "partial", **self.plan.card})
 
     def discard(self) -> None:
-        """Removes it, the plan last. Raises AtollError if it is something else."""
-        if not self.path.exists():
-            return
+        """Removes it. Raises AtollError if it is something else."""
+        self._refuse_other()
+        if self.path.exists():
+            self._empty()
+            shutil.rmtree(self.path)
+
+    def _refuse_other(self) -> None:
         if not self.begun and any(self.path.glob("[!.]*")):
             raise AtollError(f"{self.path}: exists and holds no unfinished draws (it has no {PLAN}); move it away")
-        for file in self.path.iterdir():
+
+    def _empty(self) -> None:
+        """The plan last: without it what is left would not be known as ours."""
+        for file in self.path.glob("[!.]*"):
             if file.name != PLAN:
                 file.unlink()
-        shutil.rmtree(self.path)
+        (self.path / PLAN).unlink(missing_ok=True)
 
     def is_done(self, cluster: int, number: int) -> bool:
         return self._file(cluster, number).is_file()

@@ -42,6 +42,20 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(drawn, private, liste
     assert content(out) == content(drawn)
 
 
+@pytest.mark.parametrize("asked", [{}, {"resume": True}, {"force": True}])
+def test_a_second_one_in_the_same_directory_is_refused(drawn, private, listed, tmp_path, asked) -> None:
+    out, tries = tmp_path / "out", []
+
+    def second(rows, of, note):
+        with pytest.raises(AtollError, match="another process is drawing here; wait for it, or stop it"):
+            synthesize(private, out, listed, **asked)
+        tries.append(rows)
+
+    synthesize(private, out, listed, progress=second)
+    assert len(tries) == 9
+    assert content(out) == content(drawn)
+
+
 def test_killed_with_signal_9_it_goes_on_to_the_same_bytes(drawn, private, listed, tmp_path) -> None:
     out = tmp_path / "out"
     program = (
@@ -95,6 +109,6 @@ def test_interrupted_while_it_tidies_up_it_is_done(drawn, private, listed, tmp_p
         patched.setattr(shutil, "rmtree", stop)
         with pytest.raises(Stop):
             synthesize(private, out, listed)
-    assert [file.name for file in (out / "synthesized.partial").iterdir()] == ["plan.json"]  # so it is known as ours
+    assert [file.name for file in (out / "synthesized.partial").iterdir()] == [".lock"]  # nothing that could be lost
     assert "is there already" in synthesize(private, out, listed)
     assert content(out) == content(drawn)
