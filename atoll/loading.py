@@ -22,7 +22,9 @@ from atoll.memory import Store, Weights, bytes_of, check_weights, lowered, parse
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.replicas import Stacking
-from atoll.weights import identity, same
+from atoll.weights import also_found_in, identity, same
+
+FROZEN = "frozen"  # beside ensemble.json: text encoders and codec, where somebody has put them there
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,25 @@ def load_ensemble(
     path = Path(path)
     check_weights(weights)
     store = None if memory_budget is None else Store(parse_budget(memory_budget), device)
-    if not (path / "ensemble.json").is_file():
+    with also_found_in(path / FROZEN):
+        if (path / "ensemble.json").is_file():
+            return _assembled(path, routing, alignment, strict, device, replicas, weights, store)
         if (path / CARD).is_file():
             return _alone(path, alignment, device, weights, store)
-        raise AtollError(
-            f"{path}: no ensemble.json and no {CARD} in it; expected an ensemble's or an expert's directory"
-        )
+    raise AtollError(f"{path}: no ensemble.json and no {CARD} in it; expected an ensemble's or an expert's directory")
+
+
+def _assembled(
+    path: Path,
+    routing: str | None,
+    alignment: Alignment,
+    strict: bool,
+    device: str | torch.device,
+    replicas: str | None,
+    weights: Weights | None,
+    store: Store | None,
+) -> LoadedEnsemble:
+    """What ensemble.json describes."""
     card = check_card(read_json(path / "ensemble.json"), "ensemble", path / "ensemble.json")
     _require(card, ("experts", "router", "codec", "latent_shape", "sampling"), path / "ensemble.json")
     loaded = []
@@ -121,7 +136,7 @@ def load_ensemble(
         if not (part / CARD).is_file():
             if strict:
                 raise AtollError(f"{part}: the expert {entry['name']} is missing, and --strict asks for all of them")
-            warnings.warn(f"the expert {entry['name']} is missing ({part}); sampling without it", stacklevel=2)
+            warnings.warn(f"the expert {entry['name']} is missing ({part}); sampling without it", stacklevel=3)
             continue
         _check_hash(part / CARD, entry["sha256"])
         loaded.append(load_expert(part, device, weights, store))

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from atoll.errors import AtollError
 VARIABLE = "ATOLL_WEIGHTS"  # the directory in which weights are looked for where their path does not exist
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no pickles, no copies for other frameworks
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+_ALSO_IN: ContextVar[Path | None] = ContextVar("also_found_in", default=None)
 _LOCATION = ("weights", "subfolder", "tokenizer")  # the keys of a config that say where something lies
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -80,11 +82,22 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
+@contextmanager
+def also_found_in(directory: Path) -> Iterator[None]:
+    """While the block runs, `find_weights` looks into this directory too, if there is one, before $ATOLL_WEIGHTS."""
+    token = _ALSO_IN.set(directory if directory.is_dir() else None)
+    try:
+        yield
+    finally:
+        _ALSO_IN.reset(token)
+
+
 def find_weights(given: str, subfolders: Sequence[str] = ("",)) -> Path:
     """The local file or directory of the weights `given`; downloaded only where nothing local is called so.
 
-    Looked for as a path (`~` and `$VAR` expanded), then below the directory $ATOLL_WEIGHTS by its whole and by its
-    last name, then, if it looks like "organisation/name", on the hub (or in the hub's cache, without a network).
+    Looked for as a path (`~` and `$VAR` expanded), then below the directories of `also_found_in` and $ATOLL_WEIGHTS by
+    its whole and by its last name, then, if it looks like "organisation/name", on the hub (or in the hub's cache,
+    without a network).
 
     Args:
         subfolders: of a repository, what is downloaded; "" are the files at its top.
@@ -93,10 +106,10 @@ def find_weights(given: str, subfolders: Sequence[str] = ("",)) -> Path:
         AtollError: nothing is found; it says where it was looked for.
     """
     path = Path(os.path.expanduser(os.path.expandvars(given)))
-    tried = [path]
+    roots = [root for root in (_ALSO_IN.get(),) if root is not None]
     if os.environ.get(VARIABLE):
-        root = Path(os.path.expanduser(os.environ[VARIABLE]))
-        tried += [place for place in dict.fromkeys((root / given, root / path.name)) if place != path]
+        roots.append(Path(os.path.expanduser(os.environ[VARIABLE])))
+    tried = list(dict.fromkeys((path, *(place for root in roots for place in (root / given, root / path.name)))))
     for place in tried:
         if place.exists():
             return place

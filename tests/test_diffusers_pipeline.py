@@ -13,6 +13,7 @@ from PIL import Image
 import atoll
 from atoll.artifact import CARD, WEIGHTS, save_artifact
 from atoll.diffusers import AtollEnsemble, AtollPipeline, flow_sigmas
+from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.loading import load_ensemble
 from atoll.nn import build_network
@@ -66,6 +67,27 @@ def test_pictures_are_those_of_atolls_pipeline(pipe, trained_run, steps, scale) 
     images = pipe(PROMPTS, generator=generators(5), **options).images
     for mine, theirs in zip(images, own.images, strict=True):
         assert (np.asarray(mine) == np.asarray(theirs)).all()
+
+
+def test_guidance_may_end_before_the_end(pipe, trained_run) -> None:
+    asked = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_range": (0.3, 0.7)}
+    own = Pipeline.from_pretrained(trained_run / "ensemble")
+    expected = own(PROMPTS, seeds=range(5), method="euler", **asked).latents
+    assert torch.equal(latents(pipe, **asked), expected)
+    assert not torch.equal(latents(pipe), expected)
+
+
+def test_the_block_cache_is_that_of_the_prompts(pipe, monkeypatch) -> None:
+    made = []
+
+    def spy(self, *arguments, **options):
+        made.append(prompts(self, *arguments, **options))
+        return made[-1]
+
+    prompts = Ensemble.prompts
+    monkeypatch.setattr(Ensemble, "prompts", spy)
+    latents(pipe, block_cache=0.2)
+    assert [one.block_cache for one in made] == [0.2]
 
 
 def test_the_ensembles_own_defaults_stand(pipe, trained_run) -> None:
@@ -193,6 +215,9 @@ def test_frozen_networks_are_inside(tmp_path, monkeypatch) -> None:
         assert torch.equal(again(PROMPTS[:3], generator=generators(3), **options).images, expected)
         again.save_pretrained(tmp_path / "again")
     assert not list(tmp_path.rglob("*.bin"))
+    own = Pipeline.from_pretrained(tmp_path / "saved" / "ensemble")  # the directory is all that it needs too
+    drawn = own(PROMPTS[:3], seeds=range(3), num_inference_steps=2, guidance_scale=3.0, method="euler").latents
+    assert torch.equal(own.loaded.codec.decode(drawn), expected)
 
 
 def test_frozen_pickles_are_not_saved(tmp_path) -> None:
@@ -386,6 +411,7 @@ def test_negative_prompts_of_their_own(pipe) -> None:
         ({"generator": generators(2)}, "2 generators for 5 pictures"),
         ({"generator": 5}, "generator is a int"),
         ({"latents": torch.zeros(5, 1, 8, 4)}, r"latents are \[5, 1, 8, 4\]; expected a tensor \[5, 1, 4, 8\]"),
+        ({"block_cache": -1.0}, "block_cache"),
         ({"output_type": "jpeg"}, "output_type 'jpeg'"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "unknown 'prompt_embeds'"),
         ({"callback_on_step_end": lambda *_: None}, "returned a NoneType"),

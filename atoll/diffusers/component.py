@@ -2,8 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,15 @@ from atoll.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_js
 from atoll.condition import Condition, Conditions
 from atoll.ensemble import Alignment, Ensemble
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble
+from atoll.loading import FROZEN, load_ensemble
 from atoll.memory import Weights
 from atoll.prompts import Prompts
-from atoll.weights import VARIABLE, WANTED, find_weights, quiet
+from atoll.weights import WANTED, also_found_in, find_weights, quiet
 
 with quiet("diffusers"):
     from diffusers.models.modeling_utils import ModelMixin
 
-ENSEMBLE, FROZEN, _STACKINGS = "ensemble.json", "frozen", "stackings.safetensors"
+ENSEMBLE, _STACKINGS = "ensemble.json", "stackings.safetensors"
 _WEIGHTS: dict[torch.dtype | None, Weights | None] = {
     None: None,
     torch.float32: "fp32",
@@ -49,8 +47,7 @@ class AtollEnsemble(ModelMixin):
     def __init__(self, path: str | os.PathLike[str], weights: Weights | None = None):
         super().__init__()
         self.path = Path(path)
-        with _found_in(self.path / FROZEN):
-            self.loaded = load_ensemble(self.path, weights=weights)
+        self.loaded = load_ensemble(self.path, weights=weights)
         self._under: dict[tuple[str | None, ...], Ensemble] = {}  # options -> the ensemble under them
         own = self.loaded.ensemble
         used = (*(expert.network for expert in own.experts), own.router)
@@ -82,10 +79,16 @@ class AtollEnsemble(ModelMixin):
         return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype])
 
     def forward(
-        self, asked: Ensemble, x: Tensor, t: Tensor, condition: Condition | Conditions | Prompts, guidance_scale: float
+        self,
+        asked: Ensemble,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | Conditions | Prompts,
+        guidance_scale: float,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """The velocity [B, C, H, W] of `asked`, one of `self.asked()`, for x [B, C, H, W] at times t [B] in [0, 1]."""
-        return asked.velocity(x, t, condition, guidance_scale)
+        return asked.velocity(x, t, condition, guidance_scale, guidance_range=guidance_range)
 
     def asked(
         self,
@@ -158,7 +161,7 @@ class AtollEnsemble(ModelMixin):
                 raise AtollError(f"weights {given!r} and {names[name]!r}: both would be saved as {name}; rename one")
             tokenizer = subfolder if config.get("tokenizer") is None else config["tokenizer"]
             folders = list(dict.fromkeys((subfolder, tokenizer)))
-            with _found_in(self.path / FROZEN):
+            with also_found_in(self.path / FROZEN):
                 root = find_weights(given, folders)
             for folder in folders:
                 files = {file for pattern in WANTED for file in (root / folder).glob(pattern)}
@@ -180,17 +183,3 @@ def _copy_file(source: Path, target: Path) -> None:
     if not source.is_file():
         raise AtollError(f"{source}: is gone since it was loaded; what was loaded from there cannot be saved")
     shutil.copyfile(source, target)
-
-
-@contextmanager
-def _found_in(directory: Path) -> Iterator[None]:
-    """While the block runs, frozen weights that are not where their names say are looked for in `directory`, if any."""
-    before = os.environ.get(VARIABLE)
-    if directory.is_dir():
-        os.environ[VARIABLE] = str(directory)
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before

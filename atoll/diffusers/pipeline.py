@@ -128,6 +128,8 @@ class AtollPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        block_cache: float = 0.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draws `num_images_per_prompt` pictures of each prompt: B in all, those of one prompt side by side.
 
@@ -142,6 +144,7 @@ class AtollPipeline(DiffusionPipeline):
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": x}) after each call of the
                 scheduler; "latents" in the dictionary it returns take the place of x. Where it sets
                 `pipeline._interrupt`, sampling ends with this step.
+            guidance_range, block_cache: as of `atoll.Pipeline`.
 
         Raises:
             AtollError: an argument of another type or number; a scheduler that `flow_sigmas` refuses; as
@@ -155,7 +158,7 @@ class AtollPipeline(DiffusionPipeline):
         owners = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]  # of B pictures
         condition = loaded.encoder(prompts).to(device).index(torch.tensor(owners, device=device))
         shares = [
-            (rows, asked, asked.prompts(condition.index(rows)))
+            (rows, asked, asked.prompts(condition.index(rows), block_cache=block_cache))
             for rows, asked in self._shares(prompts, negative_prompt, owners, scale, device)
         ]
         x = _first((len(owners), *loaded.latent_shape), latents, generator, device)
@@ -164,7 +167,7 @@ class AtollPipeline(DiffusionPipeline):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             u = torch.empty_like(x)
             for rows, asked, share in shares:
-                u[rows] = self.ensemble(asked, x[rows], t[rows], share, scale)
+                u[rows] = self.ensemble(asked, x[rows], t[rows], share, scale, guidance_range)
             return u
 
         tell = None if callback_on_step_end is None else partial(callback_on_step_end, self)
