@@ -13,7 +13,7 @@ PACKAGE = Path(atoll.__file__).parent
 
 # From the ground up. A module may import its own level only where it is the same part.
 LEVELS = [
-    ["errors", "shapes", "words", "page", "device", "picture"],
+    ["errors", "shapes", "words", "page", "device", "picture", "lock"],
     ["artifact", "schedule", "process"],
     ["weights"],
     ["shards", "objective", "calibration", "routing", "condition", "solver"],
