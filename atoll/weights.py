@@ -82,6 +82,12 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
+def unset_variable(path: str) -> str | None:
+    """The first environment variable in an expanded path, "$NAME", that was not expanded because it is not set."""
+    found = re.search(r"\$\w+|\$\{\w+\}", path)
+    return found.group() if found else None
+
+
 @contextmanager
 def also_found_in(directory: Path) -> Iterator[None]:
     """While the block runs, `find_weights` looks into this directory too, if there is one, before $ATOLL_WEIGHTS."""
@@ -113,6 +119,8 @@ def find_weights(given: str, subfolders: Sequence[str] = ("",)) -> Path:
     for place in tried:
         if place.exists():
             return place
+    if unset := unset_variable(str(path)):
+        raise AtollError(f"weights {given!r}: {unset} is not set in the environment; set it, or correct the path")
     places = ", ".join(map(str, tried))
     if not _REPOSITORY.fullmatch(given):
         raise AtollError(f"weights {given!r}: not found (tried {places}); correct the path, or set ${VARIABLE}")

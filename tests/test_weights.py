@@ -60,6 +60,12 @@ def test_a_local_path_is_taken_and_the_hub_left_alone(tmp_path, monkeypatch, no_
     assert find_weights("~/net.npz") == find_weights("$SOMEWHERE/net.npz") == tmp_path / "net.npz"
 
 
+def test_a_variable_that_is_not_set_is_told(monkeypatch) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(AtollError, match=r"weights '\$NOWHERE/a': \$NOWHERE is not set in the environment"):
+        find_weights("$NOWHERE/a")
+
+
 def test_the_directory_of_weights_is_searched_by_whole_and_last_name(tmp_path, monkeypatch, no_network) -> None:
     monkeypatch.setenv("ATOLL_WEIGHTS", str(tmp_path))
     (tmp_path / "name").mkdir()

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeVar
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
 from atoll.shards import Split
+from atoll.weights import unset_variable
 
 # Extensions of pictures. What Pillow cannot decode (heic without a plugin) is then skipped with the reason, not unseen.
 PICTURES = (
@@ -75,16 +76,28 @@ def locate(path: str | tuple[str, ...], what: str, suffixes: tuple[str, ...] | N
             try:
                 root, sizes, outright = _list(url)
             except OSError as error:
-                raise AtollError(f"{entry}: cannot be listed ({told(error)}); expected {what}") from error
+                _refuse_unset(entry, url)
+                raise AtollError(f"{_both(entry, url)}: cannot be listed ({told(error)}); expected {what}") from error
             if suffixes is None and outright:
                 raise AtollError(f"{entry}: is a file; expected a directory that holds {what}")
             wanted = sizes if suffixes is None or outright else _with_suffix(sizes, suffixes)
             if not wanted:
-                raise nothing(entry, what, suffixes or (), sizes)
+                _refuse_unset(entry, url)
+                raise nothing(_both(entry, url), what, suffixes or (), sizes)
             listed.append((root, wanted))
     if not listed:
         raise AtollError(f"data.path is empty; expected where {what} are")
     return _below_common_root(listed)
+
+
+def _refuse_unset(entry: str, url: str) -> None:
+    if unset := unset_variable(url):
+        raise AtollError(f"{entry}: {unset} is not set in the environment; set it, or name the path itself")
+
+
+def _both(entry: str, url: str) -> str:
+    """A path as it was given, and as it was looked for where that is another."""
+    return entry if "$" not in entry else f"{entry} ({url})"
 
 
 def nothing(where: object, what: str, suffixes: Iterable[str], names: Iterable[str]) -> AtollError:

@@ -108,6 +108,22 @@ def test_directories_only(tmp_path) -> None:
         locate(str(tmp_path / "a.jpg"), "pictures")
 
 
+def test_variables_are_told(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    for path in ("$NOWHERE/a", "$NOWHERE/*.tar", "${NOWHERE}/a"):
+        with pytest.raises(
+            AtollError, match=r"\$\{?NOWHERE\}? is not set in the environment; set it, or name the path"
+        ):
+            locate(path, "tars", (".tar",))
+    with pytest.raises(AtollError, match=rf"\$WHERE/a \({tmp_path}/a\): cannot be listed \(it is not there\)"):
+        locate("$WHERE/a", "tars", (".tar",))
+    with pytest.raises(AtollError, match=rf"\$WHERE/\*.tar \({tmp_path}/\*.tar\): no tars found"):
+        locate("$WHERE/*.tar", "tars", (".tar",))
+    (tmp_path / "$NOWHERE.tar").touch()  # a strange name, but a name
+    assert list(locate(str(tmp_path / "$NOWHERE.tar"), "tars", (".tar",)).sizes) == ["$NOWHERE.tar"]
+
+
 @pytest.mark.parametrize(
     ("path", "said"),
     [
