@@ -86,8 +86,9 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname()
-        for left in path.parent.glob(f".{path.name}.{host}-*.tmp"):
-            if not _is_alive(int(left.name.removeprefix(f".{path.name}.{host}-").split(".")[0])):
+        for left in path.parent.glob(f".{path.name}.{host}-*"):
+            alone = left.suffix == ".old" and not path.exists()  # all that there is
+            if not alone and not _is_alive(int(left.name.removeprefix(f".{path.name}.{host}-").split(".")[0])):
                 shutil.rmtree(left, ignore_errors=True)
         prefix = f".{path.name}.{host}-{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))

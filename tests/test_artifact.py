@@ -116,3 +116,19 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_kept(tmp_path) 
     with whole_directory(tmp_path / "out") as directory:
         (directory / "whole").write_text("x")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([alive.name, elsewhere.name, "out"])
+
+
+def test_what_was_replaced_when_the_process_was_killed_is_removed_once_there_is_another(tmp_path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    old = tmp_path / f".out.{socket.gethostname()}-{ended.pid}.abc.old"
+    old.mkdir()
+    (old / "part").write_text("x")
+    with pytest.raises(AtollError), whole_directory(tmp_path / "out"):
+        assert old.exists()  # as long as it is all that there is
+        raise AtollError("the new one fails too")
+    assert old.exists()
+    for _ in range(2):
+        with whole_directory(tmp_path / "out") as directory:
+            (directory / "whole").write_text("x")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
