@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -86,9 +87,11 @@ def whole_directory(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         host = socket.gethostname()
-        for left in path.parent.glob(f".{path.name}.{host}-*"):
-            alone = left.suffix == ".old" and not path.exists()  # all that there is
-            if not alone and not _is_alive(int(left.name.removeprefix(f".{path.name}.{host}-").split(".")[0])):
+        ours = re.compile(rf"{re.escape(f'.{path.name}.{host}-')}(\d+)\..*\.(tmp|old)")
+        for left in path.parent.iterdir():
+            if (found := ours.fullmatch(left.name)) is None or _is_alive(int(found.group(1))):
+                continue
+            if found.group(2) == "tmp" or path.exists():  # else what was to be replaced is all that there is
                 shutil.rmtree(left, ignore_errors=True)
         prefix = f".{path.name}.{host}-{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))

@@ -2,6 +2,23 @@
 
 import fcntl
 import time
+from pathlib import Path
+from typing import IO
+
+from atoll.errors import AtollError
+
+
+def hold(directory: Path, doing: str) -> IO[str]:
+    """Keeps other processes out of a directory until the file that is returned is closed.
+
+    Raises:
+        AtollError: another process is `doing` ("encoding") there.
+    """
+    file = (directory / ".lock").open("w")
+    if not try_lock(file.fileno()):
+        file.close()
+        raise AtollError(f"{directory}: another process is {doing} here; wait for it, or stop it")
+    return file
 
 
 def try_lock(descriptor: int, patience: float = 0.0) -> bool:

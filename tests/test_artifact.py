@@ -111,12 +111,15 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_kept(tmp_path) 
     dead = tmp_path / f".out.{host}-{ended.pid}.abc.tmp"
     alive = tmp_path / f".out.{host}-{os.getppid()}.abc.tmp"
     elsewhere = tmp_path / f".out.another-{ended.pid}.abc.tmp"
-    for left in (dead, alive, elsewhere):
+    longer = tmp_path / f".out.{host}-2-{ended.pid}.abc.tmp"  # of a host whose name begins like this one's
+    for left in (dead, alive, elsewhere, longer):
         left.mkdir()
         (left / "part").write_text("x")
     with whole_directory(tmp_path / "out") as directory:
         (directory / "whole").write_text("x")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([alive.name, elsewhere.name, "out"])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
+        [alive.name, elsewhere.name, longer.name, "out"]
+    )
 
 
 def test_what_was_replaced_when_the_process_was_killed_is_removed_once_there_is_another(tmp_path) -> None:

@@ -13,8 +13,8 @@ PACKAGE = Path(atoll.__file__).parent
 
 # From the ground up. A module may import its own level only where it is the same part.
 LEVELS = [
-    ["errors", "shapes", "words", "page", "device", "picture", "lock"],
-    ["artifact", "schedule", "process"],
+    ["errors", "shapes", "words", "page", "device", "picture"],
+    ["artifact", "schedule", "process", "lock"],
     ["weights"],
     ["shards", "objective", "calibration", "routing", "condition", "solver"],
     ["manifest", "alignment", "nn"],

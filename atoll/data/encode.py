@@ -50,25 +50,26 @@ def encode_run(
         AtollError: `run`/encoded holds another encoding, an interrupted one is there and neither resume nor force was
             asked for, too many samples failed, or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
     """
-    out, partial = run / "encoded", Partial(run / "encoded.partial")
+    out = run / "encoded"
     source, frozen = build_source(manifest.data), Frozen.build(manifest)
     card = card_of(source, frozen, manifest)
     if not force and _is_there(out, card, manifest):
         return f"{out} is there already: {len(Shards(out)):,} images"
     refuse_foreign(out, INDEX)
     blocks = source.blocks()
-    partial.prepare(card, blocks, resume, restart=force and not resume)
-    limit = manifest.data.max_skipped if max_skipped is None else max_skipped
-    watch = _Watch(partial, blocks, limit, progress)
-    todo = [(number, block) for number, block in enumerate(blocks) if not partial.is_done(number)]
-    if on == "ray":
-        from atoll.data.ray import encode_blocks
+    with Partial(run / "encoded.partial") as partial:
+        partial.prepare(card, blocks, resume, restart=force and not resume)
+        limit = manifest.data.max_skipped if max_skipped is None else max_skipped
+        watch = _Watch(partial, blocks, limit, progress)
+        todo = [(number, block) for number, block in enumerate(blocks) if not partial.is_done(number)]
+        if on == "ray":
+            from atoll.data.ray import encode_blocks
 
-        encode_blocks(todo, source, manifest, partial, workers, watch)
-    else:
-        _encode_here(todo, source, frozen, partial, workers, watch)
-    watch.check(final=True)
-    tally = partial.seal(out, card, len(blocks), watch.tally, manifest.data.skips_duplicates)
+            encode_blocks(todo, source, manifest, partial, workers, watch)
+        else:
+            _encode_here(todo, source, frozen, partial, workers, watch)
+        watch.check(final=True)
+        tally = partial.seal(out, card, len(blocks), watch.tally, manifest.data.skips_duplicates)
     return _say(out, tally)
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from atoll.artifact import check_card, read_json, write_bytes, write_json
 from atoll.data import Block, Skipped
 from atoll.errors import AtollError
-from atoll.lock import try_lock
+from atoll.lock import hold
 from atoll.shards import ShardWriter, repeats
 from atoll.weights import same
 
@@ -62,9 +62,17 @@ class Partial:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def prepare(self, card: dict[str, Any], blocks: Sequence[Block], resume: bool, restart: bool) -> None:
-        """Makes the directory, or opens that of an interrupted encoding, and keeps others out until the process ends.
+        """Makes the directory, or opens that of an interrupted encoding, and keeps others out.
 
         Raises:
             AtollError: another process is at work; something unfinished is there and neither resume nor restart was
@@ -75,7 +83,7 @@ class Partial:
         if self.path.exists() and not (self.path / PLAN).is_file() and any(self.path.glob("[!.]*")):
             raise AtollError(f"{self.path}: exists and is no unfinished encoding (it has no {PLAN}); move it away")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        self._lock = hold(self.path, "encoding")
         if (self.path / PLAN).is_file():
             if restart:
                 for file in self.path.glob("[!.]*"):
@@ -88,12 +96,6 @@ class Partial:
                 self._compare(plan)
                 return
         write_json(self.path / PLAN, plan)
-
-    def _lock(self) -> None:
-        # Kept open: the lock is the open file's, and goes with the process however that ends.
-        self._locked = (self.path / ".lock").open("w")
-        if not try_lock(self._locked.fileno()):
-            raise AtollError(f"{self.path}: another process is encoding here; wait for it, or stop it")
 
     def _compare(self, plan: dict[str, Any]) -> None:
         found = check_card(read_json(self.path / PLAN), "partial", self.path / PLAN)

@@ -25,7 +25,7 @@ from atoll.artifact import (
     write_json,
 )
 from atoll.errors import AtollError
-from atoll.lock import try_lock
+from atoll.lock import hold
 from atoll.shards import INDEX, SPLITS, Shards, ShardWriter
 from atoll.synthesize.captions import Order
 from atoll.synthesize.rows import Keys
@@ -86,14 +86,14 @@ class Partial:
 
     def __init__(self, out: Path, plan: Plan):
         self.out, self.path, self.plan = out, out / "synthesized.partial", plan
-        self._locked: IO[str] | None = None
+        self._lock: IO[str] | None = None
 
     def __enter__(self) -> "Partial":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._locked is not None:
-            self._locked.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def begun(self) -> bool:
@@ -108,9 +108,7 @@ class Partial:
         """
         self._refuse_other()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._locked = (self.path / ".lock").open("w")  # kept open, and the lock with it
-        if not try_lock(self._locked.fileno()):
-            raise AtollError(f"{self.path}: another process is drawing here; wait for it, or stop it")
+        self._lock = hold(self.path, "drawing")
         if self.begun and (resume or not force):
             if not resume:
                 raise AtollError(f"{self.path}: unfinished draws; go on with --resume, or start anew with --force")

@@ -104,6 +104,20 @@ def test_what_is_written(tmp_path, encode) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["encoded"]
 
 
+@pytest.mark.parametrize("asked", [{}, {"resume": True}, {"force": True}])
+def test_a_second_one_in_the_same_run_is_refused(encode, asked) -> None:
+    tries = []
+
+    def second(*_: object) -> None:
+        with pytest.raises(AtollError, match="another process is encoding here; wait for it, or stop it"):
+            encode(**asked)
+        tries.append(1)
+
+    assert f"{COUNT} images" in encode(progress=second)
+    assert tries
+    assert "there already" in encode()  # and nothing is held any more
+
+
 def test_twice_gives_the_same_bytes_whoever_decodes(tmp_path, encode) -> None:
     encode(name="a")
     encode(name="b", workers=2)
