@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from atoll.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
-from atoll.condition import build_encoder
-from atoll.device import best_device
+from atoll.encoders.text import build_encoder
+from atoll.encoders.weights import same
+from atoll.ensemble.loading import load_expert
+from atoll.ensemble.replicas import Stacking, measure_stacking
 from atoll.errors import AtollError
-from atoll.loading import load_expert
 from atoll.manifest import Manifest
-from atoll.replicas import Stacking, measure_stacking
-from atoll.shards import Shards, held_back
-from atoll.weights import same
+from atoll.runtime.device import best_device
+from atoll.storage.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
+from atoll.storage.shards import Shards, held_back
 
 ENSEMBLE, STACKINGS = "ensemble.json", "stackings.safetensors"
 _ROWS, _SAMPLES = 1024, 512  # held-out latents at most, and noisy ones at each level, that weigh replicas

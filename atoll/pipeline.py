@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from atoll.artifact import write_bytes, write_json
-from atoll.compiled import compile_blocks, compile_network
 from atoll.ensemble import Alignment, Trace
+from atoll.ensemble.compiled import compile_blocks, compile_network
+from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
+from atoll.ensemble.offload import Weights
 from atoll.errors import AtollError
-from atoll.loading import LoadedEnsemble, load_ensemble
-from atoll.memory import Weights
-from atoll.page import colour, document, weight_strip
+from atoll.report.page import colour, document, weight_strip
 from atoll.solver import Method, sample
+from atoll.storage.artifact import write_bytes, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

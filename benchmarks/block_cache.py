@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from atoll.evaluate.metrics import Moments, PixelPCA, frechet_distance, seeded_noise
+from atoll.evaluate.metrics.frechet import Moments, PixelPCA, frechet_distance, seeded_noise
 from atoll.evaluate.run import open_run
 from atoll.solver import sample
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from atoll.calibration import Calibration
-from atoll.condition import build_encoder
+from atoll.encoders.text import build_encoder
 from atoll.ensemble import Ensemble, Expert
 from atoll.evaluate import EvaluateSettings, Variant, evaluate
 from atoll.evaluate.run import Opened, open_run
 from atoll.manifest import load_manifest
-from atoll.shards import Shards
-from atoll.train.expert import calibrate, hold_back
-from atoll.train.recalibrate import shards_of
+from atoll.storage.shards import Shards
+from atoll.train.calibrate_expert import shards_of
+from atoll.train.denoiser import calibrate, hold_back
 
 FEW = (8, 16, 32, 64)
 

@@ -31,7 +31,7 @@ from atoll.cluster.assign import Assignment
 from atoll.cluster.fit import ROWS_PER_CENTROID, _count, _read_sample, kmeans, survey
 from atoll.cluster.nearest import Workers, nearest
 from atoll.cluster.write import Output
-from atoll.shards import Part, Shards, ShardWriter
+from atoll.storage.shards import Part, Shards, ShardWriter
 
 SHARD = 4096
 ROUNDS = 25

@@ -28,13 +28,14 @@ import torch
 from class_dit import CLASSES, DEPTH, HEADS, PATCH, SIDE, WIDTH, ClassDiT
 from torch import Tensor, nn
 
-from atoll.artifact import write_json
-from atoll.condition import Condition, HashEncoder
+from atoll.condition import Condition
 from atoll.convert import MODULATIONS, convert
-from atoll.device import has_bf16
-from atoll.loading import load_expert
+from atoll.encoders.text import HashEncoder
+from atoll.ensemble.loading import load_expert
 from atoll.nn import DiT, DiTConfig
 from atoll.objective import Objective
+from atoll.runtime.device import has_bf16
+from atoll.storage.artifact import write_json
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 BATCH, LR, WARMUP, EMA = 32, 5e-4, 100, 0.995

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from atoll.codec import build_codec
 from atoll.data.encode import encode_run
-from atoll.feature import build_feature
+from atoll.encoders.codec import build_codec
+from atoll.encoders.feature import build_feature
 from atoll.manifest import Manifest, parse_manifest
-from atoll.shards import Shards, ShardWriter
+from atoll.storage.shards import Shards, ShardWriter
 
 # What a DiT-XL/2 eats at most on an H200, in latents per second: training at the matmul ceiling measured there.
 XL2_NEEDS = 900

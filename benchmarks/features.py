@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atoll.convert.arguments import frozen_network
-from atoll.data import Raw, build_source
 from atoll.data.glyphs import Glyphs
-from atoll.feature import Hog, build_feature
+from atoll.data.image import Framing, frame
+from atoll.data.sources import build_source
+from atoll.data.types import Raw
+from atoll.encoders.feature import Hog, build_feature
 from atoll.manifest import DataSettings
-from atoll.picture import Framing, frame
 
 
 def ink(images: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def nmi(a: np.ndarray, b: np.ndarray) -> float:
 
 
 CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "atoll.feature.Hog()": Hog(),
+    "atoll.encoders.feature.Hog()": Hog(),
     "pixels": pixels,
     "pixels centred": partial(centred, pixels),
     "pixels 8x8": partial(pixels, grid=8),

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from atoll.artifact import write_json
 from atoll.plan.gpus import GPU, GPUS
+from atoll.storage.artifact import write_json
 
 Call = Callable[[], object]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from atoll.calibration import Calibration
 from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
-from atoll.memory import Store, bytes_of
+from atoll.ensemble.offload import Store, bytes_of
 from atoll.nn import SIZES, DiT, Router
 from atoll.nn.router import RouterConfig
 from atoll.objective import Objective

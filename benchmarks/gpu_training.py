@@ -23,11 +23,10 @@ from atoll.plan.cost import CUDA_BF16, Network, activation_bytes, fixed_bytes, t
 from atoll.plan.fit import Switches, needed_bytes
 from atoll.schedule import Linear
 from atoll.train.batches import drop_condition, seeded
-from atoll.train.feed import Batch
 from atoll.train.island import Island
-from atoll.train.loop import autocast_of, gradients, prepared
+from atoll.train.loop import Task, autocast_of, gradients, prepared
+from atoll.train.prefetch import Batch
 from atoll.train.state import State, learning_rate
-from atoll.train.task import Task
 
 LATENT, TEXT_TOKENS, TEXT_WIDTH = (4, 32, 32), 77, 768  # a 256x256 picture in SD's latents, CLIP-L's text
 MOST = 128  # samples of a step

@@ -28,7 +28,7 @@ import yaml
 import atoll.train.loop
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn import SIZES
-from atoll.shards import ShardWriter
+from atoll.storage.shards import ShardWriter
 from atoll.train.expert import train_expert
 
 ROWS, SHAPE, WORDS = 512, (4, 32, 32), ["a", "photo", "of", "moss", "on", "an", "old", "wall"]

@@ -2,7 +2,7 @@
 
     python benchmarks/loading.py [--size XL/2] [--rounds 3] [--json out.json]
 
-- load_expert: `atoll.loading.load_expert`, as everything in Atoll loads: the file's sha256 checked, then it is mapped.
+- load_expert: `atoll.ensemble.loading.load_expert`: checks the file's sha256, then maps the file into memory.
 - fetch: the same without the check: what a `memory_budget` does each time that it brings an expert.
 - torch.load: the usual way: the network is built and initialised, its weights are read from a .pt file and copied.
 - torch.load, meta: the best that can be done with it: built on the meta device, the weights that were read assigned.
@@ -29,11 +29,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from atoll.artifact import WEIGHTS, save_artifact
-from atoll.loading import load_expert
-from atoll.memory import read_weights
+from atoll.ensemble.loading import load_expert
+from atoll.ensemble.offload import read_weights
 from atoll.nn import build_network
 from atoll.nn.dit import SIZES, DiTConfig
+from atoll.storage.artifact import WEIGHTS, save_artifact
 
 BASE = "torch.load"
 

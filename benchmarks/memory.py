@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from atoll.artifact import WEIGHTS, read_card, save_artifact, write_json
 from atoll.assemble import assemble
-from atoll.memory import Offloaded
+from atoll.ensemble.offload import Offloaded
 from atoll.nn import build_network
 from atoll.nn.dit import SIZES
 from atoll.pipeline import Pipeline
+from atoll.storage.artifact import WEIGHTS, read_card, save_artifact, write_json
 
 EXPERTS = 8
 SHARED = {

@@ -21,7 +21,7 @@ import yaml
 from atoll.cluster import cluster_run
 from atoll.data.encode import encode_run
 from atoll.manifest import load_manifest, recipe_path
-from atoll.plan.here import measured_rate
+from atoll.plan.measure_machine import measured_rate
 from atoll.plan.recipe import latent_shape, network_of, text_of
 from atoll.train.expert import train_expert
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoll.picture import Framing, frame
+from atoll.data.image import Framing, frame
 from atoll.plan.gpus import find_gpu
 
 

@@ -11,9 +11,9 @@ import statistics
 import warnings
 from pathlib import Path
 
+from atoll.ensemble.loading import load_ensemble
 from atoll.evaluate import Variant, evaluate
 from atoll.evaluate.run import open_run
-from atoll.loading import load_ensemble
 from atoll.manifest import load_manifest
 
 

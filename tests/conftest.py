@@ -13,9 +13,9 @@ import torch
 import yaml
 from hypothesis import settings
 
-from atoll.artifact import write_json
 from atoll.manifest import Manifest, load_manifest
-from atoll.shards import ShardWriter
+from atoll.storage.artifact import write_json
+from atoll.storage.shards import ShardWriter
 
 # `make test` tries the same examples every time: it is green or red by the code alone. `make test-all` draws new
 # ones.

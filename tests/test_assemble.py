@@ -7,13 +7,14 @@ import pytest
 import torch
 import yaml
 
-from atoll.artifact import CARD, read_card, read_tensors, save_artifact
 from atoll.assemble import assemble, assemble_run
-from atoll.condition import Conditions, build_encoder
+from atoll.condition import Conditions
+from atoll.encoders.text import build_encoder
+from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble
 from atoll.manifest import load_manifest
 from atoll.pipeline import Pipeline, sample_to_file
+from atoll.storage.artifact import CARD, read_card, read_tensors, save_artifact
 from atoll.train.expert import train_expert
 from tests.conftest import RUN, write_run
 

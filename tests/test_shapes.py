@@ -6,7 +6,8 @@ from beartype import beartype
 from jaxtyping import Bool, Float, TypeCheckError, jaxtyped
 from torch import Tensor
 
-from atoll.condition import Condition, HashEncoder
+from atoll.condition import Condition
+from atoll.encoders.text import HashEncoder
 from atoll.ensemble import Ensemble, Expert
 from atoll.nn import DiT, DiTConfig, Router, RouterConfig
 from atoll.objective import Objective

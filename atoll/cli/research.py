@@ -20,7 +20,7 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from atoll.evaluate.compare_page import compare_runs, lines
+    from atoll.evaluate.pages.compare_page import compare_runs, lines
 
     found = compare_runs(a, b, out)
     table = Table("", a, b, "difference (95 %)")

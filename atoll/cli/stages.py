@@ -13,7 +13,7 @@ from atoll.errors import AtollError
 if TYPE_CHECKING:
     from atoll.data.encode import Place
     from atoll.ensemble import Alignment
-    from atoll.memory import Weights
+    from atoll.ensemble.offload import Weights
     from atoll.solver import Method
 
 
@@ -26,7 +26,7 @@ def init(
     run: Annotated[Path, typer.Argument(help="The directory to make.")], recipe: Recipe = None, data: Data = None
 ) -> None:
     """Make a run: a directory with an atoll.yaml to edit."""
-    from atoll.data.begin import init_run
+    from atoll.data.init import init_run
 
     typer.echo(f"{init_run(run, recipe, data)} written")
 
@@ -194,7 +194,7 @@ def demo(
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = None,
 ) -> None:
     """Everything, on the embedded data set or on yours: encode, cluster, train, assemble, sample, report."""
-    from atoll.data.begin import init_run
+    from atoll.data.init import init_run
     from atoll.manifest import load_manifest
 
     init_run(run, recipe, data, again=True)

@@ -32,9 +32,9 @@ def plan(
     """What a run costs, before anything is spent: batches that fit, images/s, GPU-days, price, the day of its end."""
     from rich.console import Console
 
-    from atoll.artifact import write_json
     from atoll.plan import as_json, compare_run, comparison_lines, plan_run, render
     from atoll.plan.recipe import parse_text
+    from atoll.storage.artifact import write_json
 
     caption = parse_text(text) if text else None
     if compare:

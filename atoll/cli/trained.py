@@ -8,7 +8,7 @@ import typer
 from atoll.cli.app import app
 
 if TYPE_CHECKING:
-    from atoll.train.recalibrate import Use
+    from atoll.train.calibrate_expert import Use
 
 
 @app.command(rich_help_panel="Tools")
@@ -26,7 +26,7 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="A picture of the curves to write.")] = None,
 ) -> None:
     """Measure an expert's calibration on held-out latents and write it into its card."""
-    from atoll.train import recalibrate as work
+    from atoll.train import calibrate_expert as work
 
     found = work.calibrate_expert(expert, shards or work.shards_of(expert), out, cast("Use", use), rows=rows, seed=seed)
     typer.echo(work.table(found))
@@ -43,6 +43,6 @@ def ema(
     out: Annotated[Path, typer.Option("--out", "-o", help="The expert's directory to make.")],
 ) -> None:
     """Average an expert's weights over another length, from the snapshots of train.ema_profiles (EDM2)."""
-    from atoll.train.ema import reconstruct_expert
+    from atoll.train.snapshots import reconstruct_expert
 
     typer.echo(f"{reconstruct_expert(expert, sigma_rel, out)} written; atoll calibrate measures it anew")

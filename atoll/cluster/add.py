@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from atoll.artifact import check_card, read_json, whole_directory
 from atoll.cluster.assign import load_assignment
 from atoll.cluster.balance import LARGEST
+from atoll.cluster.dedupe import already_there
 from atoll.cluster.fit import Progress
 from atoll.cluster.nearest import Workers
-from atoll.cluster.present import already_there
 from atoll.cluster.report import FAIR
 from atoll.cluster.run import CLUSTERS, finish, open_encoded, say_counts
 from atoll.cluster.write import Output, cluster_path
+from atoll.encoders.weights import identity
 from atoll.errors import AtollError
-from atoll.shards import Shards
-from atoll.weights import identity
+from atoll.storage.artifact import check_card, read_json, whole_directory
+from atoll.storage.shards import Shards
 
 
 def assign_only(out: Path, encoded: Path, progress: Progress | None = None) -> str:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from atoll.artifact import write_bytes
 from atoll.cluster.nearest import nearest, unit_features
 from atoll.cluster.sampling import draw, hash_keys
+from atoll.encoders.weights import identity
 from atoll.errors import AtollError
-from atoll.shards import Part
-from atoll.weights import identity
+from atoll.storage.artifact import write_bytes
+from atoll.storage.shards import Part
 
 Method = Literal["balanced", "free", "random"]
 CENTROIDS = "centroids.safetensors"

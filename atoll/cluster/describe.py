@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.cluster.kept import Row
-from atoll.words import count_words, telling_words
+from atoll.cluster.report_rows import Row
+from atoll.report.words import count_words, telling_words
 
 SILHOUETTE_ROWS = 4096  # all distances between them are measured
 

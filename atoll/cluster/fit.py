@@ -17,7 +17,7 @@ from atoll.cluster.balance import balanced, weighted_means
 from atoll.cluster.nearest import BLOCK, Workers, nearest, unit_features
 from atoll.cluster.sampling import draw, hash_keys, smallest
 from atoll.errors import AtollError
-from atoll.shards import Part, Shards
+from atoll.storage.shards import Part, Shards
 
 ROWS_PER_CENTROID = 256  # training images per fine centroid that the fine stage looks at, at most
 _FINE_ROUNDS, _COARSE_ROUNDS, _COARSE_STARTS = 25, 50, 10

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.shards import Part
+from atoll.storage.shards import Part
 
 BLOCK = 1024  # rows whose distances to all centroids are in memory at a time, per thread
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atoll.cluster.kept import Kept, Row
 from atoll.cluster.nearest import Workers
-from atoll.codec import Codec, build_codec
-from atoll.device import best_device
+from atoll.cluster.report_rows import Kept, Row
+from atoll.encoders.codec import Codec, build_codec
 from atoll.errors import AtollError
-from atoll.page import colour, document, number, picture_sheet
+from atoll.report.page import colour, document, number, picture_sheet
+from atoll.runtime.device import best_device
 
 REPORT = "report.html"
 FAIR = 2.0  # times its fair share: what is more than that is warned of

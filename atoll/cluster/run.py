@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from atoll.artifact import FORMAT, check_card, read_json, whole_directory, write_bytes, write_json
 from atoll.cluster.assign import Assignment, Method
 from atoll.cluster.describe import describe
 from atoll.cluster.fit import ROWS_PER_CENTROID, Progress, Survey, survey, two_stages
@@ -13,7 +12,8 @@ from atoll.cluster.report import REPORT, imbalance, to_html
 from atoll.cluster.write import Output
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
-from atoll.shards import Shards, refuse_foreign
+from atoll.storage.artifact import FORMAT, check_card, read_json, whole_directory, write_bytes, write_json
+from atoll.storage.shards import Shards, refuse_foreign
 
 CLUSTERS = "clusters.json"
 _FINE = 1024  # centroids, where the data bears them

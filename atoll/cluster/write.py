@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from atoll.cluster.assign import Assigned
-from atoll.cluster.kept import Kept
+from atoll.cluster.report_rows import Kept
 from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
-from atoll.shards import SPLITS, Part, Shards, ShardWriter
+from atoll.storage.shards import SPLITS, Part, Shards, ShardWriter
 
 ASSIGNMENT, ROUTER = "assignment.parquet", "router"
 _BUFFERS = 1 << 30  # bytes that wait in all writers together for their shards, at most

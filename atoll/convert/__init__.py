@@ -25,17 +25,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from atoll.artifact import save_artifact
-from atoll.codec import build_codec
-from atoll.condition import build_encoder
 from atoll.convert.dit import Size, from_diffusers_dit, from_dit
 from atoll.convert.modulation import share
 from atoll.convert.native import Native
 from atoll.convert.pixart import from_pixart
 from atoll.convert.read import Checkpoint, read_checkpoint
+from atoll.encoders.codec import build_codec
+from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.nn import DiT, DiTConfig, Foreign, build_network
 from atoll.objective import Objective
+from atoll.storage.artifact import save_artifact
 
 __all__ = ["KINDS", "MODULATIONS", "Kind", "Modulation", "convert", "detect"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from atoll.artifact import read_card
-from atoll.codec import build_codec
-from atoll.condition import build_encoder
 from atoll.convert.dit import Size
+from atoll.encoders.codec import build_codec
+from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
-from atoll.shards import Shards
+from atoll.storage.artifact import read_card
+from atoll.storage.shards import Shards
 
 SCHEDULES = {"flow": "linear"}  # of a prediction, where none is named; any other one: the original's, linear-beta
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from atoll.condition import build_encoder
 from atoll.convert import ORIGINAL, Destination, Kind, detect
 from atoll.convert.dit import Size
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
+from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.nn import Foreign, build_network
 from atoll.nn.foreign import Class, arguments_of

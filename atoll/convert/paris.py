@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll.artifact import save_artifact, whole_directory
-from atoll.condition import build_encoder
 from atoll.convert.dit import published_heads
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
+from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.objective import Objective
+from atoll.storage.artifact import save_artifact, whole_directory
 
 OBJECTIVE = Objective("flow", "linear", time_scale=1000.0)
 CONDITION = {"name": "clip", "weights": "openai/clip-vit-large-patch14"}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.artifact import read_json, sha256_file
 from atoll.errors import AtollError
+from atoll.storage.artifact import read_json, sha256_file
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 STEM = "diffusion_pytorch_model"

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.codec import Codec, build_codec
-from atoll.data import Block, Skipped, Source
+from atoll.data.image import Framing
 from atoll.data.partial import Partial
 from atoll.data.pool import Decoders, Framed
-from atoll.device import best_device, has_bf16
-from atoll.feature import Feature, build_feature
+from atoll.data.types import Block, Skipped, Source
+from atoll.encoders.codec import Codec, build_codec
+from atoll.encoders.feature import Feature, build_feature
 from atoll.manifest import Manifest
-from atoll.picture import Framing
+from atoll.runtime.device import best_device, has_bf16
 
 # Pictures per call. A convolution network on a CPU works fastest on what its caches hold.
 _BATCH = {"cpu": 8, "cuda": 64}

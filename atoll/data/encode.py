@@ -5,16 +5,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from atoll.condition import build_encoder
-from atoll.data import Block, Source, build_source
 from atoll.data.block import Frozen, encode_block
 from atoll.data.partial import Partial, Tally
 from atoll.data.pool import Decoders
-from atoll.device import cores
+from atoll.data.sources import build_source
+from atoll.data.types import Block, Source
+from atoll.encoders.text import build_encoder
+from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
-from atoll.shards import INDEX, Shards, refuse_foreign
-from atoll.weights import same
+from atoll.runtime.device import cores
+from atoll.storage.shards import INDEX, Shards, refuse_foreign
 
 Progress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
 Place = Literal["local", "ray"]

@@ -7,7 +7,6 @@ import posixpath
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from atoll.data import Block, Raw, Skipped, Source
 from atoll.data.locate import (
     PICTURES,
     Files,
@@ -30,9 +29,10 @@ from atoll.data.locate import (
     split_of,
     told,
 )
+from atoll.data.types import Block, Raw, Skipped, Source
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.shards import split_by_hash
+from atoll.storage.shards import split_by_hash
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTIONS = ("text", "caption")  # where data.caption names none

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from atoll.data import Block, Raw, Source
+from atoll.data.types import Block, Raw, Source
 from atoll.errors import AtollError
 
 

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
+from atoll.encoders.weights import unset_variable
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.shards import Split
-from atoll.weights import unset_variable
+from atoll.storage.shards import Split
 
 # Extensions of pictures. What Pillow cannot decode (heic without a plugin) is then skipped with the reason, not unseen.
 PICTURES = (

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from atoll.data import Block, Raw, Skipped, Source
 from atoll.data.locate import (
     Files,
     Unfit,
@@ -22,9 +21,10 @@ from atoll.data.locate import (
     split_of,
     told,
 )
+from atoll.data.types import Block, Raw, Skipped, Source
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.shards import split_by_hash
+from atoll.storage.shards import split_by_hash
 
 _ROWS = 32  # that are decoded together
 _BUFFER = 1 << 20  # bytes of a column that are read at a time

@@ -19,12 +19,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from atoll.artifact import check_card, read_json, write_bytes, write_json
-from atoll.data import Block, Skipped
+from atoll.data.types import Block, Skipped
+from atoll.encoders.weights import same
 from atoll.errors import AtollError
-from atoll.lock import hold
-from atoll.shards import ShardWriter, repeats
-from atoll.weights import same
+from atoll.storage.artifact import check_card, read_json, write_bytes, write_json
+from atoll.storage.lock import hold
+from atoll.storage.shards import ShardWriter, repeats
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atoll.data import Raw, Skipped
+from atoll.data.image import Framing, Unusable, frame
+from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
-from atoll.picture import Framing, Unusable, frame
-from atoll.process import Crashed, Remote
-from atoll.shards import Split
+from atoll.runtime.process import Crashed, Remote
+from atoll.storage.shards import Split
 
 CHUNK = 32  # pictures that travel together
 CHUNK_BYTES = 8 << 20  # of their files; photographs straight from a camera travel in twos

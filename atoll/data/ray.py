@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from atoll.data import Block, Source
 from atoll.data.block import Frozen, encode_block
 from atoll.data.partial import Partial
 from atoll.data.pool import Decoders
+from atoll.data.types import Block, Source
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from atoll.data import Block, Raw, Skipped, Source
 from atoll.data.locate import (
     PICTURES,
     Unfit,
@@ -32,9 +31,10 @@ from atoll.data.locate import (
     split_of,
     told,
 )
+from atoll.data.types import Block, Raw, Skipped, Source
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.shards import Split, split_by_hash
+from atoll.storage.shards import Split, split_by_hash
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # WebDataset's rule: the key ends at the first dot of the file name

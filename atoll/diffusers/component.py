@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atoll.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_json
 from atoll.condition import Condition, Conditions
+from atoll.encoders.weights import WANTED, also_found_in, find_weights
 from atoll.ensemble import Alignment, Ensemble
+from atoll.ensemble.loading import FROZEN, load_ensemble
+from atoll.ensemble.offload import Weights
+from atoll.ensemble.prompt_cache import Prompts
 from atoll.errors import AtollError
-from atoll.loading import FROZEN, load_ensemble
-from atoll.memory import Weights
-from atoll.prompts import Prompts
-from atoll.weights import WANTED, also_found_in, find_weights, quiet
+from atoll.runtime.libraries import quiet
+from atoll.storage.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_json
 
 with quiet("diffusers"):
     from diffusers.models.modeling_utils import ModelMixin

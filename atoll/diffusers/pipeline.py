@@ -21,13 +21,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from atoll.artifact import CARD, read_json
 from atoll.diffusers.component import ENSEMBLE, AtollEnsemble
 from atoll.diffusers.sigmas import flow_sigmas
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
+from atoll.runtime.libraries import quiet
 from atoll.solver import Velocity
-from atoll.weights import quiet
+from atoll.storage.artifact import CARD, read_json
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.weights import quiet
+from atoll.runtime.libraries import quiet
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler

@@ -3,9 +3,10 @@
 `evaluate_run` does it for a run's directory, `evaluate` for any variants and data.
 """
 
-from atoll.evaluate.measure import EvaluateSettings, Reference, Results, Score, Variant, evaluate
-from atoll.evaluate.metrics import DenoisingError, Moments, PixelPCA, frechet_distance
+from atoll.evaluate.measure import EvaluateSettings, evaluate
+from atoll.evaluate.metrics.frechet import DenoisingError, Moments, PixelPCA, frechet_distance
 from atoll.evaluate.run import evaluate_run
+from atoll.evaluate.types import Reference, Results, Score, Variant
 
 __all__ = [
     "DenoisingError",

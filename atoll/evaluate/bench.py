@@ -12,14 +12,14 @@ from torch import Tensor
 from atoll.condition import Condition, Conditions
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
-from atoll.evaluate.agreement import CLIPScore, RidgeAgreement, pooled_vectors
-from atoll.evaluate.cost import count_flops
-from atoll.evaluate.diversity import Diversity, PerceptualDistance, build_distance, mean_distance
-from atoll.evaluate.measure import Places, Progress, Reference, Results, Run, Score, Space, Variant
-from atoll.evaluate.metrics import DenoisingError, Features, bias_warning, seeded_noise, squared_errors
-from atoll.evaluate.picture_metrics import Statistics, picture_metrics
-from atoll.evaluate.real import FORMAT, Real
+from atoll.evaluate.metrics.agreement import CLIPScore, RidgeAgreement, pooled_vectors
+from atoll.evaluate.metrics.cost import count_flops
+from atoll.evaluate.metrics.diversity import Diversity, PerceptualDistance, build_distance, mean_distance
+from atoll.evaluate.metrics.frechet import DenoisingError, Features, bias_warning, seeded_noise, squared_errors
+from atoll.evaluate.metrics.image_metrics import Statistics, picture_metrics
+from atoll.evaluate.reference import FORMAT, Real
 from atoll.evaluate.store import Part, Store
+from atoll.evaluate.types import Places, Progress, Reference, Results, Run, Score, Space, Variant
 from atoll.manifest import EvaluateSettings
 from atoll.solver import Method, sample
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.artifact import read_json
 from atoll.errors import AtollError
-from atoll.evaluate.measure import Space
-from atoll.evaluate.metrics import frechet_distance, metric_name
-from atoll.evaluate.picture_metrics import Statistics, kind_of, picture_metrics
+from atoll.evaluate.metrics.frechet import frechet_distance, metric_name
+from atoll.evaluate.metrics.image_metrics import Statistics, kind_of, picture_metrics
 from atoll.evaluate.store import load_parts
+from atoll.evaluate.types import Space
+from atoll.storage.artifact import read_json
 
 GROUPS = 20  # of pictures, of which the jackknife leaves out one after the other
 T_95 = 2.093  # Student's t at 97.5 %, of 19 degrees of freedom

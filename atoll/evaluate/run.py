@@ -16,33 +16,24 @@ import torch
 from torch import Tensor
 
 import atoll
-from atoll.artifact import CARD, read_json, sha256_file, write_bytes, write_json
+from atoll.encoders.weights import same
 from atoll.ensemble import Expert
+from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
-from atoll.evaluate.diagnose import Diagnostics
-from atoll.evaluate.measure import (
-    EvaluateSettings,
-    Progress,
-    Reference,
-    Results,
-    Variant,
-    evaluate,
-    resolved,
-    side_by_side,
-    worker_count,
-)
-from atoll.evaluate.metrics import seeded_noise
-from atoll.evaluate.real import FORMAT, Real
-from atoll.evaluate.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
-from atoll.evaluate.run_diagnostics import diagnose_run
+from atoll.evaluate.diagnostics.run import diagnose_run
+from atoll.evaluate.diagnostics.trajectory import Diagnostics
+from atoll.evaluate.measure import EvaluateSettings, evaluate, resolved, side_by_side, worker_count
+from atoll.evaluate.metrics.frechet import seeded_noise
+from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
+from atoll.evaluate.reference import FORMAT, Real
 from atoll.evaluate.store import Part, Store
+from atoll.evaluate.types import Progress, Reference, Results, Variant
 from atoll.evaluate.variants import identified, say_objective, swept, variants_of
-from atoll.loading import LoadedEnsemble, load_ensemble
+from atoll.report.words import count_words, telling_words
 from atoll.schedule import Linear
-from atoll.shards import Shards
 from atoll.solver import sample
-from atoll.weights import same
-from atoll.words import count_words, telling_words
+from atoll.storage.artifact import CARD, read_json, sha256_file, write_bytes, write_json
+from atoll.storage.shards import Shards
 
 PICTURES_PER_CLUSTER = 24
 ROWS_OF_GRID = 12  # variants at most that the grid shows

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from atoll.codec import build_codec
+from atoll.encoders.codec import build_codec
 from atoll.errors import AtollError
-from atoll.evaluate.gaussian import save_gaussian
-from atoll.evaluate.metrics import Moments
-from atoll.evaluate.spaces import LABELS, build_space_feature, hash_of
+from atoll.evaluate.metrics.frechet import Moments
+from atoll.evaluate.metrics.gaussian import save_gaussian
+from atoll.evaluate.metrics.spaces import LABELS, build_space_feature, hash_of
 from atoll.manifest import Manifest
-from atoll.shards import Shards
+from atoll.storage.shards import Shards
 
 Progress = Callable[[int, int], None]  # (pictures done, pictures in all)
 

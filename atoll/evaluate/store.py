@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from atoll.artifact import write_bytes, write_json
 from atoll.errors import AtollError
+from atoll.storage.artifact import write_bytes, write_json
 
 Part = dict[str, Tensor]
 

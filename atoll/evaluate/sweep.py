@@ -12,7 +12,7 @@ import torch
 from atoll.calibration import Calibration
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
-from atoll.evaluate.measure import Variant
+from atoll.evaluate.types import Variant
 from atoll.manifest import EVEN, SweepSettings
 
 # How an expert's answer is brought to the sampling path, and what corrects it.

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
-from atoll.evaluate.measure import Variant
 from atoll.evaluate.sweep import ALIGNMENTS, aligned, variants_of_sweep
+from atoll.evaluate.types import Variant
 from atoll.manifest import SweepSettings
 from atoll.objective import Objective
 

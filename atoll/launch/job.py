@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll.lock import try_lock
 from atoll.manifest import Manifest
+from atoll.storage.lock import try_lock
 
 OUTPUT, BEFORE, METRICS = "output.log", "output-before.log", "metrics.jsonl"
 LOCK, STARTS, STOP = "lock", "starts", "stop"

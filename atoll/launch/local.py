@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Status
 from atoll.launch.job import Job, Process
-from atoll.launch.place import Status
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Place, Submitted
 from atoll.launch.job import MISTAKE, Ended, Job, last_metrics, name_of_signal
-from atoll.launch.place import Place, Submitted
 
 PartState = Literal["waiting", "running", "stopping", "done", "failed", "stopped"]
 _LONGEST_PAUSE = 60.0  # seconds before a restart

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Status
 from atoll.launch.job import PATIENCE, Ended, Job, Process, ask_to_stop, attend, clear_stop, starts_of
-from atoll.launch.place import Status
 
 
 def _task(job: Job, token: str) -> Ended:

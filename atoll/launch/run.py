@@ -1,12 +1,13 @@
 """The whole of `atoll launch`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Place
 from atoll.launch.job import jobs_of
 from atoll.launch.loop import run_jobs
-from atoll.launch.place import open_place
 from atoll.launch.progress import LaunchView
 from atoll.manifest import MANIFEST, load_manifest
 
@@ -64,3 +65,27 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
         if not (key and equals and value):
             raise AtollError(f"--slurm {key}{equals}{value}: expected an option of sbatch and its value: partition=gpu")
     return {key.removeprefix("--"): value for key, _, value in pairs}
+
+
+def open_place(
+    on: str, run: Path, jobs: int | None, gpus: int | None, threads: int, options: Mapping[str, str]
+) -> AbstractContextManager[Place]:
+    """The place called `on`; see `atoll.launch.run.launch_run`. threads: at most, of one part.
+
+    Raises AtollError for an unknown place, options that it does not have, or a package that is not installed.
+    """
+    if options and on != "slurm":
+        raise AtollError(f"--slurm {next(iter(options))}=...: only with --on slurm, got --on {on}")
+    if on == "local":
+        from atoll.launch.local import local_place
+
+        return local_place(jobs, gpus, threads)
+    if on == "ray":
+        from atoll.launch.ray import ray_place
+
+        return ray_place(gpus)
+    if on == "slurm":
+        from atoll.launch.slurm import slurm_place
+
+        return slurm_place(run, gpus, options)
+    raise AtollError(f"--on {on}: expected local, ray or slurm")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Status
 from atoll.launch.job import MISTAKE, PATIENCE, Ended, Job, Process, ask_to_stop, attend, clear_stop, starts_of
-from atoll.launch.place import Status
 
 FOLDER = ".slurm"  # of the run: submitit's scripts, pickles and logs
 _ID = "slurm.json"  # of a part: its job in the queue
@@ -62,7 +62,7 @@ class Slurm:
         """A job that an earlier launch left in the queue is taken over."""
         import submitit
 
-        from atoll.artifact import write_json  # not above: torch is too much for a task that only waits
+        from atoll.storage.artifact import write_json  # not above: torch is too much for a task that only waits
 
         if self.cluster == "slurm" and (number := _number(job)) and _state_in_queue(number):
             return SlurmJob(self, job, submitit.SlurmJob(self.folder, number))
@@ -174,7 +174,7 @@ def _minutes(text: str) -> int:
 
 def _number(job: Job) -> str | None:
     """Of the part's last job."""
-    from atoll.artifact import read_json
+    from atoll.storage.artifact import read_json
 
     file = job.directory / _ID
     return str(read_json(file)["id"]) if file.exists() else None

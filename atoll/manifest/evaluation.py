@@ -59,7 +59,7 @@ class SweepSettings(Section):
     @field_validator("routing")
     @classmethod
     def _known(cls, routings: tuple[str, ...]) -> tuple[str, ...]:
-        from atoll.routing import build_routing
+        from atoll.ensemble.routing import build_routing
 
         try:
             for routing in routings:

@@ -212,7 +212,7 @@ class SamplingSettings(Section):
     @field_validator("routing")
     @classmethod
     def _known(cls, routing: str) -> str:
-        from atoll.routing import build_routing
+        from atoll.ensemble.routing import build_routing
 
         try:
             build_routing(routing)

@@ -15,7 +15,7 @@ from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.dit import check_input, compute_dtype
 from atoll.nn.paris import require_condition
-from atoll.weights import quiet
+from atoll.runtime.libraries import quiet
 
 Class = Literal["PixArtTransformer2DModel", "DiTTransformer2DModel"]
 # Of a configuration of diffusers. Cards come from strangers: none may ask for all memory or time there is.

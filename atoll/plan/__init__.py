@@ -10,7 +10,7 @@ here.py     this machine's speed, and a finished run against its prediction
 report.py   tables and JSON
 """
 
-from atoll.plan.here import Comparison, compare_run
+from atoll.plan.measure_machine import Comparison, compare_run
 from atoll.plan.predict import Expert, Machine, Plan, plan, plan_run
 from atoll.plan.report import as_json, comparison_lines, render
 

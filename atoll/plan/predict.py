@@ -193,7 +193,7 @@ def plan_run(
 
 def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -> GPU:
     """This machine as a GPU: its ceiling, and the share of it that steps of the run's first expert reach."""
-    from atoll.plan.here import memory_here, on_cpu, speed_here
+    from atoll.plan.measure_machine import memory_here, on_cpu, speed_here
 
     text, train = text or text_of(manifest.condition), manifest.train_of(manifest.experts[0])
     network = network_of(manifest, manifest.experts[0], latent, text)

@@ -35,7 +35,7 @@ def parse_text(words: str) -> Text:
 
 def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json beside weights that lie on this machine; empty where they do not."""
-    from atoll.artifact import read_json  # brings torch
+    from atoll.storage.artifact import read_json  # brings torch
 
     place = os.path.expanduser(os.path.expandvars(str(config.get("weights", ""))))
     file = Path(place) / str(config.get("subfolder", "")) / "config.json"
@@ -59,7 +59,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
         pooled = dim if condition.get("pooled", "last") == "last" else int(local.get("projection_dim", dim))
         return Text(int(condition.get("length") or local.get("max_position_embeddings", 77)), dim, pooled)
     if name == "label":
-        from atoll.condition import read_labels  # brings torch
+        from atoll.encoders.text import read_labels  # brings torch
 
         labels = condition.get("labels", ())
         dim = len(read_labels(labels if isinstance(labels, str) else tuple(labels)))
@@ -143,7 +143,7 @@ def encoded(run: Path) -> Encoded | None:
     Raises:
         AtollError: an index that cannot be read.
     """
-    from atoll.artifact import read_json
+    from atoll.storage.artifact import read_json
 
     index = run / "encoded" / "index.json"
     if not index.is_file():

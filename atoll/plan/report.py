@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from atoll.plan.here import Comparison
+    from atoll.plan.measure_machine import Comparison
 
 NARROW = 512  # of a network's width: its products are too small to keep a GPU busy
 COLUMNS = 3  # of experts that cost differently, side by side

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 
-from atoll.artifact import CARD, write_bytes, write_json
 from atoll.assemble import assemble_run
 from atoll.cluster import cluster_run
 from atoll.data.encode import encode_run
@@ -16,6 +15,7 @@ from atoll.errors import AtollError
 from atoll.evaluate import evaluate_run
 from atoll.launch.run import launch_run
 from atoll.manifest import MANIFEST, Manifest, load_manifest
+from atoll.storage.artifact import CARD, write_bytes, write_json
 from atoll.study.recipe import Study
 from atoll.study.table import write_results
 from atoll.synthesize import synthesize_run

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atoll.artifact import read_json, write_bytes, write_json
 from atoll.evaluate.compare import likeness, open_measured
-from atoll.page import number
+from atoll.report.page import number
+from atoll.storage.artifact import read_json, write_bytes, write_json
 from atoll.study.recipe import Study
 
 FORMAT = 1

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from atoll.artifact import sha256_file
 from atoll.errors import AtollError
-from atoll.shards import INDEX, Shards
+from atoll.storage.artifact import sha256_file
+from atoll.storage.shards import INDEX, Shards
 from atoll.synthesize.rows import generator
 
 

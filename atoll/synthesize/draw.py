@@ -9,13 +9,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atoll.condition import Encoder, SeveralEncoders, build_encoder
+from atoll.encoders.text import Encoder, SeveralEncoders, build_encoder
+from atoll.encoders.weights import same
 from atoll.ensemble import Ensemble
+from atoll.ensemble.loading import LoadedExpert
 from atoll.errors import AtollError
-from atoll.loading import LoadedExpert
 from atoll.solver import Method, sample
 from atoll.synthesize.rows import noise
-from atoll.weights import same
 
 BATCH = 64  # rows sampled at a time
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.shards import Split, key_fraction, split_by_hash
+from atoll.storage.shards import Split, key_fraction, split_by_hash
 
 _HELD_OUT = 8  # rows of a cluster at least, where it has twice as many
 

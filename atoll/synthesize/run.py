@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atoll.artifact import CARD, read_card, sha256_file, write_bytes
-from atoll.condition import build_encoder
-from atoll.device import best_device
+from atoll.encoders.text import build_encoder
+from atoll.encoders.weights import same
+from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
-from atoll.loading import load_expert
 from atoll.manifest import MANIFEST, Manifest
-from atoll.shards import refuse_foreign
+from atoll.runtime.device import best_device
 from atoll.solver import Method
+from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes
+from atoll.storage.shards import refuse_foreign
 from atoll.synthesize.captions import Order, load_captions
 from atoll.synthesize.draw import ClusterModel, Sampling
 from atoll.synthesize.rows import Keys
 from atoll.synthesize.write import SOURCE, Partial, Plan, is_there, link_expert
-from atoll.weights import same
 
 Progress = Callable[[int, int, str], None]  # (latents done, latents in all, a note)
 

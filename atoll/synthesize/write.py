@@ -13,7 +13,9 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from atoll.artifact import (
+from atoll.encoders.weights import same
+from atoll.errors import AtollError
+from atoll.storage.artifact import (
     CARD,
     FORMAT,
     WEIGHTS,
@@ -24,12 +26,10 @@ from atoll.artifact import (
     write_bytes,
     write_json,
 )
-from atoll.errors import AtollError
-from atoll.lock import hold
-from atoll.shards import INDEX, SPLITS, Shards, ShardWriter
+from atoll.storage.lock import hold
+from atoll.storage.shards import INDEX, SPLITS, Shards, ShardWriter
 from atoll.synthesize.captions import Order
 from atoll.synthesize.rows import Keys
-from atoll.weights import same
 
 SOURCE = "experts"  # the source's name in the cards of what was drawn
 PLAN = "plan.json"

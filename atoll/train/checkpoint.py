@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.artifact import read_json, write_json
 from atoll.errors import AtollError
+from atoll.storage.artifact import read_json, write_json
 from atoll.train.island import Island
 from atoll.train.state import Numbers, State
 

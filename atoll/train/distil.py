@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.artifact import read_json, sha256_file
-from atoll.condition import Condition, build_encoder
+from atoll.condition import Condition
+from atoll.encoders.text import build_encoder
+from atoll.encoders.weights import same
 from atoll.ensemble import Ensemble
+from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble
 from atoll.manifest import Manifest
 from atoll.objective import Objective
 from atoll.schedule import Linear
 from atoll.shapes import per_sample
-from atoll.shards import Shards
-from atoll.train.expert import Job, Teacher, train_denoiser
+from atoll.storage.artifact import read_json, sha256_file
+from atoll.storage.shards import Shards
+from atoll.train.denoiser import Job, Teacher, train_denoiser
 from atoll.train.track import Progress
-from atoll.weights import same
 
 STUDENT, _SEED = "student", 998  # the seed's place beside the experts' and the monolith's
 _PATH = Linear()

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from atoll.artifact import write_bytes
-from atoll.codec import build_codec
 from atoll.condition import Condition
+from atoll.encoders.codec import build_codec
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
 from atoll.solver import sample
+from atoll.storage.artifact import write_bytes
 from atoll.train.batches import Captioned, seeded
 
 _PICTURES, _STEPS = 16, 20

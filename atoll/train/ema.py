@@ -7,19 +7,14 @@ of any other width is then fitted as a sum of those that were written down (sect
     .train-3-moss/ema/000005000-1.safetensors     the second width's average at step 5000
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-from atoll.artifact import read_card, read_tensors, save_artifact, write_bytes
 from atoll.errors import AtollError
-from atoll.train.island import Island, whole
 
 if TYPE_CHECKING:
-    from atoll.train.state import State
+    pass
 
 WIDEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
 
@@ -57,99 +52,3 @@ def solve(steps: list[int], gammas: list[float], step: int, gamma: float) -> np.
     matrix = products(t, g, t, g) / norm / norm[:, None]
     wanted = products(t, g, np.array([step], float), np.array([gamma]))[:, 0] / norm
     return np.asarray(np.linalg.lstsq(matrix, wanted, rcond=1e-13)[0] / norm)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    file: Path
-    step: int
-    profile: int
-
-
-class Snapshots:
-    """The snapshots of one training, in ema/ of its directory; those later than its state are dropped."""
-
-    def __init__(self, directory: Path, mark: str, island: Island):
-        self.directory, self.mark, self.island = directory / "ema", mark, island
-
-    def save(self, state: "State") -> None:
-        """Writes each width's average of now, whole or not at all; every process of the island must call this."""
-        from safetensors.torch import save
-
-        for number, (sigma_rel, average) in enumerate(zip(state.settings.ema_profiles, state.profiles, strict=True)):
-            tensors = {name: whole(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
-            if self.island.is_first:
-                self.directory.mkdir(exist_ok=True)
-                told = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}
-                write_bytes(self.directory / f"{state.numbers.step:09d}-{number}.safetensors", save(tensors, told))
-
-    def drop_after(self, step: int) -> None:
-        """Removes those of later steps, which are to be done again."""
-        if self.island.is_first:
-            for snapshot in snapshots_of(self.directory):
-                if snapshot.step > step:
-                    snapshot.file.unlink()
-
-
-def snapshots_of(directory: Path) -> list[Snapshot]:
-    """In the order of their steps."""
-    found = []
-    for file in sorted(directory.glob("[0-9]*.safetensors")):
-        step, profile = file.stem.split("-")
-        found.append(Snapshot(file, int(step), int(profile)))
-    return found
-
-
-def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
-    """The expert whose weights are averaged with another width, made from the snapshots of its training.
-
-    The artifact at `expert` lies where training wrote it, beside its .train- directory. The new one has no calibration,
-    since that was measured on other weights.
-
-    Raises:
-        AtollError: no snapshots, or those of another training; sigma_rel out of range; something is at `out` already.
-    """
-    gamma = gamma_of(sigma_rel)
-    if out.exists():
-        raise AtollError(f"{out}: exists already; choose another place, or remove it")
-    card = read_card(expert, "expert")
-    directory = expert.resolve().parent / f".train-{expert.resolve().name}" / "ema"
-    snapshots = snapshots_of(directory)
-    if not snapshots:
-        raise AtollError(f"{directory}: no snapshots; train with train.ema_profiles, such as [0.05, 0.1]")
-    tensors = read_tensors(expert, card)
-    widths = [_width(snapshot, card["training"]["mark"]) for snapshot in snapshots]
-    gammas = [gamma_of(width) for width in widths]
-    factors = solve([s.step for s in snapshots], gammas, card["training"]["steps"], gamma)
-    average = _weighted(snapshots, factors, {k: v for k, v in tensors.items() if k.startswith("network.")})
-    told = {"sigma_rel": sigma_rel, "snapshots": len(snapshots), "widths": sorted(set(widths))}
-    card["training"] = {**card["training"], "ema": {**told, "of": card["weights"]["sha256"]}}
-    save_artifact(out, "expert", {**card, "calibration": None}, average)
-    return out
-
-
-def _width(snapshot: Snapshot, mark: str) -> float:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(snapshot.file, framework="pt") as stored:
-            told: dict[str, Any] = stored.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise AtollError(f"{snapshot.file}: damaged ({error}); remove it, and the others are used") from None
-    if told.get("mark") != mark:
-        raise AtollError(f"{snapshot.file}: is of another training than the expert; name the expert that it belongs to")
-    return float(told["sigma_rel"])
-
-
-def _weighted(snapshots: list[Snapshot], factors: np.ndarray, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of the snapshots' tensors, in float64; what is no parameter stays as it is in `tensors`."""
-    from safetensors import safe_open
-
-    sums: dict[str, Tensor] = {}
-    for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
-        with safe_open(snapshot.file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (it is no dict)
-                part = stored.get_tensor(name).double() * factor
-                key = f"network.{name}"
-                sums[key] = sums[key].add_(part) if key in sums else part
-    return {**tensors, **{name: value.to(tensors[name].dtype) for name, value in sums.items()}}

@@ -3,6 +3,7 @@
 import math
 import signal
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,19 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from atoll.artifact import CARD, read_card
-from atoll.device import has_bf16
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
+from atoll.runtime.device import has_bf16
+from atoll.storage.artifact import CARD, read_card
 from atoll.train.checkpoint import Checkpoints, fingerprint
-from atoll.train.ema import Snapshots
-from atoll.train.feed import Batch, Feed
 from atoll.train.island import Island, whole
+from atoll.train.prefetch import Batch, Feed
+from atoll.train.snapshots import Snapshots
 from atoll.train.state import Numbers, State, learning_rate
-from atoll.train.task import Task
 from atoll.train.track import Progress, Tracker
+
+
+class Task(ABC):
+    """One training. Nothing in it may be random but generators that are seeded by a batch's index."""
+
+    module: nn.Module
+
+    @abstractmethod
+    def batch(self, index: int, share: slice) -> Batch:
+        """The rows `share` of a batch, on the CPU, with all that is random in it: a function of the index alone."""
+
+    @abstractmethod
+    def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """The loss [b] of each row; `module` is the task's own, perhaps wrapped."""
+
+    def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
+        """Losses on rows that are not trained on, by name; the same rows and noise at every call."""
+        return {}
+
+    def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:  # noqa: B027 (a router draws nothing)
+        """Draws what the module can do by now; nothing where that is no picture. Without a file: for the others of the
+        island, whose parts of the weights are needed."""
 
 
 class Interrupted(Exception):

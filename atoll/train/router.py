@@ -7,21 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atoll.artifact import read_json, save_artifact
-from atoll.condition import build_encoder
+from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.schedule import Linear, Schedule
 from atoll.shapes import per_sample
-from atoll.shards import INDEX, SPLITS, Shards
-from atoll.train.batches import Captioned, Order, drop_condition, mirrored, seeded
-from atoll.train.feed import Batch
+from atoll.storage.artifact import read_json, save_artifact
+from atoll.storage.shards import INDEX, SPLITS, Shards
+from atoll.train.batches import Captioned, Order, Rows, drop_condition, mirrored, seeded
 from atoll.train.island import Island, whole_state
-from atoll.train.loop import finished, train, training_mark
-from atoll.train.rows import Rows
-from atoll.train.task import Task
+from atoll.train.loop import Task, finished, train, training_mark
+from atoll.train.prefetch import Batch
 from atoll.train.track import Progress
 
 _SAMPLING = Linear()

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from atoll.artifact import write_json
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
+from atoll.storage.artifact import write_json
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from atoll.artifact import read_json, write_json
 from atoll.cluster import CLUSTERS, assign_only, cluster, load_assignment
-from atoll.cluster import kept as kept_module
-from atoll.cluster import present as present_module
+from atoll.cluster import dedupe as present_module
+from atoll.cluster import report_rows as kept_module
 from atoll.cluster.sampling import draw, hash_keys
 from atoll.errors import AtollError
-from atoll.shards import Shards, ShardWriter
+from atoll.storage.artifact import read_json, write_json
+from atoll.storage.shards import Shards, ShardWriter
 
 K = 3
 CARD = {
@@ -170,7 +170,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, out, monkeypatch) -> None:
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("atoll.shards.writer.write_bytes", broken)
+    monkeypatch.setattr("atoll.storage.shards.writer.write_bytes", broken)
     refused(out, more, "No space left")
 
 

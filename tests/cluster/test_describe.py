@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from atoll.cluster.describe import davies_bouldin, describe, silhouette
-from atoll.cluster.kept import Row
+from atoll.cluster.report_rows import Row
 
 LINE = torch.tensor([[0.0], [1.0], [4.0], [6.0]])
 

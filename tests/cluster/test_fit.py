@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from atoll.cluster.fit import _read_sample, kmeans, survey
 from atoll.cluster.nearest import BLOCK, Workers, nearest
-from atoll.shards import Shards, ShardWriter
+from atoll.storage.shards import Shards, ShardWriter
 
 
 @pytest.fixture

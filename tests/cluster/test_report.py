@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from atoll.cluster import report
-from atoll.cluster.kept import Kept, Row
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import imbalance, to_html
+from atoll.cluster.report_rows import Kept, Row
 
 EVIL = "<script>alert(1)</script>"
 

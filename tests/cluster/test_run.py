@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from atoll.artifact import read_json
 from atoll.cluster import CLUSTERS, cluster, cluster_run, load_assignment
 from atoll.cluster.balance import LARGEST, SMALLEST
 from atoll.errors import AtollError
-from atoll.shards import Shards, ShardWriter
+from atoll.storage.artifact import read_json
+from atoll.storage.shards import Shards, ShardWriter
 
 CARD = {
     "codec": {"name": "pixels"},
@@ -185,7 +185,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, encoded, monkeypatch) -> None
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("atoll.shards.writer.write_bytes", broken)
+    monkeypatch.setattr("atoll.storage.shards.writer.write_bytes", broken)
     with pytest.raises(AtollError, match="No space left"):
         cluster(encoded, out, 2, force=True)
     assert content(out) == before

@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from atoll.artifact import read_card
 from atoll.assemble import assemble
 from atoll.convert import convert
 from atoll.convert.arguments import arguments_of_run, frozen_network, objective_of, size_of
+from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble, load_expert
+from atoll.storage.artifact import read_card
 
 FLAGS = ("--heads", "4", "--condition", "hash,dim=10,length=4")
 

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from atoll.artifact import read_card
-from atoll.condition import Condition, HashEncoder
+from atoll.condition import Condition
 from atoll.convert import convert
 from atoll.convert.dit import DiffusersDiT
 from atoll.convert.pixart import PixArt
+from atoll.encoders.text import HashEncoder
+from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
-from atoll.loading import load_expert
+from atoll.storage.artifact import read_card
 
 diffusers = pytest.importorskip("diffusers")
 

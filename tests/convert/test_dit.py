@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.artifact import read_card
-from atoll.condition import HashEncoder
 from atoll.convert import convert
+from atoll.encoders.text import HashEncoder
+from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
-from atoll.loading import load_expert
 from atoll.nn import DiT
+from atoll.storage.artifact import read_card
 
 HASH = {"name": "hash", "dim": 10, "length": 4}
 HEADS, CHANNELS, PATCH, CLASSES = 4, 2, 2, 6

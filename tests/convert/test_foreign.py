@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atoll.artifact import read_card, save_artifact
 from atoll.assemble import assemble
-from atoll.condition import Condition, LabelEncoder, build_encoder
+from atoll.condition import Condition
 from atoll.convert import convert
 from atoll.convert.arguments import arguments_of_run
 from atoll.convert.foreign import keep
+from atoll.encoders.text import LabelEncoder, build_encoder
+from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble, load_expert
 from atoll.nn import build_network
+from atoll.storage.artifact import read_card, save_artifact
 from tests.nn.test_foreign import COMMON, DIT, LABELS, PIXART
 
 diffusers = pytest.importorskip("diffusers")

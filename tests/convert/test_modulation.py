@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.artifact import read_card
 from atoll.condition import Condition
 from atoll.convert import convert
 from atoll.convert.modulation import FACTORS, activations, factors, share
 from atoll.convert.native import Native
-from atoll.loading import load_expert
+from atoll.ensemble.loading import load_expert
 from atoll.nn import build_network
+from atoll.storage.artifact import read_card
 
 HASH = {"name": "hash", "dim": 10, "length": 4}
 B, C, D, DEPTH = 3, 2, 16, 5

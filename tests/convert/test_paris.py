@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atoll.artifact import read_card
 from atoll.condition import Condition
 from atoll.convert.paris import CODEC, CONDITION, convert_paris, is_paris
+from atoll.ensemble.loading import load_ensemble, load_expert, load_router
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble, load_expert, load_router
+from atoll.storage.artifact import read_card
 from tests.nn.test_paris import layout, released_expert, released_router, router_layout
 
 B, C, SIDE, L, STATES, K, HEADS = 3, 2, 8, 5, 10, 4, 3

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from atoll.codec import PixelCodec
-from atoll.data import Block, Raw, Skipped, Source
 from atoll.data import encode as stage
 from atoll.data.block import Frozen
 from atoll.data.encode import encode_run
+from atoll.data.types import Block, Raw, Skipped, Source
+from atoll.encoders.codec import PixelCodec
+from atoll.encoders.feature import Hog
 from atoll.errors import AtollError
-from atoll.feature import Hog
 from atoll.manifest import parse_manifest
-from atoll.shards import Shards
+from atoll.storage.shards import Shards
 
 SIZES = (7, 0, 9, 3)  # samples of the blocks
 COUNT, SIZE = sum(SIZES), 8

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from atoll.shards import Shards
+from atoll.storage.shards import Shards
 
 ROWS, BLOCK = 320, 16
 MANIFEST = """

@@ -9,8 +9,8 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from atoll.data import Raw, Skipped
 from atoll.data.folder import Folder
+from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
 

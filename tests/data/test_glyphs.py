@@ -8,8 +8,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from atoll.data import Block, Raw, build_source
 from atoll.data.glyphs import DEMO, FACES, Glyphs
+from atoll.data.sources import build_source
+from atoll.data.types import Block, Raw
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
 

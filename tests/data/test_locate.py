@@ -24,7 +24,7 @@ from atoll.data.locate import (
     split_of,
 )
 from atoll.errors import AtollError
-from atoll.shards import split_by_hash
+from atoll.storage.shards import split_by_hash
 
 TAR = ("tars", (".tar",))
 

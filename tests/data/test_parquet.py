@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.data import Raw, Skipped
 from atoll.data.parquet import Parquet, cut
+from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
 

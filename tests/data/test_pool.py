@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atoll.data import Raw, Skipped
 from atoll.data import pool as pool_module
+from atoll.data.image import Framing
 from atoll.data.pool import AHEAD, CHUNK, Decoders, Framed
+from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
-from atoll.picture import Framing
 
 FRAMING = Framing(size=6, channels=3, smallest_side=4)
 
@@ -28,7 +28,7 @@ MISCHIEF = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from atoll.picture import Unusable
+from atoll.data.image import Unusable
 
 def decode(data, framing):
     if data == b"kill": os.kill(os.getpid(), signal.SIGKILL)
@@ -236,9 +236,9 @@ def test_leaving_early_ends_the_processes_even_one_that_hangs(decode, tmp_path) 
 PROGRAM = """
 import sys
 import numpy as np
-from atoll.data import Raw
+from atoll.data.types import Raw
 from atoll.data.pool import Decoders
-from atoll.picture import Framing
+from atoll.data.image import Framing
 from mischief import decode
 
 raws = [Raw(n, b"pid:" + n.encode(), "", "train") for n in sys.argv[1:]]

@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from atoll.data import Block, Raw, Skipped
 from atoll.data.tars import Tars
+from atoll.data.types import Block, Raw, Skipped
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
 

@@ -11,9 +11,9 @@ import torch
 from atoll.errors import AtollError
 from atoll.evaluate import evaluate_run
 from atoll.evaluate.compare import T_95, _next_of_prompt, differences, jackknife, likeness, open_measured, paired_half
-from atoll.evaluate.compare_page import compare_runs, lines, to_html
+from atoll.evaluate.pages.compare_page import compare_runs, lines, to_html
 from atoll.manifest import SpaceSettings
-from tests.evaluate.test_report import Parsed
+from tests.evaluate.pages.test_report import Parsed
 from tests.evaluate.test_run import SMALL, make_run
 
 HOG = SpaceSettings(feature={"name": "hog", "bins": 2, "grid": 2})

@@ -11,24 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atoll.artifact import save_artifact, write_json
 from atoll.assemble import assemble
 from atoll.calibration import Calibration
-from atoll.codec import PixelCodec
-from atoll.condition import HashEncoder
+from atoll.encoders.codec import PixelCodec
+from atoll.encoders.text import HashEncoder
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate import EvaluateSettings, Reference, Results, Variant, evaluate, evaluate_run
 from atoll.evaluate import run as run_module
-from atoll.evaluate.measure import Space, side_by_side
+from atoll.evaluate.measure import side_by_side
 from atoll.evaluate.run import _spread
+from atoll.evaluate.types import Space
 from atoll.evaluate.variants import alone
 from atoll.manifest import SweepSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.schedule import Cosine, Linear
-from atoll.shards import Shards, ShardWriter
 from atoll.solver import times_of
+from atoll.storage.artifact import save_artifact, write_json
+from atoll.storage.shards import Shards, ShardWriter
 from atoll.testing import GaussianMixture
 
 SHAPE = (1, 4, 6)
@@ -307,7 +308,7 @@ class TestEvaluateRun:
         assert len({scores[name]["denoising"]["mean"] for name in report["alignment"].values()}) == 4
 
     def test_hashes_name_all_that_was_read(self, run: Path) -> None:
-        from atoll.artifact import sha256_file
+        from atoll.storage.artifact import sha256_file
 
         hashes = report_of(run)["hashes"]
         assert hashes["monolith/card.json"] == sha256_file(run / "monolith" / "card.json")

@@ -12,7 +12,7 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate import Reference, Variant, evaluate
 from atoll.evaluate import bench as bench_module
-from atoll.evaluate.real import Real
+from atoll.evaluate.reference import Real
 from atoll.evaluate.store import Store, load_parts
 from atoll.manifest import DiversitySettings, SpaceSettings
 from atoll.objective import Objective

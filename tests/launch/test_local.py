@@ -12,8 +12,7 @@ import pytest
 from atoll.errors import AtollError
 from atoll.launch.local import Local, local_place
 from atoll.launch.loop import run_jobs
-from atoll.launch.place import open_place
-from atoll.launch.run import launch_run
+from atoll.launch.run import launch_run, open_place
 from tests.launch.stub import UNTIL_STOPPED, job
 
 SHOW = "import os, sys\nprint(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))\nopen(sys.argv[1], 'w')"

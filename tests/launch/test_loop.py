@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Status
 from atoll.launch.job import Ended, Job
 from atoll.launch.local import Local
 from atoll.launch.loop import Part, run_jobs
-from atoll.launch.place import Status
 from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
 
 

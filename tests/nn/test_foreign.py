@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from atoll.condition import Condition, LabelEncoder
+from atoll.condition import Condition
+from atoll.encoders.text import LabelEncoder
 from atoll.errors import AtollError
 from atoll.nn import Foreign, build_network
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from atoll.condition import Condition
+from atoll.ensemble.offload import lowered
 from atoll.errors import AtollError
-from atoll.memory import lowered
 from atoll.nn import SIZES, Paris, ParisConfig, ParisRouter, ParisRouterConfig, build_network
 from atoll.nn.paris import LATENT
 

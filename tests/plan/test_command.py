@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from atoll.artifact import read_json, write_json
 from atoll.errors import AtollError
-from atoll.plan import compare_run, here
-from atoll.plan.here import Speed
+from atoll.plan import compare_run, measure_machine
+from atoll.plan.measure_machine import Speed
 from atoll.plan.recipe import Text, parse_text
+from atoll.storage.artifact import read_json, write_json
 
 DAY_MISMATCH = 0.01  # the recipe's steps are rounded: 71.95 A100-days, not 72
 
@@ -116,7 +116,7 @@ def test_a_runs_experts_against_their_plan(atoll, trained_run, monkeypatch, tmp_
         measured.append(arguments)
         return Speed(flops=1e9, mfu=0.5)
 
-    monkeypatch.setattr(here, "speed_here", speed)
+    monkeypatch.setattr(measure_machine, "speed_here", speed)
     found = compare_run(run)
     assert [c.name for c in found] == ["0-eps-cosine", "1-flow-linear", "2-x0-linear-beta"]
     assert [arguments[1:] for arguments in measured] == [(6, 1, "fp32")]  # three equal ones: measured once

@@ -16,11 +16,11 @@ from atoll.plan import Plan, as_json, plan, plan_run, render
 from atoll.plan.cost import Network, training_flops
 from atoll.plan.fit import EMA_EVERY, LADDER, all_switches
 from atoll.plan.gpus import find_gpu
-from atoll.plan.here import compare, measured_flops, measured_rate
+from atoll.plan.measure_machine import compare, measured_flops, measured_rate
 from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
 from atoll.plan.report import comparison_lines
 from atoll.train import state
-from atoll.train.expert import dit_config
+from atoll.train.denoiser import dit_config
 
 ISLANDS = """
 - {name: anna, gpu: 4090, hours_per_day: 12, failures_per_day: 0.2, download_mbit: 100, experts: [1, 5-flow-linear]}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from atoll.artifact import sha256_file
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
+from atoll.storage.artifact import sha256_file
 from atoll.study import load_study, run_study
 from atoll.study import run as run_module
 from atoll.study.table import difference, say

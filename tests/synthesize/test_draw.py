@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from atoll.calibration import Calibration
-from atoll.condition import build_encoder
+from atoll.encoders.text import build_encoder
 from atoll.ensemble import Expert
+from atoll.ensemble.loading import LoadedExpert
 from atoll.errors import AtollError
-from atoll.loading import LoadedExpert
 from atoll.objective import Objective
 from atoll.solver import sample
 from atoll.synthesize.draw import ClusterModel, Sampling

@@ -13,16 +13,16 @@ import torch
 import yaml
 
 import atoll.synthesize.run as stage
-from atoll.artifact import CARD, read_card, sha256_file
 from atoll.assemble import assemble_run
 from atoll.calibration import Calibration
-from atoll.condition import build_encoder
+from atoll.encoders.text import build_encoder
 from atoll.ensemble import Expert
+from atoll.ensemble.loading import LoadedExpert, load_ensemble
 from atoll.errors import AtollError
-from atoll.loading import LoadedExpert, load_ensemble
 from atoll.manifest import load_manifest
 from atoll.objective import Objective
-from atoll.shards import Shards
+from atoll.storage.artifact import CARD, read_card, sha256_file
+from atoll.storage.shards import Shards
 from atoll.synthesize import synthesize_run
 from atoll.testing import GaussianMixture
 from atoll.train.distil import distil_run

@@ -7,15 +7,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from atoll.artifact import WEIGHTS, read_card
 from atoll.calibration import Calibration
-from atoll.condition import build_encoder
+from atoll.encoders.text import build_encoder
 from atoll.ensemble import Ensemble, Expert
+from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
-from atoll.loading import load_ensemble
 from atoll.manifest import load_manifest
 from atoll.objective import Objective
 from atoll.schedule import Cosine, Linear, LinearBeta, TableSchedule
+from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.testing import GaussianMixture
 from atoll.train.distil import distil_run, teacher_of
 from tests.conftest import RUN

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from atoll.artifact import WEIGHTS, read_card
+from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
-from atoll.loading import load_expert
 from atoll.manifest import Manifest, load_manifest
-from atoll.train.ema import WIDEST, decay, gamma_of, products, reconstruct_expert, snapshots_of, solve
+from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.train.ema import WIDEST, decay, gamma_of, products, solve
 from atoll.train.expert import train_expert
+from atoll.train.snapshots import reconstruct_expert, snapshots_of
 
 NAME, WIDTHS = "1-flow-linear", (0.05, 0.15)
 

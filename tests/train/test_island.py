@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atoll.artifact import WEIGHTS, read_card
 from atoll.manifest import load_manifest
+from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert
 from atoll.train.track import read_metrics

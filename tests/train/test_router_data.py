@@ -5,16 +5,15 @@ import shutil
 import pytest
 import torch
 
-from atoll.artifact import read_card
-from atoll.condition import HashEncoder
+from atoll.encoders.text import HashEncoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings
 from atoll.objective import Objective
 from atoll.schedule import Cosine, Linear
-from atoll.shards import Shards, ShardWriter
-from atoll.train.batches import Captioned
+from atoll.storage.artifact import read_card
+from atoll.storage.shards import Shards, ShardWriter
+from atoll.train.batches import Captioned, Rows
 from atoll.train.router import Routing, _data_set, train_router
-from atoll.train.rows import Rows
 
 
 def test_all_of_encoded(run) -> None:

@@ -10,18 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 import atoll.train.loop
-from atoll.artifact import WEIGHTS, read_card
-from atoll.condition import HashEncoder
+from atoll.encoders.text import HashEncoder
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn import build_network
-from atoll.shards import Shards, ShardWriter
-from atoll.train.batches import Captioned, Order, drop_condition
+from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.storage.shards import Shards, ShardWriter
+from atoll.train.batches import Captioned, Order, Rows, drop_condition
 from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
 from atoll.train.router import Routing, train_router
-from atoll.train.rows import Rows
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
 
@@ -180,16 +179,16 @@ def test_a_damaged_checkpoint_is_named(run, manifest) -> None:
 
 def poison(monkeypatch, *indices, value=float("nan")):
     """The losses of these batches are multiplied by `value`."""
-    real = atoll.train.expert.Denoising.batch
-    losses = atoll.train.expert.Denoising.losses
+    real = atoll.train.denoiser.Denoising.batch
+    losses = atoll.train.denoiser.Denoising.losses
 
     def batch(self, index, share):
         factor = value if index in indices else 1.0
         return {**real(self, index, share), "factor": torch.full((share.stop - share.start,), factor)}
 
-    monkeypatch.setattr(atoll.train.expert.Denoising, "batch", batch)
+    monkeypatch.setattr(atoll.train.denoiser.Denoising, "batch", batch)
     monkeypatch.setattr(
-        atoll.train.expert.Denoising, "losses", lambda self, module, part: losses(self, module, part) * part["factor"]
+        atoll.train.denoiser.Denoising, "losses", lambda self, module, part: losses(self, module, part) * part["factor"]
     )
 
 

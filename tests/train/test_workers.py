@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atoll.artifact import CARD, WEIGHTS
 from atoll.manifest import load_manifest
+from atoll.storage.artifact import CARD, WEIGHTS
 from atoll.train.expert import train_expert
 from tests.conftest import write_run
 

@@ -35,7 +35,7 @@ class Stop(Exception):
 
 def take_part(training: Training) -> None:
     os.environ["MASTER_PORT"] = str(training.port)
-    batch, losses = atoll.train.expert.Denoising.batch, atoll.train.expert.Denoising.losses
+    batch, losses = atoll.train.denoiser.Denoising.batch, atoll.train.denoiser.Denoising.losses
 
     def poisoned(self, index, share):
         if training.stop and index >= training.stop:
@@ -43,14 +43,14 @@ def take_part(training: Training) -> None:
         factor = float("nan") if index in training.poison else 1.0
         return {**batch(self, index, share), "factor": torch.full((share.stop - share.start,), factor)}
 
-    atoll.train.expert.Denoising.batch = poisoned
-    atoll.train.expert.Denoising.losses = lambda self, module, part: losses(self, module, part) * part["factor"]
+    atoll.train.denoiser.Denoising.batch = poisoned
+    atoll.train.denoiser.Denoising.losses = lambda self, module, part: losses(self, module, part) * part["factor"]
     try:
         train_expert(Path(training.run), load_manifest(Path(training.run)), "1", resume=training.resume)
     except Stop:
         pass
     finally:
-        atoll.train.expert.Denoising.batch, atoll.train.expert.Denoising.losses = batch, losses
+        atoll.train.denoiser.Denoising.batch, atoll.train.denoiser.Denoising.losses = batch, losses
 
 
 def start(trainings: list[Training], count: int = 2) -> None:

@@ -1,0 +1,76 @@
+"""Which rows of new shards are in the clusters already: found in bounded memory, whatever the number of either."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from atoll.cluster.sampling import hash_keys
+from atoll.cluster.write import ASSIGNMENT, cluster_path
+from atoll.errors import AtollError
+from atoll.storage.shards import Part, Shards
+
+_PASS = 1 << 25  # hashes in memory at a time: 256 MiB
+
+Hashes = Callable[[], Iterable[np.ndarray]]
+
+
+def already_there(new: Shards, out: Path, k: int) -> np.ndarray:
+    """[n] bool: which of new's rows are in the clusters/ directory `out`, a byte per row.
+
+    Raises:
+        AtollError: a key is there with another content (caption, split, latent).
+    """
+    there = _among(lambda: _assigned_hashes(out / ASSIGNMENT), lambda: (hash_keys(p.keys) for p in new.parts()))
+    if not there.any():
+        return there
+    columns = [name for name in new.columns if name != "feature"]
+    clusters = [Shards(cluster_path(out, number)) for number in range(k)]
+    same = _among(
+        lambda: (_content(part, columns) for shards in clusters for part in shards.parts()),
+        lambda: (_content(part, columns) for part in new.parts()),
+    )
+    if (there & ~same).any():
+        row = int(np.flatnonzero(there & ~same)[0])
+        key = next(part.keys[row - part.start] for part in new.parts() if row < part.start + len(part))
+        raise AtollError(
+            f"{new.path}: image {key!r} is in {out} already with another caption, split or latent; give it another "
+            "key, or make the clusters again with --force"
+        )
+    return there
+
+
+def _among(old: Hashes, new: Hashes) -> np.ndarray:
+    """[n] bool: which of the new hashes are among the old; both are gone through once per pass over a part of them."""
+    passes = max(1, -(-sum(map(len, old())) // _PASS))
+    found = np.zeros(sum(map(len, new())), bool)
+    for number in range(passes):
+        chosen = [hashes[hashes % np.uint64(passes) == number] for hashes in old()]
+        known, start = np.unique(np.concatenate(chosen)), 0
+        for hashes in new():
+            place = np.searchsorted(known, hashes).clip(max=max(0, len(known) - 1))
+            found[start : start + len(hashes)] |= known[place] == hashes if len(known) else False
+            start += len(hashes)
+    return found
+
+
+def _assigned_hashes(file: Path) -> Iterator[np.ndarray]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        for number in range(opened.num_row_groups):
+            yield hash_keys(opened.read_row_group(number, columns=["key"])["key"].to_pylist())
+
+
+def _content(part: Part, columns: Sequence[str]) -> np.ndarray:
+    """A hash [n] uint64 of all that is kept of each row: key, caption, split and the given columns."""
+    values = [part.columns[name].contiguous().view(torch.uint8).flatten(1).numpy() for name in columns]
+    digests = []
+    for row, text in enumerate(zip(part.keys, part.captions, part.splits, strict=True)):
+        digest = hashlib.blake2b("\0".join(text).encode(), digest_size=8)
+        for value in values:
+            digest.update(value[row].tobytes())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), "<u8")

@@ -1,0 +1,92 @@
+"""What guides a network: token states [B, L, D] with a mask, and an optional pooled vector [B, P]."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Captions as integers; what an integer means is known to the encoder that made it, in this process.
+
+    ids: [B,L] int64. mask: [B,L] bool, True where a token stands.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def index(self, rows: Tensor) -> "Tokens":
+        """The given rows ([b] int64), in their order."""
+        return Tokens(self.ids[rows], self.mask[rows])
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Encoded captions. Every row has at least one token: attention over an empty row would be 0/0.
+
+    states: [B,L,D] float. mask: [B,L] bool, True where a token stands. pooled: [B,P] float, or None.
+    Raises ValueError if the shapes do not belong together.
+    """
+
+    states: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.states.ndim != 3 or self.mask.shape != self.states.shape[:2] or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"a condition needs states [B,L,D] and a bool mask [B,L]; got {tuple(self.states.shape)} and "
+                f"{self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+        if self.pooled is not None and (self.pooled.ndim != 2 or len(self.pooled) != len(self.states)):
+            raise ValueError(f"pooled must be [{len(self.states)},P]; got {tuple(self.pooled.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def index(self, rows: Tensor) -> "Condition":
+        """The given rows ([b] int64, or a [B] bool mask), in their order."""
+        pooled = None if self.pooled is None else self.pooled[rows]
+        return Condition(self.states[rows], self.mask[rows], pooled)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
+        """Moved to a device and, except for the mask, cast to a dtype."""
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Condition(self.states.to(device, dtype), self.mask.to(device), pooled)
+
+    @staticmethod
+    def cat(conditions: "Sequence[Condition]") -> "Condition":
+        """Joined along the batch; all must share L, D and having a pooled vector or not (else ValueError)."""
+        pooled = [c.pooled for c in conditions if c.pooled is not None]
+        if len(pooled) not in (0, len(conditions)):
+            raise ValueError("some conditions have a pooled vector and some have none")
+        return Condition(
+            torch.cat([c.states for c in conditions]),
+            torch.cat([c.mask for c in conditions]),
+            torch.cat(pooled) if pooled else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """The conditions of B prompts by several encoders, in their order."""
+
+    parts: tuple[Condition, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def index(self, rows: Tensor) -> "Conditions":
+        """The given rows ([b] int64, or a [B] bool mask) of each, in their order."""
+        return Conditions(tuple(part.index(rows) for part in self.parts))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditions":
+        return Conditions(tuple(part.to(device, dtype) for part in self.parts))

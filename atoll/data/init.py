@@ -1,0 +1,89 @@
+"""A new run from a recipe, over its own data or the user's: `atoll init`."""
+
+import os
+from pathlib import Path
+
+import yaml
+
+from atoll.data.locate import PICTURES, Files, is_local, locate
+from atoll.errors import AtollError
+from atoll.manifest import MANIFEST, parse_manifest, recipe_path
+from atoll.storage.artifact import write_bytes
+
+FOR_DATA = "pictures"  # the recipe that is taken for the user's data where none is named
+DEFAULT = "demo"
+
+# What a source reads, by the files' suffixes. Parquet files beside pictures are a folder's captions: pictures win.
+_SUFFIXES = {
+    "folder": tuple(f".{kind}" for kind in PICTURES),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+}
+
+
+def init_run(run: Path, recipe: str | None = None, data: str | None = None, again: bool = False) -> Path:
+    """Writes run/atoll.yaml, the recipe's text, and returns its path.
+
+    Args:
+        recipe: a built-in recipe's name or a yaml file; None: "demo", or "pictures" with data.
+        data: a directory, file, glob or URL of pictures, tars or parquet files, for the recipe's data.path; a local
+            one is written as an absolute path. data.source is what is found there.
+        again: a manifest that is there already is fine, if it is what this call would write, or the call names nothing.
+
+    Raises:
+        AtollError: the run has a manifest already, or another one; there is no such recipe, or it is not valid; nothing
+            is there that could be read.
+    """
+    file = run / MANIFEST
+    if file.exists() and not again:
+        raise AtollError(f"{file} exists; edit it, or name another directory")
+    if file.exists() and recipe is None and data is None:
+        return file
+    source = recipe_path(recipe or (FOR_DATA if data else DEFAULT))
+    text = source.read_text(encoding="utf-8")
+    if data is not None:
+        place = os.path.abspath(os.path.expanduser(os.path.expandvars(data))) if is_local(data) else data
+        text = _with_data(text, str(source), {"source": _source_of(place), "path": place})
+    parse_manifest(text, str(source))
+    if file.exists():
+        if file.read_text(encoding="utf-8") != text:
+            raise AtollError(f"{file}: is not what --recipe and --data ask for; leave them out to go on with it")
+        return file
+    run.mkdir(parents=True, exist_ok=True)
+    write_bytes(file, text.encode())
+    return file
+
+
+def _source_of(place: str) -> str:
+    """Which source reads what is there."""
+    suffixes = tuple(suffix for kind in _SUFFIXES.values() for suffix in kind)
+    found: Files = locate(place, "pictures, tars or parquet files", suffixes)
+    names = [name.lower() for name in found.sizes]
+    for source, kinds in _SUFFIXES.items():
+        if any(name.endswith(kinds) for name in names):
+            return source
+    raise AtollError(f"{place}: is neither a picture, a tar nor a parquet file; name a directory that holds some")
+
+
+def _with_data(text: str, where: str, values: dict[str, str]) -> str:
+    """The recipe with other values in its `data` section; its comments stay."""
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+    sections = _entries(root)
+    entries = _entries(sections.get("data"))
+    if missing := values.keys() - entries.keys():
+        raise AtollError(f"{where}: its data section has no {' and no '.join(sorted(missing))} to set; add it, or "
+                         f"take --recipe {FOR_DATA}")  # fmt: skip
+    for key in sorted(values, key=lambda key: -entries[key].start_mark.index):  # from the end: places stay true
+        node = entries[key]
+        written = yaml.safe_dump(values[key], default_style='"', width=10**6).strip()
+        text = text[: node.start_mark.index] + written + text[node.end_mark.index :]
+    return text
+
+
+def _entries(node: yaml.Node | None) -> dict[str, yaml.Node]:
+    if not isinstance(node, yaml.MappingNode):
+        return {}
+    return {key.value: value for key, value in node.value}

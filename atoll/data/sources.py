@@ -1,0 +1,30 @@
+"""Builds the source of captioned images that the manifest describes."""
+
+from atoll.data.types import Source
+from atoll.errors import AtollError
+from atoll.manifest import DataSettings
+
+
+def build_source(data: DataSettings) -> Source:
+    """The source that the manifest's `data` section describes.
+
+    Raises:
+        AtollError: a path that does not exist or holds nothing, a column that is not there, a missing package.
+    """
+    if data.source == "glyphs":
+        from atoll.data.glyphs import Glyphs
+
+        return Glyphs(data.subset, data.size)
+    if data.path is None:
+        raise AtollError(f"data.source is {data.source!r} and data.path is not set; set it to where the pictures are")
+    if data.source == "folder":
+        from atoll.data.folder import Folder
+
+        return Folder(data)
+    if data.source == "webdataset":
+        from atoll.data.tars import Tars
+
+        return Tars(data)
+    from atoll.data.parquet import Parquet
+
+    return Parquet(data)

@@ -1,0 +1,325 @@
+"""The vector per image that is clustered. "hog" and "pixels" need no download and no fit; the others are networks."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atoll.encoders.weights import (
+    PretrainedConfig,
+    WeightsConfig,
+    find_weights,
+    freeze,
+    load_pretrained,
+    parse_config,
+    pretrained_files,
+    require_sha256,
+    sha256_files,
+    sha256_weights,
+)
+from atoll.errors import AtollError
+from atoll.nn import mobilenet, squeezenet
+
+
+class Feature(ABC):
+    """A frozen map from images to vectors. Subclasses are final; `build_feature` makes one again from its config."""
+
+    name: str
+    dim: int
+    takes_bf16: bool = False  # whether its vectors hardly change in bf16; clusters hang on them
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [B,C,H,W] in [0,1] to features [B,dim] float32, on the same device, without gradients."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The plain values that stand in cards."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Itself, moved to a device; `dtype` is what a network computes in."""
+
+
+class HogConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["hog"] = "hog"
+    bins: int = Field(4, ge=2)
+    grid: int = Field(8, ge=1)
+
+
+class Hog(Feature):
+    """Histograms of gradient orientations (Dalal and Triggs 2005), `bins` per cell of a `grid` x `grid` over the image.
+
+    Orientations are unsigned, so that dark on light equals light on dark. The square root of the histograms, at unit
+    length, is compared: distances between such vectors are Hellinger distances (Arandjelovic and Zisserman 2012). An
+    image without any edge gives zeros. Chosen among 24 features by how well k-means finds the glyphs' kinds and keeps a
+    character together over the faces (docs/log.md).
+    """
+
+    name = "hog"
+
+    def __init__(self, bins: int = 4, grid: int = 8):
+        self._config = HogConfig(bins=bins, grid=grid)
+        self.bins, self.grid = bins, grid
+        self.dim = bins * grid * grid
+
+    def __call__(self, images: Tensor) -> Tensor:
+        grey = F.pad(images.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")  # [B,1,H+2,W+2]
+        dx = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]  # [B,1,H,W]
+        dy = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+        strength = torch.hypot(dx, dy)
+        place = torch.atan2(dy, dx) * (self.bins / math.pi)  # each half turn passes all bins once
+        low = place.floor()
+        share = place - low  # a gradient counts for the two nearest bins, the nearer the more
+        maps = grey.new_zeros(len(grey), self.bins, *images.shape[-2:])  # [B,bins,H,W]
+        maps.scatter_add_(1, low.long() % self.bins, strength * (1 - share))
+        maps.scatter_add_(1, (low.long() + 1) % self.bins, strength * share)
+        cells = F.adaptive_avg_pool2d(maps, self.grid).flatten(1)  # [B,bins*grid*grid]
+        return F.normalize(cells.sqrt())
+
+    def config(self) -> dict[str, Any]:
+        return self._config.model_dump()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        return self  # nothing to move
+
+
+class PixelsConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["pixels"] = "pixels"
+    size: int = Field(8, ge=1)
+
+
+class Pixels(Feature):
+    """The image itself, at `size` x `size` pixels of red, green and blue: what features are compared with."""
+
+    name = "pixels"
+    takes_bf16 = True
+
+    def __init__(self, size: int = 8):
+        self.size, self.dim = size, 3 * size * size
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return resize(rgb(images.float(), self.name), self.size).flatten(1)
+
+    def config(self) -> dict[str, Any]:
+        return PixelsConfig(size=self.size).model_dump()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        return self  # nothing to move
+
+
+class DINOv2Config(PretrainedConfig):
+    """DINOv2 (Oquab et al. 2023), the papers' feature: facebook/dinov2-small to -giant; 1024-d for -large."""
+
+    name: Literal["dinov2"] = "dinov2"
+    size: int = Field(224, gt=0)  # pixels of a side; a multiple of the network's patch, 14
+
+
+class CLIPImageConfig(PretrainedConfig):
+    """The image half of a CLIP (Radford et al. 2021), in the space that it shares with texts."""
+
+    name: Literal["clip-image"] = "clip-image"
+    size: int | None = Field(None, gt=0)  # None: the network's own, the only one that it takes (224)
+
+
+class MobileNetConfig(WeightsConfig):
+    """weights: mobilenetv2_tf_int8.npz."""
+
+    name: Literal["mobilenetv2"] = "mobilenetv2"
+    size: int = Field(128, ge=32)
+
+
+class SqueezeNetConfig(WeightsConfig):
+    """weights: squeezenet11_caffe_fp16.npz."""
+
+    name: Literal["squeezenet"] = "squeezenet"
+    size: int = Field(128, ge=squeezenet.SMALLEST)
+
+
+NetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig
+
+# Mean and standard deviation [1,3,1,1] of red, green and blue, as the networks were trained.
+_IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
+_NEITHER = torch.tensor([[0.0], [1.0]]).reshape(2, 1, 1, 1, 1)  # the network standardises by itself
+_CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).reshape(2, 1, 3, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A loaded network: `vector` gives [B,dim] of images [B,3,size,size], standardised by mean and std
+    ([1,3,1,1], or [1,1,1,1] for all channels)."""
+
+    network: nn.Module  # what is moved and cast
+    vector: Callable[[Tensor], Tensor]
+    dim: int
+    size: int
+    sha256: str
+    mean: Tensor
+    std: Tensor
+
+
+class NetworkFeature(Feature):
+    """A network's vector of an image. The image's shorter side is resized to `size`, then its middle is taken."""
+
+    def __init__(self, config: NetworkConfig, backbone: Backbone):
+        self.name, self.dim, self.size = config.name, backbone.dim, backbone.size
+        # Transformers are run in 16 bits everywhere; MobileNetV2's vector, of 8-bit weights, moves by a fifth.
+        self.takes_bf16 = config.name in ("dinov2", "clip-image")
+        self._backbone = backbone
+        self._config = config.model_copy(update={"sha256": backbone.sha256, "size": backbone.size})
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._backbone.vector(self._input(resize(images.float(), self.size))).float()
+
+    @torch.no_grad()
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """SqueezeNet's seven maps [B,D,h,w] of the images at their own size, float32: for a perceptual distance.
+
+        Raises:
+            AtollError: the feature is another, or the images are smaller than 17 pixels.
+        """
+        network = self._backbone.network
+        if not isinstance(network, squeezenet.SqueezeNet):
+            raise AtollError(f"the feature {self.name!r} has no taps; take 'squeezenet'")
+        return [tap.float() for tap in network.taps(self._input(images.float()))]
+
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, **self._config.model_dump(exclude={"name"})}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        self._backbone.network.to(device, dtype)
+        return self
+
+    def _input(self, images: Tensor) -> Tensor:
+        """Images [B,1 or 3,h,w] as the network takes them, [B,3,h,w]; the network follows them to their device."""
+        images = rgb(images, self.name)
+        weight = next(self._backbone.network.parameters())
+        if weight.device != images.device:
+            self._backbone.network.to(images.device)
+        mean, std = self._backbone.mean.to(images.device), self._backbone.std.to(images.device)
+        images = (images - mean) / std  # [B,3,h,w]
+        return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _load_dinov2(config: DINOv2Config) -> Backbone:
+    directory, found = _pretrained(config, "dinov2")
+    classes = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+    network: Any = load_pretrained("transformers", classes, directory)
+    patch = network.config.patch_size
+    if config.size % patch:
+        raise AtollError(
+            f"feature 'dinov2': size {config.size} is no multiple of the network's patch, {patch}; "
+            f"set feature.size to {max(1, round(config.size / patch)) * patch}"
+        )
+    return Backbone(
+        network,
+        lambda images: network(images).pooler_output,  # the class token after the last layer norm
+        network.config.hidden_size,
+        config.size,
+        found,
+        *_IMAGENET,
+    )
+
+
+def _load_clip_image(config: CLIPImageConfig) -> Backbone:
+    directory, found = _pretrained(config, "clip-image")
+    classes = dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection")
+    network: Any = load_pretrained("transformers", classes, directory)
+    own = network.config
+    if config.size not in (None, own.image_size):
+        raise AtollError(
+            f"feature 'clip-image': size {config.size}, but the network takes {own.image_size}; "
+            f"set feature.size to {own.image_size}, or leave it out"
+        )
+    return Backbone(
+        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, found, *_CLIP
+    )
+
+
+def _load_npz(config: MobileNetConfig | SqueezeNetConfig) -> Backbone:
+    path = find_weights(config.weights)
+    if not path.is_file():
+        raise AtollError(f"feature {config.name!r}: {path} is a directory; name the .npz file in it")
+    found = sha256_weights(path)
+    require_sha256(f"feature {config.name!r}", path, found, config.sha256)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except Exception as error:  # zip, header and value errors: whatever a damaged file makes numpy raise
+        raise AtollError(f"{path}: cannot be read ({error}); get a fresh copy of the .npz") from None
+    network: nn.Module
+    if config.name == "mobilenetv2":
+        network, dim = mobilenet.load_mobilenet(arrays, str(path)), mobilenet.DIM
+    else:
+        network, dim = squeezenet.load_squeezenet(arrays, str(path)), squeezenet.DIM
+    return Backbone(freeze(network), network, dim, config.size, found, *_NEITHER)
+
+
+def _pretrained(config: PretrainedConfig, name: str) -> tuple[Path, str]:
+    """(the directory of a network of transformers, its sha256, which is the config's if that names one)."""
+    directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
+    found = sha256_files(pretrained_files(directory, "model"))
+    require_sha256(f"feature {name!r}", directory, found, config.sha256)
+    return directory, found
+
+
+def rgb(images: Tensor, feature: str) -> Tensor:
+    """Images [B,1 or 3,H,W] -> [B,3,H,W]. Raises AtollError for other channels; `feature` says whose."""
+    if images.shape[1] not in (1, 3):
+        raise AtollError(f"the feature {feature!r} takes images of 1 or 3 channels; got {images.shape[1]}")
+    return images.expand(-1, 3, -1, -1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images [B,C,H,W] in [0,1] to [B,C,size,size]: bicubic with antialiasing by the shorter side, then the middle."""
+    height, width = images.shape[-2:]
+    if min(height, width) != size:
+        shape = [max(size, round(side * size / min(height, width))) for side in (height, width)]
+        images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)  # bicubic overshoots
+        height, width = shape
+    top, left = (height - size) // 2, (width - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+_CONFIGS: dict[str, type[BaseModel]] = {
+    "hog": HogConfig,
+    "pixels": PixelsConfig,
+    "dinov2": DINOv2Config,
+    "clip-image": CLIPImageConfig,
+    "mobilenetv2": MobileNetConfig,
+    "squeezenet": SqueezeNetConfig,
+}
+
+
+def build_feature(config: Mapping[str, Any]) -> Feature:
+    """The feature that a manifest's or a card's config describes.
+
+    Raises:
+        AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
+            sha256; a missing package.
+    """
+    match parse_config("feature", _CONFIGS, config):
+        case DINOv2Config() as checked:
+            return NetworkFeature(checked, _load_dinov2(checked))
+        case CLIPImageConfig() as checked:
+            return NetworkFeature(checked, _load_clip_image(checked))
+        case MobileNetConfig() | SqueezeNetConfig() as checked:
+            return NetworkFeature(checked, _load_npz(checked))
+        case HogConfig() as checked:
+            return Hog(checked.bins, checked.grid)
+        case PixelsConfig() as checked:
+            return Pixels(checked.size)
+    raise AssertionError("a name without its feature")

@@ -1,0 +1,53 @@
+"""What guides a network, and the frozen encoders of captions: hash, label, clip, t5."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from atoll.condition import Condition, Conditions, Tokens
+from atoll.encoders.text.encoder import Encoder
+from atoll.encoders.text.hashed import HashConfig, HashEncoder
+from atoll.encoders.text.label import LabelConfig, LabelEncoder, read_labels
+from atoll.encoders.text.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
+from atoll.encoders.text.several import SeveralEncoders
+from atoll.encoders.weights import parse_config
+
+__all__ = [
+    "CLIPEncoder",
+    "Condition",
+    "Conditions",
+    "Encoder",
+    "HashEncoder",
+    "LabelEncoder",
+    "SeveralEncoders",
+    "T5Encoder",
+    "Tokens",
+    "build_encoder",
+]
+
+_CONFIGS: dict[str, type[BaseModel]] = {
+    "hash": HashConfig,
+    "label": LabelConfig,
+    "clip": CLIPConfig,
+    "t5": T5Config,
+}
+
+
+def build_encoder(config: Mapping[str, Any]) -> Encoder:
+    """The encoder that a manifest's or a card's config describes.
+
+    Raises:
+        AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
+            sha256; a missing package.
+    """
+    match parse_config("condition encoder", _CONFIGS, config):
+        case LabelConfig() as checked:
+            return LabelEncoder(read_labels(checked.labels))
+        case CLIPConfig() as checked:
+            return CLIPEncoder(checked)
+        case T5Config() as checked:
+            return T5Encoder(checked)
+        case HashConfig() as checked:
+            return HashEncoder(checked.dim, checked.length, checked.seed)
+    raise AssertionError("a name without its encoder")

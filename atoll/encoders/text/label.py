@@ -1,0 +1,86 @@
+"""Captions that are class names, of a closed list: each is one token, its number as a one-hot vector."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+
+from atoll.condition import Condition, Tokens
+from atoll.encoders.text.encoder import Encoder
+from atoll.errors import AtollError
+
+
+class LabelConfig(BaseModel):
+    """labels: the class names, or the path of a text file with one a line (blank lines are none)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["label"] = "label"
+    labels: tuple[str, ...] | str
+
+
+class LabelEncoder(Encoder):
+    """A class name to states [B,1,n] and pooled [B,n], one-hot; the empty caption is zeros: no class.
+
+    Its card holds the names themselves, so that their numbers never change with a file.
+    """
+
+    name = "label"
+    length = 1
+
+    def __init__(self, labels: Sequence[str]):
+        """Raises AtollError: no label, an empty one (it would be the null condition), or one that stands twice."""
+        self._labels = tuple(label.strip() for label in labels)
+        if not self._labels or "" in self._labels:
+            raise AtollError(
+                f"condition encoder 'label': {'an empty label' if self._labels else 'no labels'}; "
+                "expected at least one class name, none of them empty"
+            )
+        self._numbers = {label: number for number, label in enumerate(self._labels, start=1)}  # 0 is the null condition
+        if len(self._numbers) < len(self._labels):
+            twice = next(label for label in self._labels if self._labels.count(label) > 1)
+            raise AtollError(f"condition encoder 'label': the label {twice!r} stands there twice; rename or remove one")
+        self.dim = self.pooled_dim = len(self._labels)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Raises AtollError for a caption that is none of the labels; it names the nearest."""
+        ids = torch.tensor([self._number(caption.strip()) for caption in captions], dtype=torch.int64).reshape(-1, 1)
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def encode(self, tokens: Tokens) -> Condition:
+        states = F.one_hot(tokens.ids, self.dim + 1)[..., 1:].float()  # [B,1,n]
+        return Condition(states, tokens.mask, states[:, 0])
+
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, "labels": list(self._labels)}
+
+    def _number(self, caption: str) -> int:
+        if not caption:
+            return 0
+        number = self._numbers.get(caption)
+        if number is None:
+            near = difflib.get_close_matches(caption, self._labels, n=1, cutoff=0)
+            raise AtollError(
+                f"{caption!r} is none of the {self.dim} labels; the nearest is {near[0]!r}: correct the caption, "
+                "or add it to condition.labels"
+            )
+        return number
+
+
+def read_labels(labels: tuple[str, ...] | str) -> tuple[str, ...]:
+    """The labels themselves, or the lines of the file that they name. Raises AtollError if it cannot be read."""
+    if not isinstance(labels, str):
+        return labels
+    path = Path(os.path.expanduser(os.path.expandvars(labels)))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AtollError(
+            f"condition.labels: {path} cannot be read ({error}); name a text file, one label a line"
+        ) from None
+    return tuple(line for line in text.splitlines() if line.strip())

@@ -1,0 +1,1 @@
+"""How experts, router and fusion behave along a sampling trajectory."""

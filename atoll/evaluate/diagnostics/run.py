@@ -1,0 +1,86 @@
+"""The alignment diagnostics of a run: where its held-out latents, clusters and trajectories come from."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from atoll.condition import Condition, Conditions
+from atoll.encoders.codec import Codec
+from atoll.encoders.text import Encoder, SeveralEncoders
+from atoll.ensemble import Ensemble
+from atoll.errors import AtollError
+from atoll.evaluate.diagnostics.cluster_space import ClusterSpace
+from atoll.evaluate.diagnostics.routers import HeldOut
+from atoll.evaluate.diagnostics.trajectory import Diagnostics, Draw, diagnose
+from atoll.evaluate.metrics.frechet import Features, seeded_noise
+from atoll.manifest import EvaluateSettings
+from atoll.storage.shards import Shards
+
+_OF_CLUSTER = 1024  # pictures at most, at random, that stand for a cluster
+
+
+def diagnose_run(
+    ensemble: Ensemble,
+    clusters: Sequence[Shards],
+    encoder: Encoder | SeveralEncoders,
+    codec: Codec,
+    space: Features,
+    settings: EvaluateSettings,
+    device: str | torch.device = "cpu",
+) -> Diagnostics:
+    """`settings.diagnosed` trajectories and at most four times as many held-out latents, spread over the clusters.
+
+    clusters: of the run, numbered as the experts' are. space: what distances to their data are taken in.
+
+    Raises:
+        AtollError: no clusters, or none of them holds out anything.
+    """
+    if not clusters:
+        raise AtollError(
+            "evaluate.diagnosed needs the clusters' shards beside the run; copy clusters/ here, or set it to 0"
+        )
+    rows = [_some(shards, "val", -(-4 * settings.diagnosed // len(clusters)), settings.seed) for shards in clusters]
+    x0 = torch.cat([shards.read("latent", own).float() for shards, own in zip(clusters, rows, strict=True)])
+    if len(x0) == 0:
+        raise AtollError(f"{clusters[0].path} and the others hold no rows of split val; encode with some held out")
+    labels = torch.cat([torch.full((len(own),), number) for number, own in enumerate(rows)])
+    captions = [shards.captions[row] for shards, own in zip(clusters, rows, strict=True) for row in own.tolist()]
+    tokens = encoder.tokenize(captions)
+
+    def condition(numbers: Tensor) -> Condition | Conditions:
+        return encoder.encode(tokens.index(numbers))
+
+    held_out = HeldOut(x0, labels, [settings.seed + i for i in range(len(x0))], condition)
+    drawn = torch.randperm(len(x0), generator=torch.Generator().manual_seed(settings.seed))[: settings.diagnosed]
+
+    def features(latents: Tensor) -> Tensor:
+        return space(codec.decode(latents))
+
+    return diagnose(
+        ensemble,
+        seeded_noise([settings.seed + i for i in range(len(drawn))], x0.shape[1:]),
+        lambda numbers: condition(drawn[numbers]),
+        ClusterSpace.of(_batches(clusters, settings), features, space.name),
+        held_out,
+        Draw(settings.steps, settings.method, settings.guidance_scale),
+        settings.levels,
+        labels[drawn],
+        settings.seed,
+        settings.batch,
+        device,
+    )
+
+
+def _some(shards: Shards, split: Literal["train", "val"], count: int, seed: int) -> Tensor:
+    """At most `count` rows of the split, at random."""
+    rows = shards.rows(split)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def _batches(clusters: Sequence[Shards], settings: EvaluateSettings) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training latents of each cluster with its number."""
+    for number, shards in enumerate(clusters):
+        for rows in _some(shards, "train", _OF_CLUSTER, settings.seed).split(settings.batch):
+            yield shards.read("latent", rows).float(), torch.full((len(rows),), number)

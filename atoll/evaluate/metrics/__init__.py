@@ -1,0 +1,1 @@
+"""Distances, agreement, diversity and cost."""

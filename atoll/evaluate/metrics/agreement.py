@@ -1,0 +1,225 @@
+"""How well pictures follow their prompts: by a CLIP, or, where none is at hand, by a regression on real pictures."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atoll.condition import Condition, Conditions
+from atoll.encoders.feature import Feature, build_feature
+from atoll.encoders.text import Encoder, build_encoder
+from atoll.errors import AtollError
+from atoll.evaluate.metrics.frechet import Features, Moments, metric_name
+
+CANDIDATES = 100  # prompts that a picture's own is sought among: AttnGAN's R-precision
+# Ridge parameters tried, relative to the mean variance of a feature's dimension.
+RELATIVE_LAMBDAS = tuple(10.0 ** (power / 4) for power in range(-32, 17))
+FREEDOM = 0.95  # of n: a regression that uses more of its degrees of freedom has nothing left to be judged by
+EQUAL = 1e-9  # cosines nearer than this are a tie
+
+
+class CLIPScore:
+    """100 max(cos(picture, prompt), 0) between the two halves of one CLIP.
+
+    Hessel et al. 2021, with the weight of 100 that is usual for generated pictures instead of their 2.5, and without
+    their prefix "A photo depicts". A prompt is cut at the 77 tokens that CLIP reads. Pictures are resized by the
+    shorter side to what the network takes, and their middle is scored.
+
+    Args:
+        images: "clip-image". texts: "clip" with pooled: projected. Of one CLIP; `load` builds both.
+
+    Raises:
+        AtollError: halves that do not share a space.
+    """
+
+    def __init__(self, images: Feature, texts: Encoder):
+        if texts.pooled_dim != images.dim:
+            raise AtollError(
+                f"the CLIP's pictures have {images.dim} dimensions, its texts {texts.pooled_dim}; "
+                "name two halves of one CLIP"
+            )
+        self._images, self._texts = images, texts
+        halves = f"{images.config()['sha256']} {texts.config()['sha256']}"
+        self.name = f"CLIPScore [{hashlib.sha256(halves.encode()).hexdigest()[:8]}]"
+
+    @classmethod
+    def load(cls, weights: str) -> "CLIPScore":
+        """From a directory (or repository) of transformers that holds a whole CLIP and its tokenizer.
+
+        Raises:
+            AtollError: as `build_feature` and `build_encoder`.
+        """
+        images = build_feature({"name": "clip-image", "weights": weights})
+        return cls(images, build_encoder({"name": "clip", "weights": weights, "pooled": "projected"}))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Pictures [B, C, H, W] in [0, 1] and their B prompts -> [B], 0 to 100; NaN of a picture that is not finite.
+
+        Raises:
+            AtollError: another number of prompts than of pictures.
+        """
+        if len(images) != len(prompts):
+            raise AtollError(f"{len(images)} pictures and {len(prompts)} prompts; expected one prompt for each picture")
+        seen = self._images(images)  # [B,D]
+        read = self._texts.encode(self._texts.tokenize(prompts).to(seen.device)).pooled  # [B,D]
+        assert read is not None  # the projected vector
+        score = 100 * F.cosine_similarity(seen, read).clamp(min=0)
+        return score.masked_fill(~torch.isfinite(images).flatten(1).all(1).to(score.device), torch.nan)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well pictures agree with their prompts.
+
+    Attributes:
+        r_precision: the share of pictures whose own prompt is the nearest.
+        cosine: mean cosine between what is read off a picture and its own prompt, both centred.
+        pictures: how many.
+        candidates: prompts that each picture's own was sought among, with it; by chance r_precision is one of them.
+    """
+
+    r_precision: float
+    cosine: float
+    pictures: int
+    candidates: int
+
+
+class RidgeAgreement:
+    """Reads the prompt's vector off a picture's features, by a ridge regression fitted on real pictures.
+
+    Needs no CLIP and is as good as its features: real held-out pictures with their prompts give the ceiling, with
+    shuffled prompts the floor, and a number says something between the two. Off the pictures that it was fitted on it
+    reads more than off any others: ask for the prompts of others, or a model that repeats those would score above the
+    ceiling.
+
+    R-precision as in AttnGAN (Xu et al. 2018, section 4), with this regression for their trained encoders. `fit` makes
+    one.
+    """
+
+    def __init__(self, features: Features, mean: Tensor, target_mean: Tensor, weights: Tensor, ridge: float):
+        """mean [D], target_mean [P], weights [D, P]; ridge: the parameter that was chosen, in units of a variance."""
+        self.features, self.ridge = features, ridge
+        self._mean, self._target_mean, self._weights = mean, target_mean, weights
+        digest = hashlib.sha256(features.sha256.encode())
+        for part in (mean, target_mean, weights):
+            digest.update(part.float().contiguous().numpy().tobytes())
+        self.name = f"{metric_name('R-precision', features).rsplit(' ', 1)[0]} [{digest.hexdigest()[:8]}]"
+
+    @classmethod
+    def fit(cls, features: Features, pairs: Iterable[tuple[Tensor, Tensor]]) -> "RidgeAgreement":
+        """From batches of (features [B, D], prompts' vectors [B, P]) of real training pictures.
+
+        Vectors are brought to unit length and centred. In closed form from their joint moments, in float64: memory is
+        (D + P)^2, however many pictures. The ridge parameter is that of 49 between 1e-8 and 1e4 times the features'
+        mean variance with the least generalised cross-validation error (Golub, Heath & Wahba 1979).
+
+        Raises:
+            AtollError: fewer than 3 pictures, features or vectors that are not finite, or all alike.
+        """
+        moments: Moments | None = None
+        for seen, vectors in pairs:
+            joint = torch.cat([seen.detach().cpu().double(), _unit(vectors)], dim=1)  # [B,D+P]
+            moments = moments or Moments(joint.shape[1])
+            moments.update(joint)
+        if moments is None or moments.count < 3:
+            raise AtollError(f"a regression on {moments.count if moments else 0} pictures; expected at least 3")
+        if not moments.finite:
+            raise AtollError("features or prompts' vectors of real pictures that are not finite; look at the data")
+        n, dim = moments.count, features.dim
+        covariance = moments.covariance * ((n - 1) / n)
+        xx, xy, yy = covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
+        if float(xx.trace()) <= 0 or float(yy.trace()) <= 0:
+            raise AtollError(
+                "all pictures have the same features, or all prompts the same vector: nothing to tell apart"
+            )
+        weights, ridge = _ridge(xx, xy, float(yy.trace()), n)
+        return cls(features, moments.mean[:dim], moments.mean[dim:], weights, ridge)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features [n, D] -> the centred vectors [n, P] of the prompts they were drawn for, float64."""
+        return (features.detach().cpu().double() - self._mean) @ self._weights
+
+    def score(self, features: Tensor, prompts: Sequence[str], vectors: Tensor, seed: int = 0) -> Agreement:
+        """Scores pictures with these features [n, D] against their n prompts, whose vectors are [n, P].
+
+        A picture's own prompt is sought among it and 99 others, at random of the distinct prompts given; among all of
+        them where they are no more than 100. Prompts with equal vectors share a hit. Two sets of pictures for the same
+        prompts are asked with the same candidates.
+
+        Raises:
+            AtollError: numbers that do not fit, features that are not finite, or fewer than two distinct prompts.
+        """
+        if not len(features) == len(prompts) == len(vectors):
+            raise AtollError(
+                f"{len(features)} pictures, {len(prompts)} prompts and {len(vectors)} vectors; expected as many of each"
+            )
+        if not bool(torch.isfinite(features).all()):
+            raise AtollError("features that are not finite: the sampling diverged")
+        number = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        if len(number) < 2:
+            raise AtollError(f"{len(number)} distinct prompts; expected at least 2 to tell apart")
+        own = torch.tensor([number[prompt] for prompt in prompts])  # [n]
+        first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
+        distinct = F.normalize(_unit(vectors[[first[prompt] for prompt in number]]) - self._target_mean)  # [M,P]
+        predicted = F.normalize(self.predict(features))  # [n,P]
+        cosines = (predicted * distinct[own]).sum(1)  # [n]
+        generator = torch.Generator().manual_seed(seed)
+        hits = 0.0
+        for row, mine in enumerate(own.tolist()):
+            others = _others(mine, len(distinct), generator)
+            rivals = distinct[others] @ predicted[row]  # [99] or fewer
+            if bool((rivals <= cosines[row] + EQUAL).all()):
+                hits += 1 / (1 + int((rivals >= cosines[row] - EQUAL).sum()))
+        candidates = min(CANDIDATES, len(distinct))
+        return Agreement(hits / len(own), float(cosines.mean()), len(own), candidates)
+
+
+def pooled_vectors(condition: Condition | Conditions) -> Tensor:
+    """One vector per prompt, [B, P]: the pooled one, or where there is none the mean of the token states.
+
+    Of several encoders' conditions, all of them side by side, each at unit length.
+    """
+    if isinstance(condition, Conditions):
+        return torch.cat([F.normalize(pooled_vectors(part)) for part in condition.parts], dim=1)
+    if condition.pooled is not None:
+        return condition.pooled
+    mask = condition.mask[..., None].to(condition.states.dtype)  # [B,L,1]
+    return (condition.states * mask).sum(1) / mask.sum(1)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """[n, P] at unit length, float64; zeros (a prompt of no class) stay zeros."""
+    return F.normalize(vectors.detach().cpu().double())
+
+
+def _others(own: int, count: int, generator: torch.Generator) -> Tensor:
+    """At most 99 numbers of 0..count-1 without `own`."""
+    if count <= CANDIDATES:
+        return torch.tensor([other for other in range(count) if other != own])
+    drawn = torch.randperm(count - 1, generator=generator)[: CANDIDATES - 1]
+    return drawn + (drawn >= own)
+
+
+def _ridge(xx: Tensor, xy: Tensor, yy: float, n: int) -> tuple[Tensor, float]:
+    """(weights [D, P], the ridge parameter) of least GCV, from the covariances [D, D] and [D, P] and y's variance.
+
+    GCV = |y - y_hat|^2 / n / (1 - tr(H) / n)^2; tr(H) counts the mean as one.
+    """
+    values, rotation = torch.linalg.eigh(xx)  # [D], [D,D]
+    values = values.clamp(min=0)
+    along = rotation.T @ xy  # [D,P]
+    power = along.square().sum(1)  # [D]
+    ridges = [relative * float(values.mean()) for relative in RELATIVE_LAMBDAS]
+    best, chosen = float("inf"), ridges[-1]
+    for ridge in ridges:
+        residual = yy - float((power * (values + 2 * ridge) / (values + ridge).square()).sum())
+        freedom = 1 + float((values / (values + ridge)).sum())
+        if freedom > FREEDOM * n:
+            continue
+        error = max(residual, 0.0) / (1 - freedom / n) ** 2
+        if error < best:
+            best, chosen = error, ridge
+    return rotation @ (along / (values + chosen)[:, None]), chosen

@@ -1,0 +1,152 @@
+"""How unlike each other the pictures of one prompt are: intra-prompt diversity, as HDDM reports it."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atoll.encoders.feature import NetworkFeature, build_feature
+from atoll.encoders.weights import sha256_weights
+from atoll.errors import AtollError
+from atoll.evaluate.metrics.inception import import_with_torchvision, local_weights
+from atoll.nn.squeezenet import SMALLEST
+
+
+class PerceptualDistance(Protocol):
+    """A distance between pictures. `name` says which, and the first 8 letters of what it depends on."""
+
+    name: str
+
+    def pairwise(self, images: Tensor, /) -> Tensor:
+        """Pictures [n, C, H, W] in [0, 1] -> distances [n (n - 1) / 2] of (0, 1), (0, 2), ... (n - 2, n - 1)."""
+
+
+class SqueezeDist:
+    """The squared difference of SqueezeNet's taps at unit length: LPIPS less its learnt weights, and never called so.
+
+    Zhang et al. 2018, Eq. 1 with all w_l = 1: channels at unit length in each place, squared differences summed over
+    channels, averaged over places, summed over the seven taps. It depends on the pictures' size.
+
+    Args:
+        feature: "squeezenet", built by `atoll.encoders.feature.build_feature`.
+        enlarged: pictures with a side below 17 pixels, the least that the network takes, are enlarged (bilinear) until
+            their shorter side has this many. It is part of the hash in the name.
+
+    Raises:
+        AtollError: another feature, or `enlarged` below 17.
+    """
+
+    def __init__(self, feature: NetworkFeature, enlarged: int = 64):
+        if feature.name != "squeezenet":
+            raise AtollError(f"the feature {feature.name!r} has no taps; take 'squeezenet'")
+        if enlarged < SMALLEST:
+            raise AtollError(f"pictures enlarged to {enlarged} pixels; SqueezeNet needs at least {SMALLEST}")
+        self.feature, self.enlarged = feature, enlarged
+        digest = hashlib.sha256(f"{feature.config()['sha256']} enlarged {enlarged}".encode())
+        self.name = f"SqueezeDist [{digest.hexdigest()[:8]}]"
+
+    def pairwise(self, images: Tensor, /) -> Tensor:
+        total = images.new_zeros(len(images) * (len(images) - 1) // 2, dtype=torch.float32)
+        for tap in self.feature.taps(_enlarged(images, self.enlarged)):  # [n,D,h,w]
+            unit = tap / (tap.norm(dim=1, keepdim=True) + 1e-10)  # where no channel is active, 0
+            total += torch.pdist(unit.flatten(1)).square() / unit[0, 0].numel()
+        return total
+
+
+class LPIPS:
+    """LPIPS 0.1 (Zhang et al. 2018) by the package `lpips`, which brings its learnt weights but not the network's.
+
+    Args:
+        weights: the local path of torchvision's weights of the network (alexnet-owt-7be5be79.pth for "alex").
+        net: "alex", as papers report it; "vgg" or "squeeze".
+
+    Raises:
+        AtollError: another net; lpips or torchvision is not installed; weights that are not found (nothing is
+            downloaded), damaged, or of another network.
+    """
+
+    def __init__(self, weights: str, net: Literal["alex", "vgg", "squeeze"] = "alex"):
+        if net not in ("alex", "vgg", "squeeze"):
+            raise AtollError(f"lpips: unknown net {net!r}; take 'alex', 'vgg' or 'squeeze'")
+        path = local_weights(weights)
+        library = import_with_torchvision("lpips", "pip install lpips", ", or take SqueezeDist, which needs neither")
+        network = library.LPIPS(net=net, pnet_rand=True, verbose=False)  # random, so that nothing is downloaded
+        try:
+            given = torch.load(path, map_location="cpu", weights_only=True)
+            # lpips cuts torchvision's `features` into slices: slice2.5.weight is features.5.weight.
+            own = {key: given[f"features.{key.split('.', 1)[1]}"] for key in network.net.state_dict()}
+            network.net.load_state_dict(own)
+        except Exception as error:  # whatever a damaged or other file makes torch raise
+            reason = " ".join(str(error).split())[:120]
+            raise AtollError(f"{path}: no weights of torchvision's {net} ({reason}); get a fresh copy") from None
+        self._network = network.eval().requires_grad_(False)
+        self.name = f"LPIPS-{net} [{sha256_weights(path)[:8]}]"
+
+    @torch.no_grad()
+    def pairwise(self, images: Tensor, /) -> Tensor:
+        self._network.to(images.device)
+        images, pairs = images.float().expand(-1, 3, -1, -1), combinations(range(len(images)), 2)
+        found = [self._network(images[i : i + 1], images[j : j + 1], normalize=True) for i, j in pairs]
+        return torch.cat(found).flatten()
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """HDDM's intra-prompt diversity (arXiv 2603.06741): over prompts, mean and standard deviation (0 for one prompt) of
+    the mean distance between the pictures of one. Larger is more various; noise is most various of all, so it says
+    nothing alone. NaN where pictures diverged.
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, by_prompt: Sequence[float]) -> "Diversity":
+        """From `mean_distance` of each prompt's pictures. Raises AtollError for no prompts."""
+        if not by_prompt:
+            raise AtollError("the diversity of no prompts; expected at least one")
+        values = torch.tensor(by_prompt, dtype=torch.float64)
+        return cls(float(values.mean()), float(values.std()) if len(values) > 1 else float(values[0] * 0))
+
+
+def mean_distance(distance: PerceptualDistance, images: Tensor) -> float:
+    """Between the pictures [n, C, H, W] in [0, 1] of one prompt; NaN where any of them is not finite.
+
+    Raises:
+        AtollError: fewer than two pictures.
+    """
+    if len(images) < 2:
+        raise AtollError(f"{len(images)} pictures of a prompt; its diversity needs at least 2")
+    return float(distance.pairwise(images).double().mean()) if bool(torch.isfinite(images).all()) else math.nan
+
+
+def _enlarged(images: Tensor, size: int) -> Tensor:
+    """Images [n,C,H,W], those below the network's smallest side with a shorter side of `size` pixels."""
+    height, width = images.shape[-2:]
+    least = min(height, width)
+    if least >= SMALLEST:
+        return images
+    shape = [max(size, round(side * size / least)) for side in (height, width)]
+    return F.interpolate(images.float(), shape, mode="bilinear", align_corners=False)
+
+
+def build_distance(config: Mapping[str, Any]) -> PerceptualDistance:
+    """From {name: squeezenet, weights: ...}, or {name: lpips, weights: ..., net: alex}.
+
+    Raises:
+        AtollError: another name or key; as `LPIPS` and `build_feature`.
+    """
+    if config.get("name") == "lpips":
+        if unknown := sorted(config.keys() - {"name", "weights", "net"}):
+            raise AtollError(f"diversity: lpips takes no {unknown[0]!r}; expected weights, and net")
+        return LPIPS(str(config.get("weights")), config.get("net", "alex"))
+    feature = build_feature(config)
+    if not isinstance(feature, NetworkFeature):
+        raise AtollError(f"the feature {feature.name!r} has no taps; take 'squeezenet'")
+    return SqueezeDist(feature)

@@ -1,0 +1,132 @@
+"""The named spaces that distances between sets of pictures are taken in, each from a frozen feature."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.encoders.feature import Feature, build_feature
+from atoll.encoders.weights import identity
+from atoll.errors import AtollError
+from atoll.evaluate.metrics.frechet import Moments, principal_components
+from atoll.evaluate.metrics.gaussian import Gaussian
+from atoll.evaluate.metrics.inception import build_inception
+
+# What the field calls a feature in the name of a distance.
+LABELS = {
+    "mobilenetv2": "MNv2",
+    "squeezenet": "SqueezeNet",
+    "dinov2": "DINOv2",
+    "clip-image": "CLIP",
+    "hog": "HOG",
+    "inception": "Inception",
+    "pixels": "pixels",
+}
+
+
+class FeatureSpace:
+    """A feature of pictures, as it is or on its first principal components (not whitened).
+
+    Implements `frechet.Features`. A picture that holds NaN or infinity gets a vector of NaN, whatever the
+    feature would make of it: it is never counted as a picture.
+
+    Args:
+        feature: frozen.
+        mean, basis: [D] and [D, components], orthonormal; None: the whole vector. `fit` finds them.
+        explained: the share of the variance that lies in the basis.
+    """
+
+    def __init__(
+        self, feature: Feature, mean: Tensor | None = None, basis: Tensor | None = None, explained: float = 1.0
+    ):
+        if (mean is None) != (basis is None):
+            raise ValueError("a mean without its basis, or a basis without its mean")
+        if basis is not None and len(basis) != feature.dim:
+            raise ValueError(f"a basis of {len(basis)} dimensions for a feature of {feature.dim}")
+        self.feature, self.explained = feature, explained
+        self.mean = None if mean is None else mean.float().cpu()
+        self.basis = None if basis is None else basis.float().cpu()
+        self.dim = feature.dim if basis is None else basis.shape[1]
+        self.name = LABELS[feature.name] + ("" if basis is None else f"-pca{self.dim}")
+        self._sha256 = hash_of(feature, self.mean, self.basis)
+
+    @classmethod
+    def fit(cls, feature: Feature, batches: Iterable[Tensor], components: int) -> "FeatureSpace":
+        """The projection on the first components of reference pictures, batches [B, C, H, W] in [0, 1].
+
+        Fewer components where dimensions or pictures are fewer. Memory does not grow with the pictures.
+
+        Raises:
+            AtollError: fewer than two pictures, or features that are not finite.
+        """
+        fit = SpaceFit(feature, components)
+        for images in batches:
+            fit.update(images)
+        return fit.done()
+
+    @classmethod
+    def of(cls, feature: Feature, statistics: Gaussian, components: int | None) -> "FeatureSpace":
+        """The projection on the first components of reference statistics: the same wherever these are at hand."""
+        if components is None:
+            return cls(feature)
+        basis, explained = principal_components(statistics, components)
+        return cls(feature, statistics.mean, basis, explained)
+
+    def seen(self, statistics: Gaussian) -> Gaussian:
+        """Statistics of the whole feature, in this space."""
+        if self.mean is None or self.basis is None:
+            return statistics
+        return statistics.projected(self.mean, self.basis)
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        vectors = self.feature(images)  # [B,D]
+        if self.mean is not None and self.basis is not None:
+            vectors = (vectors - self.mean.to(vectors.device)) @ self.basis.to(vectors.device)
+        broken = ~torch.isfinite(images).flatten(1).all(1)
+        return vectors.masked_fill(broken[:, None].to(vectors.device), torch.nan)
+
+    @property
+    def sha256(self) -> str:
+        """Of the network's weights and settings, and of the fitted mean and basis; of whole Inception, its weights."""
+        return self._sha256
+
+
+class SpaceFit:
+    """A projection in the making, from pictures that arrive in batches."""
+
+    def __init__(self, feature: Feature, components: int):
+        self.feature, self.components, self._moments = feature, components, Moments(feature.dim)
+
+    def update(self, images: Tensor) -> None:
+        """Adds pictures [B, C, H, W]."""
+        self._moments.update(self.feature(images))
+
+    def done(self) -> FeatureSpace:
+        """Raises AtollError for fewer than two pictures, or features that are not finite."""
+        moments, name = self._moments, self.feature.name
+        if moments.count < 2:
+            raise AtollError(f"the principal components of {moments.count} pictures; expected at least 2")
+        if not moments.finite:
+            raise AtollError(f"the feature {name!r} of the reference pictures is not finite; look at the data")
+        basis, explained = principal_components(moments, self.components)
+        return FeatureSpace(self.feature, moments.mean, basis, explained)
+
+
+def build_space_feature(config: Mapping[str, Any]) -> Feature:
+    """As `atoll.encoders.feature.build_feature`, and "inception" besides, which no data set is clustered by."""
+    return build_inception(config) if config.get("name") == "inception" else build_feature(config)
+
+
+def hash_of(feature: Feature, mean: Tensor | None = None, basis: Tensor | None = None) -> str:
+    """Of a feature, and of what its vectors are projected by."""
+    config = feature.config()
+    if feature.name == "inception" and basis is None:
+        return str(config["sha256"])  # by which everyone knows it
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
+    for part in (mean, basis):
+        if part is not None:
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""The table of all scores, as HTML."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from atoll.evaluate.metrics.image_metrics import KINDS, kind_of
+from atoll.evaluate.types import Results, Score
+from atoll.report.page import number
+
+
+def numbers(results: Results, groups: Mapping[str, Sequence[str]], settings: Mapping[str, Any], machine: str) -> str:
+    """The table of all scores, by groups of names, and what made each number of it."""
+    body = []
+    for group, names in groups.items():
+        for name in names:
+            body.append(score_row(name, results.score(name), group))
+    head = head_of(results)
+    cells = "".join(_cell(results.real.get(metric)) for metric in results.scores[0].metrics)
+    real = f"<tr><th scope=row>real pictures<small>what a perfect model scores</small></th>{cells}<td></td></tr>"
+    return (
+        f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(body)}{real}</tbody></table>'
+        f"</div>\n{_explained(results, settings, machine)}"
+    )
+
+
+def head_of(results: Results) -> str:
+    """Two rows: the spaces with their hashes, and below each its metrics, with an arrow to where they are better."""
+    metrics = list(results.scores[0].metrics)
+    spaces, kinds = [], []
+    for (space, sha), group in groupby(metrics, key=_space_of):
+        names = list(group)
+        code = f"<small><code>{escape(sha)}</code></small>" if sha else ""
+        spaces.append(f'<th colspan="{len(names)}" style="text-align:center">{escape(space)}{code}</th>')
+        kinds += [f"<th>{escape(_kind(name))}</th>" for name in names]
+    last = ("denoising error ↓", "GFLOPs ↓", "pictures/s ↑")
+    other = "".join(f'<th rowspan="2">{name}</th>' for name in last)
+    return f'<tr><th rowspan="2"></th>{"".join(spaces)}{other}</tr><tr>{"".join(kinds)}</tr>'
+
+
+def _space_of(metric: str) -> tuple[str, str]:
+    """(space, hash) of "FD-MNv2-pca64 [3fa9c2d1]": ("MNv2-pca64", "3fa9c2d1"); of FID, Inception."""
+    name, _, sha = metric.removeprefix("std of ").partition(" [")
+    space = name.removeprefix(f"{kind_of(metric)}-")
+    return {"FID": "Inception", "KID": "Inception", "CMMD": "CLIP", "CLIPScore": "CLIP"}.get(name, space), sha[:-1]
+
+
+def _kind(metric: str) -> str:
+    """How its column is headed: "FD ↓"."""
+    kind = kind_of(metric)
+    if metric.startswith("std of "):
+        return "std"
+    own = metric.split(" [")[0]
+    return f"{own if own in ('FID', 'KID', 'CMMD') else kind} {'↑' if KINDS[kind][1] else '↓'}"
+
+
+def _cell(value: float | None) -> str:
+    return f"<td>{'' if value is None else number(value)}</td>"
+
+
+def score_row(label: str, score: Score, group: str = "") -> str:
+    error = score.denoising
+    if score.diverged:
+        cells = f'<td colspan="{len(score.metrics)}">{score.diverged} pictures diverged</td>'
+    else:
+        cells = "".join(_cell(value) for value in score.metrics.values())
+    return (
+        f'<tr class="{group}"><th scope=row>{escape(label)}<small>{escape(score.made_by)}</small></th>{cells}'
+        f"<td>{number(error.mean)} ± {number(error.standard_error, 2)}</td><td>{number(score.gflops, missing='')}</td>"
+        f"<td>{score.images_per_second:.3g}</td></tr>"
+    )
+
+
+def _explained(r: Results, s: Mapping[str, Any], machine: str) -> str:
+    """What made each number of the table."""
+    steps = ", ".join(sorted({f"{x.steps} {x.method} steps, guidance {x.guidance_scale:g}" for x in r.scores}))
+    kinds = dict.fromkeys(kind_of(metric) for metric in r.scores[0].metrics)
+    meant = "; ".join(f"<b>{escape(kind)}</b>: {escape(KINDS[kind][0])}" for kind in kinds)
+    spaces = "; ".join(
+        f"{escape(space.name)}: {space.dim} dimensions that hold {space.explained:.1%} of the real pictures' variance"
+        for space in r.spaces
+    )
+    notes = "".join(f'<p class="warning">{escape(note)}.</p>' for note in r.notes)
+    return (
+        f"<p>{meant}. {r.images} drawn pictures against {r.reference} real training pictures, in each space: {spaces}. "
+        f"The letters below a name are its network's hash: numbers under different letters are not to be compared. "
+        f"{steps}; seeds {s['seed']} to {s['seed'] + r.images - 1}; the prompts are the captions of {r.images} "
+        f"training pictures kept out of the {r.reference}, and <b>real pictures</b> are these themselves. Every row "
+        f"has the same prompts and noise.</p>{notes}"
+        f"<p><b>Denoising error</b>: mean of |u − (ε − x₀)|² per latent value at {len(s['levels'])} times from "
+        f"t = {s['levels'][0]:g} to {s['levels'][-1]:g}, on {r.held_out} held-out latents with their captions and the "
+        "same noise in every row, without guidance; ± is its standard error over the latents. Its least value is the "
+        "spread of what the noisy latent leaves open, not 0.</p>"
+        "<p><b>GFLOPs</b>: floating-point operations of one picture, in 10⁹, counted while four were drawn. "
+        f"<b>Pictures/s</b>: of the pictures measured, {r.workers} batches of at most {s['batch']} side by side, on "
+        f"{escape(machine)}.</p>"
+    )

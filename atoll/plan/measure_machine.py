@@ -1,0 +1,216 @@
+"""How fast this machine is: its matrix products, and the share of them that training a given network reaches.
+
+With both, a plan for `--gpu here` predicts a run on this machine, and `compare` holds a finished run against it.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atoll.errors import AtollError
+from atoll.plan.cost import Network, training_flops
+from atoll.plan.recipe import Text, text_of
+
+MOST = 64  # samples of a step that is measured: more are no faster on a CPU, and may not fit a GPU
+
+
+def on_cpu() -> bool:
+    """Whether a training here runs on the CPU."""
+    from atoll.runtime.device import best_device
+
+    return best_device().type == "cpu"
+
+
+def uses_bf16(precision: str = "auto") -> bool:
+    """Whether a training here with this `train.precision` multiplies in bf16."""
+    from atoll.runtime.device import best_device, has_bf16
+
+    return has_bf16(best_device()) if precision == "auto" else precision == "bf16"
+
+
+def memory_here() -> float:
+    """Bytes of the GPU's memory, or of the machine's where there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def measured_flops(threads: int = 1, precision: str = "auto", size: int | None = None, seconds: float = 1.0) -> float:
+    """FLOPs a second of the best of several products of two size x size matrices: this machine's ceiling.
+
+    Args:
+        threads: of the CPU; they stay set as they were before.
+        precision: as in `train.precision`.
+        size: None: 8192 on a GPU; 1024 on a CPU, where one product then ends before others get a turn at the core.
+        seconds: to measure for.
+    """
+    import torch
+
+    from atoll.runtime.device import best_device
+
+    device, dtype = best_device(), torch.bfloat16 if uses_bf16(precision) else torch.float32
+    size = size or (8192 if device.type == "cuda" else 1024)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        best, end = math.inf, time.monotonic() + seconds
+        rounds = 0
+        while rounds < 4 or time.monotonic() < end:
+            began = time.perf_counter()
+            torch.mm(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if rounds:  # the first one loads kernels
+                best = min(best, time.perf_counter() - began)
+            rounds += 1
+    finally:
+        torch.set_num_threads(before)
+    return 2 * size**3 / best
+
+
+def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: int = 1, precision: str = "auto",
+                  seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter) -> float:  # fmt: skip
+    """Images a second of training steps (forward, backward, clip, fused AdamW, EMA) of a new network, on random data.
+
+    Args:
+        config: a DiT's, as in cards. tokens: of a caption.
+        seconds: to measure for, after two steps to warm up; the median step counts.
+        clock: time.process_time counts this process's seconds alone, on a machine that others use too.
+    """
+    import torch
+
+    from atoll.condition import Condition
+    from atoll.nn import build_network
+    from atoll.runtime.device import best_device
+
+    device = best_device()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        network = build_network(config).to(device).train()
+        weights: list[torch.Tensor] = list(network.parameters())
+        ema = [weight.detach().clone() for weight in weights]
+        optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True)
+        x = torch.randn(batch, config["channels"], *config["size"], device=device)  # [B,C,H,W]
+        pooled = torch.randn(batch, config["pooled_dim"], device=device) if config.get("pooled_dim") else None
+        mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
+        condition = Condition(torch.randn(batch, tokens, config["states_dim"], device=device), mask, pooled)
+        times: list[float] = []
+        end = math.inf
+        while len(times) < 5 or time.monotonic() < end:
+            began = clock()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision)):
+                loss = (network(x, torch.rand(batch, device=device) * 999, condition) - x).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(ema, weights, 1e-4)
+            loss.item()  # waits for the device
+            times.append(clock() - began)
+            if len(times) == 2:
+                end = time.monotonic() + seconds
+        ordered = sorted(times[2:])
+    finally:
+        torch.set_num_threads(before)
+    return batch / ordered[len(ordered) // 2]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What training reaches here. flops: a second, of matrix products; mfu: the share of them in training steps."""
+
+    flops: float
+    mfu: float
+
+
+def speed_here(network: Network, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
+    """Measures, for some seconds, this machine and training steps of `network` on it; arguments as in `train`."""
+    config = {key: value for key, value in asdict(network).items() if key != "tokens"}
+    flops = measured_flops(threads, precision)
+    rate = measured_rate({"name": "dit", **config}, network.tokens, min(batch, MOST), threads, precision)
+    return Speed(flops, rate * training_flops(network) / flops)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished training against what was predicted for it. mfu: the share of `flops` that it really reached."""
+
+    name: str
+    steps: int
+    images: int
+    predicted_seconds: float
+    measured_seconds: float
+    flops: float
+    mfu: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted: 1.25 is a run that took a quarter longer than the plan said."""
+        return self.measured_seconds / self.predicted_seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def compare(card: Mapping[str, Any], tokens: int, flops: float, mfu: float) -> Comparison:
+    """An expert's card against the prediction at `flops` a second and this share of them.
+
+    Args:
+        card: of an expert, with its training's steps, settings and seconds.
+        tokens: of a caption, in the encoder that the card names.
+
+    Raises:
+        AtollError: the card does not say how long the training took.
+    """
+    name = card.get("name", "?")
+    try:
+        training = card["training"]
+        steps, batch, seconds = int(training["steps"]), int(training["settings"]["batch"]), float(training["seconds"])
+        network = Network.from_config(card["network"], tokens)
+    except (KeyError, TypeError, ValueError):
+        raise AtollError(
+            f"expert {name}: its card has no training with steps, batch and seconds; train it again"
+        ) from None
+    if seconds <= 0:
+        raise AtollError(f"expert {name}: its card says it was trained in {seconds:g} s; nothing to compare")
+    work = steps * batch * training_flops(network)
+    return Comparison(name, steps, steps * batch, work / (flops * mfu), seconds, flops, work / seconds / flops)
+
+
+def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
+    """Every expert of a run that was trained, against what this machine does now: train and compare on one machine.
+
+    Args:
+        text: of the condition encoder, where its config does not tell.
+
+    Raises:
+        AtollError: no expert in it is trained, or a card does not say how.
+    """
+    from atoll.storage.artifact import CARD, read_card
+
+    cards = [read_card(file.parent, "expert") for file in sorted((run / "experts").glob(f"*/{CARD}"))]
+    cards = [card for card in cards if "conversion" not in card]  # of those that were converted and no more
+    if not cards:
+        raise AtollError(f"{run / 'experts'}: no trained expert to compare with; train one (atoll train expert)")
+    speeds: dict[tuple[Network, int, int, str], Speed] = {}
+    found = []
+    for card in cards:
+        tokens = (text or text_of(card["condition"])).tokens
+        compare(card, tokens, 1.0, 1.0)  # says what is wrong with a card before anything is measured
+        settings = card["training"]["settings"]
+        network = Network.from_config(card["network"], tokens)
+        kind = network, settings["batch"], settings.get("threads", 1), settings.get("precision", "auto")
+        if kind not in speeds:
+            speeds[kind] = speed_here(*kind)
+        found.append(compare(card, tokens, speeds[kind].flops, speeds[kind].mfu))
+    return found

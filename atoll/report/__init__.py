@@ -1,0 +1,1 @@
+"""What HTML pages are made of: the page, its charts, its words."""

@@ -1,0 +1,43 @@
+"""Quiet and late imports of heavy optional packages."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+from atoll.errors import AtollError
+
+
+def import_library(name: str) -> ModuleType:
+    """An optional library. Raises AtollError with what to install."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise AtollError(f"the package {error.name or name} is needed: pip install 'atoll[hub]'") from None
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[ModuleType]:
+    """transformers or diffusers, without warnings and progress bars while the block runs; afterwards all is as it was.
+
+    Raises:
+        AtollError: it is not installed.
+    """
+    # Importing them imports what else is installed, and that logs too.
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
+    try:
+        library = import_library(name)
+        settings = import_module(f"{name}.utils.logging")
+        level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+        settings.set_verbosity_error()
+        settings.disable_progress_bar()
+        try:
+            yield library
+        finally:
+            settings.set_verbosity(level)
+            if bars:
+                settings.enable_progress_bar()
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,31 @@
+"""The directories between the stages: columns of tensors, a manifest, an index that describes and seals them.
+
+    shard-00000.safetensors   one tensor [rows, ...] per column, memory-mapped
+    manifest.parquet          key, caption, split ("train" or "val"): one line per row, in order; a row group per shard
+    index.json                format, kind, rows, columns, bytes and sha256 of each file, the writer's card
+
+The same input gives the same bytes. A directory appears whole or not at all. Whoever goes through it shard by shard
+(`Shards.parts`) needs no more memory for a hundred million rows than for one shard.
+"""
+
+from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
+from atoll.storage.shards.holdout import held_back
+from atoll.storage.shards.reader import Part, Shards
+from atoll.storage.shards.repeated import repeats
+from atoll.storage.shards.split import key_fraction, split_by_hash
+from atoll.storage.shards.writer import ShardWriter
+
+__all__ = [
+    "INDEX",
+    "MANIFEST",
+    "SPLITS",
+    "Part",
+    "ShardWriter",
+    "Shards",
+    "Split",
+    "held_back",
+    "key_fraction",
+    "refuse_foreign",
+    "repeats",
+    "split_by_hash",
+]

@@ -1,0 +1,199 @@
+"""Writes a directory of shards, row by row or shard by shard."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+from atoll.storage.artifact import FORMAT, sha256_file, whole_directory, write_bytes, write_json
+from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, refuse_foreign
+from atoll.storage.shards.repeated import repeats
+
+
+class ShardWriter:
+    """Writes rows into a directory, which appears when it is closed; a context manager, gone after an error.
+
+    card: what `Shards.card` will be; it may change until the end.
+
+    Holds at most `shard_rows` rows in memory, and what one call adds. An existing directory is replaced only if it
+    holds shards or nothing; anything else is an AtollError.
+    """
+
+    def __init__(self, directory: str | Path, card: Mapping[str, Any], shard_rows: int = 4096):
+        self.card, self._shard_rows = dict(card), shard_rows
+        refuse_foreign(Path(directory), INDEX)
+        self._whole = whole_directory(Path(directory))
+        self._path = self._whole.__enter__()
+        self._waiting: dict[str, list[Tensor]] = {}  # rows of the next shard, by column
+        self._text: dict[str, list[str]] = {name: [] for name in TEXT}  # of the same rows
+        self._columns: dict[str, dict[str, Any]] = {}
+        self._splits = dict.fromkeys(SPLITS, 0)
+        self._files: list[dict[str, Any]] = []
+        self._attached: list[dict[str, Any]] = []
+        self._manifest: Any = None  # a pyarrow ParquetWriter, from the first shard on
+
+    def append(
+        self,
+        keys: Sequence[str],
+        captions: Sequence[str],
+        splits: Sequence[str],
+        columns: Mapping[str, Tensor],
+    ) -> None:
+        """Adds rows: `columns` holds tensors [rows, ...], of the same names, dtypes and shapes at every call.
+
+        Raises ValueError if lengths, columns or split names do not fit.
+        """
+        self._fit({name: describe(column) for name, column in columns.items()})
+        self._fit_text(keys, captions, splits, {len(column) for column in columns.values()})
+        for name, rows in zip(TEXT, (keys, captions, splits), strict=True):
+            self._text[name] += rows
+        for name, column in columns.items():
+            self._waiting.setdefault(name, []).append(column.detach().to("cpu", copy=True))
+        while len(self._text["key"]) >= self._shard_rows:
+            self._flush(self._shard_rows)
+
+    def adopt(self, file: Path, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str]) -> None:
+        """Adds a finished safetensors file as the next shard: linked where the file system can, else copied.
+
+        Raises ValueError as `append` does, AtollError if the file cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError) as error:
+            raise AtollError(f"{file}: cannot be read ({error})") from error
+        self._fit({name: describe(tensor) for name, tensor in tensors.items()})
+        self._fit_text(keys, captions, splits, {len(tensor) for tensor in tensors.values()})
+        if self._text["key"]:
+            self._flush(len(self._text["key"]))
+        place = self._path / self._next_name()
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copyfile(file, place)
+        self._count(place, place.stat().st_size, sha256_file(place), (keys, captions, splits))
+
+    def attach(self, file: Path) -> None:
+        """Takes a copy of a file along, under its own name; the index lists it with its hash."""
+        place = self._path / file.name
+        shutil.copyfile(file, place)
+        self._attached.append({"file": place.name, "bytes": place.stat().st_size, "sha256": sha256_file(place)})
+
+    def close(self) -> dict[str, Any]:
+        """Writes what is left, the manifest and the index; the directory takes its place. Returns the index.
+
+        Raises AtollError if there are no rows, or if two have the same key.
+        """
+        try:
+            if self._text["key"]:
+                self._flush(len(self._text["key"]))
+            index = self._write_index()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self._whole.__exit__(None, None, None)
+        return index
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._abandon(error)
+        else:
+            self.close()
+
+    def _abandon(self, error: BaseException) -> None:
+        if self._manifest is not None:
+            self._manifest.close()
+        self._whole.__exit__(type(error), error, error.__traceback__)
+
+    def _fit(self, described: dict[str, dict[str, Any]]) -> None:
+        self._columns = self._columns or described
+        if described != self._columns:
+            raise ValueError(f"these columns are {described}, the first ones were {self._columns}")
+
+    def _fit_text(self, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str], rows: set[int]) -> None:
+        if len(lengths := {len(keys), len(captions), len(splits), *rows}) != 1:
+            raise ValueError(f"keys, captions, splits and columns differ in length: {sorted(lengths)}")
+        if unknown := set(splits) - set(SPLITS):
+            raise ValueError(f"a split is one of {SPLITS}; got {sorted(unknown)}")
+
+    def _next_name(self) -> str:
+        return f"shard-{len(self._files):05d}.safetensors"
+
+    def _flush(self, rows: int) -> None:
+        """Writes the first of the waiting rows as a shard."""
+        from safetensors.torch import save
+
+        shard = {}
+        for name, chunks in self._waiting.items():
+            column = torch.cat(chunks)
+            shard[name] = column[:rows].contiguous()
+            self._waiting[name] = [column[rows:]] if len(column) > rows else []
+        text = tuple(self._text[name][:rows] for name in TEXT)
+        self._text = {name: self._text[name][rows:] for name in TEXT}
+        file, content = self._path / self._next_name(), save(shard)
+        write_bytes(file, content)
+        self._count(file, len(content), hashlib.sha256(content).hexdigest(), text)
+
+    def _count(self, file: Path, size: int, sha256: str, text: tuple[Sequence[str], ...]) -> None:
+        """Enters a written shard into the list, and its rows into the manifest as one row group."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self._files.append({"file": file.name, "bytes": size, "sha256": sha256, "rows": len(text[0])})
+        for split in SPLITS:
+            self._splits[split] += list(text[2]).count(split)
+        table = pa.table({name: pa.array(rows, pa.string()) for name, rows in zip(TEXT, text, strict=True)})
+        if self._manifest is None:
+            self._manifest = pq.ParquetWriter(self._path / MANIFEST, table.schema, compression="zstd")
+        self._manifest.write_table(table, row_group_size=len(table))
+
+    def _write_index(self) -> dict[str, Any]:
+        if not self._files:
+            raise AtollError("there are no rows to write: the source holds no images")
+        self._manifest.close()
+        manifest, rows = self._path / MANIFEST, sum(file["rows"] for file in self._files)
+        _refuse_repeated_keys(manifest, rows)
+        index = {
+            "format": FORMAT,
+            "kind": "shards",
+            "rows": rows,
+            "splits": self._splits,
+            "columns": dict(sorted(self._columns.items())),
+            "shards": self._files,
+            "manifest": {"file": MANIFEST, "bytes": manifest.stat().st_size, "sha256": sha256_file(manifest)},
+            "attached": self._attached,
+            "card": self.card,
+        }
+        write_json(self._path / INDEX, index)
+        self._path.chmod(0o755)  # a temporary directory is its owner's alone
+        return index
+
+
+def _refuse_repeated_keys(manifest: Path, rows: int) -> None:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(manifest) as file:
+
+        def keys() -> Any:
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number, columns=["key"])["key"].to_pylist()
+
+        for row in repeats(keys, rows):
+            for part in keys():
+                if row < len(part):
+                    raise AtollError(f"two rows have the key {part[row]!r}; keys must be unique")
+                row -= len(part)

@@ -1,0 +1,250 @@
+"""Trains one denoiser on shards: an expert, the monolith or a student."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from atoll.calibration import Calibration
+from atoll.condition import Condition
+from atoll.encoders.text import Encoder, build_encoder
+from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
+from atoll.nn import build_network
+from atoll.objective import Objective
+from atoll.storage.artifact import save_artifact
+from atoll.storage.shards import Shards, held_back
+from atoll.train.batches import Captioned, Order, Rows, drop_condition, mirrored, seeded
+from atoll.train.calibrate import measure_calibration
+from atoll.train.init_weights import Start
+from atoll.train.island import Island, whole_state
+from atoll.train.loop import Task, finished, train, training_mark
+from atoll.train.prefetch import Batch
+from atoll.train.track import Progress
+
+_VALIDATION_ROWS = 256
+
+
+_VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
+
+
+CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
+
+
+class Job:
+    """What tells one training of a denoiser from another."""
+
+    def __init__(
+        self,
+        run: Path,
+        path: Path,
+        name: str,
+        part: ExpertSettings | MonolithSettings,
+        clusters: tuple[int, ...],
+        seed: int,
+    ):
+        self.run, self.path, self.name, self.part, self.clusters, self.seed = run, path, name, part, clusters, seed
+
+
+def train_denoiser(
+    job: Job,
+    manifest: Manifest,
+    shards: Sequence[Shards],
+    resume: bool,
+    restart: bool,
+    progress: Progress | None,
+    teaching: "Teaching | None" = None,
+) -> Path:
+    """One training of a denoiser, from the shards to the artifact.
+
+    teaching: where the target comes from, if not from the data; see `atoll.train.distil`.
+
+    Raises:
+        AtollError: as `train_expert`.
+    """
+    card = shards[0].card
+    encoder = build_encoder(card["condition"])
+    objective = Objective(**job.part.objective.model_dump())
+    settings = manifest.train_of(job.part)
+    network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
+    start = Start(job.run / settings.init) if settings.init else None
+    began = {**({"init": start.about} if start else {}), **({"teacher": teaching.about} if teaching else {})}
+    network_config = start.config(network_config, card) if start else network_config
+    training, held_out, measured_on = hold_back(shards, encoder, settings.hold_back)
+
+    identity = {
+        "network": network_config,
+        "objective": objective.config(),
+        "assignment": card["assignment"],
+        "clusters": list(job.clusters),
+        "seed": job.seed,
+        **began,
+    }
+    mark = training_mark(identity, settings)
+    if finished(job.path, "expert", mark, resume, restart):
+        return job.path
+    torch.manual_seed(job.seed)
+    network = build_network(network_config)
+    if start:
+        network.load_state_dict(start.weights())
+    state = job.path.with_name(f".train-{job.name}")
+    with Island.join(settings.device, settings.threads) as island:
+        task = Denoising(network, objective, training, held_out, settings, job.seed, card["codec"])
+        if teaching is not None:
+            task.teacher = teaching.on(island.device)
+        trained = train(task, settings, state, mark, island, resume, restart, progress)
+        calibration = calibrate(network, objective, held_out, training.rows.mean(), job.seed, island.device)
+        weights = {
+            **{f"network.{name}": value for name, value in whole_state(network).items()},
+            **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
+        }
+        if island.is_first:
+            measured = {**calibration.config(), "measured_on": measured_on}
+            summary = {**trained.summary, **began, "rows": len(training), "hold_back": settings.hold_back}
+            save_artifact(job.path, "expert", _card(job, identity, card, measured, summary), weights)
+    return job.path
+
+
+def _card(
+    job: Job, identity: dict[str, Any], data: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any]
+) -> dict[str, Any]:
+    """The expert's card; data: the card of its shards, calibration and training: what was measured and done."""
+    return {
+        "name": job.name,
+        "k": data["clusters"],
+        **{key: identity[key] for key in ("clusters", "objective", "network", "assignment")},
+        **{key: data[key] for key in ("latent_shape", "codec", "condition")},
+        "calibration": calibration,
+        "training": {**training, "seed": job.seed, "torch": torch.__version__},
+    }
+
+
+def hold_back(shards: Sequence[Shards], encoder: Encoder, share: float) -> tuple[Captioned, Captioned, str]:
+    """(rows to train on, rows to calibrate on, what the latter are).
+
+    With a share, so many training rows are kept from training (`held_back`: the same for all replicas): held out, but
+    of the same words as what is asked at inference. Without one they are the val split, or, on an island that has
+    none, the training rows themselves.
+    """
+    every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
+    if share > 0:
+        back_rows = held_back(shards, share)[every.numbers]  # [n] bool
+        training, back = (every.select(rows.nonzero().flatten()) for rows in (~back_rows, back_rows))
+        return Captioned(training, encoder), Captioned(back, encoder), "held back"
+    if len(val):
+        return Captioned(every, encoder), Captioned(val, encoder), "val"
+    return Captioned(every, encoder), Captioned(every, encoder), "train"
+
+
+def dit_config(
+    network: NetworkSettings, latent_shape: Sequence[int], states_dim: int, pooled_dim: int | None
+) -> dict[str, Any]:
+    """The whole DiT config from the manifest's choices, the latent's shape [C, H, W] and the text's widths."""
+    channels, height, width = latent_shape
+    free = network.model_dump(exclude={"pooled"})
+    return {
+        "name": "dit",
+        **free,
+        "channels": channels,
+        "size": [height, width],
+        "states_dim": states_dim,
+        "pooled_dim": pooled_dim if network.pooled else None,
+    }
+
+
+# (objective, x, t, condition, cluster) -> (x0, eps): what stands behind the student's x at its own time t.
+Teacher = Callable[[Objective, Tensor, Tensor, Condition, Tensor], tuple[Tensor, Tensor]]
+
+
+class Teaching(Protocol):
+    """A teacher that is not loaded yet; about: what the card tells of it, and the training's mark depends on."""
+
+    about: dict[str, Any]
+
+    def on(self, device: torch.device) -> Teacher: ...
+
+
+class Denoising(Task):
+    """An expert's training: the loss of its objective, with the condition dropped in a share of the rows."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        data: Captioned,
+        held_out: Captioned,
+        settings: TrainSettings,
+        seed: int,
+        codec: dict[str, Any],
+    ):
+        self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
+        self.settings, self.seed, self.codec = settings, seed, codec
+        self.order = Order(len(data), settings.batch, seed)
+        self.shape = data.rows.shards[0].shape("latent")
+        self.null: Condition | None = None
+        self.teacher: Teacher | None = None
+
+    def batch(self, index: int, share: slice) -> Batch:
+        g = seeded(self.seed, index)
+        count = self.settings.batch
+        t = self.objective.sample_time(count, g)
+        eps = torch.randn(count, *self.shape, generator=g)
+        dropped = torch.rand(count, generator=g) < self.settings.dropout
+        rows = self.data.batch(self.order.at(index)[share], mirrored(self.seed, index, count)[share])
+        made = {**rows, "t": t[share], "eps": eps[share], "dropped": dropped[share]}
+        if self.teacher is not None:
+            made["cluster"] = self.data.rows.clusters(self.order.at(index)[share])
+        return made
+
+    def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
+        x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
+        condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
+        x = self.objective.diffuse(x0, eps, t)
+        if self.teacher is not None:
+            # The targets of all predictions are linear in (x0, eps): the teacher's estimates take the data's place.
+            x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
+        output = module(x, t * self.objective.time_scale, condition)
+        return self.objective.loss(output, x0, eps, t)
+
+    def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
+        """The objective's loss on held-out latents at some log-SNR of its path, conditioned: {"+2": 0.31, ...}."""
+        x0, condition = self.held_out.some(_VALIDATION_ROWS, self.seed)
+        device = next(self.module.parameters()).device
+        losses = {}
+        for level in _VALIDATION_LOG_SNR:
+            t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
+            eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, stream=12))
+            x, scaled = self.objective.diffuse(x0, eps, t), t * self.objective.time_scale
+            output = module(x.to(device), scaled.to(device), condition.to(device)).cpu()
+            losses[f"{level:+d}"] = round(float(self.objective.loss(output.float(), x0, eps, t).mean()), 6)
+        return losses
+
+    def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:
+        """A grid of pictures by this expert alone, for captions that it was not trained on."""
+        from atoll.train.draw import draw_grid
+
+        draw_grid(module, self.objective, self.held_out, self.codec, file, self.seed)
+
+    def _null(self, device: torch.device) -> Condition:
+        if self.null is None:
+            self.null = self.data.encoder.null(1).to(device)
+        return self.null
+
+
+def calibrate(
+    network: Callable[..., Tensor],
+    objective: Objective,
+    data: Captioned,
+    mean: Tensor,
+    seed: int,
+    device: torch.device,
+    rows: int = CALIBRATION_ROWS,
+) -> Calibration:
+    """The expert's calibration on at most `rows` held-out latents with their own captions; mean: the cluster's."""
+    x0, condition = data.some(rows, seed)
+
+    def on_device(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
+        return network(x.to(device), time.to(device), None if given is None else given.to(device)).cpu()
+
+    return measure_calibration(on_device, objective, x0, condition.to("cpu"), mean=mean, seed=seed)

@@ -1,0 +1,512 @@
+"""Atoll as a diffusers pipeline: the same pictures, diffusers' manners, and whatever is saved is whole."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import atoll
+from atoll.diffusers import AtollEnsemble, AtollPipeline, flow_sigmas
+from atoll.ensemble import Ensemble
+from atoll.ensemble.loading import load_ensemble
+from atoll.errors import AtollError
+from atoll.nn import build_network
+from atoll.pipeline import Pipeline
+from atoll.runtime.libraries import quiet
+from atoll.storage.artifact import CARD, WEIGHTS, save_artifact
+
+with quiet("diffusers"):
+    import diffusers
+
+PROMPTS = ["moss sand", "rain", "rust rust", "sand", "moss"]
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.fixture(scope="module")
+def loaded(trained_run) -> AtollPipeline:
+    return AtollPipeline.from_pretrained(trained_run / "ensemble")
+
+
+@pytest.fixture
+def pipe(loaded) -> AtollPipeline:
+    """A pipeline of its own over the same weights."""
+    pipe = AtollPipeline(ensemble=loaded.ensemble, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def copied(trained_run, tmp_path) -> Path:
+    """A copy of the run's ensemble and its parts, to be changed or removed."""
+    for part in ("ensemble", "experts", "router"):
+        shutil.copytree(trained_run / part, tmp_path / "run" / part)
+    return tmp_path / "run"
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def latents(pipe: AtollPipeline, **options) -> torch.Tensor:
+    """[5, 1, 4, 8], each picture from a generator of its own."""
+    pipe.set_progress_bar_config(disable=True)
+    given = {"prompt": PROMPTS, "generator": generators(5), "num_inference_steps": 6, "guidance_scale": 2.0, **options}
+    return pipe(**given, output_type="latent").images
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (6, 3.0), (17, 2.0)])
+def test_pictures_are_those_of_atolls_pipeline(pipe, trained_run, steps, scale) -> None:
+    options = {"num_inference_steps": steps, "guidance_scale": scale}
+    own = Pipeline.from_pretrained(trained_run / "ensemble")(PROMPTS, seeds=range(5), method="euler", **options)
+    assert torch.equal(latents(pipe, **options), own.latents)
+    images = pipe(PROMPTS, generator=generators(5), **options).images
+    for mine, theirs in zip(images, own.images, strict=True):
+        assert (np.asarray(mine) == np.asarray(theirs)).all()
+
+
+def test_guidance_may_end_before_the_end(pipe, trained_run) -> None:
+    asked = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_range": (0.3, 0.7)}
+    own = Pipeline.from_pretrained(trained_run / "ensemble")
+    expected = own(PROMPTS, seeds=range(5), method="euler", **asked).latents
+    assert torch.equal(latents(pipe, **asked), expected)
+    assert not torch.equal(latents(pipe), expected)
+
+
+def test_the_block_cache_is_that_of_the_prompts(pipe, monkeypatch) -> None:
+    made = []
+
+    def spy(self, *arguments, **options):
+        made.append(prompts(self, *arguments, **options))
+        return made[-1]
+
+    prompts = Ensemble.prompts
+    monkeypatch.setattr(Ensemble, "prompts", spy)
+    latents(pipe, block_cache=0.2)
+    assert [one.block_cache for one in made] == [0.2]
+
+
+def test_the_ensembles_own_defaults_stand(pipe, trained_run) -> None:
+    own = Pipeline.from_pretrained(trained_run / "ensemble")(PROMPTS, seeds=range(5), method="euler")
+    drawn = pipe(PROMPTS, generator=generators(5), output_type="latent").images
+    assert torch.equal(drawn, own.latents)
+
+
+def test_saved_and_loaded_it_is_the_same(copied, tmp_path) -> None:
+    """Also without the directory it came from, and under the options and the scheduler it had."""
+    pipe = AtollPipeline.from_pretrained(copied / "ensemble", routing="top-1", alignment="native")
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
+    expected = latents(pipe)
+    assert not torch.equal(expected, latents(AtollPipeline.from_pretrained(copied / "ensemble")))
+    pipe.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(copied)
+    moved = shutil.move(tmp_path / "saved", tmp_path / "elsewhere")
+    again = AtollPipeline.from_pretrained(moved)
+    assert torch.equal(latents(again), expected)
+    assert again.config.routing == "top-1"
+    assert type(again.scheduler) is diffusers.UniPCMultistepScheduler
+    changed = AtollPipeline.from_pretrained(
+        moved, routing="full", scheduler=diffusers.FlowMatchEulerDiscreteScheduler()
+    )
+    assert changed.config.routing == "full"
+    assert not torch.equal(latents(changed), expected)
+
+
+def test_what_is_saved_executes_nothing_and_is_an_ensemble(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {"model_index.json", "scheduler", "ensemble"}
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["ensemble"] == ["atoll.diffusers", "AtollEnsemble"]
+    own = Pipeline.from_pretrained(tmp_path / "ensemble", strict=True)
+    drawn = own(PROMPTS, seeds=range(5), num_inference_steps=6, guidance_scale=2.0, method="euler")
+    assert torch.equal(drawn.latents, latents(pipe))
+
+
+def test_saving_over_itself(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path)
+    again = AtollPipeline.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path)), latents(pipe))
+
+
+def test_a_missing_expert_stays_missing(copied, tmp_path) -> None:
+    entry = json.loads((copied / "ensemble" / "ensemble.json").read_text())["experts"][1]
+    shutil.rmtree(copied / "ensemble" / entry["url"])
+    with pytest.warns(UserWarning, match="is missing"):
+        pipe = AtollPipeline.from_pretrained(copied / "ensemble")
+    pipe.save_pretrained(tmp_path / "saved")
+    assert len(load_ensemble(tmp_path / "saved" / "ensemble", strict=True).ensemble.experts) == 2
+    assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path / "saved")), latents(pipe))
+
+
+def test_a_part_that_was_changed_is_not_saved(copied, tmp_path) -> None:
+    pipe = AtollPipeline.from_pretrained(copied / "ensemble")
+    card = copied / "router" / CARD
+    card.write_text(card.read_text() + " ")
+    with pytest.raises(AtollError, match="was changed since it was loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(copied / "router")
+    with pytest.raises(AtollError, match="is gone since it was loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "ensemble").exists()
+    assert not (tmp_path / "saved" / "model_index.json").exists()
+
+
+def write_pretrained(path: Path) -> Path:
+    """vae/, text_encoder/ and tokenizer/ in the layout of a Stable Diffusion, tiny."""
+    import transformers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (path / "tokenizer").mkdir(parents=True)
+    (path / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "vocab_size": len(words)}
+    config = transformers.CLIPTextConfig(**sizes, **tokens, max_position_embeddings=11)
+    transformers.CLIPTextModel(config).save_pretrained(path / "text_encoder")
+    channels = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
+    counts = {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
+    diffusers.AutoencoderTiny(**channels, **counts).save_pretrained(path / "vae")
+    return path
+
+
+def write_expert(path: Path, frozen: Path) -> Path:
+    """An expert of random weights that reads CLIP's states and draws TAESD's latents."""
+    sizes = {"size": [4, 6], "channels": 4, "patch": 2, "width": 16, "depth": 1, "heads": 2, "states_dim": 16}
+    card = {
+        "name": "moss",
+        "network": {"name": "dit", **sizes},
+        "objective": {"prediction": "flow", "schedule": "linear", "time_scale": 999.0},
+        "clusters": [0],
+        "codec": {"name": "tiny", "weights": str(frozen), "subfolder": "vae"},
+        "condition": {"name": "clip", "weights": str(frozen), "subfolder": "text_encoder", "tokenizer": "tokenizer"},
+        "latent_shape": [4, 4, 6],
+    }
+    state = build_network(card["network"]).state_dict()
+    save_artifact(path, "expert", card, {f"network.{k}": 0.1 * torch.randn(v.shape) for k, v in state.items()})
+    return path
+
+
+def test_frozen_networks_are_inside(tmp_path, monkeypatch) -> None:
+    """The text encoder, its tokenizer and the codec are found though they are gone from where the card says."""
+    monkeypatch.setenv("ATOLL_WEIGHTS", str(tmp_path / "nowhere"))
+    frozen = write_pretrained(tmp_path / "sd")
+    pipe = AtollPipeline.from_pretrained(write_expert(tmp_path / "expert", frozen))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+    expected = pipe(PROMPTS[:3], generator=generators(3), **options).images
+    assert expected.shape == (3, 3, 8, 12)
+    pipe.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(frozen)
+    with pytest.raises(AtollError, match="not found"):
+        AtollPipeline.from_pretrained(tmp_path / "expert")
+    shutil.rmtree(tmp_path / "expert")
+    for place in ("saved", "again"):  # and from there once more
+        again = AtollPipeline.from_pretrained(tmp_path / place)
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(again(PROMPTS[:3], generator=generators(3), **options).images, expected)
+        again.save_pretrained(tmp_path / "again")
+    assert not list(tmp_path.rglob("*.bin"))
+    own = Pipeline.from_pretrained(tmp_path / "saved" / "ensemble")  # the directory is all that it needs too
+    drawn = own(PROMPTS[:3], seeds=range(3), num_inference_steps=2, guidance_scale=3.0, method="euler").latents
+    assert torch.equal(own.loaded.codec.decode(drawn), expected)
+
+
+def test_frozen_pickles_are_not_saved(tmp_path) -> None:
+    frozen = write_pretrained(tmp_path / "sd")
+    pipe = AtollPipeline.from_pretrained(write_expert(tmp_path / "expert", frozen))
+    weights = next((frozen / "vae").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(AtollError, match="no safetensors to save"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "ensemble").exists()
+
+
+EXACT = [  # what each is off by at 40 steps, at most, where noise leads to 1 + noise/2
+    (diffusers.FlowMatchEulerDiscreteScheduler(), 0.1),
+    (diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), 0.12),
+    (diffusers.FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True), 0.1),
+    (diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), 0.1),
+    (diffusers.FlowMatchHeunDiscreteScheduler(), 0.002),
+    (diffusers.UniPCMultistepScheduler(**FLOW), 0.01),
+    (diffusers.UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True), 0.02),
+    (diffusers.DPMSolverMultistepScheduler(**FLOW), 0.01),
+    (diffusers.DPMSolverSinglestepScheduler(**FLOW, lower_order_final=True), 0.01),
+]
+
+
+def driven(scheduler, steps: int, rounded: bool = False) -> float:
+    """What is missed where x0 ~ N(1, 1/4): the velocity is known, and carries noise z to 1 + z/2."""
+    x = noise = torch.linspace(-2.5, 2.5, 7).reshape(7, 1, 1, 1)
+    sigmas = flow_sigmas(scheduler, steps)
+    for timestep, sigma in zip(scheduler.timesteps, sigmas, strict=True):
+        t = timestep / 1000 if rounded else sigma
+        variance, excess = (1 - t) ** 2 / 4 + t**2, x - (1 - t)
+        eps, x0 = t / variance * excess, 1 + (1 - t) / 4 / variance * excess
+        x = scheduler.step(eps - x0, timestep, x, return_dict=False)[0]
+    return float((x - (1 + noise / 2)).abs().max())
+
+
+@pytest.mark.parametrize(("scheduler", "bound"), EXACT, ids=lambda value: type(value).__name__)
+def test_flow_sigmas_lead_any_flow_scheduler_to_the_data(scheduler, bound) -> None:
+    assert driven(scheduler, 40) < bound
+    assert driven(scheduler, 40) < bound  # it may be used again
+
+
+def test_timesteps_are_no_times() -> None:
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
+    exact, rounded = driven(scheduler, 160), driven(scheduler, 160, rounded=True)
+    assert exact < 0.0003
+    assert rounded > 5 * exact
+
+
+@pytest.fixture(scope="module")
+def fine(loaded) -> torch.Tensor:
+    return latents(loaded, num_inference_steps=128)
+
+
+@pytest.mark.parametrize("scheduler", [one for one, _ in EXACT], ids=lambda value: type(value).__name__)
+def test_schedulers_drive_the_pipeline(pipe, fine, scheduler) -> None:
+    pipe.scheduler = scheduler
+    coarse, near = ((latents(pipe, num_inference_steps=steps) - fine).square().mean().sqrt() for steps in (4, 32))
+    assert near < 0.3 * coarse
+    assert near < 0.3  # of latents that spread by 0.3; Euler in Karras' spacing is the worst
+
+
+def test_stochastic_schedulers_follow_the_generators(pipe) -> None:
+    pipe.scheduler = diffusers.FlowMatchLCMScheduler()
+    drawn = [latents(pipe, generator=generators(5)) for _ in range(2)]
+    assert torch.equal(*drawn)
+    other = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2, 3, 9)]
+    assert (
+        (latents(pipe, generator=other) != drawn[0]).flatten(1).any(1) == torch.tensor([0, 0, 0, 0, 1]).bool()
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.DDIMScheduler(), "DDIMScheduler.*not of flow matching; expected FlowMatchEuler"),
+        (diffusers.EulerDiscreteScheduler(), "EulerDiscreteScheduler.*not of flow matching"),
+        (diffusers.UniPCMultistepScheduler(), "UniPC.*not of flow matching"),
+        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "not of flow matching"),
+        (diffusers.UniPCMultistepScheduler(**FLOW, use_beta_sigmas=True), "no sigmas that fall from 1 to 0"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "no sigmas that fall from 1 to 0"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "`mu` must be passed"),
+        (diffusers.DEISMultistepScheduler(**FLOW), "stops in noise, at sigma 0.1"),
+        (diffusers.UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"), "stops in noise"),
+        (diffusers.CMStochasticIterativeScheduler(), "no sigmas that fall|cannot be driven"),
+        (object(), "object, as it is set"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_other_schedulers_are_refused(scheduler, message) -> None:
+    with pytest.raises(AtollError, match=message) as caught:
+        flow_sigmas(scheduler, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipe) -> None:
+    told = []
+
+    def double(given, step, timestep, inputs) -> dict:
+        assert given is pipe
+        told.append((step, round(float(timestep)), tuple(inputs["latents"].shape)))
+        return {"latents": 2 * inputs["latents"]} if step == 5 else inputs
+
+    assert torch.equal(latents(pipe, callback_on_step_end=double), 2 * latents(pipe))
+    assert told == [(step, round(1000 * (6 - step) / 6), (5, 1, 4, 8)) for step in range(6)]
+
+
+def test_a_callback_may_end_it(pipe) -> None:
+    def end(given, step, _, inputs) -> dict:
+        given._interrupt = step == 2
+        return inputs
+
+    ended = latents(pipe, callback_on_step_end=end)
+    kept = []
+    latents(pipe, callback_on_step_end=lambda _, __, ___, inputs: kept.append(inputs["latents"]) or {})
+    assert torch.equal(ended, kept[2])
+    assert len(kept) == 6
+
+
+def test_pictures_of_one_prompt_stand_side_by_side(pipe) -> None:
+    drawn = latents(pipe, prompt=["moss", "rain rust"], num_images_per_prompt=3, generator=generators(6))
+    apart = latents(pipe, prompt=["moss"] * 3 + ["rain rust"] * 3, generator=generators(6))
+    assert drawn.shape == (6, 1, 4, 8)
+    assert torch.equal(drawn, apart)
+
+
+def test_output_types(pipe) -> None:
+    options = {"num_inference_steps": 3}
+    drawn = {
+        kind: pipe(PROMPTS, generator=generators(5), output_type=kind, **options).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert drawn["pt"].shape == (5, 1, 4, 8)
+    assert torch.equal(drawn["pt"], pipe.ensemble.loaded.codec.decode(drawn["latent"]))
+    assert (drawn["np"] == drawn["pt"].permute(0, 2, 3, 1).numpy()).all()
+    for picture, array in zip(drawn["pil"], drawn["np"], strict=True):
+        assert isinstance(picture, Image.Image)
+        assert (np.asarray(picture) == (array[..., 0] * 255).round()).all()
+    alone = pipe(PROMPTS, generator=generators(5), output_type="np", return_dict=False, **options)
+    assert isinstance(alone, tuple)
+    assert (alone[0] == drawn["np"]).all()
+
+
+def test_one_generator_or_latents(pipe) -> None:
+    drawn = [latents(pipe, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], latents(pipe, generator=torch.Generator().manual_seed(4)))
+    noise = torch.randn(5, 1, 4, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(latents(pipe, generator=None, latents=noise), drawn[0])
+
+
+def test_a_negative_prompt_takes_the_null_conditions_place(pipe) -> None:
+    plain = latents(pipe)
+    assert torch.equal(latents(pipe, negative_prompt=""), plain)  # the null condition is the empty prompt's
+    assert not torch.allclose(latents(pipe, negative_prompt="rust"), plain)
+    same = latents(pipe, negative_prompt=PROMPTS, guidance_scale=7.0)  # nothing is between a prompt and itself
+    assert torch.allclose(same, latents(pipe, guidance_scale=1.0), atol=1e-4)
+
+
+def test_negative_prompts_of_their_own(pipe) -> None:
+    each = ["rust", "", "rust", "sand", "moss"]
+    together = latents(pipe, negative_prompt=each)
+    for row, text in enumerate(each):
+        assert torch.allclose(together[row], latents(pipe, negative_prompt=text)[row], atol=1e-5)
+    twice = latents(
+        pipe,
+        prompt=["moss", "rain"],
+        negative_prompt=["rust", "sand"],
+        num_images_per_prompt=3,
+        generator=generators(6),
+    )
+    one = latents(pipe, prompt=["rain"] * 6, negative_prompt="sand", generator=generators(6))
+    assert torch.allclose(twice[3:], one[3:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 3}, "prompt is 3"),
+        ({"prompt": []}, r"prompt is \[\]"),
+        ({"prompt": ["moss", None]}, "prompt is .*expected a string"),
+        ({"negative_prompt": 7, "guidance_scale": 2.0}, "negative_prompt is 7"),
+        ({"negative_prompt": ["a", "b"], "guidance_scale": 2.0}, "2 negative prompts for 5 prompts"),
+        ({"negative_prompt": "a", "guidance_scale": 1.0}, "changes nothing at guidance_scale 1"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"generator": generators(2)}, "2 generators for 5 pictures"),
+        ({"generator": 5}, "generator is a int"),
+        ({"latents": torch.zeros(5, 1, 8, 4)}, r"latents are \[5, 1, 8, 4\]; expected a tensor \[5, 1, 4, 8\]"),
+        ({"block_cache": -1.0}, "block_cache"),
+        ({"output_type": "jpeg"}, "output_type 'jpeg'"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "unknown 'prompt_embeds'"),
+        ({"callback_on_step_end": lambda *_: None}, "returned a NoneType"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2)}}, r"latents are \[2\]"),
+    ],
+)
+def test_mistakes_are_one_line(pipe, arguments, message) -> None:
+    with pytest.raises(AtollError, match=message) as caught:
+        pipe(**{"prompt": PROMPTS, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_loaded_is_told(pipe, trained_run, tmp_path) -> None:
+    with pytest.raises(AtollError, match=r"no model_index\.json, no ensemble\.json and no card\.json"):
+        AtollPipeline.from_pretrained(tmp_path / "nothing")
+    pipe.save_pretrained(tmp_path)
+    for index, message in (
+        ('{"_class_name": "FluxPipeline"}', "names the pipeline FluxPipeline; expected AtollPipeline"),
+        ('["AtollPipeline"]', "names the pipeline None"),
+        ('{"_class_name": "AtollPipeline"}', "cannot be loaded.*scheduler"),
+        ("{", "not readable JSON"),
+    ):
+        (tmp_path / "model_index.json").write_text(index)
+        with pytest.raises(AtollError, match=message) as caught:
+            AtollPipeline.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+    for options, message in (
+        ({"routing": "best"}, "unknown routing"),
+        ({"alignment": "none"}, "unknown alignment"),
+        ({"dtype": torch.int8}, "expected torch.float32, torch.bfloat16"),
+        ({"device_map": "cuda"}, "unknown option 'device_map'"),
+        ({"dtype": torch.float32, "ensemble": pipe.ensemble}, "both given"),
+    ):
+        with pytest.raises(AtollError, match=message):
+            AtollPipeline.from_pretrained(trained_run / "ensemble", **options)
+    with pytest.raises(AtollError, match="device_map"):
+        AtollEnsemble.from_pretrained(trained_run / "ensemble", device_map={"": "cpu"})
+
+
+def test_weights_of_a_saved_pipeline_are_checked(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "ensemble" / "experts" / "001" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(AtollError, match="altered or damaged"):
+        AtollPipeline.from_pretrained(tmp_path)
+
+
+def test_an_expert_alone(trained_run, tmp_path) -> None:
+    pipe = AtollPipeline.from_pretrained(trained_run / "monolith")
+    own = Pipeline.from_pretrained(trained_run / "monolith")(PROMPTS, seeds=range(5), num_inference_steps=6)
+    assert torch.equal(latents(pipe, guidance_scale=1.0), own.latents)
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path)), latents(pipe))
+
+
+def test_to_and_dtype(trained_run, tmp_path) -> None:
+    pipe = AtollPipeline.from_pretrained(trained_run / "ensemble")
+    expected = latents(pipe)
+    assert pipe.to("cpu") is pipe
+    assert pipe.device == torch.device("cpu")
+    pipe.to(torch.bfloat16)
+    assert pipe.dtype == torch.bfloat16
+    lowered = latents(pipe)
+    assert lowered.dtype == torch.float32  # the integration's
+    assert 0 < (lowered - expected).abs().max() < 0.2
+    rounded = AtollPipeline.from_pretrained(trained_run / "ensemble", dtype=torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert (latents(rounded) - expected).abs().max() < 0.2
+    rounded.save_pretrained(tmp_path)
+    assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path)), expected)  # as the weights were
+
+
+def test_progress_is_told_unless_it_is_not_wanted(loaded, capfd) -> None:
+    pipe = AtollPipeline(**loaded.components)
+    pipe("moss", num_inference_steps=4)
+    assert "4/4" in capfd.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe("moss", num_inference_steps=4)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("routing", [None, "full"])
+def test_an_expert_that_fails_is_not_asked_again(trained_run, routing) -> None:
+    pipe = AtollPipeline.from_pretrained(trained_run / "ensemble", routing=routing)
+    with torch.no_grad():
+        for parameter in pipe.ensemble.networks[1].parameters():
+            parameter.fill_(torch.nan)
+    with pytest.warns(UserWarning, match="answered with NaN"):
+        latents(pipe)
+    assert list(pipe.dropped) == [pipe.ensemble.loaded.ensemble.experts[1].name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert latents(pipe).isfinite().all()
+
+
+def test_it_is_a_pipeline_of_diffusers() -> None:
+    assert atoll.AtollPipeline is AtollPipeline
+    assert issubclass(AtollPipeline, diffusers.DiffusionPipeline)

@@ -1,0 +1,297 @@
+"""Prompts that are read once: the same pictures, fewer operations, within a limit."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from atoll.calibration import Calibration
+from atoll.condition import Condition, Conditions
+from atoll.ensemble import Ensemble, Expert
+from atoll.ensemble.prompt_cache import Prompts
+from atoll.errors import AtollError
+from atoll.nn import DiT, DiTConfig, Paris, ParisConfig
+from atoll.nn.attention import ReadPrompt
+from atoll.objective import Objective
+from atoll.pipeline import Pipeline
+from atoll.solver import sample
+
+C, SIDE, L, STATES, POOLED, K = 2, 8, 5, 10, 7, 3
+Network = DiT | Paris
+
+
+def condition_of(rows: int, seed: int = 0, length: int = L, states: int = STATES) -> Condition:
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, length, generator=g) < 0.7
+    mask[:, 0] = True
+    states_ = torch.randn(rows, length, states, generator=g, dtype=torch.float64)
+    return Condition(states_, mask, torch.randn(rows, POOLED, generator=g, dtype=torch.float64))
+
+
+def random(network: Network, seed: int) -> Network:
+    g = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2, generator=g)
+    return network.double().eval().requires_grad_(False)
+
+
+def dit(seed: int = 0, **changes: object) -> DiT:
+    base = {"size": (SIDE, SIDE), "channels": C, "patch": 2, "width": 32, "depth": 2, "heads": 4, "states_dim": STATES}
+    return random(DiT(DiTConfig.model_validate(base | changes)), seed)
+
+
+def paris(seed: int = 0) -> Paris:
+    sizes = {"size": (SIDE, SIDE), "channels": C, "patch": 2, "width": 32, "depth": 2, "heads": 4}
+    return random(Paris(ParisConfig.model_validate({**sizes, "states_dim": STATES})), seed)
+
+
+NETWORKS = {
+    "single": lambda: dit(pooled_dim=POOLED),
+    "per-block": lambda: dit(modulation="per-block"),
+    "two text layers": lambda: dit(text_layers=2),
+    "paris": paris,
+}
+
+
+class Counted:
+    """How often it was asked to read, and of how many prompts."""
+
+    def __init__(self, network: Network):
+        self.network, self.read = network, []
+
+    def __call__(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
+        self.saw = condition
+        return self.network(x, time, condition)
+
+    def read_prompt(self, condition: Condition) -> ReadPrompt:
+        self.read.append(len(condition))
+        return self.network.read_prompt(condition)
+
+
+def ensemble_of(networks: list, routing: str = "top-1", null: bool = True) -> Ensemble:
+    objectives = [Objective("flow", "linear"), Objective("eps", "cosine"), Objective("x0", "linear-beta")]
+    calibration = Calibration.identity(torch.zeros(C, SIDE, SIDE))
+    experts = [Expert(n, objectives[k % 3], (k,), calibration, str(k)) for k, n in enumerate(networks)]
+
+    def router(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
+        scores = torch.stack([x.flatten(1)[:, k] for k in range(len(networks))], 1)
+        return torch.log_softmax(4 * scores, 1)
+
+    return Ensemble(experts, router, routing, null=condition_of(1, seed=9) if null else None)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_says_the_same_of_what_it_has_read(name: str) -> None:
+    network, condition = NETWORKS[name](), condition_of(4)
+    x, time = torch.randn(4, C, SIDE, SIDE, dtype=torch.float64), torch.tensor([1.0, 40.0, 500.0, 999.0]).double()
+    read = network.read_prompt(condition)
+    assert (len(read), read.nbytes) == (4, 4 * 2 * L * 64 * 8)
+    torch.testing.assert_close(network(x, time, read), network(x, time, condition))
+    rows = torch.tensor([2, 0, 2])
+    torch.testing.assert_close(network(x[rows], time[rows], read.index(rows)), network(x, time, condition)[rows])
+    joined = ReadPrompt.cat([read.index(torch.tensor([3])), read.index(rows)])
+    order = torch.tensor([3, 2, 0, 2])
+    torch.testing.assert_close(network(x[order], time[order], joined), network(x, time, condition)[order])
+    assert not torch.allclose(network(x, time, network.read_prompt(condition_of(4, seed=1))), network(x, time, read))
+
+
+def test_another_number_of_prompts_is_refused() -> None:
+    x, time = torch.randn(3, C, SIDE, SIDE, dtype=torch.float64), torch.ones(3).double()
+    with pytest.raises(AtollError, match="got 2 rows, expected 3 rows"):
+        dit()(x, time, dit().read_prompt(condition_of(2)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    routing=st.sampled_from(["top-1", "top-2", "full", "threshold-0.2", "nucleus-0.8"]),
+    guidance=st.sampled_from([1.0, 2.5]),
+    guided=st.sampled_from([(0.0, 1.0), (0.3, 0.7)]),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 999),
+    limit=st.sampled_from([0, 20_000, 60_000, 2**31]),
+)
+def test_pictures_are_the_same(routing, guidance, guided, rows, seed, limit) -> None:
+    ensemble = ensemble_of([dit(0), paris(1), dit(2)], routing)
+    condition = condition_of(rows, seed)
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, C, SIDE, SIDE, generator=g, dtype=torch.float64)
+
+    def drawn(prompts: Condition | Prompts) -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return ensemble.velocity(x, t, prompts, guidance, guidance_range=guided)
+
+        return sample(velocity, noise, 4, "heun")
+
+    prompts = ensemble.prompts(condition)
+    prompts.limit = limit
+    torch.testing.assert_close(drawn(prompts), drawn(condition), rtol=1e-6, atol=1e-8)
+    assert prompts.nbytes <= limit
+
+
+def test_each_prompt_is_read_once_by_the_experts_that_are_asked() -> None:
+    networks = [Counted(dit(k)) for k in range(K)]
+    ensemble = ensemble_of(networks, "top-1")
+    prompts = ensemble.prompts(condition_of(6))
+    x = torch.randn(6, C, SIDE, SIDE, dtype=torch.float64)
+    x.flatten(1)[:, :K] = torch.eye(K).repeat(2, 1).double()  # two prompts for each expert
+    for guidance in (1.0, 3.0, 3.0, 1.0):
+        ensemble.velocity(x, torch.full((6,), 0.5).double(), prompts, guidance)
+    assert [network.read for network in networks] == [[2, 1]] * K  # its two prompts, then the null condition
+    x.flatten(1)[:, :K] = torch.eye(K).repeat(2, 1).roll(1, 0).double()
+    ensemble.velocity(x, torch.full((6,), 0.4).double(), prompts, 3.0)
+    assert [network.read for network in networks] == [[2, 1, 2]] * K
+    assert all(isinstance(network.saw, ReadPrompt) for network in networks)
+
+
+def test_without_prompts_nothing_is_read_beforehand() -> None:
+    network = Counted(dit())
+    ensemble_of([network]).velocity(torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2, condition_of(2))
+    assert network.read == []
+    assert isinstance(network.saw, Condition)
+
+
+def test_networks_that_cannot_read_get_the_condition() -> None:
+    seen = []
+
+    def plain(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+        seen.append(condition)
+        return x
+
+    ensemble = ensemble_of([plain])
+    ensemble.velocity(
+        torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2, ensemble.prompts(condition_of(2)), 2.0
+    )
+    assert isinstance(seen[0], Condition)
+    assert len(seen[0]) == 4
+
+
+def test_every_expert_reads_by_its_own_encoder() -> None:
+    wide = condition_of(2, 5, length=3, states=12)
+    experts = [
+        Expert(dit(0), Objective("flow", "linear"), (0,), name="a"),
+        Expert(dit(1, states_dim=12), Objective("flow", "linear"), (1,), name="b", encoder=1),
+    ]
+    null = Conditions((condition_of(1), condition_of(1, length=3, states=12)))
+    ensemble = Ensemble(experts, lambda x, t, pooled=None: x.new_zeros(len(x), 2), "full", null=null)
+    both = Conditions((condition_of(2), wide))
+    x, t = torch.randn(2, C, SIDE, SIDE, dtype=torch.float64), torch.ones(2).double() / 2
+    prompts = ensemble.prompts(both)
+    torch.testing.assert_close(ensemble.velocity(x, t, prompts, 2.0), ensemble.velocity(x, t, both, 2.0))
+    assert prompts.nbytes == 3 * 2 * (L + 3) * 64 * 8
+
+
+def test_guidance_of_prompts_without_a_null_condition_is_refused() -> None:
+    ensemble, other = ensemble_of([dit()]), ensemble_of([dit()], null=False)
+    x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
+    with pytest.raises(AtollError, match="make them by an ensemble that has one"):
+        ensemble.velocity(x, t, other.prompts(condition_of(2)), 2.0)
+
+
+class TestBlockCache:
+    @pytest.mark.parametrize("network", [dit(0, depth=3), paris(0), dit(1, depth=1)])
+    @pytest.mark.parametrize("guidance", [1.0, 2.0])
+    def test_below_every_change_nothing_is_spared(self, network, guidance) -> None:
+        ensemble, condition = ensemble_of([network]), condition_of(3)
+        g = torch.Generator().manual_seed(0)
+        noise = torch.randn(3, C, SIDE, SIDE, generator=g, dtype=torch.float64)
+        prompts = ensemble.prompts(condition, block_cache=1e-12)
+        drawn = [
+            sample(lambda x, t, asked=asked: ensemble.velocity(x, t, asked, guidance), noise, 4)
+            for asked in (prompts, condition)
+        ]
+        torch.testing.assert_close(*drawn)
+        assert prompts.spared == 0
+
+    def test_above_every_change_the_first_block_is_all_that_is_asked(self) -> None:
+        network = dit(0, depth=3)
+        asked = []
+        for number, block in enumerate(network.blocks):
+            block.register_forward_hook(lambda _, inputs, __, number=number: asked.append((number, len(inputs[0]))))
+        ensemble = ensemble_of([network])
+        prompts = ensemble.prompts(condition_of(3), block_cache=1e9)
+        x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.9).double()
+        first = ensemble.velocity(x, t, prompts, 2.0)
+        assert asked == [(0, 6), (1, 6), (2, 6)]
+        torch.testing.assert_close(ensemble.velocity(x, t, prompts, 2.0), first)  # nothing changed: the same answer
+        assert asked[3:] == [(0, 6)]
+        ensemble.velocity(x[:2], t[:2], ensemble.prompts(condition_of(2), block_cache=1e9), 1.0)  # another sampling
+        assert asked[4:] == [(0, 2), (1, 2), (2, 2)]
+        assert prompts.spared == 0.5
+
+    def test_every_sample_decides_for_itself(self) -> None:
+        network, condition = dit(0, depth=3), condition_of(3)
+        sizes = []
+        network.blocks[1].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+        ensemble = ensemble_of([network])
+        prompts = ensemble.prompts(condition, block_cache=0.1)
+        x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.5).double()
+        first = ensemble.velocity(x, t, prompts)
+        moved = x.clone()
+        moved[1] *= -3
+        second = ensemble.velocity(moved, t, prompts)
+        assert sizes == [3, 1]
+        torch.testing.assert_close(second[[0, 2]], first[[0, 2]])
+        torch.testing.assert_close(second[1], ensemble.velocity(moved, t, condition)[1])
+        slightly = moved + 1e-4 * torch.randn_like(moved)
+        third = ensemble.velocity(slightly, t, prompts)
+        exact = ensemble.velocity(slightly, t, condition)
+        assert sizes == [3, 1, 3, 3]  # of the condition itself, twice
+        assert 0 < (third - exact).abs().max() < 0.01 * exact.abs().max()
+
+    def test_guidances_branches_are_apart(self) -> None:
+        ensemble = ensemble_of([dit(0, depth=3)])
+        x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
+        prompts = ensemble.prompts(condition_of(2), block_cache=1e9)
+        plain = ensemble.velocity(x, t, prompts)
+        guided = ensemble.velocity(x, t, prompts, 2.0)  # the null condition's branch is new, the other is known
+        torch.testing.assert_close(guided, ensemble.velocity(x, t, condition_of(2), 2.0))
+        torch.testing.assert_close(plain, ensemble.velocity(x, t, condition_of(2)))
+        assert prompts.spared == 2 / 6
+
+    def test_what_cannot_is_refused(self, trained_run) -> None:
+        def plain(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+            return x
+
+        ensemble = ensemble_of([plain])
+        x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
+        with pytest.raises(AtollError, match="function has no block cache: only DiT and Paris"):
+            ensemble.velocity(x, t, ensemble.prompts(condition_of(2), block_cache=0.1))
+        for threshold in (-0.1, math.nan, math.inf):
+            with pytest.raises(AtollError, match="expected a threshold from 0"):
+                ensemble.prompts(condition_of(2), block_cache=threshold)
+        pipe = Pipeline.from_pretrained(trained_run / "ensemble")
+        with pytest.raises(AtollError, match="compiled experts ask all blocks"):
+            pipe.compile(backend="eager")("moss", num_inference_steps=2, block_cache=0.1)
+
+    def test_by_the_pipeline(self, trained_run, monkeypatch: pytest.MonkeyPatch) -> None:
+        made, prompts = [], Ensemble.prompts
+
+        def spy(self, *arguments, **options) -> Prompts:
+            made.append(prompts(self, *arguments, **options))
+            return made[-1]
+
+        monkeypatch.setattr(Ensemble, "prompts", spy)
+        pipe = Pipeline.from_pretrained(trained_run / "ensemble")
+        pipe(["moss", "rain", "moss"], seeds=[0, 1, 2], num_inference_steps=6, batch_size=2, block_cache=5.0)
+        assert [(len(one), one.block_cache) for one in made] == [(2, 5.0), (1, 5.0)]
+        assert all(one.spared > 0.5 for one in made)
+
+
+def test_the_texts_part_is_spared() -> None:
+    """Of a B/2 with 256 image and 77 text tokens: what its text layers cost, counted by hand."""
+    config = DiTConfig(size=(32, 32), channels=4, patch=2, width=768, depth=2, heads=12, states_dim=768)
+    network = DiT(config)
+    x, time = torch.zeros(1, 4, 32, 32), torch.zeros(1)
+    condition = Condition(torch.zeros(1, 77, 768), torch.ones(1, 77).bool())
+
+    def flops(prompt: Condition | ReadPrompt) -> int:
+        with FlopCounterMode(display=False) as counter:
+            network(x, time, prompt)
+        return counter.get_total_flops()
+
+    read = network.read_prompt(condition)
+    assert flops(condition) - flops(read) == 2 * 77 * 768 * (768 + 2 * 2 * 768)

@@ -1,0 +1,126 @@
+from contextlib import suppress
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atoll.ensemble.routing import Asked, TimeSwitch, build_routing
+from atoll.errors import AtollError
+
+SAMPLES, ANY = 5, ("top-1", "top-3", "full", "threshold-0.2", "nucleus-0.8", "nucleus-0.8@0.5", "sample-1", "sample-3")
+
+
+def log_probabilities(clusters: int, seed: int, count: int = SAMPLES) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(2 * torch.randn(count, clusters, generator=g), 1)
+
+
+def asked(seed: int = 0, count: int = SAMPLES, cluster: torch.Tensor | None = None) -> Asked:
+    return Asked(torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(seed)), cluster)
+
+
+@given(st.integers(1, 9), st.sampled_from(ANY), st.integers(0, 2**31), st.data())
+def test_weights_are_a_distribution_over_clusters_with_experts(clusters, routing, seed, data) -> None:
+    log_p = log_probabilities(clusters, seed)
+    missing = data.draw(st.sets(st.integers(0, clusters - 1), max_size=clusters - 1))
+    log_p[:, list(missing)] = -torch.inf
+    weights = build_routing(routing)(log_p, asked(seed))
+    assert weights.shape == log_p.shape
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(SAMPLES))
+    assert (weights[:, list(missing)] == 0).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 2**31))
+def test_top_k_keeps_the_k_largest(clusters, k, seed) -> None:
+    log_p = log_probabilities(clusters, seed)
+    weights = build_routing(f"top-{k}")(log_p, asked())
+    assert ((weights > 0).sum(1) == min(k, clusters)).all()
+    kept = torch.where(weights > 0, log_p.exp(), 0)
+    torch.testing.assert_close(weights, kept / kept.sum(1, keepdim=True))
+    assert (kept.amax(1) == log_p.exp().amax(1)).all()
+
+
+def test_full_is_the_routers_own_probability() -> None:
+    log_p = log_probabilities(4, 0)
+    torch.testing.assert_close(build_routing("full")(log_p, asked()), log_p.exp())
+
+
+@given(st.integers(1, 9), st.floats(0, 0.99), st.integers(0, 2**31))
+def test_threshold_keeps_what_reaches_it(clusters, least, seed) -> None:
+    p = log_probabilities(clusters, seed).exp()
+    weights = build_routing(f"threshold-{least:.6f}")(p.log(), asked())
+    kept = torch.where(p >= round(least, 6) - 1e-6, p, 0)
+    kept = torch.where(kept.sum(1, keepdim=True) > 0, kept, torch.where(p == p.amax(1, keepdim=True), p, 0))
+    torch.testing.assert_close(weights, kept / kept.sum(1, keepdim=True), atol=2e-5, rtol=0)
+
+
+def test_nucleus_by_hand() -> None:
+    p = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
+    cases = {"0.4": [0, 1, 0, 0], "0.5": [0, 1, 0, 0], "0.6": [0, 2 / 3, 0, 1 / 3], "1": [0.1, 0.5, 0.15, 0.25]}
+    for share, expected in cases.items():
+        weights = build_routing(f"nucleus-{share}")(p.log(), asked(count=1))
+        torch.testing.assert_close(weights, torch.tensor([expected], dtype=torch.float32))
+    cold = p**2 / (p**2).sum()
+    torch.testing.assert_close(build_routing("nucleus-1@0.5")(p.log(), asked(count=1)), cold)
+
+
+def test_draws_are_full_on_the_mean_and_depend_on_the_sample_alone() -> None:
+    log_p = torch.tensor([0.1, 0.6, 0.3]).log().expand(4000, -1)
+    many = asked(count=4000)
+    weights = build_routing("sample-1")(log_p, many)
+    assert set(weights.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(weights.mean(0), torch.tensor([0.1, 0.6, 0.3]), atol=0.03, rtol=0)
+    some = torch.tensor([7, 3999, 11])
+    torch.testing.assert_close(build_routing("sample-1")(log_p[some], Asked(many.x[some])), weights[some])
+    three = build_routing("sample-3")(log_p, many)
+    torch.testing.assert_close(three * 3, (three * 3).round())
+    torch.testing.assert_close(three.mean(0), torch.tensor([0.1, 0.6, 0.3]), atol=0.03, rtol=0)
+
+
+def test_oracle_takes_the_cluster_that_is_named() -> None:
+    log_p = log_probabilities(4, 3)
+    cluster = torch.tensor([3, 0, 2, 2, 1])
+    weights = build_routing("oracle")(log_p, asked(cluster=cluster))
+    torch.testing.assert_close(weights, torch.nn.functional.one_hot(cluster, 4).float())
+    assert (build_routing("oracle-2")(log_p, asked()).argmax(1) == 2).all()
+    log_p[:, 2] = -torch.inf  # nobody is there: the others take over
+    weights = build_routing("oracle")(log_p, asked(cluster=cluster))
+    torch.testing.assert_close(weights[2], torch.softmax(log_p[2], 0))
+
+
+def test_oracle_without_clusters_or_with_wrong_ones_is_refused() -> None:
+    log_p = log_probabilities(4, 3)
+    with pytest.raises(AtollError, match="needs each sample's cluster"):
+        build_routing("oracle")(log_p, asked())
+    for wrong in (torch.tensor([0, 1]), torch.tensor([0, 1, 2, 3, 4]), torch.tensor([0, 1, 2, 3, -1])):
+        with pytest.raises(AtollError, match="expected 5 numbers below 4"):
+            build_routing("oracle")(log_p, asked(cluster=wrong))
+    with pytest.raises(AtollError, match="expected 5 numbers below 4"):
+        build_routing("oracle-4")(log_p, asked())
+
+
+def test_a_time_switch_names_two_experts() -> None:
+    found = build_routing("time-switch-0.25:1-flow-linear:0-eps-cosine")
+    assert found == TimeSwitch(0.25, "1-flow-linear", "0-eps-cosine")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("top-0", "top", "top-2.5", "top--1", "FULL", "", "nucleus", "nucleus-0", "nucleus-1.1", "nucleus-0.9@0"),
+        *("nucleus-0.9@", "threshold-1", "threshold-", "threshold--0.1", "threshold-0.1@2", "sample-0", "sample"),
+        *("oracle-", "oracle--1", "oracle-x", "time-switch-2:a:b", "time-switch-0.5:a", "time-switch-0.5", "full-1"),
+        *("threshold-nan", "nucleus-inf", "top-²", "oracle-²"),
+    ],
+)
+def test_unknown_names_are_refused(name) -> None:
+    with pytest.raises(AtollError, match="expected top-1, top-2"):
+        build_routing(name)
+
+
+@given(st.text())
+def test_any_name_is_understood_or_refused(name) -> None:
+    with suppress(AtollError):
+        assert callable(build_routing(name)) or name.startswith("time-switch-")

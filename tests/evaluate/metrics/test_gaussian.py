@@ -1,0 +1,257 @@
+"""Reference statistics from a file: of others' pictures, never of another network or size without a word."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atoll.encoders.codec import PixelCodec
+from atoll.encoders.feature import Hog, Pixels
+from atoll.encoders.text import HashEncoder
+from atoll.errors import AtollError
+from atoll.evaluate import EvaluateSettings, Reference
+from atoll.evaluate.measure import side_by_side
+from atoll.evaluate.metrics.frechet import Moments, frechet_distance, metric_name
+from atoll.evaluate.metrics.gaussian import FORMAT, load_gaussian, save_gaussian
+from atoll.evaluate.metrics.image_metrics import picture_metrics
+from atoll.evaluate.metrics.spaces import FeatureSpace
+from atoll.evaluate.reference import Real
+from atoll.evaluate.run_statistics import statistics_run
+from atoll.manifest import Manifest, SpaceSettings
+from atoll.storage.shards import Shards, ShardWriter
+
+SIDE = 8
+SHAPE = (1, SIDE, SIDE)
+CODEC = PixelCodec(1, shift=0.0, scale=1.0)
+OBJECTIVE = {"prediction": "flow", "schedule": "linear"}
+PIXELS = {"name": "pixels", "size": 2}  # 12 dimensions
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def moments_of(images: Tensor, feature: Pixels | Hog) -> Moments:
+    moments = Moments(feature.dim)
+    moments.update(feature(images))
+    return moments
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Statistics of 200 pictures in the space of 2 x 2 pixels."""
+    path = tmp_path / "theirs.safetensors"
+    save_gaussian(path, moments_of(pictures(200), Pixels(2)), Pixels(2), SHAPE)
+    return path
+
+
+def encoded(path: Path, count: int = 90, seed: int = 3) -> Path:
+    latents = (pictures(count, seed) * 2 - 1).half()
+    splits = ["val" if i % 10 == 0 else "train" for i in range(count)]
+    with ShardWriter(path / "encoded", {"codec": CODEC.config()}) as writer:
+        writer.append([f"p{i}" for i in range(count)], ["a dot"] * count, splits, {"latent": latents})
+    return path
+
+
+def manifest_of(*spaces: dict) -> Manifest:
+    content = {"name": "m", "experts": [{"cluster": 0, "objective": OBJECTIVE}], "evaluate": {"spaces": list(spaces)}}
+    return Manifest.model_validate(content)
+
+
+class TestFiles:
+    def test_what_is_saved_is_what_is_read(self, file: Path) -> None:
+        feature, own = Pixels(2), moments_of(pictures(200), Pixels(2))
+        found = load_gaussian(file, feature, SHAPE)
+        assert torch.equal(found.mean, own.mean)
+        assert torch.equal(found.covariance, own.covariance)
+        assert found.count == 200
+        assert found.name == f"theirs [{found.sha256[:8]}]"
+        drawn = moments_of(pictures(50, 7), feature)
+        assert frechet_distance(drawn, found) == frechet_distance(drawn, own) > 0
+        assert frechet_distance(own, found) == pytest.approx(0, abs=1e-9)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_an_npz_of_others_is_read(self, tmp_path: Path, dtype) -> None:
+        own = moments_of(pictures(200), Pixels(2))
+        mu, sigma = own.mean.numpy().astype(dtype), own.covariance.numpy().astype(dtype)
+        np.savez_compressed(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu[:2], arr_0=np.zeros((1, 2, 2, 3)))
+        found = load_gaussian(tmp_path / "adm.npz", Pixels(2), (3, 256, 256))
+        torch.testing.assert_close(found.covariance, own.covariance, atol=1e-6, rtol=1e-6)
+        assert found.count == float("inf")
+
+    def test_projected_on_all_directions_the_distance_stays(self, file: Path) -> None:
+        feature = Pixels(2)
+        whole = load_gaussian(file, feature, SHAPE)
+        space = FeatureSpace.of(feature, whole, 12)
+        drawn = moments_of(pictures(50, 7), feature)
+        seen = Moments(12)
+        seen.update(space(pictures(50, 7)))
+        assert frechet_distance(seen, space.seen(whole)) == pytest.approx(frechet_distance(drawn, whole), rel=1e-4)
+
+    def test_three_components_are_the_files_own(self, file: Path) -> None:
+        whole = load_gaussian(file, Pixels(2), SHAPE)
+        space = FeatureSpace.of(Pixels(2), whole, 3)
+        assert (space.name, space.dim) == ("pixels-pca3", 3)
+        seen = space.seen(whole)
+        assert seen.mean.abs().max() < 1e-6  # centred on them
+        variances = torch.linalg.eigvalsh(whole.covariance).flip(0)[:3]
+        torch.testing.assert_close(seen.covariance, torch.diag(variances), atol=1e-7, rtol=1e-4)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("feature", "shape", "words"),
+        [
+            (Pixels(3), SHAPE, r"another feature network: size 2 \(here 3\)"),
+            (Hog(), SHAPE, r"another feature network: name pixels \(here hog\)"),
+            (Pixels(2), (1, 16, 16), r"pictures \[1, 8, 8\], these are \[1, 16, 16\]"),
+            (Pixels(2), (3, 8, 8), r"pictures \[1, 8, 8\], these are \[3, 8, 8\]"),
+        ],
+    )
+    def test_another_network_or_size(self, file: Path, feature, shape, words) -> None:
+        with pytest.raises(AtollError, match=words):
+            load_gaussian(file, feature, shape)
+
+    def test_an_npz_of_another_network_by_its_dimensions(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+        with pytest.raises(AtollError, match=r"a mean of \[2048\].* 'pixels' has 12 dimensions"):
+            load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+
+    @pytest.mark.parametrize("name", ["no.npz", "no.safetensors"])
+    def test_missing_and_damaged_files(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(AtollError, match="not found"):
+            load_gaussian(tmp_path / name, Pixels(2), SHAPE)
+        for content in (b"", b"PK\x03\x04 and nothing", b"\x93NUMPY", b"text", b"\xff" * 100):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(AtollError, match="cannot be read"):
+                load_gaussian(tmp_path / name, Pixels(2), SHAPE)
+
+    def test_other_contents(self, tmp_path: Path) -> None:
+        save_file({"mean": torch.zeros(12)}, tmp_path / "a.safetensors", {"format": "other"})
+        with pytest.raises(AtollError, match=f"'other', expected '{FORMAT}'"):
+            load_gaussian(tmp_path / "a.safetensors", Pixels(2), SHAPE)
+        whole = {"format": FORMAT, "feature": json.dumps(PIXELS), "image": "[1, 8, 8]", "count": "9"}
+        for key, value in (
+            ("feature", None),
+            ("feature", "no json"),
+            ("feature", "3"),
+            ("image", None),
+            ("count", "many"),
+        ):
+            metadata = {k: v for k, v in {**whole, key: value}.items() if v is not None}
+            save_file({"mean": torch.zeros(12), "covariance": torch.eye(12)}, tmp_path / "b.safetensors", metadata)
+            with pytest.raises(AtollError, match="its metadata cannot be read"):
+                load_gaussian(tmp_path / "b.safetensors", Pixels(2), SHAPE)
+        np.savez(tmp_path / "a.npz", mean=np.zeros(12))
+        with pytest.raises(AtollError, match="holds mean; expected mu and sigma"):
+            load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+        np.savez(tmp_path / "a.npz", mu=np.array(["code"], dtype=object), sigma=np.eye(12))
+        with pytest.raises(AtollError, match="cannot be read"):  # a pickle
+            load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+
+    @pytest.mark.parametrize("place", [(0, 0), (3, 5)])
+    @pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
+    def test_covariances_that_are_none(self, tmp_path: Path, place, value) -> None:
+        sigma = np.eye(12)
+        sigma[place] = value
+        np.savez(tmp_path / "a.npz", mu=np.zeros(12), sigma=sigma)
+        if place == (0, 0) and value == 0.5:
+            assert load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE).finite
+            return
+        with pytest.raises(AtollError, match="not finite and symmetric"):
+            load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+
+
+class TestStage:
+    def test_writes_one_file_per_feature(self, tmp_path: Path) -> None:
+        run, told = encoded(tmp_path), []
+        manifest = manifest_of({"feature": PIXELS}, {"feature": {**PIXELS, "size": 3}, "components": 4})
+        written = statistics_run(run, manifest, tmp_path / "out", lambda *progress: told.append(progress))
+        assert told == [(81, 81)]
+        assert [path.name.split("-")[0] for path in written] == ["pixels", "pixels"]
+        assert len(set(written)) == 2
+        shards = Shards(run / "encoded")
+        images = CODEC.decode(shards.read("latent", shards.rows("train")).float())
+        for path, feature in zip(written, (Pixels(2), Pixels(3)), strict=True):
+            found = load_gaussian(path, feature, SHAPE)
+            assert found.count == 81
+            torch.testing.assert_close(found.mean, feature(images).double().mean(0))
+
+    @pytest.mark.parametrize(
+        ("count", "spaces", "words"),
+        [(90, [], "names no feature"), (1, [{"feature": PIXELS}], "0 training pictures; expected at least 2")],
+    )
+    def test_refuses(self, tmp_path: Path, count: int, spaces, words: str) -> None:
+        with pytest.raises(AtollError, match=words):
+            statistics_run(encoded(tmp_path, count), manifest_of(*spaces), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_from_the_command_line(self, tmp_path: Path) -> None:
+        run = encoded(tmp_path)
+        content = {"name": "m", "experts": [{"cluster": 0, "objective": OBJECTIVE}]}
+        (run / "atoll.yaml").write_text(yaml.safe_dump({**content, "evaluate": {"spaces": [{"feature": PIXELS}]}}))
+        command = [sys.executable, "-m", "atoll", "statistics", "-r", str(run), "-o", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        (file,) = (tmp_path / "out").iterdir()
+        assert done.stdout == f"{file} written; name it as `statistics` of that feature's space\n"
+        assert load_gaussian(file, Pixels(2), SHAPE).count == 81
+
+
+def real_of(run: Path, file: Path, components: int | None = None) -> Real:
+    space = SpaceSettings(feature=PIXELS, components=components, statistics=str(file))
+    settings = EvaluateSettings(images=20, batch=7, components=4, spaces=(space,))
+    return Real(Reference(Shards(run / "encoded"), HashEncoder(8, 4), CODEC), settings, run / "evaluation")
+
+
+def metrics_of(real: Real) -> dict[str, float | None]:
+    with side_by_side(1) as run:
+        base, probe = real.statistics("base", run), real.statistics("probe", run)
+    return picture_metrics(real.spaces[1], base[1], probe[1], real.published[1])
+
+
+class TestEvaluated:
+    def test_a_distance_to_the_file_stands_beside_the_one_to_the_data(self, tmp_path: Path, file: Path) -> None:
+        real = real_of(encoded(tmp_path), file)
+        found, given = metrics_of(real), real.published[1]
+        assert given is not None
+        name = f"{metric_name('FD', real.spaces[1])} to theirs [{given.sha256[:8]}]"
+        assert list(found)[-1] == name
+        assert found[name] != found[metric_name("FD", real.spaces[1])]
+        probe = moments_of(real.reference.images(real.probe), Pixels(2))
+        assert found[name] == pytest.approx(frechet_distance(probe, load_gaussian(file, Pixels(2), SHAPE)), rel=1e-5)
+
+    def test_one_file_makes_one_space_of_any_data(self, tmp_path: Path, file: Path) -> None:
+        one = real_of(encoded(tmp_path / "one"), file, components=3)
+        two = real_of(encoded(tmp_path / "two", seed=4), file, components=3)
+        assert one.spaces[1].sha256 == two.spaces[1].sha256
+        assert one.spaces[0].sha256 != two.spaces[0].sha256  # the pixels' components are each data set's own
+        assert list(metrics_of(one)) == list(metrics_of(two))
+
+    def test_other_statistics_are_another_measurement(self, tmp_path: Path, file: Path) -> None:
+        run = encoded(tmp_path / "run")
+        other = tmp_path / "theirs-too.safetensors"
+        save_gaussian(other, moments_of(pictures(300, 9), Pixels(2)), Pixels(2), SHAPE)
+        keys = {real_of(run, file).key, real_of(run, other).key, real_of(run, file).key}
+        assert len(keys) == 2
+
+    def test_statistics_of_another_size_are_refused_before_anything_is_measured(self, tmp_path: Path) -> None:
+        run, file = encoded(tmp_path), tmp_path / "large.safetensors"
+        save_gaussian(file, moments_of(pictures(50), Pixels(2)), Pixels(2), (1, 64, 64))
+        with pytest.raises(AtollError, match=r"pictures \[1, 64, 64\], these are \[1, 8, 8\]"):
+            real_of(run, file)
+        assert not (run / "evaluation").exists()
+
+    def test_the_metadata_says_what_it_is_of(self, file: Path) -> None:
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata()
+        assert json.loads(metadata["feature"]) == PIXELS
+        assert (metadata["count"], metadata["image"]) == ("200", "[1, 8, 8]")
