@@ -81,7 +81,7 @@ def density(mixture: GaussianMixture, points: Tensor, at: float) -> Tensor:
 def colour_at(mixture: GaussianMixture, points: Tensor, at: float) -> Tensor:
     """The experts' colours mixed by the router's p(k | x_t): [B, 3] in [0, 1]."""
     t = torch.full((len(points),), at, dtype=torch.float64)
-    return (mixture.router(points, t).exp() @ RGB).clamp(0, 1)
+    return (mixture.router(points, t).exp() @ RGB[: int(mixture.clusters.max()) + 1]).clamp(0, 1)
 
 
 def map_of_plane(axes: Axes, title: str, mixture: GaussianMixture | None, at: float, colour: str = "#888888") -> None:
