@@ -2,6 +2,7 @@
 
     python examples/heterogeneous.py runs/heterogeneous          # about half an hour on two cores; goes on if stopped
     python examples/heterogeneous.py runs/heterogeneous --measure-only --seeds 5
+    python examples/heterogeneous.py runs/try --small --seeds 1
 
     0-eps-cosine     a DiT that predicts eps on the cosine schedule        cluster 0
     0-flow-linear    a smaller DiT that predicts the flow                  cluster 0: replicas
@@ -70,16 +71,23 @@ RUN = {
     "router": {"network": {"patch": 4, "width": 64, "depth": 2, "heads": 2, "pooled": True}, "train": {"steps": 800}},
     "evaluate": {"images": 512, "steps": 15},
 }  # fmt: skip
+# What --small changes: every stage runs, in a minute or two; the numbers mean nothing.
+SMALL = {
+    "network": {"patch": 4, "width": 32, "depth": 1, "heads": 2},
+    "train": {**RUN["train"], "steps": 4, "batch": 8, "warmup": 1, "checkpoint_every": 2},  # type: ignore[dict-item]
+    "router": {"network": {"patch": 4, "width": 32, "depth": 1, "heads": 2, "pooled": True}, "train": {"steps": 4}},
+    "evaluate": {"images": 64, "steps": 2},
+}
 ROUTINGS = ("top-1", "top-2", "full", "threshold-0.1", "nucleus-0.9", "nucleus-0.9@0.5", "sample-1")
 REPLICAS = ("stacked", "inverse-error", "equal", "time-switch-0.5", "time-switch-0.25", "time-switch-0.1")
 EPS, FLOW = "0-eps-cosine", "0-flow-linear"
 
 
-def train(run: Path) -> None:
+def train(run: Path, small: bool = False) -> None:
     """The whole run, every stage by the function that its verb calls; what is done is not done again."""
     run.mkdir(parents=True, exist_ok=True)
     if not (run / MANIFEST).exists():
-        (run / MANIFEST).write_text(yaml.safe_dump(RUN, sort_keys=False))
+        (run / MANIFEST).write_text(yaml.safe_dump({**RUN, **SMALL} if small else RUN, sort_keys=False))
     manifest = load_manifest(run)
     encode_run(run, manifest, resume=True)
     cluster_run(run, manifest)
@@ -168,9 +176,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--measure-only", action="store_true")
+    parser.add_argument("--small", action="store_true", help="tiny networks and few steps: every stage, no results")
     options = parser.parse_args()
     if not options.measure_only:
-        train(options.run)
+        train(options.run, options.small)
     found = measure(options.run, options.seeds)
     for name, values in found.items():
         print(f"| {name} | {statistics.mean(values):.3f} | {statistics.stdev(values) if len(values) > 1 else 0:.3f} |")
