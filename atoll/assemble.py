@@ -16,7 +16,7 @@ from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
-from atoll.storage.shards import Shards, held_back
+from atoll.storage.shards import Shards, is_held_out
 
 ENSEMBLE, STACKINGS = "ensemble.json", "stackings.safetensors"
 _ROWS, _SAMPLES = 1024, 512  # held-out latents at most, and noisy ones at each level, that weigh replicas
@@ -131,12 +131,14 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
             if part.card.get("assignment") != one.card["assignment"]:
                 raise AtollError(f"{path}: was trained on another assignment than {part.path} is of; train it again")
     # Rows that none of them was trained on: what all held back, or the val split.
-    share = min(one.card.get("training", {}).get("hold_back", 0) for one in loaded)
+    share = min(one.card.get("training", {}).get("calibration_holdout", 0) for one in loaded)
     val = torch.cat([part.rows("val") + start for part, start in _starts(shards)])
-    rows = held_back(shards, share).nonzero().flatten() if share > 0 else val
+    rows = is_held_out(shards, share).nonzero().flatten() if share > 0 else val
     if not len(rows):
         names = ", ".join(path.name for path in replicas)
-        raise AtollError(f"{names}: no row of {shards[0].path} is held out; set train.hold_back, and train them again")
+        raise AtollError(
+            f"{names}: no row of {shards[0].path} is held out; set train.calibration_holdout, and train them again"
+        )
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_ROWS]].sort().values
     latents, captions = _read(shards, rows)
     conditions = [build_encoder(one.card["condition"])(captions) for one in loaded]

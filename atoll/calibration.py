@@ -49,7 +49,7 @@ class Calibration:
         ends = torch.tensor([-10.0, 10.0])
         return cls(mean, ends, torch.ones(2), torch.zeros(2), torch.zeros(2))
 
-    def shortfall(self, log_snr: Tensor) -> Tensor:
+    def shrinkage_over_sigma(self, log_snr: Tensor) -> Tensor:
         """(1 - s)/sigma at log_snr [B], sigma on the linear path: linear between nodes, constant beyond them.
 
         This ratio is what is interpolated because it is what enters the velocity: it stays finite at both ends, so
@@ -64,7 +64,7 @@ class Calibration:
 
     def correct(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x0 <- m + s (x0 - m), and eps so that x stays explained on the linear path. x0, eps [B, ...], t [B]."""
-        excess = per_sample(self.shortfall(_PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
+        excess = per_sample(self.shrinkage_over_sigma(_PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
         return x0 - per_sample(_PATH.sigma(t), x0) * excess, eps + per_sample(_PATH.alpha(t), x0) * excess
 
     @property

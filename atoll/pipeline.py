@@ -14,7 +14,7 @@ from torch import Tensor
 from atoll.ensemble import Alignment, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
-from atoll.ensemble.offload import Weights
+from atoll.ensemble.offload import WeightDtype
 from atoll.errors import AtollError
 from atoll.report.page import colour, document, weight_strip
 from atoll.solver import Method, sample
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Output:
+class PipelineOutput:
     """images: PIL images, one per prompt; latents [B, C, H, W]; traces: who was asked when, one per batch; dropped:
     experts that failed in use, and how."""
 
@@ -56,7 +56,7 @@ class Pipeline:
         device: str | torch.device | None = None,
         replicas: str | None = None,
         memory_budget: str | int | None = None,
-        weights: Weights | None = None,
+        weights: WeightDtype | None = None,
     ) -> "Pipeline":
         """Loads an ensemble's directory, or one expert's. Raises AtollError as `load_ensemble` does."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,8 +64,8 @@ class Pipeline:
         return cls(loaded, device)
 
     def compile(self, **options: Any) -> "Pipeline":
-        """Compiles experts and router by torch.compile, and returns itself; the first pictures then take a minute or
-        more, the others less time. Pictures differ by rounding alone.
+        """Compiles experts and router by torch.compile, and returns itself; the first images then take a minute or
+        more, the others less time. Images differ by rounding alone.
 
         Args:
             options: torch.compile's own: backend, mode.
@@ -95,19 +95,19 @@ class Pipeline:
         batch_size: int = 64,
         callback: Callable[[int, int], Any] | None = None,
         block_cache: float = 0.0,
-    ) -> Output:
-        """Draws one picture per prompt.
+    ) -> PipelineOutput:
+        """Draws one image per prompt.
 
         Args:
             prompts: one or several.
             num_inference_steps, guidance_scale, method, routing: the ensemble's own defaults where None.
             generator: draws the seeds; not together with seeds.
-            seeds: one per prompt. A picture depends on its prompt and its seed alone, not on its batch.
+            seeds: one per prompt. An image depends on its prompt and its seed alone, not on its batch.
             clusters: one per prompt, for routing "oracle".
             guidance_range: the times (0 data, 1 noise) between which there is guidance.
-            batch_size: pictures sampled at a time.
+            batch_size: images sampled at a time.
             callback: called with (steps done, steps in all) over all batches.
-            block_cache: the threshold of first-block caching, of 0.05 to 0.3: faster, and not the same pictures
+            block_cache: the threshold of first-block caching, of 0.05 to 0.3: faster, and not the same images
                 (docs/fusion.md has what it costs); 0: none.
 
         Raises:
@@ -149,7 +149,7 @@ class Pipeline:
                 latents.append(sample(velocity, self.noise(seeds[rows]), steps, method, callback=tell))
             traces.append(trace)
         drawn = torch.cat(latents)
-        return Output(to_pil(self.loaded.codec.decode(drawn)), drawn, traces, dict(ensemble.dropped))
+        return PipelineOutput(to_pil(self.loaded.codec.decode(drawn)), drawn, traces, dict(ensemble.dropped))
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """x at t = 1, [B, C, H, W] float32: each row from its own seed, drawn on the CPU, equal on every device."""
@@ -160,7 +160,7 @@ class Pipeline:
         """Warns of words at a prompt's end that the text encoder leaves out, at the caller's line (torch's decorator of
         `__call__` is a frame too)."""
         for prompt in dict.fromkeys(prompts):
-            if rest := self.loaded.encoder.unread(prompt):
+            if rest := self.loaded.encoder.truncated_text(prompt):
                 warnings.warn(f"the prompt {_short(prompt)!r} is too long: not read is {_short(rest)!r}", stacklevel=4)
 
     @staticmethod
@@ -179,7 +179,7 @@ def _short(text: str) -> str:
 
 
 def to_pil(images: Tensor) -> list["Image"]:
-    """[B, 1 or 3, h, w] in [0, 1] -> grey or RGB pictures of 8 bits."""
+    """[B, 1 or 3, h, w] in [0, 1] -> grey or RGB images of 8 bits."""
     from PIL import Image
 
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -187,7 +187,7 @@ def to_pil(images: Tensor) -> list["Image"]:
 
 
 def grid(images: Sequence["Image"], columns: int | None = None, min_side: int = 128) -> "Image":
-    """The pictures on one sheet of white paper, enlarged without smoothing until a side has `min_side` pixels."""
+    """The images on one sheet of white paper, enlarged without smoothing until a side has `min_side` pixels."""
     from PIL import Image
 
     width, height = images[0].size
@@ -219,20 +219,20 @@ def sample_to_file(
     trace: Path | None = None,
     progress: Callable[[int, int], Any] | None = None,
     memory_budget: str | None = None,
-    weights: Weights | None = None,
+    weights: WeightDtype | None = None,
 ) -> dict[str, str]:
-    """Draws one picture per prompt and writes them as one sheet; returns the experts that failed in use, and how.
+    """Draws one image per prompt and writes them as one sheet; returns the experts that failed in use, and how.
 
     trace: a JSON file to write of who was asked when; a page that shows it is written beside it.
 
     Raises:
-        AtollError: as `Pipeline` does, or `out` is of no picture format or cannot be written.
+        AtollError: as `Pipeline` does, or `out` is of no image format or cannot be written.
     """
     from PIL import Image
 
     Image.init()
     if out.suffix.lower() not in Image.EXTENSION:
-        raise AtollError(f"{out}: no picture format is known by {out.suffix!r}; expected .png, .jpg or .webp")
+        raise AtollError(f"{out}: no image format is known by {out.suffix!r}; expected .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise AtollError(f"{out.parent}: no such directory; make it first")
     if trace is not None and (trace.suffix != ".json" or not trace.parent.is_dir()):
@@ -278,9 +278,9 @@ def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces
         for prompt, (_, weight) in zip(prompts, rows, strict=True)
     )
     lead = (
-        f"<p>One column per step ({len(rows[0][0])}, from noise at the left, t = 1, to the picture at the right, "
+        f"<p>One column per step ({len(rows[0][0])}, from noise at the left, t = 1, to the image at the right, "
         f"t = 0); the height of a colour is the expert's weight.</p><p>{key}</p>"
     )
     table = f'<table class="usage"><tbody>{lines}</tbody></table>'
-    page = document("Who was asked when", lead, [("Prompts", table)])
+    page = document("Who was asked when", lead, [("PromptCache", table)])
     write_bytes(file.with_suffix(".html"), page.encode())

@@ -1,8 +1,8 @@
 """What first-block caching spares and what it costs: `python benchmarks/block_cache.py runs/demo --device cpu`.
 
 The same prompts and noise are drawn with every threshold, batch by batch in turn. "spared" is the share of questions to
-a network in which its first block alone was asked; "PSNR" is of the pictures against those without caching; the Fréchet
-distance is to the run's real pictures, on 48 principal components of the pixels.
+a network in which its first block alone was asked; "PSNR" is of the images against those without caching; the Fréchet
+distance is to the run's real images, on 48 principal components of the pixels.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
     for part in base.split(128):
         real.update(space(reference.images(part)))
     thresholds = [0.0, *arguments.thresholds]
-    seconds, spared = dict.fromkeys(thresholds, 0.0), dict.fromkeys(thresholds, 0.0)
+    seconds, skip_rate = dict.fromkeys(thresholds, 0.0), dict.fromkeys(thresholds, 0.0)
     error, drawn = dict.fromkeys(thresholds, 0.0), {threshold: Moments(space.dim) for threshold in thresholds}
     with torch.inference_mode():
         for part in probe.split(arguments.batch):
@@ -56,20 +56,20 @@ def main() -> None:
                 seconds[threshold] += time.perf_counter() - start
                 images = reference.codec.decode(x0).cpu()
                 exact = images if exact is None else exact
-                spared[threshold] += prompts.spared * len(part) / len(probe)
+                skip_rate[threshold] += prompts.skip_rate * len(part) / len(probe)
                 error[threshold] += float((images - exact).square().mean()) * len(part) / len(probe)
                 drawn[threshold].update(space(images))
-    print(f"{len(probe)} pictures, {arguments.steps} steps of {arguments.method}, guidance {arguments.guidance:g}")
+    print(f"{len(probe)} images, {arguments.steps} steps of {arguments.method}, guidance {arguments.guidance:g}")
     print(f"{'threshold':>9} {'spared':>7} {'speed':>6} {'PSNR dB':>8} {'FD-pca48':>9}")
     found = []
     for threshold in thresholds:
         psnr = -10 * math.log10(error[threshold]) if error[threshold] else math.inf
         distance, speed = frechet_distance(drawn[threshold], real), seconds[0.0] / seconds[threshold]
-        print(f"{threshold:9g} {spared[threshold]:7.2f} {speed:6.2f} {psnr:8.1f} {distance:9.3f}")
+        print(f"{threshold:9g} {skip_rate[threshold]:7.2f} {speed:6.2f} {psnr:8.1f} {distance:9.3f}")
         found.append(
             {
                 "threshold": threshold,
-                "spared": spared[threshold],
+                "spared": skip_rate[threshold],
                 "speed": speed,
                 "psnr": psnr if math.isfinite(psnr) else None,
                 "frechet": distance,

@@ -4,7 +4,7 @@
 
 Experts of the run are calibrated as their training did it, and again from fewer of the latents that it held back. Each
 ensemble's Frechet distance is measured by `atoll evaluate`'s own code, over several seeds (each with other prompts,
-noise and real pictures), beside HDDM's formulas, HDDM's clamp, and no correction. Mean and standard deviation.
+noise and real images), beside HDDM's formulas, HDDM's clamp, and no correction. Mean and standard deviation.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from atoll.evaluate.run import Opened, open_run
 from atoll.manifest import load_manifest
 from atoll.storage.shards import Shards
 from atoll.train.calibrate_expert import shards_of
-from atoll.train.denoiser import calibrate, hold_back
+from atoll.train.denoiser import calibrate, split_holdout
 
 FEW = (8, 16, 32, 64)
 
@@ -71,7 +71,7 @@ def _recalibrated(run: Path, opened: Opened, expert: Expert, count: int) -> Expe
     shards = [Shards(place) for place in shards_of(path)]
     encoder = build_encoder(card["condition"])
     trained = card["training"]
-    _, back, _ = hold_back(shards, encoder, trained["hold_back"])
+    _, back, _ = split_holdout(shards, encoder, trained["calibration_holdout"])
     device = torch.device("cpu")
     few = calibrate(expert.network, expert.objective, back, _mean(expert), trained["seed"], device, rows=count)
     return replace(expert, calibration=few)
@@ -94,7 +94,7 @@ def main() -> None:
         for score in results.scores:
             distances[score.name].append(float("nan") if score.frechet is None else score.frechet)
         print(f"seed {seed} done", flush=True)
-    print(f"{results.frechet_name}, {results.images} pictures a seed, {options.seeds} seeds: mean (standard deviation)")
+    print(f"{results.frechet_name}, {results.images} images a seed, {options.seeds} seeds: mean (standard deviation)")
     for name, values in distances.items():
         print(f"{name:38} {statistics.mean(values):8.3f} ({statistics.stdev(values):.3f})")
     for count, gap in slopes.items():

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from atoll.cluster.assign import Assignment
 from atoll.cluster.fit import ROWS_PER_CENTROID, _count, _read_sample, kmeans, survey
 from atoll.cluster.nearest import Workers, nearest
-from atoll.cluster.write import Output
-from atoll.storage.shards import Part, Shards, ShardWriter
+from atoll.cluster.write import ClustersWriter
+from atoll.storage.shards import Shard, Shards, ShardWriter
 
 SHARD = 4096
 ROUNDS = 25
@@ -107,7 +107,7 @@ def fit(rows: int, dim: int, fine: int, repeats: int, folder: str | None) -> dic
     return {"rows": rows, "dim": dim, "fine": fine, "threads": torch.get_num_threads(), **medians, "ratio": ratios}
 
 
-def endless(shards: Shards, rows: int) -> Iterator[Part]:
+def endless(shards: Shards, rows: int) -> Iterator[Shard]:
     """`rows` rows: the shards over and over, under new keys."""
     start = 0
     while start < rows:
@@ -130,7 +130,7 @@ def stream(rows: int, dim: int, fine: int, folder: str | None) -> dict[str, Any]
         write_shards(root / "encoded", 32 * SHARD, dim)
         shards, done = Shards(root / "encoded"), 0
         start = time.perf_counter()
-        with Workers() as workers, Output(root / "clusters", shards, card, 0, 0.1) as output:
+        with Workers() as workers, ClustersWriter(root / "clusters", shards, card, 0, 0.1) as output:
             for assigned in workers.map(lambda part: assignment(part, root), endless(shards, rows)):
                 output.add(assigned)
                 done += len(assigned.part)

@@ -5,7 +5,7 @@
 A class-conditional eps-DiT (class_dit.py, linear-beta) is pretrained on one half of EuroSAT at 32 pixels, saved in
 facebookresearch/DiT's layout, and converted by `atoll.convert` in every way. Each conversion, and a new network, is
 then trained as a flow expert (linear path, captions) on the other half, or on flowers. Within a seed all see the same
-pictures, noise and times. Printed are, first, how far each conversion's eps is from the original's at step 0; then
+images, noise and times. Printed are, first, how far each conversion's eps is from the original's at step 0; then
 the held-out loss over the steps, and in how many steps each reaches the last loss of "scratch". `--out` gets dit.pt,
 and convert.json and convert.png after every seed. The minutes are shared out by the speed measured at the start: one
 part pretrains (`--dit` begins with a dit.pt that is there), two go to the experts.
@@ -42,7 +42,7 @@ BATCH, LR, WARMUP, EMA = 32, 5e-4, 100, 0.995
 EPS, FLOW = Objective("eps", "linear-beta"), Objective("flow", "linear")
 ENCODER = HashEncoder(dim=64, length=12)
 TARGETS = {"eurosat": "eurosat64_1of2.parquet", "flowers": "flowers128.parquet"}
-HELD_OUT, POINTS = 256, 14  # pictures; points of a curve
+HELD_OUT, POINTS = 256, 14  # images; points of a curve
 
 
 def autocast() -> torch.autocast:
@@ -51,21 +51,19 @@ def autocast() -> torch.autocast:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """latents [N,3,32,32] of about unit variance, labels [N], and the captions [N] encoded."""
 
     latents: Tensor
     labels: Tensor
     condition: Condition
 
-    def part(self, rows: slice) -> "Pictures":
-        return Pictures(
-            self.latents[rows], self.labels[rows], self.condition.index(torch.arange(len(self.labels))[rows])
-        )
+    def part(self, rows: slice) -> "Images":
+        return Images(self.latents[rows], self.labels[rows], self.condition.index(torch.arange(len(self.labels))[rows]))
 
 
-def read_pictures(name: str, limit: int | None = None) -> Pictures:
-    """The pictures of a parquet file, in an order of no meaning."""
+def read_images(name: str, limit: int | None = None) -> Images:
+    """The images of a parquet file, in an order of no meaning."""
     import numpy as np
     import pyarrow.parquet as pq
     from PIL import Image
@@ -73,20 +71,20 @@ def read_pictures(name: str, limit: int | None = None) -> Pictures:
     rows = pq.read_table(DATA / name).to_pylist()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
     rows = [rows[i] for i in order]
-    pictures = []
+    images = []
     for row in rows:
         with Image.open(io.BytesIO(row["image_bytes"])) as image:
             resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
-        pictures.append(torch.from_numpy(np.asarray(resized).copy()))
-    latents = torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N,3,32,32]
+        images.append(torch.from_numpy(np.asarray(resized).copy()))
+    latents = torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N,3,32,32]
     labels = torch.tensor([row["label"] for row in rows])
-    return Pictures((latents - latents.mean()) / latents.std(), labels, ENCODER([row["caption"] for row in rows]))
+    return Images((latents - latents.mean()) / latents.std(), labels, ENCODER([row["caption"] for row in rows]))
 
 
 class Trainer:
     """Steps of AdamW with warm-up and EMA; what a step sees depends on the seed and the step alone."""
 
-    def __init__(self, network: nn.Module, objective: Objective, data: Pictures, seed: int) -> None:
+    def __init__(self, network: nn.Module, objective: Objective, data: Images, seed: int) -> None:
         self.network, self.objective, self.data, self.seed = network, objective, data, seed
         self.weights = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=LR, betas=(0.9, 0.99), weight_decay=0.0)
@@ -124,7 +122,7 @@ class Trainer:
         torch._foreach_copy_(self.weights, self.ema)
         return own
 
-    def averaged_loss(self, test: Pictures) -> float:
+    def averaged_loss(self, test: Images) -> float:
         """Held-out loss of the averaged weights."""
         own = self.use_ema()
         loss = held_out_loss(self.network, test)
@@ -134,7 +132,7 @@ class Trainer:
 
 
 @torch.no_grad()
-def held_out_loss(network: nn.Module, data: Pictures) -> float:
+def held_out_loss(network: nn.Module, data: Images) -> float:
     """Mean flow loss with noise and times that are always the same; the times are evenly spaced."""
     g = torch.Generator().manual_seed(7)
     n = len(data.latents)
@@ -147,7 +145,7 @@ def held_out_loss(network: nn.Module, data: Pictures) -> float:
 
 
 @torch.no_grad()
-def distance(network: nn.Module, original: ClassDiT, data: Pictures) -> float:
+def distance(network: nn.Module, original: ClassDiT, data: Images) -> float:
     """Relative error of eps against the original at its null class: norm of the difference over norm."""
     g = torch.Generator().manual_seed(8)
     x0 = data.latents[:256]
@@ -158,7 +156,7 @@ def distance(network: nn.Module, original: ClassDiT, data: Pictures) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def pretrain(data: Pictures, steps: int) -> ClassDiT:
+def pretrain(data: Images, steps: int) -> ClassDiT:
     torch.manual_seed(0)
     original = ClassDiT()
     trainer = Trainer(original, EPS, data, seed=99)
@@ -180,7 +178,7 @@ def start(variant: str, seed: int, converted: Path) -> nn.Module:
     return network.train().requires_grad_(True)
 
 
-def curve(network: nn.Module, data: Pictures, test: Pictures, seed: int, steps: int, every: int) -> dict[int, float]:
+def curve(network: nn.Module, data: Images, test: Images, seed: int, steps: int, every: int) -> dict[int, float]:
     """Held-out loss of the EMA weights' network by step, from one run."""
     trainer = Trainer(network, FLOW, data, seed)
     losses = {0: held_out_loss(network, test)}
@@ -200,7 +198,7 @@ def steps_to(losses: dict[int, float], wanted: float) -> float | None:
     return None
 
 
-def seconds_per_step(data: Pictures) -> float:
+def seconds_per_step(data: Images) -> float:
     """Of an expert's training, measured on this machine."""
     trainer = Trainer(start("scratch", 0, Path()), FLOW, data, 0)
     trainer.step(0)
@@ -214,8 +212,8 @@ def the_original(options: argparse.Namespace, steps: int) -> ClassDiT:
     """The pretrained DiT, from `--dit` or trained now; options.out/dit.pt is its checkpoint."""
     file = options.out / "dit.pt"
     if options.dit is None:
-        source = read_pictures("eurosat64_0of2.parquet", options.pictures)
-        print(f"pretraining: {steps} steps on {len(source.latents)} pictures", flush=True)
+        source = read_images("eurosat64_0of2.parquet", options.images)
+        print(f"pretraining: {steps} steps on {len(source.latents)} images", flush=True)
         torch.save({"ema": pretrain(source, steps).state_dict(), "steps": steps}, file)
     elif options.dit != file:
         shutil.copyfile(options.dit, file)
@@ -224,7 +222,7 @@ def the_original(options: argparse.Namespace, steps: int) -> ClassDiT:
     return original.requires_grad_(False)
 
 
-def convert_all(dit: Path, original: ClassDiT, test: Pictures, seeds: int, out: Path) -> dict[str, Any]:
+def convert_all(dit: Path, original: ClassDiT, test: Images, seeds: int, out: Path) -> dict[str, Any]:
     """Every conversion for every seed, at out/<modulation>-<seed>; how far the first seed's are from the original."""
     found: dict[str, Any] = {}
     for seed in range(seeds):
@@ -242,7 +240,7 @@ def convert_all(dit: Path, original: ClassDiT, test: Pictures, seeds: int, out: 
 
 def run(options: argparse.Namespace, scratch: Path) -> None:
     """The experiment; `scratch` holds the converted experts while it lasts."""
-    every = read_pictures(TARGETS[options.target], options.pictures)
+    every = read_images(TARGETS[options.target], options.images)
     cut = max(1, min(HELD_OUT, len(every.latents) // 5))
     test, data = every.part(slice(cut)), every.part(slice(cut, None))
     variants = ("scratch", *MODULATIONS)
@@ -251,7 +249,7 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
     curves_cost = POINTS * len(test.latents) / BATCH / 3  # in steps: a forward pass is a third of one
     steps = options.steps or max(10, int(budget * 2 / 3 / options.seeds / len(variants) - curves_cost))
     original = the_original(options, first)
-    print(f"experts: {steps} steps on {len(data.latents)} pictures", flush=True)
+    print(f"experts: {steps} steps on {len(data.latents)} images", flush=True)
     conversions = convert_all(options.out / "dit.pt", original, test, options.seeds, scratch)
     curves: dict[str, list[dict[int, float]]] = {variant: [] for variant in variants}
     about = {"command": " ".join(sys.argv), "torch": torch.__version__, "threads": options.threads, "steps": steps}
@@ -310,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dit", type=Path, help="a dit.pt of an earlier run, instead of pretraining")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--target", choices=tuple(TARGETS), default="eurosat", help="what experts learn")
-    parser.add_argument("--pictures", type=int, help="of each data set at most; none: all")
+    parser.add_argument("--images", type=int, help="of each data set at most; none: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/convert"), help="gets convert.json and convert.png")
     options = parser.parse_args(arguments)

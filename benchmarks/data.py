@@ -1,7 +1,7 @@
 """Encoding against a plain loop, and reading shards: `python benchmarks/data.py encode|read [--json out.json]`.
 
-encode: pictures through a latent codec and a feature network, by `atoll encode`'s own code and by the loop that one
-writes first: a picture at a time, decoded and encoded in one process, in float32, torch's threads. Interleaved.
+encode: images through a latent codec and a feature network, by `atoll encode`'s own code and by the loop that one
+writes first: an image at a time, decoded and encoded in one process, in float32, torch's threads. Interleaved.
 read: random batches of latents and captions from memory-mapped shards, in one process, page cache warm.
 """
 
@@ -40,7 +40,7 @@ def manifest(options: argparse.Namespace) -> Manifest:
     }
     text = {
         "name": "benchmark",
-        "data": {"source": "parquet", "path": str(options.pictures), "size": options.size, "duplicates": "keep"},
+        "data": {"source": "parquet", "path": str(options.images), "size": options.size, "duplicates": "keep"},
         **networks,
         "experts": [{"cluster": 0, "objective": {"prediction": "flow", "schedule": "linear"}}],
     }
@@ -48,30 +48,30 @@ def manifest(options: argparse.Namespace) -> Manifest:
 
 
 def encode(options: argparse.Namespace) -> dict[str, Any]:
-    """Pictures/s of both, their ratio, and the peak memory of this process and its children while Atoll encodes."""
-    table = pq.read_table(options.pictures).slice(0, options.rows)
+    """Images/s of both, their ratio, and the peak memory of this process and its children while Atoll encodes."""
+    table = pq.read_table(options.images).slice(0, options.rows)
     with tempfile.TemporaryDirectory() as scratch:
-        options.pictures = Path(scratch) / "pictures.parquet"
-        pq.write_table(table, options.pictures)
+        options.images = Path(scratch) / "images.parquet"
+        pq.write_table(table, options.images)
         settings = manifest(options)
         column = next(n for n in table.column_names if n.startswith("image"))
-        pictures = table[column].to_pylist()
+        images = table[column].to_pylist()
         rates: dict[str, list[float]] = {"plain": [], "batched": [], "atoll": []}
         peaks = []
         for turn in range(options.turns):
             for name, batch in (("plain", 1), ("batched", 32)):
                 start = time.perf_counter()
-                plain_loop(pictures, settings, batch)
-                rates[name].append(len(pictures) / (time.perf_counter() - start))
+                plain_loop(images, settings, batch)
+                rates[name].append(len(images) / (time.perf_counter() - start))
             with peak_memory() as peak:
                 start = time.perf_counter()
                 encode_run(Path(scratch) / f"run-{turn}", settings)
-                rates["atoll"].append(len(pictures) / (time.perf_counter() - start))
+                rates["atoll"].append(len(images) / (time.perf_counter() - start))
             peaks.append(peak[0])
     ratios = {name: [a / p for a, p in zip(rates["atoll"], rates[name], strict=True)] for name in ("plain", "batched")}
     return {
-        "pictures": len(pictures),
-        "pictures_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "images": len(images),
+        "images_per_s": {name: statistics.median(values) for name, values in rates.items()},
         "atoll_over_plain": statistics.median(ratios["plain"]),
         "atoll_over_batched": statistics.median(ratios["batched"]),
         "peak_gb": max(peaks) / 2**30,
@@ -79,15 +79,15 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def plain_loop(pictures: list[bytes], settings: Manifest, batch: int) -> None:
+def plain_loop(files: list[bytes], settings: Manifest, batch: int) -> None:
     """What one writes first; its result goes to one file at the end."""
     codec, feature = build_codec(settings.codec), build_feature(settings.feature)
     size, latents, features = settings.data.size, [], []
-    for start in range(0, len(pictures), batch):
+    for start in range(0, len(files), batch):
         images = []
-        for data in pictures[start : start + batch]:
-            picture = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-            images.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255)
+        for data in files[start : start + batch]:
+            image = Image.open(io.BytesIO(data)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
         x = torch.stack(images)
         latents.append(codec.encode(x).half())
         features.append(feature(x))
@@ -142,7 +142,7 @@ def read(options: argparse.Namespace) -> dict[str, Any]:
                 keys = [f"{start + i:09d}" for i in range(count)]
                 writer.append(
                     keys,
-                    [f"a caption of picture {key}" for key in keys],
+                    [f"a caption of image {key}" for key in keys],
                     ["train"] * count,
                     {"latent": latents[:count]},
                 )
@@ -173,7 +173,7 @@ def seconds(work: Callable[[], None], turns: int, calls: int = 50) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["encode", "read"])
-    parser.add_argument("--pictures", type=Path, help="a parquet file of pictures (encode)")
+    parser.add_argument("--images", type=Path, help="a parquet file of images (encode)")
     parser.add_argument("--weights", type=Path, help="the directory of taef2_encoder.pth and mobilenetv2_tf_int8.npz")
     parser.add_argument("--codec", default="taef2")
     parser.add_argument("--size", type=int, default=128)

@@ -26,7 +26,7 @@ from atoll.alignment import snr_velocity
 from atoll.calibration import Calibration
 from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
-from atoll.nn.attention import ReadPrompt
+from atoll.nn.attention import TextKV
 from atoll.nn.dit import SIZES, DiT, DiTConfig
 from atoll.objective import Objective
 
@@ -95,7 +95,7 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
     assert isinstance(first.network, DiT)
     read = first.network.read_prompt(both)
 
-    def one(prompt: Condition | ReadPrompt) -> Tensor:
+    def one(prompt: Condition | TextKV) -> Tensor:
         def predict(asked: Tensor, time: Tensor) -> Tensor:
             return first.network(asked, time, prompt)
 

@@ -14,7 +14,7 @@ How far does bf16 move a network's vectors? |bf16 - fp32| / |fp32| over all of t
 length, as they are clustered:
 
     python benchmarks/features.py --bf16 mobilenetv2,weights=$ATOLL_DATA/weights/mobilenetv2_tf_int8.npz \\
-        --pictures "$ATOLL_DATA/eurosat64_*of2.parquet" --size 64
+        --data "$ATOLL_DATA/eurosat64_*of2.parquet" --size 64
 """
 
 import argparse
@@ -133,8 +133,8 @@ CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def pictures(path: str, size: int, count: int) -> Tensor:
-    """`count` pictures of parquet files, drawn at random, [n,3,size,size] in [0,1]."""
+def load_images(path: str, size: int, count: int) -> Tensor:
+    """`count` images of parquet files, drawn at random, [n,3,size,size] in [0,1]."""
     source = build_source(DataSettings(source="parquet", path=path, size=size))
     raws = (raw for block in source.blocks() for raw in source.read(block) if isinstance(raw, Raw))
     files = [raw.image for raw in raws if isinstance(raw.image, bytes)]
@@ -169,13 +169,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default="", help="candidates whose names hold this")
     parser.add_argument("--bf16", default="", metavar="NAME,KEY=VALUE", help="how far bf16 moves this feature, alone")
-    parser.add_argument("--pictures", default="", help="parquet files of pictures, for --bf16")
+    parser.add_argument("--data", default="", help="parquet files of images, for --bf16")
     parser.add_argument("--images", type=int, default=256, help="so many of them")
     args = parser.parse_args()
     if args.bf16:
-        if not args.pictures:
-            parser.error("--bf16 asks for --pictures: parquet files to take them from")
-        tell_bf16(args.bf16, pictures(args.pictures, args.size, args.images))
+        if not args.data:
+            parser.error("--bf16 needs --data: parquet files to take them from")
+        tell_bf16(args.bf16, load_images(args.data, args.size, args.images))
         return
     source = Glyphs(args.subset, args.size)
     glyphs = [glyph for block in source.blocks() for glyph in source.read(block)]

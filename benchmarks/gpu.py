@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from gpu_batch import largest
 from gpu_correct import correct
-from gpu_measure import Bench, release
+from gpu_measure import Evaluator, release
 from gpu_sampling import sampling
 from gpu_table import table
 from gpu_training import ceiling, training
 
-PARTS: dict[str, Callable[[Bench], None]] = {
+PARTS: dict[str, Callable[[Evaluator], None]] = {
     "ceiling": ceiling,
     "training": training,
     "correct": correct,
@@ -48,7 +48,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {**about, "device": "cpu"}
 
 
-def run(bench: Bench, parts: Sequence[str]) -> int:
+def run(bench: Evaluator, parts: Sequence[str]) -> int:
     """Runs the parts; returns how many failed."""
     failed = 0
     for name in parts:
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     device = torch.device(options.device)
     compiled = options.device == "cuda" if options.compile is None else options.compile
-    bench = Bench(device, options.tiny, compiled, options.rounds, deadline + 60 * options.minutes, options.json)
+    bench = Evaluator(device, options.tiny, compiled, options.rounds, deadline + 60 * options.minutes, options.json)
     bench.report.update(machine(device), tiny=options.tiny, rounds=options.rounds)
     failed = run(bench, options.parts)
     print(table(bench.report))

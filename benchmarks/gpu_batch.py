@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from gpu_measure import Bench, release
+from gpu_measure import Evaluator, release
 from gpu_training import Training, build, cost_of
 
 from atoll.nn import SIZES
@@ -72,7 +72,7 @@ def fits(size: str, batch: int, checkpointing: Checkpointing) -> bool:
     return done
 
 
-def largest(bench: Bench) -> None:
+def largest(bench: Evaluator) -> None:
     """Part "batch": for each memory and checkpointing the largest batch, predicted and found."""
     if not bench.on_gpu:
         bench.keep("batch", {"needs": "a CUDA device: only its allocator can be held to a memory"})

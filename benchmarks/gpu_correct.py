@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from ensemble import by_loop
-from gpu_measure import Bench
+from gpu_measure import Evaluator
 from gpu_training import RandomBatch, config_of, randomized
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def resumed(device: torch.device) -> dict[str, Any]:
     return {"resumed_difference": off, "repeated_difference": noise, "holds": holds}
 
 
-def correct(bench: Bench) -> None:
+def correct(bench: Evaluator) -> None:
     """Part "correct": each check with its distance and whether it holds. Raises RuntimeError, at the end, if one does
     not."""
     reference = velocities(torch.device("cpu"), torch.float32)

@@ -16,7 +16,7 @@ Call = Callable[[], object]
 
 
 @dataclass
-class Bench:
+class Evaluator:
     """One run of the benchmark.
 
     Attributes:

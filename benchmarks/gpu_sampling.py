@@ -10,14 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_measure import Bench, release, seconds_of
+from gpu_measure import Evaluator, release, seconds_of
 from gpu_training import LATENT, TEXT_TOKENS, TEXT_WIDTH, config_of, randomized
 from torch import Tensor, nn
 
 from atoll.calibration import Calibration
 from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
-from atoll.ensemble.offload import Store, bytes_of
+from atoll.ensemble.offload import ExpertCache, bytes_of
 from atoll.nn import SIZES, DiT, Router
 from atoll.nn.router import RouterConfig
 from atoll.objective import Objective
@@ -70,7 +70,7 @@ def prompts_of(count: int, device: torch.device) -> Condition:
 
 
 @torch.inference_mode()
-def measured(ensemble: Ensemble, batch: int, steps: int, rounds: int, bench: Bench) -> dict[str, Any]:
+def measured(ensemble: Ensemble, batch: int, steps: int, rounds: int, bench: Evaluator) -> dict[str, Any]:
     """Seconds to draw `batch` latents, the median; images/s; and the peak of memory, weights included. Any ensemble can
     be asked: of networks that are held all, or under a budget."""
     condition = prompts_of(batch, bench.device)
@@ -93,7 +93,7 @@ def measured(ensemble: Ensemble, batch: int, steps: int, rounds: int, bench: Ben
 
 def under_budget(ensemble: Ensemble, budget: int, device: torch.device) -> Ensemble:
     """The same experts kept in the host's memory, and brought to the device as a budget of so many bytes has room."""
-    store, experts = Store(budget, device), []
+    store, experts = ExpertCache(budget, device), []
     for expert in ensemble.experts:
         network = expert.network.cpu()  # type: ignore[attr-defined]
         brought = store.add(expert.name, bytes_of(network), lambda network=network: network)
@@ -102,7 +102,7 @@ def under_budget(ensemble: Ensemble, budget: int, device: torch.device) -> Ensem
     return ensemble.with_experts(experts)
 
 
-def ensemble_for(way: str, bench: Bench) -> Ensemble:
+def ensemble_for(way: str, bench: Evaluator) -> Ensemble:
     """A new ensemble to be sampled this way: "eager", "compiled" per block, or "offloaded" under a budget."""
     ensemble = build_ensemble(*(("tiny", "tiny") if bench.tiny else (EXPERT, ROUTER)), bench.device)
     if way == "compiled":
@@ -114,7 +114,7 @@ def ensemble_for(way: str, bench: Bench) -> Ensemble:
     return ensemble
 
 
-def sampling(bench: Bench) -> None:
+def sampling(bench: Evaluator) -> None:
     """Part "sampling": images/s at a batch of 16 and the latency of one, for three routings; eager, compiled, and with
     experts that do not all fit into a budget."""
     steps, prompts = (2, 3) if bench.tiny else (STEPS, PROMPTS)

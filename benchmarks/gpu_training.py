@@ -11,7 +11,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from gpu_measure import Bench, Call, interleaved, release
+from gpu_measure import Call, Evaluator, interleaved, release
 from step import Diffusers
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from atoll.condition import Condition
 from atoll.manifest import TrainSettings
 from atoll.nn import SIZES, DiT, DiTConfig
 from atoll.objective import Objective
-from atoll.plan.cost import CUDA_BF16, Network, activation_bytes, fixed_bytes, training_flops
+from atoll.plan.cost import CUDA_BF16, DiTSizes, activation_bytes, fixed_bytes, training_flops
 from atoll.plan.fit import Switches, needed_bytes
 from atoll.schedule import Linear
 from atoll.train.batches import drop_condition, seeded
@@ -28,7 +28,7 @@ from atoll.train.loop import Task, autocast_of, gradients, prepared
 from atoll.train.prefetch import Batch
 from atoll.train.state import State, learning_rate
 
-LATENT, TEXT_TOKENS, TEXT_WIDTH = (4, 32, 32), 77, 768  # a 256x256 picture in SD's latents, CLIP-L's text
+LATENT, TEXT_TOKENS, TEXT_WIDTH = (4, 32, 32), 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
 MOST = 128  # samples of a step
 BYTES_OF_OTHERS = 1.25  # what diffusers' network keeps for its backward pass, over what Atoll's does: with a margin
 STEPS = 3  # in a row, of which a round takes the mean
@@ -40,9 +40,9 @@ def config_of(size: str) -> DiTConfig:
     return DiTConfig(size=(sides[0], sides[1]), channels=channels, states_dim=TEXT_WIDTH, **SIZES[size])
 
 
-def cost_of(size: str) -> Network:
+def cost_of(size: str) -> DiTSizes:
     """What `atoll plan` knows of it."""
-    return Network.from_config(config_of(size).model_dump(), TEXT_TOKENS)
+    return DiTSizes.from_config(config_of(size).model_dump(), TEXT_TOKENS)
 
 
 class PixArt(Diffusers):
@@ -132,7 +132,7 @@ def product(rows: int, inner: int, columns: int, device: torch.device) -> tuple[
     return lambda: torch.mm(a, b), 2.0 * rows * inner * columns
 
 
-def ceiling(bench: Bench) -> None:
+def ceiling(bench: Evaluator) -> None:
     """Part "ceiling": TFLOP/s of bf16 products, square ones and those of the networks' blocks."""
     sides = (256, 512) if bench.tiny else (4096, 8192, 16384)
     shapes = {f"{side}^3": (side, side, side) for side in sides}
@@ -147,7 +147,7 @@ def ceiling(bench: Bench) -> None:
     bench.keep("ceiling", {"tflops": max(tflops[f"{side}^3"] for side in sides), "products": tflops})
 
 
-def common_batch(bench: Bench, size: str) -> int:
+def common_batch(bench: Evaluator, size: str) -> int:
     """The samples of a step that leave room for both networks' states; a multiple of 8 on a GPU, at most MOST."""
     if bench.tiny:
         return 3
@@ -157,7 +157,7 @@ def common_batch(bench: Bench, size: str) -> int:
     return max(8, min(MOST, int(free / each) // 8 * 8))
 
 
-def compared(bench: Bench, size: str, batch: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+def compared(bench: Evaluator, size: str, batch: int, kinds: tuple[str, ...]) -> dict[str, Any]:
     """Training steps of the kinds, eager and compiled, and the ceiling's products, interleaved."""
     torch.compiler.reset()  # else a second batch or width is compiled for any size, which is another program
     trainings = {kind: Training(build(kind, size, bench.device), batch, bench.device) for kind in kinds}
@@ -195,7 +195,7 @@ def _ratio(base: list[float], own: list[float]) -> float:
     return statistics.median(b / o for b, o in zip(base, own, strict=True))
 
 
-def training(bench: Bench) -> None:
+def training(bench: Evaluator) -> None:
     """Part "training": for each size images/s, share of the ceiling and MFU, against diffusers in the same rounds; and,
     where both together leave no room for a batch of MOST, Atoll alone with it."""
     kinds: tuple[str, ...] = ("atoll", "diffusers")
@@ -225,7 +225,7 @@ def training(bench: Bench) -> None:
             alone(bench, size)
 
 
-def alone(bench: Bench, size: str) -> None:
+def alone(bench: Evaluator, size: str) -> None:
     """Atoll without diffusers beside it, batch MOST, if `atoll plan` finds that to fit."""
     memory = torch.cuda.get_device_properties(bench.device).total_memory
     if needed_bytes(cost_of(size), CUDA_BF16, Switches(compile=False), MOST) < memory:

@@ -89,7 +89,7 @@ def loop(
         if len(ends) > options.steps:
             raise Stop
 
-    feed, checkpoints = atoll.train.loop.Feed, atoll.train.loop.Checkpoints
+    feed, checkpoints = atoll.train.loop.Prefetcher, atoll.train.loop.Checkpoints
     feed_at, save = feed.at, checkpoints.save
     try:
         feed.at, checkpoints.save = clocked(feed_at, waits), clocked(save, saves)  # type: ignore[method-assign]

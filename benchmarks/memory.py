@@ -1,4 +1,4 @@
-"""Eight experts within a budget: peak memory, time, and whether the pictures are the same.
+"""Eight experts within a budget: peak memory, time, and whether the images are the same.
 
     python benchmarks/memory.py [--size XL/2] [--steps 2] [--rounds 2] [--json out.json]
 
@@ -82,8 +82,8 @@ def draw(path: Path, budget: int | None, weights: Any, steps: int) -> dict[str, 
         "load": loaded - start,
         "step": step,
         "added": status("VmHWM") - before,
-        "fetched": network.store.fetched if isinstance(network, Offloaded) else EXPERTS,
-        "picture": hashlib.sha256(drawn.latents.numpy().tobytes()).hexdigest()[:12],
+        "fetched": network.store.loads if isinstance(network, Offloaded) else EXPERTS,
+        "image": hashlib.sha256(drawn.latents.numpy().tobytes()).hexdigest()[:12],
     }
 
 
@@ -120,10 +120,10 @@ def main() -> None:
     for name in runs:
         load, step, added = (statistics.median(one[name][key] for one in rounds) for key in ("load", "step", "added"))
         ratio = statistics.median(one[name]["step"] / one["no budget"]["step"] for one in rounds)
-        same = all(one[name]["picture"] == one["no budget"]["picture"] for one in rounds)
+        same = all(one[name]["image"] == one["no budget"]["image"] for one in rounds)
         print(
             f"{name:18s} load {load:6.1f} s   step {step:6.2f} s ({ratio:.2f} x)   added {added / expert:5.2f} experts"
-            f"   brought {rounds[0][name]['fetched']:3d}   {'the same picture' if same else 'another picture'}"
+            f"   brought {rounds[0][name]['fetched']:3d}   {'the same image' if same else 'another image'}"
         )
     if options.json:
         options.json.write_text(json.dumps({"size": options.size, "expert": expert, "rounds": rounds}, indent=2))

@@ -1,9 +1,9 @@
-"""One parquet file of three kinds of pictures, so that clusters are plain to see: satellite photos, flowers, emoji.
+"""One parquet file of three kinds of images, so that clusters are plain to see: satellite photos, flowers, emoji.
 
     ATOLL_DATA=... python benchmarks/mixture.py mixture.parquet
     ATOLL_MIXTURE=mixture.parquet atoll study mixture
 
-Columns `image`, `caption`, `kind`, `key`, `split`. Of EuroSAT every second picture is taken, of emoji and flowers all.
+Columns `image`, `caption`, `kind`, `key`, `split`. Of EuroSAT every second image is taken, of emoji and flowers all.
 Flowers have no split of their own: one in ten, by a hash of its key, is held out.
 """
 
@@ -45,4 +45,4 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     found = pa.Table.from_pylist(list(rows(Path(os.environ["ATOLL_DATA"]))))
     pq.write_table(found, sys.argv[1], row_group_size=1024)
-    print(f"{sys.argv[1]} written: {len(found):,} pictures")
+    print(f"{sys.argv[1]} written: {len(found):,} images")

@@ -1,8 +1,8 @@
 """Bytes, machines, hours and cost of encoding and clustering, by formula: the table of docs/scale.md.
 
-    python benchmarks/scale.py                       # 11 M (HDDM) and 158 M (DDM) pictures at 256 pixels
+    python benchmarks/scale.py                       # 11 M (HDDM) and 158 M (DDM) images at 256 pixels
 
-FLOPs of the frozen networks are counted on the real classes, on the meta device. How many pictures a core decodes is
+FLOPs of the frozen networks are counted on the real classes, on the meta device. How many images a core decodes is
 measured here, on JPEGs of --side pixels. All else is arithmetic over the arguments, which the table repeats.
 """
 
@@ -22,7 +22,7 @@ from atoll.plan.gpus import find_gpu
 
 
 def forward_flops(size: int) -> dict[str, float]:
-    """FLOPs of one picture through sd-vae-ft-mse's encoder at size x size, and through DINOv2-large at 224 x 224."""
+    """FLOPs of one image through sd-vae-ft-mse's encoder at size x size, and through DINOv2-large at 224 x 224."""
     from diffusers import AutoencoderKL
     from transformers import Dinov2Config, Dinov2Model
 
@@ -44,7 +44,7 @@ def forward_flops(size: int) -> dict[str, float]:
 
 
 def decode_rate(side: int, size: int, seconds: float = 3.0) -> float:
-    """Pictures/s that one core of this machine decodes, crops and resizes, of JPEGs with as much detail as photos."""
+    """Images/s that one core of this machine decodes, crops and resizes, of JPEGs with as much detail as photos."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
     data = io.BytesIO()
@@ -68,7 +68,7 @@ def table(images: float, o: argparse.Namespace, flops: dict[str, float], per_cor
     fit = 2 * 256 * 1024 * 1024 * 1024 * 25 / (o.cpu_gflops * 1e9)
     assign = max(images * 2 * 1024 * 1024 / (o.cpu_gflops * 1e9), images * encoded / (o.disk * 1e6))
     return [
-        f"| raw pictures, read once | {images * o.picture_kb * 1e3 / 1e12:.2f} TB |",
+        f"| raw images, read once | {images * o.image_kb * 1e3 / 1e12:.2f} TB |",
         f"| `encoded/` | {images * encoded / 1e9:,.0f} GB in {images / 4096:,.0f} shards |",
         f"| `clusters/`, all {o.clusters} | {images * trained / 1e9:,.0f} GB |",
         f"| what one island downloads | {images * trained / o.clusters / 1e9:,.1f} GB |",
@@ -85,8 +85,8 @@ def main() -> None:
     parser.add_argument("--images", type=float, nargs="*", default=[11e6, 158e6])
     parser.add_argument("--size", type=int, default=256, help="pixels of what is encoded")
     parser.add_argument("--side", type=int, default=512, help="pixels of the JPEGs that are read")
-    parser.add_argument("--picture-kb", type=float, default=60, help="of such a JPEG")
-    parser.add_argument("--text-bytes", type=float, default=120, help="caption and key of a picture")
+    parser.add_argument("--image-kb", type=float, default=60, help="of such a JPEG")
+    parser.add_argument("--text-bytes", type=float, default=120, help="caption and key of an image")
     parser.add_argument("--clusters", type=int, default=8)
     parser.add_argument("--gpu", default="a100")
     parser.add_argument("--mfu", type=float, default=0.3, help="share of the GPU's bf16 speed that encoding reaches")
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--disk", type=float, default=500, help="MB/s")
     o = parser.parse_args()
     flops, per_core = forward_flops(o.size), decode_rate(o.side, o.size)
-    print(f"VAE encoder {flops['vae'] / 1e9:.0f} GFLOP, DINOv2-L {flops['dino'] / 1e9:.0f} GFLOP a picture;")
+    print(f"VAE encoder {flops['vae'] / 1e9:.0f} GFLOP, DINOv2-L {flops['dino'] / 1e9:.0f} GFLOP an image;")
     print(f"one core here decodes {per_core:.0f} JPEGs of {o.side} pixels a second\n")
     columns = [table(images, o, flops, per_core) for images in o.images]
     print("| | " + " | ".join(f"{images / 1e6:g} M" for images in o.images) + " |")

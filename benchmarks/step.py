@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atoll.condition import Condition
-from atoll.nn.dit import SIZES, Block, DiT, DiTConfig
+from atoll.nn.dit import SIZES, DiT, DiTBlock, DiTConfig
 
 SIZE, CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 32, 4, 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +77,7 @@ class Diffusers(nn.Module):
         )[0].to(x.dtype)
 
 
-def plain_block(block: Block, x: Tensor, prepared: Tensor, states: Tensor, bias: Tensor) -> Tensor:
+def plain_block(block: DiTBlock, x: Tensor, prepared: Tensor, states: Tensor, bias: Tensor) -> Tensor:
     """Atoll's block as one would port it from DiT's description: torch's operations one by one, its fused attention."""
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.modulation(prepared, x.dtype).unbind(1)  # [B,1,D] each
 

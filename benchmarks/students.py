@@ -3,7 +3,7 @@
     python benchmarks/students.py runs/demo owner=runs/owner/student ensemble=runs/ensemble/student
 
 The run gives the ensemble, the monolith and the data; each NAME=DIRECTORY is a student (`atoll distil`). Each seed has
-other prompts, noise and real pictures. Prints the Frechet distance, its standard deviation, and the denoising error.
+other prompts, noise and real images. Prints the Frechet distance, its standard deviation, and the denoising error.
 """
 
 import argparse

@@ -11,7 +11,7 @@
 
 Each is trained alone, by `atoll launch`; `atoll assemble` weighs the replicas on rows that both held back. What is
 printed is a Frechet distance (features: 48 principal components of the pixels, fitted to the data) by `atoll
-evaluate`'s own code: each seed has other prompts, noise and real pictures. Mean and standard deviation over the seeds;
+evaluate`'s own code: each seed has other prompts, noise and real images. Mean and standard deviation over the seeds;
 the training's seed is one.
 """
 
@@ -53,7 +53,7 @@ RUN = {
     "network": {"patch": 4, "width": 128, "depth": 4, "heads": 4},
     "train": {
         "steps": 1000, "batch": 64, "lr": 2.0e-3, "warmup": 50, "decay_from": 0.6, "ema": 0.995,
-        "checkpoint_every": 250, "hold_back": 0.05, "threads": 1,
+        "checkpoint_every": 250, "calibration_holdout": 0.05, "threads": 1,
     },
     "experts": [
         {"cluster": 0, "objective": {"prediction": "eps", "schedule": "cosine", "weighting": "min-snr"}},
@@ -188,8 +188,8 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(options.run / "ensemble")
     prompts = ["latin capital letter a, serif bold", "digit seven, sans bold", "greek small letter omega, sans"]
     for routing in ("top-1", "full", "sample-1"):
-        pictures = pipe(prompts * 2, seeds=range(6), num_inference_steps=25, guidance_scale=2.0, routing=routing).images
-        grid(pictures, columns=3).save(options.run / f"{routing}.png")
+        images = pipe(prompts * 2, seeds=range(6), num_inference_steps=25, guidance_scale=2.0, routing=routing).images
+        grid(images, columns=3).save(options.run / f"{routing}.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A tiny run on disk, made without pictures: three clusters of latents, for networks of a few thousand weights."""
+"""A tiny run on disk, made without images: three clusters of latents, for networks of a few thousand weights."""
 
 import hashlib
 import os
@@ -56,7 +56,7 @@ def write_run(path: Path, rows: int = 60, shape: tuple[int, ...] = SHAPE) -> Pat
     g = torch.Generator().manual_seed(0)
     cluster = torch.arange(rows) % K
     latents = (cluster.reshape(-1, 1, 1, 1) - 1.0 + 0.3 * torch.randn(rows, *shape, generator=g)).half()
-    keys = [f"picture-{i:03d}" for i in range(rows)]
+    keys = [f"image-{i:03d}" for i in range(rows)]
     captions = [f"{WORDS[i % 4]} {WORDS[i // 4 % 4]}" for i in range(rows)]
     splits = ["val" if i % 10 >= 7 else "train" for i in range(rows)]
     frozen = {"codec": {"name": "pixels", "channels": 1}, "condition": RUN["condition"]}

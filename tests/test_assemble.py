@@ -29,7 +29,7 @@ EXPERTS = [
 def replicated(tmp_path_factory, trained_run):
     """A run with two replicas of cluster 0, and a router."""
     run = write_run(tmp_path_factory.mktemp("replicas") / "run")
-    settings = {**RUN, "experts": EXPERTS, "train": {**RUN["train"], "hold_back": 0.3}}
+    settings = {**RUN, "experts": EXPERTS, "train": {**RUN["train"], "calibration_holdout": 0.3}}
     (run / "atoll.yaml").write_text(yaml.safe_dump(settings))
     manifest = load_manifest(run)
     for expert in manifest.experts:

@@ -45,7 +45,7 @@ def told(modules, tmp_path_factory) -> dict[str, Any]:
 @pytest.fixture
 def bench(modules, tmp_path):
     """A benchmark that has begun and has no results yet, of sizes for a GPU and with no time left."""
-    return modules.gpu_measure.Bench(CPU, False, False, 1, time.monotonic(), tmp_path / "gpu.json")
+    return modules.gpu_measure.Evaluator(CPU, False, False, 1, time.monotonic(), tmp_path / "gpu.json")
 
 
 def numbers_in(value: Any) -> Iterator[float]:
@@ -185,7 +185,7 @@ def test_experts_under_a_budget_draw_the_same_and_do_not_all_fit(modules) -> Non
     held = sampling.under_budget(ensemble, sampling.TINY_BUDGET, CPU)
     assert torch.equal(held.velocity(x, t, condition, 7.5), expected)
     store = held.experts[0].network.store
-    assert len(store.at_hand) == 4
+    assert len(store.resident) == 4
     assert store.fetched == 8
 
 

@@ -17,7 +17,7 @@ PROMPTS = ["moss sand", "rain", "rust rust", "sand", "moss", "rain rust", "sand 
 
 @pytest.mark.parametrize("routing", ["top-1", "top-2", "full"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_picture_does_not_depend_on_its_batch(pipe, routing, batch_size) -> None:
+def test_an_image_does_not_depend_on_its_batch(pipe, routing, batch_size) -> None:
     arguments = {"seeds": range(7), "routing": routing, "guidance_scale": 2.0, "num_inference_steps": 6}
     together = pipe(PROMPTS, **arguments).images
     apart = pipe(PROMPTS, **arguments, batch_size=batch_size).images
@@ -25,7 +25,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, routing, batch_size) -> No
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
-def test_a_cluster_belongs_to_its_picture_in_every_batch(pipe) -> None:
+def test_a_cluster_belongs_to_its_image_in_every_batch(pipe) -> None:
     arguments = {"seeds": range(7), "routing": "oracle", "num_inference_steps": 4}
     together = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 0]).latents
     apart = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 0], batch_size=2).latents
@@ -74,18 +74,18 @@ def test_mistakes_are_named(pipe, arguments, message) -> None:
         pipe(**arguments)
 
 
-def test_grid_shows_every_picture_enlarged() -> None:
-    pictures = [Image.new("L", (8, 4), value) for value in (0, 50, 100)]
-    sheet = grid(pictures, columns=2, min_side=16)
+def test_grid_shows_every_image_enlarged() -> None:
+    images = [Image.new("L", (8, 4), value) for value in (0, 50, 100)]
+    sheet = grid(images, columns=2, min_side=16)
     assert sheet.size == (2 * 16 + 8, 2 * 8 + 8)
     assert [sheet.getpixel(at) for at in ((3, 3), (30, 3), (3, 20))] == [0, 50, 100]
-    assert grid(pictures[:1], min_side=4).size == (8, 4)
+    assert grid(images[:1], min_side=4).size == (8, 4)
 
 
 def test_sample_to_file(trained_run, tmp_path) -> None:
     sample_to_file(trained_run / "ensemble", ["moss", "rain"], tmp_path / "out.png", steps=2)
     assert Image.open(tmp_path / "out.png").size == (2 * 128 + 8, 64)
-    with pytest.raises(AtollError, match="no picture format"):
+    with pytest.raises(AtollError, match="no image format"):
         sample_to_file(trained_run / "ensemble", ["moss"], tmp_path / "out.txt")
     with pytest.raises(AtollError, match="no such directory"):
         sample_to_file(trained_run / "ensemble", ["moss"], tmp_path / "no" / "out.png")

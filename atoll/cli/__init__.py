@@ -1,7 +1,7 @@
 """The command line: one verb per stage, no logic. Heavy imports stand inside the verbs: `atoll --help` is instant.
 
 app.py       the application, the options that verbs share, how a mistake is told
-stages.py    from pictures to a report: init, encode, cluster, assemble, sample, evaluate, demo
+stages.py    from images to a report: init, encode, cluster, assemble, sample, evaluate, demo
 training.py  train, launch, distil, synthesize
 tools.py     plan, convert
 trained.py   calibrate, ema

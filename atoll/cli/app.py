@@ -35,7 +35,7 @@ app = typer.Typer(
     "(each expert alone, on any machine; **launch** trains all of them here), **assemble**, **sample**, **evaluate**. "
     "**demo** does all of it on an embedded data set.",
 )
-Run = Annotated[Path, typer.Option("--run", "-r", help="The run's directory, which holds atoll.yaml.")]
+RunOption = Annotated[Path, typer.Option("--run", "-r", help="The run's directory, which holds atoll.yaml.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw an existing checkpoint or artifact away.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli.app import Quiet, Run, app, bar
+from atoll.cli.app import Quiet, RunOption, app, bar
 
 
 @app.command(rich_help_panel="Tools")
@@ -50,15 +50,15 @@ def study(
 
 @app.command(rich_help_panel="Tools")
 def statistics(
-    run: Run = Path(),
+    run: RunOption = Path(),
     out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write to.")] = Path("statistics"),
     quiet: Quiet = False,
 ) -> None:
-    """Mean and covariance of a run's pictures in every feature space, for those who have not the pictures."""
+    """Mean and covariance of a run's images in every feature space, for those who have not the images."""
     from atoll.evaluate.run_statistics import statistics_run
     from atoll.manifest import load_manifest
 
-    with bar("statistics", "pictures", quiet) as tell:
+    with bar("statistics", "images", quiet) as tell:
         written = statistics_run(run, load_manifest(run), out, tell)
     for file in written:
         typer.echo(f"{file} written; name it as `statistics` of that feature's space")

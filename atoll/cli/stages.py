@@ -1,4 +1,4 @@
-"""The verbs of a run's life, from pictures to a report; those that train stand in training.py."""
+"""The verbs of a run's life, from images to a report; those that train stand in training.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from atoll.cli.app import DEGRADED, Force, Quiet, Run, app, bar
+from atoll.cli.app import DEGRADED, Force, Quiet, RunOption, app, bar
 from atoll.cli.training import launch
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
-    from atoll.data.encode import Place
+    from atoll.data.encode import EncodeBackend
     from atoll.ensemble import Alignment
-    from atoll.ensemble.offload import Weights
+    from atoll.ensemble.offload import WeightDtype
     from atoll.solver import Method
 
 
-Recipe = Annotated[str | None, typer.Option(help="A built-in recipe, or a yaml file; default: demo, or pictures.")]
-Data = Annotated[str | None, typer.Option(help="Your pictures: a directory, tars, parquet files, a glob or a URL.")]
+Recipe = Annotated[str | None, typer.Option(help="A built-in recipe, or a yaml file; default: demo, or images.")]
+Data = Annotated[str | None, typer.Option(help="Your images: a directory, tars, parquet files, a glob or a URL.")]
 
 
 @app.command(rich_help_panel="Stages")
@@ -33,7 +33,7 @@ def init(
 
 @app.command(rich_help_panel="Stages")
 def encode(
-    run: Run = Path(),
+    run: RunOption = Path(),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an encoding that was interrupted.")] = False,
     force: Force = False,
     on: Annotated[str, typer.Option(help="local, or ray: all machines of a Ray cluster.")] = "local",
@@ -41,11 +41,11 @@ def encode(
         int | None, typer.Option(min=0, help="Processes that decode (local), machines' workers (ray).")
     ] = None,
     max_skipped: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The share of pictures that may fail; default: atoll.yaml's.")
+        float | None, typer.Option(min=0, max=1, help="The share of images that may fail; default: atoll.yaml's.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Pictures and captions -> encoded/: shards of latents, captions and features."""
+    """Images and captions -> encoded/: shards of latents, captions and features."""
     from atoll.data.encode import encode_run
     from atoll.manifest import load_manifest
 
@@ -57,7 +57,7 @@ def encode(
             load_manifest(run),
             force=force,
             resume=resume,
-            on=cast("Place", on),
+            on=cast("EncodeBackend", on),
             workers=workers,
             max_skipped=max_skipped,
             progress=tell,
@@ -67,7 +67,7 @@ def encode(
 
 @app.command(rich_help_panel="Stages")
 def cluster(
-    run: Run = Path(),
+    run: RunOption = Path(),
     force: Force = False,
     router_fraction: Annotated[
         float | None, typer.Option(help="The share of images set apart for the router; default: atoll.yaml's.")
@@ -98,7 +98,7 @@ def cluster(
 
 
 @app.command(rich_help_panel="Stages")
-def assemble(run: Run = Path()) -> None:
+def assemble(run: RunOption = Path()) -> None:
     """Experts + router -> ensemble/ensemble.json, which names its parts and their hashes."""
     from atoll.assemble import assemble_run
     from atoll.manifest import load_manifest
@@ -109,9 +109,9 @@ def assemble(run: Run = Path()) -> None:
 @app.command(rich_help_panel="Stages")
 def sample(
     ensemble: Annotated[Path, typer.Argument(help="An ensemble's directory (or one expert's).")],
-    prompts: Annotated[list[str], typer.Argument(help="One picture per prompt.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write (a grid of all).")] = Path("out.png"),
-    seed: Annotated[int, typer.Option(help="Of the first picture; the next ones count on.")] = 0,
+    prompts: Annotated[list[str], typer.Argument(help="One image per prompt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The image to write (a grid of all).")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(help="Of the first image; the next ones count on.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default: the ensemble's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the ensemble's.")] = None,
     routing: Annotated[
@@ -123,7 +123,7 @@ def sample(
     method: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m; default: the ensemble's.")] = None,
     alignment: Annotated[str, typer.Option(help="snr (exact) or native (HDDM's formulas).")] = "snr",
     strict: Annotated[bool, typer.Option("--strict", help="A missing expert is an error.")] = False,
-    side: Annotated[int, typer.Option(help="Pictures are enlarged to at least so many pixels.")] = 128,
+    side: Annotated[int, typer.Option(help="Images are enlarged to at least so many pixels.")] = 128,
     trace: Annotated[Path | None, typer.Option(help="A .json file to write of who was asked when, and a page.")] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="6GB: of experts and router, no more is held at a time; the rest as it is asked.")
@@ -131,7 +131,7 @@ def sample(
     weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as they are stored.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw pictures: `atoll sample runs/demo/ensemble "latin capital letter a, serif bold" -o out.png`."""
+    """Draw images: `atoll sample runs/demo/ensemble "latin capital letter a, serif bold" -o out.png`."""
     from atoll.pipeline import sample_to_file
 
     with bar("sample", "steps", quiet) as tell:
@@ -151,7 +151,7 @@ def sample(
             trace,
             tell,
             memory_budget,
-            cast("Weights | None", weights),
+            cast("WeightDtype | None", weights),
         )
     typer.echo(f"{out} written")
     if dropped:
@@ -161,13 +161,13 @@ def sample(
 
 @app.command(rich_help_panel="Stages")
 def evaluate(
-    run: Run = Path(),
+    run: RunOption = Path(),
     sweep: Annotated[
         list[str] | None,
         typer.Option(help="An axis and its values: routing=top-1,top-2; repeated, every combination. Or: monolith."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt per line, for the report's pictures.")
+        Path | None, typer.Option(help="A text file, one prompt per line, for the report's images.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -207,7 +207,7 @@ def demo(
         ("sample", lambda: sample(run / "ensemble", prompts, run / "samples.png")),
         ("evaluate", lambda: evaluate(run)),
     ]
-    if not prompts:  # the report draws captions of held-out pictures then
+    if not prompts:  # the report draws captions of held-out images then
         stages = [(name, stage) for name, stage in stages if name != "sample"]
     for number, (name, stage) in enumerate(stages, start=1):
         typer.secho(f"[{number}/{len(stages)}] {name}", bold=True, err=True)

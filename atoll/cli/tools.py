@@ -9,7 +9,7 @@ from atoll.cli.app import app
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
-    from atoll.convert import Kind, Modulation
+    from atoll.convert import CheckpointKind, Modulation
 
 
 @app.command(rich_help_panel="Tools")
@@ -118,7 +118,7 @@ def convert(
             "pooled": pooled,
             "name": name,
         }
-    chosen = cast('Kind | Literal["auto"]', kind)
+    chosen = cast('CheckpointKind | Literal["auto"]', kind)
     if keep:
         kept = {key: value for key, value in arguments.items() if key not in ("network", "pooled")}
         typer.echo(told(keep_as_it_is(source, out, chosen, **kept | ({"condition": encoder} if encoder else {}))))

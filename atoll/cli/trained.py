@@ -23,7 +23,7 @@ def calibrate(
     ] = "auto",
     rows: Annotated[int, typer.Option(min=2, help="At most so many latents.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Of the rows and the noise; default: the training's.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A picture of the curves to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="An image of the curves to write.")] = None,
 ) -> None:
     """Measure an expert's calibration on held-out latents and write it into its card."""
     from atoll.train import calibrate_expert as work

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from atoll.cli.app import Quiet, Restart, Resume, Run, app, bar
+from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
 
 if TYPE_CHECKING:
     from atoll.solver import Method
@@ -23,7 +23,7 @@ Nproc = Annotated[
 @train_app.command("expert")
 def train_expert(
     expert: Annotated[str, typer.Argument(help="Its cluster's number, or its name: 3, or 3-eps-cosine.")],
-    run: Run = Path(),
+    run: RunOption = Path(),
     resume: Resume = False,
     restart: Restart = False,
     nproc: Nproc = 1,
@@ -37,7 +37,11 @@ def _verb(part: str, told: str) -> Callable[..., None]:
     """The verb that trains a part of which a run has one; told: its help."""
 
     def train(
-        run: Run = Path(), resume: Resume = False, restart: Restart = False, nproc: Nproc = 1, quiet: Quiet = False
+        run: RunOption = Path(),
+        resume: Resume = False,
+        restart: Restart = False,
+        nproc: Nproc = 1,
+        quiet: Quiet = False,
     ) -> None:
         _train([part], run, resume, restart, nproc, quiet)
 
@@ -57,7 +61,7 @@ app.command("distil", rich_help_panel="Stages", help="One dense model that learn
 @app.command(rich_help_panel="Stages")
 def synthesize(
     out: Annotated[Path, typer.Argument(help="The run to make, or --run itself where that has no data.")],
-    run: Run = Path(),
+    run: RunOption = Path(),
     images: Annotated[int, typer.Option("--images", "-n", min=2, help="Latents of each cluster.")] = 4096,
     captions: Annotated[
         Path | None,
@@ -71,7 +75,7 @@ def synthesize(
     force: Annotated[bool, typer.Option("--force", help="Replace other draws; data are never replaced.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Without pictures: experts draw what router and student train on -> OUT/encoded/ and OUT/clusters/."""
+    """Without images: experts draw what router and student train on -> OUT/encoded/ and OUT/clusters/."""
     from atoll.manifest import load_manifest
     from atoll.synthesize import synthesize_run
 
@@ -101,7 +105,7 @@ def launch(
     jobs: Annotated[
         int | None, typer.Option("--jobs", "-j", min=1, help="Parts at a time; default: all there is room for.")
     ] = None,
-    run: Run = Path(),
+    run: RunOption = Path(),
     on: Annotated[str, typer.Option(help="local (processes here), ray or slurm (a cluster).")] = "local",
     gpus: Annotated[int | None, typer.Option(min=0, help="Of each part; default: 1 where there are any.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="Restarts of a part that was killed or crashed.")] = 3,

@@ -5,8 +5,8 @@
     assignment.parquet     key, cluster, split: one line per image, in the order of encoded/
     cluster-000/ ...       shards of this cluster's latents and captions
     router/                if asked for: a uniform sample of all shards, with the cluster of every row
-    report.html            shares, quality, pictures and words; made of
-    sample/ pictures/      the rows that it shows, kept so that data added later can be shown beside them
+    report.html            shares, quality, images and words; made of
+    sample/ images/      the rows that it shows, kept so that data added later can be shown beside them
 
 k-means runs in two stages (DDM, arXiv 2501.05450, section 3.2): many fine centroids over the features, then K coarse
 ones over the fine. An image belongs to the coarse cluster of its nearest fine centroid. Everything streams: memory is
@@ -14,7 +14,7 @@ that of the sample which the fine stage looks at, and of a few shards.
 """
 
 from atoll.cluster.add import assign_only
-from atoll.cluster.assign import Assignment, Method, load_assignment
+from atoll.cluster.assign import Assignment, ClusterMethod, load_assignment
 from atoll.cluster.run import CLUSTERS, cluster, cluster_run
 
-__all__ = ["CLUSTERS", "Assignment", "Method", "assign_only", "cluster", "cluster_run", "load_assignment"]
+__all__ = ["CLUSTERS", "Assignment", "ClusterMethod", "assign_only", "cluster", "cluster_run", "load_assignment"]

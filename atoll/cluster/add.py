@@ -10,18 +10,18 @@ import torch
 from atoll.cluster.assign import load_assignment
 from atoll.cluster.balance import LARGEST
 from atoll.cluster.dedupe import already_there
-from atoll.cluster.fit import Progress
+from atoll.cluster.fit import ClusterProgress
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import FAIR
 from atoll.cluster.run import CLUSTERS, finish, open_encoded, say_counts
-from atoll.cluster.write import Output, cluster_path
+from atoll.cluster.write import ClustersWriter, cluster_path
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import check_card, read_json, whole_directory
 from atoll.storage.shards import Shards
 
 
-def assign_only(out: Path, encoded: Path, progress: Progress | None = None) -> str:
+def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = None) -> str:
     """Puts the images of `encoded` into the clusters that are at `out`, and says in a line what was done.
 
     The assignment stays what it is, so that experts and router trained on it remain of one kind with those to come.
@@ -48,7 +48,7 @@ def assign_only(out: Path, encoded: Path, progress: Progress | None = None) -> s
     card["encoded"] = [*card["encoded"], shards.sha256]
     island = {key: value for key, value in first.card.items() if key != "cluster"}
     with whole_directory(out) as directory, Workers() as workers:
-        with Output(directory, shards, island, card["seed"], card["router_fraction"]) as output:
+        with ClustersWriter(directory, shards, island, card["seed"], card["router_fraction"]) as output:
             output.adopt(out, card)
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
                 start, end = assigned.part.start, assigned.part.start + len(assigned.part)

@@ -15,9 +15,9 @@ from atoll.cluster.sampling import draw, hash_keys
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import write_bytes
-from atoll.storage.shards import Part
+from atoll.storage.shards import Shard
 
-Method = Literal["balanced", "free", "random"]
+ClusterMethod = Literal["balanced", "free", "random"]
 CENTROIDS = "centroids.safetensors"
 
 
@@ -28,7 +28,7 @@ class Assigned:
     blank: how many rows have a zero vector for a feature: all of these are nearest to one and the same centroid.
     """
 
-    part: Part
+    part: Shard
     features: Tensor  # [n,D], at unit length
     clusters: Tensor
     distances: Tensor
@@ -42,14 +42,14 @@ class Assignment:
     fine: [F,D]. coarse_of_fine: [F] int64, the cluster of each. coarse: [k,D], the means. "random" has none of these.
     """
 
-    method: Method
+    method: ClusterMethod
     k: int
     seed: int
     fine: Tensor | None = None
     coarse_of_fine: Tensor | None = None
     coarse: Tensor | None = None
 
-    def __call__(self, part: Part, where: Path) -> Assigned:
+    def __call__(self, part: Shard, where: Path) -> Assigned:
         """All rows of a part, of the shards at `where`. Raises AtollError if a feature is not finite."""
         features = unit_features(part, torch.arange(len(part)), where)
         blank = int((features == 0).all(1).sum())

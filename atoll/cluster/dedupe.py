@@ -10,7 +10,7 @@ import torch
 from atoll.cluster.sampling import hash_keys
 from atoll.cluster.write import ASSIGNMENT, cluster_path
 from atoll.errors import AtollError
-from atoll.storage.shards import Part, Shards
+from atoll.storage.shards import Shard, Shards
 
 _PASS = 1 << 25  # hashes in memory at a time: 256 MiB
 
@@ -64,7 +64,7 @@ def _assigned_hashes(file: Path) -> Iterator[np.ndarray]:
             yield hash_keys(opened.read_row_group(number, columns=["key"])["key"].to_pylist())
 
 
-def _content(part: Part, columns: Sequence[str]) -> np.ndarray:
+def _content(part: Shard, columns: Sequence[str]) -> np.ndarray:
     """A hash [n] uint64 of all that is kept of each row: key, caption, split and the given columns."""
     values = [part.columns[name].contiguous().view(torch.uint8).flatten(1).numpy() for name in columns]
     digests = []

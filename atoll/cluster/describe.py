@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.cluster.report_rows import Row
-from atoll.report.words import count_words, telling_words
+from atoll.cluster.report_rows import ReportRow
+from atoll.report.words import count_words, distinctive_words
 
 SILHOUETTE_ROWS = 4096  # all distances between them are measured
 
 
-def describe(sample: Sequence[Row], k: int) -> dict[str, Any]:
+def describe(sample: Sequence[ReportRow], k: int) -> dict[str, Any]:
     """The quality of k clusters by a uniform sample of rows with features: plain values for the card.
 
     silhouette and davies_bouldin are None where they are not defined: for a single cluster. words: (word, share of the
@@ -37,7 +37,7 @@ def describe(sample: Sequence[Row], k: int) -> dict[str, Any]:
                 "silhouette": _rounded(widths[labels[few] == c].mean()) if widths is not None else None,
                 "words": [
                     [word, round(here, 4), round(everywhere, 4)]
-                    for word, here, everywhere in telling_words(counts[c], max(rows[c], 1), overall, len(sample))
+                    for word, here, everywhere in distinctive_words(counts[c], max(rows[c], 1), overall, len(sample))
                 ],
             }
             for c in range(k)

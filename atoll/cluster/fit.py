@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atoll.cluster.assign import Assignment, Method
+from atoll.cluster.assign import Assignment, ClusterMethod
 from atoll.cluster.balance import balanced, weighted_means
 from atoll.cluster.nearest import BLOCK, Workers, nearest, unit_features
 from atoll.cluster.sampling import draw, hash_keys, smallest
 from atoll.errors import AtollError
-from atoll.storage.shards import Part, Shards
+from atoll.storage.shards import Shard, Shards
 
 ROWS_PER_CENTROID = 256  # training images per fine centroid that the fine stage looks at, at most
 _FINE_ROUNDS, _COARSE_ROUNDS, _COARSE_STARTS = 25, 50, 10
 
-Progress = Callable[[int, int, str], None]  # rows done, rows in all, what is being done
+ClusterProgress = Callable[[int, int, str], None]  # rows done, rows in all, what is being done
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,14 @@ def survey(shards: Shards, seed: int, most: int) -> Survey:
 
 
 def two_stages(
-    shards: Shards, found: Survey, k: int, method: Method, fine: int, seed: int, workers: Workers, progress: Progress
+    shards: Shards,
+    found: Survey,
+    k: int,
+    method: ClusterMethod,
+    fine: int,
+    seed: int,
+    workers: Workers,
+    progress: ClusterProgress,
 ) -> Assignment:
     """The assignment by `fine` centroids at most, in `k` clusters numbered by the first training image of each.
 
@@ -149,18 +156,20 @@ def _read_sample(shards: Shards, hashes: np.ndarray, seed: int) -> Tensor:
     return sample
 
 
-def _training_draws(part: Part, seed: int) -> tuple[Tensor, np.ndarray]:
+def _training_draws(part: Shard, seed: int) -> tuple[Tensor, np.ndarray]:
     """The training rows [n] of a part and their draws [n] uint64."""
     rows = [row for row, split in enumerate(part.splits) if split == "train"]
     return torch.tensor(rows, dtype=torch.int64), draw(hash_keys([part.keys[row] for row in rows]), seed, "fit")
 
 
-def _count(shards: Shards, centroids: Tensor, workers: Workers, progress: Progress, rows: int) -> tuple[Tensor, Tensor]:
+def _count(
+    shards: Shards, centroids: Tensor, workers: Workers, progress: ClusterProgress, rows: int
+) -> tuple[Tensor, Tensor]:
     """How many training images are nearest to each centroid [F], and the number of the first of them [F] int64."""
     counts = torch.zeros(len(centroids), dtype=torch.int64)
     first = torch.full((len(centroids),), rows)
 
-    def look(part: Part) -> tuple[Part, Tensor, Tensor]:
+    def look(part: Shard) -> tuple[Shard, Tensor, Tensor]:
         train = torch.tensor([split == "train" for split in part.splits]).nonzero().flatten()
         return part, train, nearest(unit_features(part, train, shards.path), centroids)[0]
 

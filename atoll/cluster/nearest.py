@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.storage.shards import Part
+from atoll.storage.shards import Shard
 
 BLOCK = 1024  # rows whose distances to all centroids are in memory at a time, per thread
 
@@ -54,7 +54,7 @@ class Workers:
         torch.set_num_threads(self.count)
 
 
-def unit_features(part: Part, rows: Tensor, where: Path) -> Tensor:
+def unit_features(part: Shard, rows: Tensor, where: Path) -> Tensor:
     """Features [n,D] float32 of the given rows [n] of a part, at unit length; a zero vector stays one.
 
     Raises AtollError if one is not finite (or so large that its length is not).

@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atoll.cluster.nearest import Workers
-from atoll.cluster.report_rows import Kept, Row
+from atoll.cluster.report_rows import ReportRow, ReportRows
 from atoll.encoders.codec import Codec, build_codec
 from atoll.errors import AtollError
-from atoll.report.page import colour, document, number, picture_sheet
+from atoll.report.page import colour, document, image_sheet, number
 from atoll.runtime.device import best_device
 
 REPORT = "report.html"
 FAIR = 2.0  # times its fair share: what is more than that is warned of
-_SIDE = 64  # pixels of the longer side of a picture on the page, at most
-_LOSSLESS = 32  # pixels; smaller pictures are drawings, larger ones photographs
+_SIDE = 64  # pixels of the longer side of an image on the page, at most
+_LOSSLESS = 32  # pixels; smaller images are drawings, larger ones photographs
 _COLUMNS = 8
 
 
@@ -35,15 +35,15 @@ def imbalance(card: dict[str, Any]) -> str | None:
     )
 
 
-def to_html(card: dict[str, Any], kept: Kept, workers: Workers, progress: Callable[[str], None]) -> str:
+def to_html(card: dict[str, Any], kept: ReportRows, workers: Workers, progress: Callable[[str], None]) -> str:
     """The page of a clustering with this card (clusters.json) and these rows kept."""
-    progress("decoding pictures for the report")
+    progress("decoding images for the report")
     nearest = [rows.rows() if card["method"] != "random" else [] for rows in kept.nearest]
     random = [rows.rows() for rows in kept.random]
     try:
         draw, why = _drawer(build_codec(card["codec"]), workers), ""
     except AtollError as error:
-        draw, why = None, f"<p><b>No pictures:</b> {escape(str(error))}</p>"
+        draw, why = None, f"<p><b>No images:</b> {escape(str(error))}</p>"
     cards = (_cluster(card, number, nearest[number], random[number], draw) for number in range(card["k"]))
     warning = imbalance(card)
     lead = _lead(card) + (f'<p class="card"><b>Warning:</b> {escape(warning)}.</p>' if warning else "")
@@ -106,15 +106,15 @@ def _quality(card: dict[str, Any]) -> str:
 
 
 def _explained(card: dict[str, Any]) -> str:
-    nearest = "" if card["method"] == "random" else "First the pictures nearest the centroid, then some "
+    nearest = "" if card["method"] == "random" else "First the images nearest the centroid, then some "
     return (
-        f"<p>{nearest or 'Pictures '}drawn uniformly. Words by p log(p / q), p being the share of the cluster's "
+        f"<p>{nearest or 'Images '}drawn uniformly. Words by p log(p / q), p being the share of the cluster's "
         f"captions that have the word and q the share of all; from {card['quality']['rows']:,} captions.</p>"
     )
 
 
 def _cluster(
-    card: dict[str, Any], number: int, nearest: Sequence[Row], random: Sequence[Row], draw: "Drawer | None"
+    card: dict[str, Any], number: int, nearest: Sequence[ReportRow], random: Sequence[ReportRow], draw: "Drawer | None"
 ) -> str:
     described, count = card["quality"]["clusters"][number], card["counts"][number]
     words = ", ".join(f"{escape(w)} ({p:.0%}, overall {q:.0%})" for w, p, q in described["words"]) or "none"
@@ -123,8 +123,8 @@ def _cluster(
         for what, rows in (("nearest the centroid", nearest), ("at random", random)):
             if rows:
                 images = draw(rows)
-                uri = picture_sheet(images, _COLUMNS, lossy=max(images.shape[-2:]) > _LOSSLESS)
-                alt = f"{len(rows)} pictures of cluster {number}, {what}"
+                uri = image_sheet(images, _COLUMNS, lossy=max(images.shape[-2:]) > _LOSSLESS)
+                alt = f"{len(rows)} images of cluster {number}, {what}"
                 columns = 100 * min(len(rows), _COLUMNS) / _COLUMNS
                 sheets.append(
                     f'<figure><img src="{uri}" alt="{alt}" style="width:{columns:.4g}%"><figcaption>{what}'
@@ -149,7 +149,7 @@ def _made(card: dict[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items()) + "</dl>"
 
 
-Drawer = Callable[[Sequence[Row]], Tensor]
+Drawer = Callable[[Sequence[ReportRow]], Tensor]
 
 
 def _drawer(codec: Codec, workers: Workers) -> Drawer:
@@ -167,7 +167,7 @@ def _drawer(codec: Codec, workers: Workers) -> Drawer:
         size = max(1, round(height * _SIDE / longer)), max(1, round(width * _SIDE / longer))
         return F.interpolate(images, size, mode="area")
 
-    def draw(rows: Sequence[Row]) -> Tensor:
+    def draw(rows: Sequence[ReportRow]) -> Tensor:
         batches: Iterable[Tensor] = torch.stack([row.tensor for row in rows]).split(2)
         return torch.cat(list(workers.map(decode, batches)))
 

@@ -4,12 +4,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from atoll.cluster.assign import Assignment, Method
+from atoll.cluster.assign import Assignment, ClusterMethod
 from atoll.cluster.describe import describe
-from atoll.cluster.fit import ROWS_PER_CENTROID, Progress, Survey, survey, two_stages
+from atoll.cluster.fit import ROWS_PER_CENTROID, ClusterProgress, Survey, survey, two_stages
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import REPORT, imbalance, to_html
-from atoll.cluster.write import Output
+from atoll.cluster.write import ClustersWriter
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.storage.artifact import FORMAT, check_card, read_json, whole_directory, write_bytes, write_json
@@ -24,7 +24,7 @@ def cluster_run(
     manifest: Manifest,
     force: bool = False,
     router_fraction: float | None = None,
-    progress: Progress | None = None,
+    progress: ClusterProgress | None = None,
 ) -> str:
     """Clusters `run`/encoded into `run`/clusters as the manifest asks, and says in a line what was done.
 
@@ -43,17 +43,17 @@ def cluster(
     encoded: Path,
     out: Path,
     k: int,
-    method: Method = "balanced",
+    method: ClusterMethod = "balanced",
     fine: int | None = None,
     seed: int = 0,
     force: bool = False,
     router_fraction: float | None = None,
-    progress: Progress | None = None,
+    progress: ClusterProgress | None = None,
 ) -> bool:
     """Clusters the features of `encoded` and writes `out`; held-out images are assigned too, but have no say.
 
     The same input gives the same bytes on one kind of processor, with any number of threads. Clusters are numbered by
-    the first training image of each. A zero vector (a blank picture's) is left as it is: all of them go to one cluster.
+    the first training image of each. A zero vector (a blank image's) is left as it is: all of them go to one cluster.
 
     Args:
         method: "balanced": no cluster above 1.25 times the mean, and none far below 0.75 times. "free": plain k-means.
@@ -92,7 +92,7 @@ def cluster(
         else:
             assignment = two_stages(shards, found, k, method, fine, seed, workers, tell)
         card = _card(asked, shards, assignment)
-        with Output(directory, shards, island_card(card, shards), seed, router_fraction) as output:
+        with ClustersWriter(directory, shards, island_card(card, shards), seed, router_fraction) as output:
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
                 output.add(assigned)
                 tell(assigned.part.start + len(assigned.part), len(shards), "writing")
@@ -119,7 +119,12 @@ def island_card(card: dict[str, Any], shards: Shards) -> dict[str, Any]:
 
 
 def finish(
-    directory: Path, card: dict[str, Any], assignment: Assignment, output: Output, workers: Workers, tell: Progress
+    directory: Path,
+    card: dict[str, Any],
+    assignment: Assignment,
+    output: ClustersWriter,
+    workers: Workers,
+    tell: ClusterProgress,
 ) -> None:
     """What is written when all rows are: centroids, the card with its counts and quality, the page."""
     assignment.save(directory)

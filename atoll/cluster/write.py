@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from atoll.cluster.assign import Assigned
-from atoll.cluster.report_rows import Kept
+from atoll.cluster.report_rows import ReportRows
 from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
-from atoll.storage.shards import SPLITS, Part, Shards, ShardWriter
+from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter
 
 ASSIGNMENT, ROUTER = "assignment.parquet", "router"
 _BUFFERS = 1 << 30  # bytes that wait in all writers together for their shards, at most
@@ -25,7 +25,7 @@ def cluster_path(directory: Path, number: int) -> Path:
     return directory / f"cluster-{number:03d}"
 
 
-class Output:
+class ClustersWriter:
     """The content of a clusters/ directory in the making; a context manager, and gone after an error.
 
     Attributes:
@@ -46,7 +46,7 @@ class Output:
         self._columns = [name for name in shards.columns if name != "feature"]
         self.counts = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
         self.blank = 0
-        self.kept = Kept(k, seed)
+        self.kept = ReportRows(k, seed)
         rows = _shard_rows(shards, self._columns, k)
         paths = [cluster_path(directory, c) for c in range(k)]
         self._stack = ExitStack()
@@ -124,7 +124,7 @@ class Output:
         self._table.close()
         self.kept.write(self._directory)
 
-    def __enter__(self) -> "Output":
+    def __enter__(self) -> "ClustersWriter":
         return self
 
     def __exit__(
@@ -153,7 +153,7 @@ def _adopt(writer: ShardWriter, old: Path) -> int:
     return len(shards)
 
 
-def _text(part: Part, rows: Tensor) -> tuple[list[str], list[str], list[str]]:
+def _text(part: Shard, rows: Tensor) -> tuple[list[str], list[str], list[str]]:
     chosen = rows.tolist()
     return [part.keys[i] for i in chosen], [part.captions[i] for i in chosen], [part.splits[i] for i in chosen]
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from atoll.convert.dit import Size, from_diffusers_dit, from_dit
+from atoll.convert.dit import ImageSize, from_diffusers_dit, from_dit
 from atoll.convert.modulation import share
 from atoll.convert.native import Native
 from atoll.convert.pixart import from_pixart
@@ -37,13 +37,13 @@ from atoll.nn import DiT, DiTConfig, Foreign, build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import save_artifact
 
-__all__ = ["KINDS", "MODULATIONS", "Kind", "Modulation", "convert", "detect"]
+__all__ = ["KINDS", "MODULATIONS", "CheckpointKind", "Modulation", "convert", "detect"]
 
-Kind = Literal["dit", "pixart", "diffusers-dit"]
+CheckpointKind = Literal["dit", "pixart", "diffusers-dit"]
 Modulation = Literal["fit", "reinit", "per-block"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
 MODULATIONS: tuple[Modulation, ...] = get_args(Modulation)
-MARKS: dict[Kind, tuple[str, ...]] = {
+MARKS: dict[CheckpointKind, tuple[str, ...]] = {
     "dit": ("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight"),
     "diffusers-dit": ("pos_embed.proj.weight", "proj_out_1.weight"),
     "pixart": ("pos_embed.proj.weight", "adaln_single.linear.weight"),
@@ -79,7 +79,7 @@ class Destination:
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture per latent pixel, each way."""
+        """Pixels of an image per latent pixel, each way."""
         return build_codec(self.codec).factor if self.codec else FACTOR
 
     def write(
@@ -113,7 +113,7 @@ class Destination:
 def convert(
     source: Path,
     out: Path,
-    kind: Kind | Literal["auto"] = "auto",
+    kind: CheckpointKind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,
     modulation: Modulation | None = None,
     condition: Mapping[str, Any] | None = None,
@@ -123,7 +123,7 @@ def convert(
     k: int | None = None,
     assignment: str | None = None,
     network: Mapping[str, Any] | None = None,
-    size: Size | None = None,
+    size: ImageSize | None = None,
     heads: int | None = None,
     pooled: bool = False,
     seed: int = 0,
@@ -179,7 +179,7 @@ def convert(
     )
 
 
-def detect(checkpoint: Checkpoint) -> Kind:
+def detect(checkpoint: Checkpoint) -> CheckpointKind:
     """The kind of a checkpoint, by the names of its tensors. Raises AtollError where it is none that is known."""
     for kind, marks in MARKS.items():
         if all(mark in checkpoint.tensors for mark in marks):
@@ -197,7 +197,9 @@ def _aim(objective: Mapping[str, Any] | None) -> Objective:
     return aim
 
 
-def _native(checkpoint: Checkpoint, kind: Kind, size: Size | None, heads: int | None, factor: int) -> Native:
+def _native(
+    checkpoint: Checkpoint, kind: CheckpointKind, size: ImageSize | None, heads: int | None, factor: int
+) -> Native:
     if kind not in KINDS:
         raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
     if kind == "dit":
@@ -209,7 +211,7 @@ def _native(checkpoint: Checkpoint, kind: Kind, size: Size | None, heads: int | 
     return from_pixart(checkpoint, size, factor)
 
 
-def _modulation(kind: Kind, asked: Modulation | None, wanted: Mapping[str, Any]) -> str:
+def _modulation(kind: CheckpointKind, asked: Modulation | None, wanted: Mapping[str, Any]) -> str:
     """What the card says of the modulation: "single" is PixArt's own."""
     if kind == "pixart" and asked is not None:
         raise AtollError(f"modulation {asked!r}: PixArt has AdaLN-Single and keeps it exactly; leave it out")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from atoll.convert.dit import Size
+from atoll.convert.dit import ImageSize
 from atoll.encoders.codec import build_codec
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
@@ -88,7 +88,7 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
     return dict(zip(keys, values, strict=True))
 
 
-def size_of(words: str) -> Size:
+def size_of(words: str) -> ImageSize:
     """ "32x48", height and width, or "32" for a square. Raises AtollError for anything else."""
     found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)
     if found is None:

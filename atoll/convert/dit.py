@@ -12,15 +12,24 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from atoll.convert.native import Foreign, Native, fill, foreign_config, keep_channels, patch_kernel, positions, stacked
+from atoll.convert.native import (
+    DiffusersConfig,
+    Native,
+    fill,
+    foreign_config,
+    keep_channels,
+    patch_kernel,
+    positions,
+    stacked,
+)
 from atoll.convert.read import Checkpoint, Taker
 from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, TIME_FEATURES, TIME_PERIOD
 
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 
 
-def from_dit(checkpoint: Checkpoint, size: Size | None = None, heads: int | None = None) -> Native:
+def from_dit(checkpoint: Checkpoint, size: ImageSize | None = None, heads: int | None = None) -> Native:
     """A checkpoint in the layout of facebookresearch/DiT.
 
     Args:
@@ -101,7 +110,7 @@ def published_heads(checkpoint: Checkpoint, width: int, depth: int) -> int:
     )
 
 
-class Transformer(Foreign):
+class Transformer(DiffusersConfig):
     """What config.json of a DiTTransformer2DModel and of a PixArtTransformer2DModel have in common."""
 
     num_attention_heads: PositiveInt = 16
@@ -137,7 +146,7 @@ class DiffusersDiT(Transformer):
     upcast_attention: bool = False
 
 
-def from_diffusers_dit(checkpoint: Checkpoint, size: Size | None = None) -> Native:
+def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) -> Native:
     """A checkpoint of diffusers' DiTTransformer2DModel, with its config.json; equal to what that class computes.
 
     That is not quite DiT: the sinusoids of the time lie in 127 steps instead of 128, and the norm before the MLP has
@@ -183,7 +192,9 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: Size | None = None) -> Nati
     )
 
 
-def embedding(checkpoint: Checkpoint, config: Transformer, size: Size, base: float) -> tuple[Taker, dict[str, Tensor]]:
+def embedding(
+    checkpoint: Checkpoint, config: Transformer, size: ImageSize, base: float
+) -> tuple[Taker, dict[str, Tensor]]:
     """Begins a conversion: the taker of all that is left, and the weights of patch embedding and positions.
 
     base: tokens a side that the positions were made for, as `positions` takes it.

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from atoll.convert import ORIGINAL, Destination, Kind, detect
-from atoll.convert.dit import Size
+from atoll.convert import ORIGINAL, CheckpointKind, Destination, detect
+from atoll.convert.dit import ImageSize
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
@@ -28,7 +28,7 @@ UNREAD = ("pos_embed.pos_embed", "caption_projection.y_embedding")
 def keep(
     source: Path,
     out: Path,
-    kind: Kind | Literal["auto"] = "auto",
+    kind: CheckpointKind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,
     condition: Mapping[str, Any] | None = None,
     codec: Mapping[str, Any] | None = None,
@@ -36,7 +36,7 @@ def keep(
     clusters: Sequence[int] = (0,),
     k: int | None = None,
     assignment: str | None = None,
-    size: Size | None = None,
+    size: ImageSize | None = None,
 ) -> Path:
     """Makes the checkpoint at `source` the expert artifact `out` as it is, and returns `out`.
 

@@ -28,7 +28,7 @@ class Native:
     notes: dict[str, Any]
 
 
-class Foreign(BaseModel):
+class DiffusersConfig(BaseModel):
     """A config.json of diffusers: the keys that matter, with the values that can be converted.
 
     Keys it does not know are refused unless they switch nothing on, for they may change the network.
@@ -37,17 +37,17 @@ class Foreign(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _known(self) -> "Foreign":
+    def _known(self) -> "DiffusersConfig":
         extra = {k: v for k, v in (self.model_extra or {}).items() if not k.startswith("_") and v not in (None, False)}
         for key, value in extra.items():
             raise ValueError(f"got {key} {value!r}, which no conversion knows")
         return self
 
 
-ForeignConfig = TypeVar("ForeignConfig", bound=Foreign)
+DiffusersConfigT = TypeVar("DiffusersConfigT", bound=DiffusersConfig)
 
 
-def foreign_config(checkpoint: Checkpoint, kind: type[ForeignConfig]) -> ForeignConfig:
+def foreign_config(checkpoint: Checkpoint, kind: type[DiffusersConfigT]) -> DiffusersConfigT:
     """The checkpoint's config.json, checked. Raises AtollError where there is none, or one that cannot be converted."""
     if checkpoint.config is None:
         raise AtollError(f"{checkpoint.where}: no config.json beside it, which tells the heads; put it there")

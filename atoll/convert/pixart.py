@@ -2,7 +2,7 @@
 
 Everything has its place there: the block is PixArt's own, the text goes through two layers (`text_layers: 2`), and
 the fixed positions are stored, stretched by PixArt's interpolation scale. The 1024 px models are also told the
-picture's resolution and aspect ratio; a native network has one size, so those embeddings are constants, and they go
+image's resolution and aspect ratio; a native network has one size, so those embeddings are constants, and they go
 into the bias of the time embedding's last layer. Of the outputs only eps stays.
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from atoll.convert.dit import Size, Transformer, attention, embedding
+from atoll.convert.dit import ImageSize, Transformer, attention, embedding
 from atoll.convert.native import Native, fill, foreign_config, keep_channels, stacked
 from atoll.convert.read import Checkpoint, Taker
 from atoll.errors import AtollError
@@ -40,12 +40,12 @@ class PixArt(Transformer):
     upcast_attention: bool = False
 
 
-def from_pixart(checkpoint: Checkpoint, size: Size | None = None, factor: int = 8) -> Native:
+def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: int = 8) -> Native:
     """A checkpoint of diffusers' PixArtTransformer2DModel, with its config.json; equal to what that class computes.
 
     Args:
         size: (H, W) of the latent; None: the square that the checkpoint was trained on.
-        factor: the codec's, pixels of a picture per latent pixel; for models that are told the resolution.
+        factor: the codec's, pixels of an image per latent pixel; for models that are told the resolution.
 
     Raises:
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
@@ -88,8 +88,8 @@ def from_pixart(checkpoint: Checkpoint, size: Size | None = None, factor: int = 
     )
 
 
-def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: Size | None) -> None:
-    """The time embedder, for pictures of `pixels` (height, width) where the network is told their resolution."""
+def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSize | None) -> None:
+    """The time embedder, for images of `pixels` (height, width) where the network is told their resolution."""
     name = "adaln_single.emb"
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.data.image import Framing
-from atoll.data.partial import Partial
+from atoll.data.partial import PartialEncoding
 from atoll.data.pool import Decoders, Framed
 from atoll.data.types import Block, Skipped, Source
 from atoll.encoders.codec import Codec, build_codec
@@ -17,13 +17,13 @@ from atoll.encoders.feature import Feature, build_feature
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device, has_bf16
 
-# Pictures per call. A convolution network on a CPU works fastest on what its caches hold.
+# Images per call. A convolution network on a CPU works fastest on what its caches hold.
 _BATCH = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The networks that pictures go through, on their device."""
+    """The networks that images go through, on their device."""
 
     codec: Codec
     feature: Feature
@@ -45,7 +45,7 @@ class Frozen:
         return Frozen(codec, feature, device, "bf16" if bf16 else "fp32", data.flips, framing)
 
     def __call__(self, pixels: np.ndarray) -> dict[str, Tensor]:
-        """Pictures [B,C,h,w] uint8 to the columns of shards: latent float16, feature float32, perhaps latent_flip."""
+        """Images [B,C,h,w] uint8 to the columns of shards: latent float16, feature float32, perhaps latent_flip."""
         images = torch.from_numpy(pixels).to(self.device).float() / 255  # [B,C,h,w]
         columns = {"latent": self.codec.encode(images).half(), "feature": self.feature(images).float()}
         if self.flips:
@@ -76,7 +76,7 @@ def encode_block(
     source: Source,
     frozen: Frozen,
     decoders: Decoders,
-    partial: Partial,
+    partial: PartialEncoding,
     tell: Callable[[int, int], None] = lambda good, skipped: None,
 ) -> None:
     """Reads, decodes and encodes a block, and writes its shard into `partial`. tell: hears of each batch's samples.

@@ -1,4 +1,4 @@
-"""Pictures and captions -> encoded/: shards of latents and features, the captions beside them: `atoll encode`."""
+"""Images and captions -> encoded/: shards of latents and features, the captions beside them: `atoll encode`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atoll.data.block import Frozen, encode_block
-from atoll.data.partial import Partial, Tally
+from atoll.data.partial import PartialEncoding, Tally
 from atoll.data.pool import Decoders
 from atoll.data.sources import build_source
 from atoll.data.types import Block, Source
@@ -17,8 +17,8 @@ from atoll.manifest import Manifest
 from atoll.runtime.device import cores
 from atoll.storage.shards import INDEX, Shards, refuse_foreign
 
-Progress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
-Place = Literal["local", "ray"]
+EncodeProgress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
+EncodeBackend = Literal["local", "ray"]
 
 _ENOUGH = 1000  # samples after which too many failures stop the work, instead of its end
 
@@ -29,10 +29,10 @@ def encode_run(
     *,
     force: bool = False,
     resume: bool = False,
-    on: Place = "local",
+    on: EncodeBackend = "local",
     workers: int | None = None,
     max_skipped: float | None = None,
-    progress: Progress | None = None,
+    progress: EncodeProgress | None = None,
 ) -> str:
     """Encodes the manifest's data into `run`/encoded and says in a line or two what was done.
 
@@ -58,7 +58,7 @@ def encode_run(
         return f"{out} is there already: {len(Shards(out)):,} images"
     refuse_foreign(out, INDEX)
     blocks = source.blocks()
-    with Partial(run / "encoded.partial") as partial:
+    with PartialEncoding(run / "encoded.partial") as partial:
         partial.prepare(card, blocks, resume, restart=force and not resume)
         limit = manifest.data.max_skipped if max_skipped is None else max_skipped
         watch = _Watch(partial, blocks, limit, progress)
@@ -79,7 +79,7 @@ def card_of(source: Source, frozen: Frozen, manifest: Manifest) -> dict[str, Any
     data = manifest.data
     return {
         "source": {**source.config(), "sha256": source.fingerprint()},
-        "pictures": {
+        "images": {
             "size": data.size,
             "channels": frozen.framing.channels,
             "smallest_side": data.smallest_side,
@@ -111,7 +111,7 @@ def _encode_here(
     todo: Sequence[tuple[int, Block]],
     source: Source,
     frozen: Frozen,
-    partial: Partial,
+    partial: PartialEncoding,
     workers: int | None,
     watch: "_Watch",
 ) -> None:
@@ -129,7 +129,9 @@ def _decoders(frozen: Frozen) -> int:
 class _Watch:
     """Counts what is done, tells the progress, and stops the work when too much fails."""
 
-    def __init__(self, partial: Partial, blocks: Sequence[Block], limit: float, progress: Progress | None):
+    def __init__(
+        self, partial: PartialEncoding, blocks: Sequence[Block], limit: float, progress: EncodeProgress | None
+    ):
         self.partial, self.blocks, self.limit, self.progress = partial, blocks, limit, progress
         self.tally, self.done = Tally(), 0  # of finished blocks
         for number in range(len(blocks)):
@@ -157,12 +159,12 @@ class _Watch:
         if failed > self.limit * read and (final or read >= _ENOUGH):
             listed = self.partial.list_skipped(len(self.blocks))
             raise AtollError(
-                f"{failed:,} of {read:,} pictures cannot be used ({failed / read:.1%}; {self.limit:.1%} may fail): "
+                f"{failed:,} of {read:,} images cannot be used ({failed / read:.1%}; {self.limit:.1%} may fail): "
                 f"{self.tally.reasons()}; {listed} lists them; mend the source, or go on with --resume --max-skipped "
                 f"{min(1.0, failed / read + 0.01):.2f}"
             )
         if final and not self.tally.good:
-            raise AtollError("the source holds no pictures that can be used; check data.path")
+            raise AtollError("the source holds no images that can be used; check data.path")
 
     def _count(self, number: int) -> None:
         self.tally.add(self.partial.tally(number))

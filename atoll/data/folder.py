@@ -1,4 +1,4 @@
-"""A folder of pictures, with captions in .txt files beside them or in metadata.jsonl or metadata.csv."""
+"""A folder of images, with captions in .txt files beside them or in metadata.jsonl or metadata.csv."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from atoll.data.locate import (
-    PICTURES,
+    IMAGES,
     Files,
     Unfit,
     ahead,
@@ -40,7 +40,7 @@ _THREADS = 16  # that fetch files which are far away
 
 
 class Entry(NamedTuple):
-    """A picture and what is known of it before it is read.
+    """An image and what is known of it before it is read.
 
     file: relative to the root, as is sidecar. caption: as the metadata has it; None where the sidecar tells, if any.
     reason: why it cannot be used, "" if it can.
@@ -55,17 +55,17 @@ class Entry(NamedTuple):
 
 
 class Folder(Source):
-    """The pictures in a folder and below, in the order of their relative paths, which are their keys.
+    """The images in a folder and below, in the order of their relative paths, which are their keys.
 
     Captions, by the Hugging Face imagefolder convention: a metadata.jsonl or metadata.csv, in the folder or below,
-    names pictures relative to itself (`file_name`), with the caption in `data.caption`, else in text or caption;
-    `data.key` and `data.split` name more columns. A picture that no metadata names has its caption in the file
+    names images relative to itself (`file_name`), with the caption in `data.caption`, else in text or caption;
+    `data.key` and `data.split` name more columns. An image that no metadata names has its caption in the file
     of the same name that ends in .txt. Names of directories say nothing, and what begins with a dot is not looked at.
 
-    Skipped are, first, lines of metadata that cannot be read; then, among the others, pictures that metadata names
+    Skipped are, first, lines of metadata that cannot be read; then, among the others, images that metadata names
     and that are not there.
 
-    Raises AtollError if there are no pictures, or the metadata lacks a column.
+    Raises AtollError if there are no images, or the metadata lacks a column.
     """
 
     name = "folder"
@@ -73,7 +73,7 @@ class Folder(Source):
     def __init__(self, data: DataSettings):
         check_encoding(data.encoding)
         self._data = data
-        files = locate(data.path or (), "pictures", None)
+        files = locate(data.path or (), "images", None)
         self._root = files.root
         self._entries, self._fingerprint = _scan(files, data)
 
@@ -94,7 +94,7 @@ class Folder(Source):
         return config_of(self.name, self._data)
 
     def fingerprint(self) -> str:
-        """The sha256 over the relative name and the size of every picture, sidecar and metadata file."""
+        """The sha256 over the relative name and the size of every image, sidecar and metadata file."""
         return self._fingerprint
 
     def _read(self, entry: Entry) -> Raw | Skipped:
@@ -120,15 +120,15 @@ class Folder(Source):
 def _scan(files: Files, data: DataSettings) -> tuple[list[Entry], str]:
     """All entries in order, and the hash of what they are read from."""
     metadata = [name for name in files.sizes if posixpath.basename(name) in METADATA]
-    pictures = {name for name in files.sizes if _extension(name) in PICTURES}
+    images = {name for name in files.sizes if _extension(name) in IMAGES}
     rows = _Metadata(files, data)
     for name in metadata:
         rows.read(name)
     rows.check_columns(bool(metadata))
-    pictures |= rows.found.keys()  # metadata may name what has no usual extension
-    if not pictures:
-        raise nothing(data.path, "pictures", [f".{kind}" for kind in PICTURES[:5]], files.sizes)
-    entries = [rows.entry(name) for name in sorted(pictures)]
+    images |= rows.found.keys()  # metadata may name what has no usual extension
+    if not images:
+        raise nothing(data.path, "images", [f".{kind}" for kind in IMAGES[:5]], files.sizes)
+    entries = [rows.entry(name) for name in sorted(images)]
     read = [name for entry in entries for name in (entry.file, entry.sidecar) if name in files.sizes]
     sizes = ((name, files.sizes[name]) for name in sorted({*metadata, *read}))
     return rows.problems + entries, fingerprint(sizes)
@@ -149,7 +149,7 @@ class _Row(NamedTuple):
 
 
 class _Metadata:
-    """What the metadata files say, by the name of the picture; problems: lines that say nothing that can be used."""
+    """What the metadata files say, by the name of the image; problems: lines that say nothing that can be used."""
 
     def __init__(self, files: Files, data: DataSettings):
         self._files, self._data = files, data
@@ -214,17 +214,17 @@ class _Metadata:
             raise AtollError(f"{self._data.path}: no column {column!r}, which data.{setting} names; {there}")
 
     def entry(self, name: str) -> Entry:
-        """What is known of a picture."""
+        """What is known of an image."""
         row = self.found.get(name)
         key = row.key if row is not None and row.key is not None else name
         if name not in self._files.sizes:
             where = row.where if row is not None else ""
-            return Entry(printable(key), reason=f"picture: {where} names {shown(name)}, which is not there")
+            return Entry(printable(key), reason=f"image: {where} names {shown(name)}, which is not there")
         if row is not None and row.reason:
             return Entry(printable(key), name, reason=row.reason)
         if row is None and (self._data.key is not None or self._data.split is not None):
             return Entry(
-                printable(key), name, reason="metadata: no line names this picture, so its key or split is unknown"
+                printable(key), name, reason="metadata: no line names this image, so its key or split is unknown"
             )
         if printable(key) != key:
             return Entry(printable(key), name, reason="key: its name is not utf-8; rename it")

@@ -1,6 +1,6 @@
 """The embedded data set: the glyphs of matplotlib's DejaVu and STIX fonts, captioned by their Unicode names.
 
-54,164 black-on-white pictures of 1 channel (with matplotlib 3.11), such as "greek small letter omega, serif italic".
+54,164 black-on-white images of 1 channel (with matplotlib 3.11), such as "greek small letter omega, serif italic".
 """
 
 import hashlib
@@ -60,7 +60,7 @@ HELD_OUT_EVERY, HELD_OUT_AT = 20, 3
 
 _BLOCK = 4096  # glyphs that are drawn in one go
 _CANVAS = 128  # pixels at which a glyph is drawn, before it is reduced to the size asked for
-_MARGIN = 1 / 32  # of the picture's side, left free above and below the tallest letters
+_MARGIN = 1 / 32  # of the image's side, left free above and below the tallest letters
 
 
 class GlyphsConfig(BaseModel):
@@ -85,7 +85,7 @@ class Glyphs(Source):
 
     A glyph is usable if the font's character map has it, `unicodedata` names it, and it is not blank. All glyphs of a
     face have one scale and stand on one baseline, centred between left and right; one that reaches over the edge is
-    moved, and one that is larger than the picture is reduced to fit. Order: by code point, then as in `FACES`.
+    moved, and one that is larger than the image is reduced to fit. Order: by code point, then as in `FACES`.
 
     Raises AtollError if matplotlib or one of its font files is missing.
     """
@@ -135,7 +135,7 @@ class Glyphs(Source):
         return digest.hexdigest()
 
     def _draw(self, code: int, number: int) -> np.ndarray:
-        """One picture [H,W] uint8: black ink (0) on white paper (255)."""
+        """One image [H,W] uint8: black ink (0) on white paper (255)."""
         face, (_, font) = FACES[number], self._fonts[number]
         left, top, right, bottom = font.getbbox(chr(code), anchor="ls")  # from the baseline's left end, y down
         ink = Image.new("L", (int(right - left), int(bottom - top)), 255)

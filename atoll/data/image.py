@@ -1,11 +1,11 @@
-"""Picture files into arrays of one size: decoded whole, turned upright, put on white, cropped to a square, resized.
+"""Image files into arrays of one size: decoded whole, turned upright, put on white, cropped to a square, resized.
 
 Imports numpy and Pillow alone: it runs in worker processes, which must start fast and need no torch.
 
 A damaged file is refused, never half decoded. What is found: any file cut short; in a PNG any changed byte (chunks and
 pixels carry checksums); in a JPEG or GIF a structure that no longer fits (markers, restart markers, blocks), or coded
 data that end early; whatever the decoders themselves object to. What cannot be found: JPEG, WebP, AVIF, GIF, BMP and
-most TIFF files carry no checksum of their pixels, so a changed byte there that still decodes is a changed picture and
+most TIFF files carry no checksum of their pixels, so a changed byte there that still decodes is a changed image and
 passes for a good one.
 
 Colours are taken as the file stores them: ICC profiles are ignored, as in the pipelines of the published models (the
@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 150_000_000  # of one picture: 450 MB as RGB; below the 179 million where Pillow itself refuses
+MAX_PIXELS = 150_000_000  # of one image: 450 MB as RGB; below the 179 million where Pillow itself refuses
 _WHITE = (255, 255, 255)
-_ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A: how the stored picture must be turned to stand upright
+_ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A: how the stored image must be turned to stand upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,14 +43,14 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what Pillow l
 
 
 class Unusable(Exception):
-    """A picture that cannot be used. Its text is one line that names what was found."""
+    """An image that cannot be used. Its text is one line that names what was found."""
 
 
 @dataclass(frozen=True)
 class Framing:
-    """What every picture becomes. size: pixels of a side. channels: 3 (RGB) or 1 (grey: ITU-R 601-2 luma).
+    """What every image becomes. size: pixels of a side. channels: 3 (RGB) or 1 (grey: ITU-R 601-2 luma).
 
-    smallest_side: pixels; pictures whose shorter side has fewer are refused. Those between it and `size` are enlarged.
+    smallest_side: pixels; images whose shorter side has fewer are refused. Those between it and `size` are enlarged.
     """
 
     size: int
@@ -63,13 +63,13 @@ class Framing:
 
 
 def frame(data: bytes, framing: Framing) -> np.ndarray:
-    """The picture in the bytes of a file, [C,size,size] uint8.
+    """The image in the bytes of a file, [C,size,size] uint8.
 
-    Read are JPEG (of a phone's MPO the first picture), PNG, WebP, AVIF, GIF, BMP and TIFF.
+    Read are JPEG (of a phone's MPO the first image), PNG, WebP, AVIF, GIF, BMP and TIFF.
 
     Raises:
-        Unusable: nothing, no picture, a damaged, too small, too large or animated one, or pixels of a kind that has no
-            agreed meaning as a picture (floating point).
+        Unusable: nothing, no image, a damaged, too small, too large or animated one, or pixels of a kind that has no
+            agreed meaning as an image (floating point).
     """
     container = _container(data)
     with warnings.catch_warnings():
@@ -77,55 +77,55 @@ def frame(data: bytes, framing: Framing) -> np.ndarray:
         try:
             if (check := _CHECKS.get(container)) is not None:
                 data = check(data)
-            picture = _decode(data, container, framing)
-            picture = _plain(_upright(picture), framing.channels)
-            picture = centre_square(picture, framing.size)
+            image = _decode(data, container, framing)
+            image = _plain(_upright(image), framing.channels)
+            image = centre_square(image, framing.size)
         except Unusable:
             raise
         except MemoryError:
             raise Unusable("cannot be decoded: it needs more memory than there is") from None
         except Exception as error:  # decoders fed with foreign bytes raise nearly everything
             raise Unusable(f"cannot be decoded: {_line(error)}") from error
-    pixels = np.asarray(picture).reshape(framing.size, framing.size, framing.channels)  # [H,W,C]
+    pixels = np.asarray(image).reshape(framing.size, framing.size, framing.channels)  # [H,W,C]
     return pixels.transpose(2, 0, 1).copy()  # [C,H,W]
 
 
-def centre_square(picture: Image.Image, size: int) -> Image.Image:
+def centre_square(image: Image.Image, size: int) -> Image.Image:
     """The central square, resized to `size` pixels of a side, as ADM and DiT prepare ImageNet.
 
     Halved by averaging (box filter) while the shorter side is at least twice `size`, resized bicubically until it is
     `size`, then cropped. Source: the description in Dhariwal & Nichol, 2021 (arXiv 2105.05233) and Peebles & Xie, 2023
     (arXiv 2212.09748).
     """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = round(picture.width * scale), round(picture.height * scale)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
-        raise Unusable(f"{picture.width} x {picture.height} pixels: too long and narrow to be enlarged to {size}")
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        raise Unusable(f"{image.width} x {image.height} pixels: too long and narrow to be enlarged to {size}")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size))
 
 
 def _decode(data: bytes, container: str, framing: Framing) -> Image.Image:
-    """The picture as stored, all its pixels read; what its header tells is judged first. Raises what Pillow raises."""
+    """The image as stored, all its pixels read; what its header tells is judged first. Raises what Pillow raises."""
     try:
-        picture = Image.open(io.BytesIO(data), formats=[container])
+        image = Image.open(io.BytesIO(data), formats=[container])
     except UnidentifiedImageError:
         raise Unusable(f"damaged: its header is not that of a {container} file") from None
     except Image.DecompressionBombError:
         raise Unusable(f"more than the {MAX_PIXELS // 10**6} million pixels that are allowed") from None
-    width, height = picture.size
+    width, height = image.size
     _refuse_giants(width, height)
     if min(width, height) < framing.smallest_side:
         asked = f"at least {framing.smallest_side} on the shorter side are asked for"
         raise Unusable(f"{width} x {height} pixels; {asked}")
-    if picture.format != "MPO" and getattr(picture, "is_animated", False):
-        raise Unusable("an animation, or several pages; a single picture is expected")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise Unusable("an animation, or several pages; a single image is expected")
     with _silent_stderr() if container == "TIFF" else nullcontext():
-        picture.load()
-    return picture
+        image.load()
+    return image
 
 
 def _refuse_giants(width: int, height: int) -> None:
@@ -146,37 +146,37 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF data say. Where they cannot be read, they say nothing; the pixels are good all the same."""
     try:
-        turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # as many kinds as there are broken EXIF writers
-        return picture
-    return picture if turn is None else picture.transpose(turn)
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
-def _plain(picture: Image.Image, channels: int) -> Image.Image:
+def _plain(image: Image.Image, channels: int) -> Image.Image:
     """Opaque on white, 8 bits a channel, RGB or grey."""
-    if picture.mode == "F":
+    if image.mode == "F":
         raise Unusable("its pixels are floating-point numbers, whose range nothing tells; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):
-        picture = _from_16_bits(picture)
-    if picture.has_transparency_data:
-        transparent = picture.convert("RGBA")
-        picture = Image.new("RGB", picture.size, _WHITE)
-        picture.paste(transparent, mask=transparent.getchannel("A"))
+    if image.mode.startswith("I"):
+        image = _from_16_bits(image)
+    if image.has_transparency_data:
+        transparent = image.convert("RGBA")
+        image = Image.new("RGB", image.size, _WHITE)
+        image.paste(transparent, mask=transparent.getchannel("A"))
     mode = "RGB" if channels == 3 else "L"
-    return picture if picture.mode == mode else picture.convert(mode)  # which else would copy it
+    return image if image.mode == mode else image.convert(mode)  # which else would copy it
 
 
-def _from_16_bits(picture: Image.Image) -> Image.Image:
+def _from_16_bits(image: Image.Image) -> Image.Image:
     """Grey in 0..65535 (modes I;16, I;16B, I) as 8 bits, rounded; `convert("L")` would clip all above 255 to white."""
-    values = np.asarray(picture)  # [H,W]
+    values = np.asarray(image)  # [H,W]
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise Unusable(f"its pixels are whole numbers from {low} to {high}; save it with 8 or 16 bits")
     grey = (values.astype(np.uint32) + 128) // 257  # 65535 = 255 * 257
-    if (clear := picture.info.get("transparency")) is not None:  # PNG: this value is transparent
+    if (clear := image.info.get("transparency")) is not None:  # PNG: this value is transparent
         grey[values == clear] = 255
     return Image.fromarray(grey.astype(np.uint8))
 
@@ -189,14 +189,14 @@ def _container(data: bytes) -> str:
     for start, name in _SIGNATURES:
         if start.match(data):
             return name
-    raise Unusable(f"not a JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF picture: it begins with {data[:12]!r}")
+    raise Unusable(f"not a JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF image: it begins with {data[:12]!r}")
 
 
 def _check_jpeg(data: bytes) -> bytes:
     """Follows the markers up to the end of image (ITU-T T.81, annex B); returns what is to be decoded.
 
     Where coded data run out at a marker, libjpeg warns, unheard, and paints the rest grey; where they run out at the
-    end of the file, Pillow raises. So a picture of one scan goes without its end of image, and with as many zeros as
+    end of the file, Pillow raises. So an image of one scan goes without its end of image, and with as many zeros as
     the decoder may read ahead (libjpeg-turbo: 8 bytes; never to be decoded), lest it miss them in a good one.
     """
     at, scans = 2, 0
@@ -287,7 +287,7 @@ def _check_gif(data: bytes) -> bytes:
         while data[at] != _GIF_TRAILER:
             if data[at] == _GIF_EXTENSION:
                 at += 2
-            elif data[at] == _GIF_PICTURE:
+            elif data[at] == _GIF_IMAGE:
                 at += 11 + _colours(data[at + 9])
             else:
                 raise Unusable(f"damaged: no GIF block at byte {at}")
@@ -333,9 +333,9 @@ _MARKER = re.compile(rb"\xff\xff*([^\x00\xff\xd0-\xd7])", re.DOTALL)  # \xff+ wo
 _RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 _RESTART_NUMBER = bytes((code - 0xD0) % 256 for code in range(256))
 _END_OF_IMAGE, _START_OF_SCAN = b"\xd9", b"\xda"
-_SCANS = {b"\xda": 1, b"\xc2": 2}  # a progressive picture (SOF2) has several, and is read to its end of image anyway
+_SCANS = {b"\xda": 1, b"\xc2": 2}  # a progressive image (SOF2) has several, and is read to its end of image anyway
 # Tables, the next scan, comments and the end: DHT DAC EOI SOS DQT DNL DRI APPn COM.
 _AFTER_SCAN = {bytes([code]) for code in (0xC4, 0xCC, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE)}
 # First column and row, and the steps to the next ones, of each pass of an interlaced PNG.
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_GIF_EXTENSION, _GIF_PICTURE, _GIF_TRAILER = 0x21, 0x2C, 0x3B
+_GIF_EXTENSION, _GIF_IMAGE, _GIF_TRAILER = 0x21, 0x2C, 0x3B

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import yaml
 
-from atoll.data.locate import PICTURES, Files, is_local, locate
+from atoll.data.locate import IMAGES, Files, is_local, locate
 from atoll.errors import AtollError
 from atoll.manifest import MANIFEST, parse_manifest, recipe_path
 from atoll.storage.artifact import write_bytes
 
-FOR_DATA = "pictures"  # the recipe that is taken for the user's data where none is named
+FOR_DATA = "images"  # the recipe that is taken for the user's data where none is named
 DEFAULT = "demo"
 
-# What a source reads, by the files' suffixes. Parquet files beside pictures are a folder's captions: pictures win.
+# What a source reads, by the files' suffixes. Parquet files beside images are a folder's captions: images win.
 _SUFFIXES = {
-    "folder": tuple(f".{kind}" for kind in PICTURES),
+    "folder": tuple(f".{kind}" for kind in IMAGES),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
     "parquet": (".parquet",),
 }
@@ -25,8 +25,8 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
     """Writes run/atoll.yaml, the recipe's text, and returns its path.
 
     Args:
-        recipe: a built-in recipe's name or a yaml file; None: "demo", or "pictures" with data.
-        data: a directory, file, glob or URL of pictures, tars or parquet files, for the recipe's data.path; a local
+        recipe: a built-in recipe's name or a yaml file; None: "demo", or "images" with data.
+        data: a directory, file, glob or URL of images, tars or parquet files, for the recipe's data.path; a local
             one is written as an absolute path. data.source is what is found there.
         again: a manifest that is there already is fine, if it is what this call would write, or the call names nothing.
 
@@ -57,12 +57,12 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
 def _source_of(place: str) -> str:
     """Which source reads what is there."""
     suffixes = tuple(suffix for kind in _SUFFIXES.values() for suffix in kind)
-    found: Files = locate(place, "pictures, tars or parquet files", suffixes)
+    found: Files = locate(place, "images, tars or parquet files", suffixes)
     names = [name.lower() for name in found.sizes]
     for source, kinds in _SUFFIXES.items():
         if any(name.endswith(kinds) for name in names):
             return source
-    raise AtollError(f"{place}: is neither a picture, a tar nor a parquet file; name a directory that holds some")
+    raise AtollError(f"{place}: is neither an image, a tar nor a parquet file; name a directory that holds some")
 
 
 def _with_data(text: str, where: str, values: dict[str, str]) -> str:

@@ -20,8 +20,8 @@ from atoll.errors import AtollError
 from atoll.manifest import DataSettings
 from atoll.storage.shards import Split
 
-# Extensions of pictures. What Pillow cannot decode (heic without a plugin) is then skipped with the reason, not unseen.
-PICTURES = (
+# Extensions of images. What Pillow cannot decode (heic without a plugin) is then skipped with the reason, not unseen.
+IMAGES = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif", "heic", "heif"),
     *("jxl", "jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm", "pcx", "tga", "sgi", "qoi", "ico", "psd"),
 )

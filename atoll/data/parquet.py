@@ -1,4 +1,4 @@
-"""Parquet files with a column of picture files, such as Hugging Face data sets with an Image feature."""
+"""Parquet files with a column of image files, such as Hugging Face data sets with an Image feature."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,11 +72,11 @@ class Parquet(Source):
     A row group that is larger than a block is decoded from its start for each of its blocks; write groups of some
     thousand rows at most. In memory is one page of each column, which as a rule holds at most 1,024 rows.
 
-    Pictures: the column `data.image`, else the only one that holds bytes, or a struct with `bytes` (as the Hugging Face
+    Images: the column `data.image`, else the only one that holds bytes, or a struct with `bytes` (as the Hugging Face
     Image feature). Captions: `data.caption`, else caption or text. Keys: `data.key`, else "<relative path>:<row>".
     Splits: `data.split`, else by a hash of the key.
 
-    Skipped are rows whose picture is null, and what cannot be read of a damaged file.
+    Skipped are rows whose image is null, and what cannot be read of a damaged file.
 
     Raises AtollError if there are no files, a column is not there, holds something else or differs between files.
     """
@@ -135,7 +135,7 @@ class Parquet(Source):
             raise
         except Exception as error:  # Arrow raises several kinds over damaged bytes
             return _Footer(damage=told(error))
-        # A row of pictures takes a bit at the very least; a footer that says otherwise would give endless blocks.
+        # A row of images takes a bit at the very least; a footer that says otherwise would give endless blocks.
         if min(groups, default=0) < 0 or sum(groups) > 8 * self._files.sizes[name]:
             return _Footer(damage=f"its footer tells of {sum(groups):,} rows in {self._files.sizes[name]:,} bytes")
         return _Footer(schema, groups)
@@ -176,7 +176,7 @@ class Parquet(Source):
             if self._data.key is not None:
                 key = key_of(_text(cells.key))
             if not isinstance(cells.image, bytes):
-                raise Unfit("picture: null" if cells.path is None else f"picture: a path ({cells.path}), no bytes")
+                raise Unfit("image: null" if cells.path is None else f"image: a path ({cells.path}), no bytes")
             caption = caption_of(cells.caption, self._data.encoding)
             named = self._data.split is not None
             split = split_of(cells.split) if named else split_by_hash(key, self._data.validation)
@@ -190,7 +190,7 @@ class _Damaged(Exception):
 
 
 class _Cells(NamedTuple):
-    """One row. path: of a picture that is not in the file. Text comes as bytes, as not all of it is utf-8."""
+    """One row. path: of an image that is not in the file. Text comes as bytes, as not all of it is utf-8."""
 
     image: Any
     path: str | None
@@ -216,13 +216,11 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
         if (name := getattr(data, setting)) is not None and schema.names.count(name) != 1:
             many = "more than one column" if name in types else "no column"
             raise AtollError(f"{where}: {many} {name!r}, which data.{setting} names; it has {there}")
-    pictures = [
-        name for name in types if _holds_bytes(types[name]) and name not in (data.caption, data.key, data.split)
-    ]
-    if data.image is None and len(pictures) != 1:
-        many = "no column that holds" if not pictures else f"{len(pictures)} columns that hold"
-        raise AtollError(f"{where}: {many} bytes; it has {there}; name the one of the pictures as data.image")
-    image = data.image or pictures[0]
+    images = [name for name in types if _holds_bytes(types[name]) and name not in (data.caption, data.key, data.split)]
+    if data.image is None and len(images) != 1:
+        many = "no column that holds" if not images else f"{len(images)} columns that hold"
+        raise AtollError(f"{where}: {many} bytes; it has {there}; name the one of the images as data.image")
+    image = data.image or images[0]
     if not _holds_bytes(types[image]):
         raise AtollError(
             f"{where}: column {image!r} is {shown(str(types[image]))}, expected bytes, or a struct with bytes"

@@ -57,14 +57,14 @@ def kind_of(reason: str) -> str:
     return re.split(r"[:(]", reason, maxsplit=1)[0].strip()
 
 
-class Partial:
+class PartialEncoding:
     """The directory of an encoding in the making. One process at a time plans and seals; any number write blocks."""
 
     def __init__(self, path: Path):
         self.path = path
         self._lock: IO[str] | None = None
 
-    def __enter__(self) -> "Partial":
+    def __enter__(self) -> "PartialEncoding":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Pictures decoded side by side in processes of their own: in order, in bounded memory, whatever a decoder does."""
+"""Images decoded side by side in processes of their own: in order, in bounded memory, whatever a decoder does."""
 
 import hashlib
 import queue
@@ -18,7 +18,7 @@ from atoll.errors import AtollError
 from atoll.runtime.process import Crashed, Remote
 from atoll.storage.shards import Split
 
-CHUNK = 32  # pictures that travel together
+CHUNK = 32  # images that travel together
 CHUNK_BYTES = 8 << 20  # of their files; photographs straight from a camera travel in twos
 AHEAD = 3  # chunks per process that are waiting, in work, or done and not yet taken
 
@@ -31,7 +31,7 @@ class Decode(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Framed:
-    """A sample whose picture is decoded. pixels: [C,size,size] uint8. sha: 16 bytes, BLAKE2b of the pixels."""
+    """A sample whose image is decoded. pixels: [C,size,size] uint8. sha: 16 bytes, BLAKE2b of the pixels."""
 
     key: str
     caption: str
@@ -41,7 +41,7 @@ class Framed:
 
 
 class Decoders:
-    """Some processes that decode pictures; a context manager, which ends them.
+    """Some processes that decode images; a context manager, which ends them.
 
     workers: how many; with 0 everything happens in this process, and a decoder that crashes takes it along.
     decode: makes an array of a file's bytes, or raises Unusable; the processes import it by its name.
@@ -76,7 +76,7 @@ class Decoders:
     def frames(self, raws: Iterable[Raw | Skipped]) -> Iterator[Framed | Skipped]:
         """The samples in the order they come, decoded; `raws` is read only as far ahead as keeps the processes busy.
 
-        A picture that cannot be used becomes Skipped with the reason. So does one that makes its process die: the
+        An image that cannot be used becomes Skipped with the reason. So does one that makes its process die: the
         others of its chunk are decoded again. Pixels that need no decoding pass as they are.
 
         Raises:
@@ -137,7 +137,7 @@ class Decoders:
         shape = (self._framing.channels, self._framing.size, self._framing.size)
         if pixels.shape != shape or pixels.dtype != np.uint8:
             raise AtollError(
-                f"picture {raw.key!r} is {pixels.dtype} {list(pixels.shape)}, asked for is uint8 {list(shape)}; "
+                f"image {raw.key!r} is {pixels.dtype} {list(pixels.shape)}, asked for is uint8 {list(shape)}; "
                 "choose the source's size, and a codec that takes its channels"
             )
         sha = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()

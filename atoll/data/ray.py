@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from atoll.data.block import Frozen, encode_block
-from atoll.data.partial import Partial
+from atoll.data.partial import PartialEncoding
 from atoll.data.pool import Decoders
 from atoll.data.types import Block, Source
 from atoll.errors import AtollError
@@ -23,7 +23,7 @@ class BlockEncoder:
         import torch
 
         torch.set_num_threads(threads)
-        self.source, self.partial = source, Partial(partial)
+        self.source, self.partial = source, PartialEncoding(partial)
         self.frozen = Frozen.build(manifest)
         # On a CPU the actors themselves are the parallelism; a GPU's actor has cores to decode with.
         self.decoders = Decoders(self.frozen.framing, 0 if self.frozen.device.type == "cpu" else threads)
@@ -41,7 +41,7 @@ def encode_blocks(
     todo: Sequence[tuple[int, Block]],
     source: Source,
     manifest: Manifest,
-    partial: Partial,
+    partial: PartialEncoding,
     workers: int | None,
     watch: Any,
 ) -> None:

@@ -16,7 +16,7 @@ def build_source(data: DataSettings) -> Source:
 
         return Glyphs(data.subset, data.size)
     if data.path is None:
-        raise AtollError(f"data.source is {data.source!r} and data.path is not set; set it to where the pictures are")
+        raise AtollError(f"data.source is {data.source!r} and data.path is not set; set it to where the images are")
     if data.source == "folder":
         from atoll.data.folder import Folder
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from atoll.data.locate import (
-    PICTURES,
+    IMAGES,
     Unfit,
     ahead,
     caption_of,
@@ -73,13 +73,13 @@ class _Member(tarfile.TarInfo):
 class Tars(Source):
     """Tars; one tar is one block and is streamed.
 
-    A sample is what lies together and has one name up to the first dot. Its picture is the member with the extension
+    A sample is what lies together and has one name up to the first dot. Its image is the member with the extension
     `data.image`, else the first of the usual ones; its caption the member with the extension `data.caption` (txt), else
     the json's "caption". `data.key` and `data.split` name fields of the json.
 
     Keys: "<the tar's path relative to the common root, without .tar>/<the sample's name>", unless `data.key` is set.
 
-    Skipped are samples without a picture, the second of two with one key, and what follows a damage: the samples
+    Skipped are samples without an image, the second of two with one key, and what follows a damage: the samples
     before it are given, the one that it interrupts is not, as its end cannot be known.
 
     Raises AtollError if no tar is found.
@@ -91,7 +91,7 @@ class Tars(Source):
         check_encoding(data.encoding)
         self._data = data
         self._files = locate(data.path or (), "tars", SUFFIXES)
-        self._pictures = PICTURES if data.image is None else (data.image.lower().removeprefix("."),)
+        self._images = IMAGES if data.image is None else (data.image.lower().removeprefix("."),)
         self._caption = (data.caption or "txt").lower().removeprefix(".")
         self._blocks: list[Block] | None = None
 
@@ -112,7 +112,7 @@ class Tars(Source):
         url, name = block.content
         samples, seen = 0, set[str]()
         try:
-            for sample in _samples(_members(url, {*self._pictures, self._caption, "json"})):
+            for sample in _samples(_members(url, {*self._images, self._caption, "json"})):
                 samples += 1
                 yield self._decode(name, sample, again=sample.key in seen)
                 seen.add(sample.key)
@@ -136,12 +136,10 @@ class Tars(Source):
                 raise Unfit(f"key: twice in its tar (again with {_list(sample)}); a sample's members must lie together")
             if printable(key) != key:
                 raise Unfit("key: its name is not utf-8; rename it")
-            image = next(
-                (sample.members[kind] for kind in self._pictures if sample.members.get(kind) is not None), None
-            )
+            image = next((sample.members[kind] for kind in self._images if sample.members.get(kind) is not None), None)
             if image is None:
-                expected = ", ".join(self._pictures[:5]) + (", ..." if len(self._pictures) > 5 else "")
-                raise Unfit(f"picture: none among its members ({_list(sample)}); expected {expected}")
+                expected = ", ".join(self._images[:5]) + (", ..." if len(self._images) > 5 else "")
+                raise Unfit(f"image: none among its members ({_list(sample)}); expected {expected}")
             facts = _Json(sample.members.get("json"))
             caption = self._text(sample, facts)
             key = key_of(facts[self._data.key]) if self._data.key is not None else key
@@ -219,7 +217,7 @@ def _members(url: str, wanted: set[str]) -> Iterator[tuple[str, str, _Content | 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if member.issparse():
-        raise _Damaged(f"{shown(member.name)} is a sparse file, which no picture is")
+        raise _Damaged(f"{shown(member.name)} is a sparse file, which no image is")
     try:
         file = tar.extractfile(member)
         content = file.read() if file is not None else b""

@@ -14,7 +14,7 @@ from atoll.storage.shards import Split
 class Raw:
     """One sample as its source holds it.
 
-    key: unique in the source. image: the bytes of a picture file, or its pixels [C,H,W] uint8 where nothing is left to
+    key: unique in the source. image: the bytes of an image file, or its pixels [C,H,W] uint8 where nothing is left to
     decode. caption: "" where there is none.
     """
 
@@ -46,13 +46,13 @@ class Block:
 
 
 class Source(ABC):
-    """Captioned pictures in a fixed order, in blocks. Subclasses are final and can be pickled."""
+    """Captioned images in a fixed order, in blocks. Subclasses are final and can be pickled."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def blocks(self) -> Sequence[Block]:
-        """The blocks in order: the same at every call, without reading a picture."""
+        """The blocks in order: the same at every call, without reading an image."""
 
     @abstractmethod
     def read(self, block: Block) -> Iterator[Raw | Skipped]:

@@ -13,8 +13,8 @@ from atoll.condition import Condition, Conditions
 from atoll.encoders.weights import WANTED, also_found_in, find_weights
 from atoll.ensemble import Alignment, Ensemble
 from atoll.ensemble.loading import FROZEN, load_ensemble
-from atoll.ensemble.offload import Weights
-from atoll.ensemble.prompt_cache import Prompts
+from atoll.ensemble.offload import WeightDtype
+from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_json
@@ -23,7 +23,7 @@ with quiet("diffusers"):
     from diffusers.models.modeling_utils import ModelMixin
 
 ENSEMBLE, _STACKINGS = "ensemble.json", "stackings.safetensors"
-_WEIGHTS: dict[torch.dtype | None, Weights | None] = {
+_WEIGHTS: dict[torch.dtype | None, WeightDtype | None] = {
     None: None,
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -45,7 +45,7 @@ class AtollEnsemble(ModelMixin):
         AtollError: as `load_ensemble` does.
     """
 
-    def __init__(self, path: str | os.PathLike[str], weights: Weights | None = None):
+    def __init__(self, path: str | os.PathLike[str], weights: WeightDtype | None = None):
         super().__init__()
         self.path = Path(path)
         self.loaded = load_ensemble(self.path, weights=weights)
@@ -84,14 +84,14 @@ class AtollEnsemble(ModelMixin):
         asked: Ensemble,
         x: Tensor,
         t: Tensor,
-        condition: Condition | Conditions | Prompts,
+        condition: Condition | Conditions | PromptCache,
         guidance_scale: float,
         guidance_range: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
-        """The velocity [B, C, H, W] of `asked`, one of `self.asked()`, for x [B, C, H, W] at times t [B] in [0, 1]."""
+        """The velocity [B, C, H, W] of `ensemble` (from `with_options`) for x [B, C, H, W] at times t [B] in [0, 1]."""
         return asked.velocity(x, t, condition, guidance_scale, guidance_range=guidance_range)
 
-    def asked(
+    def with_options(
         self,
         routing: str | None = None,
         alignment: Alignment | None = None,

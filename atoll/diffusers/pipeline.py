@@ -1,4 +1,4 @@
-"""`AtollPipeline`: prompts -> pictures, with the manners of diffusers' own pipelines.
+"""`AtollPipeline`: prompts -> images, with the manners of diffusers' own pipelines.
 
 On disk it is a directory like theirs, and nothing in it executes:
 
@@ -40,7 +40,7 @@ _OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class AtollPipeline(DiffusionPipeline):
-    """Prompts -> pictures, by an ensemble of Atoll's and a flow-matching scheduler of diffusers'.
+    """Prompts -> images, by an ensemble of Atoll's and a flow-matching scheduler of diffusers'.
 
     pipe = AtollPipeline.from_pretrained("runs/demo/ensemble").to("cuda")
     pipe("latin capital letter a, serif bold", generator=torch.Generator().manual_seed(0)).images[0].save("a.png")
@@ -131,16 +131,16 @@ class AtollPipeline(DiffusionPipeline):
         guidance_range: tuple[float, float] = (0.0, 1.0),
         block_cache: float = 0.0,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws `num_images_per_prompt` pictures of each prompt: B in all, those of one prompt side by side.
+        """Draws `num_images_per_prompt` images of each prompt: B in all, those of one prompt side by side.
 
         Args:
             negative_prompt: one, or one per prompt; takes the place of the null condition.
             num_inference_steps, guidance_scale: the ensemble's own defaults where None.
-            generator: one, or one per picture. With the scheduler that is set at first, the picture of a generator of
+            generator: one, or one per image. With the scheduler that is set at first, the image of a generator of
                 its own is, bit for bit on a CPU, that of `atoll.Pipeline` by "euler" with its seed.
             latents: x at t = 1 [B, C, H, W], in the place of noise.
             output_type: "pil"; "np" [B, h, w, c] or "pt" [B, c, h, w], in [0, 1]; "latent", x at t = 0 [B, C, H, W].
-            return_dict: False gives a tuple of the pictures alone.
+            return_dict: False gives a tuple of the images alone.
             callback_on_step_end: called with (pipeline, step, timestep, {"latents": x}) after each call of the
                 scheduler; "latents" in the dictionary it returns take the place of x. Where it sets
                 `pipeline._interrupt`, sampling ends with this step.
@@ -155,7 +155,7 @@ class AtollPipeline(DiffusionPipeline):
         steps = defaults.get("steps", 50) if num_inference_steps is None else num_inference_steps
         scale = defaults.get("guidance_scale", 1.0) if guidance_scale is None else guidance_scale
         _check(steps, scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
-        owners = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]  # of B pictures
+        owners = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]  # of B images
         condition = loaded.encoder(prompts).to(device).index(torch.tensor(owners, device=device))
         shares = [
             (rows, asked, asked.prompts(condition.index(rows), block_cache=block_cache))
@@ -207,10 +207,10 @@ class AtollPipeline(DiffusionPipeline):
     def _finished(self, x: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return x
-        pictures = self.ensemble.loaded.codec.decode(x)  # [B, c, h, w] in [0, 1]
+        images = self.ensemble.loaded.codec.decode(x)  # [B, c, h, w] in [0, 1]
         if output_type == "pt":
-            return pictures
-        arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()  # [B, h, w, c]
+            return images
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, h, w, c]
         return arrays if output_type == "np" else self.numpy_to_pil(arrays)
 
     def _shares(
@@ -239,7 +239,7 @@ class AtollPipeline(DiffusionPipeline):
     def _asked(self, negative: str | None, device: torch.device) -> Ensemble:
         null = None if negative is None else self.ensemble.loaded.encoder([negative])
         config = self.config
-        return self.ensemble.asked(config.routing, config.alignment, config.replicas, null, device)
+        return self.ensemble.with_options(config.routing, config.alignment, config.replicas, null, device)
 
 
 def _texts(what: str, given: str | Sequence[str]) -> list[str]:
@@ -271,7 +271,7 @@ def _first(
     if latents is not None:
         return _given(latents, shape, device)
     if isinstance(generator, list) and len(generator) != shape[0]:
-        raise AtollError(f"{len(generator)} generators for {shape[0]} pictures; expected one, or one for each")
+        raise AtollError(f"{len(generator)} generators for {shape[0]} images; expected one, or one for each")
     for one in generator if isinstance(generator, list) else [generator]:
         if one is not None and not isinstance(one, torch.Generator):
             raise AtollError(f"generator is a {type(one).__name__}; expected a torch.Generator, or a list of them")

@@ -135,7 +135,7 @@ class TAEF2Config(WeightsConfig, Standardised):
     name: Literal["taef2"] = "taef2"
 
 
-NetworkConfig = KLConfig | TinyConfig | TAEF2Config
+CodecNetworkConfig = KLConfig | TinyConfig | TAEF2Config
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ class NetworkCodec(Codec):
         AtollError: `shift` or `scale` of the config is a list of another length than the latent has channels.
     """
 
-    def __init__(self, config: NetworkConfig, autoencoder: Autoencoder):
+    def __init__(self, config: CodecNetworkConfig, autoencoder: Autoencoder):
         self.name = config.name
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
         self.image_channels = autoencoder.image_channels

@@ -148,7 +148,7 @@ class SqueezeNetConfig(WeightsConfig):
     size: int = Field(128, ge=squeezenet.SMALLEST)
 
 
-NetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig
+FeatureNetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig
 
 # Mean and standard deviation [1,3,1,1] of red, green and blue, as the networks were trained.
 _IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
@@ -173,7 +173,7 @@ class Backbone:
 class NetworkFeature(Feature):
     """A network's vector of an image. The image's shorter side is resized to `size`, then its middle is taken."""
 
-    def __init__(self, config: NetworkConfig, backbone: Backbone):
+    def __init__(self, config: FeatureNetworkConfig, backbone: Backbone):
         self.name, self.dim, self.size = config.name, backbone.dim, backbone.size
         # Transformers are run in 16 bits everywhere; MobileNetV2's vector, of 8-bit weights, moves by a fifth.
         self.takes_bf16 = config.name in ("dinov2", "clip-image")

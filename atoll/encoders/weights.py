@@ -29,7 +29,7 @@ _LOCATION = ("weights", "subfolder", "tokenizer")  # the keys of a config that s
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Model = TypeVar("Model", bound=BaseModel)
-Network = TypeVar("Network", bound=nn.Module)
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class WeightsConfig(BaseModel):
@@ -235,7 +235,7 @@ def load_pretrained(
     return freeze(network)
 
 
-def freeze(network: Network) -> Network:
+def freeze(network: NetworkT) -> NetworkT:
     """In evaluation mode and without gradients; convolutions in channels_last, which is faster on CPUs too."""
     network.eval().requires_grad_(False)
     for parameter in network.parameters():

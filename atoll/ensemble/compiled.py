@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from atoll.ensemble.offload import Offloaded
-from atoll.ensemble.prompt_cache import Prompt, Reader
+from atoll.ensemble.prompt_cache import CachesPrompt, Prompt
 from atoll.errors import AtollError
-from atoll.nn.attention import ReadPrompt
+from atoll.nn.attention import TextKV
 
 _GRAPHS = 64  # of one block's code: sizes, times the architectures in an ensemble
 
@@ -43,13 +43,13 @@ class PaddedReader(Padded):
     """One that reads prompts."""
 
     def __call__(self, x: Tensor, time: Tensor, condition: Prompt | None) -> Tensor:
-        if isinstance(condition, ReadPrompt) and condition.cache is not None:
+        if isinstance(condition, TextKV) and condition.cache is not None:
             raise AtollError("compiled experts ask all blocks; leave block_cache at 0, or do not compile")
         return super().__call__(x, time, condition)
 
     def read_prompt(self, condition: Any) -> Any:
         """As the network does, which is not compiled for it."""
-        assert isinstance(self.network, Reader)
+        assert isinstance(self.network, CachesPrompt)
         return self.network.read_prompt(condition)
 
 
@@ -66,7 +66,7 @@ def compile_network(network: object, **options: Any) -> Padded:
     if not isinstance(network, nn.Module):
         raise AtollError(f"{type(network).__name__} is no torch.nn.Module and cannot be compiled; leave it as it is")
     compile_blocks(network, **options)
-    return (PaddedReader if isinstance(network, Reader) else Padded)(network)
+    return (PaddedReader if isinstance(network, CachesPrompt) else Padded)(network)
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:

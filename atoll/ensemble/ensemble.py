@@ -12,10 +12,10 @@ from torch import Tensor
 from atoll.alignment import native_velocity, snr_velocity
 from atoll.calibration import Calibration
 from atoll.condition import Condition, Conditions
-from atoll.ensemble.offload import chances_of, store_of
-from atoll.ensemble.prompt_cache import KEPT_BYTES, Prompt, Prompts, each
+from atoll.ensemble.offload import expert_cache_of, selection_probs
+from atoll.ensemble.prompt_cache import CACHE_BYTES, Prompt, PromptCache, each
 from atoll.ensemble.replicas import Stacking, check_replicas, replica_shares
-from atoll.ensemble.routing import Asked, TimeSwitch, build_routing
+from atoll.ensemble.routing import RoutingContext, TimeSwitch, build_routing
 from atoll.errors import AtollError
 from atoll.objective import Objective
 from atoll.shapes import per_sample
@@ -130,8 +130,8 @@ class Ensemble:
         self.router_encoder = router_encoder
         self.drops = drops
         self.dropped: dict[str, str] = {}  # experts that failed in use, and how
-        self._store = store_of([expert.network for expert in self.experts])
-        self._chances: list[float] = []  # of each expert to be asked next, where a store wants to know
+        self._store = expert_cache_of([expert.network for expert in self.experts])
+        self._selection_probs: list[float] = []  # of each expert to be asked next, where a store wants to know
         self._weigh = build_routing(routing)
         self._owners = _owners(self.experts)
         self._groups = _groups(self.experts, self.stackings if replicas == "stacked" and alignment == "snr" else ())
@@ -169,26 +169,28 @@ class Ensemble:
         owners = torch.nn.functional.pad(owners, (0, log_p.shape[1] - owners.shape[1]))
         log_p = log_p.masked_fill(owners.sum(0) == 0, -torch.inf)  # a cluster that nobody covers
         if self._store is not None:
-            self._chances = chances_of(log_p, owners)
-        per_cluster = self._weigh(log_p, Asked(x, cluster))  # [B, K]
+            self._selection_probs = selection_probs(log_p, owners)
+        per_cluster = self._weigh(log_p, RoutingContext(x, cluster))  # [B, K]
         weights = per_cluster @ (owners / owners.sum(0).clamp(min=1)).T  # replicas alike
         for members, stacking in self._groups:
             weights[:, members] = weights[:, members].sum(1, keepdim=True) * self._shares(members, stacking, t)
         return weights
 
-    def prompts(self, condition: Condition | Conditions, limit: int = KEPT_BYTES, block_cache: float = 0.0) -> Prompts:
+    def prompts(
+        self, condition: Condition | Conditions, limit: int = CACHE_BYTES, block_cache: float = 0.0
+    ) -> PromptCache:
         """The prompts of one sampling, for `velocity`: each expert reads a prompt once, not at every step.
 
         Good for as long as the experts' weights stay; numbers differ by rounding, or by what `block_cache` spares.
-        Arguments and errors as in `Prompts`.
+        Arguments and errors as in `PromptCache`.
         """
-        return Prompts(each(condition), None if self.null is None else each(self.null), limit, block_cache)
+        return PromptCache(each(condition), None if self.null is None else each(self.null), limit, block_cache)
 
     def velocity(
         self,
         x: Tensor,
         t: Tensor,
-        condition: Condition | Conditions | Prompts | None = None,
+        condition: Condition | Conditions | PromptCache | None = None,
         guidance_scale: float = 1.0,
         cluster: Tensor | None = None,
         guidance_range: tuple[float, float] = (0.0, 1.0),
@@ -226,7 +228,7 @@ class Ensemble:
         return velocity
 
     def _fused(
-        self, weights: Tensor, x: Tensor, t: Tensor, given: Prompts | None, scale: Tensor
+        self, weights: Tensor, x: Tensor, t: Tensor, given: PromptCache | None, scale: Tensor
     ) -> tuple[Tensor, int | None]:
         """The weighted velocity [B, ...], and the number of an expert whose answer was not finite."""
         velocity = torch.zeros_like(x)
@@ -243,11 +245,11 @@ class Ensemble:
         rows = [column.nonzero().squeeze(1) for column in factors.T]
         order = asked = [index for index, mine in enumerate(rows) if len(mine)]
         if self._store is not None:
-            order = self._store.plan([expert.network for expert in self.experts], asked, self._chances)
+            order = self._store.plan([expert.network for expert in self.experts], asked, self._selection_probs)
         answers = {}
         for index in order:
             mine = rows[index]
-            u = self._asked(self.experts[index], x[mine], t[mine], given, mine, scale[mine], index in raw)
+            u = self._expert_velocity(self.experts[index], x[mine], t[mine], given, mine, scale[mine], index in raw)
             if self.drops and not u.isfinite().all() and x[mine].isfinite().all():
                 return velocity, index
             answers[index] = per_sample(factors[mine, index], u) * u
@@ -255,12 +257,12 @@ class Ensemble:
             velocity.index_add_(0, rows[index], answers[index])
         return velocity, None
 
-    def _asked(
+    def _expert_velocity(
         self,
         expert: Expert,
         x: Tensor,
         t: Tensor,
-        given: Prompts | None,
+        given: PromptCache | None,
         rows: Tensor,
         scale: Tensor,
         raw: bool,
@@ -269,7 +271,7 @@ class Ensemble:
         if given is None:
             return expert.velocity(x, t, None, self.alignment, raw)
         guided = bool((scale != 1.0).any())
-        condition = given.of(expert.network, expert.encoder, rows, guided)
+        condition = given.for_expert(expert.network, expert.encoder, rows, guided)
         if not guided:
             return expert.velocity(x, t, condition, self.alignment, raw)
         u_both = expert.velocity(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), condition, self.alignment, raw)
@@ -318,7 +320,7 @@ class Ensemble:
             raise AtollError(f"routing {self.routing}: no expert {name!r}; expected one of {', '.join(names)}")
         return names.index(name)
 
-    def _pooled(self, count: int, given: Prompts | None) -> Tensor | None:
+    def _pooled(self, count: int, given: PromptCache | None) -> Tensor | None:
         """What the router sees of the prompt; the null condition's where there is no prompt."""
         if given is not None:
             return given.conditions[self.router_encoder].pooled

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from atoll.calibration import Calibration
 from atoll.encoders.codec import Codec, build_codec
-from atoll.encoders.text import Encoder, SeveralEncoders, build_encoder
+from atoll.encoders.text import PromptEncoder, TextEncoder, build_encoder
 from atoll.encoders.weights import also_found_in, identity, same
 from atoll.ensemble import Alignment, Ensemble, Expert
-from atoll.ensemble.offload import Store, Weights, bytes_of, check_weights, lowered, parse_budget, read_weights
+from atoll.ensemble.offload import (
+    ExpertCache,
+    WeightDtype,
+    bytes_of,
+    cast_weights,
+    check_weights,
+    parse_budget,
+    read_weights,
+)
 from atoll.ensemble.replicas import Stacking
 from atoll.errors import AtollError
 from atoll.nn import build_network
@@ -38,14 +46,17 @@ class LoadedEnsemble:
     """An ensemble ready to sample, with the frozen networks it needs around it."""
 
     ensemble: Ensemble
-    encoder: Encoder | SeveralEncoders  # of the prompt: several, where the experts' are not all the same
+    encoder: TextEncoder | PromptEncoder  # of the prompt: several, where the experts' are not all the same
     codec: Codec
     latent_shape: tuple[int, ...]  # (C, H, W)
     card: dict[str, Any]
 
 
 def load_expert(
-    path: str | Path, device: str | torch.device = "cpu", weights: Weights | None = None, store: Store | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    weights: WeightDtype | None = None,
+    store: ExpertCache | None = None,
 ) -> LoadedExpert:
     """The expert artifact at `path`.
 
@@ -69,7 +80,7 @@ def load_expert(
         expert = Expert(network, Objective(**card["objective"]), tuple(card["clusters"]), calibration, card["name"])
     if store or weights:
         fetch = partial(_fetched, path, card, weights, _state(path / WEIGHTS))
-        size = bytes_of(lowered(network, weights))
+        size = bytes_of(cast_weights(network, weights))
         expert = replace(expert, network=store.add(expert.name, size, fetch) if store else fetch().to(device))
     return LoadedExpert(expert, card)
 
@@ -90,7 +101,7 @@ def load_ensemble(
     device: str | torch.device = "cpu",
     replicas: str | None = None,
     memory_budget: str | int | None = None,
-    weights: Weights | None = None,
+    weights: WeightDtype | None = None,
 ) -> LoadedEnsemble:
     """The ensemble that `path` (a directory with ensemble.json, or an expert's own directory) describes.
 
@@ -108,7 +119,7 @@ def load_ensemble(
     """
     path = Path(path)
     check_weights(weights)
-    store = None if memory_budget is None else Store(parse_budget(memory_budget), device)
+    store = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
     with also_found_in(path / FROZEN):
         if (path / "ensemble.json").is_file():
             return _assembled(path, routing, alignment, strict, device, replicas, weights, store)
@@ -124,8 +135,8 @@ def _assembled(
     strict: bool,
     device: str | torch.device,
     replicas: str | None,
-    weights: Weights | None,
-    store: Store | None,
+    weights: WeightDtype | None,
+    store: ExpertCache | None,
 ) -> LoadedEnsemble:
     """What ensemble.json describes."""
     card = check_card(read_json(path / "ensemble.json"), "ensemble", path / "ensemble.json")
@@ -147,7 +158,7 @@ def _assembled(
         store.reserve(bytes_of(router))
     kinds, which = _kinds([one.card["condition"] for one in loaded])
     encoders = [build_encoder(config) for config in kinds]
-    encoder = encoders[0] if len(encoders) == 1 else SeveralEncoders(encoders)
+    encoder = encoders[0] if len(encoders) == 1 else PromptEncoder(encoders)
     ensemble = Ensemble(
         [replace(one.expert, encoder=number) for one, number in zip(loaded, which, strict=True)],
         router,
@@ -199,7 +210,7 @@ def _encoder_of(router: dict[str, Any], kinds: list[dict[str, Any]]) -> int:
 
 
 def _alone(
-    path: Path, alignment: Alignment, device: str | torch.device, weights: Weights | None, store: Store | None
+    path: Path, alignment: Alignment, device: str | torch.device, weights: WeightDtype | None, store: ExpertCache | None
 ) -> LoadedEnsemble:
     """One expert (a monolith, say) as an ensemble of its own."""
     loaded = load_expert(path, device, weights, store)
@@ -254,8 +265,8 @@ def _state(file: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _fetched(path: Path, card: dict[str, Any], weights: Weights | None, checked: tuple[int, int, int]) -> nn.Module:
+def _fetched(path: Path, card: dict[str, Any], weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
     """The network of an artifact whose hash was checked when it was in the state `checked`."""
     if not (path / WEIGHTS).is_file() or _state(path / WEIGHTS) != checked:
         raise AtollError(f"{path / WEIGHTS}: changed while it was in use; load the ensemble again")
-    return lowered(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)
+    return cast_weights(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)

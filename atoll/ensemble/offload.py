@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from atoll.condition import Condition
 from atoll.errors import AtollError
 
-Weights = Literal["fp32", "bf16", "fp16", "int8"]
+WeightDtype = Literal["fp32", "bf16", "fp16", "int8"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 _UNITS = {"": 1, "B": 1} | {p + s: b**n for n, p in enumerate("KMGT", 1) for s, b in (("B", 1000), ("iB", 1024))}
@@ -51,16 +51,16 @@ def parse_budget(given: str | int) -> int:
     return size
 
 
-def check_weights(weights: str | None) -> Weights | None:
+def check_weights(weights: str | None) -> WeightDtype | None:
     """`weights`, if it is known (None: as they are stored). Raises AtollError otherwise, or if torchao is missing."""
-    if weights is not None and weights not in get_args(Weights):
-        raise AtollError(f"unknown weights {weights!r}; expected {', '.join(get_args(Weights))}")
+    if weights is not None and weights not in get_args(WeightDtype):
+        raise AtollError(f"unknown weights {weights!r}; expected {', '.join(get_args(WeightDtype))}")
     if weights == "int8":
         _quantizer()
-    return cast("Weights | None", weights)
+    return cast("WeightDtype | None", weights)
 
 
-def read_weights(file: Path, weights: Weights | None = None) -> dict[str, Tensor]:
+def read_weights(file: Path, weights: WeightDtype | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file: memory-mapped as they are stored, or rounded to the dtype of `weights`.
 
     Rounded tensors are copies; the file is mapped anew for each, so that no more than one tensor of it is ever held
@@ -81,7 +81,7 @@ def read_weights(file: Path, weights: Weights | None = None) -> dict[str, Tensor
     return tensors
 
 
-def lowered(network: nn.Module, weights: Weights | None) -> nn.Module:
+def cast_weights(network: nn.Module, weights: WeightDtype | None) -> nn.Module:
     """The network itself, its weights brought to `weights`: "int8" are those of linear layers, by torchao, one scale
     per output, multiplied in bf16."""
     if weights is not None:
@@ -103,7 +103,7 @@ def bytes_of(network: object) -> int:
 class Offloaded:
     """A network in a store, called like the network itself."""
 
-    store: "Store"
+    store: "ExpertCache"
     key: int
 
     def __call__(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
@@ -124,7 +124,7 @@ class _Held:
             self.copied = None
 
 
-class Store:
+class ExpertCache:
     """Networks, of which as many are at hand as a budget allows.
 
     The budget counts the weights of the experts at hand and what was `reserve`d (the router's weights). It does not
@@ -134,17 +134,17 @@ class Store:
     Args:
         budget: in bytes.
         device: where the networks are used.
-        ahead: whether networks are brought before they are asked; None: on a GPU, where copies do not hold up work.
+        prefetch: whether networks are brought before they are asked; None: on a GPU, where copies do not hold up work.
 
     Attributes:
-        fetched: how many times a network was brought.
-        most: the most bytes of networks that were at hand at one time.
+        loads: how many times a network was brought.
+        peak_bytes: the most bytes of networks that were at hand at one time.
     """
 
-    def __init__(self, budget: int, device: str | torch.device = "cpu", ahead: bool | None = None):
+    def __init__(self, budget: int, device: str | torch.device = "cpu", prefetch: bool | None = None):
         self.budget, self.device = budget, torch.device(device)
-        self.ahead = self.device.type == "cuda" if ahead is None else ahead
-        self.fetched, self.most = 0, 0
+        self.prefetch = self.device.type == "cuda" if prefetch is None else prefetch
+        self.loads, self.peak_bytes = 0, 0
         self._reserved = 0
         self._names, self._sizes = list[str](), list[int]()
         self._fetches = list[Callable[[], nn.Module]]()
@@ -153,7 +153,7 @@ class Store:
         self._busy: list[int] = []
         self._still: list[int] = []  # what this step has yet to ask, in its order
         self._asked: set[int] = set()  # what this step asks
-        self._chances: Mapping[int, float] = {}  # of being asked in the next step
+        self._selection_probs: Mapping[int, float] = {}  # of being asked in the next step
         self._stream: Any = None
 
     def add(self, name: str, size: int, fetch: Callable[[], nn.Module]) -> Offloaded:
@@ -177,23 +177,27 @@ class Store:
             )
 
     @property
-    def at_hand(self) -> tuple[int, ...]:
+    def resident(self) -> tuple[int, ...]:
         """The keys of the networks at hand, the least recently used first."""
         return tuple(self._held)
 
-    def plan(self, networks: Sequence[object], asked: Sequence[int], chances: Sequence[float] = ()) -> list[int]:
+    def plan(
+        self, networks: Sequence[object], asked: Sequence[int], selection_probs: Sequence[float] = ()
+    ) -> list[int]:
         """The order in which a step should ask some of an ensemble's networks: those at hand first.
 
         Args:
             networks: all of the ensemble's; those that are not in this store are always at hand.
             asked: the numbers of those that the step asks.
-            chances: how likely each is to be asked in the next step, as far as the router knows.
+            selection_probs: how likely each is to be asked in the next step, as far as the router knows.
         """
         keys = {n: one.key for n, one in enumerate(networks) if isinstance(one, Offloaded) and one.store is self}
         order = sorted(asked, key=lambda number: number in keys and keys[number] not in self._held)
         self._still = [keys[number] for number in order if number in keys]
         self._asked = set(self._still)
-        self._chances = {keys[number]: chance for number, chance in enumerate(chances) if number in keys}
+        self._selection_probs = {
+            keys[number]: chance for number, chance in enumerate(selection_probs) if number in keys
+        }
         return order
 
     @contextmanager
@@ -213,7 +217,7 @@ class Store:
         if key in self._still:
             self._still.remove(key)
         try:
-            if self.ahead:
+            if self.prefetch:
                 self._look_ahead()
             yield self._held[key].network
         finally:
@@ -221,7 +225,7 @@ class Store:
 
     def _urgency(self, key: int) -> tuple[int, float]:
         """How soon a network is asked, the soonest first."""
-        chance = self._chances.get(key, 0.0)
+        chance = self._selection_probs.get(key, 0.0)
         if key in self._still:
             return 0, self._still.index(key)
         if key in self._asked:
@@ -232,7 +236,7 @@ class Store:
 
     def _look_ahead(self) -> None:
         """Brings what is asked next, in the place of what is asked later."""
-        likely = [key for key, chance in self._chances.items() if chance >= _LIKELY and key not in self._asked]
+        likely = [key for key, chance in self._selection_probs.items() if chance >= _LIKELY and key not in self._asked]
         for key in sorted((*self._still, *likely), key=self._urgency):
             if key not in self._held:
                 if not self._make_room(self._sizes[key], self._urgency(key)):
@@ -261,8 +265,8 @@ class Store:
             if self.device.type == "cuda":
                 network = self._pinned(key, network)
             self._held[key] = self._copied(network) if self.device.type != "cpu" else _Held(network)
-        self.fetched += 1
-        self.most = max(self.most, sum(self._sizes[held] for held in self._held))
+        self.loads += 1
+        self.peak_bytes = max(self.peak_bytes, sum(self._sizes[held] for held in self._held))
 
     def _pinned(self, key: int, network: nn.Module) -> nn.Module:
         """The network in pinned memory, to stay there, as long as half of the host's memory holds those that do."""
@@ -285,7 +289,7 @@ class Store:
             return _Held(moved, self._stream.record_event())
 
 
-def chances_of(log_p: Tensor, owners: Tensor) -> list[float]:
+def selection_probs(log_p: Tensor, owners: Tensor) -> list[float]:
     """How likely each of E experts is to be asked by one of B samples at least, if each asks one cluster by chance.
 
     Args:
@@ -296,7 +300,7 @@ def chances_of(log_p: Tensor, owners: Tensor) -> list[float]:
     return (1 - (1 - alone.clamp(max=1)).prod(0)).tolist()
 
 
-def store_of(networks: Sequence[object]) -> Store | None:
+def expert_cache_of(networks: Sequence[object]) -> ExpertCache | None:
     """The store of the networks that are in one; None where all are always at hand."""
     return next((network.store for network in networks if isinstance(network, Offloaded)), None)
 

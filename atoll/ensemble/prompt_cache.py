@@ -13,25 +13,25 @@ from torch import Tensor
 
 from atoll.condition import Condition, Conditions
 from atoll.errors import AtollError
-from atoll.nn.attention import ReadPrompt
+from atoll.nn.attention import TextKV
 from atoll.nn.block_cache import BlockCache
 
-Prompt = Condition | ReadPrompt  # what a network is asked with
+Prompt = Condition | TextKV  # what a network is asked with
 
-KEPT_BYTES = 2**31  # by all experts together; an XL/2 keeps 10 MB per prompt of 77 tokens in bfloat16
+CACHE_BYTES = 2**31  # by all experts together; an XL/2 keeps 10 MB per prompt of 77 tokens in bfloat16
 
 
 @runtime_checkable
-class Reader(Protocol):
+class CachesPrompt(Protocol):
     """A network that takes what it has read in the condition's place."""
 
-    def read_prompt(self, condition: Condition) -> ReadPrompt: ...
+    def read_prompt(self, condition: Condition) -> TextKV: ...
 
 
-class Prompts:
+class PromptCache:
     """B prompts by every encoder, the null condition, and what was read of them.
 
-    What is kept is of the networks as they are: of other weights, other `Prompts`.
+    What is kept is of the networks as they are: of other weights, other `PromptCache`.
 
     Args:
         conditions: of each encoder, B rows.
@@ -44,43 +44,43 @@ class Prompts:
         self,
         conditions: tuple[Condition, ...],
         null: tuple[Condition, ...] | None = None,
-        limit: int = KEPT_BYTES,
+        limit: int = CACHE_BYTES,
         block_cache: float = 0.0,
     ):
         if not 0 <= block_cache < math.inf:
             raise AtollError(f"block_cache is {block_cache}; expected a threshold from 0 (none) to about 0.3")
         self.conditions, self.null, self.limit, self.block_cache = conditions, null, limit, block_cache
-        self._kept: dict[Reader, _Kept] = {}
+        self._kept: dict[CachesPrompt, _Kept] = {}
         self._full = False  # the limit was met
 
     def __len__(self) -> int:
         return len(self.conditions[0])
 
     @property
-    def spared(self) -> float:
+    def skip_rate(self) -> float:
         """The share of the questions in which the first block alone was asked."""
         caches = [kept.cache for kept in self._kept.values() if kept.cache is not None]
-        return sum(cache.spared for cache in caches) / max(1, sum(cache.asked for cache in caches))
+        return sum(cache.skipped for cache in caches) / max(1, sum(cache.calls for cache in caches))
 
     @property
     def nbytes(self) -> int:
         """Of what is kept of the prompts."""
         return sum(kept.prompts.nbytes for kept in self._kept.values() if kept.prompts is not None)
 
-    def of(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> Prompt:
+    def for_expert(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> Prompt:
         """What `network` is asked with for the rows [b]: b rows; where guided 2 b, the last of the null condition.
 
         Raises:
             AtollError: guided, without a null condition; a block cache for a network that reads no prompts.
         """
-        if self.block_cache and not isinstance(network, Reader):
+        if self.block_cache and not isinstance(network, CachesPrompt):
             raise AtollError(
                 f"{type(network).__name__} has no block cache: only DiT and Paris have, without a memory budget; leave "
                 "block_cache at 0"
             )
         wanted = rows.tolist()
         wanted += [len(self)] * len(rows) if guided else []  # the null condition's number
-        if self.limit and isinstance(network, Reader):
+        if self.limit and isinstance(network, CachesPrompt):
             kept = self._kept.setdefault(network, _Kept(BlockCache(self.block_cache) if self.block_cache else None))
             missing = [number for number in dict.fromkeys(wanted) if number not in kept.places]
             if missing and self._full:
@@ -114,13 +114,13 @@ class _Kept:
     def __init__(self, cache: BlockCache | None) -> None:
         self.cache = cache
         self.places: dict[int, int] = {}  # of a prompt's number, where it stands
-        self.prompts: ReadPrompt | None = None
+        self.prompts: TextKV | None = None
 
-    def add(self, numbers: list[int], read: ReadPrompt) -> None:
+    def add(self, numbers: list[int], read: TextKV) -> None:
         self.places |= {number: len(self.places) + place for place, number in enumerate(numbers)}
-        self.prompts = read if self.prompts is None else ReadPrompt.cat([self.prompts, read])
+        self.prompts = read if self.prompts is None else TextKV.cat([self.prompts, read])
 
-    def index(self, numbers: list[int], device: torch.device, keys: tuple[tuple[int, int], ...]) -> ReadPrompt:
+    def index(self, numbers: list[int], device: torch.device, keys: tuple[tuple[int, int], ...]) -> TextKV:
         """Of the prompts' numbers; keys: of each its sample, and the branch of guidance."""
         assert self.prompts is not None
         found = self.prompts.index(torch.tensor([self.places[number] for number in numbers], device=device))

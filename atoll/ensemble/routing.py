@@ -28,14 +28,14 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class RoutingContext:
     """What a routing may look at besides the probabilities: x [B, ...]; cluster [B] int64, each sample's, if known."""
 
     x: Tensor
     cluster: Tensor | None = None
 
 
-Weighting = Callable[[Tensor, Asked], Tensor]
+RoutingFunction = Callable[[Tensor, RoutingContext], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TimeSwitch:
     below: str
 
 
-def build_routing(routing: str) -> Weighting | TimeSwitch:
+def build_routing(routing: str) -> RoutingFunction | TimeSwitch:
     """What a name such as "top-2" means: a function of log-probabilities [B, K] and of what else is asked about, to
     weights [B, K] whose rows sum to 1; or a switch between two experts.
 
@@ -107,7 +107,7 @@ def nucleus(log_p: Tensor, share: float, temperature: float = 1.0) -> Tensor:
 def drawn(log_p: Tensor, x: Tensor, count: int) -> Tensor:
     """`count` clusters drawn by their probabilities, with replacement: the share of the draws. [B, K] -> [B, K].
 
-    Its mean over draws is `full`. What is drawn depends on the sample x [B, ...] alone, so that a picture is the same
+    Its mean over draws is `full`. What is drawn depends on the sample x [B, ...] alone, so that an image is the same
     in any batch and at any run.
     """
     cumulative = torch.softmax(log_p.double(), dim=1).cumsum(1)  # [B, K]

@@ -1,4 +1,4 @@
-"""Measures an ensemble against real pictures and reports on it.
+"""Measures an ensemble against real images and reports on it.
 
 `evaluate_run` does it for a run's directory, `evaluate` for any variants and data.
 """

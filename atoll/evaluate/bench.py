@@ -1,4 +1,4 @@
-"""What all variants are measured on: equal real pictures, prompts, noise and held-out latents, in equal spaces."""
+"""What all variants are measured on: equal real images, prompts, noise and held-out latents, in equal spaces."""
 
 import math
 import time
@@ -16,19 +16,19 @@ from atoll.evaluate.metrics.agreement import CLIPScore, RidgeAgreement, pooled_v
 from atoll.evaluate.metrics.cost import count_flops
 from atoll.evaluate.metrics.diversity import Diversity, PerceptualDistance, build_distance, mean_distance
 from atoll.evaluate.metrics.frechet import DenoisingError, Features, bias_warning, seeded_noise, squared_errors
-from atoll.evaluate.metrics.image_metrics import Statistics, picture_metrics
-from atoll.evaluate.reference import FORMAT, Real
-from atoll.evaluate.store import Part, Store
-from atoll.evaluate.types import Places, Progress, Reference, Results, Run, Score, Space, Variant
+from atoll.evaluate.metrics.image_metrics import Statistics, image_metrics
+from atoll.evaluate.reference import FORMAT, ReferenceData
+from atoll.evaluate.store import ResultCache, TensorDict
+from atoll.evaluate.types import EvaluateProgress, MapFunction, Places, Reference, Results, Score, Space, Variant
 from atoll.manifest import EvaluateSettings
 from atoll.solver import Method, sample
 
-_COUNTED = 4  # pictures drawn to count their operations
+_COUNTED = 4  # images drawn to count their operations
 
 
 @dataclass(frozen=True)
 class _How:
-    """How a variant's pictures are drawn."""
+    """How a variant's images are drawn."""
 
     steps: int
     method: Method
@@ -36,15 +36,15 @@ class _How:
     grid: str | None = None
 
     def about(self) -> dict[str, Any]:
-        """What its pictures depend on, with nothing said of what is usual."""
+        """What its images depend on, with nothing said of what is usual."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-# (tokens of B prompts, B seeds of noise) -> pictures [B, c, h, w]
+# (tokens of B prompts, B seeds of noise) -> images [B, c, h, w]
 _Draw = Callable[[Any, Sequence[int]], Tensor]
 
 
-class Bench:
+class Evaluator:
     """Measures one variant after the other.
 
     Args:
@@ -60,12 +60,12 @@ class Bench:
         device: torch.device,
         places: Places,
         calls: int,
-        progress: Progress | None,
-        run: Run,
+        progress: EvaluateProgress | None,
+        run: MapFunction,
         workers: int,
     ):
         self.reference, self.settings, self.device, self.places, self.run = reference, settings, device, places, run
-        self.real = Real(reference, settings, places.of(reference.encoded.sha256))
+        self.real = ReferenceData(reference, settings, places.of(reference.encoded.sha256))
         self.spaces, self.probe, self.captions = self.real.spaces, self.real.probe, self.real.captions
         self.base_statistics = self.real.statistics("base", run)
         self.probe_statistics = self.real.statistics("probe", run)
@@ -74,7 +74,7 @@ class Bench:
         # Tokenised once: an encoder may learn new words here, which is not for several threads at a time.
         self.prompts = reference.encoder.tokenize(self.captions)
         self.held_out_tokens = reference.encoder.tokenize(reference.captions(self.held_out))
-        self.vectors = self._vectors(self.captions[: settings.kept])
+        self.vectors = self._vectors(self.captions[: settings.max_features])
         self.agreement = self._agreement()
         self.clip = CLIPScore.load(settings.clip["weights"]) if settings.clip else None
         self.distance: PerceptualDistance | None = None
@@ -116,7 +116,7 @@ class Bench:
         s = self.settings
         scale = s.guidance_scale if variant.guidance_scale is None else variant.guidance_scale
         how = _How(variant.steps or s.steps, variant.method or s.method, scale, variant.grid)
-        store = Store(self.places.of(variant.identity), self._about_variant(variant, how))
+        store = ResultCache(self.places.of(variant.identity), self._about_variant(variant, how))
 
         def draw(tokens: Any, seeds: Sequence[int]) -> Tensor:
             condition = self.reference.encoder.encode(tokens).to(self.device)
@@ -124,7 +124,7 @@ class Bench:
             velocity = _bound(variant.ensemble, condition, scale)
             return self.reference.codec.decode(sample(velocity, noise, how.steps, how.method, variant.times(how.steps)))
 
-        def counted() -> Part:
+        def counted() -> TensorDict:
             numbers = torch.arange(min(_COUNTED, len(self.probe)))
             try:
                 with torch.inference_mode():
@@ -133,12 +133,12 @@ class Bench:
                 cost = math.nan
             return {"flops": torch.tensor([cost], dtype=torch.float64)}
 
-        statistics, clip, speed = self._pictures(variant, store, draw, how.steps)
+        statistics, clip, speed = self._images(variant, store, draw, how.steps)
         metrics = dict(self._metrics(statistics))
         if self.clip is not None:
             metrics[self.clip.name] = None if statistics[0].broken else clip
         metrics |= self._diversity(variant, store, draw, how.steps)
-        errors = Store(self.places.of(variant.identity), self._about_errors(variant))
+        errors = ResultCache(self.places.of(variant.identity), self._about_errors(variant))
         denoising = self._denoising(variant, errors)
         flops = float(store.part("flops", counted)["flops"])
         kept = self.places.of(variant.identity) == self.places.store
@@ -174,18 +174,18 @@ class Bench:
         }
 
     def _about_errors(self, variant: Variant) -> dict[str, Any]:
-        """Not of how pictures are drawn: a sweep over steps and guidance measures these errors once."""
+        """Not of how images are drawn: a sweep over steps and guidance measures these errors once."""
         return {"format": FORMAT, "errors of": variant.identity or variant.name, "bench": self.real.key}
 
-    def _pictures(
-        self, variant: Variant, store: Store, draw: _Draw, steps: int
+    def _images(
+        self, variant: Variant, store: ResultCache, draw: _Draw, steps: int
     ) -> tuple[list[Statistics], float, float]:
-        """(statistics in every space, mean CLIP score, pictures per second)."""
+        """(statistics in every space, mean CLIP score, images per second)."""
 
-        def make(numbered: tuple[int, Tensor]) -> Part:
+        def make(numbered: tuple[int, Tensor]) -> TensorDict:
             number, rows = numbered
 
-            def drawn() -> Part:
+            def drawn() -> TensorDict:
                 start = time.perf_counter()
                 images = draw(self.prompts.index(rows), [self.settings.seed + row for row in rows.tolist()])
                 seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
@@ -194,9 +194,9 @@ class Bench:
                     part["clip"] = self.clip(images, [self.captions[row] for row in rows.tolist()])
                 return part
 
-            return store.part(f"pictures-{number:05d}", drawn)
+            return store.part(f"images-{number:05d}", drawn)
 
-        statistics = [Statistics(space.dim, self.settings.kept) for space in self.spaces]
+        statistics = [Statistics(space.dim, self.settings.max_features) for space in self.spaces]
         clip = seconds = 0.0
         for part in self.run(make, enumerate(torch.arange(len(self.probe)).split(self.settings.batch))):
             for number, found in enumerate(statistics):
@@ -209,7 +209,7 @@ class Bench:
     def _metrics(self, statistics: Sequence[Statistics]) -> Iterator[tuple[str, float | None]]:
         sides = zip(self.spaces, self.base_statistics, statistics, self.real.published, strict=True)
         for space, real, drawn, published in sides:
-            yield from picture_metrics(space, real, drawn, published).items()
+            yield from image_metrics(space, real, drawn, published).items()
         yield from self._agreement_of(statistics).items()
 
     @property
@@ -218,7 +218,7 @@ class Bench:
         asked = self.settings.diversity
         return min(asked.prompts, len(set(self.captions))) if asked else 0
 
-    def _diversity(self, variant: Variant, store: Store, draw: _Draw, steps: int) -> dict[str, float | None]:
+    def _diversity(self, variant: Variant, store: ResultCache, draw: _Draw, steps: int) -> dict[str, float | None]:
         """HDDM: the mean over prompts, and their standard deviation."""
         if self.distance is None or self.settings.diversity is None:
             return {}
@@ -226,8 +226,8 @@ class Bench:
         prompts = list(dict.fromkeys(self.captions))[: self._diverse]
         tokens = self.reference.encoder.tokenize([prompt for prompt in prompts for _ in range(count)])
 
-        def make(prompt: int) -> Part:
-            def drawn() -> Part:
+        def make(prompt: int) -> TensorDict:
+            def drawn() -> TensorDict:
                 rows = torch.arange(prompt * count, (prompt + 1) * count)
                 images = draw(tokens.index(rows), range(self.settings.seed, self.settings.seed + count)).cpu()
                 return {"distance": torch.tensor([mean_distance(distance, images)], dtype=torch.float64)}
@@ -241,11 +241,11 @@ class Bench:
         found = Diversity.of(means)
         return {distance.name: _number(found.mean), f"std of {distance.name}": _number(found.std)}
 
-    def _denoising(self, variant: Variant, store: Store) -> DenoisingError:
-        def make(numbered: tuple[int, Tensor]) -> Part:
+    def _denoising(self, variant: Variant, store: ResultCache) -> DenoisingError:
+        def make(numbered: tuple[int, Tensor]) -> TensorDict:
             number, numbers = numbered
 
-            def errors() -> Part:
+            def errors() -> TensorDict:
                 rows = self.held_out[numbers]
                 condition = self.reference.encoder.encode(self.held_out_tokens.index(numbers)).to(self.device)
                 x0 = self.reference.latents(rows).to(self.device)

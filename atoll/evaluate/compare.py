@@ -1,7 +1,7 @@
 """Two evaluated models side by side, with the paired difference of each number: `atoll compare A B`.
 
-Both were asked for the same prompts from the same noise, and denoised the same latents: differences are taken picture
-by picture, so that what both have in common (an easy prompt, a hard latent) cancels.
+Both were asked for the same prompts from the same noise, and denoised the same latents: differences are taken image
+by image, so that what both have in common (an easy prompt, a hard latent) cancels.
 """
 
 import math
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import frechet_distance, metric_name
-from atoll.evaluate.metrics.image_metrics import Statistics, kind_of, picture_metrics
+from atoll.evaluate.metrics.image_metrics import Statistics, image_metrics, kind_of
 from atoll.evaluate.store import load_parts
 from atoll.evaluate.types import Space
 from atoll.storage.artifact import read_json
 
-GROUPS = 20  # of pictures, of which the jackknife leaves out one after the other
+GROUPS = 20  # of images, of which the jackknife leaves out one after the other
 T_95 = 2.093  # Student's t at 97.5 %, of 19 degrees of freedom
-_JACKKNIFED = 4096  # pictures at most for which all metrics get an interval; of more, the Fréchet distance alone
+_JACKKNIFED = 4096  # images at most for which all metrics get an interval; of more, the Fréchet distance alone
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Measured:
 
     def features(self, space: int) -> Tensor:
         """[n, D] in the space of this number."""
-        parts = load_parts(self.store / self.score["key"], "pictures")
+        parts = load_parts(self.store / self.score["key"], "images")
         return torch.cat([part[str(space)] for part in parts])
 
     def prompts(self) -> list[int]:
@@ -55,7 +55,7 @@ class Measured:
         return torch.cat([part["errors"] for part in load_parts(self.store / self.score["errors_key"], "errors")])
 
     def diversity(self) -> Tensor | None:
-        """Mean distance between the pictures of each prompt, [P]; None where it was not measured."""
+        """Mean distance between the images of each prompt, [P]; None where it was not measured."""
         parts = load_parts(self.store / self.score["key"], "diversity")
         return torch.cat([part["distance"] for part in parts]) if parts else None
 
@@ -134,7 +134,7 @@ def differences(a: Measured, b: Measured) -> list[Difference]:
     one, two = a.errors().double().mean(1), b.errors().double().mean(1)
     found.append(Difference("denoising error", float(one.mean()), float(two.mean()), paired_half(two - one)))
     found += [Difference(name, a.score[key], b.score[key], None)
-              for name, key in (("GFLOPs", "gflops"), ("pictures/s", "images_per_second"))]  # fmt: skip
+              for name, key in (("GFLOPs", "gflops"), ("images/s", "images_per_second"))]  # fmt: skip
     return found
 
 
@@ -172,7 +172,7 @@ def _metrics(space: Space, real: Statistics, whole: bool, drawn: Tensor) -> dict
     statistics = Statistics.of(space.dim, len(drawn), [drawn])
     if not whole:
         return {metric_name("FD", space): frechet_distance(statistics.moments, real.moments)}
-    return {name: value for name, value in picture_metrics(space, real, statistics).items() if value is not None}
+    return {name: value for name, value in image_metrics(space, real, statistics).items() if value is not None}
 
 
 def _difference(measure: Callable[[Tensor], dict[str, float]], a: Tensor, b: Tensor, rows: Tensor) -> dict[str, float]:
@@ -181,15 +181,15 @@ def _difference(measure: Callable[[Tensor], dict[str, float]], a: Tensor, b: Ten
 
 
 def jackknife(difference: Callable[[Tensor], dict[str, float]], count: int) -> dict[str, float]:
-    """Half widths of 95 % intervals, by leaving out one of 20 groups of the pictures after the other.
+    """Half widths of 95 % intervals, by leaving out one of 20 groups of the images after the other.
 
     The delete-a-group jackknife (Quenouille 1956, Tukey 1958): its variance is (G - 1)/G sum (d_g - mean d)^2, and its
     interval Student's with G - 1 degrees of freedom. A bias that does not depend on the group, as that of the Fréchet
-    distance in the number of pictures, is the same on both sides and cancels.
+    distance in the number of images, is the same on both sides and cancels.
 
     Args:
-        difference: of the pictures with the numbers that it is given.
-        count: of pictures.
+        difference: of the images with the numbers that it is given.
+        count: of images.
     """
     groups = torch.arange(count) % min(GROUPS, count)
     found = [difference((groups != group).nonzero().flatten()) for group in range(min(GROUPS, count))]
@@ -208,10 +208,10 @@ def paired_half(differences: Tensor) -> float | None:
 
 
 def likeness(a: Measured, b: Measured) -> tuple[float, float]:
-    """How alike pictures from the same noise are: (their mean correlation, that of pictures of other noise).
+    """How alike images from the same noise are: (their mean correlation, that of images of other noise).
 
     Correlation on the principal components of the pixels, around the data's mean (a cosine there). The second pairs
-    each picture with the next of the same prompt, or of any where a prompt has but one: what prompts alone make alike.
+    each image with the next of the same prompt, or of any where a prompt has but one: what prompts alone make alike.
     DDM's sanity check is that with one noise and a deterministic sampler, ensemble and monolith draw alike.
     """
     one, two = a.features(0), b.features(0)
@@ -221,7 +221,7 @@ def likeness(a: Measured, b: Measured) -> tuple[float, float]:
 
 
 def _next_of_prompt(prompts: Sequence[int]) -> Tensor:
-    """For each picture the number of another one of the same prompt, if there is any, or else of the next."""
+    """For each image the number of another one of the same prompt, if there is any, or else of the next."""
     members: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(number)

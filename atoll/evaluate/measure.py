@@ -1,4 +1,4 @@
-"""Measures variants of one model: distances to real pictures, held-out denoising error, agreement, diversity, cost."""
+"""Measures variants of one model: distances to real images, held-out denoising error, agreement, diversity, cost."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from atoll.errors import AtollError
-from atoll.evaluate.types import Places, Progress, Reference, Results, Run, Variant
+from atoll.evaluate.types import EvaluateProgress, MapFunction, Places, Reference, Results, Variant
 from atoll.manifest import EvaluateSettings
 from atoll.runtime.device import has_bf16
 
@@ -20,20 +20,20 @@ def evaluate(
     variants: Sequence[Variant],
     reference: Reference,
     settings: EvaluateSettings | None = None,
-    progress: Progress | None = None,
+    progress: EvaluateProgress | None = None,
     device: str | torch.device = "cpu",
     store: Path | None = None,
 ) -> Results:
-    """Measures every variant with the same captions, the same noise per picture and the same held-out latents.
+    """Measures every variant with the same captions, the same noise per image and the same held-out latents.
 
     Args:
         store: a directory where all that is measured is kept, batch by batch: what is there is not measured again.
 
     Raises:
-        AtollError: too few real pictures, no held-out ones, or two variants of one name; weights of a feature network
+        AtollError: too few real images, no held-out ones, or two variants of one name; weights of a feature network
             that are not found, or of another; a file of the store that is damaged.
     """
-    from atoll.evaluate.bench import Bench
+    from atoll.evaluate.bench import Evaluator
 
     settings = resolved(settings or EvaluateSettings(), device)
     names = [variant.name for variant in variants]
@@ -46,7 +46,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="atoll-") as passing, side_by_side(count) as run:
         places = Places(store, Path(passing))
         calls = sum(variant.calls for variant in variants)
-        bench = Bench(reference, settings, torch.device(device), places, calls, progress, run, count)
+        bench = Evaluator(reference, settings, torch.device(device), places, calls, progress, run, count)
         # What is measured is the variant as it is: an expert that breaks is not left out of it.
         kept = (replace(variant, ensemble=variant.ensemble.with_options(drops=False)) for variant in variants)
         scores = tuple(bench.score(variant) for variant in kept)
@@ -70,7 +70,7 @@ def worker_count(settings: EvaluateSettings, device: str | torch.device) -> int:
 
 
 @contextmanager
-def side_by_side(workers: int) -> Iterator[Run]:
+def side_by_side(workers: int) -> Iterator[MapFunction]:
     """A function like `map` whose calls run in `workers` threads without gradients, in order.
 
     Small networks on a CPU gain more from batches side by side, one thread each, than from several threads in each

@@ -1,4 +1,4 @@
-"""The real pictures that drawn ones are compared with, in every feature space, and where that is kept."""
+"""The real images that drawn ones are compared with, in every feature space, and where that is kept."""
 
 import os
 from functools import partial
@@ -13,15 +13,15 @@ from atoll.evaluate.metrics.frechet import Features, PixelFit, PixelPCA
 from atoll.evaluate.metrics.gaussian import Gaussian, load_gaussian
 from atoll.evaluate.metrics.image_metrics import Statistics
 from atoll.evaluate.metrics.spaces import FeatureSpace, SpaceFit, build_space_feature
-from atoll.evaluate.store import Part, Store
-from atoll.evaluate.types import Reference, Run
+from atoll.evaluate.store import ResultCache, TensorDict
+from atoll.evaluate.types import MapFunction, Reference
 from atoll.manifest import EvaluateSettings
 
 FORMAT = 1
 
 
-class Real:
-    """Two disjoint sets of real pictures: the base, which all are compared with, and the probe, which gives the prompts
+class ReferenceData:
+    """Two disjoint sets of real images: the base, which all are compared with, and the probe, which gives the prompts
     and what a perfect model scores.
 
     Attributes:
@@ -29,10 +29,10 @@ class Real:
         captions: of the probe.
         spaces: the pixels' principal components, then those that the settings name.
         published: for each space the reference statistics that its settings name, in that space; or None.
-        key: of all that these depend on: numbers of one key may be compared picture by picture.
+        key: of all that these depend on: numbers of one key may be compared image by image.
 
     Raises:
-        AtollError: too few real pictures; weights of a feature network that are not found, or of another; reference
+        AtollError: too few real images; weights of a feature network that are not found, or of another; reference
             statistics likewise.
     """
 
@@ -42,7 +42,7 @@ class Real:
         self.captions = reference.captions(self.probe)
         self._features = [build_space_feature(space.feature) for space in settings.spaces]
         self._published = self._load_statistics()
-        self._store = Store(directory, self._about())
+        self._store = ResultCache(directory, self._about())
         self.key = self._store.key
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
         self._store.part("prompts", lambda: {"number": torch.tensor([numbers[caption] for caption in self.captions])})
@@ -106,19 +106,19 @@ class Real:
             found.append(None if given is None else space.seen(given))
         return found
 
-    def seen(self, images: Tensor) -> Part:
-        """Features of pictures [B, c, h, w] in every space, by its number."""
+    def seen(self, images: Tensor) -> TensorDict:
+        """Features of images [B, c, h, w] in every space, by its number."""
         return {str(i): space(images) for i, space in enumerate(self.spaces)}
 
-    def statistics(self, which: str, run: Run) -> list[Statistics]:
+    def statistics(self, which: str, run: MapFunction) -> list[Statistics]:
         """Of the "probe" or the "base" in every space; batch by batch, those that are not there yet by `run`."""
         rows = self.probe if which == "probe" else self.base
 
-        def make(numbered: tuple[int, Tensor]) -> Part:
+        def make(numbered: tuple[int, Tensor]) -> TensorDict:
             number, part = numbered
             return self._store.part(f"{which}-{number:05d}", lambda: self.seen(self.reference.images(part)))
 
-        found = [Statistics(space.dim, self.settings.kept) for space in self.spaces]
+        found = [Statistics(space.dim, self.settings.max_features) for space in self.spaces]
         for part in run(make, enumerate(rows.split(self.settings.batch))):
             for number, statistics in enumerate(found):
                 statistics.update(part[str(number)])
@@ -129,7 +129,7 @@ def _path(given: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(given)))
 
 
-def _done(fit: PixelFit | SpaceFit) -> Part:
+def _done(fit: PixelFit | SpaceFit) -> TensorDict:
     fitted = fit.done()
     assert fitted.mean is not None
     assert fitted.basis is not None
@@ -139,6 +139,6 @@ def _done(fit: PixelFit | SpaceFit) -> Part:
     return {**about, "explained": torch.tensor([fitted.explained], dtype=torch.float64)}
 
 
-def _load_pixels(part: Part) -> PixelPCA:
+def _load_pixels(part: TensorDict) -> PixelPCA:
     pool, explained = part["numbers"].tolist()
     return PixelPCA(part["mean"], part["basis"], int(pool), explained)

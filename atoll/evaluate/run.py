@@ -25,17 +25,17 @@ from atoll.evaluate.diagnostics.trajectory import Diagnostics
 from atoll.evaluate.measure import EvaluateSettings, evaluate, resolved, side_by_side, worker_count
 from atoll.evaluate.metrics.frechet import seeded_noise
 from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
-from atoll.evaluate.reference import FORMAT, Real
-from atoll.evaluate.store import Part, Store
-from atoll.evaluate.types import Progress, Reference, Results, Variant
+from atoll.evaluate.reference import FORMAT, ReferenceData
+from atoll.evaluate.store import ResultCache, TensorDict
+from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
 from atoll.evaluate.variants import identified, say_objective, swept, variants_of
-from atoll.report.words import count_words, telling_words
+from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import Linear
 from atoll.solver import sample
 from atoll.storage.artifact import CARD, read_json, sha256_file, write_bytes, write_json
 from atoll.storage.shards import Shards
 
-PICTURES_PER_CLUSTER = 24
+IMAGES_PER_CLUSTER = 24
 ROWS_OF_GRID = 12  # variants at most that the grid shows
 STORE = "evaluation"
 DENSE = ("monolith", "student")
@@ -60,7 +60,7 @@ class Opened:
 def evaluate_run(
     run_dir: str | Path,
     settings: EvaluateSettings | None = None,
-    progress: Progress | None = None,
+    progress: EvaluateProgress | None = None,
     device: str | torch.device = "cpu",
     store: Path | None = None,
 ) -> Path:
@@ -83,7 +83,7 @@ def evaluate_run(
     store = store or run.path / STORE
     results = evaluate(variants, run.reference, settings, progress, device, store)
     grid, usages = draw_grid(run, groups, variants, settings, store, device)
-    diagnosed = _diagnosed(run, settings, store, progress, device) if settings.diagnosed else None
+    diagnostic_samples = _diagnosed(run, settings, store, progress, device) if settings.diagnostic_samples else None
     report = Report(
         title=f"Atoll: {run.path.resolve().name}",
         made={
@@ -105,7 +105,7 @@ def evaluate_run(
         clustered_by=_clustered_by(run.clustering),
         store=os.path.relpath(store, run.path),
         routing=run.loaded.ensemble.routing,
-        diagnostics=diagnosed,
+        diagnostics=diagnostic_samples,
     )
     html = run.path / "report.html"
     write_json(run.path / "report.json", to_json(report))
@@ -136,12 +136,12 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> Opened:
 
 
 def _diagnosed(
-    run: Opened, settings: EvaluateSettings, store: Path, progress: Progress | None, device: str | torch.device
+    run: Opened, settings: EvaluateSettings, store: Path, progress: EvaluateProgress | None, device: str | torch.device
 ) -> Diagnostics:
     """Of the ensemble as it is routed, in the first space of a network, or in that of the pixels."""
     if progress is not None:
         progress(0, 1, "alignment diagnostics")
-    space = Real(run.reference, settings, store).spaces[min(1, len(settings.spaces))]
+    space = ReferenceData(run.reference, settings, store).spaces[min(1, len(settings.spaces))]
     loaded = run.loaded
     return diagnose_run(loaded.ensemble, run.clusters, loaded.encoder, loaded.codec, space, settings, device)
 
@@ -163,7 +163,7 @@ def draw_grid(
     noise = seeded_noise(seeds * len(prompts), run.loaded.latent_shape).to(device)
     shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
-    def draw(variant: Variant, how: dict[str, Any]) -> Part:
+    def draw(variant: Variant, how: dict[str, Any]) -> TensorDict:
         ensemble = variant.ensemble.with_options()  # of its own: another thread may trace the same one
         velocity = partial(ensemble.velocity, condition=condition, guidance_scale=how["guidance_scale"])
         with ensemble.tracing() as trace:
@@ -172,11 +172,11 @@ def draw_grid(
         weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P,T,E]: the first seed's
         return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
 
-    def kept(variant: Variant) -> tuple[str, Part]:
+    def kept(variant: Variant) -> tuple[str, TensorDict]:
         how = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
         how |= {key: value for key, value in variant.axes.items() if key in how}
         times = {} if variant.grid is None else {"times": variant.grid}
-        kept_in = Store(store, {"grid": variant.identity, **how, **times, **shared})
+        kept_in = ResultCache(store, {"grid": variant.identity, **how, **times, **shared})
         return kept_in.key, kept_in.part("grid", lambda: draw(variant, how))
 
     names = [name for group in ("ensemble", "sweep", "monolith") for name in groups.get(group, ())]
@@ -204,7 +204,7 @@ def _spread(captions: Sequence[str], count: int = 8) -> tuple[str, ...]:
 
 
 def _real(run: Opened, prompts: Sequence[str]) -> tuple[Tensor | None, ...]:
-    """For each prompt the data's picture with this very caption, if there is one."""
+    """For each prompt the data's image with this very caption, if there is one."""
     rows = {caption: row for row, caption in enumerate(run.encoded.captions)}
     return tuple(run.reference.images(torch.tensor([rows[prompt]])) if prompt in rows else None for prompt in prompts)
 
@@ -219,7 +219,7 @@ def describe_expert(expert: Expert) -> ExpertInfo:
 
 
 def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
-    """Pictures at random and telling words of each cluster."""
+    """Images at random and telling words of each cluster."""
     total = sum(len(cluster) for cluster in run.clusters)
     overall: Counter[str] = Counter()
     for cluster in run.clusters:
@@ -227,9 +227,9 @@ def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
     described = []
     for cluster in run.clusters:
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(cluster), generator=generator)[:PICTURES_PER_CLUSTER]
+        rows = torch.randperm(len(cluster), generator=generator)[:IMAGES_PER_CLUSTER]
         images = run.loaded.codec.decode(cluster.read("latent", rows).float())
-        words = telling_words(count_words(cluster.captions), len(cluster), overall, total)
+        words = distinctive_words(count_words(cluster.captions), len(cluster), overall, total)
         number = int(cluster.path.name.removeprefix("cluster-"))
         described.append(ClusterInfo(number, len(cluster), len(cluster) / total, images, words))
     return described

@@ -1,4 +1,4 @@
-"""The stage `atoll statistics`: reference statistics of a run's pictures, for others to compare theirs with."""
+"""The stage `atoll statistics`: reference statistics of a run's images, for others to compare theirs with."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,21 +13,21 @@ from atoll.evaluate.metrics.spaces import LABELS, build_space_feature, hash_of
 from atoll.manifest import Manifest
 from atoll.storage.shards import Shards
 
-Progress = Callable[[int, int], None]  # (pictures done, pictures in all)
+StatisticsProgress = Callable[[int, int], None]  # (images done, images in all)
 
 
 @torch.inference_mode()
-def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Progress | None = None) -> list[Path]:
-    """Writes mean and covariance of the run's training pictures for every feature that `evaluate.spaces` names.
+def statistics_run(run: Path, manifest: Manifest, out: Path, progress: StatisticsProgress | None = None) -> list[Path]:
+    """Writes mean and covariance of the run's training images for every feature that `evaluate.spaces` names.
 
-    The pictures are decoded from encoded/, as those are that `atoll evaluate` compares with. Memory does not grow with
+    The images are decoded from encoded/, as those are that `atoll evaluate` compares with. Memory does not grow with
     their number.
 
     Args:
         out: a directory; a file is called by its feature's name and hash ("MNv2-3fa9c2d1.safetensors").
 
     Raises:
-        AtollError: `evaluate.spaces` names no feature, encoded/ is missing or holds fewer than two training pictures,
+        AtollError: `evaluate.spaces` names no feature, encoded/ is missing or holds fewer than two training images,
             or features are not finite.
     """
     features = [build_space_feature(space.feature) for space in manifest.evaluate.spaces]
@@ -36,7 +36,7 @@ def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Progress 
     encoded = Shards(run / "encoded")
     rows = encoded.rows("train")
     if len(rows) < 2:
-        raise AtollError(f"{encoded.path}: {len(rows)} training pictures; expected at least 2")
+        raise AtollError(f"{encoded.path}: {len(rows)} training images; expected at least 2")
     codec, sums, shape, done = build_codec(encoded.card["codec"]), [Moments(f.dim) for f in features], None, 0
     for part in rows.split(manifest.evaluate.batch):
         images = codec.decode(encoded.read("latent", part).float())  # [B,C,H,W]
@@ -48,10 +48,10 @@ def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Progress 
     assert shape is not None
     broken = [feature.name for feature, moments in zip(features, sums, strict=True) if not moments.finite]
     if broken:
-        raise AtollError(f"the feature {broken[0]!r} of these pictures is not finite; look at the data")
+        raise AtollError(f"the feature {broken[0]!r} of these images is not finite; look at the data")
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{LABELS[feature.name]}-{hash_of(feature)[:8]}.safetensors" for feature in features]
-    about = f"{len(rows)} training pictures of {encoded.sha256}"
+    about = f"{len(rows)} training images of {encoded.sha256}"
     for file, feature, moments in zip(files, features, sums, strict=True):
         save_gaussian(file, moments, feature, shape, about)
     return files

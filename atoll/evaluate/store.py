@@ -17,10 +17,10 @@ from torch import Tensor
 from atoll.errors import AtollError
 from atoll.storage.artifact import write_bytes, write_json
 
-Part = dict[str, Tensor]
+TensorDict = dict[str, Tensor]
 
 
-class Store:
+class ResultCache:
     """The parts of one measurement.
 
     Args:
@@ -35,7 +35,7 @@ class Store:
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "about.json", dict(about))
 
-    def part(self, name: str, make: Callable[[], Part]) -> Part:
+    def part(self, name: str, make: Callable[[], TensorDict]) -> TensorDict:
         """The part of this name: what is there, or else what `make` gives, which is then there.
 
         Raises:
@@ -52,13 +52,13 @@ class Store:
         return (self.path / f"{name}.safetensors").is_file()
 
 
-def load_parts(path: Path, prefix: str) -> list[Part]:
+def load_parts(path: Path, prefix: str) -> list[TensorDict]:
     """The parts below `path` whose names are `prefix`, or it and a number; in their order. Raises AtollError for a
     damaged file."""
     return [_load(file) for file in sorted(path.glob(f"{prefix}*.safetensors"))]
 
 
-def _load(file: Path) -> Part:
+def _load(file: Path) -> TensorDict:
     try:
         return load(file.read_bytes())
     except (OSError, SafetensorError) as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.encoders.codec import Codec
-from atoll.encoders.text import Encoder, SeveralEncoders
+from atoll.encoders.text import PromptEncoder, TextEncoder
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import DenoisingError
@@ -20,7 +20,7 @@ from atoll.solver import Method, times_of
 from atoll.storage.shards import Shards
 
 # (network calls done, network calls in all, what is being measured)
-Progress = Callable[[int, int, str], None]
+EvaluateProgress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures and held-out latents: an encoded data set with what reads it.
+    """Real images and held-out latents: an encoded data set with what reads it.
 
-    Pictures are decoded from their latents, so a distance is the diffusion's alone, not the codec's.
+    Images are decoded from their latents, so a distance is the diffusion's alone, not the codec's.
     """
 
     encoded: Shards
-    encoder: Encoder | SeveralEncoders
+    encoder: TextEncoder | PromptEncoder
     codec: Codec
 
     def images(self, rows: Tensor) -> Tensor:
@@ -84,15 +84,15 @@ class Reference:
     def split(self, settings: EvaluateSettings) -> tuple[Tensor, Tensor]:
         """(probe [n], base [m]): disjoint training rows, at random.
 
-        All pictures are measured against the base. The probe, n real pictures, gives the floor, and its captions are
+        All images are measured against the base. The probe, n real images, gives the floor, and its captions are
         the prompts: a model that draws exactly the data's distribution scores the floor.
 
         Raises:
-            AtollError: fewer than four training pictures.
+            AtollError: fewer than four training images.
         """
         rows = self.encoded.rows("train")
         if len(rows) < 4:
-            raise AtollError(f"{self.encoded.path}: {len(rows)} training pictures; expected at least 4 to compare with")
+            raise AtollError(f"{self.encoded.path}: {len(rows)} training images; expected at least 4 to compare with")
         generator = torch.Generator().manual_seed(settings.seed)
         rows = rows[torch.randperm(len(rows), generator=generator)]
         n = min(settings.images, len(rows) // 2)
@@ -113,9 +113,9 @@ class Score:
 
     Attributes:
         metrics: by the metric's whole name, which says its feature network and that network's hash; None where
-            `diverged` of the pictures held NaN or infinity.
-        gflops: of one picture, 10^9 floating-point operations; None where none could be counted.
-        key, errors_key: of the directories of the evaluation's store that hold its pictures' parts, and its denoising
+            `diverged` of the images held NaN or infinity.
+        gflops: of one image, 10^9 floating-point operations; None where none could be counted.
+        key, errors_key: of the directories of the evaluation's store that hold its images' parts, and its denoising
             errors; "" where they are not kept.
     """
 
@@ -141,7 +141,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Space:
-    """A feature space in words. explained: the share of the real pictures' variance that lies in it."""
+    """A feature space in words. explained: the share of the real images' variance that lies in it."""
 
     name: str
     dim: int
@@ -151,15 +151,15 @@ class Space:
 
 @dataclass(frozen=True)
 class Results:
-    """All scores and what they share. `real` has the metrics of `images` real pictures: a perfect model's."""
+    """All scores and what they share. `real` has the metrics of `images` real images: a perfect model's."""
 
     spaces: tuple[Space, ...]
     images: int  # per variant, and of the real ones
-    reference: int  # real pictures compared with
+    reference: int  # real images compared with
     held_out: int
     real: dict[str, float | None]
     workers: int
-    bench: str  # the key of what all were measured on: numbers of one bench may be compared picture by picture
+    bench: str  # the key of what all were measured on: numbers of one bench may be compared image by image
     notes: tuple[str, ...] = ()  # what has to be said of the numbers
     scores: tuple[Score, ...] = field(default=())
 
@@ -169,9 +169,9 @@ class Results:
 
     @property
     def floor(self) -> float:
-        """The Fréchet distance of real pictures to real pictures, on principal components of the pixels."""
+        """The Fréchet distance of real images to real images, on principal components of the pixels."""
         found = next(iter(self.real.values()))
-        assert found is not None  # real pictures are finite
+        assert found is not None  # real images are finite
         return found
 
     def score(self, name: str) -> Score:
@@ -190,4 +190,4 @@ class Places:
         return self.store if self.store is not None and identity else self.passing
 
 
-Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]

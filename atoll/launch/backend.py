@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from atoll.launch.job import Ended, Job
+from atoll.launch.job import ExitStatus, Job
 
 
 @dataclass(frozen=True)
@@ -11,11 +11,11 @@ class Status:
     """What a place knows of a job. started: not merely queued. restarts: those that the place made by itself."""
 
     started: bool
-    ended: Ended | None = None
+    ended: ExitStatus | None = None
     restarts: int = 0
 
 
-class Submitted(Protocol):
+class JobHandle(Protocol):
     """A job that a place has taken."""
 
     def poll(self) -> Status: ...
@@ -24,7 +24,7 @@ class Submitted(Protocol):
         """Asks it to save its state and to end, or takes it out of the queue; `poll` tells when it has."""
 
 
-class Place(Protocol):
+class Backend(Protocol):
     """Where jobs run. slots: how many at a time; None: it has a queue of its own. gpus: of each part.
     outlives: whether jobs go on when the launch itself was killed."""
 
@@ -32,4 +32,4 @@ class Place(Protocol):
     gpus: int
     outlives: bool
 
-    def submit(self, job: Job) -> Submitted: ...
+    def submit(self, job: Job) -> JobHandle: ...

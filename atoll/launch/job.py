@@ -23,7 +23,7 @@ from atoll.storage.lock import try_lock
 
 OUTPUT, BEFORE, METRICS = "output.log", "output-before.log", "metrics.jsonl"
 LOCK, STARTS, STOP = "lock", "starts", "stop"
-MISTAKE = 2  # the exit code of an AtollError: the same would come again
+EXIT_USER_ERROR = 2  # the exit code of an AtollError: the same would come again
 # Seconds after which a file server takes the lock from a machine that is gone (NFS: 90).
 PATIENCE = 120.0
 _OF_A_STEP = {"step", "loss", "images_per_s", "eta_s"}
@@ -61,7 +61,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Ended:
+class ExitStatus:
     """How a job ended: its exit code (negative: the signal; None: nobody saw it, as its machine is gone), and its last
     words."""
 
@@ -123,13 +123,15 @@ class Process:
                     start_new_session=True,  # what is sent to this process (Ctrl-C, Slurm's USR2) is not sent to it too
                 )
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> ExitStatus | None:
         """None while it runs."""
         if self._held_elsewhere:
             lock = self.job.directory / LOCK
-            return Ended(MISTAKE, f"another process trains it: end that, or wait for it; is there none, remove {lock}")
+            return ExitStatus(
+                EXIT_USER_ERROR, f"another process trains it: end that, or wait for it; is there none, remove {lock}"
+            )
         code = self._child.poll()
-        return None if code is None else Ended(code, last_words(self.job))
+        return None if code is None else ExitStatus(code, last_words(self.job))
 
     def stop(self) -> None:
         """Asks it to save its state and to end."""
@@ -143,7 +145,7 @@ class Process:
                 os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
 
 
-def attend(process: Process, token: str, rest: Callable[[float], None] = time.sleep) -> Ended:
+def attend(process: Process, token: str, rest: Callable[[float], None] = time.sleep) -> ExitStatus:
     """Waits for a job's process, on whatever machine, and stops it when its `stop` file is there."""
     job, stopped = process.job, False
     with (job.directory / STARTS).open("a") as starts:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atoll.errors import AtollError
-from atoll.launch.backend import Place, Submitted
-from atoll.launch.job import MISTAKE, Ended, Job, last_metrics, name_of_signal
+from atoll.launch.backend import Backend, JobHandle
+from atoll.launch.job import EXIT_USER_ERROR, ExitStatus, Job, last_metrics, name_of_signal
 
 PartState = Literal["waiting", "running", "stopping", "done", "failed", "stopped"]
 _LONGEST_PAUSE = 60.0  # seconds before a restart
 
 
 @dataclass
-class Part:
+class TrackedJob:
     """A job in this launch, and how it stands.
 
     restarts: since the launch began, by it or by the place. metrics: the last line that tells of a step; fresh: whether
@@ -29,7 +29,7 @@ class Part:
     metrics: dict[str, Any] = field(default_factory=dict)
     fresh: bool = False
     error: str = ""
-    submitted: Submitted | None = None
+    submitted: JobHandle | None = None
     deaths: int = 0
     earlier: int = 0
     not_before: float = 0.0  # on the monotonic clock, after a death
@@ -37,13 +37,13 @@ class Part:
 
 def run_jobs(
     jobs: Iterable[Job],
-    place: Place,
-    update: Callable[[list[Part]], None],
+    place: Backend,
+    update: Callable[[list[TrackedJob]], None],
     retries: int = 3,
     limit: int | None = None,
     interval: float = 0.5,
     pause: float = 1.0,
-) -> list[Part]:
+) -> list[TrackedJob]:
     """Runs all jobs; none waits for another's success. One that dies is restarted, one that makes a mistake is not.
 
     Whatever ends this function early (Ctrl-C and SIGTERM too) asks the running jobs to save their state and waits for
@@ -54,7 +54,7 @@ def run_jobs(
         limit: jobs at a time, beside what the place itself can hold.
         pause: seconds before the first restart of a job; doubled for each further one.
     """
-    parts = [Part(job) for job in jobs]
+    parts = [TrackedJob(job) for job in jobs]
     slots = min(place.slots or len(parts), limit or len(parts))
     with _signals_to_stop(place.outlives) as stopped:
         try:
@@ -71,7 +71,7 @@ def run_jobs(
     return parts
 
 
-def _next(parts: list[Part], slots: int) -> list[Part]:
+def _next(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
     """Those to be submitted now."""
     free = slots - sum(part.submitted is not None for part in parts)
     now = time.monotonic()
@@ -79,7 +79,7 @@ def _next(parts: list[Part], slots: int) -> list[Part]:
     return ready[: max(0, free)]
 
 
-def _submit(part: Part, place: Place) -> None:
+def _submit(part: TrackedJob, place: Backend) -> None:
     part.metrics, part.fresh = last_metrics(part.job), False
     try:
         part.submitted = place.submit(part.job)
@@ -87,7 +87,7 @@ def _submit(part: Part, place: Place) -> None:
         part.state, part.error = "failed", str(error)
 
 
-def _look(part: Part, retries: int, pause: float) -> None:
+def _look(part: TrackedJob, retries: int, pause: float) -> None:
     """Learns how a submitted part stands, and decides what becomes of it if it has ended."""
     if part.submitted is None:
         return
@@ -102,7 +102,7 @@ def _look(part: Part, retries: int, pause: float) -> None:
     part.submitted = None
     if status.ended.code == 0 and part.job.result.exists():
         part.state = "done"
-    elif status.ended.code == MISTAKE or part.deaths >= retries:
+    elif status.ended.code == EXIT_USER_ERROR or part.deaths >= retries:
         part.state, part.error = "failed", _told(status.ended, part.deaths)
     else:
         part.state, part.error = "waiting", _told(status.ended, 0)
@@ -111,9 +111,9 @@ def _look(part: Part, retries: int, pause: float) -> None:
         part.restarts = part.earlier = part.restarts + 1
 
 
-def _told(ended: Ended, deaths: int) -> str:
+def _told(ended: ExitStatus, deaths: int) -> str:
     """One line: what ended it, after how many deaths, and what it said last."""
-    if ended.code == MISTAKE:
+    if ended.code == EXIT_USER_ERROR:
         return ended.words
     how: list[str] = []
     if ended.code == 0:
@@ -127,7 +127,7 @@ def _told(ended: Ended, deaths: int) -> str:
     return ": ".join(text for text in (", ".join(how), ended.words) if text)
 
 
-def _stop(parts: list[Part], update: Callable[[list[Part]], None], interval: float) -> None:
+def _stop(parts: list[TrackedJob], update: Callable[[list[TrackedJob]], None], interval: float) -> None:
     """Asks all submitted parts to end, and waits until they have."""
     running = [part for part in parts if part.submitted is not None]
     for part in running:

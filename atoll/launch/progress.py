@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from atoll.launch.loop import Part
+from atoll.launch.loop import TrackedJob
 
 _COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
 _COLOURS |= {"stopping": "yellow", "stopped": "yellow"}
@@ -33,7 +33,7 @@ class LaunchView:
         self.began = time.monotonic()
         self.spoke = float("-inf")
         self.seen: dict[str, tuple[str, int]] = {}
-        self.parts: list[Part] = []
+        self.parts: list[TrackedJob] = []
 
     def __enter__(self) -> "LaunchView":
         if self.live:
@@ -48,7 +48,7 @@ class LaunchView:
         elif self.parts:
             self._say(self._summary(self.parts))
 
-    def update(self, parts: list[Part]) -> None:
+    def update(self, parts: list[TrackedJob]) -> None:
         self.parts = parts
         if self.live:
             self.live.update(self.table(parts))
@@ -66,7 +66,7 @@ class LaunchView:
             running = ", ".join(_in_words(part) for part in parts if part.state == "running")
             self._say(f"{self._summary(parts)}; {running or 'none running'}")
 
-    def table(self, parts: list[Part]) -> Group:
+    def table(self, parts: list[TrackedJob]) -> Group:
         shown = self._shown(parts)
         heads = ("part", "state", "step", "loss", "images/s", "left", "restarts")
         rows = [_cells(part) for part in shown]
@@ -89,7 +89,7 @@ class LaunchView:
         errors = [Text(f"{p.job.name}: {p.error}", style=_COLOURS[p.state]) for p in parts if _has_error(p)]
         return Group(Text(self._summary(parts), style="bold"), table, *more, *errors)
 
-    def _shown(self, parts: list[Part]) -> list[Part]:
+    def _shown(self, parts: list[TrackedJob]) -> list[TrackedJob]:
         """All parts in their order; where the terminal is too low, the first in the order of interest."""
         errors = sum(1 + len(p.error) // self.console.width for p in parts if _has_error(p))
         room = max(3, self.console.height - _AROUND - errors)
@@ -98,7 +98,7 @@ class LaunchView:
         wanted = sorted(parts, key=lambda part: _ORDER.index(part.state))[:room]
         return [part for part in parts if part in wanted]
 
-    def _summary(self, parts: list[Part]) -> str:
+    def _summary(self, parts: list[TrackedJob]) -> str:
         done = sum(part.state == "done" for part in parts)
         failed = sum(part.state == "failed" for part in parts)
         words = [f"{done} of {len(parts)} done", *([f"{failed} failed"] if failed else [])]
@@ -112,7 +112,7 @@ class LaunchView:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _cells(part: Part) -> list[str]:
+def _cells(part: TrackedJob) -> list[str]:
     m, new = part.metrics, part.fresh and part.state == "running"
     return [
         part.job.name,
@@ -125,17 +125,17 @@ def _cells(part: Part) -> list[str]:
     ]
 
 
-def _step(part: Part) -> int:
+def _step(part: TrackedJob) -> int:
     step: int = part.job.steps if part.state == "done" else part.metrics.get("step", 0)
     return step
 
 
-def _has_error(part: Part) -> bool:
+def _has_error(part: TrackedJob) -> bool:
     """Whether the part failed, or is still to be started again; of one that runs again the count is enough."""
     return bool(part.error) and part.state in ("failed", "waiting")
 
 
-def _state(part: Part) -> str:
+def _state(part: TrackedJob) -> str:
     """The state, and what can be told of a start that has no step yet, and of an end that is near."""
     if part.state == "waiting" and part.submitted is None and part.restarts:
         return "restarting"
@@ -146,14 +146,14 @@ def _state(part: Part) -> str:
     return "finishing" if part.metrics.get("step") == part.job.steps else "running"
 
 
-def _in_words(part: Part) -> str:
+def _in_words(part: TrackedJob) -> str:
     m = part.metrics
     if not part.fresh:
         return f"{part.job.name} starting"
     return f"{part.job.name} {m['step']}/{part.job.steps} loss {m['loss']:.4f} {m['images_per_s']:.0f} images/s"
 
 
-def seconds_left(parts: list[Part], slots: int | None) -> float | None:
+def seconds_left(parts: list[TrackedJob], slots: int | None) -> float | None:
     """An estimate from the running parts' rates: all images still to come, over the images per second of all slots.
 
     slots: None: as many as run now. None is returned where nothing is known yet.

@@ -8,10 +8,10 @@ from typing import Any
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
-from atoll.launch.job import PATIENCE, Ended, Job, Process, ask_to_stop, attend, clear_stop, starts_of
+from atoll.launch.job import PATIENCE, ExitStatus, Job, Process, ask_to_stop, attend, clear_stop, starts_of
 
 
-def _task(job: Job, token: str) -> Ended:
+def _task(job: Job, token: str) -> ExitStatus:
     """What a worker of Ray does. The job's process dies with it."""
     return attend(Process(job, patience=PATIENCE), token)
 
@@ -50,7 +50,7 @@ class RayJob:
         try:
             return Status(started, ray.get(self.reference))
         except ray.exceptions.RayError as error:
-            return Status(started, Ended(None, _in_words(error)))
+            return Status(started, ExitStatus(None, _in_words(error)))
 
     def stop(self) -> None:
         import ray

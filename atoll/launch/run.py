@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from atoll.errors import AtollError
-from atoll.launch.backend import Place
+from atoll.launch.backend import Backend
 from atoll.launch.job import jobs_of
 from atoll.launch.loop import run_jobs
 from atoll.launch.progress import LaunchView
@@ -69,7 +69,7 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
 
 def open_place(
     on: str, run: Path, jobs: int | None, gpus: int | None, threads: int, options: Mapping[str, str]
-) -> AbstractContextManager[Place]:
+) -> AbstractContextManager[Backend]:
     """The place called `on`; see `atoll.launch.run.launch_run`. threads: at most, of one part.
 
     Raises AtollError for an unknown place, options that it does not have, or a package that is not installed.

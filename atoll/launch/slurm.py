@@ -11,7 +11,17 @@ from typing import Any
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
-from atoll.launch.job import MISTAKE, PATIENCE, Ended, Job, Process, ask_to_stop, attend, clear_stop, starts_of
+from atoll.launch.job import (
+    EXIT_USER_ERROR,
+    PATIENCE,
+    ExitStatus,
+    Job,
+    Process,
+    ask_to_stop,
+    attend,
+    clear_stop,
+    starts_of,
+)
 
 FOLDER = ".slurm"  # of the run: submitit's scripts, pickles and logs
 _ID = "slurm.json"  # of a part: its job in the queue
@@ -29,7 +39,7 @@ class Training:
         self.job = job
         self.process: Process | None = None
 
-    def __call__(self) -> Ended:
+    def __call__(self) -> ExitStatus:
         import submitit
 
         self.process = Process(self.job, patience=PATIENCE)
@@ -114,7 +124,7 @@ class SlurmJob:
         status = Status(started=starts > 0, restarts=max(0, starts - 1))
         self.place.ask()
         if self.cancelled:
-            return Status(status.started, Ended(MISTAKE, "cancelled"), status.restarts)
+            return Status(status.started, ExitStatus(EXIT_USER_ERROR, "cancelled"), status.restarts)
         if not self.submitted.done() or not self._is_certain():
             return status
         return Status(status.started, self._ended(), status.restarts)
@@ -126,17 +136,19 @@ class SlurmJob:
         self.ended_at = self.ended_at or time.monotonic()
         return time.monotonic() - self.ended_at > _GRACE and not _state_in_queue(self.submitted.job_id)
 
-    def _ended(self) -> Ended:
+    def _ended(self) -> ExitStatus:
         state, log = self.submitted.state, self.submitted.paths.stderr
         if not self.submitted.paths.result_pickle.exists():
-            code = MISTAKE if state.startswith("CANCELLED") else None
-            return Ended(code, f"Slurm job {self.submitted.job_id} is {state}; see {log}")
+            code = EXIT_USER_ERROR if state.startswith("CANCELLED") else None
+            return ExitStatus(code, f"Slurm job {self.submitted.job_id} is {state}; see {log}")
         error = self.submitted.exception()
         if error is None:
-            ended: Ended = self.submitted.result()
+            ended: ExitStatus = self.submitted.result()
             return ended
         lines = [line for line in str(error).splitlines() if "Error" in line]
-        return Ended(None, f"Slurm job {self.submitted.job_id}: {lines[-1].strip() if lines else 'failed'}; see {log}")
+        return ExitStatus(
+            None, f"Slurm job {self.submitted.job_id}: {lines[-1].strip() if lines else 'failed'}; see {log}"
+        )
 
     def stop(self) -> None:
         ask_to_stop(self.job)

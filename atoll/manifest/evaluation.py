@@ -1,22 +1,22 @@
 """What is measured of a model: the `evaluate` section."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
+from atoll.solver import Method
 
 EVEN = "even"
-Method = Literal["euler", "heun", "dpm++2m"]
 
 
 class SpaceSettings(Section):
-    """A feature space, in which drawn and real pictures are compared.
+    """A feature space, in which drawn and real images are compared.
 
     feature: as in the `feature` section; or {name: inception, weights: ...}, whose distance is FID. components: a
-    projection on so many principal components of the real pictures' features; None: the whole vector. statistics: a
-    file with mean and covariance of other pictures' features (`atoll statistics`, or an .npz with mu and sigma), to
+    projection on so many principal components of the real images' features; None: the whole vector. statistics: a
+    file with mean and covariance of other images' features (`atoll statistics`, or an .npz with mu and sigma), to
     which a Fréchet distance is taken too; then the components are theirs.
     """
 
@@ -26,7 +26,7 @@ class SpaceSettings(Section):
 
 
 class DiversitySettings(Section):
-    """How unlike the pictures of one prompt are: `images` for each of `prompts` (HDDM: 10 for each of 100).
+    """How unlike the images of one prompt are: `images` for each of `prompts` (HDDM: 10 for each of 100).
 
     feature: the network whose taps make the perceptual distance; {name: lpips} for LPIPS itself.
     """
@@ -83,8 +83,10 @@ class SweepSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """What the report's numbers depend on. images: per variant; steps, method, guidance_scale: of the pictures measured
+    """What the report's numbers depend on. images: per variant; steps, method, guidance_scale: of the images measured
     (those of the grid are drawn by the ensemble's own defaults)."""
+
+    renamed: ClassVar[dict[str, str]] = {"kept": "max_features", "diagnosed": "diagnostic_samples"}
 
     images: PositiveInt = 512
     steps: PositiveInt = 15
@@ -92,16 +94,18 @@ class EvaluateSettings(Section):
     guidance_scale: float = 1.0
     components: PositiveInt = 48  # of the PCA of pixels
     spaces: tuple[SpaceSettings, ...] = ()  # beside that PCA, which is always measured in
-    kept: PositiveInt = 5000  # features at most, of either side, for what compares picture with picture
+    max_features: PositiveInt = 5000  # features at most, of either side, for what compares image with image
     diversity: DiversitySettings | None = None
     clip: dict[str, Any] | None = None  # for the CLIP score: {weights: openai/clip-vit-large-patch14}
-    diagnosed: int = Field(0, ge=0)  # trajectories, and held-out latents, for the alignment diagnostics; 0: none
+    diagnostic_samples: int = Field(
+        0, ge=0
+    )  # trajectories, and held-out latents, for the alignment diagnostics; 0: none
     sweep: tuple[SweepSettings, ...] = ()  # what is measured instead of the usual variants
-    reference: PositiveInt = 20_000  # real pictures at most
+    reference: PositiveInt = 20_000  # real images at most
     held_out: PositiveInt = 128  # latents at most
     levels: tuple[float, ...] = tuple((2 * i + 1) / 20 for i in range(10))  # t of the denoising error
-    prompts: tuple[str, ...] = ()  # of the grid; none: captions of held-out pictures
-    seeds: PositiveInt = 4  # pictures per prompt in the grid
+    prompts: tuple[str, ...] = ()  # of the grid; none: captions of held-out images
+    seeds: PositiveInt = 4  # images per prompt in the grid
     batch: PositiveInt = 128
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the codec; auto: bf16 where the hardware multiplies it
     workers: PositiveInt | None = None  # batches side by side, each on its share of threads; None: one per core

@@ -5,7 +5,7 @@ Paths of a run, all below the directory that holds atoll.yaml:
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -22,35 +22,35 @@ RECIPES = next(
 
 
 class DataSettings(Section):
-    """Where pictures come from, and which of them are used.
+    """Where images come from, and which of them are used.
 
-    source: "folder" (pictures with .txt sidecars or a metadata.jsonl/.csv), "webdataset" (tars as img2dataset writes
-    them), "parquet" (a column of picture files), "glyphs" (built in; `subset` is its "demo" or "all").
+    source: "folder" (images with .txt sidecars or a metadata.jsonl/.csv), "webdataset" (tars as img2dataset writes
+    them), "parquet" (a column of image files), "glyphs" (built in; `subset` is its "demo" or "all").
     path: a directory, file, glob or URL (s3://, gs://, hf://, ...: whatever fsspec opens), or a list of them.
     """
 
     source: Literal["glyphs", "folder", "webdataset", "parquet"] = "glyphs"
     path: str | tuple[str, ...] | None = None
     subset: Literal["demo", "all"] = "demo"
-    size: PositiveInt = 16  # pixels of a side; pictures are cropped to a square and resized to it
-    image: str | None = None  # the column of the pictures; None: the one that holds bytes
+    size: PositiveInt = 16  # pixels of a side; images are cropped to a square and resized to it
+    image: str | None = None  # the column of the images; None: the one that holds bytes
     caption: str | None = None  # the column (in tars: the member's extension) of the captions; None: the usual names
     key: str | None = None  # the column of unique keys; None: the file and the number of the row
     split: str | None = None  # the column of the splits: "train" trains, anything else is held out
     validation: float = Field(0.01, ge=0, lt=1)  # the share held out, by a hash of the key, where no column says it
     encoding: str = "utf-8"  # of captions; a byte order mark wins over it
-    min_side: PositiveInt | None = None  # pixels; smaller pictures are skipped; None: half of `size`
-    # Pictures of equal pixels, once they are cropped and resized. None: skip; but some glyphs are meant to look alike.
+    min_side: PositiveInt | None = None  # pixels; smaller images are skipped; None: half of `size`
+    # Images of equal pixels, once they are cropped and resized. None: skip; but some glyphs are meant to look alike.
     duplicates: Literal["skip", "keep"] | None = None
     # Of codec and feature network; auto: bf16 where that is fast, and where the feature's vectors bear it.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    flips: bool = False  # the mirrored picture's latent is stored too, and training sees either
+    flips: bool = False  # the mirrored image's latent is stored too, and training sees either
     max_skipped: float = Field(0.05, ge=0, le=1)  # the share that may fail; duplicates do not count
     block: PositiveInt = 4096  # samples of a shard, where the source can be cut anywhere
 
     @property
     def smallest_side(self) -> int:
-        """The shorter side, in pixels, below which a picture is skipped."""
+        """The shorter side, in pixels, below which an image is skipped."""
         return self.min_side if self.min_side is not None else max(1, self.size // 2)
 
     @property
@@ -86,6 +86,8 @@ class NetworkSettings(Section):
 class TrainSettings(Section):
     """The training loop. What fits which GPU with which switches, `atoll plan` tells."""
 
+    renamed: ClassVar[dict[str, str]] = {"hold_back": "calibration_holdout"}
+
     steps: PositiveInt = 1000
     batch: PositiveInt = 64  # rows per step, over all processes and accumulated parts
     lr: float = Field(1e-3, gt=0)
@@ -99,7 +101,9 @@ class TrainSettings(Section):
     ema_snapshot_every: PositiveInt = 5000  # steps between two of their states on the disk
     init: str | None = None  # an expert's directory, from the run's, whose weights experts start with
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
-    hold_back: float = Field(0.0, ge=0, lt=1)  # share of the training rows kept for calibration; 0: the val split
+    calibration_holdout: float = Field(
+        0.0, ge=0, lt=1
+    )  # share of the training rows kept for calibration; 0: the val split
     # Speed and memory.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 where the hardware multiplies it

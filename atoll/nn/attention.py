@@ -79,7 +79,7 @@ AskBlock = Callable[[Any, Tensor, Tensor | slice, Tensor | None, Tensor], Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class ReadPrompt:
+class TextKV:
     """A condition as one network has read it: all that its blocks attend to, at any time and for any latent.
 
     keys_values: [B,depth,L,2D]. bias: [B,1,1,L], -inf where masked; None: nothing is. pooled: [B,P], or None.
@@ -99,10 +99,10 @@ class ReadPrompt:
     def nbytes(self) -> int:
         return self.keys_values.nbytes
 
-    def index(self, rows: Tensor) -> "ReadPrompt":
+    def index(self, rows: Tensor) -> "TextKV":
         """The given rows ([b] int64), in their order; without the cache."""
         bias, pooled = (None if part is None else part[rows] for part in (self.bias, self.pooled))
-        return ReadPrompt(self.keys_values[rows], bias, pooled)
+        return TextKV(self.keys_values[rows], bias, pooled)
 
     def through(self, blocks: Iterable[nn.Module], tokens: Tensor, ask: AskBlock) -> Tensor:
         """The tokens [B,N,D] after all blocks, or after as many of them as the cache wants to be asked."""
@@ -120,20 +120,18 @@ class ReadPrompt:
         return self.cache.through(self.keys, tokens, once, lambda rows, x: through(others, x, rows))
 
     @staticmethod
-    def cat(prompts: "Sequence[ReadPrompt]") -> "ReadPrompt":
+    def cat(prompts: "Sequence[TextKV]") -> "TextKV":
         """Joined along the batch: of one network; without the cache."""
         biases = [prompt.bias for prompt in prompts if prompt.bias is not None]
         pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
-        return ReadPrompt(
+        return TextKV(
             torch.cat([prompt.keys_values for prompt in prompts]),
             torch.cat(biases) if biases else None,
             torch.cat(pooled) if pooled else None,
         )
 
 
-def read_states(
-    network: nn.Module, states: Tensor, bias: Tensor | None = None, pooled: Tensor | None = None
-) -> ReadPrompt:
+def read_states(network: nn.Module, states: Tensor, bias: Tensor | None = None, pooled: Tensor | None = None) -> TextKV:
     """The states [B,L,D] as all cross-attentions of `network`, in the order of its blocks, read them."""
     keys_values = [module.kv(states) for module in network.modules() if isinstance(module, CrossAttention)]
-    return ReadPrompt(torch.stack(keys_values, dim=1), bias, pooled)
+    return TextKV(torch.stack(keys_values, dim=1), bias, pooled)

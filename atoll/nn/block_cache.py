@@ -21,7 +21,7 @@ class BlockCache:
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.asked = self.spared = 0  # samples, of all calls
+        self.calls = self.skipped = 0  # samples, of all calls
         self._kept: dict[
             Hashable, tuple[Tensor, Tensor]
         ] = {}  # of a sample: the first residual, the others' sum; [N,D]
@@ -42,16 +42,16 @@ class BlockCache:
         """
         residual = once - tokens  # [B,N,D]
         known = [row for row, key in enumerate(keys) if key in self._kept]
-        spared: list[int] = []
+        skipped: list[int] = []
         if known:
             before = torch.stack([self._kept[keys[row]][0] for row in known])  # [b,N,D]
             change = (residual[known] - before).abs().mean((1, 2)) / before.abs().mean((1, 2))  # [b]
-            spared = [row for row, little in zip(known, (change < self.threshold).tolist(), strict=True) if little]
-        self.asked, self.spared = self.asked + len(keys), self.spared + len(spared)
+            skipped = [row for row, little in zip(known, (change < self.threshold).tolist(), strict=True) if little]
+        self.calls, self.skipped = self.calls + len(keys), self.skipped + len(skipped)
         done = torch.empty_like(once)
-        if spared:
-            done[spared] = once[spared] + torch.stack([self._kept[keys[row]][1] for row in spared])
-        asked = sorted(set(range(len(keys))) - set(spared))
+        if skipped:
+            done[skipped] = once[skipped] + torch.stack([self._kept[keys[row]][1] for row in skipped])
+        asked = sorted(set(range(len(keys))) - set(skipped))
         if asked:
             rows = torch.tensor(asked, device=once.device)
             computed = others(rows, once[rows])

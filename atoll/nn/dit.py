@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
-from atoll.nn.attention import CrossAttention, ReadPrompt, SelfAttention, read_states
+from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
 from atoll.nn.recompute import Checkpointing, recomputed
 
-Kind = Literal["single", "per-block"]
+ModulationKind = Literal["single", "per-block"]
 TIME_FEATURES = 256  # sinusoids of the time, as in DiT,
 TIME_PERIOD = 10000.0  # whose longest period is 2 pi times this
 NORM_EPS = 1e-6
@@ -68,8 +68,8 @@ class DiTConfig(BaseModel):
     mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
     states_dim: PositiveInt  # width of the condition's states
     pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
-    modulation: Kind = "single"
-    final: Kind | None = None  # modulation of the last norm, where it is not that of the blocks
+    modulation: ModulationKind = "single"
+    final: ModulationKind | None = None  # modulation of the last norm, where it is not that of the blocks
     text_layers: Literal[1, 2] = 1  # linear layers that the states go through; PixArt has 2
     mlp_eps: PositiveFloat = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT has 1e-5
     time_period: PositiveFloat = TIME_PERIOD  # diffusers' DiT has 10000^(128/127): its sinusoids lie in 127 steps
@@ -171,7 +171,12 @@ class Conditioner(nn.Module):
     """Time [B] and the optional pooled vector [B,P] -> what the modulations of the blocks and of the end read."""
 
     def __init__(
-        self, width: int, pooled_dim: int | None, kind: Kind, final: Kind | None = None, period: float = TIME_PERIOD
+        self,
+        width: int,
+        pooled_dim: int | None,
+        kind: ModulationKind,
+        final: ModulationKind | None = None,
+        period: float = TIME_PERIOD,
     ) -> None:
         super().__init__()
         self.final, self.period = final or kind, period
@@ -194,13 +199,19 @@ class Conditioner(nn.Module):
         return prepared, c[:, None] if self.final == "single" else activated  # [B,D] or [B,6,D], [B,1,D] or [B,D]
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """One block, see the head of this file; without `cross` it has no cross-attention (the router's blocks)."""
 
     checkpointing: Checkpointing = "none"  # what the backward pass computes again; the training loop sets it
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, kind: Kind, cross: bool = True, mlp_eps: float = NORM_EPS
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        kind: ModulationKind,
+        cross: bool = True,
+        mlp_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
@@ -286,7 +297,7 @@ class DiT(nn.Module):
         self.conditioner = Conditioner(D, config.pooled_dim, kind, config.final, config.time_period)
         self.embed_states = text_projection(config.states_dim, D, config.text_layers)
         self.blocks = nn.ModuleList(
-            Block(D, config.heads, config.mlp_ratio, kind, mlp_eps=config.mlp_eps) for _ in range(config.depth)
+            DiTBlock(D, config.heads, config.mlp_ratio, kind, mlp_eps=config.mlp_eps) for _ in range(config.depth)
         )
         self.final_modulation = MODULATIONS[config.final or kind](D, 2)
         self.final = nn.Linear(D, p * p * config.channels)
@@ -317,13 +328,13 @@ class DiT(nn.Module):
         bias = torch.zeros(condition.mask.shape, dtype=dtype, device=states.device)  # [B,L]
         return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]
 
-    def read_prompt(self, condition: Condition) -> ReadPrompt:
+    def read_prompt(self, condition: Condition) -> TextKV:
         """What `forward` takes in the condition's place, to spare its text layers at every further call (4 % of XL/2 at
         256 image and 77 text tokens, 15 % of S/2 at 64). It is this network's, as its weights are now."""
         states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
         return read_states(self, states, bias, condition.pooled)
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
         config = self.config
         check_input(x, time, config.channels, config.size)
         if condition is None or len(condition) != len(x):
@@ -333,7 +344,7 @@ class DiT(nn.Module):
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]
-        if isinstance(condition, ReadPrompt):
+        if isinstance(condition, TextKV):
             tokens = condition.through(
                 self.blocks, tokens, lambda block, x, rows, bias, read: block(x, prepared[rows], None, bias, read)
             )  # [B,N,D]
@@ -346,7 +357,7 @@ class DiT(nn.Module):
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
 
 
-class Size(TypedDict):
+class DiTSize(TypedDict):
     """The part of a configuration that a size's name stands for."""
 
     patch: int
@@ -357,7 +368,7 @@ class Size(TypedDict):
 
 # DiTConfig(size=(32, 32), channels=4, states_dim=768, **SIZES["B/2"]). Parameters with these and "single":
 # tiny 1.3 M, S/2 29.8 M, B/2 118.4 M, L/2 411.6 M, XL/2 605.7 M.
-SIZES: dict[str, Size] = {
+SIZES: dict[str, DiTSize] = {
     "tiny": {"patch": 4, "width": 128, "depth": 4, "heads": 4},
     "S/2": {"patch": 2, "width": 384, "depth": 12, "heads": 6},
     "B/2": {"patch": 2, "width": 768, "depth": 12, "heads": 12},

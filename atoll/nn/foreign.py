@@ -35,7 +35,7 @@ class ForeignConfig(BaseModel):
     name: Literal["diffusers"] = "diffusers"
     cls: Class = Field(alias="class")  # one of these two, never a name that a file makes up
     config: dict[str, Value]  # arguments of the class; what is not there is its default
-    # (height, width) of the pictures, for a PixArt that is told them (those of 1024 px)
+    # (height, width) of the images, for a PixArt that is told them (those of 1024 px)
     pixels: tuple[PositiveInt, PositiveInt] | None = None
 
     @model_validator(mode="after")
@@ -79,7 +79,7 @@ class Foreign(nn.Module):
                 "(with a variance): this predicts something else"
             )
         if self._reads_pixels() and config.pixels is None:
-            raise AtollError(f"{config.cls}: this one is told the picture's size; pixels (height, width) is missing")
+            raise AtollError(f"{config.cls}: this one is told the image's size; pixels (height, width) is missing")
         _place_positions(self.network)
         if config.cls == "DiTTransformer2DModel":
             for block in self.network.transformer_blocks:
@@ -126,7 +126,7 @@ class Foreign(nn.Module):
         return bool(getattr(self.network, "use_additional_conditions", False))
 
     def _told(self, rows: int, device: torch.device) -> dict[str, Tensor] | None:
-        """What a PixArt of 1024 px is told: resolution [B,2] and aspect ratio [B,1] of the pictures."""
+        """What a PixArt of 1024 px is told: resolution [B,2] and aspect ratio [B,1] of the images."""
         if not self._reads_pixels() or self.config.pixels is None:
             return None
         pixels = torch.tensor([self.config.pixels], dtype=torch.float32, device=device)  # [1,2]

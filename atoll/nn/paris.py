@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
-from atoll.nn.attention import CrossAttention, ReadPrompt, SelfAttention, read_states
+from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
 from atoll.nn.dit import (
     TIME_FEATURES,
     check_input,
@@ -204,21 +204,21 @@ class Paris(_Tokens):
             nn.init.zeros_(layer.scale_shift_table)
             zero(layer.cross_attn.out)
 
-    def read_prompt(self, condition: Condition) -> ReadPrompt:
+    def read_prompt(self, condition: Condition) -> TextKV:
         """What `forward` takes in the condition's place, as `DiT.read_prompt`."""
         return read_states(self, self._states(condition))
 
     def _states(self, condition: Condition) -> Tensor:
         return self.text_proj(condition.states.to(compute_dtype(self.text_proj.weight)))  # [B,L,D]
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
         config = self.config
         check_input(x, time, config.channels, config.size)
         dtype = compute_dtype(self.text_proj.weight)
         c = self.time_embed(time, dtype)  # [B,D]
         prepared = self.t_block(c).unflatten(1, (6, -1))  # [B,6,D]
         tokens = self.tokens(x, dtype)  # [B,N,D]
-        if isinstance(condition, ReadPrompt):
+        if isinstance(condition, TextKV):
             tokens = condition.through(
                 self.layers, tokens, lambda layer, x, rows, _, read: layer(x, prepared[rows], None, read)
             )  # [B,N,D]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from atoll.nn.dit import (
     MODULATIONS,
-    Block,
     Conditioner,
-    Kind,
+    DiTBlock,
+    ModulationKind,
     check_input,
     check_sizes,
     compute_dtype,
@@ -46,7 +46,7 @@ class RouterConfig(BaseModel):
     mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
     clusters: PositiveInt  # K
     pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
-    modulation: Kind = "per-block"
+    modulation: ModulationKind = "per-block"
     time_scale: PositiveFloat = 999.0  # t in [0,1] becomes the 0..999 that the time's sinusoids are made for
 
     @model_validator(mode="after")
@@ -73,7 +73,7 @@ class Router(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, D))
         self.conditioner = Conditioner(D, config.pooled_dim, kind)
         self.blocks = nn.ModuleList(
-            Block(D, config.heads, config.mlp_ratio, kind, cross=False) for _ in range(config.depth)
+            DiTBlock(D, config.heads, config.mlp_ratio, kind, cross=False) for _ in range(config.depth)
         )
         self.final_modulation = MODULATIONS[kind](D, 2)
         self.head = nn.Linear(D, config.clusters)

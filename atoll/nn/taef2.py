@@ -30,7 +30,7 @@ class Context(nn.Module):
         return self.down(F.relu(h))  # [B,D,h,w]
 
 
-class Block(nn.Module):
+class ConvBlock(nn.Module):
     """Three convolutions around a skip, after the context of the whole image where `context` says so."""
 
     def __init__(self, width: int, context: bool = False):
@@ -48,7 +48,7 @@ class Block(nn.Module):
         return F.relu(self.conv3(h) + x)  # [B,D,h,w]
 
 
-class Encoder(nn.Module):
+class TAEF2Encoder(nn.Module):
     """Images [B,3,8H,8W] in [0,1] to latents [B,C,H,W]."""
 
     # A file's keys are numbers of layers: layer i of the file is LAYERS[i] here.
@@ -62,13 +62,13 @@ class Encoder(nn.Module):
     def __init__(self, width: int = 64, channels: int = 32):
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks1 = nn.Sequential(Block(width))
+        self.blocks1 = nn.Sequential(ConvBlock(width))
         self.down2 = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
-        self.blocks2 = nn.Sequential(*(Block(width) for _ in range(3)))
+        self.blocks2 = nn.Sequential(*(ConvBlock(width) for _ in range(3)))
         self.down4 = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
-        self.blocks4 = nn.Sequential(*(Block(width) for _ in range(3)))
+        self.blocks4 = nn.Sequential(*(ConvBlock(width) for _ in range(3)))
         self.down8 = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
-        self.blocks8 = nn.Sequential(*(Block(width, context=True) for _ in range(3)))
+        self.blocks8 = nn.Sequential(*(ConvBlock(width, context=True) for _ in range(3)))
         self.head = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         return self.head(x)  # [B,C,H,W]
 
 
-class Decoder(nn.Module):
+class TAEF2Decoder(nn.Module):
     """Latents [B,C,H,W] to images [B,3,8H,8W], in about [0,1]: not clamped."""
 
     # As the encoder's; "" are layers without weights.
@@ -93,13 +93,13 @@ class Decoder(nn.Module):
     def __init__(self, width: int = 64, channels: int = 32):
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks8 = nn.Sequential(*(Block(width, context=True) for _ in range(3)))
+        self.blocks8 = nn.Sequential(*(ConvBlock(width, context=True) for _ in range(3)))
         self.up4 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.blocks4 = nn.Sequential(*(Block(width) for _ in range(3)))
+        self.blocks4 = nn.Sequential(*(ConvBlock(width) for _ in range(3)))
         self.up2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.blocks2 = nn.Sequential(*(Block(width) for _ in range(3)))
+        self.blocks2 = nn.Sequential(*(ConvBlock(width) for _ in range(3)))
         self.up1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.blocks1 = nn.Sequential(Block(width))
+        self.blocks1 = nn.Sequential(ConvBlock(width))
         self.head = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def our_name(key: str, layers: Sequence[str]) -> str:
     return ".".join([layers[int(number)], *([_PARTS[".".join(part)]] if part else []), kind])
 
 
-def load_encoder(tensors: Mapping[str, Tensor], where: str) -> Encoder:
+def load_encoder(tensors: Mapping[str, Tensor], where: str) -> TAEF2Encoder:
     """The encoder with the weights of a file, as float32.
 
     Raises:
@@ -143,17 +143,17 @@ def load_encoder(tensors: Mapping[str, Tensor], where: str) -> Encoder:
     """
     head = tensors.get("14.weight")
     channels = 32 if head is None else len(head)
-    encoder = Encoder(_width(tensors, "0.weight"), channels)
-    _load(encoder, Encoder.LAYERS, tensors, where)
+    encoder = TAEF2Encoder(_width(tensors, "0.weight"), channels)
+    _load(encoder, TAEF2Encoder.LAYERS, tensors, where)
     return encoder
 
 
-def load_decoder(tensors: Mapping[str, Tensor], where: str) -> Decoder:
+def load_decoder(tensors: Mapping[str, Tensor], where: str) -> TAEF2Decoder:
     """As `load_encoder`."""
     stem = tensors.get("1.weight")
     channels = 32 if stem is None or stem.ndim != 4 else stem.shape[1]
-    decoder = Decoder(_width(tensors, "1.weight"), channels)
-    _load(decoder, Decoder.LAYERS, tensors, where)
+    decoder = TAEF2Decoder(_width(tensors, "1.weight"), channels)
+    _load(decoder, TAEF2Decoder.LAYERS, tensors, where)
     return decoder
 
 

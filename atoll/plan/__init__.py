@@ -11,8 +11,18 @@ report.py   tables and JSON
 """
 
 from atoll.plan.measure_machine import Comparison, compare_run
-from atoll.plan.predict import Expert, Machine, Plan, plan, plan_run
+from atoll.plan.predict import Machine, Plan, PlannedExpert, plan, plan_run
 from atoll.plan.report import as_json, comparison_lines, render
 
-__all__ = ["Comparison", "Expert", "Machine", "Plan", "as_json", "compare_run", "comparison_lines", "plan", "plan_run",
-           "render"]  # fmt: skip
+__all__ = [
+           "Comparison",
+           "Machine",
+           "Plan",
+           "PlannedExpert",
+           "as_json",
+           "compare_run",
+           "comparison_lines",
+           "plan",
+           "plan_run",
+           "render",
+]  # fmt: skip

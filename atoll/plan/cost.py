@@ -10,9 +10,11 @@ under bf16 autocast, 375 compiled, 34 checkpointed; measured were 440, 375 and 3
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-Checkpointing = Literal["none", "selective", "full"]
+if TYPE_CHECKING:
+    from atoll.nn.recompute import Checkpointing
+
 OptimizerState = Literal["fp32", "bf16", "8bit"]
 
 TIME_FEATURES = 256  # as in atoll.nn.dit
@@ -21,7 +23,7 @@ BLOCK_8BIT = 256  # values that share one float32 scale in 8-bit optimiser state
 
 
 @dataclass(frozen=True)
-class Network:
+class DiTSizes:
     """The sizes that a DiT's cost depends on. size: (H, W) of the latent; tokens: T, of a caption."""
 
     size: tuple[int, int]
@@ -39,11 +41,11 @@ class Network:
     text_layers: int = 1
 
     @staticmethod
-    def from_config(config: Mapping[str, Any], tokens: int) -> "Network":
+    def from_config(config: Mapping[str, Any], tokens: int) -> "DiTSizes":
         """From a DiT's configuration as it stands in cards, and the text tokens of a caption."""
-        names = [name for name in Network.__dataclass_fields__ if name != "tokens"]
+        names = [name for name in DiTSizes.__dataclass_fields__ if name != "tokens"]
         known = {name: config[name] for name in names if name in config}
-        return Network(**{"mlp_ratio": 4.0, **known, "size": tuple(config["size"]), "tokens": tokens})
+        return DiTSizes(**{"mlp_ratio": 4.0, **known, "size": tuple(config["size"]), "tokens": tokens})
 
     @property
     def image_tokens(self) -> int:
@@ -70,13 +72,13 @@ def _linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
-def tables(n: Network) -> int:
+def tables(n: DiTSizes) -> int:
     """Parameters that are no matrix's: the modulation's tables, which autocast does not copy to bf16."""
     blocks = 6 * n.depth if n.modulation == "single" else 0
     return (blocks + (2 if n.final_modulation == "single" else 0)) * n.width
 
 
-def parameters(n: Network) -> int:
+def parameters(n: DiTSizes) -> int:
     """Parameters of the whole network, exactly."""
     D, F = n.width, n.hidden
     attention = _linear(D, 3 * D) + _linear(D, D)
@@ -93,7 +95,7 @@ def parameters(n: Network) -> int:
     return n.depth * block + conditioner + text + ends + tables(n)
 
 
-def forward_flops(n: Network) -> int:
+def forward_flops(n: DiTSizes) -> int:
     """FLOPs of one image's forward pass: two per multiplication in a matrix product, the rest not counted."""
     N, T, D, F = n.image_tokens, n.tokens, n.width, n.hidden
     products = N * 4 * D * D + N * 2 * D * D + T * 2 * D * D + N * 2 * D * F  # self, cross, its keys and values, MLP
@@ -106,7 +108,7 @@ def forward_flops(n: Network) -> int:
     return 2 * (n.depth * block + conditioner + text + ends)
 
 
-def training_flops(n: Network, checkpointing: Checkpointing = "none") -> int:
+def training_flops(n: DiTSizes, checkpointing: "Checkpointing" = "none") -> int:
     """FLOPs of one image's training step: the backward pass takes two forwards, full checkpointing recomputes one.
 
     Selective checkpointing recomputes no matrix product.
@@ -132,7 +134,7 @@ CPU_BF16 = Rules(compute=2, norm=2, fused=False)
 FP32 = Rules(compute=4, norm=4, fused=True)
 
 
-def _scores(n: Network, keys: int, r: Rules) -> int:
+def _scores(n: DiTSizes, keys: int, r: Rules) -> int:
     """Bytes that one attention over `keys` tokens keeps of its weights."""
     rows = n.heads * n.image_tokens
     if r.fused:
@@ -140,7 +142,7 @@ def _scores(n: Network, keys: int, r: Rules) -> int:
     return rows * keys * (r.compute + (4 if keys < SHORT_ROWS else 0))
 
 
-def _modulated(n: Network, r: Rules, compiled: bool) -> int:
+def _modulated(n: DiTSizes, r: Rules, compiled: bool) -> int:
     """Bytes that norm(x) * (1 + scale) + shift keeps: x, the normed x, the result (a product's input), the small ones.
 
     Compiled, the normed x is computed again from x in the backward kernel.
@@ -149,7 +151,7 @@ def _modulated(n: Network, r: Rules, compiled: bool) -> int:
     return large + 2 * n.image_tokens * r.norm + n.width * r.norm
 
 
-def block_bytes(n: Network, r: Rules, compiled: bool = False) -> int:
+def block_bytes(n: DiTSizes, r: Rules, compiled: bool = False) -> int:
     """Bytes that one block keeps for its backward pass, per sample."""
     N, T, D = n.image_tokens, n.tokens, n.width
     attention = 5 * N * D * r.compute + _scores(n, N, r)  # q, k, v, output, and the projected output at its gate
@@ -158,7 +160,7 @@ def block_bytes(n: Network, r: Rules, compiled: bool = False) -> int:
     return attention + cross + mlp + 2 * _modulated(n, r, compiled) + 6 * D * r.compute
 
 
-def _selective_bytes(n: Network, r: Rules) -> int:
+def _selective_bytes(n: DiTSizes, r: Rules) -> int:
     """Bytes that one block keeps where only its input and the results of products and attention are kept."""
     N, T, D = n.image_tokens, n.tokens, n.width
     kept = (1 + 3 + 2 + 1 + 2 + 1) * N * D  # input; qkv; self: output, projected; q; cross: the same two; MLP's output
@@ -166,7 +168,7 @@ def _selective_bytes(n: Network, r: Rules) -> int:
     return kept * r.compute + _scores(n, N, r) + _scores(n, T, r)
 
 
-def activation_bytes(n: Network, r: Rules, checkpointing: Checkpointing = "none", compiled: bool = False) -> int:
+def activation_bytes(n: DiTSizes, r: Rules, checkpointing: "Checkpointing" = "none", compiled: bool = False) -> int:
     """Bytes of activations per sample at the peak of a training step.
 
     With checkpointing one block at a time is computed again and has all its tensors for that while. The gradients
@@ -185,7 +187,7 @@ def activation_bytes(n: Network, r: Rules, checkpointing: Checkpointing = "none"
     return blocks + small * r.compute + _modulated(n, r, compiled)
 
 
-def fixed_bytes(n: Network, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same") -> float:
+def fixed_bytes(n: DiTSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same") -> float:
     """Bytes that do not depend on the batch: weights, gradients, AdamW's two moments, EMA, autocast's copies."""
     count = parameters(n)
     moments = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / BLOCK_8BIT)}[optimizer_state]
@@ -195,7 +197,7 @@ def fixed_bytes(n: Network, r: Rules, optimizer_state: OptimizerState = "fp32", 
 
 
 @dataclass(frozen=True)
-class RouterNetwork:
+class RouterSizes:
     """The sizes that a router's cost depends on; it has a CLS token and no cross-attention."""
 
     size: tuple[int, int]
@@ -209,7 +211,7 @@ class RouterNetwork:
     modulation: str = "per-block"
 
 
-def router_parameters(n: RouterNetwork) -> int:
+def router_parameters(n: RouterSizes) -> int:
     """Parameters of `atoll.nn.router.Router`, exactly."""
     D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"
     block = _linear(D, 3 * D) + _linear(D, D) + _linear(D, F) + _linear(F, D) + (6 * D if single else _linear(D, 6 * D))
@@ -219,7 +221,7 @@ def router_parameters(n: RouterNetwork) -> int:
     return n.depth * block + conditioner + ends
 
 
-def router_flops(n: RouterNetwork) -> int:
+def router_flops(n: RouterSizes) -> int:
     """FLOPs of one latent's forward pass through the router."""
     D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"
     patches = n.size[0] // n.patch * (n.size[1] // n.patch)

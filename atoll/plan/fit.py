@@ -6,9 +6,9 @@ from itertools import product
 from typing import Literal, get_args
 
 from atoll.manifest import TrainSettings
+from atoll.nn.recompute import Checkpointing
 from atoll.plan.cost import (
-    Checkpointing,
-    Network,
+    DiTSizes,
     OptimizerState,
     Rules,
     activation_bytes,
@@ -78,21 +78,21 @@ def all_switches(compiles: bool = True) -> Iterator[Switches]:
             yield Switches(checkpointing, state, ema, compile)
 
 
-def needed_bytes(network: Network, rules: Rules, switches: Switches, batch: int) -> float:
+def needed_bytes(network: DiTSizes, rules: Rules, switches: Switches, batch: int) -> float:
     """Bytes of the device that a training with batches (or micro-batches) of this size takes, reserve included."""
     per_sample = activation_bytes(network, rules, switches.checkpointing, switches.compile)
     fixed = fixed_bytes(network, rules, switches.optimizer_state, switches.ema_device)
     return (fixed + batch * per_sample + RESERVED) / (1 - FRAGMENTS)
 
 
-def largest_batch(network: Network, rules: Rules, switches: Switches, memory: float) -> int:
+def largest_batch(network: DiTSizes, rules: Rules, switches: Switches, memory: float) -> int:
     """The most samples at a time that fit into `memory` bytes; 0 where not one does."""
     none = needed_bytes(network, rules, switches, 0)
     each = needed_bytes(network, rules, switches, 1) - none
     return max(0, int((memory - none) // each))
 
 
-def smallest_memory(network: Network, rules: Rules) -> float:
+def smallest_memory(network: DiTSizes, rules: Rules) -> float:
     """Bytes below which no combination of switches fits a single sample."""
     return min(needed_bytes(network, rules, switches, 1) for switches in all_switches())
 
@@ -110,7 +110,7 @@ class Fit:
 
 
 def step_seconds(
-    network: Network, batch: int, accumulate: int, switches: Switches, flops: float, eager: float = EAGER
+    network: DiTSizes, batch: int, accumulate: int, switches: Switches, flops: float, eager: float = EAGER
 ) -> float:
     """Seconds of one optimiser step.
 
@@ -133,7 +133,7 @@ def accumulation(batch: int, largest: int) -> int:
 
 
 def fastest(
-    network: Network, rules: Rules, batch: int, memory: float, flops: float, compiles: bool = True
+    network: DiTSizes, rules: Rules, batch: int, memory: float, flops: float, compiles: bool = True
 ) -> Fit | None:
     """The fastest switches that train `batch` in `memory` bytes, by accumulation where it does not fit at once.
 

@@ -108,7 +108,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Island:
+class SimulatedIsland:
     """What the simulation knows of an island. images_per_s: by expert, those alone that it can and may train."""
 
     settings: IslandSettings
@@ -129,10 +129,10 @@ class Island:
         return running + nights * (DAY - per_day)
 
 
-Assignment = dict[str, tuple[Work, ...]]  # by island, in the order of training
+WorkAssignment = dict[str, tuple[Work, ...]]  # by island, in the order of training
 
 
-def assign(works: Sequence[Work], islands: Sequence[Island]) -> Assignment:
+def assign(works: Sequence[Work], islands: Sequence[SimulatedIsland]) -> WorkAssignment:
     """The longest expert first, each to the island that would finish it first.
 
     Raises:
@@ -173,7 +173,7 @@ class Outcome:
     dropouts: int
 
 
-def run_island(island: Island, works: Sequence[Work], chance: random.Random) -> Outcome:
+def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Random) -> Outcome:
     """Lets one island train its experts one after the other.
 
     Raises:
@@ -235,10 +235,10 @@ class Simulation:
 
 def simulate(
     works: Sequence[Work],
-    islands: Sequence[Island],
+    islands: Sequence[SimulatedIsland],
     trials: int = 1000,
     seed: int = 0,
-    assignment: Assignment | None = None,
+    assignment: WorkAssignment | None = None,
 ) -> Simulation:
     """The collective, `trials` times; a function of its arguments alone.
 

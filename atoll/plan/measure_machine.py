@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError
-from atoll.plan.cost import Network, training_flops
+from atoll.plan.cost import DiTSizes, training_flops
 from atoll.plan.recipe import Text, text_of
 
 MOST = 64  # samples of a step that is measured: more are no faster on a CPU, and may not fit a GPU
@@ -132,7 +132,7 @@ class Speed:
     mfu: float
 
 
-def speed_here(network: Network, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
+def speed_here(network: DiTSizes, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
     """Measures, for some seconds, this machine and training steps of `network` on it; arguments as in `train`."""
     config = {key: value for key, value in asdict(network).items() if key != "tokens"}
     flops = measured_flops(threads, precision)
@@ -176,7 +176,7 @@ def compare(card: Mapping[str, Any], tokens: int, flops: float, mfu: float) -> C
     try:
         training = card["training"]
         steps, batch, seconds = int(training["steps"]), int(training["settings"]["batch"]), float(training["seconds"])
-        network = Network.from_config(card["network"], tokens)
+        network = DiTSizes.from_config(card["network"], tokens)
     except (KeyError, TypeError, ValueError):
         raise AtollError(
             f"expert {name}: its card has no training with steps, batch and seconds; train it again"
@@ -202,13 +202,13 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
     cards = [card for card in cards if "conversion" not in card]  # of those that were converted and no more
     if not cards:
         raise AtollError(f"{run / 'experts'}: no trained expert to compare with; train one (atoll train expert)")
-    speeds: dict[tuple[Network, int, int, str], Speed] = {}
+    speeds: dict[tuple[DiTSizes, int, int, str], Speed] = {}
     found = []
     for card in cards:
         tokens = (text or text_of(card["condition"])).tokens
         compare(card, tokens, 1.0, 1.0)  # says what is wrong with a card before anything is measured
         settings = card["training"]["settings"]
-        network = Network.from_config(card["network"], tokens)
+        network = DiTSizes.from_config(card["network"], tokens)
         kind = network, settings["batch"], settings.get("threads", 1), settings.get("precision", "auto")
         if kind not in speeds:
             speeds[kind] = speed_here(*kind)

@@ -10,7 +10,7 @@ from atoll.plan.cost import (
     CPU_BF16,
     CUDA_BF16,
     FP32,
-    Network,
+    DiTSizes,
     Rules,
     activation_bytes,
     fixed_bytes,
@@ -22,7 +22,7 @@ from atoll.plan.cost import (
 )
 from atoll.plan.fit import LADDER, Fit, Switches, fastest, largest_batch, smallest_memory
 from atoll.plan.gpus import GPU, GPUS, find_gpu
-from atoll.plan.islands import Island, IslandSettings, Simulation, Work, load_islands, simulate
+from atoll.plan.islands import IslandSettings, SimulatedIsland, Simulation, Work, load_islands, simulate
 from atoll.plan.recipe import (
     Text,
     cluster_bytes,
@@ -41,11 +41,11 @@ SECONDS_PER_DAY = 86400
 
 
 @dataclass(frozen=True)
-class Expert:
+class PlannedExpert:
     """One training. FLOPs per image; bytes under the recipe's precision; images: steps times batch."""
 
     name: str
-    network: Network
+    network: DiTSizes
     parameters: int
     forward_flops: int
     training_flops: int
@@ -76,7 +76,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Router:
+class PlannedRouter:
     """The router's training. flops: of its training per latent."""
 
     parameters: int
@@ -93,8 +93,8 @@ class Plan:
 
     name: str
     precision: str
-    experts: tuple[Expert, ...]
-    router: Router
+    experts: tuple[PlannedExpert, ...]
+    router: PlannedRouter
     machines: tuple[Machine, ...]
     batches: dict[str, dict[str, dict[float, int]]]
     images: int | None
@@ -208,12 +208,12 @@ def _rules(precision: str, cpu: bool = False) -> Rules:
     return CPU_BF16 if cpu else CUDA_BF16
 
 
-def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: Text) -> Expert:
+def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: Text) -> PlannedExpert:
     part = manifest.experts[index]
     train: TrainSettings = manifest.train_of(part)
     network, rules = network_of(manifest, part, latent, text), _rules(train.precision)
     asked, accumulate = switches_of(train)
-    return Expert(
+    return PlannedExpert(
         name=part.full_name,
         network=network,
         parameters=parameters(network),
@@ -232,9 +232,9 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
     )
 
 
-def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> Router:
+def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> PlannedRouter:
     network, train = router_of(manifest, latent, text), manifest.train_of(manifest.router)
-    return Router(router_parameters(network), 3 * router_flops(network), train.steps * train.batch)
+    return PlannedRouter(router_parameters(network), 3 * router_flops(network), train.steps * train.batch)
 
 
 def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
@@ -243,7 +243,9 @@ def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
     return peak * 1e12 * (mfu or gpu.mfu) if peak else None
 
 
-def _machine(gpu: GPU, mfu: float | None, manifest: Manifest, experts: Sequence[Expert], router: Router) -> Machine:
+def _machine(
+    gpu: GPU, mfu: float | None, manifest: Manifest, experts: Sequence[PlannedExpert], router: PlannedRouter
+) -> Machine:
     """Time and price of all experts on one kind of GPU."""
     precision = manifest.train.precision
     flops = _flops(gpu, mfu, precision)
@@ -267,9 +269,11 @@ def _machine(gpu: GPU, mfu: float | None, manifest: Manifest, experts: Sequence[
     )
 
 
-def _batches(experts: Sequence[Expert], rules: Rules, more: Sequence[float]) -> dict[str, dict[str, dict[float, int]]]:
+def _batches(
+    experts: Sequence[PlannedExpert], rules: Rules, more: Sequence[float]
+) -> dict[str, dict[str, dict[float, int]]]:
     """The largest batch of every distinct network, with every line of the ladder, in every memory."""
-    distinct: dict[Network, str] = {}
+    distinct: dict[DiTSizes, str] = {}
     for expert in experts:
         distinct.setdefault(expert.network, expert.name)
     memories = sorted({*MEMORIES, *more})
@@ -281,7 +285,7 @@ def _batches(experts: Sequence[Expert], rules: Rules, more: Sequence[float]) -> 
 
 def _simulation(
     manifest: Manifest,
-    experts: Sequence[Expert],
+    experts: Sequence[PlannedExpert],
     islands: Sequence[IslandSettings],
     mfu: float | None,
     download: float,
@@ -299,11 +303,13 @@ def _simulation(
             )
         allowed = [e for e in experts if settings.experts == "any" or {e.name, clusters[e.name]} & {*settings.experts}]
         rates = {e.name: rate for e in allowed if (rate := _island_rate(settings, e, manifest, mfu))}
-        ready.append(Island(settings, rates))
+        ready.append(SimulatedIsland(settings, rates))
     return simulate(works, ready, trials, seed)
 
 
-def _island_rate(settings: IslandSettings, expert: Expert, manifest: Manifest, mfu: float | None) -> float | None:
+def _island_rate(
+    settings: IslandSettings, expert: PlannedExpert, manifest: Manifest, mfu: float | None
+) -> float | None:
     """Images a second of an expert on an island, whose GPUs share each batch; None where it does not fit."""
     if settings.gpu is not None:
         gpu = find_gpu(settings.gpu)

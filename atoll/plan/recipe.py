@@ -1,4 +1,4 @@
-"""What a manifest says about costs, before a picture is read or a frozen network loaded: shapes, widths, counts."""
+"""What a manifest says about costs, before an image is read or a frozen network loaded: shapes, widths, counts."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from typing import Any
 
 from atoll.errors import AtollError
 from atoll.manifest import ExpertSettings, Manifest, TrainSettings
-from atoll.plan.cost import Network, RouterNetwork
+from atoll.plan.cost import DiTSizes, RouterSizes
 from atoll.plan.fit import Switches
 
 CAPTION_BYTES = 120  # a web caption of some 20 words; captions are stored as text
@@ -73,7 +73,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
 
 
 def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of a run whose pictures are `data.size` pixels a side.
+    """(C, H, W) of the latents of a run whose images are `data.size` pixels a side.
 
     Raises:
         AtollError: an unknown codec, or one whose factor does not divide the size.
@@ -95,22 +95,22 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
     return channels, size // factor, size // factor
 
 
-def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> Network:
+def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> DiTSizes:
     """The network that one expert trains."""
     settings = manifest.network_of(part).model_dump()
     pooled = settings.pop("pooled")
     channels, height, width = latent
     sizes = {"size": (height, width), "channels": channels, "states_dim": text.dim}
-    network = Network.from_config({**settings, **sizes, "pooled_dim": text.pooled if pooled else None}, text.tokens)
+    network = DiTSizes.from_config({**settings, **sizes, "pooled_dim": text.pooled if pooled else None}, text.tokens)
     if height % network.patch or width % network.patch:
         raise AtollError(f"network.patch {network.patch} does not divide the latent, {height}x{width}; change one")
     return network
 
 
-def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> RouterNetwork:
+def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> RouterSizes:
     """The run's router."""
     settings, (channels, height, width) = manifest.router.network, latent
-    return RouterNetwork(
+    return RouterSizes(
         size=(height, width),
         channels=channels,
         patch=settings.patch,
@@ -131,14 +131,14 @@ def switches_of(train: TrainSettings) -> tuple[Switches, int]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run has encoded. rows: pictures; latent: (C, H, W)."""
+    """What a run has encoded. rows: images; latent: (C, H, W)."""
 
     rows: int
     latent: tuple[int, int, int]
 
 
 def encoded(run: Path) -> Encoded | None:
-    """What the index of the run's encoded pictures says; None before there is one.
+    """What the index of the run's encoded images says; None before there is one.
 
     Raises:
         AtollError: an index that cannot be read.

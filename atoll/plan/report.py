@@ -5,7 +5,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
-from atoll.plan.predict import Expert, Machine, Plan
+from atoll.plan.predict import Machine, Plan, PlannedExpert
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -72,9 +72,9 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
     return table
 
 
-def _groups(plan: Plan) -> list[tuple[str, Expert]]:
+def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
     """Experts that cost the same, once: ("8 experts" or the one's name, the first of them)."""
-    same: dict[tuple[Any, ...], list[Expert]] = {}
+    same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
         same.setdefault((e.network, e.steps, e.batch), []).append(e)
     return [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
@@ -99,7 +99,7 @@ def _networks(plan: Plan) -> list["Table"]:
     return tables
 
 
-def _costs(e: Expert) -> dict[str, str]:
+def _costs(e: PlannedExpert) -> dict[str, str]:
     return {
         "parameters": _count(e.parameters),
         "GFLOP an image, forward": f"{e.forward_flops / 1e9:,.4g}",
@@ -158,7 +158,7 @@ def _time_notes(plan: Plan) -> str:
     return text
 
 
-def _how(m: Machine, experts: Iterable[Expert]) -> str:
+def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
     """The recommended switches, in words; once per different recommendation."""
     lines: dict[str, list[str]] = {}
     for e in experts:
@@ -179,7 +179,7 @@ def _how(m: Machine, experts: Iterable[Expert]) -> str:
 
 def _data(plan: Plan) -> str:
     if plan.images is None or plan.download_bytes is None:
-        return "Download: state the number of pictures with --images."
+        return "Download: state the number of images with --images."
     epochs = sum(e.images for e in plan.experts) / plan.images
     weights = 4 * max(e.parameters for e in plan.experts)
     return (

@@ -1,4 +1,4 @@
-"""What the HTML pages of the stages share: one document that needs no other file, pictures as data URIs, one style."""
+"""What the HTML pages of the stages share: one document that needs no other file, images as data URIs, one style."""
 
 import base64
 import io
@@ -28,10 +28,10 @@ def colour(index: int) -> str:
     return f"var(--c{index})" if index < COLOURS else f"hsl({index * 137.5 % 360:.0f} 55% 50%)"
 
 
-def picture_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1, lossy: bool = False) -> str:
+def image_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1, lossy: bool = False) -> str:
     """A data URI of images [B, 1 or 3, h, w] in [0, 1] on one sheet, row by row.
 
-    Small pictures are enlarged without smoothing until their longer side has `side` pixels; gaps (in pictures' pixels)
+    Small images are enlarged without smoothing until their longer side has `side` pixels; gaps (in images' pixels)
     and missing places are transparent. PNG or, if `lossy`, WebP: a tenth of the bytes for photographs.
     """
     from PIL import Image
@@ -40,9 +40,9 @@ def picture_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1, lo
     rows = -(-len(images) // columns)
     sheet = Image.new("RGBA", (columns * (width + gap) - gap, rows * (height + gap) - gap))
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for number, picture in enumerate(pixels):
+    for number, image in enumerate(pixels):
         place = (number % columns * (width + gap), number // columns * (height + gap))
-        sheet.paste(Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture), place)
+        sheet.paste(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), place)
     factor = max(1, -(-side // max(height, width)))
     sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
     out = io.BytesIO()

@@ -13,7 +13,7 @@ def count_words(captions: Iterable[str]) -> Counter[str]:
     return Counter(word for caption in captions for word in set(re.findall(r"[^\W_]+", caption.lower())))
 
 
-def telling_words(
+def distinctive_words(
     counts: Counter[str], captions: int, overall: Counter[str], total: int
 ) -> tuple[tuple[str, float, float], ...]:
     """(word, share p here, share q overall) of the words commoner here, by p log(p/q): what tells most."""

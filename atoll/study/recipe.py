@@ -72,7 +72,7 @@ class Study(Section):
     """The whole of a study's yaml file.
 
     manifest: what all runs share; its train.batch is the whole model's, of which an expert gets the K-th part, so that
-    ensemble and monolith train on equally many pictures (DDM and HDDM: equal total FLOPs).
+    ensemble and monolith train on equally many images (DDM and HDDM: equal total FLOPs).
     baseline: the variant that all others are compared with, as RUN:VARIANT.
     columns: of results.md: how the names of the metrics begin that it shows; none: all.
     """

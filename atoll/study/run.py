@@ -1,4 +1,4 @@
-"""The whole of `atoll study`: every run of every seed, from pictures to a report."""
+"""The whole of `atoll study`: every run of every seed, from images to a report."""
 
 import hashlib
 import json

@@ -18,7 +18,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass
-class Row:
+class ResultRow:
     """One variant of one run. values: by the metric's whole name, one per seed that has it."""
 
     run: str
@@ -27,16 +27,16 @@ class Row:
     values: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
-def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[Row]:
+def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
     """From the reports of all runs that are evaluated, in the order of the study."""
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], ResultRow] = {}
     for run in study.runs:
         for seed in seeds:
             directory = out / f"seed-{seed}" / run
             if not (directory / "report.json").is_file():
                 continue
             for score in read_json(directory / "report.json")["results"]["scores"]:
-                row = rows.setdefault((run, score["name"]), Row(run, score["name"], score["axes"]))
+                row = rows.setdefault((run, score["name"]), ResultRow(run, score["name"], score["axes"]))
                 named = {**score["metrics"], ERROR: score["denoising"]["mean"], "GFLOPs": score["gflops"]}
                 named[LIKENESS] = _likeness(study, out, seed, run, score["name"])
                 for name, value in named.items():
@@ -46,7 +46,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[Row]:
 
 
 def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> float | None:
-    """To the baseline's pictures from the same noise; None where they were not measured alike."""
+    """To the baseline's images from the same noise; None where they were not measured alike."""
     if study.baseline is None:
         return None
     base, _, name = study.baseline.partition(":")
@@ -72,7 +72,7 @@ def write_results(study: Study, out: Path, seeds: Sequence[int]) -> Path:
     return out / "results.md"
 
 
-def markdown(study: Study, rows: Sequence[Row]) -> str:
+def markdown(study: Study, rows: Sequence[ResultRow]) -> str:
     """One table: mean ± standard deviation over the seeds, and the paired difference to the baseline, with interval."""
     if not rows:
         return "Nothing is evaluated yet.\n"

@@ -1,4 +1,4 @@
-"""Data that experts draw: what lets a router and a student train where nobody may give a picture: `atoll synthesize`.
+"""Data that experts draw: what lets a router and a student train where nobody may give an image: `atoll synthesize`.
 
 Where the data are private, DDM (arXiv 2501.05450) trains student and router on samples drawn from the experts. Each
 expert, alone, draws latents of its own cluster for given captions; what is written is a run's directory whose encoded/

@@ -40,7 +40,7 @@ class Listed:
         return [self.lines[place] for place in places.tolist()]
 
 
-class Kept:
+class ClusterCaptions:
     """The captions of a cluster's training rows; of these shards nothing else is read."""
 
     def __init__(self, shards: Shards):
@@ -53,7 +53,7 @@ class Kept:
         return self._shards.captions_of(self._rows[places])
 
 
-class Order:
+class CaptionOrder:
     """Which caption a row has: pass after pass through the list, in another order each time: all come equally often."""
 
     def __init__(self, captions: Captions, seed: int, cluster: int):
@@ -84,7 +84,7 @@ def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -
     Args:
         given: a text file, one caption per line, for all clusters; or a directory with one per cluster
             (cluster-000.txt, ...); None: the captions of the training rows in `clusters`: shared are the captions then,
-            and not the pictures.
+            and not the images.
         clusters: the run's clusters/, which need not be there.
         k: the number of clusters.
         assignment: its hash; shards of another one are refused.
@@ -95,7 +95,7 @@ def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -
     """
     if given is None:
         found: list[Captions] = [_kept(clusters / f"cluster-{number:03d}", assignment) for number in range(k)]
-        told = "of the clusters' shards: captions shared, pictures not"
+        told = "of the clusters' shards: captions shared, images not"
     elif given.is_dir():
         names = [f"cluster-{number:03d}.txt" for number in range(k)]
         if unknown := sorted({file.name for file in given.glob("cluster-*.txt")} - set(names)):
@@ -122,7 +122,7 @@ def _listed(file: Path) -> Listed:
     return Listed(lines, sha256_file(file))
 
 
-def _kept(directory: Path, assignment: str) -> Kept:
+def _kept(directory: Path, assignment: str) -> ClusterCaptions:
     if not (directory / INDEX).is_file():
         raise AtollError(
             f"no captions: {directory} is not at hand; name them with --captions, a text file of one caption per line "
@@ -133,7 +133,7 @@ def _kept(directory: Path, assignment: str) -> Kept:
         raise AtollError(
             f"{directory}: its assignment is {found}, the experts' is {assignment}; name the captions with --captions"
         )
-    kept = Kept(shards)
+    kept = ClusterCaptions(shards)
     if not len(kept):
         raise AtollError(f"{directory}: holds no training rows; name the captions with --captions")
     return kept

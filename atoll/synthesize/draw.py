@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atoll.encoders.text import Encoder, SeveralEncoders, build_encoder
+from atoll.encoders.text import PromptEncoder, TextEncoder, build_encoder
 from atoll.encoders.weights import same
 from atoll.ensemble import Ensemble
 from atoll.ensemble.loading import LoadedExpert
@@ -61,7 +61,7 @@ class ClusterModel:
             if not any(same(one.card["condition"], kind) for kind in kinds):
                 kinds.append(one.card["condition"])
         encoders = [build_encoder(kind) for kind in kinds]
-        self._encoder: Encoder | SeveralEncoders = encoders[0] if len(encoders) == 1 else SeveralEncoders(encoders)
+        self._encoder: TextEncoder | PromptEncoder = encoders[0] if len(encoders) == 1 else PromptEncoder(encoders)
         which = [next(i for i, kind in enumerate(kinds) if same(one.card["condition"], kind)) for one in experts]
         self._ensemble = Ensemble(
             [replace(one.expert, encoder=number) for one, number in zip(experts, which, strict=True)],

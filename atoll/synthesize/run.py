@@ -15,12 +15,12 @@ from atoll.runtime.device import best_device
 from atoll.solver import Method
 from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes
 from atoll.storage.shards import refuse_foreign
-from atoll.synthesize.captions import Order, load_captions
+from atoll.synthesize.captions import CaptionOrder, load_captions
 from atoll.synthesize.draw import ClusterModel, Sampling
 from atoll.synthesize.rows import Keys
-from atoll.synthesize.write import SOURCE, Partial, Plan, is_there, link_expert
+from atoll.synthesize.write import SOURCE, PartialSynthesis, SynthesisPlan, is_there, link_expert
 
-Progress = Callable[[int, int, str], None]  # (latents done, latents in all, a note)
+SynthesizeProgress = Callable[[int, int, str], None]  # (latents done, latents in all, a note)
 
 _SHARD_ROWS, _SHARD_BYTES = 1024, 1 << 28
 
@@ -39,7 +39,7 @@ def synthesize_run(
     resume: bool = False,
     force: bool = False,
     shard_rows: int = _SHARD_ROWS,
-    progress: Progress | None = None,
+    progress: SynthesizeProgress | None = None,
 ) -> str:
     """Writes into `out` a run whose data the experts of `run` draw, and says in a line what was done.
 
@@ -71,7 +71,7 @@ def synthesize_run(
     sampling = Sampling(default.steps if steps is None else steps, method or default.method, guidance, seed)
     plan = _plan(manifest, card, experts, told, sampling, images, shard_rows)
     keys = [Keys(seed, cluster, images, manifest.data.validation) for cluster in range(plan.clusters)]
-    with Partial(out, plan) as partial:
+    with PartialSynthesis(out, plan) as partial:
         if is_there(out, plan, force):
             partial.discard()  # of one that was killed at its very end
             return f"{out} is there already: {_say(plan)}"
@@ -79,7 +79,7 @@ def synthesize_run(
         partial.prepare(resume, force)
         for path in dict.fromkeys(path for paths in experts for path in paths):
             link_expert(path, out / "experts" / path.name, force)
-        orders = [Order(one, seed, cluster) for cluster, one in enumerate(found)]
+        orders = [CaptionOrder(one, seed, cluster) for cluster, one in enumerate(found)]
         for cluster, paths in enumerate(experts):
             _draw(cluster, paths, orders[cluster], sampling, partial, progress)
         partial.seal(keys, orders)
@@ -127,7 +127,7 @@ def _plan(
     sampling: Sampling,
     images: int,
     shard_rows: int,
-) -> Plan:
+) -> SynthesisPlan:
     drawing = [
         {
             "name": path.name,
@@ -146,10 +146,10 @@ def _plan(
         "validation": manifest.data.validation,
         "shard_rows": rows,
     }
-    return Plan({**card, "clusters": manifest.clusters.k, "source": source}, images, rows)
+    return SynthesisPlan({**card, "clusters": manifest.clusters.k, "source": source}, images, rows)
 
 
-def _claim(run: Path, out: Path, partial: Partial) -> None:
+def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
     """Puts the run's atoll.yaml into `out`. Raises AtollError if that is of something else."""
     if out.resolve() == run.resolve():
         return
@@ -164,7 +164,12 @@ def _claim(run: Path, out: Path, partial: Partial) -> None:
 
 
 def _draw(
-    cluster: int, paths: list[Path], captions: Order, sampling: Sampling, partial: Partial, progress: Progress | None
+    cluster: int,
+    paths: list[Path],
+    captions: CaptionOrder,
+    sampling: Sampling,
+    partial: PartialSynthesis,
+    progress: SynthesizeProgress | None,
 ) -> None:
     """Those shards of a cluster that are not there yet."""
     plan = partial.plan
@@ -183,7 +188,7 @@ def _draw(
         partial.write(cluster, number, model.draw(captions(rows), rows, sampling, tell=tell))
 
 
-def _say(plan: Plan) -> str:
+def _say(plan: SynthesisPlan) -> str:
     """3 clusters of 4,096 latents each, drawn by 4 experts"""
     experts = len(plan.card["source"]["experts"])
     by = f"{experts} expert{'s' if experts > 1 else ''}"

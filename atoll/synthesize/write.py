@@ -28,7 +28,7 @@ from atoll.storage.artifact import (
 )
 from atoll.storage.lock import hold
 from atoll.storage.shards import INDEX, SPLITS, Shards, ShardWriter
-from atoll.synthesize.captions import Order
+from atoll.synthesize.captions import CaptionOrder
 from atoll.synthesize.rows import Keys
 
 SOURCE = "experts"  # the source's name in the cards of what was drawn
@@ -37,7 +37,7 @@ CLUSTERS, ASSIGNMENT = "clusters.json", "assignment.parquet"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SynthesisPlan:
     """All that the bytes depend on.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan:
             yield number, range(start, min(start + self.shard_rows, self.images))
 
 
-def is_there(out: Path, plan: Plan, force: bool) -> bool:
+def is_there(out: Path, plan: SynthesisPlan, force: bool) -> bool:
     """Whether `out` holds just what the plan would make, and all of it.
 
     Raises:
@@ -81,14 +81,14 @@ def is_there(out: Path, plan: Plan, force: bool) -> bool:
     return not force and None not in found.values() and len(Shards(encoded)) > 0  # which looks for its files
 
 
-class Partial:
+class PartialSynthesis:
     """The directory of draws in the making, `out`/synthesized.partial; from `prepare` to the end nobody else's."""
 
-    def __init__(self, out: Path, plan: Plan):
+    def __init__(self, out: Path, plan: SynthesisPlan):
         self.out, self.path, self.plan = out, out / "synthesized.partial", plan
         self._lock: IO[str] | None = None
 
-    def __enter__(self) -> "Partial":
+    def __enter__(self) -> "PartialSynthesis":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,7 +144,7 @@ class Partial:
 
         write_bytes(self._file(cluster, number), save({"latent": latents.contiguous()}))
 
-    def seal(self, keys: Sequence[Keys], captions: Sequence[Order]) -> None:
+    def seal(self, keys: Sequence[Keys], captions: Sequence[CaptionOrder]) -> None:
         """Makes clusters/ and encoded/ of the finished shards, linked where the file system can, and removes them here.
 
         keys, captions: of each cluster. Killed in between, it is done again.
@@ -156,7 +156,7 @@ class Partial:
                 self._adopt(writer, cluster, keys[cluster], captions[cluster])
         self.discard()
 
-    def _write_clusters(self, directory: Path, keys: Sequence[Keys], captions: Sequence[Order]) -> None:
+    def _write_clusters(self, directory: Path, keys: Sequence[Keys], captions: Sequence[CaptionOrder]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -174,7 +174,7 @@ class Partial:
         about = {"format": FORMAT, "kind": "clusters", "k": self.plan.clusters, **self.plan.card, "counts": counts}
         write_json(directory / CLUSTERS, about)
 
-    def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: Order) -> None:
+    def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: CaptionOrder) -> None:
         """All rows of a cluster."""
         for number, rows in self.plan.shards(cluster):
             mine = keys(rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atoll.condition import Condition, Tokens
-from atoll.encoders.text import Encoder
+from atoll.encoders.text import TextEncoder
 from atoll.storage.shards import Shards, Split
 from atoll.train.prefetch import Batch
 
@@ -36,7 +36,7 @@ class Rows:
 
     @property
     def has_flips(self) -> bool:
-        """Whether the mirrored pictures' latents are there too."""
+        """Whether the mirrored images' latents are there too."""
         return all("latent_flip" in part.columns for part in self.shards)
 
     def latents(self, rows: Tensor, mirrored: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ class Rows:
         return int(self._ends[part]) - len(self.shards[part])
 
 
-class Order:
+class SeededSampler:
     """Which rows step s trains on: epoch after epoch, each a permutation seeded by (seed, epoch)."""
 
     def __init__(self, rows: int, batch: int, seed: int):
@@ -117,7 +117,7 @@ def seeded(seed: int, index: int, stream: int = 0) -> torch.Generator:
 
 
 def mirrored(seed: int, index: int, count: int) -> Tensor:
-    """Which pictures of a batch are mirrored: [count] bool, the same however the batch is shared out."""
+    """Which images of a batch are mirrored: [count] bool, the same however the batch is shared out."""
     return torch.rand(count, generator=seeded(seed, index, stream=1)) < 0.5
 
 
@@ -133,17 +133,17 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> Co
     )
 
 
-class Captioned:
+class CaptionedLatents:
     """Latents with their captions' tokens: what a part trains on, or is measured on."""
 
-    def __init__(self, rows: Rows, encoder: Encoder):
+    def __init__(self, rows: Rows, encoder: TextEncoder):
         self.rows, self.encoder = rows, encoder
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, rows: Tensor, mirrored: Tensor | None = None) -> Batch:
-        """The given rows: x0 [b,C,H,W] float16, ids and mask [b,L]. mirrored: [b] bool, of which pictures the mirror's
+        """The given rows: x0 [b,C,H,W] float16, ids and mask [b,L]. mirrored: [b] bool, of which images the mirror's
         latent is taken where it is stored."""
         tokens = self.encoder.tokenize(self.rows.captions(rows))
         if not self.rows.has_flips:

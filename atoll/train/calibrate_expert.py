@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from atoll.calibration import Calibration
-from atoll.encoders.text import Encoder, build_encoder
+from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
@@ -15,8 +15,8 @@ from atoll.runtime.device import best_device
 from atoll.schedule import Linear
 from atoll.storage.artifact import read_card, read_tensors, save_artifact
 from atoll.storage.shards import Shards
-from atoll.train.batches import Captioned, Rows
-from atoll.train.denoiser import CALIBRATION_ROWS, calibrate, hold_back
+from atoll.train.batches import CaptionedLatents, Rows
+from atoll.train.denoiser import CALIBRATION_ROWS, calibrate, split_holdout
 
 Use = Literal["auto", "val", "all"]
 UNKNOWN = "unknown"  # the name of a converted expert's codec or condition that nobody told
@@ -101,16 +101,16 @@ def _check(card: dict[str, Any], shards: Shards) -> None:
 
 
 def _held_out(
-    card: dict[str, Any], shards: list[Shards], use: Use, encoder: Encoder, path: Path
-) -> tuple[Captioned, Rows, str]:
+    card: dict[str, Any], shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
+) -> tuple[CaptionedLatents, Rows, str]:
     """(latents to measure on, the cluster's training rows, what the former are)."""
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     training = card.get("training", {})
     if use == "all":
         rows = Rows(shards, torch.arange(sum(map(len, shards))))
-        return Captioned(rows, encoder), rows, "all"
-    if use == "auto" and (share := training.get("hold_back")):
-        trained, back, measured_on = hold_back(shards, encoder, share)
+        return CaptionedLatents(rows, encoder), rows, "all"
+    if use == "auto" and (share := training.get("calibration_holdout")):
+        trained, back, measured_on = split_holdout(shards, encoder, share)
         if len(trained) != training["rows"]:
             raise AtollError(
                 f"{path}: was trained on {training['rows']:,} rows, of these shards it would be {len(trained):,}: "
@@ -119,7 +119,7 @@ def _held_out(
         return back, trained.rows, measured_on
     if not len(val):
         raise AtollError(f"{shards[0].path}: no row is held out (split val); take other shards and --use all")
-    return Captioned(val, encoder), every if len(every) else val, "val"
+    return CaptionedLatents(val, encoder), every if len(every) else val, "val"
 
 
 def table(calibration: Calibration) -> str:
@@ -137,7 +137,7 @@ def table(calibration: Calibration) -> str:
 
 
 def plot(calibration: Calibration, file: Path, title: str) -> None:
-    """A picture of the curves over t: the slope, and the errors before and after.
+    """An image of the curves over t: the slope, and the errors before and after.
 
     Raises:
         AtollError: matplotlib is not there.

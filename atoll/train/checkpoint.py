@@ -23,7 +23,7 @@ from torch import Tensor
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json, write_json
 from atoll.train.island import Island
-from atoll.train.state import Numbers, State
+from atoll.train.state import Counters, State
 
 CHECKPOINT = "checkpoint.safetensors"
 NUMBERS = "numbers.json"
@@ -54,7 +54,7 @@ class Checkpoints:
     def exists(self) -> bool:
         """Whether there is one, the same answer in every process."""
         found = (self.directory / CHECKPOINT).exists() or bool(self._sharded())
-        self.island.wait()  # before the first process writes one
+        self.island.barrier()  # before the first process writes one
         return found
 
     def clear(self) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
         self.finish()
         if self.island.is_first:
             self._remove([self.directory / CHECKPOINT, *self._sharded()])
-        self.island.wait()
+        self.island.barrier()
 
     def save(self, state: State) -> None:
         """Copies the state, and writes the copy while training goes on. Raises as `finish` does."""
@@ -87,7 +87,7 @@ class Checkpoints:
             AtollError: the file is damaged, or was written under other settings.
         """
         self.finish()
-        self.island.wait()  # the first process may have been writing until now
+        self.island.barrier()  # the first process may have been writing until now
         sharded = self._sharded()
         file = self.directory / CHECKPOINT
         if sharded and (not file.exists() or _age_of(sharded[-1]) > self._numbers(file).age):
@@ -95,7 +95,7 @@ class Checkpoints:
         else:
             state.numbers = self._numbers(file)
             self._read(file, state.tensors())
-        self.island.wait()  # the first process may write the next one only now
+        self.island.barrier()  # the first process may write the next one only now
 
     def _write(self, tensors: dict[str, Tensor], numbers: dict[str, str]) -> None:
         from safetensors import SafetensorError
@@ -115,14 +115,14 @@ class Checkpoints:
                 "the one before is untouched: make room and go on with --resume"
             ) from error
 
-    def _numbers(self, file: Path) -> Numbers:
+    def _numbers(self, file: Path) -> Counters:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(file, framework="pt") as stored:
                 metadata = stored.metadata() or {}
             self._check(file, metadata.get("mark"))
-            return Numbers(**json.loads(metadata["numbers"]))
+            return Counters(**json.loads(metadata["numbers"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise AtollError(f"{file}: damaged ({error}); start again with --restart") from None
 
@@ -161,18 +161,18 @@ class Checkpoints:
         temporary = self.directory / ".checkpoint.dcp.tmp"
         if self.island.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.island.wait()
+        self.island.barrier()
         try:
             checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)
         except (OSError, CheckpointException) as error:
             raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
-        self.island.wait()
+        self.island.barrier()
         if self.island.is_first:
             older = [self.directory / CHECKPOINT, *self._sharded()]
             write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text()})
             os.replace(temporary, path)
             self._remove(older)
-        self.island.wait()
+        self.island.barrier()
 
     def _remove(self, paths: Sequence[Path]) -> None:
         for path in paths:
@@ -188,7 +188,7 @@ class Checkpoints:
         found = read_json(path / NUMBERS)
         self._check(path, found.get("mark"))
         try:
-            state.numbers = Numbers(**found["numbers"])
+            state.numbers = Counters(**found["numbers"])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
                 checkpoint.load(dict(state.tensors()), checkpoint_id=path)

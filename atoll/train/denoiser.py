@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from atoll.calibration import Calibration
 from atoll.condition import Condition
-from atoll.encoders.text import Encoder, build_encoder
+from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import save_artifact
-from atoll.storage.shards import Shards, held_back
-from atoll.train.batches import Captioned, Order, Rows, drop_condition, mirrored, seeded
+from atoll.storage.shards import Shards, is_held_out
+from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored, seeded
 from atoll.train.calibrate import measure_calibration
-from atoll.train.init_weights import Start
-from atoll.train.island import Island, whole_state
+from atoll.train.init_weights import InitWeights
+from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
-from atoll.train.track import Progress
+from atoll.train.track import TrainProgress
 
 _VALIDATION_ROWS = 256
 
@@ -32,7 +32,7 @@ _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
 CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 
 
-class Job:
+class TrainingSpec:
     """What tells one training of a denoiser from another."""
 
     def __init__(
@@ -48,12 +48,12 @@ class Job:
 
 
 def train_denoiser(
-    job: Job,
+    job: TrainingSpec,
     manifest: Manifest,
     shards: Sequence[Shards],
     resume: bool,
     restart: bool,
-    progress: Progress | None,
+    progress: TrainProgress | None,
     teaching: "Teaching | None" = None,
 ) -> Path:
     """One training of a denoiser, from the shards to the artifact.
@@ -68,10 +68,10 @@ def train_denoiser(
     objective = Objective(**job.part.objective.model_dump())
     settings = manifest.train_of(job.part)
     network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
-    start = Start(job.run / settings.init) if settings.init else None
+    start = InitWeights(job.run / settings.init) if settings.init else None
     began = {**({"init": start.about} if start else {}), **({"teacher": teaching.about} if teaching else {})}
     network_config = start.config(network_config, card) if start else network_config
-    training, held_out, measured_on = hold_back(shards, encoder, settings.hold_back)
+    training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
 
     identity = {
         "network": network_config,
@@ -96,18 +96,27 @@ def train_denoiser(
         trained = train(task, settings, state, mark, island, resume, restart, progress)
         calibration = calibrate(network, objective, held_out, training.rows.mean(), job.seed, island.device)
         weights = {
-            **{f"network.{name}": value for name, value in whole_state(network).items()},
+            **{f"network.{name}": value for name, value in gathered_state(network).items()},
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
         if island.is_first:
             measured = {**calibration.config(), "measured_on": measured_on}
-            summary = {**trained.summary, **began, "rows": len(training), "hold_back": settings.hold_back}
+            summary = {
+                **trained.summary,
+                **began,
+                "rows": len(training),
+                "calibration_holdout": settings.calibration_holdout,
+            }
             save_artifact(job.path, "expert", _card(job, identity, card, measured, summary), weights)
     return job.path
 
 
 def _card(
-    job: Job, identity: dict[str, Any], data: dict[str, Any], calibration: dict[str, Any], training: dict[str, Any]
+    job: TrainingSpec,
+    identity: dict[str, Any],
+    data: dict[str, Any],
+    calibration: dict[str, Any],
+    training: dict[str, Any],
 ) -> dict[str, Any]:
     """The expert's card; data: the card of its shards, calibration and training: what was measured and done."""
     return {
@@ -120,21 +129,23 @@ def _card(
     }
 
 
-def hold_back(shards: Sequence[Shards], encoder: Encoder, share: float) -> tuple[Captioned, Captioned, str]:
+def split_holdout(
+    shards: Sequence[Shards], encoder: TextEncoder, share: float
+) -> tuple[CaptionedLatents, CaptionedLatents, str]:
     """(rows to train on, rows to calibrate on, what the latter are).
 
-    With a share, so many training rows are kept from training (`held_back`: the same for all replicas): held out, but
+    With a share, so many training rows are kept from training (`is_held_out`: the same for all replicas): held out, but
     of the same words as what is asked at inference. Without one they are the val split, or, on an island that has
     none, the training rows themselves.
     """
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     if share > 0:
-        back_rows = held_back(shards, share)[every.numbers]  # [n] bool
+        back_rows = is_held_out(shards, share)[every.numbers]  # [n] bool
         training, back = (every.select(rows.nonzero().flatten()) for rows in (~back_rows, back_rows))
-        return Captioned(training, encoder), Captioned(back, encoder), "held back"
+        return CaptionedLatents(training, encoder), CaptionedLatents(back, encoder), "held back"
     if len(val):
-        return Captioned(every, encoder), Captioned(val, encoder), "val"
-    return Captioned(every, encoder), Captioned(every, encoder), "train"
+        return CaptionedLatents(every, encoder), CaptionedLatents(val, encoder), "val"
+    return CaptionedLatents(every, encoder), CaptionedLatents(every, encoder), "train"
 
 
 def dit_config(
@@ -172,15 +183,15 @@ class Denoising(Task):
         self,
         network: nn.Module,
         objective: Objective,
-        data: Captioned,
-        held_out: Captioned,
+        data: CaptionedLatents,
+        held_out: CaptionedLatents,
         settings: TrainSettings,
         seed: int,
         codec: dict[str, Any],
     ):
         self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
         self.settings, self.seed, self.codec = settings, seed, codec
-        self.order = Order(len(data), settings.batch, seed)
+        self.order = SeededSampler(len(data), settings.batch, seed)
         self.shape = data.rows.shards[0].shape("latent")
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
@@ -221,7 +232,7 @@ class Denoising(Task):
         return losses
 
     def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:
-        """A grid of pictures by this expert alone, for captions that it was not trained on."""
+        """A grid of images by this expert alone, for captions that it was not trained on."""
         from atoll.train.draw import draw_grid
 
         draw_grid(module, self.objective, self.held_out, self.codec, file, self.seed)
@@ -235,7 +246,7 @@ class Denoising(Task):
 def calibrate(
     network: Callable[..., Tensor],
     objective: Objective,
-    data: Captioned,
+    data: CaptionedLatents,
     mean: Tensor,
     seed: int,
     device: torch.device,

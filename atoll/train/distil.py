@@ -23,8 +23,8 @@ from atoll.schedule import Linear
 from atoll.shapes import per_sample
 from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.shards import Shards
-from atoll.train.denoiser import Job, Teacher, train_denoiser
-from atoll.train.track import Progress
+from atoll.train.denoiser import Teacher, TrainingSpec, train_denoiser
+from atoll.train.track import TrainProgress
 
 STUDENT, _SEED = "student", 998  # the seed's place beside the experts' and the monolith's
 _PATH = Linear()
@@ -35,7 +35,7 @@ def distil_run(
     manifest: Manifest,
     resume: bool = False,
     restart: bool = False,
-    progress: Progress | None = None,
+    progress: TrainProgress | None = None,
 ) -> Path:
     """Trains the run's student on its ensemble and all clusters' latents, and returns the student's directory.
 
@@ -47,7 +47,7 @@ def distil_run(
         raise AtollError("atoll.yaml names no student; add a `student:` section with its objective")
     clusters = tuple(range(manifest.clusters.k))
     shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
-    job = Job(run, run / STUDENT, STUDENT, manifest.student, clusters, manifest.seed * 1000 + _SEED)
+    job = TrainingSpec(run, run / STUDENT, STUDENT, manifest.student, clusters, manifest.seed * 1000 + _SEED)
     teaching = _Teaching(run / "ensemble", manifest.student.teacher, shards[0].card["condition"])
     return train_denoiser(job, manifest, shards, resume, restart, progress, teaching)
 

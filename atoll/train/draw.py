@@ -1,4 +1,4 @@
-"""What an expert draws while it is trained: a grid of pictures, by itself alone."""
+"""What an expert draws while it is trained: a grid of images, by itself alone."""
 
 import io
 import math
@@ -17,22 +17,22 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
 from atoll.solver import sample
 from atoll.storage.artifact import write_bytes
-from atoll.train.batches import Captioned, seeded
+from atoll.train.batches import CaptionedLatents, seeded
 
-_PICTURES, _STEPS = 16, 20
+_IMAGES, _STEPS = 16, 20
 
 
 def draw_grid(
     module: Callable[..., Tensor],
     objective: Objective,
-    data: Captioned,
+    data: CaptionedLatents,
     codec: dict[str, Any],
     file: Path | None,
     seed: int,
 ) -> None:
-    """Writes a PNG of up to 16 pictures for captions of `data`, of equal noise at every call. file None: draws only."""
+    """Writes a PNG of up to 16 images for captions of `data`, of equal noise at every call. file None: draws only."""
     device = next(module.parameters()).device  # type: ignore[attr-defined]
-    x0, condition = data.some(_PICTURES, seed)
+    x0, condition = data.some(_IMAGES, seed)
     condition = condition.to(device)
 
     def float_module(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
@@ -51,7 +51,7 @@ def draw_grid(
 
 
 def _png(images: Tensor) -> bytes:
-    """A square grid, enlarged to at least 64 pixels a picture, white between."""
+    """A square grid, enlarged to at least 64 pixels an image, white between."""
     images = images.expand(-1, 3, -1, -1)
     scale = max(1, math.ceil(64 / images.shape[-1]))
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)

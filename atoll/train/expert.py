@@ -5,8 +5,8 @@ from pathlib import Path
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.storage.shards import Shards
-from atoll.train.denoiser import Job, train_denoiser
-from atoll.train.track import Progress
+from atoll.train.denoiser import TrainingSpec, train_denoiser
+from atoll.train.track import TrainProgress
 
 
 def train_expert(
@@ -15,7 +15,7 @@ def train_expert(
     wanted: str,
     resume: bool = False,
     restart: bool = False,
-    progress: Progress | None = None,
+    progress: TrainProgress | None = None,
 ) -> Path:
     """Trains the expert `wanted` (cluster or full name) of the run and returns its artifact's directory.
 
@@ -25,7 +25,7 @@ def train_expert(
     expert = manifest.find_expert(wanted)
     shards = Shards(run / "clusters" / f"cluster-{expert.cluster:03d}")
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
-    job = Job(
+    job = TrainingSpec(
         run,
         run / "experts" / expert.full_name,
         expert.full_name,
@@ -41,12 +41,12 @@ def train_monolith(
     manifest: Manifest,
     resume: bool = False,
     restart: bool = False,
-    progress: Progress | None = None,
+    progress: TrainProgress | None = None,
 ) -> Path:
     """Trains the dense model of the comparison on all clusters and returns its artifact's directory."""
     if manifest.monolith is None:
         raise AtollError("atoll.yaml names no monolith; add a `monolith:` section with its objective")
     clusters = tuple(range(manifest.clusters.k))
     shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
-    job = Job(run, run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
+    job = TrainingSpec(run, run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
     return train_denoiser(job, manifest, shards, resume, restart, progress)

@@ -14,7 +14,7 @@ from atoll.storage.artifact import CARD, read_card, read_tensors
 _FOREIGN = ("final", "text_layers", "mlp_eps", "time_period")  # what atoll.yaml cannot say: the expert's own
 
 
-class Start:
+class InitWeights:
     """An expert to start from: its network's config and weights, and what the new card tells of it.
 
     Raises:

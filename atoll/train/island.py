@@ -68,7 +68,7 @@ class Island:
         size = batch // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
 
-    def spread(self, module: nn.Module, sharding: str) -> nn.Module:
+    def wrap(self, module: nn.Module, sharding: str) -> nn.Module:
         """The module for several processes: replicated (DDP), or its weights sharded block by block (FSDP2)."""
         if self.world == 1:
             return module
@@ -107,20 +107,20 @@ class Island:
         torch.distributed.all_reduce(found)
         return bool(found > 0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """For the others."""
         if self.world > 1:
             torch.distributed.barrier()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, in every process; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
+def gathered_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's state on the CPU, gathered one tensor at a time: every process must call this."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
+    return {name: gather(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
 
 
 def _device(asked: str, local_rank: int) -> torch.device:

@@ -19,11 +19,11 @@ from atoll.manifest import TrainSettings
 from atoll.runtime.device import has_bf16
 from atoll.storage.artifact import CARD, read_card
 from atoll.train.checkpoint import Checkpoints, fingerprint
-from atoll.train.island import Island, whole
-from atoll.train.prefetch import Batch, Feed
+from atoll.train.island import Island, gather
+from atoll.train.prefetch import Batch, Prefetcher
 from atoll.train.snapshots import Snapshots
-from atoll.train.state import Numbers, State, learning_rate
-from atoll.train.track import Progress, Tracker
+from atoll.train.state import Counters, State, learning_rate
+from atoll.train.track import Tracker, TrainProgress
 
 
 class Task(ABC):
@@ -44,7 +44,7 @@ class Task(ABC):
         return {}
 
     def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:  # noqa: B027 (a router draws nothing)
-        """Draws what the module can do by now; nothing where that is no picture. Without a file: for the others of the
+        """Draws what the module can do by now; nothing where that is no image. Without a file: for the others of the
         island, whose parts of the weights are needed."""
 
 
@@ -98,7 +98,7 @@ def train(
     island: Island,
     resume: bool = False,
     restart: bool = False,
-    progress: Progress | None = None,
+    progress: TrainProgress | None = None,
 ) -> Trained:
     """Trains the task's module in place for settings.steps steps and leaves its EMA weights in it.
 
@@ -117,7 +117,7 @@ def train(
     """
     directory.mkdir(parents=True, exist_ok=True)
     task.module.to(island.device)
-    module = island.spread(prepared(task.module, settings), settings.sharding)
+    module = island.wrap(prepared(task.module, settings), settings.sharding)
     state = State(task.module, settings)
     with Checkpoints(directory, mark, island) as checkpoints:
         log = _run(task, module, state, checkpoints, settings, directory, island, resume, restart, progress)
@@ -138,7 +138,7 @@ def _run(
     island: Island,
     resume: bool,
     restart: bool,
-    progress: Progress | None,
+    progress: TrainProgress | None,
 ) -> Tracker:
     """The steps that are still to be done."""
     share = island.share(settings.batch, settings.accumulate)
@@ -149,9 +149,9 @@ def _run(
     autocast = autocast_of(settings.precision, island.device)
 
     module.train()
-    with Feed(lambda index: task.batch(index, share), island.device) as feed, _stop_signals() as stopped:
+    with Prefetcher(lambda index: task.batch(index, share), island.device) as feed, _stop_signals() as stopped:
         while numbers.step < settings.steps:
-            batch = feed.at(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
+            batch = feed.get(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
             value, norm = gradients(task, module, batch, state, island, autocast)
             if not _is_sound(value, norm, numbers, settings):
                 numbers = _roll_back(state, checkpoints, value, log)
@@ -166,8 +166,8 @@ def _run(
             if _due(done, settings.validate_every, settings):
                 log.validated(done, _with_average(state, task.validate))
             if _due(done, settings.sample_every, settings):
-                picture = directory / f"samples-{done:07d}.png" if island.is_first else None
-                _with_average(state, partial(task.draw, file=picture))
+                image = directory / f"samples-{done:07d}.png" if island.is_first else None
+                _with_average(state, partial(task.draw, file=image))
             if settings.ema_profiles and _due(done, settings.ema_snapshot_every, settings):
                 snapshots.save(state)
             stop = island.any(stopped())
@@ -198,7 +198,7 @@ def gradients(
             loss.backward()
         total += loss.detach()
     value = float(island.mean(total))
-    return value, float(whole(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
+    return value, float(gather(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
 
 
 def _begin(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
@@ -240,7 +240,7 @@ def _parts(batch: Batch, count: int) -> Iterator[Batch]:
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
-def _is_sound(loss: float, norm: float, numbers: Numbers, settings: TrainSettings) -> bool:
+def _is_sound(loss: float, norm: float, numbers: Counters, settings: TrainSettings) -> bool:
     """Whether loss and gradient are finite and the loss did not leap; takes it into the running moments if so."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return False
@@ -255,7 +255,7 @@ def _is_sound(loss: float, norm: float, numbers: Numbers, settings: TrainSetting
     return True
 
 
-def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker) -> Numbers:
+def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker) -> Counters:
     """Goes back to the last checkpoint and skips the batches since: the numbers to go on with, saved at once."""
     bad = state.numbers
     checkpoints.load(state)

@@ -12,7 +12,7 @@ Batch = dict[str, Tensor]  # [B, ...] each
 _AHEAD = 2  # batches that wait
 
 
-class Feed:
+class Prefetcher:
     """Batches by their index; a context manager. `make` is called in one thread, in the order of the indices."""
 
     def __init__(self, make: Callable[[int], Batch], device: torch.device):
@@ -20,7 +20,7 @@ class Feed:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._coming: dict[int, Future[Batch]] = {}
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(
@@ -28,7 +28,7 @@ class Feed:
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def at(self, index: int, last: int) -> Batch:
+    def get(self, index: int, last: int) -> Batch:
         """The batch of this index, on the device. The ones after it, up to `last`, are begun."""
         for stale in [i for i in self._coming if not index <= i <= index + _AHEAD]:
             self._coming.pop(stale).cancel()  # training went back, or jumped

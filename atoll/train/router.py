@@ -16,11 +16,11 @@ from atoll.schedule import Linear, Schedule
 from atoll.shapes import per_sample
 from atoll.storage.artifact import read_json, save_artifact
 from atoll.storage.shards import INDEX, SPLITS, Shards
-from atoll.train.batches import Captioned, Order, Rows, drop_condition, mirrored, seeded
-from atoll.train.island import Island, whole_state
+from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored, seeded
+from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
-from atoll.train.track import Progress
+from atoll.train.track import TrainProgress
 
 _SAMPLING = Linear()
 NoisePath = tuple[Schedule, Tensor]  # a schedule, and the clusters [n] int64 whose latents are noised by it
@@ -33,7 +33,7 @@ def train_router(
     manifest: Manifest,
     resume: bool = False,
     restart: bool = False,
-    progress: Progress | None = None,
+    progress: TrainProgress | None = None,
 ) -> Path:
     """Trains the router on latents and their clusters, and returns its artifact's directory.
 
@@ -64,7 +64,7 @@ def train_router(
         return path
     torch.manual_seed(seed)
     router = build_network(config)
-    training, held_out = (Captioned(Rows.of([encoded], split), encoder) for split in SPLITS)
+    training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island:
         task = Routing(router, training, held_out, labels, settings, seed, paths)
         trained = train(task, settings, path.with_name(".train-router"), mark, island, resume, restart, progress)
@@ -79,7 +79,7 @@ def train_router(
             "accuracy_at_t": task.accuracy(router),
             "training": {**trained.summary, "rows": len(training), "seed": seed, "torch": torch.__version__},
         }
-        weights = {f"network.{name}": value for name, value in whole_state(router).items()}
+        weights = {f"network.{name}": value for name, value in gathered_state(router).items()}
         if island.is_first:
             save_artifact(path, "router", card, weights)
     return path
@@ -94,8 +94,8 @@ class Routing(Task):
     def __init__(
         self,
         router: nn.Module,
-        data: Captioned,
-        held_out: Captioned,
+        data: CaptionedLatents,
+        held_out: CaptionedLatents,
         labels: Tensor,
         settings: TrainSettings,
         seed: int,
@@ -106,7 +106,7 @@ class Routing(Task):
         paths: of training; none: the linear one for all. What is held out is asked on that, where sampling will be."""
         self.module, self.data, self.held_out, self.labels = router, data, held_out, labels
         self.settings, self.seed, self.paths = settings, seed, paths
-        self.order = Order(len(data), settings.batch, seed)
+        self.order = SeededSampler(len(data), settings.batch, seed)
         self.null = data.encoder.null(1)
 
     def batch(self, index: int, share: slice) -> Batch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
 from atoll.train.ema import gamma_of, solve
-from atoll.train.island import Island, whole
+from atoll.train.island import Island, gather
 from atoll.train.state import State
 
 
@@ -32,7 +32,7 @@ class Snapshots:
         from safetensors.torch import save
 
         for number, (sigma_rel, average) in enumerate(zip(state.settings.ema_profiles, state.profiles, strict=True)):
-            tensors = {name: whole(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
+            tensors = {name: gather(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
             if self.island.is_first:
                 self.directory.mkdir(exist_ok=True)
                 told = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}

@@ -14,7 +14,7 @@ _EMA_EVERY_ON_CPU = 10  # steps between updates of an average that lies in the C
 
 
 @dataclass
-class Numbers:
+class Counters:
     """The numbers of a state, which a checkpoint holds as text.
 
     step: steps done. skipped: batches left out so far, which shifts those that follow. rollbacks: returns to a
@@ -38,7 +38,7 @@ class State:
     """The state of one training. Its tensors exist from the start, so that loading is copying into them."""
 
     def __init__(self, module: nn.Module, settings: TrainSettings):
-        self.module, self.settings, self.numbers = module, settings, Numbers()
+        self.module, self.settings, self.numbers = module, settings, Counters()
         self.parameters: list[nn.Parameter] = list(module.parameters())
         self.optimizer = _optimizer(self.parameters, settings)
         device = "cpu" if settings.ema_device == "cpu" else None

@@ -13,14 +13,20 @@ from atoll.storage.artifact import write_json
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-Progress = Callable[[dict[str, Any]], None]
+TrainProgress = Callable[[dict[str, Any]], None]
 
 
 class Tracker:
     """Writes a line each `log_every` steps. A continued run rewrites what came after its checkpoint."""
 
     def __init__(
-        self, directory: Path, step: int, settings: TrainSettings, mark: str, progress: Progress | None, quiet: bool
+        self,
+        directory: Path,
+        step: int,
+        settings: TrainSettings,
+        mark: str,
+        progress: TrainProgress | None,
+        quiet: bool,
     ):
         """quiet: of another process than the first, which writes nothing."""
         self.directory, self.settings, self.mark, self.quiet = directory, settings, mark, quiet

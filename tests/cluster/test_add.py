@@ -95,7 +95,7 @@ def test_new_images_join_the_old(tmp_path, out) -> None:
 
 def test_what_the_report_shows_is_drawn_from_old_and_new(tmp_path, out, monkeypatch) -> None:
     monkeypatch.setattr(kept_module, "SAMPLED", 20)
-    monkeypatch.setattr(kept_module, "PICTURED", 4)
+    monkeypatch.setattr(kept_module, "REPORT_IMAGES", 4)
     cluster(tmp_path / "encoded", out, K, fine=12, force=True)
     assign_only(out, write(tmp_path / "more", range(90, 150)))
     found, assignment = labels(out), load_assignment(out, read_json(out / CLUSTERS))
@@ -104,15 +104,13 @@ def test_what_the_report_shows_is_drawn_from_old_and_new(tmp_path, out, monkeypa
     assert Shards(out / "sample").keys == sorted(keys, key=drawn.get)[:20]
     both = [Shards(tmp_path / name).read("feature", slice(None)) for name in ("encoded", "more")]
     feature = dict(zip(keys, F.normalize(torch.cat(both)), strict=True))
-    drawn = dict(zip(keys, draw(hash_keys(keys), 0, "pictures").tolist(), strict=True))
+    drawn = dict(zip(keys, draw(hash_keys(keys), 0, "images").tolist(), strict=True))
     for c in range(K):
         mine = [key for key in keys if found[key] == c]
         distance = {key: float((feature[key] - assignment.coarse[c]).norm()) for key in mine}
         expected = {*sorted(mine, key=distance.get)[:4], *sorted(mine, key=drawn.get)[:4]}
-        pictures = Shards(out / "pictures")
-        shown = [
-            k for k, n in zip(pictures.keys, pictures.read("cluster", slice(None)).tolist(), strict=True) if n == c
-        ]
+        images = Shards(out / "images")
+        shown = [k for k, n in zip(images.keys, images.read("cluster", slice(None)).tolist(), strict=True) if n == c]
         assert set(shown) >= expected
         assert len(shown) <= 2 * 4
 
@@ -131,7 +129,7 @@ def test_what_is_there_is_passed_over(tmp_path, out, monkeypatch) -> None:
     assert list(labels(out)) == [f"k{i}" for i in range(140)]
 
 
-def test_another_picture_under_a_key_that_is_there(tmp_path, out) -> None:
+def test_another_image_under_a_key_that_is_there(tmp_path, out) -> None:
     more = tmp_path / "more"
     columns = {name: torch.full((2, 1, 2, 3), 7.0).half() for name in ("latent", "latent_flip")}
     with ShardWriter(more, CARD) as writer:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from atoll.cluster.describe import davies_bouldin, describe, silhouette
-from atoll.cluster.report_rows import Row
+from atoll.cluster.report_rows import ReportRow
 
 LINE = torch.tensor([[0.0], [1.0], [4.0], [6.0]])
 
@@ -32,8 +32,8 @@ def test_davies_bouldin_by_hand() -> None:
     assert davies_bouldin(torch.zeros(4, 2), labels) is None
 
 
-def row(key: int, cluster: int, caption: str, feature: list[float]) -> Row:
-    return Row(key, str(key), caption, "train", cluster, 0.0, torch.tensor(feature))
+def row(key: int, cluster: int, caption: str, feature: list[float]) -> ReportRow:
+    return ReportRow(key, str(key), caption, "train", cluster, 0.0, torch.tensor(feature))
 
 
 def test_what_is_told_of_a_sample() -> None:

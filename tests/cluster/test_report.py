@@ -7,7 +7,7 @@ import torch
 from atoll.cluster import report
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import imbalance, to_html
-from atoll.cluster.report_rows import Kept, Row
+from atoll.cluster.report_rows import ReportRow, ReportRows
 
 EVIL = "<script>alert(1)</script>"
 
@@ -23,16 +23,16 @@ def card(counts=(30, 10), method="free", codec=None) -> dict:
     }  # fmt: skip
 
 
-def kept(side: int = 8) -> Kept:
-    g, rows = torch.Generator().manual_seed(0), Kept(2, 0)
+def kept(side: int = 8) -> ReportRows:
+    g, rows = torch.Generator().manual_seed(0), ReportRows(2, 0)
     for i in range(12):
-        row = Row(i, f"k{i}", EVIL, "train", i % 2, 0.1 * i, torch.randn(3, side, side + 2, generator=g).half())
+        row = ReportRow(i, f"k{i}", EVIL, "train", i % 2, 0.1 * i, torch.randn(3, side, side + 2, generator=g).half())
         rows.nearest[i % 2].offer([row])
         rows.random[i % 2].offer([replace(row, score=12 - i)])
     return rows
 
 
-def page(card: dict, rows: Kept) -> str:
+def page(card: dict, rows: ReportRows) -> str:
     with Workers() as workers:
         return to_html(card, rows, workers, lambda note: None)
 
@@ -43,12 +43,12 @@ def test_the_page_needs_nothing_else_and_executes_nothing() -> None:
     assert "http" not in html.replace("https://", "http")
     assert set(re.findall(r'src="([^"]{10})', html)) == {"data:image"}
     assert html.count("<img") == 4
-    assert "6 pictures of cluster 1, nearest the centroid" in html
+    assert "6 images of cluster 1, nearest the centroid" in html
     for told in ("75.0%", "0.25", "not defined", "3 images have a zero vector"):
         assert told in html
 
 
-def test_large_pictures_are_reduced_and_small_ones_are_kept_exact() -> None:
+def test_large_images_are_reduced_and_small_ones_are_kept_exact() -> None:
     assert page(card(), kept(8)).count("data:image/png") == 4
     large = page(card(), kept(300))
     assert large.count("data:image/webp") == 4
@@ -65,7 +65,7 @@ def test_a_codec_that_cannot_be_found_is_told(tmp_path) -> None:
     codec = {"name": "taef2", "weights": str(tmp_path / "nothing"), "sha256": "0" * 64}
     html = page(card(codec=codec), kept())
     assert "<img" not in html
-    assert "No pictures:" in html
+    assert "No images:" in html
     assert "nothing" in html
 
 

@@ -146,7 +146,7 @@ def test_held_out_images_have_no_say(tmp_path, encoded) -> None:
 
 @pytest.mark.parametrize("method", ["balanced", "free"])
 def test_the_same_bytes_whatever_the_number_of_threads(tmp_path, method) -> None:
-    """Each picture is there four times, as a letter is in several scripts: then the last bit of a sum decides."""
+    """Each image is there four times, as a letter is in several scripts: then the last bit of a sum decides."""
     feature = torch.rand(500, 256, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
     with ShardWriter(tmp_path / "encoded", CARD, shard_rows=900) as writer:
         columns = {"latent": torch.zeros(2000, 1, 1, 2), "feature": feature}
@@ -304,7 +304,7 @@ def test_where_the_weights_lie_does_not_change_the_assignment(tmp_path, encoded)
     assert here != assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "b"})
 
 
-def test_blank_pictures_stay_together(tmp_path) -> None:
+def test_blank_images_stay_together(tmp_path) -> None:
     feature = F.normalize(torch.rand(60, 4, generator=torch.Generator().manual_seed(0)) - 0.5)
     feature[::7] = 0
     with ShardWriter(tmp_path / "encoded", CARD) as writer:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from atoll.cluster.sampling import below, draw, hash_keys, smallest
 
-KEYS = [f"picture {i}" for i in range(20_000)]
+KEYS = [f"image {i}" for i in range(20_000)]
 
 
 def test_a_hash_of_the_key_alone() -> None:

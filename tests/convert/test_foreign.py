@@ -264,7 +264,7 @@ def test_keys_that_switch_nothing_on_are_passed_over(pixart, tmp_path) -> None:
     assert "num_vector_embeds" not in read_card(keep(pixart[1], tmp_path / "e", condition=HASH), "expert")["network"]
 
 
-def test_a_pixart_that_is_told_the_pictures_size(tmp_path) -> None:
+def test_a_pixart_that_is_told_the_images_size(tmp_path) -> None:
     theirs, source = saved(tmp_path / "pixart", **PIXART | {"use_additional_conditions": True})
     out = keep(source, tmp_path / "e", condition=HASH)
     assert read_card(out, "expert")["network"]["pixels"] == [8 * SIDE, 8 * SIDE]  # of an autoencoder of factor 8

@@ -32,12 +32,12 @@ def manifest(data="flips: false", scale=2.0):
     return parse_manifest(MANIFEST.format(data=data, scale=scale), "here")
 
 
-def pictures(seed=0):
+def noise_images(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (COUNT, 1, SIZE, SIZE), dtype=np.uint8)
 
 
 class Noise(Source):
-    """Random pictures in four blocks, the second of them empty. `changed`: samples that stand for others, by number."""
+    """Noise images in four blocks, the second of them empty. `changed`: samples that stand for others, by number."""
 
     name = "noise"
 
@@ -54,7 +54,7 @@ class Noise(Source):
             if n == self.breaks_at:
                 raise RuntimeError("the plug was pulled")
             split = "val" if n % 4 == 1 else "train"
-            yield self.changed.get(n, Raw(f"k{n}", pictures(self.seed)[n], f"picture {n}", split))
+            yield self.changed.get(n, Raw(f"k{n}", noise_images(self.seed)[n], f"image {n}", split))
 
     def config(self) -> dict[str, Any]:
         return {"name": "noise"}
@@ -87,10 +87,10 @@ def test_what_is_written(tmp_path, encode) -> None:
     assert f"{COUNT} images" in encode(progress=lambda *news: told.append(news))
     shards = Shards(tmp_path / "run" / "encoded", verify=True)
     assert shards.keys == [f"k{n}" for n in range(COUNT)]
-    assert shards.captions == [f"picture {n}" for n in range(COUNT)]
+    assert shards.captions == [f"image {n}" for n in range(COUNT)]
     assert shards.rows("val").tolist() == [n for n in range(COUNT) if n % 4 == 1]
     latent, feature = (shards.read(name, slice(None)) for name in ("latent", "feature"))
-    images = torch.from_numpy(pictures()).float() / 255
+    images = torch.from_numpy(noise_images()).float() / 255
     assert (latent.dtype, feature.dtype) == (torch.float16, torch.float32)
     torch.testing.assert_close(PixelCodec(1, 0.0, 2.0).decode(latent.float()), images, rtol=0, atol=1e-3)
     torch.testing.assert_close(feature, Hog(3, 2)(images))
@@ -138,7 +138,7 @@ def test_the_same_encoding_is_not_made_again(encode) -> None:
     [
         ({"settings": manifest(scale=3.0)}, "with codec"),
         ({"source": Noise(seed=1)}, "with source"),
-        ({"settings": manifest("flips: true")}, "with pictures"),
+        ({"settings": manifest("flips: true")}, "with images"),
     ],
 )
 def test_another_encoding_is_not_replaced_unasked(tmp_path, encode, other, said) -> None:
@@ -196,13 +196,13 @@ def test_one_process_at_a_time(encode) -> None:
 
 
 def test_what_cannot_be_used_is_listed_and_the_rest_kept(tmp_path, encode) -> None:
-    same = pictures()[3]
+    same = noise_images()[3]
     changed = {
         2: Skipped("k2", "truncated: it ends after 12 bytes"),
-        8: Raw("k8", same, "the same picture", "train"),  # in another block than k3
-        9: Raw("k1", pictures(9)[0], "the same key", "train"),
-        12: Raw("k12", pictures(9)[0], "the pixels of what was dropped for its key", "train"),
-        14: Raw("k14", pictures(9)[1], "", "train"),
+        8: Raw("k8", same, "the same image", "train"),  # in another block than k3
+        9: Raw("k1", noise_images(9)[0], "the same key", "train"),
+        12: Raw("k12", noise_images(9)[0], "the pixels of what was dropped for its key", "train"),
+        14: Raw("k14", noise_images(9)[1], "", "train"),
     }
     said = encode(Noise(changed=changed), max_skipped=0.1)
     out = tmp_path / "run" / "encoded"
@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_listed_and_the_rest_kept(tmp_path, encode) -> No
     }
     shards = Shards(out, verify=True)
     assert shards.keys == [f"k{n}" for n in range(COUNT) if n not in (2, 8, 9)]
-    images = torch.from_numpy(np.stack([pictures()[n] for n in (0, 10)])).float() / 255
+    images = torch.from_numpy(np.stack([noise_images()[n] for n in (0, 10)])).float() / 255
     rows = torch.tensor([shards.keys.index("k0"), shards.keys.index("k10")])
     torch.testing.assert_close(shards.read("feature", rows), Hog(3, 2)(images))
     counts = {"good": COUNT - 3, "uncaptioned": 1, "skipped": {"duplicate": 1, "repeated key": 1, "truncated": 1}}
@@ -224,7 +224,7 @@ def test_what_cannot_be_used_is_listed_and_the_rest_kept(tmp_path, encode) -> No
 
 
 def test_duplicates_may_be_kept(tmp_path, encode) -> None:
-    changed = {8: Raw("k8", pictures()[3], "the same picture", "train")}
+    changed = {8: Raw("k8", noise_images()[3], "the same image", "train")}
     encode(Noise(changed=changed), settings=manifest("duplicates: keep"))
     assert len(Shards(tmp_path / "run" / "encoded")) == COUNT
 
@@ -259,11 +259,11 @@ def test_a_latent_that_is_not_finite_is_no_good_sample(tmp_path, encode) -> None
 
 
 def test_nothing_good_is_an_error(encode) -> None:
-    with pytest.raises(AtollError, match="no pictures that can be used"):
+    with pytest.raises(AtollError, match="no images that can be used"):
         encode(Noise(changed={n: Skipped(f"k{n}", "x") for n in range(COUNT)}), max_skipped=1)
 
 
-def test_mirrored_pictures_are_a_column(tmp_path, encode) -> None:
+def test_mirrored_images_are_a_column(tmp_path, encode) -> None:
     encode(settings=manifest("flips: true"))
     shards = Shards(tmp_path / "run" / "encoded")
     assert torch.equal(shards.read("latent_flip", slice(None)), shards.read("latent", slice(None)).flip(-1))

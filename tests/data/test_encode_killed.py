@@ -27,18 +27,18 @@ experts: [{{cluster: 0, objective: {{prediction: flow, schedule: linear}}}}]
 """
 
 
-def write_pictures(path: Path) -> None:
+def write_images(path: Path) -> None:
     """Some are too small, some are duplicates of others far away."""
     random_numbers = np.random.default_rng(0)
-    pictures = []
+    images = []
     for row in range(ROWS):
         side = 2 if row % 61 == 7 else 12
         pixels = random_numbers.integers(0, 256, (side, side, 3), dtype=np.uint8)
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "png")
-        pictures.append(pictures[row - 100] if row % 53 == 52 and row > 100 else sink.getvalue())
-    names = [f"picture {row}" for row in range(ROWS)]
-    pq.write_table(pa.table({"name": names, "image": pictures, "caption": names}), path, row_group_size=40)
+        images.append(images[row - 100] if row % 53 == 52 and row > 100 else sink.getvalue())
+    names = [f"image {row}" for row in range(ROWS)]
+    pq.write_table(pa.table({"name": names, "image": images, "caption": names}), path, row_group_size=40)
 
 
 def start(run: Path, *options: str) -> subprocess.Popen:
@@ -47,9 +47,9 @@ def start(run: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
-def new_run(path: Path, pictures: Path) -> Path:
+def new_run(path: Path, images: Path) -> Path:
     path.mkdir()
-    (path / "atoll.yaml").write_text(MANIFEST.format(path=pictures, block=BLOCK))
+    (path / "atoll.yaml").write_text(MANIFEST.format(path=images, block=BLOCK))
     return path
 
 
@@ -63,10 +63,10 @@ def content(path: Path) -> dict[str, bytes]:
     ids=["thrice", "at every block"],
 )
 def test_killed_and_resumed_equals_never_killed(tmp_path, blocks) -> None:
-    write_pictures(tmp_path / "pictures.parquet")
-    whole = new_run(tmp_path / "whole", tmp_path / "pictures.parquet")
+    write_images(tmp_path / "images.parquet")
+    whole = new_run(tmp_path / "whole", tmp_path / "images.parquet")
     assert start(whole).wait() == 0
-    run = new_run(tmp_path / "run", tmp_path / "pictures.parquet")
+    run = new_run(tmp_path / "run", tmp_path / "images.parquet")
     partial, delay = run / "encoded.partial", random.Random(len(blocks))
     for wanted in blocks:
         before = {file.name: file.stat().st_mtime_ns for file in partial.glob("[0-9]*.parquet")}

@@ -5,15 +5,15 @@ import pytest
 from atoll.data.encode import encode_run
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
-from tests.data.test_encode_killed import content, new_run, write_pictures
+from tests.data.test_encode_killed import content, new_run, write_images
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
 
 def test_ray_gives_the_same_bytes(tmp_path) -> None:
-    write_pictures(tmp_path / "pictures.parquet")
-    here = new_run(tmp_path / "here", tmp_path / "pictures.parquet")
-    there = new_run(tmp_path / "there", tmp_path / "pictures.parquet")
+    write_images(tmp_path / "images.parquet")
+    here = new_run(tmp_path / "here", tmp_path / "images.parquet")
+    there = new_run(tmp_path / "there", tmp_path / "images.parquet")
     encode_run(here, load_manifest(here), workers=0)
     told = []
     encode_run(there, load_manifest(there), on="ray", progress=lambda *news: told.append(news))

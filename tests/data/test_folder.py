@@ -49,7 +49,7 @@ def lines(*records) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def test_pictures_with_sidecars(tmp_path) -> None:
+def test_images_with_sidecars(tmp_path) -> None:
     put(
         tmp_path, b_JPG="1", b_txt=" a  cat\n", a__z_png="2", a__z_txt="a dog\non two\r\nlines\n", c_webp="3", d_pdf="4"
     )
@@ -92,7 +92,7 @@ def test_metadata_jsonl(tmp_path) -> None:
         "d.jpg": "",  # a line says that it has none
         "deep/a.jpg": "",
         "deep/in/b.jpg": "six",
-        "x/named.dat": "seven",  # named, so it is a picture whatever its extension
+        "x/named.dat": "seven",  # named, so it is an image whatever its extension
     }
 
 
@@ -138,8 +138,8 @@ def test_what_metadata_says_wrong_is_skipped_and_nothing_else(tmp_path) -> None:
         "metadata.jsonl:6": "metadata: this line is no JSON",
         "metadata.jsonl:7": "metadata: no file_name in this line; it has file_name",
         "metadata.jsonl:10": "metadata: names a.jpg again",
-        "gone/x.jpg": "picture: metadata.jsonl:8 names gone/x.jpg, which is not there",
-        "../a.jpg": "picture: metadata.jsonl:9 names ../a.jpg, which is not there",
+        "gone/x.jpg": "image: metadata.jsonl:8 names gone/x.jpg, which is not there",
+        "../a.jpg": "image: metadata.jsonl:9 names ../a.jpg, which is not there",
     }
     assert "first in metadata.jsonl:1" in reasons["metadata.jsonl:10"]
 
@@ -175,7 +175,7 @@ def test_captions_in_another_encoding_are_skipped_or_named(tmp_path) -> None:
     assert (found["b.jpg"], found["d.jpg"]) == ("café", "café")
 
 
-def test_pictures_without_a_key_or_split_are_skipped(tmp_path) -> None:
+def test_images_without_a_key_or_split_are_skipped(tmp_path) -> None:
     put(tmp_path, a_jpg="1", b_jpg="2", c_jpg="3", d_jpg="4")
     records = [{"file_name": "a.jpg", "id": 7}, {"file_name": "b.jpg", "other": 1}, {"file_name": "c.jpg", "id": None}]
     write(tmp_path, "metadata.jsonl", lines(*records))
@@ -184,7 +184,7 @@ def test_pictures_without_a_key_or_split_are_skipped(tmp_path) -> None:
     assert [(sample.key, sample.reason) for sample in bad] == [
         ("b.jpg", "no column 'id' in metadata.jsonl:2"),
         ("c.jpg", "key: is None, expected text or a whole number"),
-        ("d.jpg", "metadata: no line names this picture, so its key or split is unknown"),
+        ("d.jpg", "metadata: no line names this image, so its key or split is unknown"),
     ]
 
 
@@ -211,13 +211,13 @@ def test_errors(tmp_path, metadata, options, said) -> None:
 
 def test_nothing_found(tmp_path) -> None:
     put(tmp_path, a_tar="", b_tar="", c_txt="")
-    with pytest.raises(AtollError, match=r"no pictures found; looked for \.jpg, .* there are files: 2 of \.tar, 1 of"):
+    with pytest.raises(AtollError, match=r"no images found; looked for \.jpg, .* there are files: 2 of \.tar, 1 of"):
         read(tmp_path)
     with pytest.raises(AtollError, match=r"a\.tar: is a file; expected a directory"):
         read(tmp_path / "a.tar")
 
 
-def test_a_picture_that_cannot_be_read_is_skipped(tmp_path) -> None:
+def test_an_image_that_cannot_be_read_is_skipped(tmp_path) -> None:
     put(tmp_path, a_jpg="1", b_jpg="2", c_jpg="3", c_txt="x")
     os.symlink("nowhere", tmp_path / "d.jpg")
     source = Folder(settings(tmp_path))
@@ -307,7 +307,7 @@ def test_urls_and_lists(tmp_path) -> None:
 
 
 def test_fuzz(tmp_path) -> None:
-    """Mutated metadata raises nothing but AtollError, and every picture is given or skipped, once."""
+    """Mutated metadata raises nothing but AtollError, and every image is given or skipped, once."""
     for number in range(8):
         write(tmp_path, f"{number}.jpg", str(number))
     records = [{"file_name": f"{number}.jpg", "text": f"café {number}"} for number in range(8)]
@@ -338,8 +338,8 @@ def test_fuzz(tmp_path) -> None:
         (tmp_path / name).unlink()
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real pictures are not here")
-def test_real_pictures(tmp_path) -> None:
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
+def test_real_images(tmp_path) -> None:
     """Flowers, written as a Hugging Face imagefolder and read back."""
     table = pq.read_table(REAL / "flowers128.parquet", columns=["image_bytes", "caption"]).slice(0, 60).to_pylist()
     for number, row in enumerate(table):

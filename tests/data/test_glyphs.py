@@ -53,7 +53,7 @@ def test_every_face_has_words_of_its_own() -> None:
     assert len({face.words for face in FACES}) == len({face.file for face in FACES}) == len(FACES) == 18
 
 
-def test_pictures_are_black_on_white_and_centred(demo) -> None:
+def test_images_are_black_on_white_and_centred(demo) -> None:
     for caption, (_, _, image) in demo.items():
         assert (image.shape, image.dtype) == ((1, 16, 16), np.uint8)
         assert image.min() < 0.75 * 255, caption

@@ -1,4 +1,4 @@
-"""Pictures of every kind against what they must look like; and a clear line for each that cannot be used."""
+"""Images of every kind against what they must look like; and a clear line for each that cannot be used."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from atoll.data import image as picture_module
+from atoll.data import image as image_module
 from atoll.data.image import Framing, Unusable, frame
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +19,9 @@ DATA = ROOT.parent / "shared" / "data"
 SQUARE = Framing(size=8, channels=3, smallest_side=1)
 
 
-def save(picture: Image.Image, kind: str, **options) -> bytes:
+def save(image: Image.Image, kind: str, **options) -> bytes:
     sink = io.BytesIO()
-    picture.save(sink, kind, **options)
+    image.save(sink, kind, **options)
     return sink.getvalue()
 
 
@@ -42,17 +42,17 @@ def png(width: int, height: int, depth: int, colour: int, rows: list[bytes], *ex
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-def published_crop(picture: Image.Image, size: int) -> np.ndarray:
+def published_crop(image: Image.Image, size: int) -> np.ndarray:
     """The crop as its papers tell it, said once more: halve (box) to under twice the size, bicubic, central square."""
-    width, height = picture.size
+    width, height = image.size
     while min(width, height) // 2 >= size:
         width, height = width // 2, height // 2
-        picture = picture.resize((width, height), resample=Image.Resampling.BOX)
+        image = image.resize((width, height), resample=Image.Resampling.BOX)
     if width < height:
         width, height = size, round(height * size / width)
     else:
         width, height = round(width * size / height), size
-    pixels = np.asarray(picture.resize((width, height), resample=Image.Resampling.BICUBIC))
+    pixels = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
     return pixels[(height - size) // 2 :, (width - size) // 2 :][:size, :size].transpose(2, 0, 1)
 
 
@@ -123,7 +123,7 @@ def test_orientation(kind, orientation) -> None:
 @pytest.mark.parametrize(
     "exif", [b"", b"rubbish", b"MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40, b"II*\0\x08\0\0\0\x01\0\x12\x01"]
 )
-def test_unreadable_exif_leaves_a_good_picture(exif) -> None:
+def test_unreadable_exif_leaves_a_good_image(exif) -> None:
     source = smooth(24, 17)
     data = save(source, "JPEG", exif=b"Exif\0\0" + exif)
     assert np.array_equal(frame(data, SQUARE), frame(save(source, "JPEG"), SQUARE))
@@ -206,17 +206,17 @@ def test_animations_are_refused(kind) -> None:
         frame(animation(kind), SQUARE)
 
 
-def test_of_a_phones_mpo_the_first_picture_is_taken() -> None:
+def test_of_a_phones_mpo_the_first_image_is_taken() -> None:
     data = animation("MPO")
     assert Image.open(io.BytesIO(data)).n_frames == 2
     assert np.array_equal(frame(data, SQUARE), frame(save(smooth(16, 12), "JPEG"), SQUARE))
 
 
-PICTURE = smooth(40, 30)
+IMAGE = smooth(40, 30)
 
 
 def cut(kind: str, keep: float, **options) -> bytes:
-    data = save(PICTURE, kind, **options)
+    data = save(IMAGE, kind, **options)
     return data[: int(keep * len(data))]
 
 
@@ -232,12 +232,12 @@ def cut(kind: str, keep: float, **options) -> bytes:
         (b"BM", "damaged: its header"),
         (b"II*\0", "cannot be decoded|damaged"),
         (cut("JPEG", 0.9), "truncated"),
-        (save(PICTURE, "JPEG")[:-2], "truncated: its end of image"),
+        (save(IMAGE, "JPEG")[:-2], "truncated: its end of image"),
         (cut("JPEG", 0.9, progressive=True), "truncated"),
         (cut("PNG", 0.5), "truncated"),
-        (save(PICTURE, "PNG")[:-12], r"truncated: its end \(IEND\)"),
+        (save(IMAGE, "PNG")[:-12], r"truncated: its end \(IEND\)"),
         (cut("WEBP", 0.99), r"truncated: \d+ of \d+ bytes"),
-        (save(PICTURE, "GIF")[:-1], "truncated: the GIF's trailer"),
+        (save(IMAGE, "GIF")[:-1], "truncated: the GIF's trailer"),
         (cut("BMP", 0.9), "cannot be decoded: image file is truncated"),
         (cut("TIFF", 0.9), "truncated"),
         (png(8, 8, 8, 0, [bytes(8)] * 7), "end early"),
@@ -247,7 +247,7 @@ def cut(kind: str, keep: float, **options) -> bytes:
         (png(8, 8, 8, 0, [bytes(8)] * 8, chunk(b"IHDR", bytes(13))), "one header"),
         (png(8, 8, 8, 0, [bytes(8)] * 8, chunk(b"tEXt", b"a\0b")[:-1] + b"!"), "checksum of the PNG chunk at byte 33"),
         (png(8, 8, 8, 5, [bytes(8)] * 8), "cannot be decoded"),
-        (save(PICTURE, "PNG").replace(b"IHDR", b"IHDX"), "checksum"),
+        (save(IMAGE, "PNG").replace(b"IHDR", b"IHDX"), "checksum"),
     ],
 )
 def test_damage_is_named(data, said) -> None:
@@ -257,7 +257,7 @@ def test_damage_is_named(data, said) -> None:
 
 
 def test_a_jpeg_with_a_lost_restart_marker() -> None:
-    data = save(PICTURE, "JPEG", restart_marker_blocks=2)
+    data = save(IMAGE, "JPEG", restart_marker_blocks=2)
     frame(data, SQUARE)
     with pytest.raises(Unusable, match="restart markers"):
         frame(data.replace(b"\xff\xd0", b"\x00\x00"), SQUARE)
@@ -265,15 +265,15 @@ def test_a_jpeg_with_a_lost_restart_marker() -> None:
 
 def test_a_jpeg_with_a_marker_inside_its_coded_data() -> None:
     """A well-formed segment of a reserved kind: libjpeg takes it for the end of the data, and fills up with grey."""
-    data = save(PICTURE, "JPEG")
+    data = save(IMAGE, "JPEG")
     middle = (data.index(b"\xff\xda") + len(data)) // 2
     with pytest.raises(Unusable, match=f"a JPEG marker that cannot be there, at byte {middle}"):
         frame(data[:middle].rstrip(b"\xff") + b"\xff\x37\0\2" + data[-2:], SQUARE)
 
 
-def test_what_follows_the_end_of_a_picture_is_ignored() -> None:
+def test_what_follows_the_end_of_an_image_is_ignored() -> None:
     for kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        data = save(PICTURE, kind)
+        data = save(IMAGE, kind)
         assert np.array_equal(frame(data + b"\0\xff\0trailer", SQUARE), frame(data, SQUARE))
 
 
@@ -302,10 +302,10 @@ def test_giants_are_refused_before_they_are_decoded(side, kind) -> None:
     if kind == "PNG":
         data = png(side, side, 1, 0, [], pixels=zlib.compress(bytes(99)))
     elif kind == "BMP":
-        data = bytearray(save(PICTURE, "BMP"))
+        data = bytearray(save(IMAGE, "BMP"))
         data[18:26] = struct.pack("<ii", side, side)
     else:
-        data = bytearray(save(PICTURE, "GIF"))
+        data = bytearray(save(IMAGE, "GIF"))
         data[6:10] = struct.pack("<HH", min(side, 65535), min(side, 65535))
     with pytest.raises(Unusable, match=r"pixels; at most 150 million|more than the 150 million"):
         frame(bytes(data), SQUARE)
@@ -319,8 +319,8 @@ def test_compressed_nothing_without_end_is_not_unpacked(monkeypatch) -> None:
         unpacked += (length := original(stream, piece, limit))
         return length
 
-    original = picture_module._inflate
-    monkeypatch.setattr(picture_module, "_inflate", inflate)
+    original = image_module._inflate
+    monkeypatch.setattr(image_module, "_inflate", inflate)
     with pytest.raises(Unusable, match="too many"):
         frame(png(8, 8, 8, 0, [], pixels=zlib.compress(bytes(50_000_000))), SQUARE)
     assert unpacked < 3_000_000
@@ -332,7 +332,7 @@ def test_long_and_narrow(width, height) -> None:
 
 
 def test_too_long_to_be_enlarged(monkeypatch) -> None:
-    monkeypatch.setattr(picture_module, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(image_module, "MAX_PIXELS", 100_000)
     with pytest.raises(Unusable, match="1 x 5000 pixels: too long and narrow to be enlarged to 8"):
         frame(save(smooth(1, 5000), "PNG"), SQUARE)
 
@@ -344,7 +344,7 @@ def test_whatever_pillow_raises_is_one_line(monkeypatch, error) -> None:
 
     monkeypatch.setattr(Image, "open", explode)
     with pytest.raises(Unusable, match=r"^cannot be decoded: \S.*\S$"):
-        frame(save(PICTURE, "PNG"), SQUARE)
+        frame(save(IMAGE, "PNG"), SQUARE)
 
 
 @pytest.mark.parametrize("framing", [(0, 3, 1), (8, 2, 1), (8, 3, 0)])
@@ -376,7 +376,7 @@ def test_it_needs_no_torch() -> None:
         ("emoji64.parquet", "image_webp", 64),
     ],
 )
-def test_real_pictures_are_taken(file, column, size) -> None:
+def test_real_images_are_taken(file, column, size) -> None:
     if not (DATA / file).is_file():
         pytest.skip(f"no {DATA / file}")
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""Damaged files: a picture of the right shape or Unusable, never anything else; and where damage can be seen, it is."""
+"""Damaged files: an image of the right shape or Unusable, never anything else; and where damage can be seen, it is."""
 
 import io
 import random
@@ -16,7 +16,7 @@ FRAMING = Framing(size=24, channels=3, smallest_side=8)
 EACH = 100  # damaged files of each kind
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Smooth, with a little noise: no two blocks are alike."""
     g = np.random.default_rng(5)
     ground = Image.fromarray(g.integers(0, 256, (5, 4, 3), dtype=np.uint8)).resize((52, 37), Image.Resampling.BICUBIC)
@@ -30,7 +30,7 @@ def save(source: Image.Image, kind: str, **options) -> bytes:
 
 
 def make() -> dict[str, bytes]:
-    source, exif = picture(), Image.Exif()
+    source, exif = image(), Image.Exif()
     exif[0x0112] = 6
     deep = Image.fromarray(np.asarray(source.convert("L")).astype(np.uint16) * 257)
     files = {
@@ -158,7 +158,7 @@ def test_coded_data_that_end_early_before_an_end_mark(name) -> None:
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_whole_jpegs_pass_whatever_bit_they_end_at(mode, subsampling) -> None:
-    source = picture()
+    source = image()
     for size in range(8, 37):
         part = source.crop((0, 0, size + 3, size)).convert(mode)
         data = save(part, "JPEG", quality=40 + size, subsampling=subsampling, optimize=size % 2 == 0)

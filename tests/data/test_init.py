@@ -69,9 +69,9 @@ def test_the_demo_may_begin_again_with_the_same_and_nothing_else(tmp_path) -> No
 @pytest.mark.parametrize(
     ("recipe", "data", "message"),
     [
-        (None, "nowhere", r"nowhere: cannot be listed \(it is not there\); expected pictures, tars or parquet files"),
-        (None, "empty", r"empty: no pictures, tars or parquet files found.*there is nothing"),
-        ("demo", "data", r"demo.yaml: its data section has no path to set; .*take --recipe pictures"),
+        (None, "nowhere", r"nowhere: cannot be listed \(it is not there\); expected images, tars or parquet files"),
+        (None, "empty", r"empty: no images, tars or parquet files found.*there is nothing"),
+        ("demo", "data", r"demo.yaml: its data section has no path to set; .*take --recipe images"),
         ("nothing", None, r"no recipe 'nothing'; expected one of .*demo"),
         ("broken.yaml", "data", r"broken.yaml: not YAML"),
         ("list.yaml", "data", r"list.yaml: its data section has no path and no source to set"),
@@ -91,7 +91,7 @@ def test_what_cannot_be_begun_is_told_and_nothing_is_written(tmp_path, monkeypat
 
 @given(st.text(min_size=1))
 def test_any_path_is_written_as_it_is(path) -> None:
-    text = recipe_path("pictures").read_text()
+    text = recipe_path("images").read_text()
     written = _with_data(text, "here", {"source": "parquet", "path": path})
     data = parse_manifest(written, "here").data
     assert (data.source, data.path) == ("parquet", path)

@@ -103,9 +103,9 @@ def test_urls(memory, tmp_path) -> None:
 
 def test_directories_only(tmp_path) -> None:
     put(tmp_path, "a.jpg", "b/a.txt")
-    assert list(locate(str(tmp_path), "pictures").sizes) == ["a.jpg", "b/a.txt"]
-    with pytest.raises(AtollError, match=r"a\.jpg: is a file; expected a directory that holds pictures"):
-        locate(str(tmp_path / "a.jpg"), "pictures")
+    assert list(locate(str(tmp_path), "images").sizes) == ["a.jpg", "b/a.txt"]
+    with pytest.raises(AtollError, match=r"a\.jpg: is a file; expected a directory that holds images"):
+        locate(str(tmp_path / "a.jpg"), "images")
 
 
 def test_variables_are_told(tmp_path, monkeypatch) -> None:

@@ -19,15 +19,15 @@ from atoll.manifest import DataSettings
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 
-def picture(number: int) -> bytes:
-    """Not a picture, which sources do not look at; of a length of its own."""
+def image_bytes(number: int) -> bytes:
+    """Not an image, which sources do not look at; of a length of its own."""
     return random.Random(number).randbytes(100 + 7 * number)
 
 
 def table(count: int, start: int = 0) -> pa.Table:
     numbers = range(start, start + count)
     return pa.table(
-        {"label": list(numbers), "image": [picture(n) for n in numbers], "caption": [f"p {n}" for n in numbers]}
+        {"label": list(numbers), "image": [image_bytes(n) for n in numbers], "caption": [f"p {n}" for n in numbers]}
     )
 
 
@@ -60,7 +60,7 @@ def test_every_row_once_whatever_the_blocks(tmp_path, block) -> None:
         found += samples
     assert [raw.key for raw in found] == [f"b.parquet:{n}" for n in range(25)] + [f"in/a.parquet:{n}" for n in range(4)]
     for number, raw in enumerate(found):
-        assert (raw.image, raw.caption) == (picture(number), f"p {number}")
+        assert (raw.image, raw.caption) == (image_bytes(number), f"p {number}")
 
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 20))
@@ -88,8 +88,8 @@ def test_small_row_groups_are_read_together() -> None:
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "struct", "path", "dictionary"])
 def test_kinds_of_columns(tmp_path, kind) -> None:
-    pictures, captions = [picture(number) for number in range(3)], pa.array(["a", "b", "c"])
-    column = pa.array(pictures)
+    images, captions = [image_bytes(number) for number in range(3)], pa.array(["a", "b", "c"])
+    column = pa.array(images)
     if kind in ("struct", "path"):  # an Image feature of Hugging Face
         where = pa.array(["x.png", None, "z.png"])
         fields = {"bytes": column, "path": where} if kind == "path" else {"bytes": column}
@@ -100,7 +100,7 @@ def test_kinds_of_columns(tmp_path, kind) -> None:
     else:
         captions = captions.dictionary_encode()
     found = one(tmp_path, {"n": [1, 2, 3], "x": column, "text": captions}, key="n")
-    assert [(raw.image, raw.caption, raw.key) for raw in found] == list(zip(pictures, "abc", "123", strict=True))
+    assert [(raw.image, raw.caption, raw.key) for raw in found] == list(zip(images, "abc", "123", strict=True))
 
 
 def test_columns_by_name(tmp_path) -> None:
@@ -121,7 +121,7 @@ def test_columns_by_name(tmp_path) -> None:
 
 
 def test_captions_in_bytes(tmp_path) -> None:
-    """A column of bytes that is named as captions is not one of pictures."""
+    """A column of bytes that is named as captions is not one of images."""
     columns = {"x": [b"1", b"2"], "raw": ["café".encode(), b" r "]}
     assert [(raw.image, raw.caption) for raw in one(tmp_path, columns, caption="raw")] == [(b"1", "café"), (b"2", "r")]
 
@@ -159,8 +159,8 @@ def test_bad_cells_are_skipped_alone(tmp_path) -> None:
     assert [raw.key for raw in found if isinstance(raw, Raw)] == ["0", "5"]
     assert [(bad.key, bad.reason) for bad in found if isinstance(bad, Skipped)] == [
         ("1", "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding"),
-        ("2", "picture: null"),
-        ("3", "picture: a path (x/y.png), no bytes"),
+        ("2", "image: null"),
+        ("3", "image: a path (x/y.png), no bytes"),
         ("a.parquet:4", "key: is None, expected text or a whole number"),
     ]
     assert read(tmp_path, encoding="latin-1")[1].caption == "café"
@@ -213,7 +213,7 @@ def test_a_file_without_a_footer_is_one_skipped_beside_the_others(tmp_path, cont
     assert bad.key == "0.parquet"
     assert bad.reason.startswith("parquet: ")
     assert "\n" not in bad.reason
-    assert [raw.image for raw in good] == [picture(n) for n in range(3)]
+    assert [raw.image for raw in good] == [image_bytes(n) for n in range(3)]
     (tmp_path / "a.parquet").unlink()
     assert [sample.key for sample in read(tmp_path)] == ["0.parquet"]
 
@@ -223,13 +223,13 @@ def test_damage_in_the_middle_loses_what_comes_after_in_its_block_only(tmp_path)
     pq.write_table(
         table(90), file, row_group_size=30, compression="none", use_dictionary=False, write_page_checksum=True
     )
-    at = file.read_bytes().index(picture(40))
+    at = file.read_bytes().index(image_bytes(40))
     data = bytearray(file.read_bytes())
     data[at] ^= 1
     file.write_bytes(data)
     samples = read(tmp_path, block=30)
     numbers = [*range(30), *range(60, 90)]
-    assert [raw.image for raw in samples if isinstance(raw, Raw)] == [picture(number) for number in numbers]
+    assert [raw.image for raw in samples if isinstance(raw, Raw)] == [image_bytes(number) for number in numbers]
     (bad,) = (sample for sample in samples if isinstance(sample, Skipped))
     assert bad.key == "a.parquet:30-60"
     assert "0 of 30 rows were read before that" in bad.reason
@@ -282,7 +282,7 @@ def test_elsewhere(tmp_path) -> None:
     sent = pickle.dumps((source, source.blocks()[7]))
     assert len(sent) < 3_000
     copy, block = pickle.loads(sent)
-    assert [raw.image for raw in copy.read(block)] == [picture(7), picture(8)]
+    assert [raw.image for raw in copy.read(block)] == [image_bytes(7), image_bytes(8)]
 
 
 def test_urls() -> None:
@@ -292,7 +292,7 @@ def test_urls() -> None:
     fs.pipe("/data/train.parquet", sink.getvalue().to_pybytes())
     try:
         samples = read("memory://data", block=2)
-        assert [raw.image for raw in samples] == [picture(number) for number in range(5)]
+        assert [raw.image for raw in samples] == [image_bytes(number) for number in range(5)]
         assert samples[3].key == "train.parquet:3"
     finally:
         fs.store.clear()
@@ -325,7 +325,7 @@ def test_fuzz(tmp_path, options) -> None:
     pq.write_table(table(40), tmp_path / "whole", row_group_size=10, write_page_checksum=True, **options)
     whole = (tmp_path / "whole").read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    originals = {(picture(number), f"p {number}") for number in range(40)}
+    originals = {(image_bytes(number), f"p {number}") for number in range(40)}
     damaged_columns: list[int] = []
     for seed in range(150):
         chance = random.Random(seed)
@@ -352,7 +352,7 @@ def test_fuzz(tmp_path, options) -> None:
     assert set(damaged_columns) <= {2}  # only a damaged footer can name other columns
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real pictures are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real images are not here")
 @pytest.mark.parametrize(
     ("path", "options", "rows", "held_out", "caption", "magic"),
     [
@@ -361,7 +361,7 @@ def test_fuzz(tmp_path, options) -> None:
         ("flowers128.parquet", {}, 3_670, None, "a photo of a dandelion", b"RIFF"),
     ],
 )
-def test_real_pictures(path, options, rows, held_out, caption, magic) -> None:
+def test_real_images(path, options, rows, held_out, caption, magic) -> None:
     source = Parquet(settings(REAL / path, **options))
     blocks = source.blocks()
     assert sum(block.samples for block in blocks) == rows

@@ -33,7 +33,7 @@ from atoll.data.image import Unusable
 def decode(data, framing):
     if data == b"kill": os.kill(os.getpid(), signal.SIGKILL)
     if data == b"exit": os._exit(3)
-    if data == b"bad": raise Unusable("no picture")
+    if data == b"bad": raise Unusable("no image")
     if data == b"bug": raise RuntimeError("a bug")
     if data == b"hang": import time; time.sleep(60)
     if data == b"talk": print("to stdout")
@@ -65,7 +65,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def mixed(count: int) -> Iterator[Raw | Skipped]:
-    """Pictures, among them arrays, damaged ones and such as their source skipped."""
+    """Images, among them arrays, damaged ones and such as their source skipped."""
     for i in range(count):
         if i % 11 == 4:
             yield Skipped(str(i), "no caption")
@@ -170,7 +170,7 @@ def test_large_files_travel_in_small_chunks(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("word", "how"), [(b"kill", "signal 9"), (b"exit", "exit code 3")])
-def test_a_picture_that_kills_its_process_is_skipped_and_no_other(decode, word, how) -> None:
+def test_an_image_that_kills_its_process_is_skipped_and_no_other(decode, word, how) -> None:
     files = [b"x" * (1 + i % 5) for i in range(3 * CHUNK)]
     files[3] = files[CHUNK + 1] = files[CHUNK + 2] = word
     with Decoders(FRAMING, 2, decode) as decoders:
@@ -194,9 +194,9 @@ def test_processes_killed_from_outside_are_replaced(decode, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bug_is_not_a_damaged_picture(decode, workers) -> None:
+def test_a_bug_is_not_a_damaged_image(decode, workers) -> None:
     with Decoders(FRAMING, workers, decode) as decoders:
-        assert next(decoders.frames([raw("a", b"bad")])) == Skipped("a", "no picture")
+        assert next(decoders.frames([raw("a", b"bad")])) == Skipped("a", "no image")
         with pytest.raises(RuntimeError, match="a bug"):
             list(decoders.frames([raw("a", b"bug")]))
 
@@ -232,7 +232,7 @@ def test_leaving_early_ends_the_processes_even_one_that_hangs(decode, tmp_path) 
     assert wait_until(lambda: not alive(int(note.read_text())))
 
 
-# A program that decodes; the picture "slow" keeps a process busy until the test is done with it.
+# A program that decodes; the image "slow" keeps a process busy until the test is done with it.
 PROGRAM = """
 import sys
 import numpy as np

@@ -28,8 +28,8 @@ def tar_bytes(*members: tuple[str, bytes], end: bool = True) -> bytes:
     return sink.getvalue() if end else sink.getvalue()[:whole]
 
 
-def picture(number: int) -> bytes:
-    """Not a picture, which sources do not look at; of a length of its own."""
+def image_bytes(number: int) -> bytes:
+    """Not an image, which sources do not look at; of a length of its own."""
     return random.Random(number).randbytes(700 + 61 * number)
 
 
@@ -37,9 +37,9 @@ def members(count: int, start: int = 0) -> list[tuple[str, bytes]]:
     """What img2dataset writes: 000000000.jpg, .json, .txt, ..."""
     found = []
     for number in range(start, start + count):
-        key, caption = f"{number:09d}", f"picture {number}"
+        key, caption = f"{number:09d}", f"image {number}"
         found += [
-            (f"{key}.jpg", picture(number)),
+            (f"{key}.jpg", image_bytes(number)),
             (f"{key}.json", json.dumps({"caption": f"json {number}", "key": key, "part": "test"}).encode()),
             (f"{key}.txt", caption.encode()),
         ]
@@ -77,7 +77,7 @@ def test_what_img2dataset_writes(tmp_path) -> None:
     ]
     for part in found:
         for number, raw in enumerate(part):
-            assert (raw.image, raw.caption) == (picture(number), f"picture {number}")
+            assert (raw.image, raw.caption) == (image_bytes(number), f"image {number}")
 
 
 def test_as_webdataset_reads_it(tmp_path) -> None:
@@ -93,7 +93,7 @@ def test_as_webdataset_reads_it(tmp_path) -> None:
     assert ours["a/2"] is None  # its extension is b.png
 
 
-def test_caption_and_picture_by_extension(tmp_path) -> None:
+def test_caption_and_image_by_extension(tmp_path) -> None:
     found = [("1.mask.png", b"m"), ("1.png", b"p"), ("1.webp", b"w"), ("1.cls", b"7"), ("1.txt", b"text")]
     found += [("1.json", b'{"caption": "json", "CAPTION": 3}')]
     assert [(raw.image, raw.caption) for raw in one(tmp_path, *found)] == [(b"p", "text")]
@@ -120,7 +120,7 @@ def test_splits_and_keys(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("found", "options", "key", "said"),
     [
-        ([("1.txt", b"only"), ("1.cls", b"0")], {}, "a/1", r"picture: none among its members \(txt, cls\).*jpg"),
+        ([("1.txt", b"only"), ("1.cls", b"0")], {}, "a/1", r"image: none among its members \(txt, cls\).*jpg"),
         ([("README", b"x")], {}, "a/README", "members .no extension."),
         ([("1.jpg", b"x"), ("1.txt", b"caf\xe9")], {}, "a/1", r"caption: not utf-8 \(byte 0xe9 at 3\)"),
         ([("1.jpg", b"x"), ("1.json", b"{")], {}, "a/1", "json: cannot be parsed"),
@@ -163,7 +163,7 @@ def boundaries() -> tuple[bytes, list[int]]:
 
 def test_a_cut_gives_what_is_complete_before_it(tmp_path) -> None:
     whole, ends = boundaries()
-    good = {f"a/{number:09d}": picture(number) for number in range(4)}
+    good = {f"a/{number:09d}": image_bytes(number) for number in range(4)}
     # at every boundary of 512 bytes, and one byte beside it
     for cut in sorted({max(0, at + beside) for at in range(0, ends[-1] + 513, 512) for beside in (-1, 0, 1)}):
         (tmp_path / "a.tar").write_bytes(whole[:cut])
@@ -186,7 +186,7 @@ def test_a_damaged_header_does_not_end_the_tar_in_silence(tmp_path, filling) -> 
     (tmp_path / "a.tar").write_bytes(broken)
     *good, last = read(tmp_path)
     # whether the header of the next sample is damaged, or of another member of this one, cannot be known
-    assert [raw.image for raw in good] == [picture(0)]
+    assert [raw.image for raw in good] == [image_bytes(0)]
     assert isinstance(last, Skipped)
     assert "1 samples were read before" in last.reason
 
@@ -237,11 +237,11 @@ def test_compressed(tmp_path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(packed)
     samples = read(tmp_path)
     assert [raw.key for raw in samples] == [f"a.tar.gz/{number:09d}" for number in range(3)]
-    assert [raw.image for raw in samples] == [picture(number) for number in range(3)]
+    assert [raw.image for raw in samples] == [image_bytes(number) for number in range(3)]
     (tmp_path / "a.tar.gz").write_bytes(packed[: len(packed) // 2])
     *good, lost = read(tmp_path)
     assert isinstance(lost, Skipped)
-    assert [raw.image for raw in good] == [picture(number) for number in range(len(good))]
+    assert [raw.image for raw in good] == [image_bytes(number) for number in range(len(good))]
 
 
 def test_streamed(tmp_path, monkeypatch) -> None:
@@ -270,7 +270,7 @@ def test_elsewhere(tmp_path) -> None:
     assert len(sent) < 3_000
     copy, block = pickle.loads(sent)
     (raw,) = copy.read(block)
-    assert (raw.key, raw.image) == ("00007/000000007", picture(7))
+    assert (raw.key, raw.image) == ("00007/000000007", image_bytes(7))
     assert type(block) is Block
 
 
@@ -282,7 +282,7 @@ def test_urls() -> None:
         source = Tars(settings("memory://tars"))
         (block,) = source.blocks()
         assert (block.name, block.samples) == ("00000", 2)
-        assert [raw.image for raw in source.read(block)] == [picture(0), picture(1)]
+        assert [raw.image for raw in source.read(block)] == [image_bytes(0), image_bytes(1)]
     finally:
         fs.store.clear()
 
@@ -324,7 +324,7 @@ def test_errors(tmp_path) -> None:
 def test_fuzz(tmp_path) -> None:
     """Mutated and cut tars raise nothing; each sample of a cut tar is an original, and none comes twice."""
     whole, _ = boundaries()
-    originals = {f"a/{number:09d}": (picture(number), f"picture {number}") for number in range(4)}
+    originals = {f"a/{number:09d}": (image_bytes(number), f"image {number}") for number in range(4)}
     for seed in range(400):
         chance = random.Random(seed)
         data, cut = bytearray(whole), seed % 2 == 0

@@ -1,4 +1,4 @@
-"""Atoll as a diffusers pipeline: the same pictures, diffusers' manners, and whatever is saved is whole."""
+"""Atoll as a diffusers pipeline: the same images, diffusers' manners, and whatever is saved is whole."""
 
 import json
 import shutil
@@ -53,14 +53,14 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 def latents(pipe: AtollPipeline, **options) -> torch.Tensor:
-    """[5, 1, 4, 8], each picture from a generator of its own."""
+    """[5, 1, 4, 8], each image from a generator of its own."""
     pipe.set_progress_bar_config(disable=True)
     given = {"prompt": PROMPTS, "generator": generators(5), "num_inference_steps": 6, "guidance_scale": 2.0, **options}
     return pipe(**given, output_type="latent").images
 
 
 @pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (6, 3.0), (17, 2.0)])
-def test_pictures_are_those_of_atolls_pipeline(pipe, trained_run, steps, scale) -> None:
+def test_images_are_those_of_atolls_pipeline(pipe, trained_run, steps, scale) -> None:
     options = {"num_inference_steps": steps, "guidance_scale": scale}
     own = Pipeline.from_pretrained(trained_run / "ensemble")(PROMPTS, seeds=range(5), method="euler", **options)
     assert torch.equal(latents(pipe, **options), own.latents)
@@ -338,7 +338,7 @@ def test_a_callback_may_end_it(pipe) -> None:
     assert len(kept) == 6
 
 
-def test_pictures_of_one_prompt_stand_side_by_side(pipe) -> None:
+def test_images_of_one_prompt_stand_side_by_side(pipe) -> None:
     drawn = latents(pipe, prompt=["moss", "rain rust"], num_images_per_prompt=3, generator=generators(6))
     apart = latents(pipe, prompt=["moss"] * 3 + ["rain rust"] * 3, generator=generators(6))
     assert drawn.shape == (6, 1, 4, 8)
@@ -354,9 +354,9 @@ def test_output_types(pipe) -> None:
     assert drawn["pt"].shape == (5, 1, 4, 8)
     assert torch.equal(drawn["pt"], pipe.ensemble.loaded.codec.decode(drawn["latent"]))
     assert (drawn["np"] == drawn["pt"].permute(0, 2, 3, 1).numpy()).all()
-    for picture, array in zip(drawn["pil"], drawn["np"], strict=True):
-        assert isinstance(picture, Image.Image)
-        assert (np.asarray(picture) == (array[..., 0] * 255).round()).all()
+    for image, array in zip(drawn["pil"], drawn["np"], strict=True):
+        assert isinstance(image, Image.Image)
+        assert (np.asarray(image) == (array[..., 0] * 255).round()).all()
     alone = pipe(PROMPTS, generator=generators(5), output_type="np", return_dict=False, **options)
     assert isinstance(alone, tuple)
     assert (alone[0] == drawn["np"]).all()
@@ -408,7 +408,7 @@ def test_negative_prompts_of_their_own(pipe) -> None:
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-        ({"generator": generators(2)}, "2 generators for 5 pictures"),
+        ({"generator": generators(2)}, "2 generators for 5 images"),
         ({"generator": 5}, "generator is a int"),
         ({"latents": torch.zeros(5, 1, 8, 4)}, r"latents are \[5, 1, 8, 4\]; expected a tensor \[5, 1, 4, 8\]"),
         ({"block_cache": -1.0}, "block_cache"),
@@ -474,9 +474,9 @@ def test_to_and_dtype(trained_run, tmp_path) -> None:
     assert pipe.device == torch.device("cpu")
     pipe.to(torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
-    lowered = latents(pipe)
-    assert lowered.dtype == torch.float32  # the integration's
-    assert 0 < (lowered - expected).abs().max() < 0.2
+    cast_weights = latents(pipe)
+    assert cast_weights.dtype == torch.float32  # the integration's
+    assert 0 < (cast_weights - expected).abs().max() < 0.2
     rounded = AtollPipeline.from_pretrained(trained_run / "ensemble", dtype=torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
     assert (latents(rounded) - expected).abs().max() < 0.2

@@ -328,19 +328,19 @@ def test_missing_package_and_files(tmp_path, monkeypatch) -> None:
         build_codec({"name": "kl", "weights": str(tmp_path)})
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real pictures and weights beside the checkout")
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real images and weights beside the checkout")
 @pytest.mark.parametrize(("file", "known"), [("eurosat64_0of2.parquet", 31.4), ("flowers128.parquet", 25.7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_taef2_on_real_pictures(file, known, dtype) -> None:
+def test_taef2_on_images(file, known, dtype) -> None:
     import pyarrow.parquet as pq
 
     rows = next(pq.ParquetFile(DATA / file).iter_batches(32 if "64" in file else 8, columns=["image_bytes"]))
-    pictures = [Image.open(io.BytesIO(data.as_py())).convert("RGB") for data in rows["image_bytes"]]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255  # [B,3,h,h]
+    images = [Image.open(io.BytesIO(data.as_py())).convert("RGB") for data in rows["image_bytes"]]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255  # [B,3,h,h]
     codec = build_codec({"name": "taef2", "weights": str(DATA / "weights")}).to(dtype=dtype)
     assert isinstance(codec, NetworkCodec)
     again = codec.decode(codec.encode(images))
     psnr = -10 * (images - again).square().mean((1, 2, 3)).log10()
-    # `known` is the mean over all pictures (dB, in the data's README); this is a sample.
+    # `known` is the mean over all images (dB, in the data's README); this is a sample.
     assert (psnr.mean() - known).abs() < 3 * psnr.std() / len(psnr) ** 0.5
     assert codec.config()["sha256"] != sha256_file(DATA / "weights" / "taef2_encoder.pth")

@@ -72,7 +72,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(Hog()(images)[2:4], Hog()(images[2:4]))
 
 
-def test_pixels_are_the_picture_made_small() -> None:
+def test_pixels_are_the_image_made_small() -> None:
     images = torch.rand(3, 3, 8, 12)
     assert build_feature({"name": "pixels", "size": 8}).dim == 192
     assert torch.equal(Pixels(8)(images), images[..., 2:10].flatten(1))
@@ -322,12 +322,12 @@ def test_the_packages_of_a_network_are_asked_for(tmp_path, monkeypatch, no_netwo
         build_feature({"name": "dinov2", "weights": str(path)})
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real pictures and weights beside the checkout")
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real images and weights beside the checkout")
 @pytest.mark.parametrize(
     ("name", "file"),
     [("mobilenetv2", "mobilenetv2_tf_int8.npz"), ("squeezenet", "squeezenet11_caffe_fp16.npz")],
 )
-def test_real_networks_know_what_real_pictures_show(name, file) -> None:
+def test_real_networks_know_what_images_show(name, file) -> None:
     """The nearest neighbour among 300 satellite photos is of the same of ten classes far more often than by pixels."""
     import io
 
@@ -335,8 +335,8 @@ def test_real_networks_know_what_real_pictures_show(name, file) -> None:
     from PIL import Image
 
     table = pq.read_table(DATA / "eurosat64_0of2.parquet", columns=["image_bytes", "caption"]).slice(0, 300)
-    pictures = [np.asarray(Image.open(io.BytesIO(data.as_py())).convert("RGB")) for data in table["image_bytes"]]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    images = [np.asarray(Image.open(io.BytesIO(data.as_py())).convert("RGB")) for data in table["image_bytes"]]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     captions = table["caption"].to_pylist()
 
     def hits(vectors: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A budget of bytes changes where weights are, and no picture."""
+"""A budget of bytes changes where weights are, and no image."""
 
 import os
 import re
@@ -19,17 +19,17 @@ from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
 from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.ensemble.offload import (
+    ExpertCache,
     Offloaded,
-    Store,
     _moved,
     _parts,
     _tensors,
     bytes_of,
-    chances_of,
+    cast_weights,
     check_weights,
-    lowered,
     parse_budget,
     read_weights,
+    selection_probs,
 )
 from atoll.errors import AtollError
 from atoll.nn import build_network
@@ -74,7 +74,7 @@ def small(tmp_path_factory) -> Path:
     return write_ensemble(tmp_path_factory.mktemp("small"), 32, 1)
 
 
-def store_in(pipe: Pipeline) -> Store:
+def store_in(pipe: Pipeline) -> ExpertCache:
     return pipe.loaded.ensemble.experts[0].network.store
 
 
@@ -85,7 +85,7 @@ def budget_of(path: Path, experts: float) -> int:
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
-def test_pictures_are_the_same_with_a_budget(small, experts) -> None:
+def test_images_are_the_same_with_a_budget(small, experts) -> None:
     plain = Pipeline.from_pretrained(small)
     pipe = Pipeline.from_pretrained(small, memory_budget=budget_of(small, experts))
     for routing in ("top-1", "top-2", "full", "sample-2"):
@@ -94,18 +94,18 @@ def test_pictures_are_the_same_with_a_budget(small, experts) -> None:
         assert torch.equal(drawn.latents, expected.latents)
         for mine, theirs in zip(drawn.traces[0].weights, expected.traces[0].weights, strict=True):
             assert torch.equal(mine, theirs)
-    assert len(store_in(pipe).at_hand) == experts
-    assert store_in(pipe).most == budget_of(small, experts) - budget_of(small, 0)
+    assert len(store_in(pipe).resident) == experts
+    assert store_in(pipe).peak_bytes == budget_of(small, experts) - budget_of(small, 0)
 
 
 def test_what_is_at_hand_is_asked_first(small) -> None:
     """All eight in each of four steps: the last ones of a step are the first ones of the next."""
     pipe = Pipeline.from_pretrained(small, memory_budget=budget_of(small, 3))
     pipe(PROMPTS, seeds=range(5), routing="full")
-    assert store_in(pipe).fetched == 8 + 3 * (8 - 3)
+    assert store_in(pipe).loads == 8 + 3 * (8 - 3)
     enough = Pipeline.from_pretrained(small, memory_budget=budget_of(small, 8))
     enough(PROMPTS, seeds=range(5), routing="full")
-    assert store_in(enough).fetched == 8
+    assert store_in(enough).loads == 8
 
 
 def test_an_expert_alone_has_a_budget_too(small) -> None:
@@ -178,9 +178,9 @@ class Fake(nn.Module):
         return self.weight.expand_as(x)
 
 
-def fakes(count: int, budget: int, ahead: bool = False) -> tuple[Store, list[Offloaded], list[int]]:
+def fakes(count: int, budget: int, ahead: bool = False) -> tuple[ExpertCache, list[Offloaded], list[int]]:
     """A store of `count` networks with room for `budget`, and what it fetched, in order."""
-    store, fetched = Store(4 * budget, ahead=ahead), []
+    store, fetched = ExpertCache(4 * budget, prefetch=ahead), []
 
     def fetch(number: int) -> Fake:
         fetched.append(number)
@@ -200,11 +200,11 @@ def ask(*networks: Offloaded) -> None:
 def test_the_least_recently_used_goes_first() -> None:
     store, n, fetched = fakes(4, 2)
     ask(n[0], n[1], n[0], n[2])
-    assert store.at_hand == (0, 2)
+    assert store.resident == (0, 2)
     ask(n[0], n[3])
-    assert store.at_hand == (0, 3)
+    assert store.resident == (0, 3)
     assert fetched == [0, 1, 2, 3]
-    assert store.most == 8
+    assert store.peak_bytes == 8
 
 
 def test_a_step_asks_what_is_at_hand_first_and_keeps_what_it_still_asks() -> None:
@@ -213,7 +213,7 @@ def test_a_step_asks_what_is_at_hand_first_and_keeps_what_it_still_asks() -> Non
     order = store.plan(n, [0, 1, 2, 3])
     assert order == [1, 3, 0, 2]
     ask(n[1], n[0])  # 3, the least recently used, is asked next: 1 goes
-    assert store.at_hand == (3, 0)
+    assert store.resident == (3, 0)
     ask(n[3], n[2])
     assert fetched == [3, 1, 0, 2]
 
@@ -223,30 +223,30 @@ def test_what_the_router_finds_likely_stays() -> None:
     ask(n[0], n[1], n[2])
     store.plan(n, [3], [0.3, 0.01, 0.2, 0.9])
     ask(n[3])
-    assert store.at_hand == (0, 2, 3)  # 1 goes, though 0 was used before it
+    assert store.resident == (0, 2, 3)  # 1 goes, though 0 was used before it
 
 
 def test_the_next_of_a_step_is_brought_while_one_computes() -> None:
-    store, n, fetched = fakes(5, 2, ahead=True)
+    store, n, fetched = fakes(5, 2, prefetch=True)
     store.plan(n, [0, 1, 2])
     with store.using(0):
-        assert store.at_hand == (0, 1)
+        assert store.resident == (0, 1)
     with store.using(1):
-        assert store.at_hand == (1, 2)
+        assert store.resident == (1, 2)
     with store.using(2):
-        assert store.at_hand == (1, 2)  # nothing to come is known: nothing is moved
+        assert store.resident == (1, 2)  # nothing to come is known: nothing is moved
     assert fetched == [0, 1, 2]
 
 
 def test_between_steps_likely_experts_take_the_place_of_idle_ones() -> None:
-    store, n, fetched = fakes(5, 2, ahead=True)
+    store, n, fetched = fakes(5, 2, prefetch=True)
     ask(n[4])
     store.plan(n, [0], [0.9, 0.02, 0.3, 0.6, 0.0])
     ask(n[0])
-    assert store.at_hand == (0, 3)  # the most probable that the step did not ask, in the place of 4
+    assert store.resident == (0, 3)  # the most probable that the step did not ask, in the place of 4
     store.plan(n, [0, 3], [0.5, 0.9, 0.9, 0.5, 0.9])
     ask(n[0], n[3])
-    assert store.at_hand == (0, 3)  # what was asked does not go for what may be
+    assert store.resident == (0, 3)  # what was asked does not go for what may be
     assert fetched == [4, 0, 3]
     store.plan(n, [3], [0.03, 0.04, 0.04, 0.9, 0.0])
     ask(n[3])
@@ -254,21 +254,21 @@ def test_between_steps_likely_experts_take_the_place_of_idle_ones() -> None:
 
 
 def test_what_is_in_use_never_goes() -> None:
-    store, n, _ = fakes(3, 2, ahead=True)
+    store, n, _ = fakes(3, 2, prefetch=True)
     with store.using(0) as network:
         store.plan(n, [1, 2], [0.0, 1.0, 1.0])
         ask(n[1], n[2], n[1])
-        assert 0 in store.at_hand
+        assert 0 in store.resident
         with store.using(1), pytest.raises(AtollError, match="no room for 2 beside 0, 1 in use"):
             ask(n[2])
         assert network.number == 0
     ask(n[1], n[2])
-    assert store.at_hand == (1, 2)
+    assert store.resident == (1, 2)
 
 
 @given(
     budget=st.integers(2, 5),
-    ahead=st.booleans(),
+    prefetch=st.booleans(),
     steps=st.lists(st.tuples(st.sets(st.integers(0, 5)), st.lists(st.floats(0, 1), min_size=6, max_size=6))),
 )
 def test_whatever_is_asked_is_answered_within_the_budget(budget, ahead, steps) -> None:
@@ -276,11 +276,11 @@ def test_whatever_is_asked_is_answered_within_the_budget(budget, ahead, steps) -
     for asked, chances in steps:
         order = store.plan(n, sorted(asked), chances)
         assert sorted(order) == sorted(asked)
-        before = store.at_hand
+        before = store.resident
         assert [key in before for key in order] == sorted((key in before for key in asked), reverse=True)
         ask(*(n[number] for number in order))
-    assert store.most <= 4 * budget
-    assert store.fetched == len(fetched)
+    assert store.peak_bytes <= 4 * budget
+    assert store.loads == len(fetched)
     if not ahead:
         assert len(fetched) <= sum(len(asked) for asked, _ in steps)
 
@@ -295,11 +295,11 @@ def test_chances_are_those_of_being_asked_by_any_sample() -> None:
     log_p = torch.log(torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.0, 0.8]]))
     owners = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 1]])  # two replicas, and a generalist
     expected = [1 - 0.5 * 0.8, 1 - 0.5 * 0.8, 0.5, 1 - 0.5 * 0.2]
-    torch.testing.assert_close(torch.tensor(chances_of(log_p, owners)), torch.tensor(expected))
+    torch.testing.assert_close(torch.tensor(selection_probs(log_p, owners)), torch.tensor(expected))
 
 
 def test_the_ensemble_tells_the_store_what_the_router_thinks_below_the_cut() -> None:
-    _, n, fetched = fakes(3, 2, ahead=True)
+    _, n, fetched = fakes(3, 2, prefetch=True)
     log_p = torch.log(torch.tensor([[0.6, 0.1, 0.3]]))
     ensemble = Ensemble([Expert(n[k], FLOW, (k,)) for k in range(3)], lambda x, t, pooled=None: log_p, "top-1")
     u = ensemble.velocity(torch.randn(1, 2, 3, 5), torch.full((1,), 0.5))
@@ -317,7 +317,7 @@ def test_an_expert_that_answers_nan_is_dropped_within_a_budget_too() -> None:
         u = ensemble.velocity(x, t)
     torch.testing.assert_close(u, torch.full_like(u, 2 * 0.3 / 0.5))
     assert trace.weights[0][:, 1].tolist() == [0, 0]
-    assert len(store.at_hand) == 1
+    assert len(store.resident) == 1
 
 
 # --- weights of fewer bits ---
@@ -341,7 +341,7 @@ def test_weights_of_fewer_bits_are_smaller_and_nearly_as_good(tmp_path, weights,
     held = load_ensemble(path, weights=weights, memory_budget=budget).ensemble
     assert torch.equal(held.velocity(x, t, loaded.encoder(PROMPTS)), u)
     store = held.experts[0].network.store
-    assert len(store.at_hand) == 2
+    assert len(store.resident) == 2
     with store.using(0) as network:
         assert bytes_of(network) == store._sizes[0]  # known before it was brought
 
@@ -360,7 +360,7 @@ def test_a_rounded_file_is_read_one_tensor_at_a_time(small) -> None:
 @pytest.mark.parametrize("weights", [None, "bf16", "int8"])
 def test_a_moved_network_has_tensors_of_its_own_and_answers_alike(small, weights) -> None:
     """What is pinned, and what is copied to a GPU: here, cloned."""
-    network = lowered(load_expert(small.parent / "0").expert.network, weights)
+    network = cast_weights(load_expert(small.parent / "0").expert.network, weights)
     moved = _moved(network, torch.clone)
     x, t, condition = torch.randn(5, *LATENT), torch.rand(5), load_ensemble(small).encoder(PROMPTS)
     with torch.inference_mode():
@@ -373,7 +373,7 @@ def test_a_moved_network_has_tensors_of_its_own_and_answers_alike(small, weights
 
 
 def test_int8_are_the_linear_layers(small) -> None:
-    network = lowered(load_expert(small.parent / "0").expert.network, "int8")
+    network = cast_weights(load_expert(small.parent / "0").expert.network, "int8")
     assert type(network.blocks[0].mlp[0].weight).__name__ == "Int8Tensor"
     assert network.positions.dtype == torch.bfloat16
 
@@ -436,22 +436,22 @@ def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path) -> None:
 
 
 def test_sample_takes_a_budget(small, tmp_path) -> None:
-    pictures = []
+    images = []
     budget = str(budget_of(small, 2))
     for number, options in enumerate(([], ["--memory-budget", budget], ["--weights", "bf16"])):
         out = tmp_path / f"{number}.png"
         done = CliRunner().invoke(app, ["sample", str(small), *PROMPTS, "-o", str(out), *options])
         assert done.exit_code == 0, done.output
-        pictures.append(out.read_bytes())
-    assert pictures[0] == pictures[1]
-    assert pictures[0] != pictures[2]
+        images.append(out.read_bytes())
+    assert images[0] == images[1]
+    assert images[0] != images[2]
     failed = CliRunner().invoke(app, ["sample", str(small), "moss", "--memory-budget", "6 gigs"])
     assert "expected a size such as 16GB" in str(failed.exception)
 
 
 def test_conditions_reach_the_network_unchanged() -> None:
     seen = []
-    store = Store(4)
+    store = ExpertCache(4)
 
     class Noting(Fake):
         def forward(self, x, time, condition):

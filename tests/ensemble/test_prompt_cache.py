@@ -1,4 +1,4 @@
-"""Prompts that are read once: the same pictures, fewer operations, within a limit."""
+"""Prompts that are read once: the same images, fewer operations, within a limit."""
 
 import math
 
@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from atoll.calibration import Calibration
 from atoll.condition import Condition, Conditions
 from atoll.ensemble import Ensemble, Expert
-from atoll.ensemble.prompt_cache import Prompts
+from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.nn import DiT, DiTConfig, Paris, ParisConfig
-from atoll.nn.attention import ReadPrompt
+from atoll.nn.attention import TextKV
 from atoll.objective import Objective
 from atoll.pipeline import Pipeline
 from atoll.solver import sample
@@ -63,11 +63,11 @@ class Counted:
     def __init__(self, network: Network):
         self.network, self.read = network, []
 
-    def __call__(self, x: Tensor, time: Tensor, condition: Condition | ReadPrompt | None) -> Tensor:
+    def __call__(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
         self.saw = condition
         return self.network(x, time, condition)
 
-    def read_prompt(self, condition: Condition) -> ReadPrompt:
+    def read_prompt(self, condition: Condition) -> TextKV:
         self.read.append(len(condition))
         return self.network.read_prompt(condition)
 
@@ -93,7 +93,7 @@ def test_a_network_says_the_same_of_what_it_has_read(name: str) -> None:
     torch.testing.assert_close(network(x, time, read), network(x, time, condition))
     rows = torch.tensor([2, 0, 2])
     torch.testing.assert_close(network(x[rows], time[rows], read.index(rows)), network(x, time, condition)[rows])
-    joined = ReadPrompt.cat([read.index(torch.tensor([3])), read.index(rows)])
+    joined = TextKV.cat([read.index(torch.tensor([3])), read.index(rows)])
     order = torch.tensor([3, 2, 0, 2])
     torch.testing.assert_close(network(x[order], time[order], joined), network(x, time, condition)[order])
     assert not torch.allclose(network(x, time, network.read_prompt(condition_of(4, seed=1))), network(x, time, read))
@@ -114,13 +114,13 @@ def test_another_number_of_prompts_is_refused() -> None:
     seed=st.integers(0, 999),
     limit=st.sampled_from([0, 20_000, 60_000, 2**31]),
 )
-def test_pictures_are_the_same(routing, guidance, guided, rows, seed, limit) -> None:
+def test_images_are_the_same(routing, guidance, guided, rows, seed, limit) -> None:
     ensemble = ensemble_of([dit(0), paris(1), dit(2)], routing)
     condition = condition_of(rows, seed)
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, C, SIDE, SIDE, generator=g, dtype=torch.float64)
 
-    def drawn(prompts: Condition | Prompts) -> Tensor:
+    def drawn(prompts: Condition | PromptCache) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return ensemble.velocity(x, t, prompts, guidance, guidance_range=guided)
 
@@ -144,7 +144,7 @@ def test_each_prompt_is_read_once_by_the_experts_that_are_asked() -> None:
     x.flatten(1)[:, :K] = torch.eye(K).repeat(2, 1).roll(1, 0).double()
     ensemble.velocity(x, torch.full((6,), 0.4).double(), prompts, 3.0)
     assert [network.read for network in networks] == [[2, 1, 2]] * K
-    assert all(isinstance(network.saw, ReadPrompt) for network in networks)
+    assert all(isinstance(network.saw, TextKV) for network in networks)
 
 
 def test_without_prompts_nothing_is_read_beforehand() -> None:
@@ -204,7 +204,7 @@ class TestBlockCache:
             for asked in (prompts, condition)
         ]
         torch.testing.assert_close(*drawn)
-        assert prompts.spared == 0
+        assert prompts.skip_rate == 0
 
     def test_above_every_change_the_first_block_is_all_that_is_asked(self) -> None:
         network = dit(0, depth=3)
@@ -220,7 +220,7 @@ class TestBlockCache:
         assert asked[3:] == [(0, 6)]
         ensemble.velocity(x[:2], t[:2], ensemble.prompts(condition_of(2), block_cache=1e9), 1.0)  # another sampling
         assert asked[4:] == [(0, 2), (1, 2), (2, 2)]
-        assert prompts.spared == 0.5
+        assert prompts.skip_rate == 0.5
 
     def test_every_sample_decides_for_itself(self) -> None:
         network, condition = dit(0, depth=3), condition_of(3)
@@ -250,7 +250,7 @@ class TestBlockCache:
         guided = ensemble.velocity(x, t, prompts, 2.0)  # the null condition's branch is new, the other is known
         torch.testing.assert_close(guided, ensemble.velocity(x, t, condition_of(2), 2.0))
         torch.testing.assert_close(plain, ensemble.velocity(x, t, condition_of(2)))
-        assert prompts.spared == 2 / 6
+        assert prompts.skip_rate == 2 / 6
 
     def test_what_cannot_is_refused(self, trained_run) -> None:
         def plain(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
@@ -270,7 +270,7 @@ class TestBlockCache:
     def test_by_the_pipeline(self, trained_run, monkeypatch: pytest.MonkeyPatch) -> None:
         made, prompts = [], Ensemble.prompts
 
-        def spy(self, *arguments, **options) -> Prompts:
+        def spy(self, *arguments, **options) -> PromptCache:
             made.append(prompts(self, *arguments, **options))
             return made[-1]
 
@@ -278,7 +278,7 @@ class TestBlockCache:
         pipe = Pipeline.from_pretrained(trained_run / "ensemble")
         pipe(["moss", "rain", "moss"], seeds=[0, 1, 2], num_inference_steps=6, batch_size=2, block_cache=5.0)
         assert [(len(one), one.block_cache) for one in made] == [(2, 5.0), (1, 5.0)]
-        assert all(one.spared > 0.5 for one in made)
+        assert all(one.skip_rate > 0.5 for one in made)
 
 
 def test_the_texts_part_is_spared() -> None:
@@ -288,7 +288,7 @@ def test_the_texts_part_is_spared() -> None:
     x, time = torch.zeros(1, 4, 32, 32), torch.zeros(1)
     condition = Condition(torch.zeros(1, 77, 768), torch.ones(1, 77).bool())
 
-    def flops(prompt: Condition | ReadPrompt) -> int:
+    def flops(prompt: Condition | TextKV) -> int:
         with FlopCounterMode(display=False) as counter:
             network(x, time, prompt)
         return counter.get_total_flops()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.ensemble.routing import Asked, TimeSwitch, build_routing
+from atoll.ensemble.routing import RoutingContext, TimeSwitch, build_routing
 from atoll.errors import AtollError
 
 SAMPLES, ANY = 5, ("top-1", "top-3", "full", "threshold-0.2", "nucleus-0.8", "nucleus-0.8@0.5", "sample-1", "sample-3")
@@ -16,8 +16,8 @@ def log_probabilities(clusters: int, seed: int, count: int = SAMPLES) -> torch.T
     return torch.log_softmax(2 * torch.randn(count, clusters, generator=g), 1)
 
 
-def asked(seed: int = 0, count: int = SAMPLES, cluster: torch.Tensor | None = None) -> Asked:
-    return Asked(torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(seed)), cluster)
+def asked(seed: int = 0, count: int = SAMPLES, cluster: torch.Tensor | None = None) -> RoutingContext:
+    return RoutingContext(torch.randn(count, 2, 3, generator=torch.Generator().manual_seed(seed)), cluster)
 
 
 @given(st.integers(1, 9), st.sampled_from(ANY), st.integers(0, 2**31), st.data())
@@ -73,7 +73,7 @@ def test_draws_are_full_on_the_mean_and_depend_on_the_sample_alone() -> None:
     assert set(weights.unique().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(weights.mean(0), torch.tensor([0.1, 0.6, 0.3]), atol=0.03, rtol=0)
     some = torch.tensor([7, 3999, 11])
-    torch.testing.assert_close(build_routing("sample-1")(log_p[some], Asked(many.x[some])), weights[some])
+    torch.testing.assert_close(build_routing("sample-1")(log_p[some], RoutingContext(many.x[some])), weights[some])
     three = build_routing("sample-3")(log_p, many)
     torch.testing.assert_close(three * 3, (three * 3).round())
     torch.testing.assert_close(three.mean(0), torch.tensor([0.1, 0.6, 0.3]), atol=0.03, rtol=0)

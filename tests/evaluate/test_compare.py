@@ -47,7 +47,7 @@ def test_the_denoising_error_is_paired_by_latent(run: Path) -> None:
     assert error.a == pytest.approx(one.score["denoising"]["mean"])
     backwards = {d.name: d for d in differences(two, one)}
     for name, d in found.items():
-        if name != "pictures/s":
+        if name != "images/s":
             assert backwards[name].difference == pytest.approx(-d.difference, abs=1e-9), name
             assert backwards[name].half == (None if d.half is None else pytest.approx(d.half, rel=1e-6)), name
     assert found[f"FD-HOG [{one.report['results']['spaces'][1]['sha256'][:8]}]"].half is not None
@@ -56,7 +56,7 @@ def test_the_denoising_error_is_paired_by_latent(run: Path) -> None:
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     values = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     half = jackknife(lambda rows: {"mean": float(values[rows].mean())}, 40)["mean"]
-    groups = values.reshape(2, 20).mean(0)  # picture i is in group i % 20
+    groups = values.reshape(2, 20).mean(0)  # image i is in group i % 20
     assert half == pytest.approx(T_95 * float(groups.std()) / math.sqrt(20))
 
 
@@ -99,11 +99,11 @@ def test_the_page_shows_both_and_escapes_their_names(run: Path, tmp_path: Path) 
     found = compare_runs(f"{run}:top-1", f"{run}:monolith", tmp_path / "c.html")
     parsed = Parsed((tmp_path / "c.html").read_text())
     assert not parsed.all("script")
-    assert [image["alt"] for image in parsed.all("img")].count("2 pictures of “red 3” by B") == 1
+    assert [image["alt"] for image in parsed.all("img")].count("2 images of “red 3” by B") == 1
     assert len(parsed.all("img")) == 2 * 2
     assert "<one>:monolith" in parsed.text
     value = json.loads((tmp_path / "c.json").read_text())
     assert [d["name"] for d in value["differences"]] == [d.name for d in found]
     assert [line[0] for line in lines(found)] == [d.name for d in found]
-    one = open_measured(f"{run}:0-eps-cosine")  # whose pictures the report does not show
+    one = open_measured(f"{run}:0-eps-cosine")  # whose images the report does not show
     assert "no prompt in common" in to_html(one, one, found, (1.0, 0.0))

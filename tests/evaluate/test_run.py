@@ -99,7 +99,7 @@ class TestEvaluate:
         # velocities off by 1 everywhere, their noise being the same
         assert bad.denoising.mean - good.denoising.mean == pytest.approx(1, abs=0.1)
 
-    def test_the_floor_is_of_disjoint_pictures(self, oracle: Oracle) -> None:
+    def test_the_floor_is_of_disjoint_images(self, oracle: Oracle) -> None:
         probe, base = oracle.reference.split(self.settings)
         assert len(probe) == 200
         assert not set(probe.tolist()) & set(base.tolist())
@@ -107,7 +107,7 @@ class TestEvaluate:
         assert set(probe.tolist()) | set(base.tolist()) == training
         assert not training & set(oracle.reference.held_out(self.settings).tolist())
 
-    def test_few_pictures_are_halved(self, oracle: Oracle) -> None:
+    def test_few_images_are_halved(self, oracle: Oracle) -> None:
         probe, base = oracle.reference.split(EvaluateSettings(images=100_000))
         assert len(probe) == len(base) == 270
 
@@ -137,7 +137,7 @@ class TestEvaluate:
             assert torch.equal(x_a, x_b)
             assert torch.equal(pooled_a, pooled_b)
         assert not torch.equal(seen["a"][0][0][0], seen["a"][0][0][1])
-        # 12 pictures in 3 batches, 3 steps each; then 6 latents in 2 batches at 2 levels
+        # 12 images in 3 batches, 3 steps each; then 6 latents in 2 batches at 2 levels
         probe, _ = oracle.reference.split(SMALL)
         held_out = oracle.reference.held_out(SMALL)
         sampled = torch.cat([seen["a"][call][1] for call in (0, 3, 6)])
@@ -187,7 +187,7 @@ class TestEvaluate:
         variant = Variant("long", ensemble, steps=9, method="euler", guidance_scale=2.0)
         score = evaluate([variant], oracle.reference, SMALL).score("long")
         assert (score.steps, score.method, score.guidance_scale) == (9, "euler", 2.0)
-        # both branches in sampling, one in the denoising error; four more pictures whose operations are counted
+        # both branches in sampling, one in the denoising error; four more images whose operations are counted
         assert sum(calls) == (12 + 4) * 9 * 2 + 6 * 2
 
     def test_progress_ends_at_its_total(self, oracle: Oracle) -> None:
@@ -350,16 +350,16 @@ class TestEvaluateRun:
         import shutil
 
         assert report_of(run)["diagnostics"] is None
-        path = tmp_path / "diagnosed"
+        path = tmp_path / "diagnostic_samples"
         shutil.copytree(run, path)
-        asked = SMALL.model_copy(update={"diagnosed": 3})
+        asked = SMALL.model_copy(update={"diagnostic_samples": 3})
         page = evaluate_run(path, asked).read_text()
         assert "Experts and their data" in page
         found = report_of(path)["diagnostics"]
-        assert found["trajectory"]["pictures"] == 3
+        assert found["trajectory"]["images"] == 3
         assert found["router"]["count"] == found["experts"]["count"] == 7  # all that the clusters hold out
         shutil.rmtree(path / "clusters")
-        with pytest.raises(AtollError, match=r"evaluate.diagnosed needs the clusters' shards"):
+        with pytest.raises(AtollError, match=r"evaluate.diagnostic_samples needs the clusters' shards"):
             evaluate_run(path, asked)
 
     def test_a_sweep_shows_every_variant(self, run: Path, tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_words_that_are_everywhere_tell_nothing() -> None:
     counts = run_module.count_words(["A red dot", "red, red line"])
     assert counts == {"a": 1, "red": 2, "dot": 1, "line": 1}
     overall = run_module.count_words(["A red dot", "red, red line", "a red sea", "red"])
-    told = run_module.telling_words(counts, 2, overall, 4)
+    told = run_module.distinctive_words(counts, 2, overall, 4)
     assert [word for word, _, _ in told] == ["dot", "line"]
 
 

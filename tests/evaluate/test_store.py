@@ -12,8 +12,8 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate import Reference, Variant, evaluate
 from atoll.evaluate import bench as bench_module
-from atoll.evaluate.reference import Real
-from atoll.evaluate.store import Store, load_parts
+from atoll.evaluate.reference import ReferenceData
+from atoll.evaluate.store import ResultCache, load_parts
 from atoll.manifest import DiversitySettings, SpaceSettings
 from atoll.objective import Objective
 from atoll.schedule import Linear
@@ -87,7 +87,7 @@ def test_what_is_there_is_not_measured_again(oracle: Oracle, tmp_path: Path) -> 
         assert one.calls > before, change
 
 
-def test_errors_are_measured_once_however_pictures_are_drawn(oracle: Oracle, tmp_path: Path) -> None:
+def test_errors_are_measured_once_however_images_are_drawn(oracle: Oracle, tmp_path: Path) -> None:
     one = Counted()
     null = oracle.reference.encoder.null(1)
     ensemble = Ensemble(one.variant.ensemble.experts, None, null=null)
@@ -98,7 +98,7 @@ def test_errors_are_measured_once_however_pictures_are_drawn(oracle: Oracle, tmp
     assert first.denoising == second.denoising
     one.calls = 0
     evaluate([replace(variants[0], name="more", guidance_scale=3.0)], oracle.reference, SETTINGS, store=tmp_path)
-    batches = 3 + 1  # of pictures, and those whose operations are counted
+    batches = 3 + 1  # of images, and those whose operations are counted
     assert one.calls == batches * SETTINGS.steps
 
 
@@ -108,9 +108,9 @@ def test_all_spaces_are_fitted_in_one_pass_and_found_again(oracle: Oracle, tmp_p
     monkeypatch.setattr(Reference, "images", lambda self, rows: decoded.append(len(rows)) or images(self, rows))
     two = SETTINGS.model_copy(update={"spaces": (HOG, HOG.model_copy(update={"components": 5}))})
     base = len(oracle.reference.split(two)[1])
-    first = Real(oracle.reference, two, tmp_path)
+    first = ReferenceData(oracle.reference, two, tmp_path)
     assert sum(decoded) == base
-    again = Real(oracle.reference, two, tmp_path)
+    again = ReferenceData(oracle.reference, two, tmp_path)
     assert sum(decoded) == base
     assert [space.sha256 for space in again.spaces] == [space.sha256 for space in first.spaces]
     assert [space.dim for space in again.spaces] == [8, 3, 5]
@@ -120,7 +120,7 @@ def test_nothing_is_kept_of_a_variant_without_an_identity(oracle: Oracle, tmp_pa
     one = Counted("")
     score = evaluate([one.variant], oracle.reference, SETTINGS, store=tmp_path).score("a")
     assert score.key == ""
-    assert len(list(tmp_path.iterdir())) == 1  # the real pictures
+    assert len(list(tmp_path.iterdir())) == 1  # the real images
 
 
 def test_every_space_has_its_metrics_under_its_own_name(oracle: Oracle, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_every_space_has_its_metrics_under_its_own_name(oracle: Oracle, tmp_path
     assert any("biased upwards" in note and note.startswith("pca8") for note in results.notes)
 
 
-def test_diversity_is_of_one_prompts_pictures_and_clip_of_each_with_its_own(oracle, tmp_path, monkeypatch) -> None:
+def test_diversity_is_of_one_prompts_images_and_clip_of_each_with_its_own(oracle, tmp_path, monkeypatch) -> None:
     """With stand-ins for the two networks: what is asked of them, and what becomes of their answers."""
 
     class Distance:
@@ -185,7 +185,7 @@ def test_diversity_is_of_one_prompts_pictures_and_clip_of_each_with_its_own(orac
     assert not asked
 
 
-def test_four_pictures_are_enough_to_be_measured(tmp_path: Path) -> None:
+def test_four_images_are_enough_to_be_measured(tmp_path: Path) -> None:
     tiny = Oracle(tmp_path, 5)
     found = evaluate([Counted().variant], tiny.reference, SMALL.model_copy(update={"workers": 1}), store=tmp_path / "s")
     assert found.images == 2
@@ -193,7 +193,7 @@ def test_four_pictures_are_enough_to_be_measured(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    store = Store(tmp_path, {"what": "this"})
+    store = ResultCache(tmp_path, {"what": "this"})
     assert store.part("a-1", lambda: {"x": torch.ones(3)})["x"].tolist() == [1, 1, 1]
     (store.path / "a-1.safetensors").write_bytes(b"nonsense")
     with pytest.raises(AtollError, match=r"a-1.safetensors: cannot be read .*; remove it"):
@@ -203,7 +203,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
 
 
 def test_parts_come_in_their_order_and_of_other_values_are_others(tmp_path: Path) -> None:
-    store, other = Store(tmp_path, {"what": "this"}), Store(tmp_path, {"what": "that"})
+    store, other = ResultCache(tmp_path, {"what": "this"}), ResultCache(tmp_path, {"what": "that"})
     for number in (2, 0, 1):
         store.part(f"a-{number:05d}", lambda number=number: {"x": torch.tensor([number])})
     store.part("b", lambda: {"x": torch.tensor([9])})

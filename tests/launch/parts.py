@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from atoll.launch.job import Job, jobs_of
-from atoll.launch.loop import Part
+from atoll.launch.loop import TrackedJob
 from atoll.manifest import load_manifest
 from tests.conftest import write_run
 
@@ -37,7 +37,7 @@ class Once:
         self.act, self.at = act, 0
         self.after: list[int] = []  # the steps seen since
 
-    def __call__(self, parts: list[Part]) -> None:
+    def __call__(self, parts: list[TrackedJob]) -> None:
         part = parts[0]
         step = part.metrics.get("step", 0)
         if not self.at and part.fresh and step >= ENOUGH:

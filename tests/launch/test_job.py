@@ -15,7 +15,7 @@ from atoll.launch.job import (
     BEFORE,
     METRICS,
     OUTPUT,
-    Ended,
+    ExitStatus,
     Process,
     ask_to_stop,
     attend,
@@ -38,7 +38,7 @@ time.sleep(60)
 """
 
 
-def wait(process: Process) -> Ended:
+def wait(process: Process) -> ExitStatus:
     while (ended := process.poll()) is None:
         time.sleep(0.02)
     return ended
@@ -87,9 +87,11 @@ def test_gpus_are_of_parts_that_may_use_them(run) -> None:
 
 
 def test_a_job_says_how_it_ended(tmp_path) -> None:
-    assert wait(Process(job(tmp_path, "good", "print('all well')"))) == Ended(0, "all well")
-    assert wait(Process(job(tmp_path, "bad", "import sys; sys.exit('atoll: no data')"))) == Ended(1, "atoll: no data")
-    assert wait(Process(job(tmp_path, "dead", "import os; os.kill(os.getpid(), 9)"))) == Ended(-9, "")
+    assert wait(Process(job(tmp_path, "good", "print('all well')"))) == ExitStatus(0, "all well")
+    assert wait(Process(job(tmp_path, "bad", "import sys; sys.exit('atoll: no data')"))) == ExitStatus(
+        1, "atoll: no data"
+    )
+    assert wait(Process(job(tmp_path, "dead", "import os; os.kill(os.getpid(), 9)"))) == ExitStatus(-9, "")
 
 
 def test_what_a_job_said_before_it_was_restarted_is_kept(tmp_path) -> None:
@@ -134,7 +136,7 @@ def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
     second.stop()  # not the other's process
     assert first.poll() is None
     first.stop()
-    assert wait(first) == Ended(0, "saved")
+    assert wait(first) == ExitStatus(0, "saved")
     another = Process(mine)
     until(tmp_path / "a" / OUTPUT, "ready")
     threading.Timer(0.1, another.stop).start()
@@ -144,7 +146,7 @@ def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
     until(tmp_path / "a" / OUTPUT, "ready")
     third.stop()
     third.wait()
-    assert wait(third) == Ended(0, "saved")
+    assert wait(third) == ExitStatus(0, "saved")
 
 
 def test_who_attends_a_job_counts_its_start_and_hears_that_it_shall_stop(tmp_path) -> None:
@@ -156,9 +158,9 @@ def test_who_attends_a_job_counts_its_start_and_hears_that_it_shall_stop(tmp_pat
         time.sleep(0.02)
 
     assert starts_of(mine, "one") == 0
-    assert attend(Process(mine), "one", rest) == Ended(0, "saved")
+    assert attend(Process(mine), "one", rest) == ExitStatus(0, "saved")
     clear_stop(mine)
-    assert attend(Process(mine), "one", rest) == Ended(0, "saved")
+    assert attend(Process(mine), "one", rest) == ExitStatus(0, "saved")
     assert (starts_of(mine, "one"), starts_of(mine, "on")) == (2, 0)
 
 

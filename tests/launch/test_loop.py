@@ -12,9 +12,9 @@ import pytest
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
-from atoll.launch.job import Ended, Job
+from atoll.launch.job import ExitStatus, Job
 from atoll.launch.local import Local
-from atoll.launch.loop import Part, run_jobs
+from atoll.launch.loop import TrackedJob, run_jobs
 from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
 
 
@@ -25,9 +25,9 @@ class Told:
     gpus = 0
     outlives = False
 
-    def __init__(self, ends: dict[str, list[Ended | str]], requeued: int = 0):
+    def __init__(self, ends: dict[str, list[ExitStatus | str]], requeued: int = 0):
         self.requeued = requeued  # each job, by the place itself
-        self.ends: dict[str, Iterator[Ended | str]] = {name: iter(each) for name, each in ends.items()}
+        self.ends: dict[str, Iterator[ExitStatus | str]] = {name: iter(each) for name, each in ends.items()}
         self.submitted: list[str] = []
 
     def submit(self, job: Job) -> "Told.One":
@@ -38,21 +38,23 @@ class Told:
         return Told.One(job, end, self.requeued)
 
     class One:
-        def __init__(self, job: Job, end: Ended | str, requeued: int):
+        def __init__(self, job: Job, end: ExitStatus | str, requeued: int):
             self.job, self.end, self.requeued = job, end, requeued
 
         def poll(self) -> Status:
-            if isinstance(self.end, Ended):
+            if isinstance(self.end, ExitStatus):
                 return Status(True, self.end, restarts=self.requeued)
             self.job.result.parent.mkdir(parents=True, exist_ok=True)
             self.job.result.touch()
-            return Status(True, Ended(0, ""), restarts=self.requeued)
+            return Status(True, ExitStatus(0, ""), restarts=self.requeued)
 
         def stop(self) -> None:
             raise AssertionError("nothing is to be stopped")
 
 
-def run_told(tmp_path: Path, ends: dict[str, list[Ended | str]], retries: int = 3) -> tuple[dict[str, Part], list[str]]:
+def run_told(
+    tmp_path: Path, ends: dict[str, list[ExitStatus | str]], retries: int = 3
+) -> tuple[dict[str, TrackedJob], list[str]]:
     place = Told(ends)
     jobs = [job(tmp_path, name) for name in ends]
     parts = run_jobs(jobs, place, lambda parts: None, retries, interval=0.0, pause=0.0)
@@ -60,7 +62,7 @@ def run_told(tmp_path: Path, ends: dict[str, list[Ended | str]], retries: int = 
 
 
 def test_a_mistake_is_not_tried_again_and_the_others_finish(tmp_path) -> None:
-    mistake = Ended(2, "atoll: no shards")
+    mistake = ExitStatus(2, "atoll: no shards")
     parts, submitted = run_told(tmp_path, {"a": [mistake], "b": ["result"], "c": ["refused"]})
     assert (parts["a"].state, parts["a"].error, parts["a"].restarts) == ("failed", "atoll: no shards", 0)
     assert (parts["c"].state, parts["c"].error) == ("failed", "the queue is full")
@@ -69,7 +71,14 @@ def test_a_mistake_is_not_tried_again_and_the_others_finish(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "death", [Ended(-9, ""), Ended(-11, ""), Ended(None, "its machine is gone"), Ended(1, "Error"), Ended(0, "stopped")]
+    "death",
+    [
+        ExitStatus(-9, ""),
+        ExitStatus(-11, ""),
+        ExitStatus(None, "its machine is gone"),
+        ExitStatus(1, "Error"),
+        ExitStatus(0, "stopped"),
+    ],
 )
 def test_what_died_is_restarted_and_counted(tmp_path, death) -> None:
     parts, submitted = run_told(tmp_path, {"a": [death, death, "result"]})
@@ -77,7 +86,7 @@ def test_what_died_is_restarted_and_counted(tmp_path, death) -> None:
 
 
 def test_one_that_always_dies_fails_with_what_killed_it(tmp_path) -> None:
-    parts, submitted = run_told(tmp_path, {"a": [Ended(-9, "step 7")] * 9, "b": ["result"]}, retries=2)
+    parts, submitted = run_told(tmp_path, {"a": [ExitStatus(-9, "step 7")] * 9, "b": ["result"]}, retries=2)
     assert submitted.count("a") == 3
     assert parts["a"].state == "failed"
     assert parts["a"].error == "ended by SIGKILL (out of memory?), after 2 restarts: step 7"
@@ -87,12 +96,12 @@ def test_one_that_always_dies_fails_with_what_killed_it(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("ended", "words"),
     [
-        (Ended(0, "stopped at step 3"), "ended before it was done, after 1 restart: stopped at step 3"),
-        (Ended(-11, ""), "ended by SIGSEGV, after 1 restart"),
-        (Ended(-99, ""), "ended by signal 99, after 1 restart"),
-        (Ended(1, "KeyError: 'a'"), "ended with code 1, after 1 restart: KeyError: 'a'"),
-        (Ended(None, "its machine is gone"), "after 1 restart: its machine is gone"),
-        (Ended(2, "atoll: no shards"), "atoll: no shards"),
+        (ExitStatus(0, "stopped at step 3"), "ended before it was done, after 1 restart: stopped at step 3"),
+        (ExitStatus(-11, ""), "ended by SIGSEGV, after 1 restart"),
+        (ExitStatus(-99, ""), "ended by signal 99, after 1 restart"),
+        (ExitStatus(1, "KeyError: 'a'"), "ended with code 1, after 1 restart: KeyError: 'a'"),
+        (ExitStatus(None, "its machine is gone"), "after 1 restart: its machine is gone"),
+        (ExitStatus(2, "atoll: no shards"), "atoll: no shards"),
     ],
 )
 def test_an_end_is_told_in_one_line(tmp_path, ended, words) -> None:
@@ -101,7 +110,7 @@ def test_an_end_is_told_in_one_line(tmp_path, ended, words) -> None:
 
 
 def test_what_the_place_restarts_by_itself_is_counted_and_is_no_death(tmp_path) -> None:
-    place = Told({"a": [Ended(-9, ""), Ended(-9, ""), "result"]}, requeued=5)
+    place = Told({"a": [ExitStatus(-9, ""), ExitStatus(-9, ""), "result"]}, requeued=5)
     parts = run_jobs([job(tmp_path, "a")], place, lambda parts: None, retries=2, interval=0.0, pause=0.0)
     assert (parts[0].state, parts[0].restarts) == ("done", 17)
 
@@ -110,7 +119,7 @@ def test_each_pause_is_twice_the_last(tmp_path, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    place = Told({"a": [Ended(-9, "")] * 3 + ["result"]})
+    place = Told({"a": [ExitStatus(-9, "")] * 3 + ["result"]})
     at = []
     submit = place.submit
     place.submit = lambda job: at.append(now[0]) or submit(job)  # type: ignore[method-assign]
@@ -132,7 +141,7 @@ def test_never_more_than_the_slots_run(tmp_path) -> None:
         job(tmp_path, name, "import time; time.sleep(0.1)\nopen(__import__('sys').argv[1], 'w')") for name in "abcd"
     ]
 
-    def update(parts: list[Part]) -> None:
+    def update(parts: list[TrackedJob]) -> None:
         most.append(sum(part.submitted is not None for part in parts))
 
     assert {part.state for part in run_jobs(jobs, Local(3), update, interval=0.02)} == {"done"}
@@ -148,7 +157,7 @@ def test_a_signal_stops_all_and_all_save(tmp_path, number) -> None:
     jobs = [job(tmp_path, name, UNTIL_STOPPED) for name in "abc"]
     before = signal.getsignal(number)
 
-    def update(parts: list[Part]) -> None:
+    def update(parts: list[TrackedJob]) -> None:
         ready = [(tmp_path / name / "output.log") for name in "ab"]
         if all(file.exists() and "ready" in file.read_text() for file in ready) and not sent:
             sent.append(True)
@@ -173,7 +182,7 @@ def test_a_closed_terminal_ends_what_would_not_outlive_it(tmp_path, outlives) ->
 def test_an_error_of_the_launch_itself_stops_all_too(tmp_path) -> None:
     broken: list[bool] = []
 
-    def once(parts: list[Part]) -> None:
+    def once(parts: list[TrackedJob]) -> None:
         log = tmp_path / "a" / "output.log"
         if not broken and log.exists() and "ready" in log.read_text():
             broken.append(True)

@@ -6,22 +6,22 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from atoll.launch.loop import Part
+from atoll.launch.loop import TrackedJob
 from atoll.launch.progress import LaunchView, seconds_left
 from tests.launch.stub import job
 
 STEP = {"step": 4, "loss": 0.25, "images_per_s": 10.0, "eta_s": 65.0}
 
 
-def part(tmp_path, name: str, state: str = "waiting", work: float = 100.0, **more) -> Part:
-    return Part(job(tmp_path, name, work=work), state, **more)  # type: ignore[arg-type]
+def part(tmp_path, name: str, state: str = "waiting", work: float = 100.0, **more) -> TrackedJob:
+    return TrackedJob(job(tmp_path, name, work=work), state, **more)  # type: ignore[arg-type]
 
 
-def running(tmp_path, name: str, **more) -> Part:
+def running(tmp_path, name: str, **more) -> TrackedJob:
     return part(tmp_path, name, "running", metrics={**STEP, **more}, fresh=True)
 
 
-def table(parts: list[Part], width: int, height: int = 40, slots: int | None = 2) -> list[str]:
+def table(parts: list[TrackedJob], width: int, height: int = 40, slots: int | None = 2) -> list[str]:
     console = Console(record=True, width=width, height=height, file=io.StringIO(), force_terminal=True)
     console.print(LaunchView("glyphs", slots, console).table(parts))
     return console.export_text().splitlines()

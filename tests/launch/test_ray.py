@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atoll.errors import AtollError
-from atoll.launch.loop import Part, run_jobs
+from atoll.launch.loop import TrackedJob, run_jobs
 from atoll.launch.ray import Ray, ray_place
 from tests.launch.parts import Once, long_run, part_of, weights, whole_weights
 from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
@@ -27,7 +27,7 @@ def cluster() -> Iterator[Ray]:
     ray.shutdown()
 
 
-def worker_of(part: Part) -> int:
+def worker_of(part: TrackedJob) -> int:
     """The process of Ray that attends the part's training."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -69,7 +69,7 @@ def test_ctrl_c_saves_what_runs_and_takes_the_rest_out_of_the_queue(cluster, tmp
     jobs = [job(tmp_path, name, UNTIL_STOPPED) for name in "abc"]
     logs = [tmp_path / name / "output.log" for name in "abc"]
 
-    def update(parts: list[Part]) -> None:
+    def update(parts: list[TrackedJob]) -> None:
         if sum(log.exists() and "ready" in log.read_text() for log in logs) == 2 and not sent:
             assert [part.state for part in parts].count("waiting") >= 1
             sent.append(True)
@@ -82,7 +82,7 @@ def test_ctrl_c_saves_what_runs_and_takes_the_rest_out_of_the_queue(cluster, tmp
 
 
 def test_a_part_that_fits_nowhere_waits_and_can_be_stopped(cluster, tmp_path) -> None:
-    def update(parts: list[Part]) -> None:
+    def update(parts: list[TrackedJob]) -> None:
         assert parts[0].state in ("waiting", "stopping")
         if parts[1].state == "done" and not sent:
             sent.append(True)

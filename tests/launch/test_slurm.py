@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from atoll.errors import AtollError
-from atoll.launch.loop import Part, run_jobs
+from atoll.launch.loop import TrackedJob, run_jobs
 from atoll.launch.slurm import FOLDER, Slurm, slurm_place
 from tests.launch import slurm as fake
 from tests.launch.parts import Once, long_run, part_of, weights, whole_weights
@@ -46,7 +46,7 @@ def submissions(queue: Path) -> int:
     return len(list(queue.glob("*.sh")))
 
 
-def silent(parts: list[Part]) -> None:
+def silent(parts: list[TrackedJob]) -> None:
     pass
 
 
@@ -54,7 +54,7 @@ def silent(parts: list[Part]) -> None:
 def test_local_executor_preempted_in_the_middle_ends_with_the_right_weights(tmp_path, whole_weights) -> None:
     run = long_run(tmp_path / "run")
 
-    def preempt(part: Part) -> None:
+    def preempt(part: TrackedJob) -> None:
         task = next(
             int(file.parent.name)
             for file in Path("/proc").glob("[0-9]*/cmdline")
@@ -130,7 +130,7 @@ def test_a_second_launch_takes_over_what_the_first_left_in_the_queue(queue, tmp_
     first.wait()
     assert log.read_text() == "ready\n"  # it goes on without the launch
 
-    def update(parts: list[Part]) -> None:
+    def update(parts: list[TrackedJob]) -> None:
         if parts[0].state == "running":
             (tmp_path / "a" / "go").touch()
 
@@ -156,7 +156,7 @@ def test_ctrl_c_saves_what_runs_and_cancels_what_waits(queue, tmp_path) -> None:
     (queue / "hold").touch()
     sent: list[bool] = []
 
-    def update(parts: list[Part]) -> None:
+    def update(parts: list[TrackedJob]) -> None:
         if not sent and submissions(queue) == 2:
             assert [part.state for part in parts] == ["running", "waiting"]
             sent.append(True)

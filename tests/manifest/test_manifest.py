@@ -49,6 +49,13 @@ def test_experts_are_found_by_cluster_or_name() -> None:
     [
         ({"trian": {}}, "unknown key trian; expected one of name, seed"),
         ({"train": {"stesp": 3}}, "unknown key train.stesp; expected one of steps, batch"),
+        ({"train": {"hold_back": 0.1}}, "train: the key hold_back is now called calibration_holdout"),
+        ({"evaluate": {"kept": 5}}, "evaluate: the key kept is now called max_features"),
+        ({"evaluate": {"diagnosed": 5}}, "evaluate: the key diagnosed is now called diagnostic_samples"),
+        (
+            {"experts": [{**SMALL["experts"][0], "train": {"hold_back": 0.1}}]},
+            "the key hold_back is now called calibration_holdout",
+        ),
         ({"train": {"steps": 0}}, "train.steps"),
         ({"train": {"lr": "fast"}}, "train.lr"),
         ({"clusters": {"k": 2, "method": "best"}}, "clusters.method"),

@@ -16,7 +16,7 @@ from atoll.errors import AtollError
 from atoll.nn import SIZES, DiT, DiTConfig, build_network
 from atoll.nn.attention import attention_by_products
 from atoll.nn.dit import (
-    Kind,
+    ModulationKind,
     PerBlockModulation,
     SingleModulation,
     patchify,
@@ -25,7 +25,7 @@ from atoll.nn.dit import (
     unpatchify,
 )
 
-KINDS: list[Kind] = ["single", "per-block"]
+KINDS: list[ModulationKind] = ["single", "per-block"]
 B, C, H, W, L, STATES, POOLED = 3, 2, 8, 12, 5, 10, 7
 
 
@@ -60,7 +60,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gates_and_output_are_exactly_zero_at_the_start(kind: Kind) -> None:
+def test_gates_and_output_are_exactly_zero_at_the_start(kind: ModulationKind) -> None:
     network = DiT(config(modulation=kind, pooled_dim=POOLED))
     x, time, condition = inputs(torch.float32)
     prepared, _ = network.conditioner(time, condition.pooled, torch.float32)
@@ -73,7 +73,7 @@ def test_gates_and_output_are_exactly_zero_at_the_start(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_initialisation_is_hddms(kind: Kind) -> None:
+def test_initialisation_is_hddms(kind: ModulationKind) -> None:
     torch.manual_seed(0)
     network = DiT(config(modulation=kind, width=128, pooled_dim=64, states_dim=64))
     conditioner = network.conditioner
@@ -86,7 +86,7 @@ def test_initialisation_is_hddms(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_leaves_the_zero_start(kind: Kind) -> None:
+def test_training_leaves_the_zero_start(kind: ModulationKind) -> None:
     network = DiT(config(modulation=kind, pooled_dim=POOLED))
     before = copy.deepcopy(network.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.0)
@@ -240,7 +240,7 @@ def test_masked_tokens_change_nothing_and_others_do(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_sample_has_its_own_time_and_condition(kind: Kind) -> None:
+def test_every_sample_has_its_own_time_and_condition(kind: ModulationKind) -> None:
     network = random_dit(modulation=kind, pooled_dim=POOLED)
     x, time, condition = inputs()
     together = network(x, time, condition)
@@ -276,7 +276,7 @@ def test_time_is_never_rounded() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_close_to_float32_and_the_output_keeps_the_dtype_of_x(kind: Kind) -> None:
+def test_bfloat16_is_close_to_float32_and_the_output_keeps_the_dtype_of_x(kind: ModulationKind) -> None:
     network = random_dit(torch.float32, modulation=kind, pooled_dim=POOLED)
     x, time, condition = inputs(torch.float32)
     exact = network(x, time, condition)
@@ -314,7 +314,7 @@ def test_gradients_under_autocast_are_close_to_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_exact(kind: Kind) -> None:
+def test_gradients_are_exact(kind: ModulationKind) -> None:
     network = random_dit(modulation=kind, depth=1, pooled_dim=POOLED)
     x, time, condition = inputs()
     states = condition.states.requires_grad_()
@@ -401,7 +401,7 @@ def test_the_period_is_that_of_the_slowest_sinusoid() -> None:
 # Sizes and configurations
 
 
-def count(name: str, kind: Kind) -> int:
+def count(name: str, kind: ModulationKind) -> int:
     """Parameters of a size with 4 channels and 768 wide text."""
     with torch.device("meta"):
         network = DiT(DiTConfig(size=(32, 32), channels=4, states_dim=768, modulation=kind, **SIZES[name]))
@@ -488,7 +488,7 @@ def test_modulations_are_what_the_switch_says() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_gives_the_same_gradients_and_holds_less(kind: Kind, autocast: bool) -> None:
+def test_checkpointing_gives_the_same_gradients_and_holds_less(kind: ModulationKind, autocast: bool) -> None:
     """Rows without a prompt and masked tokens included. Held: what the forward pass took and has not given back."""
     held, gradients = {}, {}
     for checkpointing in ("none", "selective", "full"):

@@ -71,7 +71,7 @@ def test_pixart_is_diffusers(changes) -> None:
     torch.testing.assert_close(network(x, time, hidden), found)  # behind the mask nothing is read
 
 
-def test_a_pixart_that_is_told_the_pictures_size() -> None:
+def test_a_pixart_that_is_told_the_images_size() -> None:
     network = pixart(pixels=(48, 64), use_additional_conditions=True)
     x, time, condition = inputs()
     told = {"resolution": torch.tensor([[48.0, 64.0]] * B), "aspect_ratio": torch.full((B, 1), 48 / 64)}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.condition import Condition
-from atoll.ensemble.offload import lowered
+from atoll.ensemble.offload import cast_weights
 from atoll.errors import AtollError
 from atoll.nn import SIZES, Paris, ParisConfig, ParisRouter, ParisRouterConfig, build_network
 from atoll.nn.paris import LATENT
@@ -255,7 +255,7 @@ def test_int8_reaches_every_matrix() -> None:
     for network, arguments in ((expert(torch.float32), inputs(torch.float32)), (router(torch.float32), ())):
         x, t = inputs(torch.float32)[0], torch.tensor([0.0, 0.5, 1.0])
         expected = network(*(arguments or (x, t)))
-        network = lowered(network, "int8")
+        network = cast_weights(network, "int8")
         matrices = [p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim == 2]
         assert all(hasattr(matrix, "__tensor_flatten__") for matrix in matrices)
         assert (network(*(arguments or (x, t))) - expected).norm() / expected.norm() < 0.1

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from atoll.errors import AtollError
 from atoll.nn import SIZES, Router, RouterConfig, build_network
-from atoll.nn.dit import Kind
+from atoll.nn.dit import ModulationKind
 
-KINDS: list[Kind] = ["single", "per-block"]
+KINDS: list[ModulationKind] = ["single", "per-block"]
 B, C, H, W, K, POOLED = 3, 2, 8, 12, 5, 7
 
 
@@ -34,13 +34,13 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_clusters_are_equally_likely_at_the_start(kind: Kind) -> None:
+def test_all_clusters_are_equally_likely_at_the_start(kind: ModulationKind) -> None:
     x, t, _ = inputs(torch.float32)
     torch.testing.assert_close(Router(config(modulation=kind))(x, t), torch.full((B, K), -math.log(K)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_is_log_probabilities_per_sample(kind: Kind) -> None:
+def test_output_is_log_probabilities_per_sample(kind: ModulationKind) -> None:
     router = random_router(modulation=kind, pooled_dim=POOLED)
     x, t, pooled = inputs()
     together = router(x, t, pooled)

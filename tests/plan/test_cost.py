@@ -17,8 +17,8 @@ from atoll.plan.cost import (
     CPU_BF16,
     CUDA_BF16,
     FP32,
-    Network,
-    RouterNetwork,
+    DiTSizes,
+    RouterSizes,
     Rules,
     activation_bytes,
     fixed_bytes,
@@ -31,14 +31,14 @@ from atoll.plan.cost import (
 )
 
 MIB = 2**20
-XL = Network.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["XL/2"]}, tokens=77)
-SMALL = Network(
+XL = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["XL/2"]}, tokens=77)
+SMALL = DiTSizes(
     size=(8, 12), channels=3, patch=2, width=64, depth=3, heads=4, mlp_ratio=3.0, states_dim=40, tokens=7, pooled_dim=20
 )
 LONG = replace(SMALL, size=(24, 28), tokens=130, pooled_dim=None)  # rows of attention that are not short
 
 networks = st.builds(
-    Network,
+    DiTSizes,
     size=st.sampled_from([(8, 4), (4, 12), (16, 8)]),
     channels=st.integers(1, 5),
     patch=st.sampled_from([1, 2, 4]),
@@ -55,12 +55,12 @@ networks = st.builds(
 )
 
 
-def build(n: Network, device: str = "cpu") -> DiT:
+def build(n: DiTSizes, device: str = "cpu") -> DiT:
     with torch.device(device):
         return DiT(DiTConfig(**{key: value for key, value in asdict(n).items() if key != "tokens"}))
 
 
-def forward(network: DiT, n: Network, batch: int) -> torch.Tensor:
+def forward(network: DiT, n: DiTSizes, batch: int) -> torch.Tensor:
     device = network.embed.weight.device
     pooled = torch.randn(batch, n.pooled_dim, device=device) if n.pooled_dim else None
     mask = torch.ones(batch, n.tokens, dtype=torch.bool, device=device)
@@ -71,7 +71,7 @@ def forward(network: DiT, n: Network, batch: int) -> torch.Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(networks)
-def test_parameters_exactly(n: Network) -> None:
+def test_parameters_exactly(n: DiTSizes) -> None:
     network = build(n, "meta")
     assert parameters(n) == sum(p.numel() for p in network.parameters())
     assert tables(n) == sum(p.numel() for name, p in network.named_parameters() if name.endswith("table"))
@@ -79,13 +79,13 @@ def test_parameters_exactly(n: Network) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_of_the_named_sizes(size: str) -> None:
-    n = Network.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES[size]}, tokens=77)
+    n = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES[size]}, tokens=77)
     assert parameters(n) == sum(p.numel() for p in build(n, "meta").parameters())
 
 
 @settings(max_examples=15, deadline=None)
 @given(networks)
-def test_flops_by_the_counter(n: Network) -> None:
+def test_flops_by_the_counter(n: DiTSizes) -> None:
     """Under bf16 on a CPU attention is two plain products, which torch's counter sees."""
     network = build(n).bfloat16()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -110,7 +110,7 @@ def test_fused_attention_is_counted_though_the_counter_misses_it_on_a_cpu() -> N
     assert counter.get_total_flops() + 3 * LONG.depth * scores == 3 * forward_flops(LONG)
 
 
-def saved_bytes(network: DiT, n: Network, bf16: bool) -> float:
+def saved_bytes(network: DiT, n: DiTSizes, bf16: bool) -> float:
     """Bytes that autograd keeps per sample: distinct storages, by the difference of two batches."""
 
     def saved(batch: int) -> int:
@@ -143,12 +143,12 @@ VARIANTS = [
 
 @pytest.mark.parametrize("n", VARIANTS)
 @pytest.mark.parametrize(("rules", "bf16"), [(CPU_BF16, True), (FP32, False)])
-def test_activations_are_what_autograd_keeps(n: Network, rules: Rules, bf16: bool) -> None:
+def test_activations_are_what_autograd_keeps(n: DiTSizes, rules: Rules, bf16: bool) -> None:
     assert activation_bytes(n, rules) == pytest.approx(saved_bytes(build(n), n, bf16), rel=0.002)
 
 
 @pytest.mark.parametrize("n", VARIANTS)
-def test_activations_under_the_rules_of_cuda(n: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_under_the_rules_of_cuda(n: DiTSizes, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's autocast, done by hand on the CPU: layer_norm in float32, addcmul in the widest type, fused attention."""
 
     def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_what_each_switch_saves() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     st.builds(
-        RouterNetwork,
+        RouterSizes,
         size=st.sampled_from([(8, 4), (4, 12)]),
         channels=st.integers(1, 5),
         patch=st.sampled_from([1, 2]),
@@ -202,7 +202,7 @@ def test_what_each_switch_saves() -> None:
         modulation=st.sampled_from(["single", "per-block"]),
     )
 )
-def test_router_exactly(n: RouterNetwork) -> None:
+def test_router_exactly(n: RouterSizes) -> None:
     router = Router(RouterConfig(**asdict(n), heads=2)).bfloat16()
     assert router_parameters(n) == sum(p.numel() for p in router.parameters())
     pooled = torch.randn(3, n.pooled_dim) if n.pooled_dim else None
@@ -212,5 +212,5 @@ def test_router_exactly(n: RouterNetwork) -> None:
 
 
 def test_published_router() -> None:
-    n = RouterNetwork((32, 32), 4, 2, 768, 12, 4.0, 8)
+    n = RouterSizes((32, 32), 4, 2, 768, 12, 4.0, 8)
     assert router_parameters(n) == pytest.approx(129e6, rel=0.01)

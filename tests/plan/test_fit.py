@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from atoll.errors import AtollError
 from atoll.nn import SIZES
-from atoll.plan.cost import CPU_BF16, CUDA_BF16, Network, training_flops
+from atoll.plan.cost import CPU_BF16, CUDA_BF16, DiTSizes, training_flops
 from atoll.plan.fit import (
     EAGER,
     LADDER,
@@ -21,8 +21,8 @@ from atoll.plan.fit import (
 )
 from atoll.plan.gpus import GPUS, find_gpu
 
-XL = Network.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["XL/2"]}, tokens=77)
-B = Network.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["B/2"]}, tokens=77)
+XL = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["XL/2"]}, tokens=77)
+B = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["B/2"]}, tokens=77)
 A100 = 312e12 * 0.4
 
 
@@ -33,7 +33,7 @@ def test_batches_of_xl2_as_measured() -> None:
 
 
 @given(st.sampled_from([XL, B]), st.sampled_from(list(all_switches())), st.floats(1e9, 2e11))
-def test_the_largest_batch_is_the_largest(network: Network, switches: Switches, memory: float) -> None:
+def test_the_largest_batch_is_the_largest(network: DiTSizes, switches: Switches, memory: float) -> None:
     batch = largest_batch(network, CUDA_BF16, switches, memory)
     assert batch == 0 or needed_bytes(network, CUDA_BF16, switches, batch) <= memory * (1 + 1e-9)
     assert needed_bytes(network, CUDA_BF16, switches, batch + 1) > memory
@@ -86,7 +86,7 @@ def test_the_last_resort_where_nothing_else_fits() -> None:
 
 
 @given(st.sampled_from([XL, B]), st.integers(1, 512), st.floats(1e10, 1.5e11), st.sampled_from([3e13, 4e14]))
-def test_nothing_that_fits_is_faster(network: Network, batch: int, memory: float, flops: float) -> None:
+def test_nothing_that_fits_is_faster(network: DiTSizes, batch: int, memory: float, flops: float) -> None:
     fit = fastest(network, CUDA_BF16, batch, memory, flops)
     for switches in all_switches():
         largest = largest_batch(network, CUDA_BF16, switches, memory)

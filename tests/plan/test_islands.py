@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
-from atoll.plan.islands import Island, IslandSettings, Work, assign, load_islands, quantile, run_island, simulate
+from atoll.plan.islands import (
+    IslandSettings,
+    SimulatedIsland,
+    Work,
+    assign,
+    load_islands,
+    quantile,
+    run_island,
+    simulate,
+)
 
 HOUR = 3600.0
 
@@ -28,8 +37,8 @@ queues = st.lists(st.floats(1e3, 1e5), min_size=1, max_size=3).map(
 )
 
 
-def island(settings: IslandSettings, works: list[Work], images_per_s: float = 1.0) -> Island:
-    return Island(settings, {work.name: images_per_s for work in works})
+def island(settings: IslandSettings, works: list[Work], images_per_s: float = 1.0) -> SimulatedIsland:
+    return SimulatedIsland(settings, {work.name: images_per_s for work in works})
 
 
 def named(name: str, **settings: float) -> IslandSettings:
@@ -125,8 +134,8 @@ def test_one_faster_island_never_delays_equal_experts(speeds: list[float], exper
 
 def test_the_slow_island_decides_and_the_other_is_idle() -> None:
     works = [Work("a", 1000, 10), Work("b", 1000, 10)]
-    fast = Island(named("fast"), {"a": 4.0})
-    slow = Island(named("slow"), {"b": 1.0})
+    fast = SimulatedIsland(named("fast"), {"a": 4.0})
+    slow = SimulatedIsland(named("slow"), {"b": 1.0})
     result = simulate(works, [fast, slow], trials=5)
     assert result.decides == {"slow": 1.0}
     assert result.idle == pytest.approx(0.75 / 2)
@@ -163,7 +172,7 @@ def test_an_island_that_never_reaches_a_checkpoint_is_told() -> None:
 def test_no_island_for_an_expert() -> None:
     works = [Work("a", 1, 1), Work("3-flow-linear", 1, 1)]
     with pytest.raises(AtollError, match="no island for expert 3-flow-linear"):
-        assign(works, [Island(named("anna"), {"a": 1.0})])
+        assign(works, [SimulatedIsland(named("anna"), {"a": 1.0})])
 
 
 def test_quantiles() -> None:

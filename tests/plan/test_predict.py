@@ -13,7 +13,7 @@ from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
 from atoll.nn import DiTConfig
 from atoll.plan import Plan, as_json, plan, plan_run, render
-from atoll.plan.cost import Network, training_flops
+from atoll.plan.cost import DiTSizes, training_flops
 from atoll.plan.fit import EMA_EVERY, LADDER, all_switches
 from atoll.plan.gpus import find_gpu
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
@@ -78,7 +78,7 @@ def test_networks_are_those_that_training_builds() -> None:
         for part, expert in zip(manifest.experts, plan(manifest).experts, strict=True):
             config = dit_config(manifest.network_of(part), latent, text.dim, text.pooled)
             built = DiTConfig.model_validate(config).model_dump()
-            assert expert.network == Network.from_config(built, text.tokens)
+            assert expert.network == DiTSizes.from_config(built, text.tokens)
 
 
 @pytest.mark.parametrize("gpu", [None, "a100", "24GB"])
@@ -221,7 +221,7 @@ def test_average_on_the_cpu_is_updated_as_training_does() -> None:
 
 
 def test_a_finished_run_against_its_plan() -> None:
-    network = Network((8, 12), 1, 4, 32, 2, 2, 4.0, states_dim=16, tokens=5)
+    network = DiTSizes((8, 12), 1, 4, 32, 2, 2, 4.0, states_dim=16, tokens=5)
     config = {key: value for key, value in asdict(network).items() if key != "tokens"}
     training = {"steps": 100, "seconds": 20.0, "settings": {"batch": 16}}
     c = compare({"name": "0-x", "network": config, "training": training}, tokens=5, flops=1e9, mfu=0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atoll.report.page import document, number, picture_sheet, weight_strip
+from atoll.report.page import document, image_sheet, number, weight_strip
 
 
 def test_titles_are_escaped_and_nothing_is_loaded_from_elsewhere() -> None:
@@ -34,7 +34,7 @@ def test_numbers_that_are_not_finite_are_words(value) -> None:
 
 def test_an_image_sheet_holds_the_images_in_their_places() -> None:
     images = torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1, 1).expand(3, 1, 4, 2)
-    uri = picture_sheet(images, columns=2, side=4)
+    uri = image_sheet(images, columns=2, side=4)
     sheet = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     assert sheet.size == (2 * 2 + 1, 2 * 4 + 1)
     assert [sheet.getpixel(place) for place in ((0, 0), (3, 0), (0, 5))] == [

@@ -28,7 +28,7 @@ CONTENT = {
         "condition": {"name": "hash", "dim": 8, "length": 4},
         "clusters": {"k": 2, "fine": 32},
         "network": {"patch": 8, "width": 8, "depth": 1, "heads": 2},
-        "train": {"steps": 3, "batch": 8, "hold_back": 0.05, "track": "none", "precision": "fp32"},
+        "train": {"steps": 3, "batch": 8, "calibration_holdout": 0.05, "track": "none", "precision": "fp32"},
         "router": {"network": {"patch": 8, "width": 8, "depth": 1, "heads": 2}},
         "sampling": {"steps": 2, "guidance_scale": 1.0, "routing": "top-1"},
         "evaluate": {
@@ -84,7 +84,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
     return asked
 
 
-def test_a_study_from_pictures_to_its_table(recipe, launched, tmp_path) -> None:
+def test_a_study_from_images_to_its_table(recipe, launched, tmp_path) -> None:
     study, out, told = load_study(recipe), tmp_path / "out", []
     table = run_study(study, out, tell=told.append).read_text()
     trained = [("k2", None), ("pooled", ["router"]), ("private/drawn", ["router"]), ("private/drawn", ["student"])]
@@ -110,7 +110,7 @@ def test_a_study_from_pictures_to_its_table(recipe, launched, tmp_path) -> None:
     assert drawn["rows"] == 2 * 20
     assert json.loads((private / "report.json").read_text())["hashes"]["encoded/index.json"] == sha256_file(
         out / "seed-1" / "k2" / "encoded" / "index.json"
-    )  # judged by the real pictures
+    )  # judged by the real images
     value = json.loads((out / "results.json").read_text())
     monolith = value["rows"][0]
     assert set(monolith["values"]["denoising error"]) == {"0", "1"}

@@ -1,4 +1,4 @@
-"""What a collective without pictures has: atoll.yaml, experts, and a list of captions."""
+"""What a collective without images has: atoll.yaml, experts, and a list of captions."""
 
 import shutil
 from pathlib import Path

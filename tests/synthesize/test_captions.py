@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
-from atoll.synthesize.captions import Listed, Order, load_captions
+from atoll.synthesize.captions import CaptionOrder, Listed, load_captions
 from atoll.synthesize.rows import Keys
 
 HERE = "8950abfda7b727630760dd35bcf5c3daa7631aff223a90f7728c0d2521dde10c"  # the assignment of tests/conftest.py
@@ -32,11 +32,11 @@ def test_one_list_for_all_or_one_for_each(tmp_path) -> None:
 
 def test_captions_of_shards_are_those_of_training_rows(run) -> None:
     found, about = load_captions(None, run / "clusters", 3, HERE)
-    assert about["from"] == "of the clusters' shards: captions shared, pictures not"
+    assert about["from"] == "of the clusters' shards: captions shared, images not"
     assert about["counts"] == [len(one) for one in found] == [14, 14, 14]
     rows = [i for i in range(60) if i % 3 == 1 and i % 10 < 7]
     words = ("moss", "sand", "rain", "rust")
-    drawn = Order(found[1], 0, 1)(range(14))
+    drawn = CaptionOrder(found[1], 0, 1)(range(14))
     assert Counter(drawn) == Counter(f"{words[i % 4]} {words[i // 4 % 4]}" for i in rows)
 
 
@@ -61,7 +61,7 @@ def test_what_is_missing_or_wrong_is_told(run, tmp_path) -> None:
 def test_experts_of_no_captions_take_a_list_of_empty_lines(tmp_path) -> None:
     (tmp_path / "none.txt").write_text("\n\n")
     (one,), _ = load_captions(tmp_path / "none.txt", tmp_path, 1, HERE)
-    assert Order(one, 0, 0)(range(5)) == [""] * 5
+    assert CaptionOrder(one, 0, 0)(range(5)) == [""] * 5
 
 
 @given(st.binary(max_size=60))
@@ -74,12 +74,12 @@ def test_any_file_is_a_list_or_a_mistake(tmp_path_factory, content) -> None:
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert len(one) > 0
-        assert len(Order(one, 0, 0)(range(3))) == 3
+        assert len(CaptionOrder(one, 0, 0)(range(3))) == 3
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 40), st.integers(0, 3))
 def test_captions_come_equally_often_wherever_the_rows_are_cut(size, rows, cut, seed) -> None:
-    order = Order(Listed([str(i) for i in range(size)], ""), seed, 2)
+    order = CaptionOrder(Listed([str(i) for i in range(size)], ""), seed, 2)
     whole = order(range(rows))
     cut = min(cut, rows - 1)
     assert (order(range(cut)) if cut else []) + order(range(cut, rows)) == whole
@@ -89,7 +89,7 @@ def test_captions_come_equally_often_wherever_the_rows_are_cut(size, rows, cut, 
 
 def test_captions_come_in_another_order_of_each_seed_cluster_and_pass() -> None:
     lines = Listed([str(i) for i in range(30)], "")
-    orders = [Order(lines, seed, cluster)(range(60)) for seed in (0, 1) for cluster in (0, 1)]
+    orders = [CaptionOrder(lines, seed, cluster)(range(60)) for seed in (0, 1) for cluster in (0, 1)]
     assert len({tuple(part) for order in orders for part in (order[:30], order[30:])}) == 8
 
 

@@ -151,7 +151,7 @@ def test_replicas_draw_together_and_are_stacked_on_what_they_drew(trained_run, l
 
 def test_captions_may_be_those_of_the_shards(trained_run, tmp_path) -> None:
     said = synthesize(trained_run, tmp_path / "drawn")
-    assert "captions shared, pictures not" in said
+    assert "captions shared, images not" in said
     mine, theirs = (Shards(path / "clusters" / "cluster-001") for path in (tmp_path / "drawn", trained_run))
     assert set(mine.captions) == {
         c for c, split in zip(theirs.captions, theirs.splits, strict=True) if split == "train"

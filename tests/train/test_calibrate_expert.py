@@ -81,7 +81,10 @@ def test_the_velocity_error_is_that_of_the_velocity(expert, shards) -> None:
         ({"assignment": "another"}, "its assignment is .* the expert's another"),
         ({"clusters": [1]}, r"is cluster 0, the expert is of \[1\]; name its own"),
         ({"condition": {"name": "unknown", "dim": 8}}, "nothing says what encodes its captions"),
-        ({"training": {"hold_back": 0.25, "seed": 0, "rows": 3}}, "was trained on 3 rows, of these shards it would be"),
+        (
+            {"training": {"calibration_holdout": 0.25, "seed": 0, "rows": 3}},
+            "was trained on 3 rows, of these shards it would be",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_changed(expert, shards, card, message) -> None:
@@ -95,7 +98,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(expert, shards, car
 def test_rows_that_were_held_back_are_found_again(run, manifest) -> None:
     from atoll.train.expert import train_expert
 
-    settings = replace_train(manifest, hold_back=0.3)
+    settings = replace_train(manifest, calibration_holdout=0.3)
     path = train_expert(run, settings, "0")
     before = load_expert(path)
     assert before.card["calibration"]["measured_on"] == "held back"

@@ -12,7 +12,7 @@ from atoll.objective import Objective
 from atoll.schedule import Cosine, Linear
 from atoll.storage.artifact import read_card
 from atoll.storage.shards import Shards, ShardWriter
-from atoll.train.batches import Captioned, Rows
+from atoll.train.batches import CaptionedLatents, Rows
 from atoll.train.router import Routing, _data_set, train_router
 
 
@@ -42,7 +42,7 @@ def test_the_part_that_is_set_apart_needs_nothing_beside_it(run, manifest) -> No
 
 
 def test_each_row_is_noised_on_its_clusters_path(run) -> None:
-    data = Captioned(Rows.of([Shards(run / "encoded")], "train"), HashEncoder(dim=8, length=4))
+    data = CaptionedLatents(Rows.of([Shards(run / "encoded")], "train"), HashEncoder(dim=8, length=4))
     paths = [(Cosine(), torch.tensor([0, 2])), (Linear(), torch.tensor([1]))]
     labels = torch.arange(len(data.rows.shards[0])) % 3
     task = Routing(torch.nn.Identity(), data, data, labels, TrainSettings(batch=12), 0, paths)

@@ -16,7 +16,7 @@ from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn import build_network
 from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.storage.shards import Shards, ShardWriter
-from atoll.train.batches import Captioned, Order, Rows, drop_condition
+from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
 from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
@@ -78,7 +78,7 @@ def test_a_router_with_pooled_reads_the_prompt(tmp_path) -> None:
     with ShardWriter(tmp_path / "data", {}) as writer:
         keys, captions = [f"k{i}" for i in range(40)], ["moss", "sand"] * 20
         writer.append(keys, captions, ["train"] * 40, {"latent": torch.zeros(40, 1, 4, 8).half()})
-    data = Captioned(Rows.of([Shards(tmp_path / "data")], "train"), encoder)
+    data = CaptionedLatents(Rows.of([Shards(tmp_path / "data")], "train"), encoder)
     config = {"name": "router", "size": [4, 8], "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2}
     router = build_network({**config, "clusters": 2, "pooled_dim": 8})
     task = Routing(router, data, data, labels, TrainSettings(batch=20), seed=0)
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, trained_run, mani
 def test_a_corrupt_shard_is_named_with_its_key(run, manifest) -> None:
     shard = run / "clusters" / "cluster-001" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(AtollError, match=r"shard-00000.*picture-001"):
+    with pytest.raises(AtollError, match=r"shard-00000.*image-001"):
         train_expert(run, manifest, "1")
     assert not (run / "experts").exists()
 
@@ -280,12 +280,12 @@ def test_an_assignment_of_other_data_is_refused(run, manifest) -> None:
 
 def test_order_is_a_permutation_per_epoch_whatever_the_batch() -> None:
     for rows, batch in ((10, 3), (7, 7), (3, 8)):
-        order = Order(rows, batch, seed=1)
+        order = SeededSampler(rows, batch, seed=1)
         seen = torch.cat([order.at(step) for step in range(rows * 2)])
         for epoch in seen[: len(seen) // rows * rows].reshape(-1, rows):
             assert sorted(epoch.tolist()) == list(range(rows))
-        assert torch.equal(Order(rows, batch, seed=1).at(4), order.at(4))
-    assert not torch.equal(Order(100, 50, seed=1).at(0), Order(100, 50, seed=2).at(0))
+        assert torch.equal(SeededSampler(rows, batch, seed=1).at(4), order.at(4))
+    assert not torch.equal(SeededSampler(100, 50, seed=1).at(0), SeededSampler(100, 50, seed=2).at(0))
 
 
 def test_dropped_rows_become_the_null_condition() -> None:
@@ -298,13 +298,13 @@ def test_dropped_rows_become_the_null_condition() -> None:
 
 
 def test_a_batch_is_the_same_however_it_is_shared(tmp_path) -> None:
-    """Mirrored pictures too: every process draws for the whole batch, and takes its part."""
+    """Mirrored images too: every process draws for the whole batch, and takes its part."""
     latents = torch.arange(40.0).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 8).half()
     with ShardWriter(tmp_path / "data", {}) as writer:
         captions = ["moss", "sand"] * 20
         columns = {"latent": latents, "latent_flip": -latents}
         writer.append([f"k{i}" for i in range(40)], captions, ["train"] * 40, columns)
-    data = Captioned(Rows.of([Shards(tmp_path / "data")], "train"), HashEncoder(dim=8, length=4))
+    data = CaptionedLatents(Rows.of([Shards(tmp_path / "data")], "train"), HashEncoder(dim=8, length=4))
     task = Routing(torch.nn.Identity(), data, data, torch.arange(40) % 2, TrainSettings(batch=12), seed=0)
     whole, parts = task.batch(2, slice(0, 12)), [task.batch(2, slice(i, i + 4)) for i in (0, 4, 8)]
     assert {bool(x) for x in whole["x0"][:, 0, 0, 0] < 0} == {True, False}

@@ -6,22 +6,22 @@ from typing import Any
 from pydantic import BaseModel
 
 from atoll.condition import Condition, Conditions, Tokens
-from atoll.encoders.text.encoder import Encoder
+from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.text.hashed import HashConfig, HashEncoder
 from atoll.encoders.text.label import LabelConfig, LabelEncoder, read_labels
 from atoll.encoders.text.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
-from atoll.encoders.text.several import SeveralEncoders
+from atoll.encoders.text.several import PromptEncoder
 from atoll.encoders.weights import parse_config
 
 __all__ = [
     "CLIPEncoder",
     "Condition",
     "Conditions",
-    "Encoder",
     "HashEncoder",
     "LabelEncoder",
-    "SeveralEncoders",
+    "PromptEncoder",
     "T5Encoder",
+    "TextEncoder",
     "Tokens",
     "build_encoder",
 ]
@@ -34,7 +34,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 }
 
 
-def build_encoder(config: Mapping[str, Any]) -> Encoder:
+def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
     """The encoder that a manifest's or a card's config describes.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from atoll.condition import Condition, Tokens
 
 
-class Encoder(ABC):
+class TextEncoder(ABC):
     """A frozen text encoder. Subclasses are final; `build_encoder` makes one again from its config."""
 
     name: ClassVar[str]
@@ -31,7 +31,7 @@ class Encoder(ABC):
     def config(self) -> dict[str, Any]:
         """The plain values that stand in cards; `build_encoder(config)` makes an equal encoder anywhere."""
 
-    def unread(self, caption: str) -> str:
+    def truncated_text(self, caption: str) -> str:
         """What of a caption stands beyond `length` tokens and is cut; "" where nothing does."""
         return ""
 

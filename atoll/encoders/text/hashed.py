@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from atoll.condition import Condition, Tokens
-from atoll.encoders.text.encoder import Encoder
+from atoll.encoders.text.encoder import TextEncoder
 
 
 class HashConfig(BaseModel):
@@ -23,7 +23,7 @@ class HashConfig(BaseModel):
     seed: int = 0
 
 
-class HashEncoder(Encoder):
+class HashEncoder(TextEncoder):
     """Words to fixed vectors taken from a hash, plus their position: no download, no fitting, any vocabulary.
 
     A word is a run of letters or digits, in lower case; punctuation only separates. Its vector is the output
@@ -59,7 +59,7 @@ class HashEncoder(Encoder):
         pooled = total * total.square().mean(1, keepdim=True).rsqrt()  # [B,D], no 0/0: the start token stands
         return Condition(states, tokens.mask, pooled)
 
-    def unread(self, caption: str) -> str:
+    def truncated_text(self, caption: str) -> str:
         return " ".join(_WORD.findall(caption.lower())[self.length - 1 :])
 
     def config(self) -> dict[str, Any]:

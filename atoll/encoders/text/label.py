@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
 from atoll.condition import Condition, Tokens
-from atoll.encoders.text.encoder import Encoder
+from atoll.encoders.text.encoder import TextEncoder
 from atoll.errors import AtollError
 
 
@@ -24,7 +24,7 @@ class LabelConfig(BaseModel):
     labels: tuple[str, ...] | str
 
 
-class LabelEncoder(Encoder):
+class LabelEncoder(TextEncoder):
     """A class name to states [B,1,n] and pooled [B,n], one-hot; the empty caption is zeros: no class.
 
     Its card holds the names themselves, so that their numbers never change with a file.

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from atoll.condition import Condition, Tokens
-from atoll.encoders.text.encoder import Encoder
+from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.weights import (
     TOKENIZER,
     PretrainedConfig,
@@ -53,7 +53,7 @@ class T5Config(TextConfig):
     length: int = Field(120, ge=2)
 
 
-class _TextEncoder(Encoder):
+class _PretrainedTextEncoder(TextEncoder):
     """A tokenizer and a network of transformers. The network follows the tokens to their device."""
 
     _classes: Mapping[str, str]  # what config.json calls itself -> transformers' class
@@ -85,7 +85,7 @@ class _TextEncoder(Encoder):
         )
         return Tokens(encoded.input_ids, encoded.attention_mask.bool())
 
-    def unread(self, caption: str) -> str:
+    def truncated_text(self, caption: str) -> str:
         ids = self._tokenizer(caption, verbose=False).input_ids
         # Of what is kept, the last place is the end token's.
         return self._tokenizer.decode(ids[self.length - 1 : -1]).strip() if len(ids) > self.length else ""
@@ -106,7 +106,7 @@ class _TextEncoder(Encoder):
         """(states [B,L,D], pooled [B,P] or None) as the network gives them."""
 
 
-class CLIPEncoder(_TextEncoder):
+class CLIPEncoder(_PretrainedTextEncoder):
     """CLIP's text encoder (Radford et al. 2021): the last hidden states, normalised, and the end token's as pooled.
 
     The mask is True from the start token to the first end token. CLIP pads with the end token, and its attention is
@@ -144,7 +144,7 @@ class CLIPEncoder(_TextEncoder):
         return output.last_hidden_state, pooled  # [B,L,D]
 
 
-class T5Encoder(_TextEncoder):
+class T5Encoder(_PretrainedTextEncoder):
     """T5's encoder (Raffel et al. 2020): the last hidden states. An empty caption is its end token alone."""
 
     name = "t5"

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from atoll.condition import Conditions, Tokens
-from atoll.encoders.text.encoder import Encoder
+from atoll.encoders.text.encoder import TextEncoder
 
 
-class SeveralEncoders:
+class PromptEncoder:
     """Encoders side by side, used like one: each caption is tokenized and encoded once by each of them."""
 
-    def __init__(self, encoders: Sequence[Encoder]):
+    def __init__(self, encoders: Sequence[TextEncoder]):
         self.encoders = tuple(encoders)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -26,9 +26,9 @@ class SeveralEncoders:
         parts = zip(tokens.ids.split(lengths, dim=1), tokens.mask.split(lengths, dim=1), self.encoders, strict=True)
         return Conditions(tuple(encoder.encode(Tokens(ids, mask)) for ids, mask, encoder in parts))
 
-    def unread(self, caption: str) -> str:
+    def truncated_text(self, caption: str) -> str:
         """What the encoder that reads least of a caption does not read; "" where all read it whole."""
-        return max((encoder.unread(caption) for encoder in self.encoders), key=len)
+        return max((encoder.truncated_text(caption) for encoder in self.encoders), key=len)
 
     def config(self) -> dict[str, Any]:
         """Plain values, to be compared; each expert's card has its own encoder's."""

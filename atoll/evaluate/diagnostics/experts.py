@@ -145,7 +145,7 @@ def chosen_of(weights: Tensor) -> Tensor:
 
 
 def by_choice(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error [2, M] over n pictures of the chosen experts' values and of the others'.
+    """Mean and standard error [2, M] over n images of the chosen experts' values and of the others'.
 
     Args:
         values: [n, M, E].

@@ -27,7 +27,7 @@ Given = Condition | Conditions | ConditionOf | None
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class RouterRows:
     """Some rows of `HeldOut`, with their condition."""
 
     x0: Tensor
@@ -72,11 +72,11 @@ class HeldOut:
         """One more than the largest label."""
         return int(self.labels.max()) + 1
 
-    def batches(self, size: int, device: torch.device | str) -> Iterator[Part]:
+    def batches(self, size: int, device: torch.device | str) -> Iterator[RouterRows]:
         """Parts of at most `size` rows, on the device."""
         for rows in torch.arange(len(self.x0)).split(size):
             first, last = int(rows[0]), int(rows[-1]) + 1
-            yield Part(
+            yield RouterRows(
                 self.x0[first:last].to(device),
                 self.labels[first:last].to(device),
                 self.seeds[first:last],
@@ -227,7 +227,7 @@ def _scores(
     )
 
 
-def noisy(part: Part, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+def noisy(part: RouterRows, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
     """(x_t [B, ...], t [B]) of the latents at each level, the very ones at which `squared_errors` asks."""
     x0 = part.x0
     for level, time in enumerate(levels):

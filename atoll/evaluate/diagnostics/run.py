@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atoll.condition import Condition, Conditions
 from atoll.encoders.codec import Codec
-from atoll.encoders.text import Encoder, SeveralEncoders
+from atoll.encoders.text import PromptEncoder, TextEncoder
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.cluster_space import ClusterSpace
@@ -18,19 +18,19 @@ from atoll.evaluate.metrics.frechet import Features, seeded_noise
 from atoll.manifest import EvaluateSettings
 from atoll.storage.shards import Shards
 
-_OF_CLUSTER = 1024  # pictures at most, at random, that stand for a cluster
+_OF_CLUSTER = 1024  # images at most, at random, that stand for a cluster
 
 
 def diagnose_run(
     ensemble: Ensemble,
     clusters: Sequence[Shards],
-    encoder: Encoder | SeveralEncoders,
+    encoder: TextEncoder | PromptEncoder,
     codec: Codec,
     space: Features,
     settings: EvaluateSettings,
     device: str | torch.device = "cpu",
 ) -> Diagnostics:
-    """`settings.diagnosed` trajectories and at most four times as many held-out latents, spread over the clusters.
+    """Diagnose `settings.diagnostic_samples` trajectories and at most four times as many held-out latents.
 
     clusters: of the run, numbered as the experts' are. space: what distances to their data are taken in.
 
@@ -39,9 +39,11 @@ def diagnose_run(
     """
     if not clusters:
         raise AtollError(
-            "evaluate.diagnosed needs the clusters' shards beside the run; copy clusters/ here, or set it to 0"
+            "evaluate.diagnostic_samples needs the clusters' shards beside the run; copy clusters/ here, or set it to 0"
         )
-    rows = [_some(shards, "val", -(-4 * settings.diagnosed // len(clusters)), settings.seed) for shards in clusters]
+    rows = [
+        _some(shards, "val", -(-4 * settings.diagnostic_samples // len(clusters)), settings.seed) for shards in clusters
+    ]
     x0 = torch.cat([shards.read("latent", own).float() for shards, own in zip(clusters, rows, strict=True)])
     if len(x0) == 0:
         raise AtollError(f"{clusters[0].path} and the others hold no rows of split val; encode with some held out")
@@ -53,7 +55,9 @@ def diagnose_run(
         return encoder.encode(tokens.index(numbers))
 
     held_out = HeldOut(x0, labels, [settings.seed + i for i in range(len(x0))], condition)
-    drawn = torch.randperm(len(x0), generator=torch.Generator().manual_seed(settings.seed))[: settings.diagnosed]
+    drawn = torch.randperm(len(x0), generator=torch.Generator().manual_seed(settings.seed))[
+        : settings.diagnostic_samples
+    ]
 
     def features(latents: Tensor) -> Tensor:
         return space(codec.decode(latents))

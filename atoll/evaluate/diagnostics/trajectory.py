@@ -58,10 +58,10 @@ class ClusterDistance:
 
     Attributes:
         kind: to what: "centroid" or "nearest neighbour".
-        chosen: weighted by the experts' weights, mean over pictures.
-        unchosen: mean over the others, then over the pictures that have any; NaN where none has.
+        chosen: weighted by the experts' weights, mean over images.
+        unchosen: mean over the others, then over the images that have any; NaN where none has.
         nearest: to the nearest cluster of all.
-        aligned: the weight that lies on experts of the nearest cluster, mean over pictures.
+        aligned: the weight that lies on experts of the nearest cluster, mean over images.
     """
 
     kind: str
@@ -73,12 +73,12 @@ class ClusterDistance:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Angle in degrees between two experts' velocities at the same x, mean over pairs and pictures, at T times.
+    """Angle in degrees between two experts' velocities at the same x, mean over pairs and images, at T times.
 
     Near t = 1 and t = 0 the part of the velocity that all experts share is large, and angles are smaller.
 
     Attributes:
-        chosen: over pairs of chosen experts, of the pictures that have two; NaN where none has.
+        chosen: over pairs of chosen experts, of the images that have two; NaN where none has.
         every: over all pairs; NaN with one expert.
     """
 
@@ -88,7 +88,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """|dx0| / |dx_t| of a random perturbation at start times t, mean over pictures and its standard error.
+    """|dx0| / |dx_t| of a random perturbation at start times t, mean over images and its standard error.
 
     Its square's mean over directions is the Jacobian's squared Frobenius norm per value of x. size: root mean square of
     the perturbation per value.
@@ -102,8 +102,8 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Refinement:
-    """Root mean square per value between final pictures drawn from the same noise in `steps` n, 2n, 4n, mean over
-    pictures. distances: (steps, steps, distance). Where halving the step divides it by 2^p, the order is p."""
+    """Root mean square per value between final images drawn from the same noise in `steps` n, 2n, 4n, mean over
+    images. distances: (steps, steps, distance). Where halving the step divides it by 2^p, the order is p."""
 
     steps: tuple[int, ...]
     distances: tuple[tuple[int, int, float], ...]
@@ -111,10 +111,10 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What was measured while `pictures` pictures were drawn. times: of the states looked at [T], before each step;
+    """What was measured while `images` images were drawn. times: of the states looked at [T], before each step;
     space: where the distances were taken."""
 
-    pictures: int
+    images: int
     routing: str
     steps: int
     method: str
@@ -177,9 +177,9 @@ def diagnose_trajectory(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> Trajectory:
-    """Draws pictures and looks, before each step, at the state x, at the weights and at what every expert says of it.
+    """Draws images and looks, before each step, at the state x, at the weights and at what every expert says of it.
 
-    The cost, in samplings of the ensemble: 1 for the pictures, 1 + E/k to look at them (k experts of E are asked in a
+    The cost, in samplings of the ensemble: 1 for the images, 1 + E/k to look at them (k experts of E are asked in a
     step; of a memory store, each look brings all E in turn), 2 t for each start t, 6 for the refinement.
 
     Args:
@@ -189,7 +189,7 @@ def diagnose_trajectory(
         draw: steps, method, guidance, and where perturbations begin.
         clusters: [n] int64, for routing "oracle".
         seed: of the perturbations: the same for row i of the noise in any batch.
-        batch: pictures at a time; memory holds the velocities of all experts for so many.
+        batch: images at a time; memory holds the velocities of all experts for so many.
         device: where the networks are.
 
     Raises:
@@ -198,7 +198,7 @@ def diagnose_trajectory(
     """
     draw = draw or Draw()
     if len(noise) == 0:
-        raise AtollError("trajectories from no noise; expected noise [n, ...] of at least one picture")
+        raise AtollError("trajectories from no noise; expected noise [n, ...] of at least one image")
     owned = [] if space is None else [_known(expert, space) for expert in ensemble.experts]
     walks = []
     for rows in torch.arange(len(noise)).split(batch):
@@ -222,7 +222,7 @@ def _known(expert: Expert, space: ClusterSpace) -> list[int]:
 
 
 class _Walk:
-    """One batch of pictures on its way, and what is seen of it: numbers of each picture, on the CPU."""
+    """One batch of images on its way, and what is seen of it: numbers of each image, on the CPU."""
 
     def __init__(
         self,
@@ -315,7 +315,7 @@ def mean_of_pairs(angles: Tensor, those: Tensor) -> Tensor:
 def _joined(
     walks: Sequence[_Walk], ensemble: Ensemble, draw: Draw, space: ClusterSpace | None, owned: Sequence[Sequence[int]]
 ) -> Trajectory:
-    """Means over all pictures."""
+    """Means over all images."""
     n = draw.steps
     times = tuple((n - step) / n for step in range(n))
     weights = _whole([walk.weights for walk in walks])  # [n, T, E]
@@ -325,7 +325,7 @@ def _joined(
     pairs = ((n, 2 * n), (2 * n, 4 * n), (n, 4 * n))
     distances = {kind: _whole([walk.distances[kind] for walk in walks]) for kind in walks[0].distances}  # [n, T, K]
     return Trajectory(
-        pictures=len(weights),
+        images=len(weights),
         routing=ensemble.routing,
         steps=n,
         method=draw.method,
@@ -344,12 +344,12 @@ def _joined(
 
 
 def _whole(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Of each batch, its pictures' values [B, ...] at each time: [n, T, ...] of all pictures."""
+    """Of each batch, its images' values [B, ...] at each time: [n, T, ...] of all images."""
     return torch.cat([torch.stack(tuple(part), dim=1) for part in parts])
 
 
 def _cluster_distance(kind: str, distances: Tensor, weights: Tensor, owned: Sequence[Sequence[int]]) -> ClusterDistance:
-    """From each picture's distances [n, T, K] to the clusters, its experts' weights [n, T, E] and their clusters."""
+    """From each image's distances [n, T, K] to the clusters, its experts' weights [n, T, E] and their clusters."""
     of_expert = torch.stack([distances[..., list(clusters)].amin(-1) for clusters in owned], dim=-1)  # [n, T, E]
     chosen, unchosen = by_choice(of_expert, weights)
     covers = torch.tensor([[k in clusters for clusters in owned] for k in range(distances.shape[-1])])  # [K, E]
@@ -365,7 +365,7 @@ def _cluster_distance(kind: str, distances: Tensor, weights: Tensor, owned: Sequ
 
 
 def _disagreement(angles: Tensor, weights: Tensor) -> Disagreement:
-    """From each picture's mean angles [n, T, 2], and the weights [n, T, E], which tell who has two chosen experts."""
+    """From each image's mean angles [n, T, 2], and the weights [n, T, E], which tell who has two chosen experts."""
     there = chosen_of(weights).sum(-1) > 1  # [n, T]
     chosen = [float(angles[there[:, m], m, 0].mean()) for m in range(angles.shape[1])]
     return Disagreement(tuple(chosen), tuple(angles[..., 1].mean(0).tolist()))

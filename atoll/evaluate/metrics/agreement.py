@@ -1,4 +1,4 @@
-"""How well pictures follow their prompts: by a CLIP, or, where none is at hand, by a regression on real pictures."""
+"""How well images follow their prompts: by a CLIP, or, where none is at hand, by a regression on real images."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from atoll.condition import Condition, Conditions
 from atoll.encoders.feature import Feature, build_feature
-from atoll.encoders.text import Encoder, build_encoder
+from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import Features, Moments, metric_name
 
-CANDIDATES = 100  # prompts that a picture's own is sought among: AttnGAN's R-precision
+CANDIDATES = 100  # prompts that an image's own is sought among: AttnGAN's R-precision
 # Ridge parameters tried, relative to the mean variance of a feature's dimension.
 RELATIVE_LAMBDAS = tuple(10.0 ** (power / 4) for power in range(-32, 17))
 FREEDOM = 0.95  # of n: a regression that uses more of its degrees of freedom has nothing left to be judged by
@@ -22,10 +22,10 @@ EQUAL = 1e-9  # cosines nearer than this are a tie
 
 
 class CLIPScore:
-    """100 max(cos(picture, prompt), 0) between the two halves of one CLIP.
+    """100 max(cos(image, prompt), 0) between the two halves of one CLIP.
 
-    Hessel et al. 2021, with the weight of 100 that is usual for generated pictures instead of their 2.5, and without
-    their prefix "A photo depicts". A prompt is cut at the 77 tokens that CLIP reads. Pictures are resized by the
+    Hessel et al. 2021, with the weight of 100 that is usual for generated images instead of their 2.5, and without
+    their prefix "A photo depicts". A prompt is cut at the 77 tokens that CLIP reads. Images are resized by the
     shorter side to what the network takes, and their middle is scored.
 
     Args:
@@ -35,10 +35,10 @@ class CLIPScore:
         AtollError: halves that do not share a space.
     """
 
-    def __init__(self, images: Feature, texts: Encoder):
+    def __init__(self, images: Feature, texts: TextEncoder):
         if texts.pooled_dim != images.dim:
             raise AtollError(
-                f"the CLIP's pictures have {images.dim} dimensions, its texts {texts.pooled_dim}; "
+                f"the CLIP's images have {images.dim} dimensions, its texts {texts.pooled_dim}; "
                 "name two halves of one CLIP"
             )
         self._images, self._texts = images, texts
@@ -56,13 +56,13 @@ class CLIPScore:
         return cls(images, build_encoder({"name": "clip", "weights": weights, "pooled": "projected"}))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Pictures [B, C, H, W] in [0, 1] and their B prompts -> [B], 0 to 100; NaN of a picture that is not finite.
+        """Images [B, C, H, W] in [0, 1] and their B prompts -> [B], 0 to 100; NaN of an image that is not finite.
 
         Raises:
-            AtollError: another number of prompts than of pictures.
+            AtollError: another number of prompts than of images.
         """
         if len(images) != len(prompts):
-            raise AtollError(f"{len(images)} pictures and {len(prompts)} prompts; expected one prompt for each picture")
+            raise AtollError(f"{len(images)} images and {len(prompts)} prompts; expected one prompt for each image")
         seen = self._images(images)  # [B,D]
         read = self._texts.encode(self._texts.tokenize(prompts).to(seen.device)).pooled  # [B,D]
         assert read is not None  # the projected vector
@@ -72,26 +72,26 @@ class CLIPScore:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well pictures agree with their prompts.
+    """How well images agree with their prompts.
 
     Attributes:
-        r_precision: the share of pictures whose own prompt is the nearest.
-        cosine: mean cosine between what is read off a picture and its own prompt, both centred.
-        pictures: how many.
-        candidates: prompts that each picture's own was sought among, with it; by chance r_precision is one of them.
+        r_precision: the share of images whose own prompt is the nearest.
+        cosine: mean cosine between what is read off an image and its own prompt, both centred.
+        images: how many.
+        candidates: prompts that each image's own was sought among, with it; by chance r_precision is one of them.
     """
 
     r_precision: float
     cosine: float
-    pictures: int
+    images: int
     candidates: int
 
 
 class RidgeAgreement:
-    """Reads the prompt's vector off a picture's features, by a ridge regression fitted on real pictures.
+    """Reads the prompt's vector off an image's features, by a ridge regression fitted on real images.
 
-    Needs no CLIP and is as good as its features: real held-out pictures with their prompts give the ceiling, with
-    shuffled prompts the floor, and a number says something between the two. Off the pictures that it was fitted on it
+    Needs no CLIP and is as good as its features: real held-out images with their prompts give the ceiling, with
+    shuffled prompts the floor, and a number says something between the two. Off the images that it was fitted on it
     reads more than off any others: ask for the prompts of others, or a model that repeats those would score above the
     ceiling.
 
@@ -110,14 +110,14 @@ class RidgeAgreement:
 
     @classmethod
     def fit(cls, features: Features, pairs: Iterable[tuple[Tensor, Tensor]]) -> "RidgeAgreement":
-        """From batches of (features [B, D], prompts' vectors [B, P]) of real training pictures.
+        """From batches of (features [B, D], prompts' vectors [B, P]) of real training images.
 
         Vectors are brought to unit length and centred. In closed form from their joint moments, in float64: memory is
-        (D + P)^2, however many pictures. The ridge parameter is that of 49 between 1e-8 and 1e4 times the features'
+        (D + P)^2, however many images. The ridge parameter is that of 49 between 1e-8 and 1e4 times the features'
         mean variance with the least generalised cross-validation error (Golub, Heath & Wahba 1979).
 
         Raises:
-            AtollError: fewer than 3 pictures, features or vectors that are not finite, or all alike.
+            AtollError: fewer than 3 images, features or vectors that are not finite, or all alike.
         """
         moments: Moments | None = None
         for seen, vectors in pairs:
@@ -125,16 +125,14 @@ class RidgeAgreement:
             moments = moments or Moments(joint.shape[1])
             moments.update(joint)
         if moments is None or moments.count < 3:
-            raise AtollError(f"a regression on {moments.count if moments else 0} pictures; expected at least 3")
+            raise AtollError(f"a regression on {moments.count if moments else 0} images; expected at least 3")
         if not moments.finite:
-            raise AtollError("features or prompts' vectors of real pictures that are not finite; look at the data")
+            raise AtollError("features or prompts' vectors of real images that are not finite; look at the data")
         n, dim = moments.count, features.dim
         covariance = moments.covariance * ((n - 1) / n)
         xx, xy, yy = covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
         if float(xx.trace()) <= 0 or float(yy.trace()) <= 0:
-            raise AtollError(
-                "all pictures have the same features, or all prompts the same vector: nothing to tell apart"
-            )
+            raise AtollError("all images have the same features, or all prompts the same vector: nothing to tell apart")
         weights, ridge = _ridge(xx, xy, float(yy.trace()), n)
         return cls(features, moments.mean[:dim], moments.mean[dim:], weights, ridge)
 
@@ -143,10 +141,10 @@ class RidgeAgreement:
         return (features.detach().cpu().double() - self._mean) @ self._weights
 
     def score(self, features: Tensor, prompts: Sequence[str], vectors: Tensor, seed: int = 0) -> Agreement:
-        """Scores pictures with these features [n, D] against their n prompts, whose vectors are [n, P].
+        """Scores images with these features [n, D] against their n prompts, whose vectors are [n, P].
 
-        A picture's own prompt is sought among it and 99 others, at random of the distinct prompts given; among all of
-        them where they are no more than 100. Prompts with equal vectors share a hit. Two sets of pictures for the same
+        An image's own prompt is sought among it and 99 others, at random of the distinct prompts given; among all of
+        them where they are no more than 100. Prompts with equal vectors share a hit. Two sets of images for the same
         prompts are asked with the same candidates.
 
         Raises:
@@ -154,7 +152,7 @@ class RidgeAgreement:
         """
         if not len(features) == len(prompts) == len(vectors):
             raise AtollError(
-                f"{len(features)} pictures, {len(prompts)} prompts and {len(vectors)} vectors; expected as many of each"
+                f"{len(features)} images, {len(prompts)} prompts and {len(vectors)} vectors; expected as many of each"
             )
         if not bool(torch.isfinite(features).all()):
             raise AtollError("features that are not finite: the sampling diverged")

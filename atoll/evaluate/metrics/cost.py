@@ -1,4 +1,4 @@
-"""What a picture costs to draw, counted while it is drawn: floating-point operations of the real sampling call."""
+"""What an image costs to draw, counted while it is drawn: floating-point operations of the real sampling call."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from atoll.errors import AtollError
 
 @dataclass(frozen=True)
 class SamplingCost:
-    """Floating-point operations of one picture.
+    """Floating-point operations of one image.
 
     by_operator: torch's operator -> its share of `flops`, largest first.
     """
@@ -25,8 +25,8 @@ class SamplingCost:
         return self.flops / 1e9
 
 
-def count_flops(draw: Callable[[], object], pictures: int) -> SamplingCost:
-    """Runs `draw`, which draws `pictures` pictures, once and counts its operations, per picture.
+def count_flops(draw: Callable[[], object], images: int) -> SamplingCost:
+    """Runs `draw`, which draws `images` images, once and counts its operations, per image.
 
     Counted, by torch's formulas, are matrix products, convolutions and attention (its two products, in full where a
     mask hides part of them), a multiply-add as 2: as papers that call them FLOPs and not MACs. Not counted is what is
@@ -37,21 +37,21 @@ def count_flops(draw: Callable[[], object], pictures: int) -> SamplingCost:
 
     Raises:
         AtollError: nothing was counted.
-        ValueError: fewer than one picture.
+        ValueError: fewer than one image.
     """
-    if pictures < 1:
-        raise ValueError(f"the cost of {pictures} pictures; expected at least 1")
+    if images < 1:
+        raise ValueError(f"the cost of {images} images; expected at least 1")
     with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch()) as counter:
         draw()
     total = counter.get_total_flops()
     if total == 0:
         raise AtollError(
-            "no operations were counted: the pictures were drawn in another thread, or by a compiled network; draw "
+            "no operations were counted: the images were drawn in another thread, or by a compiled network; draw "
             "them eagerly in the calling thread"
         )
     counts = counter.get_flop_counts()["Global"]
-    shares = sorted(((str(operator), count / pictures) for operator, count in counts.items()), key=lambda x: -x[1])
-    return SamplingCost(total / pictures, dict(shares))
+    shares = sorted(((str(operator), count / images) for operator, count in counts.items()), key=lambda x: -x[1])
+    return SamplingCost(total / images, dict(shares))
 
 
 def _unknown_to_torch() -> dict[Any, Any]:

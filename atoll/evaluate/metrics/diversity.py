@@ -1,4 +1,4 @@
-"""How unlike each other the pictures of one prompt are: intra-prompt diversity, as HDDM reports it."""
+"""How unlike each other the images of one prompt are: intra-prompt diversity, as HDDM reports it."""
 
 import hashlib
 import math
@@ -19,23 +19,23 @@ from atoll.nn.squeezenet import SMALLEST
 
 
 class PerceptualDistance(Protocol):
-    """A distance between pictures. `name` says which, and the first 8 letters of what it depends on."""
+    """A distance between images. `name` says which, and the first 8 letters of what it depends on."""
 
     name: str
 
     def pairwise(self, images: Tensor, /) -> Tensor:
-        """Pictures [n, C, H, W] in [0, 1] -> distances [n (n - 1) / 2] of (0, 1), (0, 2), ... (n - 2, n - 1)."""
+        """Images [n, C, H, W] in [0, 1] -> distances [n (n - 1) / 2] of (0, 1), (0, 2), ... (n - 2, n - 1)."""
 
 
 class SqueezeDist:
     """The squared difference of SqueezeNet's taps at unit length: LPIPS less its learnt weights, and never called so.
 
     Zhang et al. 2018, Eq. 1 with all w_l = 1: channels at unit length in each place, squared differences summed over
-    channels, averaged over places, summed over the seven taps. It depends on the pictures' size.
+    channels, averaged over places, summed over the seven taps. It depends on the images' size.
 
     Args:
         feature: "squeezenet", built by `atoll.encoders.feature.build_feature`.
-        enlarged: pictures with a side below 17 pixels, the least that the network takes, are enlarged (bilinear) until
+        enlarged: images with a side below 17 pixels, the least that the network takes, are enlarged (bilinear) until
             their shorter side has this many. It is part of the hash in the name.
 
     Raises:
@@ -46,7 +46,7 @@ class SqueezeDist:
         if feature.name != "squeezenet":
             raise AtollError(f"the feature {feature.name!r} has no taps; take 'squeezenet'")
         if enlarged < SMALLEST:
-            raise AtollError(f"pictures enlarged to {enlarged} pixels; SqueezeNet needs at least {SMALLEST}")
+            raise AtollError(f"images enlarged to {enlarged} pixels; SqueezeNet needs at least {SMALLEST}")
         self.feature, self.enlarged = feature, enlarged
         digest = hashlib.sha256(f"{feature.config()['sha256']} enlarged {enlarged}".encode())
         self.name = f"SqueezeDist [{digest.hexdigest()[:8]}]"
@@ -99,8 +99,8 @@ class LPIPS:
 @dataclass(frozen=True)
 class Diversity:
     """HDDM's intra-prompt diversity (arXiv 2603.06741): over prompts, mean and standard deviation (0 for one prompt) of
-    the mean distance between the pictures of one. Larger is more various; noise is most various of all, so it says
-    nothing alone. NaN where pictures diverged.
+    the mean distance between the images of one. Larger is more various; noise is most various of all, so it says
+    nothing alone. NaN where images diverged.
     """
 
     mean: float
@@ -108,7 +108,7 @@ class Diversity:
 
     @classmethod
     def of(cls, by_prompt: Sequence[float]) -> "Diversity":
-        """From `mean_distance` of each prompt's pictures. Raises AtollError for no prompts."""
+        """From `mean_distance` of each prompt's images. Raises AtollError for no prompts."""
         if not by_prompt:
             raise AtollError("the diversity of no prompts; expected at least one")
         values = torch.tensor(by_prompt, dtype=torch.float64)
@@ -116,13 +116,13 @@ class Diversity:
 
 
 def mean_distance(distance: PerceptualDistance, images: Tensor) -> float:
-    """Between the pictures [n, C, H, W] in [0, 1] of one prompt; NaN where any of them is not finite.
+    """Between the images [n, C, H, W] in [0, 1] of one prompt; NaN where any of them is not finite.
 
     Raises:
-        AtollError: fewer than two pictures.
+        AtollError: fewer than two images.
     """
     if len(images) < 2:
-        raise AtollError(f"{len(images)} pictures of a prompt; its diversity needs at least 2")
+        raise AtollError(f"{len(images)} images of a prompt; its diversity needs at least 2")
     return float(distance.pairwise(images).double().mean()) if bool(torch.isfinite(images).all()) else math.nan
 
 

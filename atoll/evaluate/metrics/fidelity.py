@@ -1,4 +1,4 @@
-"""How two sets of pictures compare beyond their first two moments: manifolds of neighbours, and kernel distances.
+"""How two sets of images compare beyond their first two moments: manifolds of neighbours, and kernel distances.
 
 All on features real [n, D] and fake [m, D], computed in float64. They need the features themselves, of which
 the caller keeps a bounded number.
@@ -40,7 +40,7 @@ def manifold_scores(real: Tensor, fake: Tensor, pr_k: int = 3, dc_k: int = 5, ch
 
     A set's manifold is the union of balls around its vectors, each as large as to reach the k-th nearest of the same
     set. As published, a ball has its edge for precision and recall, and not for density and coverage. All four depend
-    on the number of pictures: compare at equal n and equal m. Time grows as (n + m)^2 D: 10,000 against 10,000 vectors
+    on the number of images: compare at equal n and equal m. Time grows as (n + m)^2 D: 10,000 against 10,000 vectors
     of 1280 numbers take some 90 s of a busy core.
 
     Args:
@@ -74,7 +74,7 @@ def manifold_scores(real: Tensor, fake: Tensor, pr_k: int = 3, dc_k: int = 5, ch
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Mean over `subsets` pairs of subsets of `size` pictures, and the standard deviation between them."""
+    """Mean over `subsets` pairs of subsets of `size` images, and the standard deviation between them."""
 
     mean: float
     std: float
@@ -85,7 +85,7 @@ class KernelDistance:
 def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> KernelDistance:
     """The squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, unbiased: KID on Inception's features.
 
-    Binkowski et al. 2018. Unbiased: its mean does not depend on the number of pictures, and of sets of one
+    Binkowski et al. 2018. Unbiased: its mean does not depend on the number of images, and of sets of one
     distribution it is negative about as often as positive.
 
     Args:
@@ -122,7 +122,7 @@ def rbf_distance(real: Tensor, fake: Tensor, sigma: float = 10.0, scale: float =
     real, fake = _checked(real, fake, 1)
     for vectors in (real, fake):
         if bool((vectors.norm(dim=1) == 0).any()):
-            raise AtollError("a feature of zeros has no direction; take another feature, or leave out blank pictures")
+            raise AtollError("a feature of zeros has no direction; take another feature, or leave out blank images")
     real, fake = F.normalize(real), F.normalize(fake)
 
     def mean_kernel(a: Tensor, b: Tensor) -> float:
@@ -148,9 +148,9 @@ def _checked(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
         )
     for name, vectors in (("real", real), ("drawn", fake)):
         if len(vectors) < least:
-            raise AtollError(f"{len(vectors)} {name} pictures; expected at least {least}: give more pictures")
+            raise AtollError(f"{len(vectors)} {name} images; expected at least {least}: give more images")
         if not bool(torch.isfinite(vectors).all()):
-            raise AtollError(f"features of {name} pictures that are not finite: the sampling diverged")
+            raise AtollError(f"features of {name} images that are not finite: the sampling diverged")
     return real.detach().cpu().double(), fake.detach().cpu().double()
 
 

@@ -1,4 +1,4 @@
-"""What is measured: the Fréchet distance of pictures, and a velocity's error on held-out latents by noise level."""
+"""What is measured: the Fréchet distance of images, and a velocity's error on held-out latents by noise level."""
 
 import hashlib
 import math
@@ -17,11 +17,11 @@ from atoll.shapes import per_sample
 # (x [B, ...], t [B], condition of B rows) -> dx/dt [B, ...] on the linear path
 ConditionedVelocity = Callable[[Tensor, Tensor, Any], Tensor]
 
-# Pictures of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
+# Images of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
 PCA_VALUES_MAX = 1024
-# Fewer pictures than this per dimension on a side, and the Fréchet distance is said to be biased: FID's own habit is
-# 10,000 pictures or more in 2048 dimensions.
-BIAS_PICTURES_PER_DIMENSION = 5
+# Fewer images than this per dimension on a side, and the Fréchet distance is said to be biased: FID's own habit is
+# 10,000 images or more in 2048 dimensions.
+BIAS_IMAGES_PER_DIMENSION = 5
 
 
 class Moments:
@@ -60,7 +60,7 @@ class Moments:
     def covariance(self) -> Tensor:
         """[D, D], divided by n - 1. Raises AtollError with fewer than two vectors."""
         if self.count < 2:
-            raise AtollError(f"a covariance of {self.count} pictures; expected at least 2")
+            raise AtollError(f"a covariance of {self.count} images; expected at least 2")
         return self._scatter / (self.count - 1)
 
     @property
@@ -88,7 +88,7 @@ def frechet_distance(a: TwoMoments, b: TwoMoments) -> float:
     R = S_a^(1/2), so two symmetric eigendecompositions suffice and no imaginary part arises.
 
     Raises:
-        AtollError: fewer than two pictures on a side, or features that are not finite.
+        AtollError: fewer than two images on a side, or features that are not finite.
     """
     if not (a.finite and b.finite):
         raise AtollError("the Fréchet distance of features that are not finite: the sampling diverged")
@@ -101,26 +101,26 @@ def frechet_distance(a: TwoMoments, b: TwoMoments) -> float:
 
 
 def bias_warning(n: int, m: float, dim: int) -> str | None:
-    """What to say of a Fréchet distance between n and m pictures in `dim` dimensions; None where both are enough.
+    """What to say of a Fréchet distance between n and m images in `dim` dimensions; None where both are enough.
 
     The estimate is biased upwards, as 1/n (Chong & Forsyth 2020): two samples of one Gaussian with equal variances lie
     (D + 5)/4 (1/n + 1/m) of its total variance apart (second order in 1/n), which at n = m = 5 D is a tenth. Of n <= D
-    pictures the covariance is singular besides: in most directions nothing was measured.
+    images the covariance is singular besides: in most directions nothing was measured.
     """
-    side, enough = int(min(n, m)), BIAS_PICTURES_PER_DIMENSION * dim
+    side, enough = int(min(n, m)), BIAS_IMAGES_PER_DIMENSION * dim
     if side >= enough:
         return None
-    singular = ", and its covariance is singular (no more pictures than dimensions)" if side <= dim else ""
+    singular = ", and its covariance is singular (no more images than dimensions)" if side <= dim else ""
     return (
-        f"a Fréchet distance of {n:,} against {_said(m)} pictures in {dim:,} dimensions is biased upwards{singular}: "
-        f"the smaller side should hold {BIAS_PICTURES_PER_DIMENSION} pictures per dimension ({enough:,}); measure more "
-        f"pictures, take at most {max(1, side // BIAS_PICTURES_PER_DIMENSION):,} components, or read the kernel "
+        f"a Fréchet distance of {n:,} against {_said(m)} images in {dim:,} dimensions is biased upwards{singular}: "
+        f"the smaller side should hold {BIAS_IMAGES_PER_DIMENSION} images per dimension ({enough:,}); measure more "
+        f"images, take at most {max(1, side // BIAS_IMAGES_PER_DIMENSION):,} components, or read the kernel "
         "distance, which is unbiased"
     )
 
 
-def _said(pictures: float) -> str:
-    return f"{pictures:,.0f}" if math.isfinite(pictures) else "an unknown number of"
+def _said(images: float) -> str:
+    return f"{images:,.0f}" if math.isfinite(images) else "an unknown number of"
 
 
 class Features(Protocol):
@@ -169,7 +169,7 @@ def metric_name(kind: str, features: Named) -> str:
 def principal_components(moments: TwoMoments, components: int) -> tuple[Tensor, float]:
     """The orthonormal directions [D, components] of most variance, largest first, and the share of it they hold.
 
-    Fewer than asked for where dimensions, or pictures less one, are fewer. Raises AtollError below two pictures.
+    Fewer than asked for where dimensions, or images less one, are fewer. Raises AtollError below two images.
     """
     kept = int(min(components, len(moments.mean), moments.count - 1))
     variances, vectors = torch.linalg.eigh(moments.covariance)
@@ -182,12 +182,12 @@ def principal_components(moments: TwoMoments, components: int) -> tuple[Tensor, 
 class PixelPCA:
     """The principal components of pixels: blind to meaning, but needs no pretrained network and no download.
 
-    Not whitened, so a distance here is in squared pixel values (of [0, 1], summed over the picture).
+    Not whitened, so a distance here is in squared pixel values (of [0, 1], summed over the image).
 
     Args:
         mean: [D], D = C H W after pooling.
         basis: [D, components], orthonormal.
-        pool: pictures are averaged over pool x pool before.
+        pool: images are averaged over pool x pool before.
         explained: the share of the pixels' variance that lies in the basis; errors outside of it are not seen.
     """
 
@@ -198,10 +198,10 @@ class PixelPCA:
 
     @classmethod
     def fit(cls, batches: Iterable[Tensor], components: int = 48) -> "PixelPCA":
-        """Fitted on batches of pictures [B, C, H, W]; fewer components where pictures or pixels are fewer.
+        """Fitted on batches of images [B, C, H, W]; fewer components where images or pixels are fewer.
 
         Raises:
-            AtollError: fewer than two pictures.
+            AtollError: fewer than two images.
         """
         fit = PixelFit(components)
         for images in batches:
@@ -219,14 +219,14 @@ class PixelPCA:
 
 
 class PixelFit:
-    """A `PixelPCA` in the making, from pictures that arrive in batches."""
+    """A `PixelPCA` in the making, from images that arrive in batches."""
 
     def __init__(self, components: int):
         self.components, self._pool = components, 1
         self._moments: Moments | None = None
 
     def update(self, images: Tensor) -> None:
-        """Adds pictures [B, C, H, W], all of one size."""
+        """Adds images [B, C, H, W], all of one size."""
         if self._moments is None:
             while images[0].numel() / self._pool**2 > PCA_VALUES_MAX and min(images.shape[-2:]) >= 2 * self._pool:
                 self._pool *= 2
@@ -235,9 +235,9 @@ class PixelFit:
         self._moments.update(vectors)
 
     def done(self) -> PixelPCA:
-        """Raises AtollError for fewer than two pictures."""
+        """Raises AtollError for fewer than two images."""
         if self._moments is None:
-            raise AtollError("a PCA of no pictures; expected at least 2")
+            raise AtollError("a PCA of no images; expected at least 2")
         basis, explained = principal_components(self._moments, self.components)
         return PixelPCA(self._moments.mean, basis, self._pool, explained)
 
@@ -259,7 +259,7 @@ class DenoisingError:
         levels: t, [M].
         by_level: [M].
         mean: over the levels.
-        standard_error: of the mean, from the spread between pictures.
+        standard_error: of the mean, from the spread between images.
     """
 
     levels: tuple[float, ...]
@@ -269,7 +269,7 @@ class DenoisingError:
 
     @classmethod
     def of(cls, levels: Sequence[float], errors: Tensor) -> "DenoisingError":
-        """From the errors [pictures, M] of `squared_errors`."""
+        """From the errors [images, M] of `squared_errors`."""
         errors = errors.double()
         spread = errors.mean(1).std() if len(errors) > 1 else torch.tensor(0.0)
         return cls(

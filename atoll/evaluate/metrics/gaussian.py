@@ -1,7 +1,7 @@
-"""Mean and covariance of reference pictures' features, read from a file: published ones, or those of pictures that are
+"""Mean and covariance of reference images' features, read from a file: published ones, or those of images that are
 not at hand, as those of a collective's private data.
 
-STATISTICS.safetensors   mean [D], covariance [D, D], float64; in its metadata network, size and number of the pictures
+STATISTICS.safetensors   mean [D], covariance [D, D], float64; in its metadata network, size and number of the images
 STATISTICS.npz           mu [D], sigma [D, D], as pytorch-fid, clean-fid and ADM write them; it names no network
 """
 
@@ -36,7 +36,7 @@ class Gaussian:
         name: of the file, and the first letters of its hash.
         sha256: of the file.
         mean, covariance: [D] and [D, D], float64.
-        count: of the pictures; infinity where the file does not tell.
+        count: of the images; infinity where the file does not tell.
     """
 
     name: str
@@ -62,7 +62,7 @@ def save_gaussian(file: Path, moments: Moments, feature: Feature, image_shape: S
 
     Args:
         moments: of the feature's vectors.
-        image_shape: [C, H, W] of the pictures.
+        image_shape: [C, H, W] of the images.
         about: what they are, in words.
     """
     metadata = {
@@ -82,7 +82,7 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
         feature, image_shape: of what it will be compared with.
 
     Raises:
-        AtollError: a file that is missing, damaged, or of another feature network or size of pictures. An .npz names
+        AtollError: a file that is missing, damaged, or of another feature network or size of images. An .npz names
             neither: only its dimensions can be checked.
     """
     if not file.is_file():
@@ -148,6 +148,6 @@ def _check_made_of(file: Path, metadata: dict[str, str], feature: Feature, image
     size = json.loads(metadata["image"])
     if size != list(image_shape):
         raise AtollError(
-            f"{file}: statistics of pictures {size}, these are {list(image_shape)}; the distance would be between two "
+            f"{file}: statistics of images {size}, these are {list(image_shape)}; the distance would be between two "
             "resolutions: make them by `atoll statistics` from data encoded at this size"
         )

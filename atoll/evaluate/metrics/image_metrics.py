@@ -1,4 +1,4 @@
-"""One set of pictures against the real ones in one feature space, from features that arrive in batches."""
+"""One set of images against the real ones in one feature space, from features that arrive in batches."""
 
 from collections.abc import Iterable
 
@@ -9,21 +9,21 @@ from atoll.evaluate.metrics.fidelity import kernel_distance, manifold_scores, rb
 from atoll.evaluate.metrics.frechet import Moments, Named, frechet_distance, metric_name
 from atoll.evaluate.metrics.gaussian import Gaussian
 
-_SUBSETS = 20  # of at most 1,000 pictures, for the kernel distance
-_NEIGHBOURS = 6  # pictures at least, for manifolds
+_SUBSETS = 20  # of at most 1,000 images, for the kernel distance
+_NEIGHBOURS = 6  # images at least, for manifolds
 
 # What a metric's kind means, and whether more of it is better.
 KINDS = {
     "FD": ("Fréchet distance between Gaussians fitted to the features", False),
-    "KD": ("kernel distance, unbiased: the mean over subsets of 1,000 pictures", False),
+    "KD": ("kernel distance, unbiased: the mean over subsets of 1,000 images", False),
     "MMD": ("kernel distance of unit vectors, Gaussian kernel, times 1,000", False),
-    "precision": ("share of the pictures within the real ones' manifold", True),
-    "recall": ("share of the real pictures within the drawn ones' manifold", True),
-    "density": ("real neighbourhoods that a picture lies in, over 5", True),
-    "coverage": ("share of the real pictures with a drawn one in their neighbourhood", True),
-    "R-precision": ("share of the pictures whose own prompt is read off them", True),
-    "CLIPScore": ("100 max(cos, 0) of picture and prompt", True),
-    "diversity": ("mean distance between the pictures of one prompt", True),
+    "precision": ("share of the images within the real ones' manifold", True),
+    "recall": ("share of the real images within the drawn ones' manifold", True),
+    "density": ("real neighbourhoods that an image lies in, over 5", True),
+    "coverage": ("share of the real images with a drawn one in their neighbourhood", True),
+    "R-precision": ("share of the images whose own prompt is read off them", True),
+    "CLIPScore": ("100 max(cos, 0) of image and prompt", True),
+    "diversity": ("mean distance between the images of one prompt", True),
 }
 
 
@@ -34,7 +34,7 @@ class Statistics:
         self.moments, self.kept = Moments(dim), kept
         self._first: list[Tensor] = []
         self._count = 0
-        self.broken = 0  # pictures whose features are not finite
+        self.broken = 0  # images whose features are not finite
 
     @classmethod
     def of(cls, dim: int, kept: int, batches: Iterable[Tensor]) -> "Statistics":
@@ -57,10 +57,10 @@ class Statistics:
         return torch.cat(self._first) if self._first else torch.zeros(0, len(self.moments.mean))
 
 
-def picture_metrics(
+def image_metrics(
     space: Named, real: Statistics, drawn: Statistics, published: Gaussian | None = None
 ) -> dict[str, float | None]:
-    """Every metric of the space by its whole name, in KINDS' order; None where pictures diverged.
+    """Every metric of the space by its whole name, in KINDS' order; None where images diverged.
 
     Args:
         published: reference statistics in this space; the Fréchet distance to them comes last, "FID [...] to NAME".

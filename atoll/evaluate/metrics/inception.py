@@ -26,7 +26,7 @@ class InceptionConfig(WeightsConfig):
 
 
 class Inception(Feature):
-    """The last pooled vector, 2048-d (Heusel et al. 2017), of pictures rounded to 8 bits and resized as TensorFlow did.
+    """The last pooled vector, 2048-d (Heusel et al. 2017), of images rounded to 8 bits and resized as TensorFlow did.
 
     Raises:
         AtollError: torch-fidelity or torchvision is not installed; the weights are not found (nothing is downloaded),

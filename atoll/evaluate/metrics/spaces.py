@@ -1,4 +1,4 @@
-"""The named spaces that distances between sets of pictures are taken in, each from a frozen feature."""
+"""The named spaces that distances between sets of images are taken in, each from a frozen feature."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ LABELS = {
 
 
 class FeatureSpace:
-    """A feature of pictures, as it is or on its first principal components (not whitened).
+    """A feature of images, as it is or on its first principal components (not whitened).
 
-    Implements `frechet.Features`. A picture that holds NaN or infinity gets a vector of NaN, whatever the
-    feature would make of it: it is never counted as a picture.
+    Implements `frechet.Features`. An image that holds NaN or infinity gets a vector of NaN, whatever the
+    feature would make of it: it is never counted as an image.
 
     Args:
         feature: frozen.
@@ -55,12 +55,12 @@ class FeatureSpace:
 
     @classmethod
     def fit(cls, feature: Feature, batches: Iterable[Tensor], components: int) -> "FeatureSpace":
-        """The projection on the first components of reference pictures, batches [B, C, H, W] in [0, 1].
+        """The projection on the first components of reference images, batches [B, C, H, W] in [0, 1].
 
-        Fewer components where dimensions or pictures are fewer. Memory does not grow with the pictures.
+        Fewer components where dimensions or images are fewer. Memory does not grow with the images.
 
         Raises:
-            AtollError: fewer than two pictures, or features that are not finite.
+            AtollError: fewer than two images, or features that are not finite.
         """
         fit = SpaceFit(feature, components)
         for images in batches:
@@ -95,22 +95,22 @@ class FeatureSpace:
 
 
 class SpaceFit:
-    """A projection in the making, from pictures that arrive in batches."""
+    """A projection in the making, from images that arrive in batches."""
 
     def __init__(self, feature: Feature, components: int):
         self.feature, self.components, self._moments = feature, components, Moments(feature.dim)
 
     def update(self, images: Tensor) -> None:
-        """Adds pictures [B, C, H, W]."""
+        """Adds images [B, C, H, W]."""
         self._moments.update(self.feature(images))
 
     def done(self) -> FeatureSpace:
-        """Raises AtollError for fewer than two pictures, or features that are not finite."""
+        """Raises AtollError for fewer than two images, or features that are not finite."""
         moments, name = self._moments, self.feature.name
         if moments.count < 2:
-            raise AtollError(f"the principal components of {moments.count} pictures; expected at least 2")
+            raise AtollError(f"the principal components of {moments.count} images; expected at least 2")
         if not moments.finite:
-            raise AtollError(f"the feature {name!r} of the reference pictures is not finite; look at the data")
+            raise AtollError(f"the feature {name!r} of the reference images is not finite; look at the data")
         basis, explained = principal_components(moments, self.components)
         return FeatureSpace(self.feature, moments.mean, basis, explained)
 

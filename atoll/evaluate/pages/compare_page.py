@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from atoll.evaluate.compare import Difference, Measured, differences, likeness, open_measured
-from atoll.report.page import document, number, picture_sheet
+from atoll.report.page import document, image_sheet, number
 from atoll.storage.artifact import write_bytes, write_json
 
 FORMAT = 1
@@ -53,10 +53,10 @@ def _say_difference(d: Difference) -> str:
 
 def to_html(a: Measured, b: Measured, found: list[Difference], alike: tuple[float, float]) -> str:
     """The page: no scripts, no files beside it."""
-    sections = [("Numbers", _numbers(found)), ("Pictures", _pictures(a, b)), ("How each was made", _made(a, b))]
+    sections = [("Counters", _numbers(found)), ("Images", _images(a, b)), ("How each was made", _made(a, b))]
     lead = (
         f"<p><b>A</b>: {escape(a.title)}. <b>B</b>: {escape(b.title)}. Both drew the same prompts from the same noise "
-        f"and denoised the same held-out latents. Pictures from the same noise correlate by {alike[0]:.2f}, those "
+        f"and denoised the same held-out latents. Images from the same noise correlate by {alike[0]:.2f}, those "
         f"from other noise by {alike[1]:.2f} (of the same prompt, where it was drawn more than once).</p>"
     )
     return document(f"{a.title} and {b.title}", lead, sections)
@@ -69,16 +69,16 @@ def _numbers(found: list[Difference]) -> str:
         for d in found
     )
     return (
-        "<p>B − A with its 95 % confidence interval, picture by picture: of the denoising error and of diversity by "
+        "<p>B − A with its 95 % confidence interval, image by image: of the denoising error and of diversity by "
         "the paired differences, of what is computed from all features by a jackknife that leaves out one of 20 groups "
-        "of pictures after the other. <b>Bold</b>: the interval leaves 0 out. The interval is of the pictures drawn, "
+        "of images after the other. <b>Bold</b>: the interval leaves 0 out. The interval is of the images drawn, "
         "not of trainings: another seed of training may differ by more.</p>"
         f'<div class="wide"><table><thead><tr><th></th><th>A</th><th>B</th><th>B − A</th></tr></thead><tbody>{rows}'
         "</tbody></table></div>"
     )
 
 
-def _pictures(a: Measured, b: Measured) -> str:
+def _images(a: Measured, b: Measured) -> str:
     one, two = a.grid(), b.grid()
     prompts = [prompt for prompt in a.report["grid"]["prompts"] if prompt in b.report["grid"]["prompts"]]
     if one is None or two is None or not prompts:
@@ -94,8 +94,8 @@ def _pictures(a: Measured, b: Measured) -> str:
 
 
 def _row(name: str, images: Tensor, prompt: str) -> str:
-    alt = escape(f"{len(images)} pictures of “{prompt}” by {name}")
-    image = f'<img src="{picture_sheet(images, len(images))}" alt="{alt}">'
+    alt = escape(f"{len(images)} images of “{prompt}” by {name}")
+    image = f'<img src="{image_sheet(images, len(images))}" alt="{alt}">'
     return f'<div class="row"><span>{name}</span><div>{image}</div></div>'
 
 

@@ -26,7 +26,7 @@ def diagnostics_html(found: Diagnostics) -> str:
     """What stands in a section of `atoll.report.page.document`."""
     parts = [
         "<p><cite>Expert-Data Alignment Governs Generation Quality in Decentralized Diffusion Models</cite> (arXiv "
-        "2602.02685) finds pictures good where the experts asked are those whose data the current state belongs to, "
+        "2602.02685) finds images good where the experts asked are those whose data the current state belongs to, "
         f"not where sampling is most stable. Here, an expert is chosen where it has at least {CHOSEN:.0%} of the "
         "weight, or the most of all.</p>",
         _trajectory(found.trajectory),
@@ -40,7 +40,7 @@ def diagnostics_html(found: Diagnostics) -> str:
 
 def _trajectory(seen: Trajectory) -> str:
     how = (
-        f"{seen.pictures} pictures, {seen.steps} {escape(seen.method)} steps, guidance {seen.guidance_scale:g}, "
+        f"{seen.images} images, {seen.steps} {escape(seen.method)} steps, guidance {seen.guidance_scale:g}, "
         f"routing {escape(seen.routing)}"
     )
     return "\n".join(
@@ -74,7 +74,7 @@ def _distances(seen: Trajectory) -> str:
         told = _lower("The chosen experts' data", found.chosen, "the others'", found.unchosen, "nearer")
         note = (
             f"{told} RMS distance per value between the x₀-estimate and the {found.kind} of the experts' clusters, in "
-            f"{escape(seen.space)}; of the others, over the pictures that have any."
+            f"{escape(seen.space)}; of the others, over the images that have any."
         )
         charts.append(_figure(chart, note))
     aligned = line_chart(
@@ -106,7 +106,7 @@ def _disagreement(seen: Trajectory) -> str:
     if known:
         angle, t = max(known)
         told = f"Experts disagree most at t = {t:.2g}: by {angle:.3g}°."
-    note = "Angle between two experts' velocities at the same state, mean over pairs and pictures."
+    note = "Angle between two experts' velocities at the same state, mean over pairs and images."
     return _figure(chart, f"{told} {note}")
 
 
@@ -114,14 +114,14 @@ def _sensitivity(seen: Trajectory) -> str:
     found = seen.sensitivity
     chart = line_chart(
         [_line("growth of a perturbation", found.times, found.growth, "currentColor")],
-        "Growth of a perturbation from the time t to the picture",
+        "Growth of a perturbation from the time t to the image",
         _TIME,
         "|Δx₀| / |Δxₜ|",
         include=(0, 1),
     )
     known = [value for value in found.growth if math.isfinite(value)]
     told = f"A perturbation grows to at most {number(max(known))} times its size." if known else ""
-    note = f"A random perturbation of {found.size:g} per value at time t, followed to the end; mean over pictures."
+    note = f"A random perturbation of {found.size:g} per value at time t, followed to the end; mean over images."
     return _figure(chart, f"{told} {note}")
 
 
@@ -132,7 +132,7 @@ def _refinement(found: Refinement) -> str:
     return (
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{row}</tbody></table></div>\n'
         "<p>How far apart the final latents are that come from the same noise in different numbers of steps, mean over "
-        "pictures. Where this is small, finer steps would not change the picture.</p>"
+        "images. Where this is small, finer steps would not change the image.</p>"
     )
 
 

@@ -13,7 +13,7 @@ from atoll.evaluate.pages.diagnose_page import diagnostics_html, diagnostics_jso
 from atoll.evaluate.pages.table import head_of, numbers, score_row
 from atoll.evaluate.types import Results
 from atoll.report.charts import Line, legend, line_chart
-from atoll.report.page import colour, document, number, picture_sheet, weight_strip
+from atoll.report.page import colour, document, image_sheet, number, weight_strip
 from atoll.storage.artifact import finite
 
 FORMAT = 1
@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures of the prompts. rows: (variant, images [P, S, c, h, w]); real: for each prompt, the data's own picture
+    """Images of the prompts. rows: (variant, images [P, S, c, h, w]); real: for each prompt, the data's own image
     [1, c, h, w] where a caption equals it, else None."""
 
     prompts: tuple[str, ...]
@@ -96,7 +96,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The page's numbers, without its pictures. What is not finite is null."""
+    """The page's numbers, without its images. What is not finite is null."""
     value = {
         "format": FORMAT,
         "kind": "report",
@@ -141,8 +141,8 @@ def to_json(report: Report) -> dict[str, Any]:
 def to_html(report: Report) -> str:
     """The page: no scripts, no files beside it."""
     sections = [
-        ("Pictures", _pictures(report)),
-        ("Numbers", numbers(report.results, report.groups, report.settings, str(report.made["machine"]))),
+        ("Images", _images(report)),
+        ("Counters", numbers(report.results, report.groups, report.settings, str(report.made["machine"]))),
         ("Denoising error by noise level", _by_level(report)),
         ("Clusters", _clusters(report)),
         *([("Calibration and alignment", _alignment(report))] if report.alignment else []),
@@ -162,21 +162,21 @@ def _lead(report: Report) -> str:
     return (
         f"<p>{len(report.experts)} experts, trained apart on {len(report.clusters) or 'their'} clusters, sampled as "
         f"one model. Fréchet distance ({report.results.frechet_name}, smaller is better): {told}; two sets of real "
-        f"pictures are {number(report.results.floor)} apart.</p>"
+        f"images are {number(report.results.floor)} apart.</p>"
     )
 
 
-def _pictures(report: Report) -> str:
+def _images(report: Report) -> str:
     grid, cards = report.grid, []
     for p, prompt in enumerate(grid.prompts):
         rows = []
         for name, images in grid.rows:
-            alt = f"{len(images[p])} pictures of “{prompt}” by {name}"
-            rows.append(_strip(name, picture_sheet(images[p], len(images[p])), alt, len(images[p]), len(images[p])))
+            alt = f"{len(images[p])} images of “{prompt}” by {name}"
+            rows.append(_strip(name, image_sheet(images[p], len(images[p])), alt, len(images[p]), len(images[p])))
         real = grid.real[p]
         if real is not None:
-            alt = f"the data's own picture of “{prompt}”"
-            rows.append(_strip("data", picture_sheet(real, len(real)), alt, len(real), len(grid.seeds)))
+            alt = f"the data's own image of “{prompt}”"
+            rows.append(_strip("data", image_sheet(real, len(real)), alt, len(real), len(grid.seeds)))
         cards.append(f'<figure class="card">{"".join(rows)}<figcaption>{escape(prompt)}</figcaption></figure>')
     return (
         f"<p>One row per way of sampling, one column per seed ({_listed(map(str, grid.seeds))}): in a column all began "
@@ -233,16 +233,16 @@ def _clusters(report: Report) -> str:
         owners = [(i, e) for i, e in enumerate(report.experts) if c.number in e.clusters]
         experts = "".join(f"<li>{_key(i)}<b>{escape(e.name)}</b>: {escape(e.objective)}</li>" for i, e in owners)
         words = _listed(f"{escape(w)} ({own:.0%}, overall {of_all:.0%})" for w, own, of_all in c.words)
-        alt = f"{len(c.images)} pictures of cluster {c.number}"
+        alt = f"{len(c.images)} images of cluster {c.number}"
         cards.append(
-            f"<figure><h3>Cluster {c.number}: {c.count} pictures, {c.share:.1%}</h3>"
-            f'<img class="sheet" src="{picture_sheet(c.images, 8)}" alt="{alt}">'
+            f"<figure><h3>Cluster {c.number}: {c.count} images, {c.share:.1%}</h3>"
+            f'<img class="sheet" src="{image_sheet(c.images, 8)}" alt="{alt}">'
             f'<figcaption><ul class="legend">{experts or "<li>no expert</li>"}</ul>Words: {words}</figcaption></figure>'
         )
     if not cards:
         return "<p>This run has no clusters beside it.</p>"
     return (
-        f"<p>{escape(report.clustered_by)} Pictures at random; words by how much they tell the cluster from the rest "
+        f"<p>{escape(report.clustered_by)} Images at random; words by how much they tell the cluster from the rest "
         f'(share of its captions, share of all).</p>\n<div class="cards">{"".join(cards)}</div>'
     )
 
@@ -284,8 +284,8 @@ def _usage(report: Report) -> str:
     names = legend([Line(e.name, (), (), colour(i), width=8) for i, e in enumerate(report.experts)])
     steps = len(report.usages[0].times) if report.usages else 0
     return (
-        f"<p>For each prompt's first picture: one column per step ({steps}, from noise at the left, t = 1, to the "
-        f"picture at the right, t = 0); the height of a colour is the expert's weight.</p>{names}\n"
+        f"<p>For each prompt's first image: one column per step ({steps}, from noise at the left, t = 1, to the "
+        f"image at the right, t = 0); the height of a colour is the expert's weight.</p>{names}\n"
         f'<table class="usage"><thead><tr><th></th>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     )
 

@@ -18,7 +18,7 @@ def numbers(results: Results, groups: Mapping[str, Sequence[str]], settings: Map
             body.append(score_row(name, results.score(name), group))
     head = head_of(results)
     cells = "".join(_cell(results.real.get(metric)) for metric in results.scores[0].metrics)
-    real = f"<tr><th scope=row>real pictures<small>what a perfect model scores</small></th>{cells}<td></td></tr>"
+    real = f"<tr><th scope=row>real images<small>what a perfect model scores</small></th>{cells}<td></td></tr>"
     return (
         f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(body)}{real}</tbody></table>'
         f"</div>\n{_explained(results, settings, machine)}"
@@ -34,7 +34,7 @@ def head_of(results: Results) -> str:
         code = f"<small><code>{escape(sha)}</code></small>" if sha else ""
         spaces.append(f'<th colspan="{len(names)}" style="text-align:center">{escape(space)}{code}</th>')
         kinds += [f"<th>{escape(_kind(name))}</th>" for name in names]
-    last = ("denoising error ↓", "GFLOPs ↓", "pictures/s ↑")
+    last = ("denoising error ↓", "GFLOPs ↓", "images/s ↑")
     other = "".join(f'<th rowspan="2">{name}</th>' for name in last)
     return f'<tr><th rowspan="2"></th>{"".join(spaces)}{other}</tr><tr>{"".join(kinds)}</tr>'
 
@@ -62,7 +62,7 @@ def _cell(value: float | None) -> str:
 def score_row(label: str, score: Score, group: str = "") -> str:
     error = score.denoising
     if score.diverged:
-        cells = f'<td colspan="{len(score.metrics)}">{score.diverged} pictures diverged</td>'
+        cells = f'<td colspan="{len(score.metrics)}">{score.diverged} images diverged</td>'
     else:
         cells = "".join(_cell(value) for value in score.metrics.values())
     return (
@@ -78,21 +78,21 @@ def _explained(r: Results, s: Mapping[str, Any], machine: str) -> str:
     kinds = dict.fromkeys(kind_of(metric) for metric in r.scores[0].metrics)
     meant = "; ".join(f"<b>{escape(kind)}</b>: {escape(KINDS[kind][0])}" for kind in kinds)
     spaces = "; ".join(
-        f"{escape(space.name)}: {space.dim} dimensions that hold {space.explained:.1%} of the real pictures' variance"
+        f"{escape(space.name)}: {space.dim} dimensions that hold {space.explained:.1%} of the real images' variance"
         for space in r.spaces
     )
     notes = "".join(f'<p class="warning">{escape(note)}.</p>' for note in r.notes)
     return (
-        f"<p>{meant}. {r.images} drawn pictures against {r.reference} real training pictures, in each space: {spaces}. "
+        f"<p>{meant}. {r.images} drawn images against {r.reference} real training images, in each space: {spaces}. "
         f"The letters below a name are its network's hash: numbers under different letters are not to be compared. "
         f"{steps}; seeds {s['seed']} to {s['seed'] + r.images - 1}; the prompts are the captions of {r.images} "
-        f"training pictures kept out of the {r.reference}, and <b>real pictures</b> are these themselves. Every row "
+        f"training images kept out of the {r.reference}, and <b>real images</b> are these themselves. Every row "
         f"has the same prompts and noise.</p>{notes}"
         f"<p><b>Denoising error</b>: mean of |u − (ε − x₀)|² per latent value at {len(s['levels'])} times from "
         f"t = {s['levels'][0]:g} to {s['levels'][-1]:g}, on {r.held_out} held-out latents with their captions and the "
         "same noise in every row, without guidance; ± is its standard error over the latents. Its least value is the "
         "spread of what the noisy latent leaves open, not 0.</p>"
-        "<p><b>GFLOPs</b>: floating-point operations of one picture, in 10⁹, counted while four were drawn. "
-        f"<b>Pictures/s</b>: of the pictures measured, {r.workers} batches of at most {s['batch']} side by side, on "
+        "<p><b>GFLOPs</b>: floating-point operations of one image, in 10⁹, counted while four were drawn. "
+        f"<b>Images/s</b>: of the images measured, {r.workers} batches of at most {s['batch']} side by side, on "
         f"{escape(machine)}.</p>"
     )

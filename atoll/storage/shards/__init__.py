@@ -9,8 +9,8 @@ The same input gives the same bytes. A directory appears whole or not at all. Wh
 """
 
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
-from atoll.storage.shards.holdout import held_back
-from atoll.storage.shards.reader import Part, Shards
+from atoll.storage.shards.holdout import is_held_out
+from atoll.storage.shards.reader import Shard, Shards
 from atoll.storage.shards.repeated import repeats
 from atoll.storage.shards.split import key_fraction, split_by_hash
 from atoll.storage.shards.writer import ShardWriter
@@ -19,11 +19,11 @@ __all__ = [
     "INDEX",
     "MANIFEST",
     "SPLITS",
-    "Part",
+    "Shard",
     "ShardWriter",
     "Shards",
     "Split",
-    "held_back",
+    "is_held_out",
     "key_fraction",
     "refuse_foreign",
     "repeats",

@@ -10,7 +10,7 @@ from atoll.storage.shards.reader import Shards
 from atoll.storage.shards.split import key_fraction
 
 
-def held_back(shards: Sequence[Shards], share: float) -> Tensor:
+def is_held_out(shards: Sequence[Shards], share: float) -> Tensor:
     """Which rows of some directories, one after the other, are held back: [n] bool.
 
     A training row is, if a hash of its key, as a fraction of 1, lies below `share`; of all training rows at least one

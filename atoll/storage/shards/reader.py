@@ -16,7 +16,7 @@ from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Shard:
     """One shard: its number, the number of its first row, and keys, captions, splits: lists of one str per row."""
 
     number: int
@@ -117,11 +117,11 @@ class Shards:
             result[here] = self._shard(number)[column][rows[here] - self._start(number)]
         return result
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[Shard]:
         """Shard by shard, so that memory does not grow with the number of rows. Raises AtollError as `read` does."""
         for number in range(len(self._files)):
             text = self._group(number, TEXT)
-            yield Part(number, self._start(number), text["key"], text["caption"], text["split"], self._map(number))
+            yield Shard(number, self._start(number), text["key"], text["caption"], text["split"], self._map(number))
 
     def _known(self, column: str) -> str:
         if column not in self.columns:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.condition import Condition
-from atoll.encoders.text import HashEncoder, LabelEncoder, SeveralEncoders, build_encoder
+from atoll.encoders.text import HashEncoder, LabelEncoder, PromptEncoder, build_encoder
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 
@@ -413,20 +413,20 @@ def test_labels_that_cannot_be(labels, said) -> None:
 
 def test_what_is_cut_off_a_long_caption_is_told() -> None:
     encoder = HashEncoder(dim=8, length=4)
-    assert encoder.unread("moss, sand rain") == ""
-    assert encoder.unread("moss, Sand rain RUST; fern") == "rust fern"
+    assert encoder.truncated_text("moss, sand rain") == ""
+    assert encoder.truncated_text("moss, Sand rain RUST; fern") == "rust fern"
     shorter, longer = HashEncoder(dim=8, length=3), HashEncoder(dim=6, length=9)
-    assert SeveralEncoders([longer, shorter]).unread("moss sand rain") == "rain"
-    assert LabelEncoder(("moss", "sand")).unread("moss") == ""
+    assert PromptEncoder([longer, shorter]).truncated_text("moss sand rain") == "rain"
+    assert LabelEncoder(("moss", "sand")).truncated_text("moss") == ""
 
 
 def test_what_clip_cuts_off_is_told(clip_encoder) -> None:
     words = list("abcdefghijklmnopqrstuvwxyz")
     caption = " ".join(words * 8)
-    rest = clip_encoder.unread(caption)
+    rest = clip_encoder.truncated_text(caption)
     kept = caption.replace(" ", "")[: -len(rest.replace(" ", ""))]
     assert rest
-    assert clip_encoder.unread(" ".join(kept)) == ""
+    assert clip_encoder.truncated_text(" ".join(kept)) == ""
     tokens = clip_encoder.tokenize([caption]).ids
     torch.testing.assert_close(tokens, clip_encoder.tokenize([" ".join(kept)]).ids)
-    assert clip_encoder.unread("") == ""
+    assert clip_encoder.truncated_text("") == ""

@@ -119,7 +119,7 @@ class TestChoice:
         assert chosen[:, 0].tolist() == pytest.approx([(2.5 + 8) / 2, 5.5 / math.sqrt(2) / math.sqrt(2)])
         assert unchosen[0, 0] == pytest.approx((15 + 4) / 2)
 
-    def test_a_picture_without_others_is_left_out_of_their_mean(self) -> None:
+    def test_an_image_without_others_is_left_out_of_their_mean(self) -> None:
         values = torch.tensor([[[1.0, 3.0]], [[2.0, 8.0]]]).double()
         chosen, unchosen = by_choice(values, torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]]))
         assert (float(chosen[0]), float(unchosen[0])) == (2.0, 8.0)

@@ -14,8 +14,8 @@ from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.routers import (
     BINS,
     HeldOut,
-    Part,
     Reliability,
+    RouterRows,
     RouterScores,
     calibration_error,
     measure_router,
@@ -37,7 +37,7 @@ def held_out_of(mixture: GaussianMixture, count: int, seed: int = 0) -> HeldOut:
     return HeldOut(x0, labels, range(100, 100 + count))
 
 
-def whole(held_out: HeldOut) -> Part:
+def whole(held_out: HeldOut) -> RouterRows:
     return next(held_out.batches(len(held_out.x0), "cpu"))
 
 

@@ -160,7 +160,7 @@ class TestDistances:
         assert min(found.aligned[late]) > 0.9
 
     def test_the_callers_clusters_reach_the_oracle(self) -> None:
-        # Expert 1 is 2 off its data; three of the four pictures are its own.
+        # Expert 1 is 2 off its data; three of the four images are its own.
         ensemble = Ensemble([says(0.0, (0,), "0"), says(1.0, (1,), "1")], None, "oracle")
         own = torch.tensor([0, 1, 1, 1])
         seen = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 3.0), draw=EULER, clusters=own, batch=3)
@@ -191,7 +191,7 @@ class TestDisagreement:
         one = diagnose_trajectory(two.with_options("top-1"), noise_of(), draw=EULER)
         assert all(map(math.isnan, one.disagreement.chosen))
 
-    def test_a_picture_with_one_chosen_expert_is_left_out(self) -> None:
+    def test_an_image_with_one_chosen_expert_is_left_out(self) -> None:
         def router(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
             return torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]).log()
 
@@ -278,7 +278,7 @@ class TestTrajectory:
         parts, together = (
             diagnose_trajectory(exact(mixture, "top-2"), noise_of(7), space=space, draw=EULER, batch=b) for b in (3, 7)
         )
-        assert parts.pictures == together.pictures == 7
+        assert parts.images == together.images == 7
         assert parts.distances[0].unchosen == pytest.approx(together.distances[0].unchosen)
         assert parts.disagreement.every == pytest.approx(together.disagreement.every)
 
@@ -374,7 +374,7 @@ class TestPage:
         tags = checked(html)
         assert tags.count("svg") - tags.count("li") == 3 + 2 + 1 + 3  # the charts; a legend's entry has a small one
         assert tags.count("table") == 3
-        assert "4 pictures, 5 euler steps, guidance 1, routing top-2" in html
+        assert "4 images, 5 euler steps, guidance 1, routing top-2" in html
         assert "&lt;b&gt;expert 0" in html
         assert "<b>" not in html
         assert "latents &amp; &lt;more&gt;" in html

@@ -1,4 +1,4 @@
-"""Prompts and pictures: CLIP's score against transformers, the regression by its normal equations, and its scale."""
+"""Prompts and images: CLIP's score against transformers, the regression by its normal equations, and its scale."""
 
 import math
 from itertools import islice
@@ -39,7 +39,7 @@ def gaussian(*shape: int, seed: int) -> Tensor:
 
 
 def made(n: int, noise: float, seed: int = 0, kinds: int = 150) -> tuple[Tensor, list[str], Tensor]:
-    """(features [n,24], prompts, vectors [n,8]): pictures show their prompt's vector through one linear map."""
+    """(features [n,24], prompts, vectors [n,8]): images show their prompt's vector through one linear map."""
     which = torch.randint(kinds, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
     vectors = gaussian(kinds, 8, seed=100)[which]
     features = F.normalize(vectors) @ gaussian(8, 24, seed=101) + noise * gaussian(n, 24, seed=seed + 1)
@@ -63,7 +63,7 @@ class TestRidge:
     @pytest.mark.parametrize(("n", "dim"), [(40, 6), (12, 30)])
     @pytest.mark.parametrize("noise", [0.05, 1.0, 30.0])
     def test_takes_the_parameter_of_least_generalised_cross_validation(self, n, dim, noise) -> None:
-        """GCV by its definition, with the hat matrix, also where there are more dimensions than pictures."""
+        """GCV by its definition, with the hat matrix, also where there are more dimensions than images."""
         ridge, x, y = self.fitted(n, dim, noise)
         centred, target = x - x.mean(0), y - y.mean(0)
         variance = float(centred.square().mean(0).mean())
@@ -94,9 +94,9 @@ class TestRidge:
 
     def test_refusals(self) -> None:
         features, _, vectors = made(9, 0.1)
-        with pytest.raises(AtollError, match="a regression on 0 pictures; expected at least 3"):
+        with pytest.raises(AtollError, match="a regression on 0 images; expected at least 3"):
             RidgeAgreement.fit(Space(24), [])
-        with pytest.raises(AtollError, match="a regression on 2 pictures"):
+        with pytest.raises(AtollError, match="a regression on 2 images"):
             RidgeAgreement.fit(Space(24), [(features[:2], vectors[:2])])
         with pytest.raises(AtollError, match="not finite"):
             RidgeAgreement.fit(Space(24), [(features / 0, vectors)])
@@ -112,14 +112,14 @@ class TestRPrecision:
         ceiling = ridge.score(features, prompts, vectors)
         assert ceiling.r_precision > 0.97
         assert ceiling.cosine > 0.97
-        assert (ceiling.pictures, ceiling.candidates) == (300, 100)
+        assert (ceiling.images, ceiling.candidates) == (300, 100)
         order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
         floor = ridge.score(features, [prompts[row] for row in order.tolist()], vectors[order])
         assert abs(floor.r_precision - 1 / 100) < 4 * math.sqrt(0.01 * 0.99 / 300)
         assert abs(floor.cosine) < 0.1
 
     def test_what_all_prompts_share_does_not_count(self) -> None:
-        # As of encoders whose pooled vectors all point one way: uncentred, every prompt is near to every picture.
+        # As of encoders whose pooled vectors all point one way: uncentred, every prompt is near to every image.
         ridge = RidgeAgreement.fit(Space(24), [(x, y + 20) for x, _, y in [made(500, 0.01)]])
         features, prompts, vectors = made(300, 0.01, seed=50)
         assert ridge.score(features, prompts, vectors + 20).cosine > 0.9
@@ -180,14 +180,14 @@ class TestRPrecision:
     def test_refusals(self) -> None:
         ridge = RidgeAgreement.fit(Space(24), [made(60, 0.1)[::2]])
         features, prompts, vectors = made(9, 0.1)
-        with pytest.raises(AtollError, match="9 pictures, 8 prompts and 9 vectors"):
+        with pytest.raises(AtollError, match="9 images, 8 prompts and 9 vectors"):
             ridge.score(features, prompts[:8], vectors)
         with pytest.raises(AtollError, match="1 distinct prompts; expected at least 2"):
             ridge.score(features, ["one"] * 9, vectors)
         with pytest.raises(AtollError, match="the sampling diverged"):
             ridge.score(features / 0, prompts, vectors)
 
-    def test_on_glyphs_held_out_pictures_score_far_above_shuffled_prompts(self) -> None:
+    def test_on_glyphs_held_out_images_score_far_above_shuffled_prompts(self) -> None:
         """Which letter it is, and in which face, can be read off its gradients."""
         glyphs = Glyphs("demo")
         raws = list(islice(glyphs.read(glyphs.blocks()[0]), 800))
@@ -247,18 +247,18 @@ class TestCLIPScore:
         assert score.name.startswith("CLIPScore [")
         images[2, 1, 3, 3] = torch.inf
         assert score(images, prompts).isnan().tolist() == [False, False, True, False, False, False, False, False]
-        with pytest.raises(AtollError, match="8 pictures and 7 prompts"):
+        with pytest.raises(AtollError, match="8 images and 7 prompts"):
             score(images, prompts[:7])
 
-    def test_a_picture_that_points_away_from_its_prompt_scores_zero(self, tmp_path) -> None:
+    def test_an_image_that_points_away_from_its_prompt_scores_zero(self, tmp_path) -> None:
         weights = str(save_clip(tmp_path, "whole"))
         images, texts = build_feature({"name": "clip-image", "weights": weights}), CLIPScore.load(weights)
 
         class Turned(Feature):
             name, dim = "turned", images.dim
 
-            def __call__(self, pictures: Tensor) -> Tensor:
-                return -images(pictures)
+            def __call__(self, drawn: Tensor) -> Tensor:
+                return -images(drawn)
 
             def config(self) -> dict:
                 return images.config()
@@ -266,10 +266,10 @@ class TestCLIPScore:
             def to(self, device=None, dtype=None) -> "Turned":
                 return self
 
-        pictures = torch.rand(3, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+        images = torch.rand(3, 3, 14, 14, generator=torch.Generator().manual_seed(1))
         prompts = ["moss", "red", ""]
-        assert (texts(pictures, prompts) > 1).all()
-        assert CLIPScore(Turned(), texts._texts)(pictures, prompts).tolist() == [0, 0, 0]
+        assert (texts(images, prompts) > 1).all()
+        assert CLIPScore(Turned(), texts._texts)(images, prompts).tolist() == [0, 0, 0]
 
     def test_halves_must_share_their_space(self, tmp_path) -> None:
         images = build_feature({"name": "clip-image", "weights": str(save_clip_image(Path(tmp_path / "a")))})

@@ -17,7 +17,7 @@ from atoll.schedule import Linear
 from atoll.solver import sample
 
 HEIGHT, WIDTH, CHANNELS, PATCH, D, HEADS, DEPTH, STATES, TOKENS = 8, 12, 3, 2, 32, 4, 2, 10, 5
-STEPS, PICTURES = 3, 7
+STEPS, IMAGES = 3, 7
 
 
 def network() -> DiT:
@@ -31,7 +31,7 @@ def condition(batch: int) -> Condition:
 
 
 def by_hand() -> int:
-    """One forward pass of one picture. A product of [a,b] and [b,c] takes a*b*c multiply-adds, each counted as 2."""
+    """One forward pass of one image. A product of [a,b] and [b,c] takes a*b*c multiply-adds, each counted as 2."""
     N, L = HEIGHT // PATCH * (WIDTH // PATCH), TOKENS
     pixels = PATCH * PATCH * CHANNELS
     time = 256 * D + D * D + D * 6 * D  # sine features, MLP, the six modulations that all blocks share
@@ -52,14 +52,14 @@ def attention_by_hand() -> int:
 def test_a_dit_costs_what_it_does_by_hand(grad, dtype) -> None:
     """In float32 attention is the fused kernel, in bfloat16 on a CPU plain products: the count is one."""
     dit = network().to(dtype)
-    x, given = torch.randn(PICTURES, CHANNELS, HEIGHT, WIDTH), condition(PICTURES)
+    x, given = torch.randn(IMAGES, CHANNELS, HEIGHT, WIDTH), condition(IMAGES)
 
     def draw() -> None:
         with grad():
             for t in (0.9, 0.6, 0.3):
-                dit(x, torch.full((PICTURES,), t), given)
+                dit(x, torch.full((IMAGES,), t), given)
 
-    assert count_flops(draw, PICTURES).flops == STEPS * by_hand()
+    assert count_flops(draw, IMAGES).flops == STEPS * by_hand()
 
 
 def test_which_operators_took_them() -> None:
@@ -76,13 +76,13 @@ def test_which_operators_took_them() -> None:
 def test_sampling_costs_its_steps_and_both_branches_of_guidance(guidance, calls) -> None:
     expert = Expert(network(), Objective("flow", Linear()), clusters=(0,))
     ensemble = Ensemble([expert], None, "full", null=condition(1))
-    given, noise = condition(PICTURES), torch.randn(PICTURES, CHANNELS, HEIGHT, WIDTH)
+    given, noise = condition(IMAGES), torch.randn(IMAGES, CHANNELS, HEIGHT, WIDTH)
 
     def draw() -> None:
         with torch.inference_mode():
             sample(lambda x, t: ensemble.velocity(x, t, given, guidance), noise, STEPS, "euler")
 
-    assert count_flops(draw, PICTURES).flops == STEPS * calls * by_hand()
+    assert count_flops(draw, IMAGES).flops == STEPS * calls * by_hand()
 
 
 def test_convolutions_and_masked_attention_in_full() -> None:
@@ -101,5 +101,5 @@ def test_what_was_not_seen_is_refused() -> None:
 
     with pytest.raises(AtollError, match=r"no operations were counted.*draw them eagerly"):
         count_flops(elsewhere, 3)
-    with pytest.raises(ValueError, match="the cost of 0 pictures"):
+    with pytest.raises(ValueError, match="the cost of 0 images"):
         count_flops(lambda: None, 0)

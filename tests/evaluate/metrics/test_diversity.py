@@ -60,14 +60,14 @@ class TestDiversity:
             assert math.isnan(Diversity.of(means).std)
 
     def test_refusals(self) -> None:
-        with pytest.raises(AtollError, match="1 pictures of a prompt; its diversity needs at least 2"):
+        with pytest.raises(AtollError, match="1 images of a prompt; its diversity needs at least 2"):
             mean_distance(Brightness(), grey(0.1))
         with pytest.raises(AtollError, match="no prompts"):
             Diversity.of([])
 
 
 def written_out(feature: NetworkFeature, a: Tensor, b: Tensor) -> float:
-    """Zhang et al. 2018, Eq. 1 with all weights 1, for two pictures [C,H,W]."""
+    """Zhang et al. 2018, Eq. 1 with all weights 1, for two images [C,H,W]."""
     total = 0.0
     for x, y in zip(feature.taps(a[None]), feature.taps(b[None]), strict=True):
         _, _, height, width = x.shape
@@ -89,20 +89,20 @@ class TestSqueezeDist:
         expected = torch.tensor([written_out(squeezenet, images[i], images[j]) for i, j in pairs])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
-    def test_of_a_picture_and_itself_is_zero_and_grows_with_the_change(self, squeezenet) -> None:
+    def test_of_an_image_and_itself_is_zero_and_grows_with_the_change(self, squeezenet) -> None:
         image, noise = images_of(1, 3, 20, 30), images_of(1, 3, 20, 30, seed=2) - 0.5
         found = SqueezeDist(squeezenet).pairwise(torch.cat([image, image, image + 0.1 * noise, image + 0.5 * noise]))
         assert float(found[0]) == pytest.approx(0, abs=1e-6)
         assert 0 < found[1] < found[2]
 
     @pytest.mark.parametrize(("shape", "seen"), [((16, 16), (64, 64)), ((8, 20), (64, 160)), ((20, 9), (142, 64))])
-    def test_small_pictures_are_enlarged(self, squeezenet, shape, seen) -> None:
+    def test_small_images_are_enlarged(self, squeezenet, shape, seen) -> None:
         images = images_of(3, 1, *shape)
         enlarged = F.interpolate(images, seen, mode="bilinear", align_corners=False)
         distance = SqueezeDist(squeezenet)
         torch.testing.assert_close(distance.pairwise(images), distance.pairwise(enlarged))
 
-    def test_pictures_of_17_pixels_are_taken_as_they_are(self, squeezenet) -> None:
+    def test_images_of_17_pixels_are_taken_as_they_are(self, squeezenet) -> None:
         images = images_of(3, 1, 17, 30)
         other = SqueezeDist(squeezenet, enlarged=40)
         assert torch.equal(SqueezeDist(squeezenet).pairwise(images), other.pairwise(images))
@@ -122,7 +122,7 @@ class TestSqueezeDist:
             SqueezeDist(squeezenet, enlarged=16)
 
     @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real weights beside the checkout")
-    def test_of_the_real_network_ranks_a_shift_below_another_picture(self) -> None:
+    def test_of_the_real_network_ranks_a_shift_below_another_image(self) -> None:
         """Which pixels alone do not: fine stripes and the same moved by half a period are opposite everywhere."""
         weights = DATA / "weights" / "squeezenet11_caffe_fp16.npz"
         distance = SqueezeDist(build_feature({"name": "squeezenet", "weights": str(weights)}))

@@ -87,9 +87,9 @@ class TestManifolds:
         good = drawn(9, 3, 0)
         with pytest.raises(AtollError, match=r"shapes \[9, 3\] and \[9, 4\]; expected \[n, D\] and \[m, D\]"):
             manifold_scores(good, drawn(9, 4, 0))
-        with pytest.raises(AtollError, match="5 drawn pictures; expected at least 6"):
+        with pytest.raises(AtollError, match="5 drawn images; expected at least 6"):
             manifold_scores(good, good[:5])
-        with pytest.raises(AtollError, match="drawn pictures that are not finite"):
+        with pytest.raises(AtollError, match="drawn images that are not finite"):
             manifold_scores(good, good / 0)
 
 
@@ -124,8 +124,8 @@ class TestKernelDistance:
         theirs.update(y, real=False)
         assert kernel_distance(x, y).mean == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
 
-    def test_is_unbiased_however_few_the_pictures(self) -> None:
-        # Sets of one distribution: the mean over many is 0 within its error, at 4 pictures as at 30.
+    def test_is_unbiased_however_few_the_images(self) -> None:
+        # Sets of one distribution: the mean over many is 0 within its error, at 4 images as at 30.
         for size in (4, 30):
             many = torch.tensor([kernel_distance(drawn(size, 2, s), drawn(size, 2, 9999 + s)).mean for s in range(300)])
             assert abs(float(many.mean())) < 3 * float(many.std()) / math.sqrt(300)
@@ -144,8 +144,8 @@ class TestKernelDistance:
         # The larger side is drawn from too, where the smaller is taken whole.
         assert kernel_distance(x, y, subsets=5).std > 0
 
-    def test_refuses_one_picture(self) -> None:
-        with pytest.raises(AtollError, match="1 real pictures; expected at least 2"):
+    def test_refuses_one_image(self) -> None:
+        with pytest.raises(AtollError, match="1 real images; expected at least 2"):
             kernel_distance(drawn(1, 3, 0), drawn(5, 3, 1))
 
 

@@ -75,7 +75,7 @@ class TestMoments:
         assert empty.finite
 
     def test_no_covariance_of_one(self) -> None:
-        with pytest.raises(AtollError, match="1 pictures; expected at least 2"):
+        with pytest.raises(AtollError, match="1 images; expected at least 2"):
             _ = moments_of(torch.ones(1, 3)).covariance
 
 
@@ -167,15 +167,15 @@ class TestFrechetDistance:
 
 
 class TestBias:
-    def test_nothing_to_say_of_five_pictures_a_dimension(self) -> None:
+    def test_nothing_to_say_of_five_images_a_dimension(self) -> None:
         assert bias_warning(320, 10_000, 64) is None
         assert bias_warning(10_000, 319, 64) is not None
 
     def test_says_the_rule_and_the_fix_in_one_line(self) -> None:
         said = bias_warning(512, 20_000, 1280)
         assert said is not None
-        assert "512 against 20,000 pictures in 1,280 dimensions is biased upwards" in said
-        assert "5 pictures per dimension (6,400)" in said
+        assert "512 against 20,000 images in 1,280 dimensions is biased upwards" in said
+        assert "5 images per dimension (6,400)" in said
         assert "at most 102 components" in said
         assert bias_warning(512, 512, 102) is None
         assert "kernel distance" in said
@@ -231,7 +231,7 @@ class TestMetricName:
 
 class TestPixelPCA:
     def images(self, count: int = 40) -> Tensor:
-        """Pictures [count, 1, 4, 6] with two directions of unequal variance and a little noise."""
+        """Images [count, 1, 4, 6] with two directions of unequal variance and a little noise."""
         g = torch.Generator().manual_seed(5)
         directions = torch.linalg.qr(torch.randn(24, 2, generator=g)).Q
         weights = torch.randn(count, 2, generator=g) * torch.tensor([3.0, 1.0])
@@ -257,11 +257,11 @@ class TestPixelPCA:
         whole, parts = PixelPCA.fit([images], 3), PixelPCA.fit(images.split(3), 3)
         torch.testing.assert_close(whole.basis, parts.basis, atol=1e-5, rtol=0)
 
-    def test_has_no_more_components_than_pictures_tell(self) -> None:
+    def test_has_no_more_components_than_images_tell(self) -> None:
         assert PixelPCA.fit([self.images(5)], components=48).dim == 4
         assert PixelPCA.fit([self.images(40)], components=48).dim == 24
 
-    def test_large_pictures_are_averaged_first(self) -> None:
+    def test_large_images_are_averaged_first(self) -> None:
         images = torch.rand(6, 3, 64, 96, generator=torch.Generator().manual_seed(0))
         features = PixelPCA.fit([images], components=3)
         assert features.pool == 8  # 18432 values: 1152 by 4 are more than 1024, 288 by 8 are not
@@ -272,8 +272,8 @@ class TestPixelPCA:
         assert a.sha256 == PixelPCA.fit([self.images()], 2).sha256
         assert a.sha256 != b.sha256
 
-    def test_refuses_no_pictures(self) -> None:
-        with pytest.raises(AtollError, match="no pictures"):
+    def test_refuses_no_images(self) -> None:
+        with pytest.raises(AtollError, match="no images"):
             PixelPCA.fit([])
 
 
@@ -317,7 +317,7 @@ class TestDenoisingError:
         )
         torch.testing.assert_close(together, apart)
         same = squared_errors(lambda x, t, _: x, x0[:1].expand(2, -1, -1, -1), None, (0.5, 0.5), [0, 1])
-        assert len(same.unique()) == 4  # other noise for each picture and level
+        assert len(same.unique()) == 4  # other noise for each image and level
 
     def test_standard_error(self) -> None:
         error = DenoisingError.of((0.1, 0.9), torch.tensor([[1.0, 3.0], [2.0, 6.0], [3.0, 9.0]]))

@@ -1,4 +1,4 @@
-"""Reference statistics from a file: of others' pictures, never of another network or size without a word."""
+"""Reference statistics from a file: of others' images, never of another network or size without a word."""
 
 import json
 import subprocess
@@ -20,9 +20,9 @@ from atoll.evaluate import EvaluateSettings, Reference
 from atoll.evaluate.measure import side_by_side
 from atoll.evaluate.metrics.frechet import Moments, frechet_distance, metric_name
 from atoll.evaluate.metrics.gaussian import FORMAT, load_gaussian, save_gaussian
-from atoll.evaluate.metrics.image_metrics import picture_metrics
+from atoll.evaluate.metrics.image_metrics import image_metrics
 from atoll.evaluate.metrics.spaces import FeatureSpace
-from atoll.evaluate.reference import Real
+from atoll.evaluate.reference import ReferenceData
 from atoll.evaluate.run_statistics import statistics_run
 from atoll.manifest import Manifest, SpaceSettings
 from atoll.storage.shards import Shards, ShardWriter
@@ -34,7 +34,7 @@ OBJECTIVE = {"prediction": "flow", "schedule": "linear"}
 PIXELS = {"name": "pixels", "size": 2}  # 12 dimensions
 
 
-def pictures(count: int, seed: int = 0) -> Tensor:
+def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,14 +46,14 @@ def moments_of(images: Tensor, feature: Pixels | Hog) -> Moments:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Statistics of 200 pictures in the space of 2 x 2 pixels."""
+    """Statistics of 200 images in the space of 2 x 2 pixels."""
     path = tmp_path / "theirs.safetensors"
-    save_gaussian(path, moments_of(pictures(200), Pixels(2)), Pixels(2), SHAPE)
+    save_gaussian(path, moments_of(images(200), Pixels(2)), Pixels(2), SHAPE)
     return path
 
 
 def encoded(path: Path, count: int = 90, seed: int = 3) -> Path:
-    latents = (pictures(count, seed) * 2 - 1).half()
+    latents = (images(count, seed) * 2 - 1).half()
     splits = ["val" if i % 10 == 0 else "train" for i in range(count)]
     with ShardWriter(path / "encoded", {"codec": CODEC.config()}) as writer:
         writer.append([f"p{i}" for i in range(count)], ["a dot"] * count, splits, {"latent": latents})
@@ -67,19 +67,19 @@ def manifest_of(*spaces: dict) -> Manifest:
 
 class TestFiles:
     def test_what_is_saved_is_what_is_read(self, file: Path) -> None:
-        feature, own = Pixels(2), moments_of(pictures(200), Pixels(2))
+        feature, own = Pixels(2), moments_of(images(200), Pixels(2))
         found = load_gaussian(file, feature, SHAPE)
         assert torch.equal(found.mean, own.mean)
         assert torch.equal(found.covariance, own.covariance)
         assert found.count == 200
         assert found.name == f"theirs [{found.sha256[:8]}]"
-        drawn = moments_of(pictures(50, 7), feature)
+        drawn = moments_of(images(50, 7), feature)
         assert frechet_distance(drawn, found) == frechet_distance(drawn, own) > 0
         assert frechet_distance(own, found) == pytest.approx(0, abs=1e-9)
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_an_npz_of_others_is_read(self, tmp_path: Path, dtype) -> None:
-        own = moments_of(pictures(200), Pixels(2))
+        own = moments_of(images(200), Pixels(2))
         mu, sigma = own.mean.numpy().astype(dtype), own.covariance.numpy().astype(dtype)
         np.savez_compressed(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu[:2], arr_0=np.zeros((1, 2, 2, 3)))
         found = load_gaussian(tmp_path / "adm.npz", Pixels(2), (3, 256, 256))
@@ -90,9 +90,9 @@ class TestFiles:
         feature = Pixels(2)
         whole = load_gaussian(file, feature, SHAPE)
         space = FeatureSpace.of(feature, whole, 12)
-        drawn = moments_of(pictures(50, 7), feature)
+        drawn = moments_of(images(50, 7), feature)
         seen = Moments(12)
-        seen.update(space(pictures(50, 7)))
+        seen.update(space(images(50, 7)))
         assert frechet_distance(seen, space.seen(whole)) == pytest.approx(frechet_distance(drawn, whole), rel=1e-4)
 
     def test_three_components_are_the_files_own(self, file: Path) -> None:
@@ -111,8 +111,8 @@ class TestRefused:
         [
             (Pixels(3), SHAPE, r"another feature network: size 2 \(here 3\)"),
             (Hog(), SHAPE, r"another feature network: name pixels \(here hog\)"),
-            (Pixels(2), (1, 16, 16), r"pictures \[1, 8, 8\], these are \[1, 16, 16\]"),
-            (Pixels(2), (3, 8, 8), r"pictures \[1, 8, 8\], these are \[3, 8, 8\]"),
+            (Pixels(2), (1, 16, 16), r"images \[1, 8, 8\], these are \[1, 16, 16\]"),
+            (Pixels(2), (3, 8, 8), r"images \[1, 8, 8\], these are \[3, 8, 8\]"),
         ],
     )
     def test_another_network_or_size(self, file: Path, feature, shape, words) -> None:
@@ -186,7 +186,7 @@ class TestStage:
 
     @pytest.mark.parametrize(
         ("count", "spaces", "words"),
-        [(90, [], "names no feature"), (1, [{"feature": PIXELS}], "0 training pictures; expected at least 2")],
+        [(90, [], "names no feature"), (1, [{"feature": PIXELS}], "0 training images; expected at least 2")],
     )
     def test_refuses(self, tmp_path: Path, count: int, spaces, words: str) -> None:
         with pytest.raises(AtollError, match=words):
@@ -204,16 +204,16 @@ class TestStage:
         assert load_gaussian(file, Pixels(2), SHAPE).count == 81
 
 
-def real_of(run: Path, file: Path, components: int | None = None) -> Real:
+def real_of(run: Path, file: Path, components: int | None = None) -> ReferenceData:
     space = SpaceSettings(feature=PIXELS, components=components, statistics=str(file))
     settings = EvaluateSettings(images=20, batch=7, components=4, spaces=(space,))
-    return Real(Reference(Shards(run / "encoded"), HashEncoder(8, 4), CODEC), settings, run / "evaluation")
+    return ReferenceData(Reference(Shards(run / "encoded"), HashEncoder(8, 4), CODEC), settings, run / "evaluation")
 
 
-def metrics_of(real: Real) -> dict[str, float | None]:
+def metrics_of(real: ReferenceData) -> dict[str, float | None]:
     with side_by_side(1) as run:
         base, probe = real.statistics("base", run), real.statistics("probe", run)
-    return picture_metrics(real.spaces[1], base[1], probe[1], real.published[1])
+    return image_metrics(real.spaces[1], base[1], probe[1], real.published[1])
 
 
 class TestEvaluated:
@@ -237,14 +237,14 @@ class TestEvaluated:
     def test_other_statistics_are_another_measurement(self, tmp_path: Path, file: Path) -> None:
         run = encoded(tmp_path / "run")
         other = tmp_path / "theirs-too.safetensors"
-        save_gaussian(other, moments_of(pictures(300, 9), Pixels(2)), Pixels(2), SHAPE)
+        save_gaussian(other, moments_of(images(300, 9), Pixels(2)), Pixels(2), SHAPE)
         keys = {real_of(run, file).key, real_of(run, other).key, real_of(run, file).key}
         assert len(keys) == 2
 
     def test_statistics_of_another_size_are_refused_before_anything_is_measured(self, tmp_path: Path) -> None:
         run, file = encoded(tmp_path), tmp_path / "large.safetensors"
-        save_gaussian(file, moments_of(pictures(50), Pixels(2)), Pixels(2), (1, 64, 64))
-        with pytest.raises(AtollError, match=r"pictures \[1, 64, 64\], these are \[1, 8, 8\]"):
+        save_gaussian(file, moments_of(images(50), Pixels(2)), Pixels(2), (1, 64, 64))
+        with pytest.raises(AtollError, match=r"images \[1, 64, 64\], these are \[1, 8, 8\]"):
             real_of(run, file)
         assert not (run / "evaluation").exists()
 

@@ -55,7 +55,7 @@ class TestNames:
         assert (space.name, space.dim) == ("HOG-pca5", 5)
         assert metric_name("FD", space) == f"FD-HOG-pca5 [{space.sha256[:8]}]"
         assert space_of({"name": "hog"}).name == "HOG"
-        assert space_of({"name": "hog"}, 64, batches[:1]).name == "HOG-pca6"  # of 7 pictures
+        assert space_of({"name": "hog"}, 64, batches[:1]).name == "HOG-pca6"  # of 7 images
 
 
 class TestHashes:
@@ -67,7 +67,7 @@ class TestHashes:
         assert one.sha256 == space_of({"name": "squeezenet", "weights": str(there), "size": 40}).sha256
         assert one.sha256 != space_of({"name": "squeezenet", "weights": str(here), "size": 48}).sha256
 
-    def test_tell_settings_pictures_and_components_apart(self) -> None:
+    def test_tell_settings_images_and_components_apart(self) -> None:
         some, others = images_of(20, 1, 16, 18), images_of(20, 1, 16, 18, seed=2)
         hog = {"name": "hog"}
         spaces = [
@@ -93,12 +93,12 @@ class TestProjection:
         torch.testing.assert_close(found.abs(), expected.abs(), atol=1e-4, rtol=1e-3)
         assert space.explained == pytest.approx(float(values[:6].square().sum() / values.square().sum()), rel=1e-4)
 
-    def test_refuses_too_few_pictures_and_broken_ones(self) -> None:
-        with pytest.raises(AtollError, match="the principal components of 1 pictures; expected at least 2"):
+    def test_refuses_too_few_images_and_broken_ones(self) -> None:
+        with pytest.raises(AtollError, match="the principal components of 1 images; expected at least 2"):
             FeatureSpace.fit(Hog(), [images_of(1, 1, 16, 18)], 3)
         broken = images_of(4, 1, 16, 18)
         broken[2, 0, 5, 5] = torch.nan
-        with pytest.raises(AtollError, match="'hog' of the reference pictures is not finite"):
+        with pytest.raises(AtollError, match="'hog' of the reference images is not finite"):
             FeatureSpace.fit(Hog(), [broken], 3)
 
     def test_a_mean_belongs_to_a_basis(self) -> None:
@@ -107,8 +107,8 @@ class TestProjection:
         with pytest.raises(ValueError, match="a basis of 9 dimensions for a feature of 256"):
             FeatureSpace(Hog(), torch.zeros(9), torch.zeros(9, 2))
 
-    def test_a_picture_that_is_not_finite_gets_nan_and_no_other_does(self, tmp_path) -> None:
-        # A network that resizes clamps infinity away: it would count as a picture.
+    def test_an_image_that_is_not_finite_gets_nan_and_no_other_does(self, tmp_path) -> None:
+        # A network that resizes clamps infinity away: it would count as an image.
         images = images_of(4, 3, 30, 44)
         images[1, 2, 3, 4], images[3] = torch.inf, torch.nan
         feature = build_feature({"name": "squeezenet", "weights": str(save_squeezenet(tmp_path)), "size": 40})
@@ -169,7 +169,7 @@ class TestInception:
         assert metric_name("FD", projected) == f"FD-Inception-pca2 [{projected.sha256[:8]}]"
         assert projected.sha256[:8] != digest[:8]
 
-    def test_sees_pictures_of_8_bits(self, weights, library) -> None:
+    def test_sees_images_of_8_bits(self, weights, library) -> None:
         space = space_of({"name": "inception", "weights": str(weights)})
         grey = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.7]).reshape(5, 1, 1, 1).expand(5, 1, 6, 7)
         assert space(grey)[:, 9].tolist() == [0, 0, 3, 765, 765]
@@ -223,8 +223,8 @@ class TestInception:
         torch.testing.assert_close(space(images), expected)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real pictures and weights beside the checkout")
-def test_a_real_network_tells_real_pictures_from_noisy_ones() -> None:
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real images and weights beside the checkout")
+def test_a_real_network_tells_images_from_noisy_ones() -> None:
     import io
 
     import numpy as np
@@ -234,8 +234,8 @@ def test_a_real_network_tells_real_pictures_from_noisy_ones() -> None:
     from atoll.evaluate.metrics.frechet import Moments, frechet_distance
 
     table = pq.read_table(DATA / "eurosat64_0of2.parquet", columns=["image_bytes"]).slice(0, 160)
-    pictures = [np.asarray(Image.open(io.BytesIO(data.as_py())).convert("RGB")) for data in table["image_bytes"]]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
+    images = [np.asarray(Image.open(io.BytesIO(data.as_py())).convert("RGB")) for data in table["image_bytes"]]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     config = {"name": "squeezenet", "weights": str(DATA / "weights" / "squeezenet11_caffe_fp16.npz"), "size": 64}
     space = space_of(config, 16, tuple(images[:80].split(50)))
     assert metric_name("FD", space).startswith("FD-SqueezeNet-pca16 [")

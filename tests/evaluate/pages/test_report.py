@@ -1,4 +1,4 @@
-"""The page: well-formed, self-contained, safe with any caption; pictures and charts show the numbers they are given."""
+"""The page: well-formed, self-contained, safe with any caption; images and charts show the numbers they are given."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ from atoll.evaluate.metrics.frechet import DenoisingError
 from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
 from atoll.evaluate.types import Results, Score, Space
 from atoll.report.charts import Line, _log_ticks, _ticks, line_chart
-from atoll.report.page import colour, number, picture_sheet, weight_strip
+from atoll.report.page import colour, image_sheet, number, weight_strip
 
 EVIL = "<script>alert('x')</script> & \"q\" “é”"
 VOID = {"meta", "img", "br"}
@@ -101,7 +101,7 @@ class TestPage:
         parsed = Parsed(to_html(make_report(text)))
         assert not parsed.all("script")
         assert text in parsed.text
-        assert f"3 pictures of “{text}” by full" in [image["alt"] for image in parsed.all("img")]
+        assert f"3 images of “{text}” by full" in [image["alt"] for image in parsed.all("img")]
 
     def test_needs_nothing_else(self) -> None:
         page = to_html(make_report())
@@ -134,12 +134,12 @@ class TestPage:
         text = Parsed(to_html(make_report())).text
         for expected in ("1.25", "0.750 ± 0.010", "12.5", "made by monolith", "90.0%"):
             assert expected in text
-        assert "real pictureswhat a perfect model scores0.7500.500" in text
+        assert "real imageswhat a perfect model scores0.7500.500" in text
         assert "pca48cdcdcdcd" in text  # the space and its hash, above "FD" and "recall"
         assert "FD ↓recall ↑" in text
         assert "a prompt: too few." in text
         assert "0.0370" in text  # GFLOPs
-        assert "12 drawn pictures against 30 real training pictures" in text
+        assert "12 drawn images against 30 real training images" in text
         assert "3 euler steps, guidance 1" in text
 
     def test_a_variant_that_diverged_is_said_to(self) -> None:
@@ -147,7 +147,7 @@ class TestPage:
         bad = score("top-1", None, math.inf)
         report = replace(report, results=replace(report.results, scores=(bad, *report.results.scores[1:])))
         text = Parsed(to_html(report)).text
-        assert "7 pictures diverged" in text
+        assert "7 images diverged" in text
         value = to_json(report)
         assert value["results"]["scores"][0]["frechet"] is None
         assert value["results"]["scores"][0]["denoising"]["mean"] is None
@@ -185,7 +185,7 @@ class TestSheet:
 
     def test_is_exact_row_by_row_and_enlarged(self) -> None:
         images = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-        sheet = self.decoded(picture_sheet(images, columns=3, side=12, gap=1))
+        sheet = self.decoded(image_sheet(images, columns=3, side=12, gap=1))
         assert sheet.shape == (2 * (2 * 4 + 1), 2 * (3 * 6 + 2), 4)
         fourth = sheet[2 * 5 : 2 * 9, 2 * 0 : 2 * 6]
         expected = (images[3] * 255).round().permute(1, 2, 0).repeat_interleave(2, 0).repeat_interleave(2, 1)
@@ -195,7 +195,7 @@ class TestSheet:
         assert (fourth[..., 3] == 255).all()
 
     def test_takes_grey(self) -> None:
-        sheet = self.decoded(picture_sheet(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), columns=2, side=1))
+        sheet = self.decoded(image_sheet(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), columns=2, side=1))
         assert sheet[0, :, 0].tolist() == [0, 0, 255]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from atoll.errors import AtollError
-from atoll.storage.shards import INDEX, MANIFEST, Shards, ShardWriter, held_back, repeats
+from atoll.storage.shards import INDEX, MANIFEST, Shards, ShardWriter, is_held_out, repeats
 
 ROWS = 23
 
@@ -299,15 +299,15 @@ def test_repeats_does_not_take_equal_hashes_for_equal_values() -> None:
 
 
 def test_rows_held_back_are_the_same_whoever_asks(tmp_path) -> None:
-    keys = [f"picture-{i}" for i in range(2000)]
+    keys = [f"image-{i}" for i in range(2000)]
     splits = ["val" if i % 5 == 0 else "train" for i in range(2000)]
     for name, some in (("all", range(2000)), ("first", range(700)), ("rest", range(700, 2000))):
         with ShardWriter(tmp_path / name, {}) as writer:
             chosen = [[values[i] for i in some] for values in (keys, splits)]
             writer.append(chosen[0], [""] * len(some), chosen[1], {"latent": torch.zeros(len(some), 1)})
-    everything = held_back([Shards(tmp_path / "all")], 0.1)
-    assert torch.equal(held_back([Shards(tmp_path / "first"), Shards(tmp_path / "rest")], 0.1), everything)
+    everything = is_held_out([Shards(tmp_path / "all")], 0.1)
+    assert torch.equal(is_held_out([Shards(tmp_path / "first"), Shards(tmp_path / "rest")], 0.1), everything)
     assert not everything[::5].any()
     assert 0.07 < everything.float().mean() / 0.8 < 0.13
-    assert (everything <= held_back([Shards(tmp_path / "all")], 0.3)).all()
-    assert held_back([Shards(tmp_path / "all")], 1e-9).sum() == 1
+    assert (everything <= is_held_out([Shards(tmp_path / "all")], 0.3)).all()
+    assert is_held_out([Shards(tmp_path / "all")], 1e-9).sum() == 1
