@@ -1,0 +1,170 @@
+"""The layout of a run on disk, the seeds of its parts, and the exit codes: every name and number in one place.
+
+    atoll.yaml                   the manifest
+    encoded/                     latents, captions and features; encoded.partial/ while encoding
+    clusters/                    clusters.json, assignment.parquet, cluster-000/ ..., router/ (the router's sample)
+    experts/3-flow/              one artifact per expert
+    router/  monolith/  student/ artifacts
+    <parent>/.train-<name>/      beside an artifact: the state of its training, see `TrainingLayout`
+    ensemble/                    ensemble.json, stackings.safetensors
+    evaluation/                  results that later evaluations reuse
+    report.html, report.json     the evaluation
+
+The names of files inside an artifact (`atoll.storage.artifact`) and inside shards (`atoll.storage.shards`) belong to
+those formats. Standard library only: the command line imports this file at start.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.errors import AtollError
+
+# Names that a run's root shares with other directories: a converted collection, a saved pipeline, a study.
+MANIFEST = "atoll.yaml"
+ENCODED, CLUSTERS, EXPERTS, ENSEMBLE, EVALUATION = "encoded", "clusters", "experts", "ensemble", "evaluation"
+ROUTER, MONOLITH, STUDENT = "router", "monolith", "student"  # directories, and names of the parts trained in them
+
+# Files that one stage writes and another reads.
+CLUSTERS_CARD, ASSIGNMENT = "clusters.json", "assignment.parquet"  # in clusters/
+ENSEMBLE_CARD, STACKINGS = "ensemble.json", "stackings.safetensors"  # in ensemble/
+
+# Exit codes of `atoll`.
+EXIT_CRASH = 1  # not the user's error: another attempt may succeed
+EXIT_USER_ERROR = 2  # an AtollError: another attempt would fail alike
+EXIT_DEGRADED = 3  # done, without a part that failed
+EXIT_INTERRUPTED = 128 + 2  # by SIGINT, as shells count
+EXIT_KILLED = 128 + 9  # by SIGKILL
+
+_TRAINING_PREFIX = ".train-"
+_PARTS_PER_RUN = 1000  # seeds of one run: experts count from 0 up, the other parts from the top down
+
+
+def cluster_name(number: int) -> str:
+    """The name of one cluster's directory: 3 -> "cluster-003"."""
+    return f"cluster-{number:03d}"
+
+
+def cluster_number(name: str) -> int:
+    """The inverse of `cluster_name`.
+
+    Raises:
+        AtollError: `name` is not the name of a cluster's directory.
+    """
+    match = re.fullmatch(r"cluster-([0-9]{3,})", name)
+    if match is None or cluster_name(int(match[1])) != name:
+        raise AtollError(f"{name!r} is not a cluster's directory; expected a name such as {cluster_name(0)}")
+    return int(match[1])
+
+
+def cluster_path(clusters: Path, number: int) -> Path:
+    """The directory of one cluster's shards, in a run's clusters/ or wherever its shards were copied."""
+    return clusters / cluster_name(number)
+
+
+def expert_seed(seed: int, number: int) -> int:
+    """The seed of the expert at position `number` in atoll.yaml, for a run with this seed."""
+    return seed * _PARTS_PER_RUN + number
+
+
+def monolith_seed(seed: int) -> int:
+    return seed * _PARTS_PER_RUN + 999
+
+
+def router_seed(seed: int) -> int:
+    return seed * _PARTS_PER_RUN + 998
+
+
+def student_seed(seed: int) -> int:
+    return seed * _PARTS_PER_RUN + 997
+
+
+class _Below:
+    """A path below a layout's root, read like an attribute."""
+
+    def __init__(self, *parts: str):
+        self._parts = parts
+
+    def __get__(self, layout: "RunLayout | TrainingLayout", owner: type) -> Path:
+        return layout.root.joinpath(*self._parts)
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The paths of a run. root: the directory that holds atoll.yaml."""
+
+    root: Path
+
+    manifest = _Below(MANIFEST)
+    encoded = _Below(ENCODED)
+    encoded_partial = _Below(f"{ENCODED}.partial")
+    synthesized_partial = _Below("synthesized.partial")
+    clusters = _Below(CLUSTERS)
+    clusters_card = _Below(CLUSTERS, CLUSTERS_CARD)
+    assignment = _Below(CLUSTERS, ASSIGNMENT)
+    router_sample = _Below(CLUSTERS, ROUTER)  # shards for the router; absent if it learns from all of encoded/
+    experts = _Below(EXPERTS)
+    router = _Below(ROUTER)
+    monolith = _Below(MONOLITH)
+    student = _Below(STUDENT)
+    ensemble = _Below(ENSEMBLE)
+    ensemble_card = _Below(ENSEMBLE, ENSEMBLE_CARD)
+    evaluation = _Below(EVALUATION)
+    report_html = _Below("report.html")
+    report_json = _Below("report.json")
+    samples = _Below("samples.png")  # the grid of images that `atoll demo` draws
+    slurm = _Below(".slurm")  # submitit's scripts and logs
+
+    def cluster(self, number: int) -> Path:
+        """The shards of one cluster."""
+        return cluster_path(self.clusters, number)
+
+    def expert(self, name: str) -> Path:
+        """The artifact of one expert. name: its full name ("3-flow").
+
+        Raises:
+            AtollError: `name` would lead out of experts/.
+        """
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise AtollError(f"expert {name!r}: expected a plain name such as 3-flow, since it names a directory")
+        return self.experts / name
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """The paths of one training's state. root: its directory, beside the artifact that the training writes."""
+
+    root: Path
+
+    checkpoint = _Below("checkpoint.safetensors")
+    metrics = _Below("metrics.jsonl")
+    summary = _Below("summary.json")
+    tensorboard = _Below("tensorboard")
+    ema = _Below("ema")
+    # Written by `atoll launch`.
+    output = _Below("output.log")  # what the process printed since its last start
+    output_before = _Below("output-before.log")  # and in the start before that
+    lock = _Below("lock")  # held by the process while it lives
+    starts = _Below("starts")  # one line per start of a queued job
+    stop = _Below("stop")  # while it exists, a queued job saves its state and ends
+    slurm_job = _Below("slurm.json")  # the job's id in Slurm's queue
+
+    @staticmethod
+    def of(artifact: Path) -> "TrainingLayout":
+        """The training that writes the artifact at this path: experts/3-flow -> experts/.train-3-flow."""
+        return TrainingLayout(artifact.with_name(f"{_TRAINING_PREFIX}{artifact.name}"))
+
+    @property
+    def name(self) -> str:
+        """The name of the part that is trained."""
+        return self.root.name.removeprefix(_TRAINING_PREFIX)
+
+    def sharded_checkpoint(self, step: int, rollbacks: int) -> Path:
+        return self.root / f"checkpoint-{step:09d}-{rollbacks}.dcp"
+
+    def snapshot(self, step: int, profile: int) -> Path:
+        """The EMA weights of one profile (its position in train.ema_profiles) at one step."""
+        return self.ema / f"{step:09d}-{profile}.safetensors"
+
+    def samples(self, step: int) -> Path:
+        return self.root / f"samples-{step:07d}.png"
