@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 CPU_TORCH := torch==2.13.0+cpu
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: setup demo test test-all lint format clean
+.PHONY: setup demo test test-all lint format docs clean
 setup: $(READY)
 
 # On a machine without an NVIDIA GPU the CPU build of torch is taken: from the configured index if it has one,
@@ -33,9 +33,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The documentation site, into site/. Broken links, anchors and docstrings are errors.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

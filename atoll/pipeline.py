@@ -258,7 +258,7 @@ def sample_to_file(
 
 
 def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces: Sequence[Trace]) -> None:
-    """Who was asked when: {"experts": names, "prompts": [{"prompt", "t": [T], "weights": [T][E]}]}, and as a page."""
+    """Who was asked when: {"experts": names, "prompts": [{"prompt", "t": [T], "weights": [T, E]}]}, and as a page."""
     rows = []
     for trace in traces:
         times, weights = torch.stack(trace.times, 1), torch.stack(trace.weights, 1)  # [b, T], [b, T, E]

@@ -73,7 +73,7 @@ class Effort:
     samples: int = 2000
     steps: int = 60
     grid: int = 15
-    dpi: int = 130
+    dpi: int = 110
 
 
 SMALL = Effort(samples=300, steps=20, grid=9, dpi=60)

@@ -46,8 +46,11 @@ class AtollPipeline(DiffusionPipeline):
     pipe("latin capital letter a, serif bold", generator=torch.Generator().manual_seed(0)).images[0].save("a.png")
 
     Args:
-        ensemble, scheduler: the components.
-        routing, alignment, replicas: as in `atoll.Pipeline.from_pretrained`; they are saved with the pipeline.
+        ensemble: the component that holds experts, router, text encoder and codec.
+        scheduler: a flow-matching scheduler of diffusers.
+        routing: as in `atoll.Pipeline.from_pretrained`; saved with the pipeline.
+        alignment: likewise.
+        replicas: likewise.
 
     Raises:
         AtollError: an unknown routing, alignment or way to combine replicas.
