@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atoll.data.image import Framing, Unusable, frame
+from atoll.data.containers import Unusable
+from atoll.data.image import Framing, frame
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.runtime.process import Crashed, Remote

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from atoll.data import containers
 from atoll.data import image as image_module
-from atoll.data.image import Framing, Unusable, frame
+from atoll.data.containers import Unusable
+from atoll.data.image import Framing, frame
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -289,7 +291,7 @@ def test_interlaced_png() -> None:
 
 def test_too_small() -> None:
     framing = Framing(64, 3, 32)
-    with pytest.raises(Unusable, match=r"^12 x 9 pixels; at least 32 on the shorter side are asked for$"):
+    with pytest.raises(Unusable, match=r"^12 x 9 pixels; expected at least 32 on the shorter side$"):
         frame(save(smooth(12, 9), "PNG"), framing)
     with pytest.raises(Unusable, match="300 x 31 pixels"):
         frame(save(smooth(300, 31), "JPEG"), framing)
@@ -319,8 +321,8 @@ def test_compressed_nothing_without_end_is_not_unpacked(monkeypatch) -> None:
         unpacked += (length := original(stream, piece, limit))
         return length
 
-    original = image_module._inflate
-    monkeypatch.setattr(image_module, "_inflate", inflate)
+    original = containers._inflate
+    monkeypatch.setattr(containers, "_inflate", inflate)
     with pytest.raises(Unusable, match="too many"):
         frame(png(8, 8, 8, 0, [], pixels=zlib.compress(bytes(50_000_000))), SQUARE)
     assert unpacked < 3_000_000

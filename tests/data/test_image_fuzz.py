@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from atoll.data.image import Framing, Unusable, frame
+from atoll.data.containers import Unusable
+from atoll.data.image import Framing, frame
 
 FRAMING = Framing(size=24, channels=3, smallest_side=8)
 EACH = 100  # damaged files of each kind

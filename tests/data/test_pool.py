@@ -28,7 +28,7 @@ MISCHIEF = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from atoll.data.image import Unusable
+from atoll.data.containers import Unusable
 
 def decode(data, framing):
     if data == b"kill": os.kill(os.getpid(), signal.SIGKILL)
