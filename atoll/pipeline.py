@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atoll.choices import Method
 from atoll.ensemble import Alignment, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
 from atoll.errors import AtollError
 from atoll.report.page import colour, document, weight_strip
-from atoll.solver import Method, sample
+from atoll.solver import sample
 from atoll.storage.artifact import write_bytes, write_json
 
 if TYPE_CHECKING:

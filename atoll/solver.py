@@ -4,17 +4,17 @@ Every time is per sample: t passed to `velocity` has shape [B].
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from atoll.choices import Method
 from atoll.errors import AtollError
 from atoll.schedule import Linear, Schedule
 from atoll.shapes import per_sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-Method = Literal["euler", "heun", "dpm++2m"]
 _Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]  # (velocity, x, t, t_next) -> x at t_next
 
 

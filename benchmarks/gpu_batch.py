@@ -19,8 +19,9 @@ import torch
 from gpu_measure import Evaluator, release
 from gpu_training import Training, build, cost_of
 
+from atoll.choices import Checkpointing
 from atoll.nn import SIZES
-from atoll.plan.cost import CUDA_BF16, Checkpointing
+from atoll.plan.cost import CUDA_BF16
 from atoll.plan.fit import RESERVED, Switches, largest_batch
 
 SIZE = "XL/2"

@@ -186,7 +186,7 @@ def test_experts_under_a_budget_draw_the_same_and_do_not_all_fit(modules) -> Non
     assert torch.equal(held.velocity(x, t, condition, 7.5), expected)
     store = held.experts[0].network.store
     assert len(store.resident) == 4
-    assert store.fetched == 8
+    assert store.loads == 8
 
 
 def test_prompts_are_spread_two_per_expert(modules) -> None:

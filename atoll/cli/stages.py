@@ -11,10 +11,10 @@ from atoll.cli.training import launch
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
+    from atoll.choices import Method
     from atoll.data.encode import EncodeBackend
     from atoll.ensemble import Alignment
     from atoll.ensemble.offload import WeightDtype
-    from atoll.solver import Method
 
 
 Recipe = Annotated[str | None, typer.Option(help="A built-in recipe, or a yaml file; default: demo, or images.")]

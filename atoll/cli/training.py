@@ -9,7 +9,7 @@ import typer
 from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
 
 if TYPE_CHECKING:
-    from atoll.solver import Method
+    from atoll.choices import Method
 
 train_app = typer.Typer(
     no_args_is_help=True, help="Train one part, alone. Reads its own shards, writes its own artifact."

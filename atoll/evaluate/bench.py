@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.choices import Method
 from atoll.condition import Condition, Conditions
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
@@ -21,7 +22,7 @@ from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, MapFunction, Places, Reference, Results, Score, Space, Variant
 from atoll.manifest import EvaluateSettings
-from atoll.solver import Method, sample
+from atoll.solver import sample
 
 _COUNTED = 4  # images drawn to count their operations
 

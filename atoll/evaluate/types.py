@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.choices import Method
 from atoll.encoders.codec import Codec
 from atoll.encoders.text import PromptEncoder, TextEncoder
 from atoll.ensemble import Ensemble
@@ -16,7 +17,7 @@ from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import DenoisingError
 from atoll.manifest import EvaluateSettings
 from atoll.schedule import build_schedule
-from atoll.solver import Method, times_of
+from atoll.solver import times_of
 from atoll.storage.shards import Shards
 
 # (network calls done, network calls in all, what is being measured)

@@ -4,9 +4,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
+from atoll.choices import Method
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
-from atoll.solver import Method
 
 EVEN = "even"
 

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from atoll.choices import Method
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
-from atoll.manifest.evaluation import EvaluateSettings, Method
+from atoll.manifest.evaluation import EvaluateSettings
 
 MANIFEST = "atoll.yaml"
 # Inside an installed package the recipes lie in it; in a checkout they lie beside it.

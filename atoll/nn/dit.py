@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from atoll.choices import Checkpointing
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
-from atoll.nn.recompute import Checkpointing, recomputed
+from atoll.nn.recompute import recomputed
 
 ModulationKind = Literal["single", "per-block"]
 TIME_FEATURES = 256  # sinusoids of the time, as in DiT,

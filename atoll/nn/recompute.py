@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-Checkpointing = Literal["none", "selective", "full"]
+from atoll.choices import Checkpointing
 
 _aten = torch.ops.aten
 # What is dear to compute: selective checkpointing keeps its results, and computes the rest again.

@@ -163,7 +163,7 @@ def _width(tensors: Mapping[str, Tensor], stem: str) -> int:
 
 
 def _load(module: nn.Module, layers: Sequence[str], tensors: Mapping[str, Tensor], where: str) -> None:
-    kind = type(module).__name__.lower()
+    kind = type(module).__name__.lower().removeprefix("taef2")
     try:
         module.load_state_dict({our_name(key, layers): tensor.float() for key, tensor in tensors.items()})
     except KeyError as error:

@@ -10,10 +10,9 @@ under bf16 autocast, 375 compiled, 34 checkpointed; measured were 440, 375 and 3
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from atoll.nn.recompute import Checkpointing
+from atoll.choices import Checkpointing
 
 OptimizerState = Literal["fp32", "bf16", "8bit"]
 
@@ -108,7 +107,7 @@ def forward_flops(n: DiTSizes) -> int:
     return 2 * (n.depth * block + conditioner + text + ends)
 
 
-def training_flops(n: DiTSizes, checkpointing: "Checkpointing" = "none") -> int:
+def training_flops(n: DiTSizes, checkpointing: Checkpointing = "none") -> int:
     """FLOPs of one image's training step: the backward pass takes two forwards, full checkpointing recomputes one.
 
     Selective checkpointing recomputes no matrix product.
@@ -168,7 +167,7 @@ def _selective_bytes(n: DiTSizes, r: Rules) -> int:
     return kept * r.compute + _scores(n, N, r) + _scores(n, T, r)
 
 
-def activation_bytes(n: DiTSizes, r: Rules, checkpointing: "Checkpointing" = "none", compiled: bool = False) -> int:
+def activation_bytes(n: DiTSizes, r: Rules, checkpointing: Checkpointing = "none", compiled: bool = False) -> int:
     """Bytes of activations per sample at the peak of a training step.
 
     With checkpointing one block at a time is computed again and has all its tensors for that while. The gradients

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
 
+from atoll.choices import Checkpointing
 from atoll.manifest import TrainSettings
-from atoll.nn.recompute import Checkpointing
 from atoll.plan.cost import (
     DiTSizes,
     OptimizerState,

@@ -9,12 +9,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from atoll.choices import Method
 from atoll.encoders.text import PromptEncoder, TextEncoder, build_encoder
 from atoll.encoders.weights import same
 from atoll.ensemble import Ensemble
 from atoll.ensemble.loading import LoadedExpert
 from atoll.errors import AtollError
-from atoll.solver import Method, sample
+from atoll.solver import sample
 from atoll.synthesize.rows import noise
 
 BATCH = 64  # rows sampled at a time

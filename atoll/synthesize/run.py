@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from atoll.choices import Method
 from atoll.encoders.text import build_encoder
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.manifest import MANIFEST, Manifest
 from atoll.runtime.device import best_device
-from atoll.solver import Method
 from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes
 from atoll.storage.shards import refuse_foreign
 from atoll.synthesize.captions import CaptionOrder, load_captions

@@ -127,7 +127,7 @@ def save_taef2(path: Path, suffix: str = ".pth", channels: int = 6) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     back = {ours: theirs for theirs, ours in taef2._PARTS.items()}
-    for part, module in (("encoder", taef2.Encoder(4, channels)), ("decoder", taef2.Decoder(4, 6))):
+    for part, module in (("encoder", taef2.TAEF2Encoder(4, channels)), ("decoder", taef2.TAEF2Decoder(4, 6))):
         numbers = {name: i for i, name in enumerate(module.LAYERS) if name}
         tensors = {}
         for name, value in module.state_dict().items():

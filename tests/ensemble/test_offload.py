@@ -178,9 +178,9 @@ class Fake(nn.Module):
         return self.weight.expand_as(x)
 
 
-def fakes(count: int, budget: int, ahead: bool = False) -> tuple[ExpertCache, list[Offloaded], list[int]]:
+def fakes(count: int, budget: int, prefetch: bool = False) -> tuple[ExpertCache, list[Offloaded], list[int]]:
     """A store of `count` networks with room for `budget`, and what it fetched, in order."""
-    store, fetched = ExpertCache(4 * budget, prefetch=ahead), []
+    store, fetched = ExpertCache(4 * budget, prefetch=prefetch), []
 
     def fetch(number: int) -> Fake:
         fetched.append(number)
@@ -271,8 +271,8 @@ def test_what_is_in_use_never_goes() -> None:
     prefetch=st.booleans(),
     steps=st.lists(st.tuples(st.sets(st.integers(0, 5)), st.lists(st.floats(0, 1), min_size=6, max_size=6))),
 )
-def test_whatever_is_asked_is_answered_within_the_budget(budget, ahead, steps) -> None:
-    store, n, fetched = fakes(6, budget, ahead)
+def test_whatever_is_asked_is_answered_within_the_budget(budget, prefetch, steps) -> None:
+    store, n, fetched = fakes(6, budget, prefetch)
     for asked, chances in steps:
         order = store.plan(n, sorted(asked), chances)
         assert sorted(order) == sorted(asked)
@@ -281,7 +281,7 @@ def test_whatever_is_asked_is_answered_within_the_budget(budget, ahead, steps) -
         ask(*(n[number] for number in order))
     assert store.peak_bytes <= 4 * budget
     assert store.loads == len(fetched)
-    if not ahead:
+    if not prefetch:
         assert len(fetched) <= sum(len(asked) for asked, _ in steps)
 
 

@@ -31,8 +31,8 @@ def file_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_shapes_and_kind() -> None:
-    encoder = taef2.load_encoder(file_of(taef2.Encoder(WIDTH, CHANNELS)), "a file")
-    decoder = taef2.load_decoder(file_of(taef2.Decoder(WIDTH, CHANNELS)), "a file")
+    encoder = taef2.load_encoder(file_of(taef2.TAEF2Encoder(WIDTH, CHANNELS)), "a file")
+    decoder = taef2.load_decoder(file_of(taef2.TAEF2Decoder(WIDTH, CHANNELS)), "a file")
     images = torch.rand(2, 3, 16, 24)
     latents = encoder(images)
     assert (latents.shape, latents.dtype) == ((2, CHANNELS, 2, 3), torch.float32)
@@ -40,24 +40,24 @@ def test_shapes_and_kind() -> None:
 
 
 def test_keys_of_a_file() -> None:
-    assert len(taef2.Encoder.LAYERS) == 15
-    assert len(taef2.Decoder.LAYERS) == 20
-    assert taef2.our_name("0.bias", taef2.Encoder.LAYERS) == "stem.bias"
-    assert taef2.our_name("12.pool.3.weight", taef2.Encoder.LAYERS) == "blocks8.1.context.down.weight"
-    assert taef2.our_name("18.conv.4.bias", taef2.Decoder.LAYERS) == "blocks1.0.conv3.bias"
+    assert len(taef2.TAEF2Encoder.LAYERS) == 15
+    assert len(taef2.TAEF2Decoder.LAYERS) == 20
+    assert taef2.our_name("0.bias", taef2.TAEF2Encoder.LAYERS) == "stem.bias"
+    assert taef2.our_name("12.pool.3.weight", taef2.TAEF2Encoder.LAYERS) == "blocks8.1.context.down.weight"
+    assert taef2.our_name("18.conv.4.bias", taef2.TAEF2Decoder.LAYERS) == "blocks1.0.conv3.bias"
     for key in ("2.weight", "20.weight", "3.conv.1.bias", "x.bias"):
         with pytest.raises(KeyError):
-            taef2.our_name(key, taef2.Decoder.LAYERS)
+            taef2.our_name(key, taef2.TAEF2Decoder.LAYERS)
 
 
 def test_the_decoder_squeezes_wild_latents() -> None:
-    decoder = taef2.load_decoder(file_of(taef2.Decoder(WIDTH, CHANNELS)), "a file")
+    decoder = taef2.load_decoder(file_of(taef2.TAEF2Decoder(WIDTH, CHANNELS)), "a file")
     wild = torch.full((1, CHANNELS, 2, 3), 30.0)
     torch.testing.assert_close(decoder(wild), decoder(10 * wild))
 
 
 def test_only_the_coarse_blocks_see_the_whole_image() -> None:
-    encoder = taef2.load_encoder(file_of(taef2.Encoder(WIDTH, CHANNELS)), "a file")
+    encoder = taef2.load_encoder(file_of(taef2.TAEF2Encoder(WIDTH, CHANNELS)), "a file")
     images = torch.rand(1, 3, 16, 480)
     other = images.clone()
     other[..., :8] = 0  # 59 latent columns away, far outside every stack of convolutions
@@ -71,8 +71,8 @@ def test_only_the_coarse_blocks_see_the_whole_image() -> None:
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_other_weights_are_refused(part, damage) -> None:
     cls, load = {
-        "encoder": (taef2.Encoder, taef2.load_encoder),
-        "decoder": (taef2.Decoder, taef2.load_decoder),
+        "encoder": (taef2.TAEF2Encoder, taef2.load_encoder),
+        "decoder": (taef2.TAEF2Decoder, taef2.load_decoder),
     }[part]
     tensors = file_of(cls(WIDTH, CHANNELS))
     if damage == "missing":

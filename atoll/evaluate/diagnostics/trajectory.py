@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from atoll.choices import Method
 from atoll.condition import Condition, Conditions
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
@@ -33,7 +34,7 @@ from atoll.evaluate.diagnostics.experts import (
 from atoll.evaluate.diagnostics.routers import LEVELS, Given, HeldOut, RouterScores, measure_router, rows_of
 from atoll.evaluate.metrics.frechet import seeded_noise
 from atoll.shapes import per_sample
-from atoll.solver import Method, sample
+from atoll.solver import sample
 
 PERTURBATION = 1e-3  # root mean square per value, of latents whose values are of the order of 1
 _DIRECTIONS = 1 << 40  # seeds of perturbations begin here, apart from those of noise

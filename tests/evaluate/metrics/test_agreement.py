@@ -252,16 +252,16 @@ class TestCLIPScore:
 
     def test_an_image_that_points_away_from_its_prompt_scores_zero(self, tmp_path) -> None:
         weights = str(save_clip(tmp_path, "whole"))
-        images, texts = build_feature({"name": "clip-image", "weights": weights}), CLIPScore.load(weights)
+        feature, texts = build_feature({"name": "clip-image", "weights": weights}), CLIPScore.load(weights)
 
         class Turned(Feature):
-            name, dim = "turned", images.dim
+            name, dim = "turned", feature.dim
 
             def __call__(self, drawn: Tensor) -> Tensor:
-                return -images(drawn)
+                return -feature(drawn)
 
             def config(self) -> dict:
-                return images.config()
+                return feature.config()
 
             def to(self, device=None, dtype=None) -> "Turned":
                 return self

@@ -1,0 +1,6 @@
+"""What a user may choose and several parts share, written once. Imports nothing, so that the manifest stays light."""
+
+from typing import Literal
+
+Checkpointing = Literal["none", "selective", "full"]  # which activations the backward pass computes again
+Method = Literal["euler", "heun", "dpm++2m"]  # of the sampler
