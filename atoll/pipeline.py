@@ -283,5 +283,5 @@ def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces
         f"t = 0); the height of a colour is the expert's weight.</p><p>{key}</p>"
     )
     table = f'<table class="usage"><tbody>{lines}</tbody></table>'
-    page = document("Who was asked when", lead, [("PromptCache", table)])
+    page = document("Who was asked when", lead, [("Prompts", table)])
     write_bytes(file.with_suffix(".html"), page.encode())
