@@ -4,6 +4,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,32 @@ def test_the_reference_of_atoll_yaml_has_every_key(monkeypatch) -> None:
                 assert f"| `{key}` |" in page, f"{section.__name__}.{key}"
     assert "| `steps` | int > 0 | `1000` |" in page
     assert "| `name` | str | required |" in page
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """A directory with runs/demo/ensemble: tiny, with latents of the demo's shape."""
+    from atoll.assemble import assemble_run
+    from atoll.manifest import load_manifest
+    from atoll.train.expert import train_expert
+    from atoll.train.router import train_router
+    from tests.conftest import K, write_run
+
+    run = write_run(tmp_path_factory.mktemp("readme") / "runs" / "demo", shape=(1, 16, 16))
+    manifest = load_manifest(run)
+    for cluster in range(K):
+        train_expert(run, manifest, str(cluster))
+    train_router(run, manifest)
+    assemble_run(run, manifest)
+    return run.parents[1]
+
+
+def test_the_readme_python_runs_as_it_stands(demo, monkeypatch) -> None:
+    [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(demo)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (demo / "seven.png").stat().st_size > 0
+    assert names["x0"].shape == (1, 1, 16, 16)
+    assert names["x0"].isfinite().all()
+    assert len(names["ensemble"].experts) == len(names["demo"].experts) + 1
