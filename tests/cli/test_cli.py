@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from atoll import __version__
+from tests.waiting import run_to_end
 
 
 def atoll(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "atoll", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return run_to_end(command, cwd=cwd)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *words: str) -> None:

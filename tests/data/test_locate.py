@@ -170,7 +170,7 @@ def test_ahead_keeps_the_order_and_is_bounded() -> None:
 
     def read(number):
         started.append(number)
-        gate.wait(5)
+        gate.wait()
         return number * number
 
     results = ahead(read, iter(range(50)), threads=3)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from atoll.data.image import Framing
 from atoll.data.pool import AHEAD, CHUNK, Decoders, Framed
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
+from tests.waiting import communicate, wait_until
 
 FRAMING = Framing(size=6, channels=3, smallest_side=4)
 
@@ -35,7 +35,7 @@ def decode(data, framing):
     if data == b"exit": os._exit(3)
     if data == b"bad": raise Unusable("no image")
     if data == b"bug": raise RuntimeError("a bug")
-    if data == b"hang": import time; time.sleep(60)
+    if data == b"hang": import time; time.sleep(3600)
     if data == b"talk": print("to stdout")
     if data == b"who": return np.full((3, 6, 6), 1 + ("torch" in sys.modules), np.uint8)
     if data.startswith(b"pid:"): Path(data[4:].decode()).write_text(str(os.getpid()))
@@ -85,15 +85,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-def wait_until(what, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_processes_give_what_this_process_gives_in_order() -> None:
@@ -227,9 +218,9 @@ def test_leaving_early_ends_the_processes_even_one_that_hangs(decode, tmp_path) 
             + [raw("d", b"x")] * 90
         )
         next(samples)
-        assert wait_until(note.exists)
+        wait_until(note.exists)
         samples.close()
-    assert wait_until(lambda: not alive(int(note.read_text())))
+    wait_until(lambda: not alive(int(note.read_text())))
 
 
 # A program that decodes; the image "slow" keeps a process busy until the test is done with it.
@@ -262,7 +253,7 @@ def program(decode, tmp_path):
         start_new_session=True,  # a terminal's Ctrl-C goes to a whole group of processes
     )
     try:
-        assert wait_until(lambda: all(note.exists() and note.read_text() for note in notes))
+        wait_until(lambda: all(note.exists() and note.read_text() for note in notes))
         yield process, [int(note.read_text()) for note in notes]
     finally:
         process.kill()
@@ -276,14 +267,14 @@ def test_killing_the_parent_leaves_no_process(program) -> None:
     parent, workers = program
     assert all(map(alive, workers))
     parent.kill()
-    assert wait_until(lambda: not any(map(alive, workers)))
+    wait_until(lambda: not any(map(alive, workers)))
 
 
 def test_ctrl_c_ends_everything_and_only_the_parent_speaks(program) -> None:
     parent, workers = program
     assert all(map(alive, workers))
     os.killpg(parent.pid, signal.SIGINT)
-    _, said = parent.communicate(timeout=20)
-    assert wait_until(lambda: not any(map(alive, workers)))
+    _, said = communicate(parent)
+    wait_until(lambda: not any(map(alive, workers)))
     assert said.count("Traceback") == 1
     assert said.rstrip().endswith("KeyboardInterrupt")

@@ -14,7 +14,7 @@ UNTIL_STOPPED = """
         sys.exit(0)
     signal.signal(signal.SIGTERM, save)
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 # What its first start does is given before it; every start is counted in the file `count`.
 SECOND_TIME = """

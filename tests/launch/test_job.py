@@ -27,28 +27,25 @@ from atoll.launch.job import (
 )
 from atoll.manifest import load_manifest
 from tests.launch.stub import UNTIL_STOPPED, job
+from tests.waiting import SILENCE, wait_until
 
 _STARTER = """
 import pathlib, sys, time
 from atoll.launch.job import Process
 from tests.launch.stub import job
-code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(3600)"
 process = Process(job(pathlib.Path(sys.argv[1]), "a", code))
-time.sleep(60)
+time.sleep(3600)
 """
 
 
 def wait(process: Process) -> ExitStatus:
-    while (ended := process.poll()) is None:
-        time.sleep(0.02)
-    return ended
+    wait_until(lambda: process.poll() is not None)
+    return process.poll()
 
 
 def until(said: Path, words: str) -> None:
-    deadline = time.monotonic() + 30
-    while words not in (said.read_text() if said.exists() else ""):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: words in (said.read_text() if said.exists() else ""))
 
 
 def alive(pid: int) -> bool:
@@ -118,10 +115,7 @@ def test_a_killed_launch_leaves_no_process_behind(tmp_path) -> None:
     assert alive(child)
     starter.kill()
     starter.wait()
-    deadline = time.monotonic() + 10
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not alive(child)
+    wait_until(lambda: not alive(child))
 
 
 def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
@@ -140,7 +134,7 @@ def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
     another = Process(mine)
     until(tmp_path / "a" / OUTPUT, "ready")
     threading.Timer(0.1, another.stop).start()
-    third = Process(mine, patience=60)  # it waits until the other has ended
+    third = Process(mine, patience=SILENCE)  # it waits until the other has ended
     assert (tmp_path / "a" / BEFORE).read_text() == "ready\nsaved\n"
     assert third.poll() is None
     until(tmp_path / "a" / OUTPUT, "ready")

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from atoll.launch.local import Local, local_place
 from atoll.launch.loop import run_jobs
 from atoll.launch.run import launch_run, open_place
 from tests.launch.stub import UNTIL_STOPPED, job
+from tests.waiting import communicate, wait_until
 
 SHOW = "import os, sys\nprint(os.environ.get('CUDA_VISIBLE_DEVICES', 'none'))\nopen(sys.argv[1], 'w')"
 
@@ -40,8 +40,7 @@ def test_two_at_a_time_never_share_a_gpu(tmp_path) -> None:
     assert (first.devices, second.devices, place.free) == (["0"], ["1"], [])
     for one in (first, second):
         one.stop()
-        while one.poll().ended is None:
-            time.sleep(0.02)
+        wait_until(lambda job=one: job.poll().ended is not None)
     assert place.free == ["0", "1"]
 
 
@@ -68,12 +67,10 @@ def test_ctrl_c_saves_and_stops_all_and_the_next_launch_goes_on(run) -> None:
     command = [sys.executable, "-m", "atoll", "launch", str(run / "atoll.yaml"), "--jobs", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     running = [run / "experts" / f".train-{name}" for name in ("0-eps-cosine", "1-flow-linear")]
-    deadline = time.monotonic() + 60
-    while not all((d / "metrics.jsonl").exists() and (d / "metrics.jsonl").stat().st_size for d in running):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    metrics = [directory / "metrics.jsonl" for directory in running]
+    wait_until(lambda: all(file.exists() and file.stat().st_size for file in metrics), process=process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = communicate(process)
     assert process.returncode == 130
     assert said.splitlines()[-1] == "stopped; what was trained is saved, and the same command goes on"
     assert all((d / "checkpoint.safetensors").is_file() for d in running)

@@ -52,7 +52,7 @@ def test_a_killed_worker_costs_nothing_but_time(cluster, tmp_path, whole_weights
 
 def test_what_dies_with_its_worker_or_without_is_restarted_and_the_rest_finish(cluster, tmp_path) -> None:
     jobs = [
-        dies(tmp_path, "worker", "os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)"),
+        dies(tmp_path, "worker", "os.kill(os.getppid(), signal.SIGKILL); time.sleep(3600)"),
         dies(tmp_path, "process", "os.kill(os.getpid(), signal.SIGSEGV)", times=9),
         job(tmp_path, "mistake", "import sys; print('atoll: no shards'); sys.exit(2)"),
         job(tmp_path, "good"),

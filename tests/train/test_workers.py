@@ -17,6 +17,7 @@ from atoll.manifest import load_manifest
 from atoll.storage.artifact import CARD, WEIGHTS
 from atoll.train.expert import train_expert
 from tests.conftest import write_run
+from tests.waiting import communicate, run_to_end, wait_until
 
 NAME = "1-flow-linear"
 
@@ -37,7 +38,7 @@ def command(run: Path, *flags: object) -> list[str]:
 
 
 def call(run: Path, *flags: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command(run, *flags), capture_output=True, text=True, timeout=120)
+    return run_to_end(command(run, *flags))
 
 
 def start(run: Path, *flags: object) -> "subprocess.Popen[str]":
@@ -47,11 +48,8 @@ def start(run: Path, *flags: object) -> "subprocess.Popen[str]":
 
 
 def wait_for_steps(run: Path, process: "subprocess.Popen[str]") -> None:
-    file, deadline = state(run) / "metrics.jsonl", time.monotonic() + 60
-    while not (file.exists() and file.stat().st_size):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    file = state(run) / "metrics.jsonl"
+    wait_until(lambda: file.exists() and file.stat().st_size, process=process)
 
 
 def workers_of(process: "subprocess.Popen[str]") -> list[int]:
@@ -84,7 +82,7 @@ def test_a_signal_saves_and_ends_with_0_and_a_killed_worker_is_told(tmp_path, nu
     process = start(run, "--nproc", 2)
     wait_for_steps(run, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = communicate(process)
     assert process.returncode == 0, err
     assert re.fullmatch(r"stopped at step \d+ of 100000; --resume goes on from there\n", out)
     assert err == ""
@@ -94,7 +92,7 @@ def test_a_signal_saves_and_ends_with_0_and_a_killed_worker_is_told(tmp_path, nu
     process = start(run, "--nproc", 2, "--resume")
     wait_for_steps(run, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = communicate(process)
     assert process.returncode == 1  # no mistake: `atoll launch` tries again
     assert err == "atoll: process 1 of 2 was ended by signal 9; --resume goes on from where it saved\n"
 
@@ -108,11 +106,8 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path) -> None:
     workers = workers_of(process)
     assert len(workers) == 2
     process.kill()
-    process.communicate(timeout=60)  # both ends of the pipes close with the last of them
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    communicate(process)  # both ends of the pipes close with the last of them
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 def run_killed(run: Path, kills: int, flags: list[object], seconds: float, seed: int) -> int:
@@ -125,16 +120,20 @@ def run_killed(run: Path, kills: int, flags: list[object], seconds: float, seed:
         before = time.time()
         process = start(run, *flags, "--resume", "--quiet")
         if kill % 2:
-            deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline:
-                if partly_written(run, before):
-                    break
+            wait_until(
+                lambda since=before, ended=process.poll: ended() is not None or partly_written(run, since),
+                progress=lambda: sizes(state(run)),
+            )
         else:
             time.sleep(moments.uniform(0.5, 1) * seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         writing += bool(partly_written(run))
     return writing
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
 
 
 def partly_written(run: Path, since: float = 0.0) -> list[Path]:

@@ -5,9 +5,8 @@ RANK and WORLD_SIZE are set; the argument is a JSON list of trainings, see `Trai
 
 import json
 import os
-import subprocess
 import sys
-import time
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 import atoll.train.expert
 from atoll.manifest import load_manifest
 from atoll.train.expert import train_expert
+from tests.waiting import run_ranks
 
 
 @dataclass
@@ -38,6 +38,7 @@ def take_part(training: Training) -> None:
     batch, losses = atoll.train.denoiser.Denoising.batch, atoll.train.denoiser.Denoising.losses
 
     def poisoned(self, index, share):
+        print(f"{Path(training.run).name}: batch {index}")  # whoever waits for the ranks sees that they move
         if training.stop and index >= training.stop:
             raise Stop
         factor = float("nan") if index in training.poison else 1.0
@@ -54,32 +55,20 @@ def take_part(training: Training) -> None:
 
 
 def start(trainings: list[Training], count: int = 2) -> None:
-    """Runs the trainings in `count` processes. Raises AssertionError with what they told if one failed."""
+    """Run the trainings in `count` processes. Raises AssertionError with what each rank wrote if one failed."""
     from torch.distributed import TCPStore
 
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in trainings]
     for training, store in zip(trainings, stores, strict=True):
         training.port = store.port
     where = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(count)}
-    command = [sys.executable, "-m", "tests.train.together", json.dumps([asdict(t) for t in trainings])]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    command = [sys.executable, "-u", "-m", "tests.train.together", json.dumps([asdict(t) for t in trainings])]
+    environments = [
+        {**os.environ, **where, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         for rank in range(count)
     ]
-    deadline = time.monotonic() + 200
-    while any(process.poll() is None for process in processes):
-        failed = any(process.returncode for process in processes) or time.monotonic() > deadline
-        for process in processes if failed else ():
-            process.kill()  # it would wait for the one that failed
-        time.sleep(0.1)
-    told = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(told)
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(command, environments, Path(folder), cwd=Path(__file__).parents[2])
 
 
 if __name__ == "__main__":

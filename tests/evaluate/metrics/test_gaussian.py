@@ -1,7 +1,6 @@
 """Reference statistics from a file: of others' images, never of another network or size without a word."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from atoll.evaluate.reference import ReferenceData
 from atoll.evaluate.run_statistics import statistics_run
 from atoll.manifest import Manifest, SpaceSettings
 from atoll.storage.shards import Shards, ShardWriter
+from tests.waiting import run_to_end
 
 SIDE = 8
 SHAPE = (1, SIDE, SIDE)
@@ -198,7 +198,8 @@ class TestStage:
         content = {"name": "m", "experts": [{"cluster": 0, "objective": OBJECTIVE}]}
         (run / "atoll.yaml").write_text(yaml.safe_dump({**content, "evaluate": {"spaces": [{"feature": PIXELS}]}}))
         command = [sys.executable, "-m", "atoll", "statistics", "-r", str(run), "-o", str(tmp_path / "out")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        done = run_to_end(command)
+        assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / "out").iterdir()
         assert done.stdout == f"{file} written; name it as `statistics` of that feature's space\n"
         assert load_gaussian(file, Pixels(2), SHAPE).count == 81
