@@ -120,14 +120,15 @@ class SlurmJob:
         self.cancelled = False
 
     def poll(self) -> Status:
-        starts = starts_of(self.job, self.submitted.job_id)
-        status = Status(started=starts > 0, restarts=max(0, starts - 1))
         self.place.ask()
+        ended = None
         if self.cancelled:
-            return Status(status.started, ExitStatus(EXIT_USER_ERROR, "cancelled"), status.restarts)
-        if not self.submitted.done() or not self._is_certain():
-            return status
-        return Status(status.started, self._ended(), status.restarts)
+            ended = ExitStatus(EXIT_USER_ERROR, "cancelled")
+        elif self.submitted.done() and self._is_certain():
+            ended = self._ended()
+        # Read last: the job may have been requeued and have ended while Slurm was asked.
+        starts = starts_of(self.job, self.submitted.job_id)
+        return Status(starts > 0, ended, max(0, starts - 1))
 
     def _is_certain(self) -> bool:
         """Whether a job that Slurm says has ended is not about to be requeued, nor its result about to be seen."""

@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from atoll.errors import AtollError
+from atoll.launch.backend import Status
+from atoll.launch.job import STARTS, ExitStatus
 from atoll.launch.loop import TrackedJob, run_jobs
-from atoll.launch.slurm import FOLDER, Slurm, slurm_place
+from atoll.launch.slurm import FOLDER, Slurm, SlurmJob, slurm_place
 from tests.launch import slurm as fake
 from tests.launch.parts import Once, long_run, part_of, weights, whole_weights
 from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
@@ -114,6 +117,27 @@ def test_preempted_killed_cancelled_refused(queue, tmp_path) -> None:
     parts = run_jobs([job(tmp_path, "refused")], place, silent, interval=0.05)
     assert parts[0].state == "failed"
     assert "QOSMaxSubmitJobPerUserLimit" in parts[0].error
+
+
+def test_a_requeue_while_slurm_answers_is_counted(tmp_path) -> None:
+    mine = job(tmp_path, "a")
+    mine.directory.mkdir()
+    (mine.directory / STARTS).write_text("7\n")
+
+    class Submitted:
+        """Ends while `done` is answered, after a second start."""
+
+        job_id, paths = "7", SimpleNamespace(result_pickle=tmp_path, stderr=tmp_path / "stderr")
+
+        def done(self) -> bool:
+            (mine.directory / STARTS).write_text("7\n7\n")
+            return True
+
+        state, exception = "COMPLETED", staticmethod(lambda: None)
+        result = staticmethod(lambda: ExitStatus(0, "saved"))
+
+    status = SlurmJob(Slurm(tmp_path, 0, {}, cluster="local"), mine, Submitted()).poll()
+    assert status == Status(True, ExitStatus(0, "saved"), restarts=1)
 
 
 def test_a_second_launch_takes_over_what_the_first_left_in_the_queue(queue, tmp_path) -> None:
