@@ -11,16 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import write_json
 from atoll.storage.shards import ShardWriter
 
 # `make test` tries the same examples every time: it is green or red by the code alone. `make test-all` draws new
-# ones.
-settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("new", deadline=None)
+# ones. Neither depends on speed. Several examples share a test's `tmp_path` on purpose.
+_CHECKS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("same", derandomize=True, **_CHECKS)
+settings.register_profile("new", **_CHECKS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 

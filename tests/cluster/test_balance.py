@@ -42,7 +42,7 @@ def test_balance_goes_on_until_nothing_changes() -> None:
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_balance_holds_where_no_point_weighs_a_quarter_of_the_mean(data) -> None:
     k = data.draw(st.integers(1, 4))
     weights = data.draw(st.lists(st.integers(1, 9), min_size=40 * k, max_size=60 * k))

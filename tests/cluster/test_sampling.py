@@ -1,7 +1,7 @@
 import hashlib
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.cluster.sampling import below, draw, hash_keys, smallest
@@ -36,7 +36,6 @@ def test_below_is_that_share_and_grows_with_it() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=9), max_size=9), st.integers(1, 12))
-@settings(deadline=None)
 def test_smallest_of_parts_is_smallest_of_all(parts, most) -> None:
     found = smallest((np.array(part, np.uint64) for part in parts), most)
     assert found.tolist() == sorted(value for part in parts for value in part)[:most]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -226,7 +226,7 @@ def test_what_the_release_tells_is_not_to_be_told(atoll, paris, flags) -> None:
     assert not Path("out").exists()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_tensor_of_any_shape_is_taken_or_refused_in_one_line(released, tmp_path_factory, data) -> None:
     root = tmp_path_factory.mktemp("fuzz")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -82,7 +82,7 @@ def test_nothing_there_and_unknown_files(tmp_path) -> None:
         read_checkpoint(tmp_path)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.sampled_from(["x.pt", "x.bin", "x.safetensors"]))
 def test_any_bytes_are_an_error_of_one_line(tmp_path, data, name) -> None:
     (tmp_path / name).write_bytes(data)
@@ -91,7 +91,7 @@ def test_any_bytes_are_an_error_of_one_line(tmp_path, data, name) -> None:
     assert "\n" not in str(raised.value)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(st.data())
 def test_a_damaged_checkpoint_is_refused_or_converted_whole(dit, tmp_path, data) -> None:
     """Tensors that vanish, change their shape or come on top: an AtollError, or the network of before."""

@@ -171,6 +171,6 @@ def test_whole_jpegs_pass_whatever_bit_they_end_at(mode, subsampling) -> None:
 @given(st.binary(max_size=300), st.sampled_from(list(FILES)), st.integers(0, 40))
 @example(b"", "png", 0)
 @example(b"\xff\xd8\xff\xd9", "jpeg", 0)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_foreign_bytes_behind_a_true_header(tail, name, length) -> None:
     attempt(FILES[name][:length] + tail)

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.assemble import assemble
@@ -118,7 +118,7 @@ def test_an_expert_alone_is_an_ensemble(run) -> None:
 JUNK = st.none() | st.integers() | st.text(max_size=3) | st.lists(st.integers(), max_size=2) | st.just({"name": "x"})
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120)
 @given(data=st.data())
 def test_a_card_with_anything_in_it_loads_or_is_refused_in_one_line(trained_run, tmp_path, data) -> None:
     """Fuzz: one value anywhere in the card replaced by junk, the hash of the weights left as it is."""

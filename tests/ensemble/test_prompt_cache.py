@@ -105,7 +105,7 @@ def test_another_number_of_prompts_is_refused() -> None:
         dit()(x, time, dit().read_prompt(condition_of(2)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     routing=st.sampled_from(["top-1", "top-2", "full", "threshold-0.2", "nucleus-0.8"]),
     guidance=st.sampled_from([1.0, 2.5]),

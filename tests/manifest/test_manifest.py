@@ -94,7 +94,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(Manifest.model_fields)), values)
 def test_any_value_under_any_key_is_accepted_or_refused_in_one_line(key, value) -> None:
     message = ""

@@ -335,7 +335,7 @@ def test_attention_by_products_equals_torchs(masked: bool, keys: int) -> None:
     torch.testing.assert_close(attention_by_products(q, k, v, bias), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_unpatchify_is_the_inverse_of_patchify(b: int, c: int, rows: int, columns: int, patch: int) -> None:
     x = torch.randn(b, c, rows * patch, columns * patch)

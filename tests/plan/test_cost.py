@@ -69,7 +69,7 @@ def forward(network: DiT, n: DiTSizes, batch: int) -> torch.Tensor:
     return network(x, torch.rand(batch, device=device), condition)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(networks)
 def test_parameters_exactly(n: DiTSizes) -> None:
     network = build(n, "meta")
@@ -83,7 +83,7 @@ def test_parameters_of_the_named_sizes(size: str) -> None:
     assert parameters(n) == sum(p.numel() for p in build(n, "meta").parameters())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(networks)
 def test_flops_by_the_counter(n: DiTSizes) -> None:
     """Under bf16 on a CPU attention is two plain products, which torch's counter sees."""
@@ -187,7 +187,7 @@ def test_what_each_switch_saves() -> None:
         assert none > 1.4 * selective > 5 * full
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.builds(
         RouterSizes,

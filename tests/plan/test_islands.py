@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
@@ -45,7 +45,6 @@ def named(name: str, **settings: float) -> IslandSettings:
     return IslandSettings(name=name, tflops=1.0, memory_gb=24, **settings)
 
 
-@settings(deadline=None)
 @given(island_settings, queues, st.integers(0, 99), st.floats(1, 4))
 def test_a_faster_island_is_never_later(s: IslandSettings, works: list[Work], seed: int, factor: float) -> None:
     slow = run_island(island(s, works, 1.0), works, random.Random(seed))
@@ -54,7 +53,6 @@ def test_a_faster_island_is_never_later(s: IslandSettings, works: list[Work], se
     assert fast.failures <= slow.failures
 
 
-@settings(deadline=None)
 @given(island_settings, queues, st.integers(0, 99), st.floats(0, 12))
 def test_more_hours_a_day_are_never_later(s: IslandSettings, works: list[Work], seed: int, more: float) -> None:
     longer = s.model_copy(update={"hours_per_day": min(24, s.hours_per_day + more)})
@@ -64,7 +62,6 @@ def test_more_hours_a_day_are_never_later(s: IslandSettings, works: list[Work], 
     assert after.hours == before.hours
 
 
-@settings(deadline=None)
 @given(island_settings, queues, st.integers(0, 99))
 def test_no_work_is_lost_or_invented(s: IslandSettings, works: list[Work], seed: int) -> None:
     outcome = run_island(island(s, works), works, random.Random(seed))

@@ -47,7 +47,7 @@ class TestMoments:
         cuts=st.lists(st.integers(0, 30), max_size=5),
         offset=st.sampled_from([0.0, 1e6]),
     )
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_batches_of_any_size_give_the_mean_and_covariance_of_all(self, cuts: list[int], offset: float) -> None:
         g = torch.Generator().manual_seed(3)
         features = torch.randn(30, 4, generator=g, dtype=torch.float64) + offset

@@ -96,7 +96,7 @@ def make_report(text: str = "a prompt") -> Report:
 
 class TestPage:
     @given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1) | st.just(EVIL))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_any_text_is_text(self, text: str) -> None:
         parsed = Parsed(to_html(make_report(text)))
         assert not parsed.all("script")

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -57,14 +57,14 @@ def test_round_trip(path) -> None:
 
 
 @given(st.lists(st.integers(0, ROWS - 1), max_size=40))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(max_examples=50)
 def test_any_rows_in_any_order(path, chosen) -> None:
     chosen = torch.tensor(chosen, dtype=torch.int64)
     assert torch.equal(Shards(path).read("latent", chosen), rows()[3]["latent"][chosen])
 
 
 @given(st.slices(ROWS))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(max_examples=50)
 def test_any_slice(path, part) -> None:
     expected = rows()[3]["feature"][torch.arange(ROWS)[list(range(ROWS))[part]]]
     assert torch.equal(Shards(path).read("feature", part), expected)
@@ -179,7 +179,7 @@ def test_a_missing_or_cut_shard_is_named_with_its_first_key(path) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 255))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_changed_byte_is_found_by_verify(path, position, change) -> None:
     files = sorted(file for file in path.iterdir() if file.name != INDEX)
     file = files[position % len(files)]
@@ -280,7 +280,7 @@ def test_adopting_shards_gives_what_appending_gives(tmp_path, path) -> None:
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=9), max_size=6), st.integers(1, 9))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@settings(max_examples=100)
 def test_repeats(monkeypatch, parts, at_a_time) -> None:
     monkeypatch.setattr("atoll.storage.shards.repeated._PASS", at_a_time)
     flat = [value for part in parts for value in part]
