@@ -1,7 +1,8 @@
-"""The networks, and how a card's configuration becomes one.
+"""The networks, one file each, and `build_network`, which makes one from a card's configuration.
 
-dit.py, router.py   the denoiser and the router that are trained here, of attention.py; block_cache.py
-paris.py            Paris's, as released        foreign.py   diffusers' own, as they are
+dit.py, router.py   the denoiser and the router that Atoll trains, built from attention.py
+paris.py            the networks of the Paris release
+foreign.py          diffusers' own networks, unchanged
 """
 
 from collections.abc import Mapping
@@ -34,11 +35,14 @@ __all__ = [
 
 
 def build_network(config: Mapping[str, Any]) -> nn.Module:
-    """The network that `config` describes, by its "name", freshly initialised: "dit" and "router"; "paris" and
-    "paris-router"; "diffusers", which imports that library.
+    """Build the network that `config` describes, freshly initialised.
 
-    `network.config.model_dump(mode="json")` is such a configuration. Raises AtollError for an unknown name or
-    key, a missing or wrong value, and sizes that do not fit each other.
+    Args:
+        config: as `network.config.model_dump(mode="json")` returns it. Its "name" is "dit", "router", "paris",
+            "paris-router" or "diffusers" (which imports that library).
+
+    Raises:
+        AtollError: an unknown name or key, a missing or wrong value, or sizes that do not fit each other.
     """
     name = config.get("name")
     try:
@@ -60,7 +64,7 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
 
 
 def describe(error: ErrorDetails) -> str:
-    """One of pydantic's errors in a few words, with the value that was got where there is one."""
+    """Describe one of pydantic's errors in a few words, with the value if there is one."""
     if error["type"] == "missing":
         return "missing"
     if error["type"] == "extra_forbidden":

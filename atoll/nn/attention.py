@@ -1,4 +1,4 @@
-"""Attention of image tokens to each other and to a text, and what a text is once a network has read it.
+"""Self-attention of image tokens, cross-attention to text tokens, and cached text keys and values.
 
 Letters as in `atoll.nn.dit`: B batch, N image tokens, L text tokens, D width, h heads, d = D / h.
 """
@@ -17,8 +17,8 @@ from atoll.nn.block_cache import BlockCache
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v in every head; q [B,N,D], k and v [B,M,D], bias [B,1,1,M] -> [B,N,D].
 
-    It is torch's fused kernel, except in bfloat16 on a CPU: there, plain products are 1.5 times faster forward,
-    and with their backward 2 (at 256 tokens) to 8 times faster (at 16). Measured with AVX512-BF16, torch 2.13.
+    Uses torch's fused kernel, except in bfloat16 on a CPU: there, plain products are 1.5 times faster forward, and
+    2 (at 256 tokens) to 8 times faster (at 16) forward and backward. Measured with AVX512-BF16, torch 2.13.
     """
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B,h,N or M,d]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -30,8 +30,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None =
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The same for q [B,h,N,d], k and v [B,h,M,d] -> [B,h,N,d], by two batched matrix products."""
+    # bmm wants one batch dimension: heads join it.
     B, h, _, d = q.shape
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # [B*h,N or M,d]
+    # The scale goes into q, or into the fused product with the bias: no extra pass over the scores.
     if bias is None:
         scores = torch.bmm(q * d**-0.5, k.transpose(1, 2))  # [B*h,N,M]
     else:
@@ -59,7 +61,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the image tokens to the text tokens; [B,N,D] and [B,L,2D] -> [B,N,D].
 
-    What of it depends on the text alone, `kv` of the states [B,L,D], stands outside: it may be computed once.
+    `forward` takes the keys and values, `kv(states [B,L,D])`, ready-made: they depend on the text alone and can be
+    computed once for all steps.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -80,10 +83,14 @@ AskBlock = Callable[[Any, Tensor, Tensor | slice, Tensor | None, Tensor], Tensor
 
 @dataclass(frozen=True, eq=False)
 class TextKV:
-    """A condition as one network has read it: all that its blocks attend to, at any time and for any latent.
+    """The text keys and values of all cross-attentions of one network: independent of time and latent.
 
-    keys_values: [B,depth,L,2D]. bias: [B,1,1,L], -inf where masked; None: nothing is. pooled: [B,P], or None.
-    cache, keys: what the blocks did to the samples before, and which sample each row is; None: all blocks are asked.
+    Attributes:
+        keys_values: [B,depth,L,2D].
+        bias: [B,1,1,L], -inf where masked; None if no token is masked.
+        pooled: [B,P] or None.
+        cache: the first-block cache; None runs all blocks.
+        keys: for the cache, which sample and guidance branch each row is.
     """
 
     keys_values: Tensor
@@ -105,7 +112,7 @@ class TextKV:
         return TextKV(self.keys_values[rows], bias, pooled)
 
     def through(self, blocks: Iterable[nn.Module], tokens: Tensor, ask: AskBlock) -> Tensor:
-        """The tokens [B,N,D] after all blocks, or after as many of them as the cache wants to be asked."""
+        """Run the tokens [B,N,D] through all blocks, or only through those that the cache does not skip."""
         first, *others = zip(blocks, self.keys_values.unbind(1), strict=True)  # each block with its [B,L,2D]
 
         def through(parts: Sequence[tuple[nn.Module, Tensor]], x: Tensor, rows: Tensor | slice) -> Tensor:
@@ -114,6 +121,7 @@ class TextKV:
                 x = ask(block, x, rows, bias, keys_values[rows])  # [b,N,D]
             return x
 
+        # The first block always runs: its residual decides whether the cache skips the others.
         once = through([first], tokens, slice(None))
         if self.cache is None:
             return through(others, once, slice(None))
@@ -121,7 +129,7 @@ class TextKV:
 
     @staticmethod
     def cat(prompts: "Sequence[TextKV]") -> "TextKV":
-        """Joined along the batch: of one network; without the cache."""
+        """Join along the batch. All must come from one network; the cache is not carried over."""
         biases = [prompt.bias for prompt in prompts if prompt.bias is not None]
         pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
         return TextKV(
@@ -132,6 +140,6 @@ class TextKV:
 
 
 def read_states(network: nn.Module, states: Tensor, bias: Tensor | None = None, pooled: Tensor | None = None) -> TextKV:
-    """The states [B,L,D] as all cross-attentions of `network`, in the order of its blocks, read them."""
+    """Compute the keys and values of `states` [B,L,D] for all cross-attentions of `network`, in block order."""
     keys_values = [module.kv(states) for module in network.modules() if isinstance(module, CrossAttention)]
     return TextKV(torch.stack(keys_values, dim=1), bias, pooled)

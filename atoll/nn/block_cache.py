@@ -1,8 +1,8 @@
-"""First-block caching: where a step changes little, what the blocks after the first one did is taken from before.
+"""First-block caching: if a step changes little, the residual of all blocks after the first is reused.
 
-If the first block's residual is nearly what it was when the whole network was last asked, then so, by experience, is
-the sum of all the others'. It costs quality, and how much depends on the threshold. After ParaAttention's first block
-cache, which diffusers has too (after TeaCache, arXiv 2411.19108); here every sample of a batch decides for itself.
+If the first block's residual is close to its value at the last full evaluation, the sum of the other blocks' residuals
+usually is too. Reusing it costs some quality; the threshold sets how much. The idea is ParaAttention's and diffusers'
+(after TeaCache, arXiv 2411.19108). Here each sample of a batch decides on its own.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -12,19 +12,18 @@ from torch import Tensor
 
 
 class BlockCache:
-    """What one network's blocks did to the samples that it was asked for.
+    """The cached residuals of one network, by sample.
 
     Args:
-        threshold: of the relative change |r - r'|/|r'| of the first block's residual r (mean absolute values over a
-            sample's tokens), below which the other blocks are not asked.
+        threshold: relative change |r - r'|/|r'| of the first block's residual r (mean absolute value over a sample's
+            tokens) below which the other blocks are skipped.
     """
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.calls = self.skipped = 0  # samples, of all calls
-        self._kept: dict[
-            Hashable, tuple[Tensor, Tensor]
-        ] = {}  # of a sample: the first residual, the others' sum; [N,D]
+        self.calls = self.skipped = 0  # samples, over all calls
+        # By sample: the first block's residual and the sum of the others', [N,D] each.
+        self._residuals: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
     def through(
         self,
@@ -33,29 +32,33 @@ class BlockCache:
         once: Tensor,
         others: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The tokens [B,N,D] after all blocks.
+        """Return the tokens [B,N,D] after all blocks.
 
         Args:
-            keys: of the samples; one that comes twice in a batch is computed twice.
-            tokens, once: before and after the first block.
-            others: (rows [b], once[rows]) -> after all other blocks [b,N,D].
+            keys: one per sample; a sample that occurs twice in a batch is computed twice.
+            tokens: before the first block [B,N,D].
+            once: after the first block [B,N,D].
+            others: (rows [b], once[rows]) -> tokens after all other blocks [b,N,D].
         """
+        # Which samples changed little since their last full evaluation?
         residual = once - tokens  # [B,N,D]
-        known = [row for row, key in enumerate(keys) if key in self._kept]
+        known = [row for row, key in enumerate(keys) if key in self._residuals]
         skipped: list[int] = []
         if known:
-            before = torch.stack([self._kept[keys[row]][0] for row in known])  # [b,N,D]
+            before = torch.stack([self._residuals[keys[row]][0] for row in known])  # [b,N,D]
             change = (residual[known] - before).abs().mean((1, 2)) / before.abs().mean((1, 2))  # [b]
             skipped = [row for row, little in zip(known, (change < self.threshold).tolist(), strict=True) if little]
         self.calls, self.skipped = self.calls + len(keys), self.skipped + len(skipped)
-        done = torch.empty_like(once)
+        output = torch.empty_like(once)
+        # Skipped samples: add the cached residual.
         if skipped:
-            done[skipped] = once[skipped] + torch.stack([self._kept[keys[row]][1] for row in skipped])
-        asked = sorted(set(range(len(keys))) - set(skipped))
-        if asked:
-            rows = torch.tensor(asked, device=once.device)
+            output[skipped] = once[skipped] + torch.stack([self._residuals[keys[row]][1] for row in skipped])
+        # The others: run the blocks and cache what they did.
+        active = sorted(set(range(len(keys))) - set(skipped))
+        if active:
+            rows = torch.tensor(active, device=once.device)
             computed = others(rows, once[rows])
-            done[rows] = computed
-            for place, row in enumerate(asked):
-                self._kept[keys[row]] = (residual[row].clone(), computed[place] - once[row])
-        return done
+            output[rows] = computed
+            for place, row in enumerate(active):
+                self._residuals[keys[row]] = (residual[row].clone(), computed[place] - once[row])
+        return output

@@ -18,7 +18,7 @@ The six vectors come from the time and the optional pooled vector, by one of two
 XL/2 with 4 channels and 768 wide text has 605.7 M parameters with the first, 823.3 M with the second: 26 % less.
 HDDM counts 605 M; PixArt's layout counts 607.0 M, since it projects the text by two layers instead of one.
 
-The last four fields of the configuration are for foreign weights (`atoll.convert`); their defaults are DiT's.
+The last four fields of the configuration serve foreign weights (`atoll.convert`); their defaults are DiT's.
 """
 
 import math
@@ -42,7 +42,7 @@ NORM_EPS = 1e-6
 
 
 def check_sizes(size: tuple[int, int], patch: int, width: int, heads: int) -> None:
-    """Raises AtollError unless `patch` divides both sides of `size`, and `heads` and 4 divide `width`."""
+    """Raise AtollError unless `patch` divides both sides of `size`, and `heads` and 4 divide `width`."""
     if size[0] % patch or size[1] % patch:
         raise AtollError(f"size {size[0]}x{size[1]}, patch {patch}: the patch must divide both; change one")
     if width % heads:
@@ -52,7 +52,7 @@ def check_sizes(size: tuple[int, int], patch: int, width: int, heads: int) -> No
 
 
 class DiTConfig(BaseModel):
-    """What a DiT is built from; saved in the card.
+    """The configuration of a DiT, saved in the card.
 
     Raises AtollError for sizes that do not fit each other, pydantic.ValidationError for a wrong type or key.
     """
@@ -68,12 +68,12 @@ class DiTConfig(BaseModel):
     heads: PositiveInt
     mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
     states_dim: PositiveInt  # width of the condition's states
-    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
+    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: not used
     modulation: ModulationKind = "single"
-    final: ModulationKind | None = None  # modulation of the last norm, where it is not that of the blocks
-    text_layers: Literal[1, 2] = 1  # linear layers that the states go through; PixArt has 2
-    mlp_eps: PositiveFloat = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT has 1e-5
-    time_period: PositiveFloat = TIME_PERIOD  # diffusers' DiT has 10000^(128/127): its sinusoids lie in 127 steps
+    final: ModulationKind | None = None  # modulation of the last norm; None: that of the blocks
+    text_layers: Literal[1, 2] = 1  # linear layers that project the states; PixArt has 2
+    mlp_eps: PositiveFloat = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT uses 1e-5
+    time_period: PositiveFloat = TIME_PERIOD  # diffusers' DiT uses 10000^(128/127)
 
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":
@@ -98,8 +98,13 @@ def unpatchify(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
 def sincos_positions(rows: int, columns: int, width: int, span: float | None = None) -> Tensor:
     """Fixed 2D positions [rows*columns, width]: half of the width for the column, half for the row.
 
-    The column comes first, as in DiT's get_2d_sincos_pos_embed (whose variable names say otherwise). Tokens lie at
-    0, 1, 2, ...; with `span` at equal steps in [0, span) both ways (PixArt, of a network made for another size).
+    The column comes first, as in DiT's get_2d_sincos_pos_embed (despite its variable names).
+
+    Args:
+        rows, columns: tokens of a column and of a row of the grid.
+        width: D, a multiple of 4.
+        span: None places tokens at 0, 1, 2, ...; a number at equal steps in [0, span), as PixArt does for a network of
+            another size.
     """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # [D/4]
     steps = [torch.arange(n, dtype=torch.float64) * (1 if span is None else span / n) for n in (rows, columns)]
@@ -112,7 +117,7 @@ def sincos_positions(rows: int, columns: int, width: int, span: float | None = N
 def time_features(time: Tensor, period: float = TIME_PERIOD) -> Tensor:
     """Sinusoids [B,256] of `time` [B], cosines first, periods from 2 pi to 2 pi * period: what DiT's MLP reads.
 
-    Never in less than float32, and not from a buffer, which `.to(torch.bfloat16)` would round: 999 times a
+    Computed in float32 at least, and not from a buffer: `.to(torch.bfloat16)` would round a buffer, and 999 times a
     rounded frequency is the sinusoid of another time.
     """
     time = time.to(torch.promote_types(time.dtype, torch.float32))  # [B]
@@ -123,25 +128,25 @@ def time_features(time: Tensor, period: float = TIME_PERIOD) -> Tensor:
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products with `weight`: autocast's where it is on, else the weight's own."""
+    """The dtype of matrix products with `weight`: autocast's if it is on, else the weight's own."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """norm(x) * (1 + scale) + shift; x [B,N,D], shift and scale [B,1,D]. The norm has no weights of its own."""
+    """norm(x) * (1 + scale) + shift; x [B,N,D], shift and scale [B,1,D]. The norm has no weights."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)  # [B,N,D]
 
 
 def text_projection(states_dim: int, width: int, layers: int) -> nn.Module:
-    """What brings the states to the network's width: a linear layer, or PixArt's MLP of two."""
+    """The projection of the states to the network's width: one linear layer, or PixArt's MLP of two."""
     if layers == 1:
         return nn.Linear(states_dim, width)
     return nn.Sequential(nn.Linear(states_dim, width), nn.GELU("tanh"), nn.Linear(width, width))
 
 
 class SingleModulation(nn.Module):
-    """`count` vectors per sample as a table of this layer's own plus what all layers share (PixArt Eq. 1)."""
+    """`count` vectors per sample: a table of this layer plus a projection that all layers share (PixArt Eq. 1)."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -153,7 +158,7 @@ class SingleModulation(nn.Module):
 
 
 class PerBlockModulation(nn.Module):
-    """`count` vectors per sample by this layer's own linear map of the conditioning vector (DiT, adaLN-Zero)."""
+    """`count` vectors per sample: this layer's linear map of the conditioning vector (DiT, adaLN-Zero)."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -169,7 +174,7 @@ MODULATIONS = {"single": SingleModulation, "per-block": PerBlockModulation}
 
 
 class Conditioner(nn.Module):
-    """Time [B] and the optional pooled vector [B,P] -> what the modulations of the blocks and of the end read."""
+    """Time [B] and the optional pooled vector [B,P] -> inputs of the blocks' modulations and of the final one."""
 
     def __init__(
         self,
@@ -186,6 +191,7 @@ class Conditioner(nn.Module):
         self.shared = nn.Linear(width, 6 * width) if kind == "single" else None
 
     def forward(self, time: Tensor, pooled: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Embed time and pooled vector, and add them: the conditioning vector c.
         c = self.time(time_features(time, self.period).to(dtype))  # [B,D]
         if self.pooled is not None:
             if pooled is None or pooled.shape[1] != self.pooled.in_features:
@@ -195,6 +201,7 @@ class Conditioner(nn.Module):
                     "use the encoder that the network was trained with"
                 )
             c = c + self.pooled(pooled.to(dtype))  # [B,D]
+        # "single" applies its linear layer once, for all blocks; "per-block" leaves that to each block.
         activated = F.silu(c)  # [B,D]
         prepared = activated if self.shared is None else self.shared(activated).unflatten(1, (6, -1))  # [B,6,D]
         return prepared, c[:, None] if self.final == "single" else activated  # [B,D] or [B,6,D], [B,1,D] or [B,D]
@@ -203,7 +210,7 @@ class Conditioner(nn.Module):
 class DiTBlock(nn.Module):
     """One block, see the head of this file; without `cross` it has no cross-attention (the router's blocks)."""
 
-    checkpointing: Checkpointing = "none"  # what the backward pass computes again; the training loop sets it
+    checkpointing: Checkpointing = "none"  # set by the training loop
 
     def __init__(
         self,
@@ -230,7 +237,7 @@ class DiTBlock(nn.Module):
         bias: Tensor | None = None,
         keys_values: Tensor | None = None,
     ) -> Tensor:
-        """keys_values [B,L,2D]: of the states, where they were computed before."""
+        """Return x [B,N,D] after the block. keys_values [B,L,2D]: those of the states, if already computed."""
         return recomputed(self._forward, self.checkpointing, x, prepared, states, bias, keys_values)  # [B,N,D]
 
     def _forward(
@@ -238,15 +245,18 @@ class DiTBlock(nn.Module):
     ) -> Tensor:
         vectors = self.modulation(prepared, x.dtype)  # [B,6,1,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
+        # Self-attention, modulated and gated.
         x = torch.addcmul(x, gate_1, self.attention(modulate(x, shift_1, scale_1)))  # [B,N,D]
+        # Cross-attention to the text: no norm, no gate.
         if self.cross is not None:
             keys_values = self.cross.kv(states) if keys_values is None else keys_values  # [B,L,2D]
             x = x + self.cross(x, keys_values, bias)  # [B,N,D]
+        # MLP, modulated and gated.
         return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, self.mlp_eps)))  # [B,N,D]
 
 
 def check_input(x: Tensor, time: Tensor, channels: int, size: tuple[int, int]) -> None:
-    """Raises AtollError unless x is [B,channels,*size] and time is [B]."""
+    """Raise AtollError unless x is [B,channels,*size] and time is [B]."""
     if x.shape[1:] != (channels, *size):
         raise AtollError(
             f"latent: got shape {list(x.shape)}, expected [B, {channels}, {size[0]}, {size[1]}]; "
@@ -257,21 +267,23 @@ def check_input(x: Tensor, time: Tensor, channels: int, size: tuple[int, int]) -
 
 
 def zero(module: nn.Module) -> None:
-    """Sets every parameter of `module` to zero."""
+    """Set every parameter of `module` to zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
 
 
 def initialize_blocks(network: nn.Module, conditioner: Conditioner) -> None:
-    """What every network of these blocks starts from (HDDM): Xavier for linear layers, N(0, 0.02) for those of
-    the conditioner, zero for all that shifts, scales and gates, so that every block is the identity."""
+    """Initialise a network of these blocks as HDDM does, so that every block starts as the identity."""
+    # Xavier for linear layers.
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+    # N(0, 0.02) in the conditioner.
     for module in conditioner.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
+    # Zero for everything that shifts, scales or gates.
     if conditioner.shared is not None:
         zero(conditioner.shared)
     for module in network.modules():
@@ -282,8 +294,11 @@ def initialize_blocks(network: nn.Module, conditioner: Conditioner) -> None:
 class DiT(nn.Module):
     """The denoiser: forward(x [B,C,H,W], time [B], condition) -> [B,C,H,W], in the dtype of x.
 
-    `time` is scaled already (0..999 by default, see the objective's time_scale). The network computes in the
-    dtype of its weights, or in autocast's. Raises AtollError where an input does not fit the configuration.
+    `time` is scaled already (0..999 by default, see the objective's time_scale). The network computes in the dtype of
+    its weights, or in autocast's.
+
+    Raises:
+        AtollError: an input does not fit the configuration.
     """
 
     positions: Tensor
@@ -293,7 +308,7 @@ class DiT(nn.Module):
         self.config = config
         (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
         self.embed = nn.Linear(p * p * config.channels, D)
-        # Fixed, and yet persistent: a network built on the meta device gets it together with its weights.
+        # Fixed, but persistent: a network built on the meta device then loads it together with its weights.
         self.register_buffer("positions", sincos_positions(H // p, W // p, D))
         self.conditioner = Conditioner(D, config.pooled_dim, kind, config.final, config.time_period)
         self.embed_states = text_projection(config.states_dim, D, config.text_layers)
@@ -305,19 +320,23 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """HDDM's initialisation: DiT's, with PixArt's for the text. The output is exactly zero. (PixArt itself
-        draws the shared layer and the tables at random: its gates are open from the start.)"""
+        """Initialise as HDDM does: DiT's scheme, PixArt's for the text. The output is exactly zero.
+
+        PixArt itself draws the shared layer and the tables at random: its gates are open from the start.
+        """
         initialize_blocks(self, self.conditioner)
+        # The text projection as in PixArt.
         for module in self.embed_states.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
+        # Cross-attention and the final layer contribute nothing at first.
         for module in self.modules():
             if isinstance(module, CrossAttention):
                 zero(module.out)
         zero(self.final)
 
     def embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor]:
-        """What depends on the prompt alone: states [B,L,D] and attention bias [B,1,1,L], -inf where masked."""
+        """Project the states to [B,L,D] and make the attention bias [B,1,1,L], -inf where masked."""
         got, expected = condition.states.shape[2], self.config.states_dim
         if got != expected:
             raise AtollError(
@@ -330,21 +349,27 @@ class DiT(nn.Module):
         return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]
 
     def read_prompt(self, condition: Condition) -> TextKV:
-        """What `forward` takes in the condition's place, to spare its text layers at every further call (4 % of XL/2 at
-        256 image and 77 text tokens, 15 % of S/2 at 64). It is this network's, as its weights are now."""
+        """Compute the text keys and values, which `forward` accepts in place of the condition.
+
+        This saves the text layers at every further call: 4 % of XL/2 at 256 image and 77 text tokens, 15 % of S/2 at
+        64. Valid for this network and its current weights only.
+        """
         states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
         return read_states(self, states, bias, condition.pooled)
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
+        # Check the inputs.
         config = self.config
         check_input(x, time, config.channels, config.size)
         if condition is None or len(condition) != len(x):
             got = "none" if condition is None else f"{len(condition)} rows"
             raise AtollError(f"condition: got {got}, expected {len(x)} rows; no prompt is encoder.null({len(x)})")
+        # Embed time, pooled vector and latent.
         dtype = compute_dtype(self.embed.weight)
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]
+        # The blocks, with cached or freshly computed text keys and values.
         if isinstance(condition, TextKV):
             tokens = condition.through(
                 self.blocks, tokens, lambda block, x, rows, bias, read: block(x, prepared[rows], None, bias, read)
@@ -353,13 +378,14 @@ class DiT(nn.Module):
             states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
             for block in self.blocks:
                 tokens = block(tokens, prepared, states, bias)  # [B,N,D]
+        # The final layer, and back to a latent.
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         tokens = self.final(modulate(tokens, shift, scale))  # [B,N,p*p*C]
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
 
 
 class DiTSize(TypedDict):
-    """The part of a configuration that a size's name stands for."""
+    """The fields of a configuration that the name of a size fixes."""
 
     patch: int
     width: int

@@ -1,7 +1,7 @@
-"""diffusers' own networks as experts, kept as they are: PixArtTransformer2DModel and DiTTransformer2DModel.
+"""diffusers' own networks as experts, unchanged: PixArtTransformer2DModel and DiTTransformer2DModel.
 
-The network is diffusers' class, built from its own configuration, which our card holds; this file only adapts the call.
-What is predicted is the card's objective. `atoll.convert.foreign` makes such experts, and training may go on from them.
+The network is diffusers' class, built from its own configuration, which the card holds; this file only adapts the call.
+The card's objective says what it predicts. `atoll.convert.foreign` makes such experts, and they can be trained further.
 """
 
 import inspect
@@ -18,14 +18,14 @@ from atoll.nn.paris import require_condition
 from atoll.runtime.libraries import quiet
 
 Class = Literal["PixArtTransformer2DModel", "DiTTransformer2DModel"]
-# Of a configuration of diffusers. Cards come from strangers: none may ask for all memory or time there is.
+# Bounds for diffusers' configurations: cards come from strangers and must not request absurd memory or time.
 MOST = 2**16
 Value = StrictBool | Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, le=MOST)] | str | None
 LIMITS = {"num_layers": 512, "sample_size": 1024}
 
 
 class ForeignConfig(BaseModel):
-    """What a foreign network is built from; saved in the card under "name", "class", "config", "pixels".
+    """The configuration of a foreign network, saved in the card under "name", "class", "config", "pixels".
 
     Raises pydantic.ValidationError for another class, or a configuration that is out of bounds.
     """
@@ -33,9 +33,9 @@ class ForeignConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
     name: Literal["diffusers"] = "diffusers"
-    cls: Class = Field(alias="class")  # one of these two, never a name that a file makes up
-    config: dict[str, Value]  # arguments of the class; what is not there is its default
-    # (height, width) of the images, for a PixArt that is told them (those of 1024 px)
+    cls: Class = Field(alias="class")  # one of these two, never another name from a file
+    config: dict[str, Value]  # arguments of the class; missing ones keep their defaults
+    # (height, width) of the images, for a PixArt that reads them (those of 1024 px)
     pixels: tuple[PositiveInt, PositiveInt] | None = None
 
     @model_validator(mode="after")
@@ -55,15 +55,15 @@ class ForeignConfig(BaseModel):
 class Foreign(nn.Module):
     """forward(x [B,C,H,W], time [B], condition) -> [B,C,H,W], in the dtype of x; H = W = config.sample_size.
 
-    `time` is scaled already, as the network was trained with it (0..999 for both published ones). Where the network
-    also tells a variance, the second half of its channels, that is cut off.
+    `time` is scaled already, as the network was trained (0..999 for both published ones). If the network also
+    predicts a variance, the second half of its channels, that half is cut off.
 
     - PixArt reads the condition's states [B,L,D] and mask [B,L];
-    - DiT reads a class: the largest of the pooled vector [B,n], which the encoder "label" makes one-hot; a row of
+    - DiT reads a class: the largest entry of the pooled vector [B,n], which the encoder "label" makes one-hot. A row of
       zeros, the encoder's null condition, is the network's null class, number n.
 
     Raises:
-        AtollError: diffusers is not installed, or it does not build this; an input that does not fit the network.
+        AtollError: diffusers is not installed or cannot build this network; an input does not fit it.
     """
 
     def __init__(self, config: ForeignConfig) -> None:
@@ -72,23 +72,24 @@ class Foreign(nn.Module):
         self.network = _build(config)
         own = self.network.config
         self.channels, self.size = own.in_channels, (own.sample_size, own.sample_size)
+        # Refuse networks whose output is no prediction of the latent.
         outputs = own.out_channels or own.in_channels
         if outputs not in (own.in_channels, 2 * own.in_channels):
             raise AtollError(
                 f"{config.cls}: {outputs} channels out, {own.in_channels} in; expected as many, or twice as many "
-                "(with a variance): this predicts something else"
+                "(with a variance)"
             )
         if self._reads_pixels() and config.pixels is None:
-            raise AtollError(f"{config.cls}: this one is told the image's size; pixels (height, width) is missing")
+            raise AtollError(f"{config.cls}: this network reads the image's size; set pixels: [height, width]")
         _place_positions(self.network)
         if config.cls == "DiTTransformer2DModel":
             for block in self.network.transformer_blocks:
-                # In training it drops labels by global random numbers. Ours drops conditions itself, by seed and step.
+                # In training it would drop labels by global random numbers; our loop drops conditions by seed and step.
                 block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     @property
     def condition_width(self) -> int:
-        """Of the states that PixArt reads, or of the one-hot vector that DiT does (its number of classes)."""
+        """The width of the states that PixArt reads, or the number of classes that DiT reads."""
         own = self.network.config
         if self.config.cls == "DiTTransformer2DModel":
             return own.num_embeds_ada_norm
@@ -96,22 +97,22 @@ class Foreign(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
         check_input(x, time, self.channels, self.size)
-        asked = x.to(compute_dtype(self.network.pos_embed.proj.weight))  # [B,C,H,W]
+        x_cast = x.to(compute_dtype(self.network.pos_embed.proj.weight))  # [B,C,H,W]
         if self.config.cls == "DiTTransformer2DModel":
-            output = self.network(asked, time, class_labels=self._labels(condition, len(x))).sample  # [B,C or 2C,H,W]
+            output = self.network(x_cast, time, class_labels=self._labels(condition, len(x))).sample  # [B,C or 2C,H,W]
         else:
             condition = require_condition(condition, len(x), self.condition_width)
             output = self.network(
-                asked,
-                encoder_hidden_states=condition.states.to(asked.dtype),  # [B,L,D]
+                x_cast,
+                encoder_hidden_states=condition.states.to(x_cast.dtype),  # [B,L,D]
                 timestep=time,
-                added_cond_kwargs=self._told(len(x), x.device),
+                added_cond_kwargs=self._image_size(len(x), x.device),
                 encoder_attention_mask=condition.mask,  # [B,L]
             ).sample  # [B,C or 2C,H,W]
         return output[:, : self.channels].to(x.dtype)  # [B,C,H,W]
 
     def _labels(self, condition: Condition | None, rows: int) -> Tensor:
-        """Class numbers [B] int64; the null class is one more than the last."""
+        """Class numbers [B] int64; the null class is the last plus one."""
         classes = self.condition_width
         pooled = None if condition is None else condition.pooled
         if pooled is None or pooled.shape != (rows, classes):
@@ -125,8 +126,8 @@ class Foreign(nn.Module):
     def _reads_pixels(self) -> bool:
         return bool(getattr(self.network, "use_additional_conditions", False))
 
-    def _told(self, rows: int, device: torch.device) -> dict[str, Tensor] | None:
-        """What a PixArt of 1024 px is told: resolution [B,2] and aspect ratio [B,1] of the images."""
+    def _image_size(self, rows: int, device: torch.device) -> dict[str, Tensor] | None:
+        """The size conditions of a PixArt of 1024 px: resolution [B,2] and aspect ratio [B,1] of the images."""
         if not self._reads_pixels() or self.config.pixels is None:
             return None
         pixels = torch.tensor([self.config.pixels], dtype=torch.float32, device=device)  # [1,2]
@@ -137,11 +138,11 @@ class Foreign(nn.Module):
 
 
 def _place_positions(network: Any) -> None:
-    """Computes the positions of a network that was built on the meta device: diffusers does not save them."""
+    """Compute the positions of a network that was built on the meta device: diffusers does not save them."""
     embed, own = network.pos_embed, network.config
     if embed.pos_embed.is_meta:
         with torch.device("cpu"):
-            whole = type(embed)(
+            on_cpu = type(embed)(
                 own.sample_size,
                 own.sample_size,
                 own.patch_size,
@@ -149,17 +150,18 @@ def _place_positions(network: Any) -> None:
                 embed.pos_embed.shape[2],
                 interpolation_scale=embed.interpolation_scale,
             )
-        embed.pos_embed = whole.pos_embed
+        embed.pos_embed = on_cpu.pos_embed
 
 
 def arguments_of(cls: Class) -> set[str]:
-    """What a configuration of this class of diffusers may say."""
+    """The arguments that this class of diffusers accepts."""
     with quiet("diffusers") as library:
         return set(inspect.signature(getattr(library, cls).__init__).parameters) - {"self"}
 
 
 def _build(config: ForeignConfig) -> Any:
-    """diffusers' network, freshly initialised."""
+    """Build diffusers' network, freshly initialised."""
+    # An unknown argument would be a warning there; here it is an error.
     if unknown := sorted(config.config.keys() - arguments_of(config.cls)):
         raise AtollError(f"{config.cls}: config.{unknown[0]}: unknown key; remove it")
     with quiet("diffusers") as library:

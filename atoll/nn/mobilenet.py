@@ -28,7 +28,7 @@ BLOCKS = (
 
 
 class Conv(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding: where the sum is odd, the extra row and column lie behind."""
+    """A convolution with TensorFlow's SAME padding: if the padding is odd, the extra row and column are at the end."""
 
     def __init__(self, inputs: int, outputs: int, side: int, stride: int = 1, groups: int = 1):
         super().__init__(inputs, outputs, side, stride, groups=groups)
@@ -37,8 +37,10 @@ class Conv(nn.Conv2d):
         side, stride = self.kernel_size[0], self.stride[0]
         if side == 1 and stride == 1:
             return super().forward(x)
+        # The padding of both sides together, in TensorFlow's way.
         height, width = (max((-(-n // stride) - 1) * stride + side - n, 0) for n in x.shape[-2:])
-        if height % 2 == 0 and width % 2 == 0:  # the convolution pads by itself: no copy of the map
+        # Even padding: the convolution pads by itself, without a copy of the map.
+        if height % 2 == 0 and width % 2 == 0:
             pad = (height // 2, width // 2)
             return F.conv2d(x, self.weight, self.bias, stride, pad, groups=self.groups)
         x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))

@@ -1,8 +1,8 @@
-"""Paris (arXiv 2510.03434), HDDM's predecessor: the networks of its released experts and router, as they are.
+"""Paris (arXiv 2510.03434), HDDM's predecessor: the networks of its released experts and router.
 
 Read it top to bottom; the sizes are at the end. Letters: B batch, C H W latent, N image tokens, L text tokens,
-D width, K clusters, p patch. Parameters have the names of the release, except in attention, whose q, k and v are linear
-layers here: those can be rounded to int8.
+D width, K clusters, p patch. Parameters have the names of the release, except in attention: its q, k and v are linear
+layers here, which int8 quantisation needs.
 
 A block of an expert is PixArt's (AdaLN-Single: one linear layer for all, a table of six vectors per block):
 
@@ -14,10 +14,10 @@ The router's is DiT's (adaLN-Zero: a linear layer per block), without cross-atte
 Both differ from `atoll.nn.dit` in the eps of their norms, 1e-5. An expert's last modulation adds the time's embedding,
 as it is before `t_block`, to its table.
 
-Assumed, for the release has no code and its weights could not be had here: cross-attention has no mask, so that the
-padding of a prompt is read too; the router is fed the experts' time, 0..1000; its class token stands first and has no
-position; that token's last state goes into the head without another norm; the head's GELUs are tanh like the others.
-All of this is so in the public port to AWS Neuron (jimburtoft/neuronx-distributed-inference, contrib/models).
+Assumptions, since the release has no code and its weights were not available here: cross-attention has no mask, so it
+reads a prompt's padding too; the router reads the experts' time, 0..1000; its class token comes first and has no
+position; that token's last state enters the head without another norm; the head's GELUs are tanh like the others. The
+public port to AWS Neuron (jimburtoft/neuronx-distributed-inference, contrib/models) does all of this.
 """
 
 from typing import Literal
@@ -46,7 +46,7 @@ EPS = 1e-5  # of every norm
 
 
 class _Config(BaseModel):
-    """What an expert and the router have in common; saved in the card.
+    """The configuration that an expert and the router share, saved in the card.
 
     Raises AtollError for sizes that do not fit each other, pydantic.ValidationError for a wrong type or key.
     """
@@ -68,14 +68,14 @@ class _Config(BaseModel):
 
 
 class ParisConfig(_Config):
-    """What an expert's network is built from."""
+    """The configuration of an expert's network."""
 
     name: Literal["paris"] = "paris"
     states_dim: PositiveInt  # width of the condition's states
 
 
 class ParisRouterConfig(_Config):
-    """What the router is built from."""
+    """The configuration of the router."""
 
     name: Literal["paris-router"] = "paris-router"
     clusters: PositiveInt  # K
@@ -100,7 +100,7 @@ class ExpertBlock(nn.Module):
         self.mlp = mlp(D, config.mlp_ratio)
 
     def forward(self, x: Tensor, prepared: Tensor, states: Tensor | None, keys_values: Tensor | None = None) -> Tensor:
-        """keys_values [B,L,2D]: of the states, where they were computed before."""
+        """Return x [B,N,D] after the block. keys_values [B,L,2D]: those of the states, if already computed."""
         vectors = (self.scale_shift_table + prepared).to(x.dtype).unsqueeze(2)  # [B,6,1,D] from [B,6,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
         x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1, EPS)))  # [B,N,D]
@@ -152,7 +152,7 @@ class FinalLayer(nn.Module):
 
 
 class _Tokens(nn.Module):
-    """What an expert and the router begin with: the latent as tokens, and the time's embedding."""
+    """The layers that an expert and the router share: tokens from the latent, and the time embedding."""
 
     def __init__(self, config: ParisConfig | ParisRouterConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class _Tokens(nn.Module):
         return embedded + self.pos_embed.to(embedded.dtype)  # [B,N,D]
 
     def initialize_tokens(self, config: ParisConfig | ParisRouterConfig) -> None:
-        """Xavier for all matrices and zero for all biases, as in DiT; fixed positions to begin with."""
+        """Initialise matrices by Xavier and biases by zero, as in DiT; positions start as fixed sinusoids."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -180,8 +180,10 @@ class Paris(_Tokens):
     """An expert: forward(x [B,C,H,W], time [B], condition) -> the velocity noise - x0 [B,C,H,W], in the dtype of x.
 
     `time` is the scheduler's 0..1000 (time_scale 1000). The network computes in the dtype of its weights, or in
-    autocast's. The condition's mask is not read, nor its pooled vector. Raises AtollError where an input does not fit
-    the configuration.
+    autocast's. It ignores the condition's mask and pooled vector.
+
+    Raises:
+        AtollError: an input does not fit the configuration.
     """
 
     def __init__(self, config: ParisConfig) -> None:
@@ -195,7 +197,7 @@ class Paris(_Tokens):
         self.initialize()
 
     def initialize(self) -> None:
-        """Every gate, cross-attention's output and the network's are zero."""
+        """Initialise with zero gates, zero cross-attention output and zero network output."""
         self.initialize_tokens(self.config)
         for module in (self.t_block, self.final_layer):
             zero(module)
@@ -205,7 +207,7 @@ class Paris(_Tokens):
             zero(layer.cross_attn.out)
 
     def read_prompt(self, condition: Condition) -> TextKV:
-        """What `forward` takes in the condition's place, as `DiT.read_prompt`."""
+        """Compute the text keys and values, which `forward` accepts in place of the condition."""
         return read_states(self, self._states(condition))
 
     def _states(self, condition: Condition) -> Tensor:
@@ -215,9 +217,11 @@ class Paris(_Tokens):
         config = self.config
         check_input(x, time, config.channels, config.size)
         dtype = compute_dtype(self.text_proj.weight)
+        # Embed time and latent.
         c = self.time_embed(time, dtype)  # [B,D]
         prepared = self.t_block(c).unflatten(1, (6, -1))  # [B,6,D]
         tokens = self.tokens(x, dtype)  # [B,N,D]
+        # The blocks, with cached or freshly computed text keys and values.
         if isinstance(condition, TextKV):
             tokens = condition.through(
                 self.layers, tokens, lambda layer, x, rows, _, read: layer(x, prepared[rows], None, read)
@@ -226,14 +230,18 @@ class Paris(_Tokens):
             states = self._states(require_condition(condition, len(x), config.states_dim))  # [B,L,D]
             for layer in self.layers:
                 tokens = layer(tokens, prepared, states)  # [B,N,D]
+        # The final layer, and back to a latent.
         tokens = self.final_layer(tokens, c)  # [B,N,p*p*C]
         return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
 
 
 class ParisRouter(_Tokens):
-    """forward(x [B,C,H,W], t [B] in [0,1], pooled) -> log p(cluster | x, t) [B,K]; `pooled` is not read.
+    """forward(x [B,C,H,W], t [B] in [0,1], pooled) -> log p(cluster | x, t) [B,K]; `pooled` is ignored.
 
-    The log-probabilities are in float32 at least. Raises AtollError where an input does not fit the configuration.
+    The log-probabilities are float32 at least.
+
+    Raises:
+        AtollError: an input does not fit the configuration.
     """
 
     def __init__(self, config: ParisRouterConfig) -> None:
@@ -248,7 +256,7 @@ class ParisRouter(_Tokens):
         self.initialize()
 
     def initialize(self) -> None:
-        """Every gate is zero, and every cluster as likely as the others."""
+        """Initialise with zero gates; all clusters start equally likely."""
         self.initialize_tokens(self.config)
         nn.init.normal_(self.cls_token, std=0.02)
         for layer in self.layers:
@@ -259,18 +267,20 @@ class ParisRouter(_Tokens):
     def forward(self, x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
         config = self.config
         check_input(x, t, config.channels, config.size)
+        # Embed time and latent, and prepend the class token.
         dtype = compute_dtype(self.patch_embed.weight)
         c = self.time_embed(t * config.time_scale, dtype)  # [B,D]
         tokens = self.tokens(x, dtype)  # [B,N,D]
         tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]
         for layer in self.layers:
             tokens = layer(tokens, c)  # [B,1+N,D]
+        # Classify from the class token.
         logits = self.head(tokens[:, 0])  # [B,K]
         return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [B,K]
 
 
 def require_condition(condition: Condition | None, rows: int, states_dim: int) -> Condition:
-    """The condition. Raises AtollError unless it is there, has `rows` rows, and states as wide as `states_dim`."""
+    """Return the condition. Raise AtollError unless it has `rows` rows and states as wide as `states_dim`."""
     if condition is None or len(condition) != rows:
         got = "none" if condition is None else f"{len(condition)} rows"
         raise AtollError(f"condition: got {got}, expected {rows} rows; no prompt is encoder.null({rows})")
@@ -282,6 +292,6 @@ def require_condition(condition: Condition | None, rows: int, states_dim: int) -
     return condition
 
 
-# As released, with the sizes of `atoll.nn.dit`: ParisConfig(**LATENT, **SIZES["XL/2"], states_dim=768) has 606.0 M
+# The release uses the sizes of `atoll.nn.dit`: ParisConfig(**LATENT, **SIZES["XL/2"], states_dim=768) has 606.0 M
 # parameters, ParisRouterConfig(**LATENT, **SIZES["B/2"], clusters=8) 129.1 M: as published.
 LATENT = {"size": (32, 32), "channels": 4}

@@ -1,4 +1,4 @@
-"""Activations that are not kept for the backward pass but computed again in it (gradient checkpointing)."""
+"""Gradient checkpointing: the backward pass computes activations again instead of storing them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from atoll.choices import Checkpointing
 
 _aten = torch.ops.aten
-# What is dear to compute: selective checkpointing keeps its results, and computes the rest again.
-_KEPT = [
+# Expensive operations: selective checkpointing stores their results and computes everything else again.
+_STORED = [
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -22,14 +22,16 @@ _KEPT = [
 
 
 def recomputed(function: Callable[..., Tensor], kind: Checkpointing, *inputs: Tensor | None) -> Tensor:
-    """function(*inputs), its gradients equal to the last bit whatever the kind; it must draw no random numbers.
+    """Compute function(*inputs); gradients are bit-identical for every kind.
 
-    kind: "none" keeps all that the backward pass needs; "selective" the results of matrix products and attention,
-    computing norms, activations and modulations again; "full" nothing but the inputs, for a second forward pass.
+    Args:
+        function: must draw no random numbers, since it may run twice.
+        kind: "none" stores all that the backward pass needs; "selective" stores the results of matrix products and
+            attention, and computes norms, activations and modulations again; "full" stores the inputs only.
     """
     if kind == "none" or not torch.is_grad_enabled():
         return function(*inputs)
     if kind == "full":
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    contexts = partial(create_selective_checkpoint_contexts, _KEPT)
+    contexts = partial(create_selective_checkpoint_contexts, _STORED)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

@@ -1,4 +1,4 @@
-"""The router: which cluster does a noisy latent belong to? DiT's blocks with a CLS token and a linear head.
+"""The router: p(cluster | noisy latent, time), from DiT's blocks with a CLS token and a linear head.
 
 The published one (Paris, arXiv 2510.03434) is a DiT-B/2 of about 129 M parameters: here, SIZES["B/2"] with per-block
 modulation has 129.5 M, with single modulation 89.4 M.
@@ -29,7 +29,7 @@ from atoll.nn.dit import (
 
 
 class RouterConfig(BaseModel):
-    """What a router is built from; saved in the card.
+    """The configuration of a router, saved in the card.
 
     Raises AtollError for sizes that do not fit each other, pydantic.ValidationError for a wrong type or key.
     """
@@ -45,7 +45,7 @@ class RouterConfig(BaseModel):
     heads: PositiveInt
     mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
     clusters: PositiveInt  # K
-    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: it is not used
+    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: not used
     modulation: ModulationKind = "per-block"
     time_scale: PositiveFloat = 999.0  # t in [0,1] becomes the 0..999 that the time's sinusoids are made for
 
@@ -58,8 +58,11 @@ class RouterConfig(BaseModel):
 class Router(nn.Module):
     """forward(x [B,C,H,W], t [B] in [0,1], pooled [B,P] or None) -> log p(cluster | x, t, pooled) [B,K].
 
-    The log-probabilities are in float32 at least, whatever the network computes in. A router without `pooled_dim`
-    ignores the pooled vector. Raises AtollError where an input does not fit the configuration.
+    The log-probabilities are float32 at least, in whatever dtype the network computes. A router without `pooled_dim`
+    ignores the pooled vector.
+
+    Raises:
+        AtollError: an input does not fit the configuration.
     """
 
     positions: Tensor
@@ -80,21 +83,24 @@ class Router(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """As the DiT's; the head is zero, so that every cluster starts out as likely as the others."""
+        """Initialise like the DiT. The head is zero, so that all clusters start equally likely."""
         initialize_blocks(self, self.conditioner)
         nn.init.normal_(self.cls, std=0.02)
         zero(self.head)
 
     def forward(self, x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
+        # Embed time, pooled vector and latent, as in DiT.
         config = self.config
         check_input(x, t, config.channels, config.size)
         dtype = compute_dtype(self.embed.weight)
-        prepared, prepared_final = self.conditioner(t * config.time_scale, pooled, dtype)  # as in DiT
+        prepared, prepared_final = self.conditioner(t * config.time_scale, pooled, dtype)
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]
+        # Prepend the CLS token, which collects what the head reads.
         tokens = torch.cat([self.cls.to(dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]
         for block in self.blocks:
             tokens = block(tokens, prepared)  # [B,1+N,D]
+        # Classify from the CLS token.
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         logits = self.head(modulate(tokens[:, :1], shift, scale)).squeeze(1)  # [B,K]
         return F.log_softmax(logits, dim=1, dtype=torch.promote_types(dtype, torch.float32))  # [B,K]

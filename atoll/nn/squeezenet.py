@@ -52,7 +52,7 @@ class SqueezeNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 64, 3, stride=2)
         for name, sizes in FIRES.items():
             self.add_module(name, Fire(*sizes))
-        # Caffe's input: blue, green, red of 0..255 less the mean colour.
+        # Caffe's input: blue, green, red in 0..255 minus the mean colour.
         self.register_buffer("mean", torch.tensor([104.0, 117.0, 123.0]).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,11 +69,12 @@ class SqueezeNet(nn.Module):
                 f"SqueezeNet was given {images.shape[-2]} x {images.shape[-1]} pixels; "
                 f"it needs sides of at least {SMALLEST}: enlarge the images"
             )
+        # Every pooling halves the map; the taps are those of LPIPS.
         x = F.relu(self.conv1(images.flip(1) * 255 - self.mean))  # [B,64,h/2,w/2]
         taps = [x]
         for name in FIRES:
             if name in ("fire2", "fire4", "fire6"):
-                x = F.max_pool2d(x, 3, 2, ceil_mode=True)  # halved
+                x = F.max_pool2d(x, 3, 2, ceil_mode=True)
             x = self.get_submodule(name)(x)
             if name not in ("fire2", "fire4"):
                 taps.append(x)
@@ -81,10 +82,10 @@ class SqueezeNet(nn.Module):
 
 
 def load_squeezenet(arrays: Mapping[str, np.ndarray], where: str) -> SqueezeNet:
-    """The network with a file's weights: conv1__w, conv1__b, fire2_squeeze1x1__w, ... (Caffe's names).
+    """Build the network with the weights of a file: conv1__w, conv1__b, fire2_squeeze1x1__w, ... (Caffe's names).
 
     Raises:
-        AtollError: an array is missing, or not of the shape that the network needs; `where` says whose.
+        AtollError: an array is missing or has another shape; the message begins with `where`.
     """
     network = SqueezeNet()
     with torch.no_grad():
