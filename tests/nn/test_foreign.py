@@ -79,7 +79,7 @@ def test_a_pixart_that_is_told_the_images_size() -> None:
         x, condition.states, time, added_cond_kwargs=told, encoder_attention_mask=condition.mask
     ).sample[:, :C]
     torch.testing.assert_close(network(x, time, condition), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(AtollError, match=r"pixels \(height, width\) is missing"):
+    with pytest.raises(AtollError, match=r"set pixels: \[height, width\]"):
         pixart(use_additional_conditions=True)
 
 
