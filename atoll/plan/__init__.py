@@ -1,12 +1,12 @@
-"""`atoll plan`: what a run will cost, and when it will be done, before anything is spent.
+"""`atoll plan`: cost and finishing date of a run, before anything is spent.
 
 cost.py     parameters, FLOPs and bytes of a network, by formula
 fit.py      the largest batch in a memory, and the switches that make it fit
-gpus.py     memory, speed and price of the GPUs that are known
-predict.py  the plan, from all of these
-recipe.py   what a manifest says about all that
+gpus.py     memory, speed and price of known GPUs
+predict.py  the plan
+recipe.py   shapes, widths and counts from a manifest
 islands.py  the simulated collective
-here.py     this machine's speed, and a finished run against its prediction
+measure_machine.py   this machine's speed, and a finished run against its prediction
 report.py   tables and JSON
 """
 

@@ -1,11 +1,13 @@
-"""What a DiT costs, by formula: parameters, FLOPs and bytes, without building it (and without torch).
+"""The cost of a DiT by formula: parameters, FLOPs and bytes, without building it (and without torch).
 
-The formulas follow `atoll.nn.dit` layer by layer; tests hold them to it: parameters exactly, FLOPs by torch's counter,
-saved activations by autograd's hooks. Letters: N image tokens, T text tokens, D width, F hidden width of the MLP,
+The formulas follow `atoll.nn.dit` layer by layer. Tests compare them with the network: parameters exactly, FLOPs by
+torch's counter, saved activations by autograd's hooks.
+
+Letters: N image tokens, T text tokens, D width, F hidden width of the MLP,
 h heads, C H W latent, p patch, S width of the text's states, P width of the pooled vector.
 
 DiT-XL/2 with 77 x 768 text: 605.7 M parameters, 289 GFLOP forward, 867 in training; 439 MiB of activations per sample
-under bf16 autocast, 375 compiled, 34 checkpointed; measured were 440, 375 and 34.
+under bf16 autocast, 375 compiled, 34 checkpointed. Measured: 440, 375 and 34.
 """
 
 from collections.abc import Mapping
@@ -23,7 +25,12 @@ BLOCK_8BIT = 256  # values that share one float32 scale in 8-bit optimiser state
 
 @dataclass(frozen=True)
 class DiTSizes:
-    """The sizes that a DiT's cost depends on. size: (H, W) of the latent; tokens: T, of a caption."""
+    """The sizes that determine a DiT's cost.
+
+    Attributes:
+        size: (H, W) of the latent.
+        tokens: T, text tokens of a caption.
+    """
 
     size: tuple[int, int]
     channels: int
@@ -41,7 +48,7 @@ class DiTSizes:
 
     @staticmethod
     def from_config(config: Mapping[str, Any], tokens: int) -> "DiTSizes":
-        """From a DiT's configuration as it stands in cards, and the text tokens of a caption."""
+        """From a DiT's configuration, as cards hold it, and the text tokens of a caption."""
         names = [name for name in DiTSizes.__dataclass_fields__ if name != "tokens"]
         known = {name: config[name] for name in names if name in config}
         return DiTSizes(**{"mlp_ratio": 4.0, **known, "size": tuple(config["size"]), "tokens": tokens})
@@ -72,22 +79,25 @@ def _linear(inputs: int, outputs: int) -> int:
 
 
 def tables(n: DiTSizes) -> int:
-    """Parameters that are no matrix's: the modulation's tables, which autocast does not copy to bf16."""
+    """Parameters of the modulation's tables: no matrices, so autocast does not copy them to bf16."""
     blocks = 6 * n.depth if n.modulation == "single" else 0
     return (blocks + (2 if n.final_modulation == "single" else 0)) * n.width
 
 
 def parameters(n: DiTSizes) -> int:
     """Parameters of the whole network, exactly."""
+    # The blocks.
     D, F = n.width, n.hidden
     attention = _linear(D, 3 * D) + _linear(D, D)
     cross = _linear(D, D) + _linear(D, 2 * D) + _linear(D, D)
     block = attention + cross + _linear(D, F) + _linear(F, D)
     if n.modulation == "per-block":
         block += _linear(D, 6 * D)
+    # Time, pooled vector and shared modulation.
     conditioner = _linear(TIME_FEATURES, D) + _linear(D, D)
     conditioner += _linear(n.pooled_dim, D) if n.pooled_dim else 0
     conditioner += _linear(D, 6 * D) if n.modulation == "single" else 0
+    # Text projection, patch embedding and final layer.
     text = _linear(n.states_dim, D) + (n.text_layers - 1) * _linear(D, D)
     ends = _linear(n.patch_values, D) + _linear(D, n.patch_values)
     ends += _linear(D, 2 * D) if n.final_modulation == "per-block" else 0
@@ -95,9 +105,10 @@ def parameters(n: DiTSizes) -> int:
 
 
 def forward_flops(n: DiTSizes) -> int:
-    """FLOPs of one image's forward pass: two per multiplication in a matrix product, the rest not counted."""
+    """FLOPs of one image's forward pass: two per multiplication of the matrix products; nothing else counts."""
     N, T, D, F = n.image_tokens, n.tokens, n.width, n.hidden
-    products = N * 4 * D * D + N * 2 * D * D + T * 2 * D * D + N * 2 * D * F  # self, cross, its keys and values, MLP
+    # Self-attention, cross-attention, its keys and values, MLP; then the scores of both attentions.
+    products = N * 4 * D * D + N * 2 * D * D + T * 2 * D * D + N * 2 * D * F
     scores = 2 * N * N * D + 2 * N * T * D
     block = products + scores + (6 * D * D if n.modulation == "per-block" else 0)
     conditioner = TIME_FEATURES * D + D * D + (n.pooled_dim or 0) * D
@@ -108,7 +119,7 @@ def forward_flops(n: DiTSizes) -> int:
 
 
 def training_flops(n: DiTSizes, checkpointing: Checkpointing = "none") -> int:
-    """FLOPs of one image's training step: the backward pass takes two forwards, full checkpointing recomputes one.
+    """FLOPs of one image's training step: the backward pass costs two forwards, full checkpointing one more.
 
     Selective checkpointing recomputes no matrix product.
     """
@@ -117,9 +128,12 @@ def training_flops(n: DiTSizes, checkpointing: Checkpointing = "none") -> int:
 
 @dataclass(frozen=True)
 class Rules:
-    """What autograd keeps depends on the device. Bytes of a number: `compute` in products, `norm` in norms.
+    """What autograd saves on a device.
 
-    fused: attention is one kernel that keeps a logarithm per row, not the scores.
+    Attributes:
+        compute: bytes of a number in matrix products.
+        norm: bytes of a number in norms.
+        fused: attention is one kernel that saves a logarithm per row instead of the scores.
     """
 
     compute: int
@@ -134,7 +148,7 @@ FP32 = Rules(compute=4, norm=4, fused=True)
 
 
 def _scores(n: DiTSizes, keys: int, r: Rules) -> int:
-    """Bytes that one attention over `keys` tokens keeps of its weights."""
+    """Bytes of attention weights that one attention over `keys` tokens saves."""
     rows = n.heads * n.image_tokens
     if r.fused:
         return rows * 4
@@ -142,47 +156,54 @@ def _scores(n: DiTSizes, keys: int, r: Rules) -> int:
 
 
 def _modulated(n: DiTSizes, r: Rules, compiled: bool) -> int:
-    """Bytes that norm(x) * (1 + scale) + shift keeps: x, the normed x, the result (a product's input), the small ones.
+    """Bytes that norm(x) * (1 + scale) + shift saves: x, the normed x, the result (a product's input), the small ones.
 
-    Compiled, the normed x is computed again from x in the backward kernel.
+    If compiled, the backward kernel computes the normed x again from x.
     """
     large = n.image_tokens * n.width * ((1 if compiled else 2) * r.norm + r.compute)
     return large + 2 * n.image_tokens * r.norm + n.width * r.norm
 
 
 def block_bytes(n: DiTSizes, r: Rules, compiled: bool = False) -> int:
-    """Bytes that one block keeps for its backward pass, per sample."""
+    """Bytes that one block saves for its backward pass, per sample."""
     N, T, D = n.image_tokens, n.tokens, n.width
-    attention = 5 * N * D * r.compute + _scores(n, N, r)  # q, k, v, output, and the projected output at its gate
-    cross = (3 * N * D + 2 * T * D) * r.compute + _scores(n, T, r)  # input, q, output; k, v
-    mlp = (2 * N * n.hidden + N * D) * r.compute  # before and after GELU, and the output at its gate
+    # q, k, v, output, and the projected output at its gate.
+    attention = 5 * N * D * r.compute + _scores(n, N, r)
+    # Input, q, output; k, v.
+    cross = (3 * N * D + 2 * T * D) * r.compute + _scores(n, T, r)
+    # Before and after GELU, and the output at its gate.
+    mlp = (2 * N * n.hidden + N * D) * r.compute
     return attention + cross + mlp + 2 * _modulated(n, r, compiled) + 6 * D * r.compute
 
 
 def _selective_bytes(n: DiTSizes, r: Rules) -> int:
-    """Bytes that one block keeps where only its input and the results of products and attention are kept."""
+    """Bytes that one block saves with selective checkpointing: its input, and results of products and attention."""
     N, T, D = n.image_tokens, n.tokens, n.width
-    kept = (1 + 3 + 2 + 1 + 2 + 1) * N * D  # input; qkv; self: output, projected; q; cross: the same two; MLP's output
-    kept += 2 * T * D + N * n.hidden + (6 * D if n.modulation == "per-block" else 0)
-    return kept * r.compute + _scores(n, N, r) + _scores(n, T, r)
+    # Input; qkv; self-attention: output, projected; q; cross-attention: the same two; MLP's output.
+    saved = (1 + 3 + 2 + 1 + 2 + 1) * N * D
+    # Text keys and values, the MLP's hidden values, the modulation.
+    saved += 2 * T * D + N * n.hidden + (6 * D if n.modulation == "per-block" else 0)
+    return saved * r.compute + _scores(n, N, r) + _scores(n, T, r)
 
 
 def activation_bytes(n: DiTSizes, r: Rules, checkpointing: Checkpointing = "none", compiled: bool = False) -> int:
     """Bytes of activations per sample at the peak of a training step.
 
-    With checkpointing one block at a time is computed again and has all its tensors for that while. The gradients
-    that live for a moment in the backward pass are not counted: the last layer's tensors are, and those are gone by
-    the time a block's gradients come.
+    With checkpointing, one block at a time is computed again and holds all its tensors meanwhile. Short-lived
+    gradients of the backward pass are not counted; the last layer's tensors are, which are freed before a block's
+    gradients appear.
     """
     N, T, D = n.image_tokens, n.tokens, n.width
-    whole = block_bytes(n, r, compiled)
+    # The blocks: saved tensors, and the one block that is being computed again.
+    one_block = block_bytes(n, r, compiled)
     blocks = {
-        "none": n.depth * whole,
-        "selective": (n.depth - 1) * _selective_bytes(n, r) + max(whole, _selective_bytes(n, r)),
-        "full": n.depth * N * D * r.compute + whole,
+        "none": n.depth * one_block,
+        "selective": (n.depth - 1) * _selective_bytes(n, r) + max(one_block, _selective_bytes(n, r)),
+        "full": n.depth * N * D * r.compute + one_block,
     }[checkpointing]
+    # Embeddings of time, pooled vector, latent and text, and the mask.
     small = TIME_FEATURES + 4 * D + (n.pooled_dim or 0) + N * n.patch_values + T * (n.states_dim + D)
-    small += (n.text_layers - 1) * 2 * T * D + (T if r.fused else 0)  # the latter is the mask
+    small += (n.text_layers - 1) * 2 * T * D + (T if r.fused else 0)
     return blocks + small * r.compute + _modulated(n, r, compiled)
 
 
@@ -197,7 +218,7 @@ def fixed_bytes(n: DiTSizes, r: Rules, optimizer_state: OptimizerState = "fp32",
 
 @dataclass(frozen=True)
 class RouterSizes:
-    """The sizes that a router's cost depends on; it has a CLS token and no cross-attention."""
+    """The sizes that determine a router's cost: a CLS token, no cross-attention."""
 
     size: tuple[int, int]
     channels: int

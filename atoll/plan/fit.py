@@ -1,4 +1,4 @@
-"""Which switches make a training fit into a memory, how large its batch may be, and which of them are fastest."""
+"""The switches that make training fit into memory, the largest batch, and the fastest combination."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,26 +17,27 @@ from atoll.plan.cost import (
     training_flops,
 )
 
-# What neither weights nor activations take: the CUDA context with the libraries' workspaces, and the gaps between
-# tensors. With them DiT-XL/2, compiled, has batch 24 in 24 GB and 84 in 48 GB, as measured.
+# Memory beside weights and activations: the CUDA context with the libraries' workspaces, and gaps between tensors.
+# With these values a compiled DiT-XL/2 fits batch 24 in 24 GB and 84 in 48 GB, as measured.
 RESERVED = 0.5e9
 FRAGMENTS = 0.02
-# Estimates, of which only the order of the switches depends much:
-EAGER = 1.3  # time of a step without torch.compile, over the time with it
-SELECTIVE = 1.05  # of a step that computes norms, GELU and modulation again
-HOST_BYTES_PER_SECOND = 20e9  # to the CPU's memory, where an average gets the weights
-EMA_EVERY = 10  # steps between two updates of such an average, as in atoll.train.state
-LAUNCHES, LAUNCHES_COMPILED, LAUNCH_SECONDS = 100, 35, 5e-6  # kernels of one block, forward and back; of one kernel
+# Estimates; they matter mostly for the order of the switches.
+EAGER = 1.3  # time of a step without torch.compile over the time with it
+SELECTIVE = 1.05  # relative time of a step that computes norms, GELU and modulation again
+HOST_BYTES_PER_SECOND = 20e9  # copy of the weights to an EMA in the CPU's memory
+EMA_EVERY = 10  # steps between two updates of that EMA, as in atoll.train.state
+# Kernels of one block, forward and backward, and seconds to launch one.
+LAUNCHES, LAUNCHES_COMPILED, LAUNCH_SECONDS = 100, 35, 5e-6
 
 EmaDevice = Literal["same", "cpu"]
-# What a recipe may ask for.
+# The values that a recipe may set.
 STATES: tuple[OptimizerState, ...] = get_args(TrainSettings.model_fields["optimizer_state"].annotation)
 _PLAIN_FIRST: tuple[OptimizerState, ...] = get_args(OptimizerState)
 
 
 @dataclass(frozen=True)
 class Switches:
-    """What trades memory for time; each is a key of the recipe's `train` section."""
+    """The options that trade memory for time; each is a key of the recipe's `train` section."""
 
     checkpointing: Checkpointing = "none"
     optimizer_state: OptimizerState = "fp32"
@@ -45,7 +46,7 @@ class Switches:
 
     @property
     def departures(self) -> int:
-        """How far this is from plain training, in what it changes of the numbers and of the machine."""
+        """Distance from plain training: how much the switches change the numbers and the machine."""
         state = _PLAIN_FIRST.index(self.optimizer_state)
         return 2 * state + (self.ema_device == "cpu") + get_args(Checkpointing).index(self.checkpointing)
 
@@ -57,7 +58,7 @@ class Switches:
         return ", ".join(words) or "none"
 
 
-# What the table of batches shows, from plain to the last resort.
+# The rows of the batch table, from plain training to the last resort.
 LADDER = (
     Switches(compile=False),
     Switches(),
@@ -71,7 +72,7 @@ LADDER = (
 
 
 def all_switches(compiles: bool = True) -> Iterator[Switches]:
-    """Every combination; without `compiles` only those of eager training."""
+    """Yield every combination; without `compiles` only those of eager training."""
     choices = get_args(Checkpointing), STATES, get_args(EmaDevice)
     for checkpointing, state, ema in product(*choices):
         for compile in (True, False) if compiles else (False,):
@@ -79,14 +80,14 @@ def all_switches(compiles: bool = True) -> Iterator[Switches]:
 
 
 def needed_bytes(network: DiTSizes, rules: Rules, switches: Switches, batch: int) -> float:
-    """Bytes of the device that a training with batches (or micro-batches) of this size takes, reserve included."""
+    """Device bytes of training with (micro-)batches of this size, reserve included."""
     per_sample = activation_bytes(network, rules, switches.checkpointing, switches.compile)
     fixed = fixed_bytes(network, rules, switches.optimizer_state, switches.ema_device)
     return (fixed + batch * per_sample + RESERVED) / (1 - FRAGMENTS)
 
 
 def largest_batch(network: DiTSizes, rules: Rules, switches: Switches, memory: float) -> int:
-    """The most samples at a time that fit into `memory` bytes; 0 where not one does."""
+    """The largest batch that fits into `memory` bytes; 0 if not even one sample does."""
     none = needed_bytes(network, rules, switches, 0)
     each = needed_bytes(network, rules, switches, 1) - none
     return max(0, int((memory - none) // each))
@@ -99,8 +100,14 @@ def smallest_memory(network: DiTSizes, rules: Rules) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """A way to train a batch. accumulate: backward passes per step; micro_batch: samples of one of them; largest: the
-    most that would fit; step_seconds: predicted."""
+    """A way to train a batch.
+
+    Attributes:
+        largest: the largest micro-batch that would fit.
+        accumulate: backward passes per step.
+        micro_batch: samples of one backward pass.
+        step_seconds: predicted.
+    """
 
     switches: Switches
     largest: int
@@ -112,47 +119,49 @@ class Fit:
 def step_seconds(
     network: DiTSizes, batch: int, accumulate: int, switches: Switches, flops: float, eager: float = EAGER
 ) -> float:
-    """Seconds of one optimiser step.
+    """Predict the seconds of one optimiser step.
 
     Args:
-        flops: a second, of training without checkpointing, compiled, or eager where `eager` is 1.
-        eager: the time of an eager step over the time of a compiled one.
+        flops: FLOP/s of training without checkpointing, compiled (or eager if `eager` is 1).
+        eager: time of an eager step over the time of a compiled one.
     """
+    # The matrix products, and what the switches add.
     compute = batch * training_flops(network, switches.checkpointing) / flops
     compute *= (1 if switches.compile else eager) * (SELECTIVE if switches.checkpointing == "selective" else 1)
-    # A small micro-batch leaves the device waiting for the next kernel to be launched.
+    # With a small micro-batch the device waits for kernel launches.
     kernels = network.depth * (LAUNCHES_COMPILED if switches.compile else LAUNCHES)
     compute = max(compute, accumulate * kernels * LAUNCH_SECONDS)
-    moved = 4 * parameters(network) / HOST_BYTES_PER_SECOND / EMA_EVERY if switches.ema_device == "cpu" else 0.0
-    return compute + moved
+    # An EMA in the CPU's memory needs the weights copied now and then.
+    copying = 4 * parameters(network) / HOST_BYTES_PER_SECOND / EMA_EVERY if switches.ema_device == "cpu" else 0.0
+    return compute + copying
 
 
 def accumulation(batch: int, largest: int) -> int:
-    """The fewest equal parts of `batch` of which each has at most `largest` samples."""
+    """The fewest equal parts of `batch` with at most `largest` samples each."""
     return next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= largest)
 
 
 def fastest(
     network: DiTSizes, rules: Rules, batch: int, memory: float, flops: float, compiles: bool = True
 ) -> Fit | None:
-    """The fastest switches that train `batch` in `memory` bytes, by accumulation where it does not fit at once.
+    """Find the fastest switches that train `batch` in `memory` bytes, accumulating if it does not fit at once.
 
-    Of equally fast ones the plainest, then the one with the fewest accumulated parts. None: nothing fits.
+    Of equally fast ones the plainest wins, then the one with the fewest accumulated parts. None: nothing fits.
 
     Args:
-        flops: a second, of training without checkpointing, as it is compiled (or eager, where it cannot be).
+        flops: FLOP/s of training without checkpointing, compiled (or eager if `compiles` is false).
         compiles: whether torch.compile is worth it there.
     """
-    found = []
+    fits = []
     for switches in all_switches(compiles):
         largest = largest_batch(network, rules, switches, memory)
         if largest:
             parts = accumulation(batch, largest)
             seconds = step_seconds(network, batch, parts, switches, flops, EAGER if compiles else 1.0)
-            found.append(Fit(switches, largest, parts, batch // parts, seconds))
-    return min(found, key=_preference, default=None)
+            fits.append(Fit(switches, largest, parts, batch // parts, seconds))
+    return min(fits, key=_preference, default=None)
 
 
 def _preference(fit: Fit) -> tuple[float, int, int]:
-    """Seconds count to three digits: the estimates are no better than that."""
+    """The sort key. Seconds count to three digits: the estimates are no better than that."""
     return float(f"{fit.step_seconds:.2e}"), fit.switches.departures, fit.accumulate

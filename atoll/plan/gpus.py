@@ -1,4 +1,4 @@
-"""The GPUs that `atoll plan` knows: memory, speed, price, and the share of the speed that training reaches."""
+"""The GPUs that `atoll plan` knows: memory, speed, price, and the fraction of the speed that training reaches."""
 
 import re
 from dataclasses import dataclass
@@ -8,9 +8,15 @@ from atoll.errors import AtollError
 
 @dataclass(frozen=True)
 class GPU:
-    """memory: bytes. tflops: bf16 matrix products, dense, float32 sums; None: a size without a speed.
-    fp32_tflops: without tensor cores. usd_hour: to rent one. mfu: the share of tflops that the training of a DiT is
-    assumed to reach, without checkpointing, compiled (or eager, if not compiles).
+    """One kind of GPU.
+
+    Attributes:
+        memory: bytes.
+        tflops: dense bf16 matrix products with float32 sums; None for a size without a known speed.
+        fp32_tflops: without tensor cores.
+        usd_hour: price to rent one.
+        mfu: fraction of tflops that training a DiT is assumed to reach, without checkpointing, compiled (or eager if
+            `compiles` is false).
     """
 
     name: str
@@ -27,12 +33,12 @@ def _gpu(name: str, gigabytes: float, tflops: float, fp32: float, usd: float | N
     return GPU(name, gigabytes * 1e9, tflops, fp32, usd, mfu)
 
 
-# Speeds: NVIDIA's data sheets, dense. Of a consumer card the speed with float32 sums, which is what torch uses.
+# Speeds: NVIDIA's data sheets, dense. For consumer cards the speed with float32 sums, which torch uses.
 # Prices: USD an hour in March 2026, RunPod's as listed at https://deploybase.ai/articles/runpod-gpu-pricing
 # (2026-03-10). Others took up to twice as much: in May 2026 https://www.mercatus-ai.com/blog/cloud-gpu-pricing gave
-# 0.80 to 3.00 for an A100, 1.99 to 5.00 for an H100. No dated price was found for the A40 and the A6000: theirs are
+# 0.80 to 3.00 for an A100, 1.99 to 5.00 for an H100. There is no dated price for the A40 and the A6000: theirs are
 # estimates, half of an L40S.
-# MFU: assumed, until benchmarks/gpu.py has measured it. 0.48 on an H200 is the best that was published for a DiT.
+# MFU: assumed until benchmarks/gpu.py has measured it. The best published for a DiT is 0.48 on an H200.
 _KNOWN = (
     _gpu("3090", 24, 71, 35.6, 0.22, 0.45),
     _gpu("4090", 24, 165.2, 82.6, 0.34, 0.45),
@@ -49,11 +55,12 @@ GPUS = {gpu.name: gpu for gpu in _KNOWN}
 
 
 def find_gpu(name: str) -> GPU:
-    """A known GPU by its name, or any memory as "24GB" (1 GB is 10^9 bytes), of which no speed is known.
+    """Return a known GPU by its name, or a size without a speed, such as "24GB" (1 GB is 10^9 bytes).
 
     Raises:
         AtollError: neither.
     """
+    # "NVIDIA GeForce RTX 4090" and "4090" are the same.
     plain = re.sub(r"^(nvidia[ -]*)?(geforce[ -]*)?(rtx[ -]*)?", "", name.strip().lower())
     if plain in GPUS:
         return GPUS[plain]

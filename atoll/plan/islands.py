@@ -1,10 +1,9 @@
-"""Simulates the collective: islands of different speed, hours and luck, each training its experts alone, to the end.
+"""Simulate the collective: islands of different speed, hours and luck, each training its experts alone.
 
-Who trains what is agreed on beforehand, as it is among owners who do not talk: the longest expert first, each to the
-island that would be done with it first. From then on islands do not influence each other; chance is drawn per island
-in the order of its own training hours. So with the same seed and the same assignment a faster island, or one that
-runs more hours a day, is never later: its failures come after the same hours of training, and its progress is ahead
-at each of them.
+The assignment is fixed beforehand, since owners do not communicate: the longest expert first, each to the island that
+would finish it first. From then on islands are independent; each draws its failures in the order of its own training
+hours. So with the same seed and assignment, an island that is faster or runs more hours a day never finishes later: its
+failures come after the same hours of training, and it has trained more at each of them.
 """
 
 import math
@@ -20,17 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from atoll.errors import AtollError
 
 DAY = 24.0  # hours
-STUCK = 100_000  # failures of one island, after which it is taken not to get on at all
+STUCK = 100_000  # failures of one island after which it counts as making no progress
 
 
 class IslandSettings(BaseModel):
     """One line of islands.yaml.
 
-    gpu: a name that `atoll plan` knows, `gpus` of them working as one; or tflops (bf16, dense) with memory_gb.
-    failures lose what was trained since the last checkpoint and `repair_hours`; a dropout loses that, takes
-    `replace_days` until another machine of the kind is found, and a new download. Both rates are per day of training.
-    slowdown: 0.1 means that the island turns out 8 % slower than stated on average, rarely 20 % (a straggler).
-    experts: "any", or clusters and full names.
+    Attributes:
+        gpu: a name that `atoll plan` knows; `gpus` of them work as one. Alternatively tflops (bf16, dense) with
+            memory_gb.
+        failures_per_day: per day of training. A failure loses the training since the last checkpoint, and
+            `repair_hours`.
+        dropouts_per_day: per day of training. A dropout also costs `replace_days`, until another machine of the kind
+            is there, and a new download.
+        slowdown: 0.1 makes the island 8 % slower than stated on average, rarely 20 % (a straggler).
+        experts: "any", or clusters and full names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,7 +50,7 @@ class IslandSettings(BaseModel):
     repair_hours: float = Field(0.5, ge=0)
     replace_days: float = Field(2, ge=0)
     slowdown: float = Field(0, ge=0, le=1)
-    download_mbit: float | None = Field(None, gt=0)  # per second; None: the data is there
+    download_mbit: float | None = Field(None, gt=0)  # per second; None: no download
     usd_hour: float | None = Field(None, ge=0)
     experts: Literal["any"] | tuple[str, ...] = "any"
 
@@ -65,7 +68,12 @@ class IslandSettings(BaseModel):
 
 
 def load_islands(file: Path) -> tuple[IslandSettings, ...]:
-    """Raises AtollError where the file is missing, is no list of islands, or has a key or value that does not fit."""
+    """Read islands.yaml.
+
+    Raises:
+        AtollError: the file is missing, is no list of islands, or has an unknown key or a bad value.
+    """
+    # Parse: a list of islands, perhaps under the key `islands`.
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,7 +82,8 @@ def load_islands(file: Path) -> tuple[IslandSettings, ...]:
         content = content["islands"]
     if not isinstance(content, list) or not content or not all(isinstance(item, dict) for item in content):
         raise AtollError(f"{file}: expected a list of islands such as `- {{name: anna, gpu: 4090, hours_per_day: 12}}`")
-    found: list[IslandSettings] = []
+    # Validate each island.
+    islands: list[IslandSettings] = []
     for number, item in enumerate(content):
         try:
             island = IslandSettings(**{str(key): value for key, value in item.items()})
@@ -82,11 +91,12 @@ def load_islands(file: Path) -> tuple[IslandSettings, ...]:
             raise AtollError(f"{file}: island {item.get('name', number)}: {_problem(error)}") from None
         if (island.gpu is None) == (island.tflops is None) or (island.tflops and not island.memory_gb):
             raise AtollError(f"{file}: island {island.name}: give it either gpu, or tflops and memory_gb")
-        found.append(island)
-    names = [island.name for island in found]
+        islands.append(island)
+    # Names must be unique.
+    names = [island.name for island in islands]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise AtollError(f"{file}: two islands are called {twice}; rename one")
-    return tuple(found)
+    return tuple(islands)
 
 
 def _problem(error: ValidationError) -> str:
@@ -99,7 +109,13 @@ def _problem(error: ValidationError) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """One expert's training. images: steps times batch; interval: images between checkpoints; download: bytes."""
+    """One expert's training.
+
+    Attributes:
+        images: steps times batch.
+        interval: images between checkpoints.
+        download: bytes.
+    """
 
     name: str
     images: float
@@ -109,7 +125,7 @@ class Work:
 
 @dataclass(frozen=True)
 class SimulatedIsland:
-    """What the simulation knows of an island. images_per_s: by expert, those alone that it can and may train."""
+    """An island of the simulation. images_per_s: by expert, only those that it can and may train."""
 
     settings: IslandSettings
     images_per_s: Mapping[str, float]
@@ -123,7 +139,7 @@ class SimulatedIsland:
         return work.images / self.images_per_s[work.name] / 3600 + self.download_hours(work)
 
     def calendar_hours(self, running: float) -> float:
-        """When so many hours of the machine are over, which runs the first hours_per_day of every day."""
+        """Calendar hours of `running` machine hours; the machine runs the first hours_per_day of every day."""
         per_day = self.settings.hours_per_day
         nights = max(0, math.ceil(running / per_day) - 1)
         return running + nights * (DAY - per_day)
@@ -133,7 +149,7 @@ WorkAssignment = dict[str, tuple[Work, ...]]  # by island, in the order of train
 
 
 def assign(works: Sequence[Work], islands: Sequence[SimulatedIsland]) -> WorkAssignment:
-    """The longest expert first, each to the island that would finish it first.
+    """Assign the longest expert first, each to the island that would finish it first.
 
     Raises:
         AtollError: an expert that no island can or may train.
@@ -141,15 +157,16 @@ def assign(works: Sequence[Work], islands: Sequence[SimulatedIsland]) -> WorkAss
     load = {island.settings.name: 0.0 for island in islands}
     queue: dict[str, list[Work]] = {name: [] for name in load}
 
-    def fewest(work: Work) -> tuple[float, str]:
+    # Sort by the time on the fastest island, longest first.
+    def longest_first(work: Work) -> tuple[float, str]:
         able = [island for island in islands if work.name in island.images_per_s]
         if not able:
             raise AtollError(
-                f"no island for expert {work.name}: none names it (or any) and has the memory; add one to the file"
+                f"no island for expert {work.name}: none may train it and has the memory; add one to the file"
             )
         return -min(island.running_hours(work) for island in able), work.name
 
-    for work in sorted(works, key=fewest):
+    for work in sorted(works, key=longest_first):
         able = [island for island in islands if work.name in island.images_per_s]
         best = min(
             able,
@@ -162,8 +179,14 @@ def assign(works: Sequence[Work], islands: Sequence[SimulatedIsland]) -> WorkAss
 
 @dataclass(frozen=True)
 class Outcome:
-    """One island's end. days: of the calendar; hours: its machine ran; trained, lost: images, the lost ones included
-    in the trained."""
+    """The result of one island.
+
+    Attributes:
+        days: calendar days.
+        hours: machine hours.
+        trained: images, including those lost.
+        lost: images trained and lost in failures.
+    """
 
     days: float
     hours: float
@@ -174,11 +197,12 @@ class Outcome:
 
 
 def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Random) -> Outcome:
-    """Lets one island train its experts one after the other.
+    """Simulate one island that trains its experts one after the other.
 
     Raises:
         AtollError: failures come so often that no checkpoint is reached.
     """
+    # Draw the island's luck: its speed, and its first failure.
     s = island.settings
     rate = s.failures_per_day + s.dropouts_per_day  # per DAY hours of training
     speed = 1 / (1 + s.slowdown * abs(chance.gauss(0, 1)))
@@ -189,11 +213,12 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
         per_hour = island.images_per_s[work.name] * speed * 3600
         hours += island.download_hours(work)
         done = 0.0
+        # Failures before the expert is finished: fall back to the last checkpoint, repair or replace, go on.
         while clock + (work.images - done) / per_hour > next_failure:
             progress = (next_failure - clock) * per_hour
             done, trained, hours = done + progress, trained + progress, hours + next_failure - clock
-            kept = done // work.interval * work.interval
-            lost, done, clock = lost + done - kept, kept, next_failure
+            saved = done // work.interval * work.interval
+            lost, done, clock = lost + done - saved, saved, next_failure
             if chance.random() * rate < s.dropouts_per_day:
                 dropouts, away = dropouts + 1, away + s.replace_days * DAY
                 hours += island.download_hours(work)
@@ -202,9 +227,10 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
             next_failure = clock + chance.expovariate(rate) * DAY
             if failures + dropouts > STUCK:
                 raise AtollError(
-                    f"island {s.name}: fails {rate:g} times a day and gets nowhere with {work.name}; save more often "
+                    f"island {s.name}: {rate:g} failures a day, no progress with {work.name}; save more often "
                     "(train.checkpoint_every)"
                 )
+        # The rest of the expert, undisturbed.
         rest = work.images - done
         clock, hours, trained = clock + rest / per_hour, hours + rest / per_hour, trained + rest
     days = (island.calendar_hours(hours) + away) / DAY if works else 0.0
@@ -213,10 +239,16 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
 
 @dataclass(frozen=True)
 class Simulation:
-    """What many trials say. Days are of the calendar; hours: of each machine, on average; days: when each is done.
+    """The summary of many trials.
 
-    idle: the share of the islands' hours, up to the end, in which they have nothing more to do or wait for a
-    replacement. lost: the share of the training that is done twice. decides: how often each island is the last.
+    Attributes:
+        median_days, p90_days: calendar days until the last island finishes.
+        idle: fraction of the islands' hours, up to the end, in which they have no more work or wait for a replacement.
+        lost: fraction of the training that is done twice.
+        failures, dropouts: per trial.
+        hours: mean machine hours of each island.
+        days: median calendar days until each island finishes.
+        decides: how often each island is the last.
     """
 
     trials: int
@@ -240,25 +272,27 @@ def simulate(
     seed: int = 0,
     assignment: WorkAssignment | None = None,
 ) -> Simulation:
-    """The collective, `trials` times; a function of its arguments alone.
+    """Simulate the collective `trials` times. The result depends on the arguments only.
 
     Args:
-        assignment: who trains what, in order; None: as `assign` finds it.
+        assignment: the experts of each island, in order; None: that of `assign`.
 
     Raises:
-        AtollError: an expert without an island, an island that gets nowhere.
+        AtollError: an expert without an island, or an island without progress.
     """
     assignment = assignment or assign(works, islands)
     names = [island.settings.name for island in islands]
-    # One source of chance for each island and trial: what one island draws does not move another's luck.
+    # One random generator for each island and trial: what one island draws does not change another's luck.
     runs = [
         [run_island(i, assignment[i.settings.name], random.Random(f"{seed}/{t}/{i.settings.name}")) for i in islands]
         for t in range(trials)
     ]
+    # The last island decides when a trial ends.
     ends = [max(outcome.days for outcome in run) for run in runs]
     last = [names[max(range(len(run)), key=lambda i, run=run: run[i].days)] for run in runs]  # type: ignore[misc]
-    share = [island.settings.hours_per_day for island in islands]
-    offered = [sum(end * hours for hours in share) for end in ends]
+    # Hours that the islands offer up to the end, and hours that they use.
+    per_day = [island.settings.hours_per_day for island in islands]
+    offered = [sum(end * hours for hours in per_day) for end in ends]
     used = [sum(outcome.hours for outcome in run) for run in runs]
     every = [outcome for run in runs for outcome in run]
     return Simulation(
@@ -277,6 +311,6 @@ def simulate(
     )
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
-    return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The smallest value that at least this fraction of them does not exceed."""
+    return sorted(values)[max(0, math.ceil(len(values) * fraction) - 1)]

@@ -1,6 +1,6 @@
-"""How fast this machine is: its matrix products, and the share of them that training a given network reaches.
+"""Measure this machine: its matrix products, and the fraction of that speed that training a network reaches.
 
-With both, a plan for `--gpu here` predicts a run on this machine, and `compare` holds a finished run against it.
+With both, a plan for `--gpu here` predicts a run on this machine, and `compare` compares a finished run with it.
 """
 
 import math
@@ -15,7 +15,7 @@ from atoll.errors import AtollError
 from atoll.plan.cost import DiTSizes, training_flops
 from atoll.plan.recipe import Text, text_of
 
-MOST = 64  # samples of a step that is measured: more are no faster on a CPU, and may not fit a GPU
+MOST = 64  # samples of a measured step: more are no faster on a CPU, and may not fit a GPU
 
 
 def on_cpu() -> bool:
@@ -33,7 +33,7 @@ def uses_bf16(precision: str = "auto") -> bool:
 
 
 def memory_here() -> float:
-    """Bytes of the GPU's memory, or of the machine's where there is none."""
+    """Bytes of the GPU's memory, or of the machine's if there is no GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -42,13 +42,13 @@ def memory_here() -> float:
 
 
 def measured_flops(threads: int = 1, precision: str = "auto", size: int | None = None, seconds: float = 1.0) -> float:
-    """FLOPs a second of the best of several products of two size x size matrices: this machine's ceiling.
+    """Measure FLOP/s of the fastest of several products of two size x size matrices: this machine's ceiling.
 
     Args:
-        threads: of the CPU; they stay set as they were before.
+        threads: of the CPU; the setting is restored.
         precision: as in `train.precision`.
-        size: None: 8192 on a GPU; 1024 on a CPU, where one product then ends before others get a turn at the core.
-        seconds: to measure for.
+        size: default 8192 on a GPU, and 1024 on a CPU, where one product then ends before other processes get the core.
+        seconds: how long to measure.
     """
     import torch
 
@@ -63,12 +63,12 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
         best, end = math.inf, time.monotonic() + seconds
         rounds = 0
         while rounds < 4 or time.monotonic() < end:
-            began = time.perf_counter()
+            start = time.perf_counter()
             torch.mm(a, b)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if rounds:  # the first one loads kernels
-                best = min(best, time.perf_counter() - began)
+                best = min(best, time.perf_counter() - start)
             rounds += 1
     finally:
         torch.set_num_threads(before)
@@ -77,12 +77,13 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
 
 def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: int = 1, precision: str = "auto",
                   seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter) -> float:  # fmt: skip
-    """Images a second of training steps (forward, backward, clip, fused AdamW, EMA) of a new network, on random data.
+    """Measure images/s of training steps (forward, backward, clip, fused AdamW, EMA) of a new network on random data.
 
     Args:
-        config: a DiT's, as in cards. tokens: of a caption.
-        seconds: to measure for, after two steps to warm up; the median step counts.
-        clock: time.process_time counts this process's seconds alone, on a machine that others use too.
+        config: a DiT's, as in cards.
+        tokens: text tokens of a caption.
+        seconds: how long to measure, after two warm-up steps; the median step counts.
+        clock: time.process_time counts this process only, for a machine that others use too.
     """
     import torch
 
@@ -94,6 +95,7 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        # A network, its optimizer and EMA, and random data.
         network = build_network(config).to(device).train()
         weights: list[torch.Tensor] = list(network.parameters())
         ema = [weight.detach().clone() for weight in weights]
@@ -102,10 +104,11 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
         pooled = torch.randn(batch, config["pooled_dim"], device=device) if config.get("pooled_dim") else None
         mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
         condition = Condition(torch.randn(batch, tokens, config["states_dim"], device=device), mask, pooled)
+        # Time whole steps; the clock starts after the warm-up.
         times: list[float] = []
         end = math.inf
         while len(times) < 5 or time.monotonic() < end:
-            began = clock()
+            start = clock()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16(precision)):
                 loss = (network(x, torch.rand(batch, device=device) * 999, condition) - x).square().mean()
             optimizer.zero_grad(set_to_none=True)
@@ -115,7 +118,7 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
             with torch.no_grad():
                 torch._foreach_lerp_(ema, weights, 1e-4)
             loss.item()  # waits for the device
-            times.append(clock() - began)
+            times.append(clock() - start)
             if len(times) == 2:
                 end = time.monotonic() + seconds
         ordered = sorted(times[2:])
@@ -126,14 +129,14 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
 
 @dataclass(frozen=True)
 class Speed:
-    """What training reaches here. flops: a second, of matrix products; mfu: the share of them in training steps."""
+    """The speed of this machine. flops: FLOP/s of matrix products; mfu: the fraction that training reaches."""
 
     flops: float
     mfu: float
 
 
 def speed_here(network: DiTSizes, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
-    """Measures, for some seconds, this machine and training steps of `network` on it; arguments as in `train`."""
+    """Measure this machine, and training steps of `network` on it, for some seconds. Arguments as in `train`."""
     config = {key: value for key, value in asdict(network).items() if key != "tokens"}
     flops = measured_flops(threads, precision)
     rate = measured_rate({"name": "dit", **config}, network.tokens, min(batch, MOST), threads, precision)
@@ -142,7 +145,7 @@ def speed_here(network: DiTSizes, batch: int, threads: int = 1, precision: str =
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished training against what was predicted for it. mfu: the share of `flops` that it really reached."""
+    """A finished training and its prediction. mfu: the fraction of `flops` that it reached."""
 
     name: str
     steps: int
@@ -154,7 +157,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted: 1.25 is a run that took a quarter longer than the plan said."""
+        """Measured over predicted: 1.25 is a run that took a quarter longer than planned."""
         return self.measured_seconds / self.predicted_seconds
 
     def as_json(self) -> dict[str, Any]:

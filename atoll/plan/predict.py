@@ -1,4 +1,4 @@
-"""The plan of a run: its experts on some GPUs, and on islands. Pure arithmetic, but for `--gpu here`."""
+"""The plan of a run: its experts on GPUs and on islands. Pure arithmetic, except for `--gpu here`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,15 +34,19 @@ from atoll.plan.recipe import (
     text_of,
 )
 
-MEMORIES = (24e9, 48e9, 80e9)  # bytes; what the table of batches shows
-SHOWN = ("4090", "a40", "a100", "h100", "h200")  # where no GPU is named
-GUESSED_FLOPS = 125e12  # a second; ranks the switches where a memory without a speed is named
+MEMORIES = (24e9, 48e9, 80e9)  # bytes; the columns of the batch table
+SHOWN = ("4090", "a40", "a100", "h100", "h200")  # if no GPU is named
+GUESSED_FLOPS = 125e12  # FLOP/s; ranks the switches for a size without a known speed
 SECONDS_PER_DAY = 86400
 
 
 @dataclass(frozen=True)
 class PlannedExpert:
-    """One training. FLOPs per image; bytes under the recipe's precision; images: steps times batch."""
+    """One training. FLOPs are per image, bytes for the recipe's precision, images = steps times batch.
+
+    Attributes:
+        recipe_switches: the switches that the recipe sets.
+    """
 
     name: str
     network: DiTSizes
@@ -57,13 +61,13 @@ class PlannedExpert:
     batch: int
     images: int
     checkpoint_every: int
-    asked: Switches
+    recipe_switches: Switches
     accumulate: int
 
 
 @dataclass(frozen=True)
 class Machine:
-    """All experts on one kind of GPU: how each fits (None: not at all), images/s, days of one GPU, and USD."""
+    """All experts on one kind of GPU: how each fits (None: it does not), images/s, days of one GPU, and USD."""
 
     gpu: GPU
     mfu: float
@@ -77,7 +81,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class PlannedRouter:
-    """The router's training. flops: of its training per latent."""
+    """The router's training. flops: per latent, in training."""
 
     parameters: int
     flops: int
@@ -86,9 +90,12 @@ class PlannedRouter:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `atoll plan` says. batches: by network's expert, switches and memory in bytes, the largest batch.
+    """The result of `atoll plan`.
 
-    images: of the data set; download_bytes: of one cluster; both None where the number of images is not known.
+    Attributes:
+        batches: the largest batch, by expert, switches and memory in bytes.
+        images: of the data set; None if unknown.
+        download_bytes: of one cluster; None if the number of images is unknown.
     """
 
     name: str
@@ -114,24 +121,26 @@ def plan(
     trials: int = 1000,
     seed: int = 0,
 ) -> Plan:
-    """The plan of a run; pure arithmetic, and the same for the same arguments.
+    """Plan a run. Pure arithmetic: the same arguments give the same plan.
 
     Args:
-        gpus: to say time and price of; none: some usual ones, of which those too small say so.
-        mfu: the share of a GPU's speed that training reaches; None: each GPU's own.
+        gpus: to estimate time and price for; none: some usual ones.
+        mfu: fraction of a GPU's speed that training reaches; None: each GPU's own.
         images: of the data set.
-        text: of the condition encoder, where its config does not tell.
-        latent: (C, H, W), where the codec's config does not tell.
+        text: sizes of a caption, if the encoder's config does not have them.
+        latent: (C, H, W), if the codec's config does not have it.
         islands: of the simulated collective; none: no simulation.
 
     Raises:
-        AtollError: a network that fits nowhere or not on a named GPU, an expert without an island, an unknown encoder.
+        AtollError: a network fits nowhere or not on a named GPU, an expert without an island, an unknown encoder.
     """
+    # Sizes of every network.
     text = text or text_of(manifest.condition)
     latent = latent or latent_shape(manifest)
     experts = tuple(_expert(manifest, index, latent, text) for index in range(len(manifest.experts)))
     router = _router(manifest, latent, text)
     rules = _rules(manifest.train.precision)
+    # Refuse networks that fit nowhere.
     for expert in experts:
         least = smallest_memory(expert.network, rules)
         room = max([gpu.memory for gpu in gpus] or [gpu.memory for gpu in GPUS.values()])
@@ -142,6 +151,7 @@ def plan(
                 f"single sample with every switch on, more than {where} has ({room / 1e9:g} GB); "
                 "take a larger GPU or a smaller network"
             )
+    # Time and price on each GPU.
     machines = tuple(_machine(gpu, mfu, manifest, experts, router) for gpu in gpus or [GPUS[name] for name in SHOWN])
     download = cluster_bytes(manifest, latent, images) if images else None
     return Plan(
@@ -168,17 +178,17 @@ def plan_run(
     trials: int = 1000,
     seed: int = 0,
 ) -> Plan:
-    """The plan of a recipe's name, a yaml file or a run's directory, as `atoll plan` calls it.
+    """Plan a recipe by name, a yaml file or a run's directory: the whole of `atoll plan`.
 
     Args:
-        gpu: a GPU's name, a size such as "24GB", or "here": this machine, whose speed is measured for some seconds.
-        images: of the data set; None: as many as the run has encoded, if it has. Then its latents' shape counts too.
+        gpu: a GPU's name, a size such as "24GB", or "here": this machine, measured for some seconds.
+        images: of the data set; None: the number that the run has encoded. Then its latent shape is used too.
 
     Raises:
-        AtollError: an unknown recipe or GPU, a share out of range, and what `plan` raises.
+        AtollError: an unknown recipe or GPU, a fraction out of range, and what `plan` raises.
     """
     if mfu is not None and not 0 < mfu <= 1:
-        raise AtollError(f"--mfu {mfu:g}: expected a share of the GPU's speed, above 0 and at most 1")
+        raise AtollError(f"--mfu {mfu:g}: expected a fraction of the GPU's speed, above 0 and at most 1")
     if images is not None and images < 1:
         raise AtollError(f"--images {images}: expected at least 1")
     directory = Path(recipe)
@@ -192,7 +202,7 @@ def plan_run(
 
 
 def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -> GPU:
-    """This machine as a GPU: its ceiling, and the share of it that steps of the run's first expert reach."""
+    """This machine as a GPU: its ceiling, and the fraction that steps of the run's first expert reach."""
     from atoll.plan.measure_machine import memory_here, on_cpu, speed_here
 
     text, train = text or text_of(manifest.condition), manifest.train_of(manifest.experts[0])
@@ -212,7 +222,7 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
     part = manifest.experts[index]
     train: TrainSettings = manifest.train_of(part)
     network, rules = network_of(manifest, part, latent, text), _rules(train.precision)
-    asked, accumulate = switches_of(train)
+    switches, accumulate = switches_of(train)
     return PlannedExpert(
         name=part.full_name,
         network=network,
@@ -227,7 +237,7 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
         batch=train.batch,
         images=train.steps * train.batch,
         checkpoint_every=train.checkpoint_every,
-        asked=asked,
+        recipe_switches=switches,
         accumulate=accumulate,
     )
 
@@ -238,7 +248,7 @@ def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> Pla
 
 
 def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
-    """What training does a second on it; None where its speed is not known."""
+    """FLOP/s of training on a GPU; None if its speed is unknown."""
     peak = gpu.fp32_tflops if precision == "fp32" else gpu.tflops
     return peak * 1e12 * (mfu or gpu.mfu) if peak else None
 
@@ -247,6 +257,7 @@ def _machine(
     gpu: GPU, mfu: float | None, manifest: Manifest, experts: Sequence[PlannedExpert], router: PlannedRouter
 ) -> Machine:
     """Time and price of all experts on one kind of GPU."""
+    # How each expert fits, and how fast it trains.
     precision = manifest.train.precision
     flops = _flops(gpu, mfu, precision)
     rules = _rules(precision, gpu.cpu)
@@ -255,6 +266,7 @@ def _machine(
     }
     speed = {e.name: e.batch / fit.step_seconds for e in experts if flops and (fit := fits[e.name])}
     days = {e.name: e.images / speed[e.name] / SECONDS_PER_DAY for e in experts if e.name in speed}
+    # Days of one GPU, for the router and in all.
     routing = router.images * router.flops / flops / SECONDS_PER_DAY if flops else None
     total = sum(days.values()) if len(days) == len(experts) else None
     return Machine(
@@ -272,7 +284,7 @@ def _machine(
 def _batches(
     experts: Sequence[PlannedExpert], rules: Rules, more: Sequence[float]
 ) -> dict[str, dict[str, dict[float, int]]]:
-    """The largest batch of every distinct network, with every line of the ladder, in every memory."""
+    """The largest batch of every distinct network, for every row of the ladder and every memory."""
     distinct: dict[DiTSizes, str] = {}
     for expert in experts:
         distinct.setdefault(expert.network, expert.name)
@@ -292,6 +304,7 @@ def _simulation(
     trials: int,
     seed: int,
 ) -> Simulation:
+    """Simulate the collective: which islands may train which experts, and how fast."""
     works = [Work(e.name, e.images, min(e.images, e.checkpoint_every * e.batch), download) for e in experts]
     clusters = {part.full_name: str(part.cluster) for part in manifest.experts}
     known = {*clusters, *clusters.values()}
@@ -310,7 +323,7 @@ def _simulation(
 def _island_rate(
     settings: IslandSettings, expert: PlannedExpert, manifest: Manifest, mfu: float | None
 ) -> float | None:
-    """Images a second of an expert on an island, whose GPUs share each batch; None where it does not fit."""
+    """Images/s of an expert on an island, whose GPUs share each batch; None if it does not fit."""
     if settings.gpu is not None:
         gpu = find_gpu(settings.gpu)
     else:
@@ -318,7 +331,9 @@ def _island_rate(
     precision = manifest.train.precision
     flops = _flops(gpu, settings.mfu or mfu, precision)
     if flops is None:
-        raise AtollError(f"island {settings.name}: {settings.gpu} is a size; name a GPU, or give tflops and memory_gb")
-    share = -(-expert.batch // settings.gpus)
-    fit = fastest(expert.network, _rules(precision, gpu.cpu), share, gpu.memory, flops, gpu.compiles)
+        raise AtollError(
+            f"island {settings.name}: {settings.gpu} has no known speed; name a GPU, or give tflops and memory_gb"
+        )
+    per_gpu = -(-expert.batch // settings.gpus)
+    fit = fastest(expert.network, _rules(precision, gpu.cpu), per_gpu, gpu.memory, flops, gpu.compiles)
     return expert.batch / fit.step_seconds if fit else None

@@ -1,4 +1,4 @@
-"""What a manifest says about costs, before an image is read or a frozen network loaded: shapes, widths, counts."""
+"""Shapes, widths and counts from a manifest, before any image is read or any frozen network loaded."""
 
 import os
 import re
@@ -18,7 +18,7 @@ T5_WIDTHS = {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096} 
 
 @dataclass(frozen=True)
 class Text:
-    """A caption as a network sees it: T tokens, S wide, and a pooled vector P wide, or None."""
+    """The sizes of an encoded caption: T tokens, S wide, and a pooled vector P wide or None."""
 
     tokens: int
     dim: int
@@ -26,16 +26,20 @@ class Text:
 
 
 def parse_text(words: str) -> Text:
-    """ "77x768", tokens and width of a caption, or "77x768x768" with a pooled vector. Raises AtollError otherwise."""
-    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", words)
-    if found is None:
+    """Parse "77x768", tokens and width of a caption, or "77x768x768" with a pooled vector.
+
+    Raises:
+        AtollError: anything else.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", words)
+    if match is None:
         raise AtollError(f"--text {words!r}: expected tokens and width of a caption, such as 77x768 (or 77x768x768)")
-    return Text(int(found[1]), int(found[2]), int(found[3]) if found[3] else None)
+    return Text(int(match[1]), int(match[2]), int(match[3]) if match[3] else None)
 
 
 def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json beside weights that lie on this machine; empty where they do not."""
-    from atoll.storage.artifact import read_json  # brings torch
+    """The config.json beside weights on this machine; empty if there is none."""
+    from atoll.storage.artifact import read_json  # imports torch
 
     place = os.path.expanduser(os.path.expandvars(str(config.get("weights", ""))))
     file = Path(place) / str(config.get("subfolder", "")) / "config.json"
@@ -43,23 +47,23 @@ def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(condition: Mapping[str, Any]) -> Text:
-    """The widths of a condition encoder, from its config.
+    """The sizes of a condition encoder's output, from its config.
 
     Raises:
-        AtollError: an encoder whose widths show only when it is loaded.
+        AtollError: the widths are known only once the encoder is loaded.
     """
     name = condition.get("name")
     if name == "hash":
         dim = int(condition.get("dim", 64))
         return Text(int(condition.get("length", 16)), dim, dim)
-    if name == "clip":  # CLIP-L/14, unless other weights lie here
+    if name == "clip":  # CLIP-L/14, unless the weights are on this machine
         local = _local_config(condition)
         local = local.get("text_config", local)
         dim = int(local.get("hidden_size", 768))
         pooled = dim if condition.get("pooled", "last") == "last" else int(local.get("projection_dim", dim))
         return Text(int(condition.get("length") or local.get("max_position_embeddings", 77)), dim, pooled)
     if name == "label":
-        from atoll.encoders.text import read_labels  # brings torch
+        from atoll.encoders.text import read_labels  # imports torch
 
         labels = condition.get("labels", ())
         dim = len(read_labels(labels if isinstance(labels, str) else tuple(labels)))
@@ -69,29 +73,31 @@ def text_of(condition: Mapping[str, Any]) -> Text:
         width = _local_config(condition).get("d_model") or (T5_WIDTHS[size[1]] if size else None)
         if width:
             return Text(int(condition.get("length", 120)), int(width), None)
-    raise AtollError(f"condition {dict(condition)}: how wide it is shows only once it is loaded; give --text 77x768")
+    raise AtollError(f"condition {dict(condition)}: its widths are known only once it is loaded; give --text 77x768")
 
 
 def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
     """(C, H, W) of the latents of a run whose images are `data.size` pixels a side.
 
     Raises:
-        AtollError: an unknown codec, or one whose factor does not divide the size.
+        AtollError: an unknown codec, or its factor does not divide the size.
     """
     codec, size = manifest.codec, manifest.data.size
     name, local = codec.get("name"), _local_config(codec)
     if name == "pixels":
         channels, factor = int(codec.get("channels", 1)), 1
-    elif name in ("kl", "tiny"):  # Stable Diffusion's, unless other weights lie here
+    elif name in ("kl", "tiny"):  # Stable Diffusion's, unless the weights are on this machine
         channels = int(local.get("latent_channels", 4))
         stages = local.get("block_out_channels" if name == "kl" else "encoder_block_out_channels")
         factor = 2 ** (len(stages) - 1) if stages else 8
     elif name == "taef2":
         channels, factor = 32, 8
     else:
-        raise AtollError(f"codec {name!r}: its latents are not known; expected one of pixels, kl, tiny, taef2")
+        raise AtollError(f"codec {name!r}: unknown latent shape; expected one of pixels, kl, tiny, taef2")
     if size % factor:
-        raise AtollError(f"data.size {size}, codec {name}: it makes {factor} pixels one; take a multiple of {factor}")
+        raise AtollError(
+            f"data.size {size}, codec {name}: it shrinks sides {factor} times; take a multiple of {factor}"
+        )
     return channels, size // factor, size // factor
 
 
@@ -124,21 +130,21 @@ def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> R
 
 
 def switches_of(train: TrainSettings) -> tuple[Switches, int]:
-    """The switches that the recipe asks for, and its gradient accumulation."""
+    """The recipe's switches and its gradient accumulation."""
     names = ("checkpointing", "optimizer_state", "ema_device", "compile")
     return Switches(**{name: getattr(train, name) for name in names}), train.accumulate
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run has encoded. rows: images; latent: (C, H, W)."""
+    """A run's encoded data. rows: number of images; latent: (C, H, W)."""
 
     rows: int
     latent: tuple[int, int, int]
 
 
 def encoded(run: Path) -> Encoded | None:
-    """What the index of the run's encoded images says; None before there is one.
+    """Read the index of the run's encoded images; None if there is none yet.
 
     Raises:
         AtollError: an index that cannot be read.
@@ -157,7 +163,7 @@ def encoded(run: Path) -> Encoded | None:
 
 
 def cluster_bytes(manifest: Manifest, latent: tuple[int, int, int], images: int) -> float:
-    """Bytes that an island downloads: an even share of the float16 latents (twice with flips) and of the captions."""
+    """Bytes that an island downloads: an even part of the float16 latents (twice with flips) and of the captions."""
     channels, height, width = latent
     row = channels * height * width * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES
     return images / manifest.clusters.k * row

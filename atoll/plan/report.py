@@ -1,4 +1,4 @@
-"""A plan for people (tables on the terminal) and for programs (plain values for JSON)."""
+"""A plan as tables on the terminal, and as plain values for JSON."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
     from atoll.plan.measure_machine import Comparison
 
-NARROW = 512  # of a network's width: its products are too small to keep a GPU busy
-COLUMNS = 3  # of experts that cost differently, side by side
-UNITS = (("days", 1), ("hours", 24), ("minutes", 1440))  # and how many of them are a day
+NARROW = 512  # widths below have products too small to keep a GPU busy
+COLUMNS = 3  # experts of different cost, side by side
+UNITS = (("days", 1), ("hours", 24), ("minutes", 1440))  # with their number per day
 
 
 def as_json(plan: Plan, start: date | None = None) -> dict[str, Any]:
-    """Plain values, with the dates of the end where islands were simulated from `start` on (today)."""
+    """Plain values; with finishing dates if islands were simulated, from `start` (default today)."""
     value = {**asdict(plan), "islands": [island.model_dump(mode="json") for island in plan.islands]}
     value["batches"] = {
         name: {
@@ -53,17 +53,17 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     return Group(*parts)
 
 
-def comparison_lines(found: Sequence["Comparison"]) -> str:
-    """A line on each finished training against its plan."""
+def comparison_lines(comparisons: Sequence["Comparison"]) -> str:
+    """One line for each finished training and its prediction."""
     return "\n".join(
         f"{c.name}: {c.images:,} images in {c.measured_seconds:,.1f} s, predicted {c.predicted_seconds:,.1f} s "
         f"(measured / predicted {c.ratio:.2f}); {c.mfu:.0%} of {c.flops / 1e9:,.0f} GFLOP/s"
-        for c in found
+        for c in comparisons
     )
 
 
 def _table(title: str, columns: Iterable[str]) -> "Table":
-    """The first column is text, the others are numbers."""
+    """A table whose first column is text; the others are numbers."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -73,7 +73,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
 
 
 def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
-    """Experts that cost the same, once: ("8 experts" or the one's name, the first of them)."""
+    """Experts of equal cost, once: ("8 experts" or the one's name, the first of them)."""
     same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
         same.setdefault((e.network, e.steps, e.batch), []).append(e)
@@ -81,7 +81,7 @@ def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
 
 
 def _networks(plan: Plan) -> list["Table"]:
-    """What one image of an expert costs; those that cost the same share a column, and few columns a table."""
+    """The cost of one image, by expert; experts of equal cost share a column."""
     groups = _groups(plan)
     tables = []
     for start in range(0, len(groups), COLUMNS):
@@ -129,6 +129,7 @@ def _batches(plan: Plan) -> list[Any]:
 
 
 def _time(plan: Plan) -> "Table":
+    # The unit in which the longest plan is at least two.
     known = [m.total_gpu_days for m in plan.machines if m.total_gpu_days is not None]
     unit, per_day = next((u for u in UNITS if max(known, default=2) * u[1] >= 2), UNITS[-1])
     columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert", "in all", "router", "USD")
@@ -159,17 +160,17 @@ def _time_notes(plan: Plan) -> str:
 
 
 def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
-    """The recommended switches, in words; once per different recommendation."""
+    """The recommended switches in words, once per different recommendation."""
     lines: dict[str, list[str]] = {}
     for e in experts:
         if fit := m.fits[e.name]:
             batch = f"batch {e.batch}" + (f" as {fit.accumulate} x {fit.micro_batch}" if fit.accumulate > 1 else "")
-            asked = (
-                "as the recipe has it"
-                if (e.asked, e.accumulate) == (fit.switches, fit.accumulate)
-                else (f"the recipe has: {e.asked}" + (f", accumulate {e.accumulate}" if e.accumulate > 1 else ""))
+            recipe = f"the recipe has: {e.recipe_switches}" + (
+                f", accumulate {e.accumulate}" if e.accumulate > 1 else ""
             )
-            line = f"{batch} with: {fit.switches} (up to {fit.largest} at a time; {asked})"
+            if (e.recipe_switches, e.accumulate) == (fit.switches, fit.accumulate):
+                recipe = "as in the recipe"
+            line = f"{batch} with: {fit.switches} (up to {fit.largest} at a time; {recipe})"
             lines.setdefault(line, []).append(e.name)
     return "\n".join(
         f"On {m.gpu.name}{'' if len(lines) == 1 else f', {names[0]} and {len(names) - 1} more'}: {line}"
@@ -195,7 +196,7 @@ def _plain(value: float) -> str:
 
 
 def _roughly(seconds: float) -> str:
-    """In the unit that one would say."""
+    """A duration in its natural unit."""
     if seconds < 1:
         return "less than a second"
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
@@ -210,7 +211,7 @@ def _islands(plan: Plan) -> "Table":
     table = _table("Islands", ("island", "hours a day", "machine hours", "done, days", "is the last", "experts"))
     table.columns[-1].justify = "left"
     clusters = {name.partition("-")[0] for names in s.assignment.values() for name in names}
-    alone = len(clusters) == sum(map(len, s.assignment.values()))  # no replicas: a cluster's number says it all
+    alone = len(clusters) == sum(map(len, s.assignment.values()))  # no replicas: the cluster's number is enough
     for island in plan.islands:
         table.add_row(
             island.name,
@@ -240,7 +241,7 @@ def _day(days: float, start: date | None) -> str:
 
 
 def _span(values: list[float]) -> str:
-    """Sorted values as one number, or as the range they span."""
+    """Sorted values as one number or as a range."""
     if not values:
         return "-"
     low, high = _number(values[0]), _number(values[-1])

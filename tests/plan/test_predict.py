@@ -118,7 +118,7 @@ def test_islands_train_what_they_may_and_what_fits(hddm: Manifest, tmp_path: Pat
         ("- {name: a, tflops: 40, memory_gb: 3}", "no island for expert 0-eps-cosine"),
         ("- {name: a, gpu: a40, experts: [9]}", "island a: no expert '9'; expected some of 0-eps-cosine"),
         ("- {name: a, gpu: a41}", "no GPU 'a41'"),
-        ("- {name: a, gpu: 24GB}", "24GB is a size"),
+        ("- {name: a, gpu: 24GB}", "24GB has no known speed"),
     ],
 )
 def test_islands_that_do_not_do(tmp_path: Path, text: str, message: str) -> None:
@@ -212,7 +212,7 @@ def test_what_is_recommended_is_what_a_recipe_may_say(hddm: Manifest) -> None:
     for switches in {*all_switches(), *LADDER}:
         train = TrainSettings(**asdict(switches), batch=12, accumulate=3)
         assert switches_of(train) == (switches, 3)
-    assert "as the recipe has it" in shown(plan(hddm, [find_gpu("a100")]))
+    assert "as in the recipe" in shown(plan(hddm, [find_gpu("a100")]))
     assert "batch 128 as 8 x 16 with: compile (up to 24" in shown(plan(hddm, [find_gpu("4090")]))
 
 
