@@ -295,10 +295,7 @@ class DiT(nn.Module):
     """The denoiser: forward(x [B,C,H,W], time [B], condition) -> [B,C,H,W], in the dtype of x.
 
     `time` is scaled already (0..999 by default, see the objective's time_scale). The network computes in the dtype of
-    its weights, or in autocast's.
-
-    Raises:
-        AtollError: an input does not fit the configuration.
+    its weights, or in autocast's. Raises AtollError if an input does not fit the configuration.
     """
 
     positions: Tensor
@@ -320,10 +317,7 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Initialise as HDDM does: DiT's scheme, PixArt's for the text. The output is exactly zero.
-
-        PixArt itself draws the shared layer and the tables at random: its gates are open from the start.
-        """
+        """Initialise as HDDM does: DiT's scheme, PixArt's for the text. The output is exactly zero."""
         initialize_blocks(self, self.conditioner)
         # The text projection as in PixArt.
         for module in self.embed_states.modules():
