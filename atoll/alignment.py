@@ -11,12 +11,10 @@ from torch import Tensor
 
 from atoll.calibration import Calibration
 from atoll.objective import Objective
-from atoll.schedule import Linear
+from atoll.schedule import PATH
 from atoll.shapes import per_sample
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # network(x [B, ...], time [B], already scaled) -> [B, ...]
-
-PATH = Linear()
 
 # HDDM's hand-set safeguards (section 3.3): |x0| <= 20, alpha >= 0.01, damping above t = 0.85.
 X0_CLAMP = 20.0

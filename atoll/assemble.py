@@ -14,6 +14,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.ensemble.replicas import Stacking, measure_stacking
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
+from atoll.randomness import cpu_generator, random_rows
 from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
 from atoll.storage.shards import Shards, is_held_out
@@ -139,7 +140,7 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
         raise AtollError(
             f"{names}: no row of {shards[0].path} is held out; set train.calibration_holdout, and train them again"
         )
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_ROWS]].sort().values
+    rows = rows[random_rows(len(rows), _ROWS, cpu_generator(0))].sort().values
     latents, captions = _read(shards, rows)
     conditions = [build_encoder(one.card["condition"])(captions) for one in loaded]
     means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]

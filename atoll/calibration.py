@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.schedule import Linear
+from atoll.interpolation import bracket
+from atoll.schedule import PATH
 from atoll.shapes import per_sample
 
 # Path times at which experts are measured: denser towards noise, where they change; 0.9995 stands for t = 1.
@@ -21,7 +22,6 @@ NODES = (
     *(0.81, 0.86, 0.9, 0.93, 0.96, 0.98, 0.99, 0.997, 0.9995),
 )
 
-_PATH = Linear()
 _CURVES = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
 
 
@@ -56,21 +56,19 @@ class Calibration:
         no division by sigma or alpha is left where the correction is applied.
         """
         nodes = self.log_snr.to(log_snr)
-        values = (1 - self.slope.to(log_snr)) / _PATH.sigma(_PATH.time_at(nodes))
-        inside = log_snr.clamp(nodes[0], nodes[-1])
-        left = (torch.searchsorted(nodes, inside, right=True) - 1).clamp(0, len(nodes) - 2)
-        offset = (inside - nodes[left]) / (nodes[left + 1] - nodes[left])
+        values = (1 - self.slope.to(log_snr)) / PATH.sigma(PATH.time_at(nodes))
+        left, offset = bracket(nodes, log_snr)
         return values[left] + offset * (values[left + 1] - values[left])
 
     def correct(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x0 <- m + s (x0 - m), and eps so that x stays explained on the linear path. x0, eps [B, ...], t [B]."""
-        excess = per_sample(self.shrinkage_over_sigma(_PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
-        return x0 - per_sample(_PATH.sigma(t), x0) * excess, eps + per_sample(_PATH.alpha(t), x0) * excess
+        excess = per_sample(self.shrinkage_over_sigma(PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
+        return x0 - per_sample(PATH.sigma(t), x0) * excess, eps + per_sample(PATH.alpha(t), x0) * excess
 
     @property
     def velocity_mse(self) -> Tensor:
         """Mean squared error of the corrected velocity at each node [M]: on the linear path u = (x - x0)/sigma."""
-        return self.x0_mse / _PATH.sigma(_PATH.time_at(self.log_snr)) ** 2
+        return self.x0_mse / PATH.sigma(PATH.time_at(self.log_snr)) ** 2
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the artifact's safetensors: the mean."""

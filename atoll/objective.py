@@ -86,11 +86,6 @@ class Objective:
             unit = torch.sigmoid(torch.randn(batch, generator=generator))
         return t_min + (t_max - t_min) * unit
 
-    def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) eps. x0, eps [B, ...], t [B] -> [B, ...]."""
-        alpha, sigma = self._alpha_sigma(t, x0)
-        return alpha * x0 + sigma * eps
-
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should output. x0, eps [B, ...], t [B] -> [B, ...]."""
         if self.prediction == "eps":

@@ -17,6 +17,7 @@ from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
 from atoll.errors import AtollError
+from atoll.randomness import seeded_noise
 from atoll.report.page import colour, document, weight_strip
 from atoll.solver import sample
 from atoll.storage.artifact import write_bytes, write_json
@@ -154,8 +155,7 @@ class Pipeline:
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """x at t = 1, [B, C, H, W] float32: each row from its own seed, drawn on the CPU, equal on every device."""
-        rows = [torch.randn(self.loaded.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.stack(rows).to(self.device)
+        return seeded_noise(seeds, self.loaded.latent_shape).to(self.device)
 
     def _warn_of_unread(self, prompts: Sequence[str]) -> None:
         """Warns of words at a prompt's end that the text encoder leaves out, at the caller's line (torch's decorator of

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.interpolation import bracket
+from atoll.shapes import per_sample
 
 
 class Schedule(abc.ABC):
@@ -49,6 +51,10 @@ class Schedule(abc.ABC):
     def config(self) -> dict[str, Any]:
         """What a card stores; `build_schedule` reads it back."""
 
+    def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Return x_t = alpha(t) x0 + sigma(t) eps; x0, eps [B, ...], t [B] -> [B, ...]."""
+        return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(support={self.support})"
 
@@ -80,6 +86,9 @@ class Linear(Schedule):
 
     def config(self) -> dict[str, Any]:
         return {"name": "linear"}
+
+
+PATH = Linear()  # the sampling path: every velocity of an ensemble is dx/dt on it
 
 
 class Cosine(Schedule):
@@ -202,9 +211,7 @@ class TableSchedule(Schedule):
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         rising = -self._log_snr.to(log_snr.device, log_snr.dtype)
-        wanted = (-log_snr).clamp(rising[0], rising[-1])
-        left = (torch.searchsorted(rising, wanted.contiguous(), right=True) - 1).clamp(0, len(rising) - 2)
-        offset = (wanted - rising[left]) / (rising[left + 1] - rising[left])
+        left, offset = bracket(rising, -log_snr)
         return (left + offset) / (self._steps - 1)
 
     def config(self) -> dict[str, Any]:

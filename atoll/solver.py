@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atoll.choices import Method
 from atoll.errors import AtollError
-from atoll.schedule import Linear, Schedule
+from atoll.schedule import PATH, Schedule
 from atoll.shapes import per_sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ def times_of(schedule: Schedule, steps: int) -> Tensor:
     """
     if steps < 1:
         raise AtollError(f"steps is {steps}; expected at least 1")
-    times = Linear().time_at(schedule.log_snr(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
+    times = PATH.time_at(schedule.log_snr(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
     times[-1] = 0.0
     return times
 

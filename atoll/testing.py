@@ -11,7 +11,8 @@ from torch import Tensor
 
 from atoll.condition import Condition
 from atoll.objective import Objective
-from atoll.schedule import Linear, Schedule
+from atoll.randomness import cpu_generator
+from atoll.schedule import PATH, Schedule
 from atoll.shapes import per_sample
 
 
@@ -33,7 +34,7 @@ class GaussianMixture:
         cls, components: int, clusters: int, shape: tuple[int, ...], seed: int = 0, spread: float = 1.5
     ) -> "GaussianMixture":
         """`components` random Gaussians in float64, dealt to the clusters in turn."""
-        g = torch.Generator().manual_seed(seed)
+        g = cpu_generator(seed)
         means = spread * torch.randn(components, *shape, generator=g, dtype=torch.float64)
         scales = 0.2 + 0.6 * torch.rand(components, generator=g, dtype=torch.float64)
         weights = 0.2 + torch.rand(components, generator=g, dtype=torch.float64)
@@ -68,12 +69,12 @@ class GaussianMixture:
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The exact global velocity E[eps - x0 | x] on the linear path."""
-        x0, eps = self.x0_eps(x, t, Linear())
+        x0, eps = self.x0_eps(x, t, PATH)
         return eps - x0
 
     def router(self, x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
         """The exact log p(cluster | x_t) on the linear path, [B, K]."""
-        log_p = self._component_log_joint(x, t, Linear())
+        log_p = self._component_log_joint(x, t, PATH)
         clusters = int(self.clusters.max()) + 1
         per_cluster = [torch.logsumexp(log_p[:, self.clusters == k], dim=1) for k in range(clusters)]
         return torch.log_softmax(torch.stack(per_cluster, dim=1), dim=1)
@@ -110,7 +111,7 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 256, seed: int = 0) -> float:
     """Mean 1-Wasserstein distance of two equally large samples [n, ...] over random directions."""
     a, b = a.flatten(1), b.flatten(1)
-    g = torch.Generator().manual_seed(seed)
+    g = cpu_generator(seed)
     direction = torch.randn(a.shape[1], directions, generator=g, dtype=a.dtype)
     direction = direction / direction.norm(dim=0)
     return float(((a @ direction).sort(0).values - (b @ direction).sort(0).values).abs().mean())

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from atoll.evaluate.metrics.frechet import Moments, PixelPCA, frechet_distance, seeded_noise
+from atoll.evaluate.metrics.frechet import Moments, PixelPCA, frechet_distance
 from atoll.evaluate.run import open_run
+from atoll.randomness import seeded_noise
 from atoll.solver import sample
 
 

@@ -96,7 +96,7 @@ class Trainer:
         x0 = self.data.latents[rows]
         t, eps = self.objective.sample_time(BATCH, g), torch.randn(x0.shape, generator=g)
         dropped = torch.rand(BATCH, generator=g) < 0.1
-        x, told = self.objective.diffuse(x0, eps, t), self.given(rows, dropped)
+        x, told = self.objective.schedule.diffuse(x0, eps, t), self.given(rows, dropped)
         with autocast():
             output = self.network(x, t * self.objective.time_scale, told)
         self.objective.loss(output, x0, eps, t).mean().backward()
@@ -138,7 +138,7 @@ def held_out_loss(network: nn.Module, data: Images) -> float:
     n = len(data.latents)
     t = (torch.arange(n) + 0.5)[torch.randperm(n, generator=g)] / n
     eps = torch.randn(data.latents.shape, generator=g)
-    x = FLOW.diffuse(data.latents, eps, t)
+    x = FLOW.schedule.diffuse(data.latents, eps, t)
     with autocast():
         outputs = [network(x[r], t[r] * FLOW.time_scale, data.condition.index(r)) for r in torch.arange(n).split(256)]
     return FLOW.loss(torch.cat(outputs), data.latents, eps, t).mean().item()
@@ -150,7 +150,7 @@ def distance(network: nn.Module, original: ClassDiT, data: Images) -> float:
     g = torch.Generator().manual_seed(8)
     x0 = data.latents[:256]
     t, eps = torch.linspace(0, 1, len(x0)), torch.randn(x0.shape, generator=g)
-    x, told = EPS.diffuse(x0, eps, t), t * EPS.time_scale
+    x, told = EPS.schedule.diffuse(x0, eps, t), t * EPS.time_scale
     theirs = original(x, told, torch.full((len(x0),), CLASSES))
     ours = network(x, told, ENCODER.null(len(x0)))
     return ((ours - theirs).norm() / theirs.norm()).item()

@@ -21,8 +21,9 @@ from atoll.nn import SIZES, DiT, DiTConfig
 from atoll.objective import Objective
 from atoll.plan.cost import CUDA_BF16, DiTSizes, activation_bytes, fixed_bytes, training_flops
 from atoll.plan.fit import Switches, needed_bytes
+from atoll.randomness import seeded
 from atoll.schedule import Linear
-from atoll.train.batches import drop_condition, seeded
+from atoll.train.batches import drop_condition
 from atoll.train.island import Island
 from atoll.train.loop import Task, autocast_of, gradients, prepared
 from atoll.train.prefetch import Batch
@@ -77,7 +78,7 @@ class RandomBatch(Task):
         given = Condition(batch["states"], batch["mask"])
         null = Condition(torch.zeros_like(given.states[:1]), torch.ones_like(given.mask[:1]))
         condition = drop_condition(given, null, batch["dropped"])
-        output = module(self.objective.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
+        output = module(self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
         return self.objective.loss(output, x0, eps, t)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
-from atoll.schedule import Cosine, Linear
+from atoll.schedule import PATH, Cosine, Linear
 from atoll.solver import sample
 from atoll.testing import GaussianMixture, sliced_wasserstein
 from atoll.train.calibrate import measure_calibration
@@ -88,7 +88,7 @@ def train(module: nn.Module, objective: Objective, data: GaussianMixture, steps:
         x0 = data.sample(batch, generator)[0].float()
         eps = torch.randn(x0.shape, generator=generator)
         t = objective.sample_time(batch, generator)
-        output = network(objective.diffuse(x0, eps, t), t * objective.time_scale)
+        output = network(objective.schedule.diffuse(x0, eps, t), t * objective.time_scale)
         loss = objective.loss(output, x0, eps, t).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -106,12 +106,12 @@ def make_expert(module: nn.Module, objective: Objective, data: GaussianMixture, 
 
 def oracle_error(expert: Expert, data: GaussianMixture) -> float:
     """Mean over t of |u - u*| / |u*| on the linear path, u* the exact velocity of the cluster."""
-    path, errors = Linear(), []
+    errors = []
     generator = torch.Generator().manual_seed(5)
     for at in torch.linspace(0.1, 0.9, 9):
         t = at.expand(1000)
         x0 = data.sample(len(t), generator)[0].float()
-        x = path.alpha(t)[:, None] * x0 + path.sigma(t)[:, None] * torch.randn(x0.shape, generator=generator)
+        x = PATH.diffuse(x0, torch.randn(x0.shape, generator=generator), t)
         exact = data.velocity(x.double(), t.double())
         errors.append(float((expert.velocity(x, t) - exact).norm() / exact.norm()))
     return sum(errors) / len(errors)

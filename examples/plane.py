@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from atoll.schedule import Linear
+from atoll.schedule import PATH
 from atoll.testing import GaussianMixture
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5579a")  # one per cluster and expert, in every figure
@@ -70,7 +70,7 @@ def axes_of(points: Tensor) -> tuple[Tensor, Tensor]:
 def density(mixture: GaussianMixture, points: Tensor, at: float) -> Tensor:
     """p(x_t) up to a factor at the points of a square lattice, [side, side]."""
     t = torch.full((len(points),), at, dtype=torch.float64)
-    alpha, sigma = Linear().alpha(t)[:1], Linear().sigma(t)[:1]
+    alpha, sigma = PATH.alpha(t)[:1], PATH.sigma(t)[:1]
     variance = (alpha * mixture.scales) ** 2 + sigma**2  # [M]
     squared = (points[:, None] - alpha * mixture.means).square().sum(-1)  # [B, M]
     p = (mixture.weights / variance * torch.exp(-squared / (2 * variance))).sum(1)

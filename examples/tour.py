@@ -40,12 +40,12 @@ from torch import Tensor
 from atoll.calibration import Calibration
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
-from atoll.schedule import Cosine, Linear, LinearBeta, Schedule
+from atoll.schedule import PATH, Cosine, LinearBeta, Schedule
 from atoll.solver import sample
 from atoll.testing import GaussianMixture, sliced_wasserstein
 from atoll.train.calibrate import measure_calibration
 
-PATH = Linear()  # the path that the sampler follows: x_t = (1 - t) x0 + t eps
+# PATH is the path that the sampler follows: x_t = (1 - t) x0 + t eps.
 SCHEDULES: dict[str, Schedule] = {"linear": PATH, "cosine": Cosine(), "linear-beta": LinearBeta()}
 SCHEDULE_COLOURS = {"linear": "#444444", "cosine": "#7b3294", "linear-beta": "#e08214"}
 
@@ -93,7 +93,7 @@ def noisy_points(mixture: GaussianMixture, t: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x0, _ = mixture.sample(len(t), generator)
     eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
-    return PATH.alpha(t)[:, None] * x0 + PATH.sigma(t)[:, None] * eps
+    return PATH.diffuse(x0, eps, t)
 
 
 def relative_error(velocity: Tensor, exact: Tensor) -> float:

@@ -17,7 +17,7 @@ TESTS = ROOT / "tests"
 
 # From the ground up. A part imports parts of lower levels only; the parts of one level do not import each other.
 LEVELS = [
-    ["errors", "shapes", "choices"],
+    ["errors", "shapes", "choices", "interpolation", "randomness"],
     ["runtime", "storage", "schedule", "report"],
     ["objective", "calibration", "condition", "solver"],
     ["alignment", "nn", "testing"],

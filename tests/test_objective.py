@@ -23,7 +23,7 @@ def test_every_prediction_gives_x0_and_eps_back(prediction, schedule) -> None:
     x0, eps, g = batch()
     t_min, t_max = objective.support
     t = t_min + (t_max - t_min) * torch.rand(len(x0), generator=g, dtype=torch.float64).clamp(0.01, 0.99)
-    x = objective.diffuse(x0, eps, t)
+    x = objective.schedule.diffuse(x0, eps, t)
     found = objective.to_x0_eps(objective.target(x0, eps, t), x, t)
     torch.testing.assert_close(found, (x0, eps), rtol=1e-9, atol=1e-9)
 
@@ -35,8 +35,8 @@ def test_velocity_is_dx_dt_of_the_own_path(prediction, schedule) -> None:
     # Away from a table's knots, where its log-SNR has two slopes.
     t = torch.linspace(0.1, 0.6, len(x0), dtype=torch.float64)
     h = 1e-7
-    difference = (objective.diffuse(x0, eps, t + h) - objective.diffuse(x0, eps, t - h)) / (2 * h)
-    velocity = objective.to_velocity(objective.target(x0, eps, t), objective.diffuse(x0, eps, t), t)
+    difference = (objective.schedule.diffuse(x0, eps, t + h) - objective.schedule.diffuse(x0, eps, t - h)) / (2 * h)
+    velocity = objective.to_velocity(objective.target(x0, eps, t), objective.schedule.diffuse(x0, eps, t), t)
     torch.testing.assert_close(velocity, difference, rtol=1e-4, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_x0_error_gain_is_the_change_of_the_output(prediction, schedule) -> None
     objective = Objective(prediction, schedule)
     x0, eps, _ = batch()
     t = torch.linspace(0.1, 0.6, len(x0), dtype=torch.float64)
-    x = objective.diffuse(x0, eps, t)
+    x = objective.schedule.diffuse(x0, eps, t)
     off = torch.ones_like(x0)
     alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (objective.schedule.alpha, objective.schedule.sigma))
     changed = objective.target(x0 + off, (x - alpha * (x0 + off)) / sigma, t) - objective.target(x0, eps, t)
@@ -80,7 +80,7 @@ def test_proposition_1() -> None:
     losses = []
     for prediction in ("eps", "x0", "v", "flow"):
         objective = Objective(prediction, "linear", weighting="prop1")
-        x = objective.diffuse(x0, eps, t)
+        x = objective.schedule.diffuse(x0, eps, t)
         s = t.reshape(-1, 1, 1, 1)
         losses.append(objective.loss(objective.target(guess, (x - (1 - s) * guess) / s, t), x0, eps, t))
     for loss in losses[1:]:

@@ -1,3 +1,5 @@
+"""Schedules: derivatives, inverses and known values of alpha, sigma and log-SNR."""
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +43,14 @@ def test_log_snr_decreases_and_is_that_of_alpha_and_sigma(schedule) -> None:
 def test_variance_is_preserved(schedule) -> None:
     t = inside(schedule)
     torch.testing.assert_close(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=repr)
+def test_diffuse_mixes_data_and_noise_of_each_sample_at_its_own_time(schedule) -> None:
+    t, x0, eps = inside(schedule, count=3), *torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)
+    x = schedule.diffuse(x0, eps, t)
+    for i in range(3):
+        torch.testing.assert_close(x[i], schedule.alpha(t[i]) * x0[i] + schedule.sigma(t[i]) * eps[i])
 
 
 def test_known_values() -> None:

@@ -17,6 +17,7 @@ from atoll.cluster.balance import balanced, weighted_means
 from atoll.cluster.nearest import BLOCK, Workers, nearest, unit_features
 from atoll.cluster.sampling import draw, hash_keys, smallest
 from atoll.errors import AtollError
+from atoll.randomness import cpu_generator, random_rows
 from atoll.storage.shards import Shard, Shards
 
 ROWS_PER_CENTROID = 256  # training images per fine centroid that the fine stage looks at, at most
@@ -97,8 +98,7 @@ def kmeans(
 
     faiss's k-means, as fast, gives other bits with other numbers of threads.
     """
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
-    centroids = means = points[order[:k]]
+    centroids = means = points[random_rows(len(points), k, cpu_generator(seed))]
     held = torch.ones(len(centroids))
     labels, error = torch.empty(0, dtype=torch.int64), 0.0
     weight = torch.ones(len(points)) if weights is None else weights

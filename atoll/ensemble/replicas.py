@@ -14,12 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from atoll.alignment import PATH, snr_x0_eps
+from atoll.alignment import snr_x0_eps
 from atoll.calibration import NODES, Calibration
 from atoll.condition import Condition
 from atoll.errors import AtollError
+from atoll.interpolation import bracket
 from atoll.objective import Objective
-from atoll.shapes import per_sample
+from atoll.randomness import cpu_generator
+from atoll.schedule import PATH
 
 _BATCH = 64  # noisy latents per call of a network
 
@@ -61,11 +63,10 @@ class Stacking:
         """For times t [B] of the linear path: the weights w [B, R], and what the mean weighs in the velocity,
         (1 - sum w)/sigma [B]; linear between nodes, constant beyond them, so that nothing is divided by 0 at t = 0."""
         nodes, table = self.log_snr.to(t), self.weights.to(t)
-        inside = PATH.log_snr(t).clamp(nodes[0], nodes[-1])
-        left = (torch.searchsorted(nodes, inside, right=True) - 1).clamp(0, len(nodes) - 2)
-        offset = ((inside - nodes[left]) / (nodes[left + 1] - nodes[left]))[:, None]
-        weights = torch.lerp(table[left], table[left + 1], offset)
-        return weights, (1 - weights.sum(1)) / PATH.sigma(PATH.time_at(inside))
+        log_snr = PATH.log_snr(t)
+        left, offset = bracket(nodes, log_snr)
+        weights = torch.lerp(table[left], table[left + 1], offset[:, None])
+        return weights, (1 - weights.sum(1)) / PATH.sigma(PATH.time_at(log_snr.clamp(nodes[0], nodes[-1])))
 
     def config(self) -> dict[str, Any]:
         """What goes into ensemble.json."""
@@ -126,9 +127,9 @@ def measure_stacking(
     x0, given = latents[rows], [None if c is None else c.index(rows) for c in conditions]
     weights, errors = [], []
     for node, time in enumerate(order.tolist()):
-        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed * 1000 + node), dtype=x0.dtype)
+        eps = torch.randn(x0.shape, generator=cpu_generator(seed * 1000 + node), dtype=x0.dtype)
         t = torch.full((samples,), time, dtype=x0.dtype)
-        x = per_sample(PATH.alpha(t), x0) * x0 + per_sample(PATH.sigma(t), x0) * eps
+        x = PATH.diffuse(x0, eps, t)
         estimates = [
             (_estimate(expert, x, t, condition, mean, device) - mean).flatten().double()
             for expert, condition in zip(experts, given, strict=True)
@@ -198,7 +199,5 @@ def _error(expert: Replica, t: Tensor) -> Tensor:
     if expert.calibration is None:
         raise AtollError(f"{expert.name}: inverse-error needs its calibration; run `atoll calibrate` on it")
     nodes, log_error = expert.calibration.log_snr.to(t), expert.calibration.x0_mse.to(t).clamp(min=1e-12).log()
-    inside = PATH.log_snr(t).clamp(nodes[0], nodes[-1])
-    left = (torch.searchsorted(nodes, inside, right=True) - 1).clamp(0, len(nodes) - 2)
-    offset = (inside - nodes[left]) / (nodes[left + 1] - nodes[left])
+    left, offset = bracket(nodes, PATH.log_snr(t))
     return torch.lerp(log_error[left], log_error[left + 1], offset).exp()

@@ -16,12 +16,13 @@ from atoll.errors import AtollError
 from atoll.evaluate.metrics.agreement import CLIPScore, RidgeAgreement, pooled_vectors
 from atoll.evaluate.metrics.cost import count_flops
 from atoll.evaluate.metrics.diversity import Diversity, PerceptualDistance, build_distance, mean_distance
-from atoll.evaluate.metrics.frechet import DenoisingError, Features, bias_warning, seeded_noise, squared_errors
+from atoll.evaluate.metrics.frechet import DenoisingError, Features, bias_warning, squared_errors
 from atoll.evaluate.metrics.image_metrics import Statistics, image_metrics
 from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, MapFunction, Places, Reference, Results, Score, Space, Variant
 from atoll.manifest import EvaluateSettings
+from atoll.randomness import seeded_noise
 from atoll.solver import sample
 
 _COUNTED = 4  # images drawn to count their operations

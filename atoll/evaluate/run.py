@@ -23,14 +23,14 @@ from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.run import diagnose_run
 from atoll.evaluate.diagnostics.trajectory import Diagnostics
 from atoll.evaluate.measure import EvaluateSettings, evaluate, resolved, side_by_side, worker_count
-from atoll.evaluate.metrics.frechet import seeded_noise
 from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
 from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
 from atoll.evaluate.variants import identified, say_objective, swept, variants_of
+from atoll.randomness import cpu_generator, random_rows, seeded_noise
 from atoll.report.words import count_words, distinctive_words
-from atoll.schedule import Linear
+from atoll.schedule import PATH
 from atoll.solver import sample
 from atoll.storage.artifact import CARD, read_json, sha256_file, write_bytes, write_json
 from atoll.storage.shards import Shards
@@ -213,7 +213,7 @@ def describe_expert(expert: Expert) -> ExpertInfo:
     calibration = expert.calibration
     t, slope = (), ()
     if calibration is not None:
-        t = tuple(Linear().time_at(calibration.log_snr.double()).tolist())
+        t = tuple(PATH.time_at(calibration.log_snr.double()).tolist())
         slope = tuple(calibration.slope.double().tolist())
     return ExpertInfo(expert.name, say_objective(expert.objective), expert.clusters, t, slope)
 
@@ -226,8 +226,7 @@ def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
         overall += count_words(cluster.captions)
     described = []
     for cluster in run.clusters:
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(cluster), generator=generator)[:IMAGES_PER_CLUSTER]
+        rows = random_rows(len(cluster), IMAGES_PER_CLUSTER, cpu_generator(seed))
         images = run.loaded.codec.decode(cluster.read("latent", rows).float())
         words = distinctive_words(count_words(cluster.captions), len(cluster), overall, total)
         number = int(cluster.path.name.removeprefix("cluster-"))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from atoll.choices import Method
@@ -16,6 +15,7 @@ from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import DenoisingError
 from atoll.manifest import EvaluateSettings
+from atoll.randomness import cpu_generator, random_rows
 from atoll.schedule import build_schedule
 from atoll.solver import times_of
 from atoll.storage.shards import Shards
@@ -94,8 +94,7 @@ class Reference:
         rows = self.encoded.rows("train")
         if len(rows) < 4:
             raise AtollError(f"{self.encoded.path}: {len(rows)} training images; expected at least 4 to compare with")
-        generator = torch.Generator().manual_seed(settings.seed)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
+        rows = rows[random_rows(len(rows), len(rows), cpu_generator(settings.seed))]
         n = min(settings.images, len(rows) // 2)
         return rows[:n], rows[n : n + settings.reference]
 
@@ -104,8 +103,7 @@ class Reference:
         rows = self.encoded.rows("val")
         if len(rows) == 0:
             raise AtollError(f"{self.encoded.path}: no held-out rows (split val); encode the data with some held out")
-        generator = torch.Generator().manual_seed(settings.seed)
-        return rows[torch.randperm(len(rows), generator=generator)[: settings.held_out]].sort().values
+        return rows[random_rows(len(rows), settings.held_out, cpu_generator(settings.seed))].sort().values
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.randomness import ShuffledPasses, cpu_generator, hashed_seed
 from atoll.storage.artifact import sha256_file
 from atoll.storage.shards import INDEX, Shards
-from atoll.synthesize.rows import generator
 
 
 class Captions(Protocol):
@@ -57,25 +56,14 @@ class CaptionOrder:
     """Which caption a row has: pass after pass through the list, in another order each time: all come equally often."""
 
     def __init__(self, captions: Captions, seed: int, cluster: int):
-        self._captions, self._seed, self._cluster = captions, seed, cluster
-        self._pass: tuple[int, Tensor] | None = None
+        self._captions = captions
+        self._passes = ShuffledPasses(
+            len(captions), lambda number: cpu_generator(hashed_seed("captions", seed, cluster, number))
+        )
 
     def __call__(self, rows: range) -> list[str]:
         """The captions of the rows, in their order."""
-        size, found, row = len(self._captions), list[Tensor](), rows.start
-        while row < rows.stop:
-            number, place = divmod(row, size)
-            found.append(self._permutation(number)[place : place + rows.stop - row])
-            row += len(found[-1])
-        return self._captions.at(torch.cat(found))
-
-    def _permutation(self, number: int) -> Tensor:
-        if self._pass is None or self._pass[0] != number:
-            drawn = torch.randperm(
-                len(self._captions), generator=generator("captions", self._seed, self._cluster, number)
-            )
-            self._pass = (number, drawn)
-        return self._pass[1]
+        return self._captions.at(self._passes.items(rows.start, rows.stop))
 
 
 def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -> tuple[list[Captions], dict[str, Any]]:

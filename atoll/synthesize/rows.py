@@ -1,14 +1,13 @@
 """What a drawn row is: key, split and noise, each a function of the row's number and the seed alone."""
 
-import hashlib
 import heapq
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.randomness import hashed_seed, seeded_noise
 from atoll.storage.shards import Split, key_fraction, split_by_hash
 
 _HELD_OUT = 8  # rows of a cluster at least, where it has twice as many
@@ -46,21 +45,10 @@ class Keys:
         return f"{self._prefix}-{row:08d}"
 
 
-def generator(purpose: str, *numbers: int) -> torch.Generator:
-    """A generator that depends on what it is for and on the numbers, and on nothing that ran before."""
-    return torch.Generator().manual_seed(_hash(purpose, *numbers))
-
-
 def noise(seed: int, cluster: int, rows: range, shape: Sequence[int]) -> Tensor:
     """x at t = 1 of the given rows, [n, *shape] float32: each row from its own seed, drawn on the CPU.
 
     A CPU's generator takes 32 bits of a seed, so the seeds are counted from a hash: hashes themselves would collide.
     """
-    first = _hash("noise", seed, cluster)
-    seeds = [(first + row) % 2**32 for row in rows]
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(one)) for one in seeds])
-
-
-def _hash(purpose: str, *numbers: int) -> int:
-    """32 bits."""
-    return int.from_bytes(hashlib.sha256(f"{purpose} {numbers}".encode()).digest()[:4], "big")
+    first = hashed_seed("noise", seed, cluster)
+    return seeded_noise([(first + row) % 2**32 for row in rows], shape)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text import TextEncoder
+from atoll.randomness import ShuffledPasses, Stream, random_rows, seeded
 from atoll.storage.shards import Shards, Split
 from atoll.train.prefetch import Batch
 
@@ -89,36 +90,17 @@ class SeededSampler:
     """Which rows step s trains on: epoch after epoch, each a permutation seeded by (seed, epoch)."""
 
     def __init__(self, rows: int, batch: int, seed: int):
-        self.rows, self.batch, self.seed = rows, batch, seed
-        self._epoch: tuple[int, Tensor] | None = None
+        self.batch = batch
+        self._epochs = ShuffledPasses(rows, lambda epoch: seeded(seed, epoch, Stream.ORDER))
 
     def at(self, step: int) -> Tensor:
         """Row numbers [batch] of this step."""
-        start = step * self.batch
-        parts, wanted = [], self.batch
-        while wanted > 0:
-            epoch, offset = divmod(start, self.rows)
-            part = self._permutation(epoch)[offset : offset + wanted]
-            parts.append(part)
-            start, wanted = start + len(part), wanted - len(part)
-        return torch.cat(parts)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = torch.randperm(self.rows, generator=seeded(self.seed, epoch, 1))
-            self._epoch = (epoch, order)
-        return self._epoch[1]
-
-
-def seeded(seed: int, index: int, stream: int = 0) -> torch.Generator:
-    """A generator that depends on all three numbers, and on nothing that ran before."""
-    mixed = (seed * 1_000_003 + index) * 16 + stream
-    return torch.Generator().manual_seed(mixed % 2**63)
+        return self._epochs.items(step * self.batch, (step + 1) * self.batch)
 
 
 def mirrored(seed: int, index: int, count: int) -> Tensor:
     """Which images of a batch are mirrored: [count] bool, the same however the batch is shared out."""
-    return torch.rand(count, generator=seeded(seed, index, stream=1)) < 0.5
+    return torch.rand(count, generator=seeded(seed, index, Stream.ORDER)) < 0.5
 
 
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
@@ -156,6 +138,6 @@ class CaptionedLatents:
 
     def some(self, count: int, seed: int) -> tuple[Tensor, Condition]:
         """At most `count` rows: x0 [b,C,H,W] float32 and their condition; always the same ones."""
-        chosen = torch.randperm(len(self), generator=seeded(seed, 0, stream=11))[:count].sort().values
+        chosen = random_rows(len(self), count, seeded(seed, 0, Stream.SUBSET)).sort().values
         batch = self.batch(chosen)
         return batch["x0"].float(), self.condition(batch)

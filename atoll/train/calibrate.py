@@ -9,9 +9,8 @@ from atoll.alignment import snr_x0_eps
 from atoll.calibration import NODES, Calibration
 from atoll.condition import Condition
 from atoll.objective import Objective
-from atoll.schedule import Linear
-from atoll.shapes import per_sample
-from atoll.train.batches import seeded
+from atoll.randomness import Stream, seeded
+from atoll.schedule import PATH
 
 
 class _Network(Protocol):
@@ -40,19 +39,18 @@ def measure_calibration(
         samples: noisy latents per node; held-out latents are used again with fresh noise until there are so many.
     """
     mean = latents.mean(0) if mean is None else mean.to(latents)
-    path = Linear()
-    log_snr = path.log_snr(torch.tensor(NODES, dtype=torch.float64))
+    log_snr = PATH.log_snr(torch.tensor(NODES, dtype=torch.float64))
     sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per number
     raw = Calibration.identity(mean)
     for node, time in enumerate(NODES):
         for start in range(0, samples, batch):
             count = min(batch, samples - start)
             rows = torch.arange(start, start + count) % len(latents)
-            g = seeded(seed, node * samples + start, stream=5)
+            g = seeded(seed, node * samples + start, Stream.CALIBRATION)
             x0 = latents[rows]
             eps = torch.randn(x0.shape, generator=g, dtype=x0.dtype)
             t = torch.full((count,), time, dtype=x0.dtype)
-            x = per_sample(path.alpha(t), x0) * x0 + per_sample(path.sigma(t), x0) * eps
+            x = PATH.diffuse(x0, eps, t)
             rows_condition = None if condition is None else condition.index(rows)
 
             def predict(asked: Tensor, at: Tensor, given: Condition | None = rows_condition) -> Tensor:

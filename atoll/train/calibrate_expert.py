@@ -12,7 +12,7 @@ from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.runtime.device import best_device
-from atoll.schedule import Linear
+from atoll.schedule import PATH
 from atoll.storage.artifact import read_card, read_tensors, save_artifact
 from atoll.storage.shards import Shards
 from atoll.train.batches import CaptionedLatents, Rows
@@ -124,12 +124,11 @@ def _held_out(
 
 def table(calibration: Calibration) -> str:
     """The curves in text, a line per noise level, from clean to noisy."""
-    path = Linear()
     lines = ["    t  log-SNR   slope  x0 error, raw -> corrected  velocity error"]
     for i in range(len(calibration.log_snr) - 1, -1, -1):
         level = calibration.log_snr[i]
         lines.append(
-            f"{float(path.time_at(level[None].double())):.3f} {float(level):+8.2f} {float(calibration.slope[i]):7.3f}"
+            f"{float(PATH.time_at(level[None].double())):.3f} {float(level):+8.2f} {float(calibration.slope[i]):7.3f}"
             f" {float(calibration.x0_mse_raw[i]):14.4f} -> {float(calibration.x0_mse[i]):<9.4f}"
             f" {float(calibration.velocity_mse[i]):15.4f}"
         )
@@ -146,7 +145,7 @@ def plot(calibration: Calibration, file: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise AtollError("a plot needs matplotlib: pip install 'atoll[data]'") from None
-    t = Linear().time_at(calibration.log_snr.double())
+    t = PATH.time_at(calibration.log_snr.double())
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)

@@ -13,9 +13,10 @@ from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
+from atoll.randomness import Stream, seeded
 from atoll.storage.artifact import save_artifact
 from atoll.storage.shards import Shards, is_held_out
-from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored, seeded
+from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.calibrate import measure_calibration
 from atoll.train.init_weights import InitWeights
 from atoll.train.island import Island, gathered_state
@@ -211,7 +212,7 @@ class Denoising(Task):
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
         condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
-        x = self.objective.diffuse(x0, eps, t)
+        x = self.objective.schedule.diffuse(x0, eps, t)
         if self.teacher is not None:
             # The targets of all predictions are linear in (x0, eps): the teacher's estimates take the data's place.
             x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
@@ -225,8 +226,8 @@ class Denoising(Task):
         losses = {}
         for level in _VALIDATION_LOG_SNR:
             t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
-            eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, stream=12))
-            x, scaled = self.objective.diffuse(x0, eps, t), t * self.objective.time_scale
+            eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, Stream.VALIDATION))
+            x, scaled = self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale
             output = module(x.to(device), scaled.to(device), condition.to(device)).cpu()
             losses[f"{level:+d}"] = round(float(self.objective.loss(output.float(), x0, eps, t).mean()), 6)
         return losses

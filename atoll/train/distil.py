@@ -19,7 +19,7 @@ from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.objective import Objective
-from atoll.schedule import Linear
+from atoll.schedule import PATH
 from atoll.shapes import per_sample
 from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.shards import Shards
@@ -27,7 +27,6 @@ from atoll.train.denoiser import Teacher, TrainingSpec, train_denoiser
 from atoll.train.track import TrainProgress
 
 STUDENT, _SEED = "student", 998  # the seed's place beside the experts' and the monolith's
-_PATH = Linear()
 
 
 def distil_run(
@@ -90,9 +89,9 @@ def teacher_of(ensemble: Ensemble) -> Teacher:
     ) -> tuple[Tensor, Tensor]:
         schedule = objective.schedule
         log_snr = schedule.log_snr(t)
-        at = _PATH.time_at(log_snr)
+        at = PATH.time_at(log_snr)
         # Each ratio is used on the side where it does not divide by a small number.
-        ratio = torch.where(log_snr < 0, _PATH.sigma(at) / schedule.sigma(t), _PATH.alpha(at) / schedule.alpha(t))
+        ratio = torch.where(log_snr < 0, PATH.sigma(at) / schedule.sigma(t), PATH.alpha(at) / schedule.alpha(t))
         asked = per_sample(ratio, x) * x
         u = ensemble.velocity(asked, at, condition, cluster=cluster)
         return asked - per_sample(at, x) * u, asked + per_sample(1 - at, x) * u

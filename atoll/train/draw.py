@@ -15,9 +15,10 @@ from atoll.condition import Condition
 from atoll.encoders.codec import build_codec
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
+from atoll.randomness import Stream, seeded
 from atoll.solver import sample
 from atoll.storage.artifact import write_bytes
-from atoll.train.batches import CaptionedLatents, seeded
+from atoll.train.batches import CaptionedLatents
 
 _IMAGES, _STEPS = 16, 20
 
@@ -42,7 +43,7 @@ def draw_grid(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it has no calibration yet; its x0 is clamped meanwhile
         ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", "snr", null=null)
-    noise = torch.randn(x0.shape, generator=seeded(seed, 0, stream=13)).to(device)
+    noise = torch.randn(x0.shape, generator=seeded(seed, 0, Stream.SAMPLES)).to(device)
     latents = sample(lambda x, t: ensemble.velocity(x, t, condition, 1.0), noise, steps=_STEPS)
     if file is None:
         return

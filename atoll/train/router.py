@@ -12,17 +12,16 @@ from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
-from atoll.schedule import Linear, Schedule
-from atoll.shapes import per_sample
+from atoll.randomness import Stream, random_rows, seeded
+from atoll.schedule import PATH, Schedule
 from atoll.storage.artifact import read_json, save_artifact
 from atoll.storage.shards import INDEX, SPLITS, Shards
-from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored, seeded
+from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
 from atoll.train.track import TrainProgress
 
-_SAMPLING = Linear()
 NoisePath = tuple[Schedule, Tensor]  # a schedule, and the clusters [n] int64 whose latents are noised by it
 _EVALUATED_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 _EVALUATED_ON = 2048  # held-out latents at most
@@ -128,11 +127,11 @@ class Routing(Task):
     def _diffuse(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
         """Each row on the path of its cluster."""
         if not self.paths:
-            return _diffuse(_SAMPLING, x0, t, eps)
+            return PATH.diffuse(x0, eps, t)
         x = torch.empty_like(x0)
         for schedule, clusters in self.paths:
             rows = torch.isin(labels, clusters.to(labels.device)).nonzero().flatten()
-            x[rows] = _diffuse(schedule, x0[rows], t[rows], eps[rows])
+            x[rows] = schedule.diffuse(x0[rows], eps[rows], t[rows])
         return x
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
@@ -143,23 +142,18 @@ class Routing(Task):
         """Top-1 accuracy on held-out latents at a few times: {"0.1": 0.98, ...}; empty without such latents."""
         if not len(self.held_out):
             return {}
-        rows = (
-            torch.randperm(len(self.held_out), generator=seeded(self.seed, 0, stream=11))[:_EVALUATED_ON].sort().values
-        )
+        rows = random_rows(len(self.held_out), _EVALUATED_ON, seeded(self.seed, 0, Stream.SUBSET)).sort().values
         device = next(self.module.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self.held_out.batch(rows).items()}
         labels = self.labels[self.held_out.rows.numbers[rows]].to(device)
         pooled, found = self.held_out.condition(batch).pooled, {}
         for number, time in enumerate(_EVALUATED_AT):
-            eps = torch.randn(batch["x0"].shape, generator=seeded(self.seed, number, stream=7)).to(device)
+            generator = seeded(self.seed, number, Stream.ROUTER_VALIDATION)
+            eps = torch.randn(batch["x0"].shape, generator=generator).to(device)
             t = torch.full((len(rows),), time, device=device)
-            answers = module(_diffuse(_SAMPLING, batch["x0"].float(), t, eps), t, pooled).argmax(1)
+            answers = module(PATH.diffuse(batch["x0"].float(), eps, t), t, pooled).argmax(1)
             found[str(time)] = round(float((answers == labels).float().mean()), 4)
         return found
-
-
-def _diffuse(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    return per_sample(schedule.alpha(t), x0) * x0 + per_sample(schedule.sigma(t), x0) * eps
 
 
 def _paths(manifest: Manifest, clusters: int) -> list[NoisePath]:

@@ -42,7 +42,7 @@ def test_what_is_taught_is_exact_at_any_point_of_any_schedule(prediction, schedu
     g = torch.Generator().manual_seed(0)
     cluster = torch.arange(9) % 2
     x0 = torch.cat([mixture.cluster(int(k)).sample(1, g)[0] for k in cluster])
-    x = objective.diffuse(x0, torch.randn(x0.shape, generator=g, dtype=x0.dtype), t)
+    x = objective.schedule.diffuse(x0, torch.randn(x0.shape, generator=g, dtype=x0.dtype), t)
     taught = teacher_of(exact_ensemble(mixture, routing))(objective, x, t, None, cluster)
     for name, value in zip(("x0", "eps"), taught, strict=True):
         for k in (0, 1):

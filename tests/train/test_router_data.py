@@ -56,7 +56,7 @@ def test_each_row_is_noised_on_its_clusters_path(run) -> None:
     assert set(batch["label"].tolist()) == {0, 1, 2}
     for x, x0, t, eps, label in zip(seen[0], *(batch[name] for name in ("x0", "t", "eps", "label")), strict=True):
         objective = Objective("eps", Linear() if label == 1 else Cosine())
-        torch.testing.assert_close(x, objective.diffuse(x0[None].float(), eps[None], t[None])[0])
+        torch.testing.assert_close(x, objective.schedule.diffuse(x0[None].float(), eps[None], t[None])[0])
 
 
 def test_a_router_on_the_experts_paths_says_so_and_is_another_training(run, manifest) -> None:

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atoll.alignment import PATH
 from atoll.condition import Condition, Conditions
 from atoll.ensemble import RouterNetwork
 from atoll.errors import AtollError
-from atoll.evaluate.metrics.frechet import seeded_noise
-from atoll.shapes import per_sample
+from atoll.evaluate.metrics.frechet import noisy_latents
 
 LEVELS = tuple((2 * i + 1) / 20 for i in range(10))  # t, as of the denoising error
 BINS = 15  # of the calibration error (Guo et al. 2017)
@@ -189,7 +187,7 @@ def measure_router(
     for part in held_out.batches(batch, device):
         given = part.condition.parts[encoder] if isinstance(part.condition, Conditions) else part.condition
         pooled = given.pooled if isinstance(given, Condition) else None
-        for level, (x, t) in enumerate(noisy(part, levels)):
+        for level, (x, _, t) in enumerate(noisy_latents(part.x0, levels, part.seeds)):
             log_p = router(x, t, pooled)  # [B, K]
             k = log_p.shape[1]
             if confusion is None:
@@ -225,12 +223,3 @@ def _scores(
         ece_floor=tuple(b.floor for b in bins),
         confusion=tuple(tuple(tuple(row) for row in level) for level in counts.tolist()),
     )
-
-
-def noisy(part: RouterRows, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x_t [B, ...], t [B]) of the latents at each level, the very ones at which `squared_errors` asks."""
-    x0 = part.x0
-    for level, time in enumerate(levels):
-        eps = seeded_noise([seed * len(levels) + level for seed in part.seeds], x0.shape[1:]).to(x0)
-        t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
-        yield per_sample(PATH.alpha(t), x0) * x0 + per_sample(PATH.sigma(t), x0) * eps, t

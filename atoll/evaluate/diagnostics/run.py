@@ -14,8 +14,9 @@ from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.cluster_space import ClusterSpace
 from atoll.evaluate.diagnostics.routers import HeldOut
 from atoll.evaluate.diagnostics.trajectory import Diagnostics, Draw, diagnose
-from atoll.evaluate.metrics.frechet import Features, seeded_noise
+from atoll.evaluate.metrics.frechet import Features
 from atoll.manifest import EvaluateSettings
+from atoll.randomness import cpu_generator, random_rows, seeded_noise
 from atoll.storage.shards import Shards
 
 _OF_CLUSTER = 1024  # images at most, at random, that stand for a cluster
@@ -55,9 +56,7 @@ def diagnose_run(
         return encoder.encode(tokens.index(numbers))
 
     held_out = HeldOut(x0, labels, [settings.seed + i for i in range(len(x0))], condition)
-    drawn = torch.randperm(len(x0), generator=torch.Generator().manual_seed(settings.seed))[
-        : settings.diagnostic_samples
-    ]
+    drawn = random_rows(len(x0), settings.diagnostic_samples, cpu_generator(settings.seed))
 
     def features(latents: Tensor) -> Tensor:
         return space(codec.decode(latents))
@@ -80,7 +79,7 @@ def diagnose_run(
 def _some(shards: Shards, split: Literal["train", "val"], count: int, seed: int) -> Tensor:
     """At most `count` rows of the split, at random."""
     rows = shards.rows(split)
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+    return rows[random_rows(len(rows), count, cpu_generator(seed))]
 
 
 def _batches(clusters: Sequence[Shards], settings: EvaluateSettings) -> Iterator[tuple[Tensor, Tensor]]:

@@ -32,7 +32,7 @@ from atoll.evaluate.diagnostics.experts import (
     measure_experts,
 )
 from atoll.evaluate.diagnostics.routers import LEVELS, Given, HeldOut, RouterScores, measure_router, rows_of
-from atoll.evaluate.metrics.frechet import seeded_noise
+from atoll.randomness import seeded_noise
 from atoll.shapes import per_sample
 from atoll.solver import sample
 

@@ -13,6 +13,7 @@ from atoll.encoders.feature import Feature, build_feature
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import Features, Moments, metric_name
+from atoll.randomness import cpu_generator, random_rows
 
 CANDIDATES = 100  # prompts that an image's own is sought among: AttnGAN's R-precision
 # Ridge parameters tried, relative to the mean variance of a feature's dimension.
@@ -164,7 +165,7 @@ class RidgeAgreement:
         distinct = F.normalize(_unit(vectors[[first[prompt] for prompt in number]]) - self._target_mean)  # [M,P]
         predicted = F.normalize(self.predict(features))  # [n,P]
         cosines = (predicted * distinct[own]).sum(1)  # [n]
-        generator = torch.Generator().manual_seed(seed)
+        generator = cpu_generator(seed)
         hits = 0.0
         for row, mine in enumerate(own.tolist()):
             others = _others(mine, len(distinct), generator)
@@ -197,7 +198,7 @@ def _others(own: int, count: int, generator: torch.Generator) -> Tensor:
     """At most 99 numbers of 0..count-1 without `own`."""
     if count <= CANDIDATES:
         return torch.tensor([other for other in range(count) if other != own])
-    drawn = torch.randperm(count - 1, generator=generator)[: CANDIDATES - 1]
+    drawn = random_rows(count - 1, CANDIDATES - 1, generator)
     return drawn + (drawn >= own)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.randomness import cpu_generator, random_rows
 
 # Squared distances by products have a rounding error of about 1e-13 of the vectors' squared length. Below the first
 # number a distance is 0; within the second, relative, two distances are equal.
@@ -99,11 +100,11 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
     size = min(size, len(real), len(fake))
     if size == len(real) == len(fake):
         subsets = 1  # all would be the same
-    generator = torch.Generator().manual_seed(seed)
+    generator = cpu_generator(seed)
     found = []
     for _ in range(subsets):
-        x = real[torch.randperm(len(real), generator=generator)[:size]]
-        y = fake[torch.randperm(len(fake), generator=generator)[:size]]
+        x = real[random_rows(len(real), size, generator)]
+        y = fake[random_rows(len(fake), size, generator)]
         found.append(_polynomial_mmd(x, y))
     values = torch.tensor(found, dtype=torch.float64)
     return KernelDistance(float(values.mean()), float(values.std(correction=0)), subsets, size)

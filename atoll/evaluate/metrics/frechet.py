@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from atoll.condition import Condition, Conditions
 from atoll.errors import AtollError
-from atoll.shapes import per_sample
+from atoll.randomness import seeded_noise
+from atoll.schedule import PATH
 
 # (x [B, ...], t [B], condition of B rows) -> dx/dt [B, ...] on the linear path
 ConditionedVelocity = Callable[[Tensor, Tensor, Any], Tensor]
@@ -246,11 +247,6 @@ def _pooled(images: Tensor, pool: int) -> Tensor:
     return (F.avg_pool2d(images, pool) if pool > 1 else images).flatten(1)
 
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise [B, *shape], one seed per row: a row does not depend on the batch it is drawn in."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 @dataclass(frozen=True)
 class DenoisingError:
     """E |u - (eps - x0)|^2 per latent value, at the times `levels` of the linear path.
@@ -293,13 +289,24 @@ def squared_errors(
 
     Args:
         x0: latents [B, ...].
-        seeds: one per latent; its noise at level m depends on its seed and m alone, whatever is being measured.
+        seeds: one per latent, see `noisy_latents`.
     """
     columns = []
-    for level, t_value in enumerate(levels):
-        eps = seeded_noise([seed * len(levels) + level for seed in seeds], x0.shape[1:]).to(x0)
-        t = torch.full((len(x0),), t_value, dtype=x0.dtype, device=x0.device)
-        x = per_sample(1 - t, x0) * x0 + per_sample(t, x0) * eps
+    for x, eps, t in noisy_latents(x0, levels, seeds):
         error = velocity(x, t, condition) - (eps - x0)
         columns.append(error.square().flatten(1).mean(1))
     return torch.stack(columns, dim=1)
+
+
+def noisy_latents(x0: Tensor, levels: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (x_t [B, ...], eps [B, ...], t [B]) on the linear path at each of the levels.
+
+    Args:
+        x0: latents [B, ...].
+        levels: times t of the linear path, [M].
+        seeds: one per latent; its noise at level m depends on its seed and m alone, whatever is being measured.
+    """
+    for level, time in enumerate(levels):
+        eps = seeded_noise([seed * len(levels) + level for seed in seeds], x0.shape[1:]).to(x0)
+        t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
+        yield PATH.diffuse(x0, eps, t), eps, t

@@ -15,13 +15,11 @@ from atoll.evaluate.diagnostics.routers import (
     BINS,
     HeldOut,
     Reliability,
-    RouterRows,
     RouterScores,
     calibration_error,
     measure_router,
-    noisy,
 )
-from atoll.evaluate.metrics.frechet import squared_errors
+from atoll.evaluate.metrics.frechet import noisy_latents, squared_errors
 from atoll.testing import GaussianMixture
 
 LEVELS = (0.2, 0.5, 0.8)
@@ -37,10 +35,6 @@ def held_out_of(mixture: GaussianMixture, count: int, seed: int = 0) -> HeldOut:
     return HeldOut(x0, labels, range(100, 100 + count))
 
 
-def whole(held_out: HeldOut) -> RouterRows:
-    return next(held_out.batches(len(held_out.x0), "cpu"))
-
-
 def within(measured: float, values: Tensor, sigmas: float = 4) -> None:
     """measured is a mean of len(values) draws whose own expectations are `values` and whose variances are given."""
     expected, variance = values.unbind(-1)
@@ -51,7 +45,7 @@ class TestExactRouter:
     def test_accuracy_and_cross_entropy_are_those_of_the_posterior(self, mixture) -> None:
         held_out = held_out_of(mixture, 2000)
         scores = measure_router(mixture.router, held_out, LEVELS, batch=300)
-        for level, (x, t) in enumerate(noisy(whole(held_out), LEVELS)):
+        for level, (x, _, t) in enumerate(noisy_latents(held_out.x0, LEVELS, held_out.seeds)):
             log_p = mixture.router(x, t)
             p = log_p.exp()
             best, entropy = p.amax(1), -(p * log_p).sum(1)
@@ -184,16 +178,22 @@ class TestScores:
         assert parts.cross_entropy == pytest.approx(together.cross_entropy)
         assert parts.ece == pytest.approx(together.ece)
 
-    def test_asks_at_the_points_of_the_denoising_error(self, mixture) -> None:
-        held_out, asked = held_out_of(mixture, 5), []
+    def test_router_sees_the_noisy_latents_of_the_denoising_error(self, mixture) -> None:
+        held_out = held_out_of(mixture, 5)
+        of_error, of_router = [], []
 
         def velocity(x: Tensor, t: Tensor, _: object) -> Tensor:
-            asked.append((x, t))
+            of_error.append((x, t))
             return x
 
+        def router(x: Tensor, t: Tensor, pooled: Tensor | None) -> Tensor:
+            of_router.append((x, t))
+            return mixture.router(x, t)
+
         squared_errors(velocity, held_out.x0, None, LEVELS, held_out.seeds)
-        for (x, t), (expected_x, expected_t) in zip(noisy(whole(held_out), LEVELS), asked, strict=True):
-            torch.testing.assert_close(x, expected_x)
+        measure_router(router, held_out, LEVELS)
+        for (x, t), (expected_x, expected_t) in zip(of_router, of_error, strict=True):
+            assert torch.equal(x, expected_x)
             assert torch.equal(t, expected_t)
 
 

@@ -26,9 +26,9 @@ from atoll.evaluate.diagnostics.trajectory import (
     mean_of_pairs,
     start_steps,
 )
-from atoll.evaluate.metrics.frechet import seeded_noise
 from atoll.evaluate.pages.diagnose_page import diagnostics_html, diagnostics_json
 from atoll.objective import Objective
+from atoll.randomness import seeded_noise
 from atoll.schedule import Linear
 from atoll.solver import sample
 from atoll.testing import GaussianMixture

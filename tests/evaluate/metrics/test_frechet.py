@@ -17,7 +17,6 @@ from atoll.evaluate.metrics.frechet import (
     bias_warning,
     frechet_distance,
     metric_name,
-    seeded_noise,
     squared_errors,
 )
 from atoll.testing import GaussianMixture
@@ -275,13 +274,6 @@ class TestPixelPCA:
     def test_refuses_no_images(self) -> None:
         with pytest.raises(AtollError, match="no images"):
             PixelPCA.fit([])
-
-
-class TestNoise:
-    def test_a_row_depends_on_its_seed_alone(self) -> None:
-        together = seeded_noise([5, 6, 7], (1, 3, 4))
-        assert torch.equal(together[1:2], seeded_noise([6], (1, 3, 4)))
-        assert not torch.equal(together[0], together[1])
 
 
 class TestDenoisingError:
