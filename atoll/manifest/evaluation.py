@@ -1,4 +1,4 @@
-"""What is measured of a model: the `evaluate` section."""
+"""The `evaluate` section: what is measured of a model."""
 
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +14,11 @@ EVEN = "even"
 class SpaceSettings(Section):
     """A feature space, in which drawn and real images are compared.
 
-    feature: as in the `feature` section; or {name: inception, weights: ...}, whose distance is FID. components: a
-    projection on so many principal components of the real images' features; None: the whole vector. statistics: a
-    file with mean and covariance of other images' features (`atoll statistics`, or an .npz with mu and sigma), to
-    which a Fréchet distance is taken too; then the components are theirs.
+    Attributes:
+        feature: as in the `feature` section; or {name: inception, weights: ...}, whose distance is FID.
+        components: project on this many principal components of the real images' features; None: the whole vector.
+        statistics: a file with mean and covariance of other images' features (`atoll statistics`, or an .npz with mu
+            and sigma), for a second Fréchet distance. The components are then those of the file.
     """
 
     feature: dict[str, Any]
@@ -26,9 +27,10 @@ class SpaceSettings(Section):
 
 
 class DiversitySettings(Section):
-    """How unlike the images of one prompt are: `images` for each of `prompts` (HDDM: 10 for each of 100).
+    """Diversity within a prompt: `images` for each of `prompts` (HDDM: 10 for each of 100).
 
-    feature: the network whose taps make the perceptual distance; {name: lpips} for LPIPS itself.
+    Attributes:
+        feature: the network whose taps define the perceptual distance; {name: lpips} for LPIPS itself.
     """
 
     feature: dict[str, Any]
@@ -37,12 +39,14 @@ class DiversitySettings(Section):
 
 
 class SweepSettings(Section):
-    """Every combination of the axes that are named is measured; one that is not keeps the ensemble's own value.
+    """The axes of a sweep: every combination is measured. An axis without values keeps the ensemble's own.
 
-    alignment: "snr", "native", "snr-clamp" (HDDM's clamp instead of calibrations), "snr-alone". experts: by a name of
-    the choice, whose expert is taken of each cluster: {mixed: {all: flow, 0: eps-cosine, 1: [flow, eps-cosine]}}.
-    grid: "even" steps in t, or a schedule, in whose own time they are even ("cosine": with euler, that is DDIM).
-    monolith, student: they are measured too, with each number of steps and each guidance.
+    Attributes:
+        alignment: "snr", "native", "snr-clamp" (HDDM's clamp instead of calibrations), "snr-alone".
+        experts: named choices of one expert (or replicas) per cluster, by objective:
+            {mixed: {all: flow, 0: eps-cosine, 1: [flow, eps-cosine]}}.
+        grid: "even" steps in t, or a schedule in whose time the steps are even ("cosine" with euler is DDIM).
+        monolith, student: measure them too, with each number of steps and each guidance.
     """
 
     routing: tuple[str, ...] = ()
@@ -83,8 +87,12 @@ class SweepSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """What the report's numbers depend on. images: per variant; steps, method, guidance_scale: of the images measured
-    (those of the grid are drawn by the ensemble's own defaults)."""
+    """The settings that the report's numbers depend on.
+
+    Attributes:
+        images: per variant.
+        steps, method, guidance_scale: of the measured images; the grid uses the ensemble's own defaults.
+    """
 
     renamed: ClassVar[dict[str, str]] = {"kept": "max_features", "diagnosed": "diagnostic_samples"}
 
@@ -93,20 +101,19 @@ class EvaluateSettings(Section):
     method: Method = "dpm++2m"
     guidance_scale: float = 1.0
     components: PositiveInt = 48  # of the PCA of pixels
-    spaces: tuple[SpaceSettings, ...] = ()  # beside that PCA, which is always measured in
-    max_features: PositiveInt = 5000  # features at most, of either side, for what compares image with image
+    spaces: tuple[SpaceSettings, ...] = ()  # in addition to that PCA
+    max_features: PositiveInt = 5000  # per side, for metrics that compare image with image
     diversity: DiversitySettings | None = None
     clip: dict[str, Any] | None = None  # for the CLIP score: {weights: openai/clip-vit-large-patch14}
-    diagnostic_samples: int = Field(
-        0, ge=0
-    )  # trajectories, and held-out latents, for the alignment diagnostics; 0: none
-    sweep: tuple[SweepSettings, ...] = ()  # what is measured instead of the usual variants
-    reference: PositiveInt = 20_000  # real images at most
-    held_out: PositiveInt = 128  # latents at most
+    # Trajectories and held-out latents for the alignment diagnostics; 0: none.
+    diagnostic_samples: int = Field(0, ge=0)
+    sweep: tuple[SweepSettings, ...] = ()  # measured instead of the usual variants
+    reference: PositiveInt = 20_000  # maximum number of real images
+    held_out: PositiveInt = 128  # maximum number of latents
     levels: tuple[float, ...] = tuple((2 * i + 1) / 20 for i in range(10))  # t of the denoising error
     prompts: tuple[str, ...] = ()  # of the grid; none: captions of held-out images
     seeds: PositiveInt = 4  # images per prompt in the grid
     batch: PositiveInt = 128
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the codec; auto: bf16 where the hardware multiplies it
-    workers: PositiveInt | None = None  # batches side by side, each on its share of threads; None: one per core
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the codec; auto: bf16 if the hardware has it
+    workers: PositiveInt | None = None  # parallel batches, each with its part of the threads; None: one per core
     seed: int = Field(0, ge=0)

@@ -16,7 +16,7 @@ from atoll.manifest.base import Section
 from atoll.manifest.evaluation import EvaluateSettings
 
 MANIFEST = "atoll.yaml"
-# Inside an installed package the recipes lie in it; in a checkout they lie beside it.
+# An installed package contains the recipes; in a checkout they are beside it.
 RECIPES = next(
     d for d in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes", Path()) if d.is_dir()
 )
@@ -60,10 +60,14 @@ class DataSettings(Section):
 
 
 class ClusterSettings(Section):
-    """k clusters from `fine` centroids (None: what the data bears); method as in `atoll.cluster`.
+    """The clustering.
 
-    router_fraction: the share of all images that is set apart, as clusters/router, for the router to learn from; None:
-    it learns from the whole of encoded/.
+    Attributes:
+        k: number of clusters.
+        fine: number of fine centroids; None: as many as the data supports.
+        method: as in `atoll.cluster`.
+        router_fraction: fraction of all images set apart as clusters/router for the router's training; None: it trains
+            on all of encoded/.
     """
 
     k: PositiveInt = 4
@@ -73,7 +77,7 @@ class ClusterSettings(Section):
 
 
 class NetworkSettings(Section):
-    """The free choices of a DiT; the latent's shape and the text's width come from the data."""
+    """The sizes of a DiT; the latent's shape and the text's width come from the data."""
 
     patch: PositiveInt = 4
     width: PositiveInt = 128
@@ -85,7 +89,7 @@ class NetworkSettings(Section):
 
 
 class TrainSettings(Section):
-    """The training loop. What fits which GPU with which switches, `atoll plan` tells."""
+    """The training loop. `atoll plan` computes what fits which GPU with which switches."""
 
     renamed: ClassVar[dict[str, str]] = {"hold_back": "calibration_holdout"}
 
@@ -93,48 +97,47 @@ class TrainSettings(Section):
     batch: PositiveInt = 64  # rows per step, over all processes and accumulated parts
     lr: float = Field(1e-3, gt=0)
     warmup: int = Field(50, ge=0)
-    decay_from: float = Field(1.0, ge=0, le=1)  # the share of steps after which lr falls linearly to 0; 1: never
+    decay_from: float = Field(1.0, ge=0, le=1)  # fraction of steps after which lr falls linearly to 0; 1: never
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = Field(1.0, gt=0)
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
-    ema_profiles: tuple[float, ...] = ()  # widths of power-function averages, kept for `atoll ema` (EDM2, 2312.02696)
-    ema_snapshot_every: PositiveInt = 5000  # steps between two of their states on the disk
-    init: str | None = None  # an expert's directory, from the run's, whose weights experts start with
+    ema_profiles: tuple[float, ...] = ()  # widths of power-function averages for `atoll ema` (EDM2, 2312.02696)
+    ema_snapshot_every: PositiveInt = 5000  # steps between two snapshots of these averages
+    init: str | None = None  # an expert's directory, relative to the run's, to start from
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
-    calibration_holdout: float = Field(
-        0.0, ge=0, lt=1
-    )  # share of the training rows kept for calibration; 0: the val split
+    # Fraction of the training rows held out for calibration; 0: the val split is used.
+    calibration_holdout: float = Field(0.0, ge=0, lt=1)
     # Speed and memory.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 where the hardware multiplies it
-    threads: PositiveInt = 1  # of a process on a CPU
-    accumulate: PositiveInt = 1  # parts of a batch, one after the other
-    compile: bool = False  # each block, once
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 if the hardware has it
+    threads: PositiveInt = 1  # per process on a CPU
+    accumulate: PositiveInt = 1  # micro-batches of a step
+    compile: bool = False  # compile each block
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     optimizer_state: Literal["fp32", "8bit"] = "fp32"
     ema_device: Literal["same", "cpu"] = "same"
-    sharding: Literal["replicate", "shard"] = "replicate"  # of several processes: DDP, or FSDP2
-    # What is watched, and how often, in steps; 0: never.
+    sharding: Literal["replicate", "shard"] = "replicate"  # several processes: DDP or FSDP2
+    # Checkpoints, logs and samples: steps between two; 0: never.
     checkpoint_every: PositiveInt = 200
     log_every: PositiveInt = 10
     validate_every: int = Field(1000, ge=0)
     sample_every: int = Field(0, ge=0)
     track: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # auto: TensorBoard if it is installed
-    spike: float = Field(8.0, gt=1)  # standard deviations of the log-loss that roll training back; so does NaN
+    spike: float = Field(8.0, gt=1)  # a rise of the log-loss by this many standard deviations rolls back, as NaN does
 
     @model_validator(mode="after")
     def _divisible(self) -> "TrainSettings":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
         for width in self.ema_profiles:
-            if not 0 < width < 0.288:  # 0.2887 is the plain mean's
+            if not 0 < width < 0.288:  # the plain mean has 0.2887
                 raise ValueError(f"ema_profiles: {width}; expected widths sigma_rel above 0 and below 0.288")
         return self
 
 
 class ObjectiveSettings(Section):
-    """What `atoll.objective.Objective` takes; checked by it."""
+    """The arguments of `atoll.objective.Objective`, which checks them."""
 
     prediction: str
     schedule: str | dict[str, Any]
@@ -171,7 +174,7 @@ class ExpertSettings(Section):
 
 
 class RouterNetworkSettings(NetworkSettings):
-    """pooled: the router sees the condition's pooled vector too, p(cluster | x_t, t, text); else x_t alone (HDDM)."""
+    """The router's sizes. pooled: it also reads the pooled vector, p(cluster | x_t, t, text); else x_t only (HDDM)."""
 
     width: PositiveInt = 64
     depth: PositiveInt = 2
@@ -183,8 +186,9 @@ class RouterNetworkSettings(NetworkSettings):
 class RouterSettings(Section):
     """The router's network and its training.
 
-    path: what it learns to read: latents on the linear path, as sampling shows them to it ("linear"), or each on the
-    schedule of its cluster's first expert, as that was trained ("experts"; HDDM leaves open which).
+    Attributes:
+        path: the noisy latents it is trained on: on the linear path, as in sampling ("linear"), or on the schedule of
+            the cluster's first expert ("experts"; HDDM leaves open which).
     """
 
     network: RouterNetworkSettings = RouterNetworkSettings()
@@ -201,13 +205,18 @@ class MonolithSettings(Section):
 
 
 class StudentSettings(MonolithSettings):
-    """The dense model that learns from the ensemble (DDM section 5). teacher: the expert that owns a sample's cluster,
-    which needs no router, or the whole ensemble, as it is routed."""
+    """The dense model that is distilled from the ensemble (DDM section 5).
+
+    Attributes:
+        teacher: the expert that owns a sample's cluster, which needs no router, or the routed ensemble.
+    """
 
     teacher: Literal["owner", "ensemble"] = "owner"
 
 
 class SamplingSettings(Section):
+    """The defaults of sampling, saved in the ensemble."""
+
     steps: PositiveInt = 25
     guidance_scale: float = 2.0
     method: Method = "euler"
@@ -272,27 +281,33 @@ class Manifest(Section):
         return TrainSettings(**{**self.train.model_dump(), **part.train})
 
     def find_expert(self, wanted: str) -> ExpertSettings:
-        """By full name ("3-eps-cosine"), or by cluster ("3") where it has one expert.
+        """Find an expert by full name ("3-eps-cosine"), or by cluster ("3") if it has only one expert.
 
         Raises:
-            AtollError: none, or several replicas of that cluster.
+            AtollError: no such expert, or several replicas of that cluster.
         """
-        found = [e for e in self.experts if wanted in (e.full_name, str(e.cluster))]
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(e.full_name for e in (found or self.experts))
-        problem = f"cluster {wanted} has {len(found)} experts" if found else f"no expert {wanted!r} in {MANIFEST}"
+        matches = [e for e in self.experts if wanted in (e.full_name, str(e.cluster))]
+        if len(matches) == 1:
+            return matches[0]
+        names = ", ".join(e.full_name for e in (matches or self.experts))
+        problem = f"cluster {wanted} has {len(matches)} experts" if matches else f"no expert {wanted!r} in {MANIFEST}"
         raise AtollError(f"{problem}; expected one of {names}")
 
 
 def parse_manifest(text: str, where: str) -> Manifest:
-    """Raises AtollError with the first problem: the key, what was got, what is expected."""
+    """Parse and validate the text of an atoll.yaml; `where` begins the messages.
+
+    Raises:
+        AtollError: the first problem: the key, what was got, what is expected.
+    """
+    # Read the YAML.
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise AtollError(f"{where}: holds {type(content).__name__}; expected keys such as name, data, experts")
+    # Validate; report the first problem.
     try:
         return Manifest(**content)
     except ValidationError as error:
@@ -307,7 +322,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> str:
-    """What may stand where an unknown key was found."""
+    """The known keys at the place of an unknown one."""
     model: Any = Manifest
     for part in location[:-1]:
         if isinstance(part, int):
@@ -321,10 +336,10 @@ def _known_keys(location: tuple[int | str, ...]) -> str:
 
 
 def load_manifest(run: Path) -> Manifest:
-    """The manifest of the run directory (or the yaml file) `run`.
+    """Load the manifest of a run directory, or of a yaml file.
 
     Raises:
-        AtollError: no such file, or anything in it that is unknown or out of range.
+        AtollError: no such file, or an unknown key or bad value in it.
     """
     file = run / MANIFEST if run.is_dir() else run
     try:
@@ -339,10 +354,10 @@ def load_manifest(run: Path) -> Manifest:
 
 
 def recipe_path(name: str) -> Path:
-    """A built-in recipe by name ("demo"), or a path to one.
+    """Find a built-in recipe by name ("demo"), or a recipe by its path.
 
     Raises:
-        AtollError: neither.
+        AtollError: neither exists.
     """
     for candidate in (RECIPES / f"{name}.yaml", Path(name)):
         if candidate.is_file():

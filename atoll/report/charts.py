@@ -1,12 +1,12 @@
-"""Drawings that stand inside an HTML page: charts as SVG in the page's own colours."""
+"""Charts for HTML pages: SVG in the page's own colours."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 520, 340  # of a chart, in its own units: readable when a phone shrinks it to 360 px
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48  # its margins
+WIDTH, HEIGHT = 520, 340  # of a chart, in SVG units: readable when a phone shrinks it to 360 px
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 48  # margins
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,17 @@ def line_chart(
     log_y: bool = False,
     include: Sequence[float] = (),
 ) -> str:
-    """An SVG with its legend below. `label` is the text alternative; `include`: values that the y axis must reach. What
-    is not finite (or, on a logarithmic axis, not positive) is left out."""
+    """Draw an SVG chart with its legend below.
+
+    Values that are not finite (or, on a logarithmic axis, not positive) are left out.
+
+    Args:
+        label: the text alternative.
+        include: values that the y axis must cover.
+    """
+    # The range of the axes.
     points = {line.name: _finite(line, log_y) for line in lines}
-    values = [*include, *(y for kept in points.values() for _, y in kept)]
+    values = [*include, *(y for line in points.values() for _, y in line)]
     ticks = _log_ticks(values) if log_y else _ticks(*_extent(values))
     low, high = (math.log(ticks[0]), math.log(ticks[-1])) if log_y else (ticks[0], ticks[-1])
 
@@ -44,6 +51,7 @@ def line_chart(
         position = ((math.log(y) if log_y else y) - low) / (high - low)
         return HEIGHT - BOTTOM - position * (HEIGHT - TOP - BOTTOM)
 
+    # Grid lines and tick labels.
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     for tick in ticks:
         y = at_y(tick)
@@ -51,10 +59,12 @@ def line_chart(
         parts.append(f'<text x="{LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{tick:g}</text>')
     for tick in _ticks(*x_range):
         parts.append(f'<text x="{at_x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:g}</text>')
+    # Axis labels.
     middle = (TOP + HEIGHT - BOTTOM) / 2
     centre = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{centre}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
+    # The lines themselves.
     for line in lines:
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points[line.name])
         parts.append(f'<polyline points="{path}" {_stroke(line)}/>')
@@ -62,7 +72,7 @@ def line_chart(
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """A list of the lines' names, each with its stroke."""
+    """An HTML list of the lines' names, each with its stroke."""
     key = '<svg viewBox="0 0 28 10" aria-hidden="true"><line x1="1" x2="27" y1="5" y2="5" {}/></svg>'
     entries = (f"<li>{key.format(_stroke(line))}{escape(line.name)}</li>" for line in lines)
     return f'<ul class="legend">{"".join(entries)}</ul>'
@@ -79,12 +89,14 @@ def _finite(line: Line, positive: bool) -> list[tuple[float, float]]:
 
 def _extent(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
-    apart = high - low > 1e-9 * max(abs(low), abs(high))  # else the ticks between them would be one
+    # Equal values still need an axis of some length.
+    apart = high - low > 1e-9 * max(abs(low), abs(high))
     return (low, high) if apart else (low, low + 1)
 
 
 def _ticks(low: float, high: float) -> list[float]:
     """About five round numbers that enclose [low, high]."""
+    # The step is 1, 2 or 5 times a power of ten.
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -97,6 +109,7 @@ def _log_ticks(values: Sequence[float]) -> list[float]:
     low, high = _extent(values or [1.0, 10.0])
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 4 else (1,)
+    # Cut off ticks beyond the values, but keep one on either side.
     ticks = [factor * 10.0**decade for decade in decades for factor in factors]
     first = max((i for i, tick in enumerate(ticks) if tick <= low * 1.0001), default=0)
     last = min((i for i, tick in enumerate(ticks) if tick >= high * 0.9999), default=len(ticks) - 1)

@@ -1,4 +1,4 @@
-"""The words that tell one group of captions from all: shown by the reports."""
+"""The words that distinguish one group of captions from all captions, for the reports."""
 
 import math
 import re
@@ -9,15 +9,21 @@ WORDS = 6  # per group
 
 
 def count_words(captions: Iterable[str]) -> Counter[str]:
-    """In how many captions each word stands."""
+    """The number of captions that contain each word."""
     return Counter(word for caption in captions for word in set(re.findall(r"[^\W_]+", caption.lower())))
 
 
 def distinctive_words(
     counts: Counter[str], captions: int, overall: Counter[str], total: int
 ) -> tuple[tuple[str, float, float], ...]:
-    """(word, share p here, share q overall) of the words commoner here, by p log(p/q): what tells most."""
-    shares = [(word, count / captions, overall[word] / total) for word, count in counts.items()]
-    above = [share for share in shares if share[1] > share[2]]
-    above.sort(key=lambda share: (-share[1] * math.log(share[1] / share[2]), share[0]))
+    """The most distinctive words of a group, as (word, fraction p here, fraction q overall), by p log(p/q).
+
+    Args:
+        counts, captions: of the group, as `count_words` returns them, and its number of captions.
+        overall, total: the same of all captions.
+    """
+    fractions = [(word, count / captions, overall[word] / total) for word, count in counts.items()]
+    # Only words that are more common here; ties in alphabetical order.
+    above = [entry for entry in fractions if entry[1] > entry[2]]
+    above.sort(key=lambda entry: (-entry[1] * math.log(entry[1] / entry[2]), entry[0]))
     return tuple(above[:WORDS])

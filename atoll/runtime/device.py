@@ -1,4 +1,4 @@
-"""What the hardware can do."""
+"""Devices, bf16 support and cores of this machine."""
 
 import os
 
@@ -11,7 +11,7 @@ def best_device() -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 run in hardware there (Ampere and later; AMX or AVX512-BF16)."""
+    """Whether the device has bf16 matrix products in hardware (Ampere and later; AMX or AVX512-BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -20,5 +20,5 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def cores() -> int:
-    """The processor's cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))

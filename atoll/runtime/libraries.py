@@ -10,7 +10,7 @@ from atoll.errors import AtollError
 
 
 def import_library(name: str) -> ModuleType:
-    """An optional library. Raises AtollError with what to install."""
+    """Import an optional library. Raises AtollError that names what to install."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -19,12 +19,12 @@ def import_library(name: str) -> ModuleType:
 
 @contextmanager
 def quiet(name: str) -> Iterator[ModuleType]:
-    """transformers or diffusers, without warnings and progress bars while the block runs; afterwards all is as it was.
+    """Import transformers or diffusers without warnings and progress bars inside the block; settings are restored.
 
     Raises:
-        AtollError: it is not installed.
+        AtollError: the library is not installed.
     """
-    # Importing them imports what else is installed, and that logs too.
+    # Importing them also imports other installed packages, which log too: silence all logging meanwhile.
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING))
     try:

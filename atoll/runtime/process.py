@@ -1,8 +1,7 @@
-"""A function in a process of its own, which may die without taking this one along.
+"""Run a function in a separate process, whose crash does not end this one.
 
-Beside multiprocessing's, such a process imports only what the function needs (not the main module of the program, which
-may be a training script with torch at its top), does not hear Ctrl-C, and ends with its parent, even with one killed by
-force, and even in the middle of a call.
+Unlike a process of multiprocessing, it imports only what the function needs (not the program's main module, which may
+import torch), ignores Ctrl-C, and ends with its parent, even if the parent is killed or a call is running.
 """
 
 import os
@@ -21,14 +20,16 @@ _CHILD = "from atoll.runtime.process import serve; serve()"
 
 
 class Crashed(Exception):
-    """The process ended before it answered. Its text says how: "signal 11", "exit code 1"."""
+    """The process ended before it answered. The text says how: "signal 11", "exit code 1"."""
 
 
 class Remote:
-    """Calls a function in a process of its own, which starts at the first call, and anew after one that crashed.
+    """Calls a function in a separate process, which starts at the first call and restarts after a crash.
 
-    function: anything that can be pickled, and imported there without what only this process has. Not for two threads
-    at a time; only `kill` may come from another.
+    Not thread-safe, except that `kill` may come from another thread.
+
+    Args:
+        function: anything that can be pickled and imported in a fresh process.
     """
 
     def __init__(self, function: Callable[[Any], Any]):
@@ -36,10 +37,10 @@ class Remote:
         self._process: subprocess.Popen[bytes] | None = None
 
     def map(self, arguments: Sequence[Any]) -> list[Any]:
-        """What the function makes of each argument: its result, or the exception that it raised (not thrown here).
+        """Return the function's result for each argument, or the exception that it raised (returned, not raised).
 
         Raises:
-            Crashed: the process died over one of them; nothing is known of the others.
+            Crashed: the process died at one of them; the results of the others are lost.
             AtollError: no process can be started.
         """
         process = self._process = self._process or self._start()
@@ -52,7 +53,7 @@ class Remote:
         return answers
 
     def kill(self) -> None:
-        """Ends the process, whatever it does. A call that waits for it in another thread raises Crashed."""
+        """Kill the process. A call that waits for it in another thread raises Crashed."""
         if (process := self._process) is not None:
             process.kill()
             _end(process)
@@ -63,9 +64,10 @@ class Remote:
             [sys.executable, "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # a process is one thread's worth of work
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},  # one thread per process
             start_new_session=True,  # Ctrl-C reaches the parent alone
         )
+        # Send the function; the process answers with what went wrong, or None.
         try:
             failure = _ask(process, self._function)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -78,24 +80,27 @@ class Remote:
 
 
 def serve() -> None:
-    """The other side: answers what comes in at stdin, until that ends."""
+    """The child's main loop: answer requests from stdin until it closes."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the function prints must not get between the answers
+    # Redirect stdout to stderr: what the function prints must not mix with the answers.
+    os.dup2(2, 1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
+        # First request: the function.
         try:
             function, failure = pickle.load(requests), None
-        except Exception as error:  # an import that fails, of whatever kind
+        except Exception as error:  # any failing import
             function, failure = None, f"{type(error).__name__}: {error}"
         _send(answers, failure)
+        # Then lists of arguments.
         while True:
             _send(answers, [_outcome(function, argument) for argument in pickle.load(requests)])
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent is done, or gone
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent has finished or died
         os._exit(0)
 
 
 def _end_with(parent: int) -> None:
-    """A busy process would learn of its parent's death only when it answers, one that hangs never."""
+    """End this process when its parent has died: a busy one would notice late, a hanging one never."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(0)
@@ -123,7 +128,7 @@ def _ask(process: "subprocess.Popen[bytes]", request: bytes) -> Any:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> str:
-    """Waits for a process that will not answer any more, and says how it ended."""
+    """Wait for a process that no longer answers, and return how it ended."""
     try:
         code = process.wait(timeout=10)
     except subprocess.TimeoutExpired:
