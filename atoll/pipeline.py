@@ -18,7 +18,7 @@ from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
 from atoll.errors import AtollError
 from atoll.randomness import seeded_noise
-from atoll.report.page import colour, document, weight_strip
+from atoll.report.page import colour, document, table, weight_strip
 from atoll.solver import sample
 from atoll.storage.artifact import write_bytes, write_json
 
@@ -282,6 +282,6 @@ def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces
         f"<p>One column per step ({len(rows[0][0])}, from noise at the left, t = 1, to the image at the right, "
         f"t = 0); the height of a colour is the expert's weight.</p><p>{key}</p>"
     )
-    table = f'<table class="usage"><tbody>{lines}</tbody></table>'
-    page = document("Who was asked when", lead, [("Prompts", table)])
+    strips = table("", lines, "Weights of the experts by step", "usage")
+    page = document("Who was asked when", lead, [("Prompts", strips)])
     write_bytes(file.with_suffix(".html"), page.encode())

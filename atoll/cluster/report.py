@@ -12,7 +12,7 @@ from atoll.cluster.nearest import Workers
 from atoll.cluster.report_rows import ReportRow, ReportRows
 from atoll.encoders.codec import Codec, build_codec
 from atoll.errors import AtollError
-from atoll.report.page import colour, document, image_sheet, number
+from atoll.report.page import colour, document, image_sheet, number, table
 from atoll.runtime.device import best_device
 
 REPORT = "report.html"
@@ -84,13 +84,11 @@ def _shares(card: dict[str, Any]) -> str:
         )
         rows.append(
             f"<tr><th scope=row>cluster {c}</th><td>{count['train']:,}</td><td>{count['val']:,}</td>"
-            f"<td>{share:.1%}</td><td>{share * len(counts):.2f}</td><td style='width:50%'>{bar}</td></tr>"
+            f"<td>{share:.1%}</td><td>{share * len(counts):.2f}</td><td>{bar}</td></tr>"
         )
     head = "<th></th><th>training images</th><th>held out</th><th>share</th><th>times fair</th><th></th>"
-    return (
-        f'<div class="wide"><table style="width:100%"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        f"</table></div>\n<p>Shares of the training images; the rule is the fair share, {1 / len(counts):.1%}.</p>"
-    )
+    shares = table(f"<tr>{head}</tr>", "".join(rows), "Images of each cluster", "bars")
+    return f"{shares}\n<p>Shares of the training images; the rule is the fair share, {1 / len(counts):.1%}.</p>"
 
 
 def _quality(card: dict[str, Any]) -> str:

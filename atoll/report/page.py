@@ -28,6 +28,22 @@ def colour(index: int) -> str:
     return f"var(--c{index})" if index < COLOURS else f"hsl({index * 137.5 % 360:.0f} 55% 50%)"
 
 
+def table(head: str, body: str, label: str, kind: str = "") -> str:
+    """A table that no screen cuts: wider than the text where there is room, else it scrolls by itself.
+
+    Args:
+        head: HTML of the rows of the head, "" for a table without one.
+        body: HTML of the other rows.
+        label: what the table shows, in plain text, for who cannot see it.
+        kind: a class of the style sheet: "usage" and "bars" for drawn cells, "text" for words that wrap.
+    """
+    head = f"<thead>{head}</thead>" if head else ""
+    return (
+        f'<div class="wide {kind}" role="region" tabindex="0" aria-label="{escape(label)}">'
+        f"<table>{head}<tbody>{body}</tbody></table></div>"
+    )
+
+
 def image_sheet(images: Tensor, columns: int, side: int = 64, gap: int = 1, lossy: bool = False) -> str:
     """A data URI of images [B, 1 or 3, h, w] in [0, 1] on one sheet, row by row.
 
@@ -80,9 +96,9 @@ def number(value: float | None, digits: int = 3, missing: str = "diverged") -> s
 
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1c1c1a;--soft:#8b8a83;--rule:#dcdbd5;--page:#fbfbf9;--box:#f2f1ec;
+:root{color-scheme:light dark;--ink:#1c1c1a;--soft:#8b8a83;--rule:#dcdbd5;--page:#fbfbf9;--box:#f2f1ec;--shade:#0004;
 --c0:#2a78d6;--c1:#eb6834;--c2:#1baf7a;--c3:#eda100;--c4:#e87ba4;--c5:#008300;--c6:#4a3aa7;--c7:#e34948}
-@media(prefers-color-scheme:dark){:root{--ink:#eceae3;--soft:#908f87;--rule:#3a3934;--page:#191917;--box:#24231f;
+@media(prefers-color-scheme:dark){:root{--ink:#eceae3;--soft:#908f87;--rule:#3a3934;--page:#191917;--box:#24231f;--shade:#fff4;
 --c0:#3987e5;--c1:#d95926;--c2:#199e70;--c3:#c98500;--c4:#d55181;--c5:#2fa02f;--c6:#9085e9;--c7:#e66767}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
@@ -96,12 +112,17 @@ p{max-width:46rem}figure{margin:1rem 0}figcaption{color:var(--ink);font-size:.9r
 .cards figure,.pair figure{margin:0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
 img{display:block;width:100%;image-rendering:pixelated}
-.wide{overflow-x:auto}
+.wide{width:max-content;min-width:100%;max-width:calc(100vw - 3rem);position:relative;left:50%;
+transform:translateX(-50%);overflow-x:auto;background:
+linear-gradient(to right,var(--page) 40%,transparent) left/2.5rem 100% no-repeat local,
+linear-gradient(to left,var(--page) 40%,transparent) right/2.5rem 100% no-repeat local,
+linear-gradient(to right,var(--shade),transparent) left/.9rem 100% no-repeat scroll,
+linear-gradient(to left,var(--shade),transparent) right/.9rem 100% no-repeat scroll}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th[scope=row]{text-align:left;font-weight:500;white-space:normal;min-width:8rem;background:var(--page)}
 .wide th[scope=row]{position:sticky;left:0}
-thead th{font-weight:600;vertical-align:bottom}
+thead th{font-weight:600;vertical-align:bottom;white-space:normal}
 tr.ensemble+tr.expert>*,tr.expert+tr.monolith>*{border-top:2px solid var(--rule)}
 small{display:block;color:var(--soft);font-weight:400}
 .chart{display:block;width:100%;max-width:40rem;overflow:visible}
@@ -110,10 +131,14 @@ small{display:block;color:var(--soft);font-weight:400}
 .legend svg{width:1.75rem;height:.65rem;margin-right:.4rem}
 i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4em}
 .strip{display:block;width:100%;min-width:6rem;height:2rem}
-.usage{width:100%}.usage td{width:36%;padding:.2rem .4rem}.usage thead th{text-align:left;padding-left:.4rem}
+.usage table{width:100%}.usage td{width:36%;padding:.2rem .4rem}.usage thead th{text-align:left;padding-left:.4rem}
+.bars table{width:100%}.bars td:last-child{width:50%}
+.usage,.bars,.text{width:auto}
+.text :is(td,thead th){text-align:left;vertical-align:top}
+.text td{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 @media(max-width:30rem){dl{display:block}dd{margin-bottom:.4rem}
-table{font-size:.8rem}th,td{padding:.3rem .35rem}thead th{white-space:normal}th[scope=row]{min-width:6.5rem}
-.usage td{width:32%}}
+table{font-size:.8rem}th,td{padding:.3rem .35rem}th[scope=row]{min-width:6.5rem}
+.usage td{width:32%}.wide{max-width:calc(100vw - 2rem)}}
 """.strip()

@@ -2,12 +2,15 @@
 
 import base64
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from atoll.report.page import document, image_sheet, number, weight_strip
+import atoll
+from atoll.report.page import STYLE, document, image_sheet, number, table, weight_strip
 
 
 def test_titles_are_escaped_and_nothing_is_loaded_from_elsewhere() -> None:
@@ -17,6 +20,21 @@ def test_titles_are_escaped_and_nothing_is_loaded_from_elsewhere() -> None:
     assert "<p>content</p>" in page
     assert "http" not in page
     assert "<script" not in page
+
+
+def test_a_table_is_in_a_container_that_scrolls() -> None:
+    html = table("<tr><th>FD</th></tr>", "<tr><td>1</td></tr>", "scores of a & b", "text")
+    assert re.fullmatch(r'<div class="wide text"[^>]*><table>.*<td>1</td>.*</table></div>', html)
+    assert 'aria-label="scores of a &amp; b"' in html
+    assert 'tabindex="0"' in html  # the keyboard can scroll it
+    (rule,) = re.findall(r"^\.wide\{(.*?)\}", STYLE, flags=re.M | re.S)
+    assert "overflow-x:auto" in rule
+    assert "max-width:calc(100vw - " in rule
+
+
+def test_no_page_writes_a_table_of_its_own() -> None:
+    package = Path(atoll.__file__).parent
+    assert [file.name for file in package.rglob("*.py") if "<table" in file.read_text()] == ["page.py"]
 
 
 @pytest.mark.parametrize(

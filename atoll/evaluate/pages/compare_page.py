@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from atoll.evaluate.compare import Difference, Measured, differences, likeness, open_measured
-from atoll.report.page import document, image_sheet, number
+from atoll.report.page import document, image_sheet, number, table
 from atoll.storage.artifact import write_bytes, write_json
 
 FORMAT = 1
@@ -53,7 +53,7 @@ def _say_difference(d: Difference) -> str:
 
 def to_html(a: Measured, b: Measured, found: list[Difference], alike: tuple[float, float]) -> str:
     """The page: no scripts, no files beside it."""
-    sections = [("Counters", _numbers(found)), ("Images", _images(a, b)), ("How each was made", _made(a, b))]
+    sections = [("Numbers", _numbers(found)), ("Images", _images(a, b)), ("How each was made", _made(a, b))]
     lead = (
         f"<p><b>A</b>: {escape(a.title)}. <b>B</b>: {escape(b.title)}. Both drew the same prompts from the same noise "
         f"and denoised the same held-out latents. Images from the same noise correlate by {alike[0]:.2f}, those "
@@ -73,8 +73,7 @@ def _numbers(found: list[Difference]) -> str:
         "the paired differences, of what is computed from all features by a jackknife that leaves out one of 20 groups "
         "of images after the other. <b>Bold</b>: the interval leaves 0 out. The interval is of the images drawn, "
         "not of trainings: another seed of training may differ by more.</p>"
-        f'<div class="wide"><table><thead><tr><th></th><th>A</th><th>B</th><th>B − A</th></tr></thead><tbody>{rows}'
-        "</tbody></table></div>"
+        + table("<tr><th></th><th>A</th><th>B</th><th>B − A</th></tr>", rows, "Scores of A and B and their difference")
     )
 
 
@@ -105,7 +104,7 @@ def _made(a: Measured, b: Measured) -> str:
         for key, one, two in _settings(a, b)
     )
     head = "<tr><th></th><th>A</th><th>B</th></tr>"
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+    return table(head, rows, "Settings of A and of B", "text")
 
 
 def _settings(a: Measured, b: Measured) -> list[tuple[str, Any, Any]]:

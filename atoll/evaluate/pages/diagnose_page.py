@@ -10,7 +10,7 @@ from atoll.evaluate.diagnostics.experts import CHOSEN, ExpertErrors
 from atoll.evaluate.diagnostics.routers import BINS, RouterScores
 from atoll.evaluate.diagnostics.trajectory import Diagnostics, Refinement, Trajectory
 from atoll.report.charts import Line, line_chart
-from atoll.report.page import colour, number
+from atoll.report.page import colour, number, table
 from atoll.storage.artifact import finite
 
 _TIME = "t (0: data, 1: noise)"
@@ -130,7 +130,7 @@ def _refinement(found: Refinement) -> str:
     cells = "".join(f"<td>{number(distance, missing='–')}</td>" for _, _, distance in found.distances)
     row = f"<tr><th scope=row>RMS difference per value</th>{cells}</tr>"
     return (
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{row}</tbody></table></div>\n'
+        f"{table(f'<tr><th></th>{head}</tr>', row, 'Distance between samples of different step counts')}\n"
         "<p>How far apart the final latents are that come from the same noise in different numbers of steps, mean over "
         "images. Where this is small, finer steps would not change the image.</p>"
     )
@@ -185,7 +185,7 @@ def _specialisation(found: ExpertErrors) -> str:
         f"<p>{better} of {len(known)} experts are more accurate in their own clusters than the experts of other "
         "clusters are there. Error of each expert (column) in each cluster (row), mean over noise levels, ± standard "
         "error; the darker, the lower in its row; bold: the expert's own.</p>\n"
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f"{table(f'<tr><th></th>{head}</tr>', ''.join(rows), 'Error of each expert in each cluster')}"
     )
 
 
@@ -243,7 +243,7 @@ def _confusion(found: RouterScores) -> str:
     return (
         f"<p>At t = {found.levels[middle]:g}, {found.accuracy[middle]:.0%} of the latents are taken for their own "
         "cluster. Row: the true cluster; column: the router's most probable one; in shares of the row.</p>\n"
-        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f"{table(f'<tr><th></th>{head}</tr>', ''.join(rows), 'Clusters the router takes latents for')}"
     )
 
 

@@ -13,7 +13,7 @@ from atoll.evaluate.pages.diagnose_page import diagnostics_html, diagnostics_jso
 from atoll.evaluate.pages.table import head_of, numbers, score_row
 from atoll.evaluate.types import Results
 from atoll.report.charts import Line, legend, line_chart
-from atoll.report.page import colour, document, image_sheet, number, weight_strip
+from atoll.report.page import colour, document, image_sheet, number, table, weight_strip
 from atoll.storage.artifact import finite
 
 FORMAT = 1
@@ -142,7 +142,7 @@ def to_html(report: Report) -> str:
     """The page: no scripts, no files beside it."""
     sections = [
         ("Images", _images(report)),
-        ("Counters", numbers(report.results, report.groups, report.settings, str(report.made["machine"]))),
+        ("Numbers", numbers(report.results, report.groups, report.settings, str(report.made["machine"]))),
         ("Denoising error by noise level", _by_level(report)),
         ("Clusters", _clusters(report)),
         *([("Calibration and alignment", _alignment(report))] if report.alignment else []),
@@ -208,8 +208,8 @@ def _by_level(report: Report) -> str:
         + "</tr>"
         for name in names
     )
-    table = f'<div class="wide"><table><thead><tr><th>t</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<figure>{chart}<figcaption>As in the table above, one line per variant.</figcaption></figure>\n{table}"
+    values = table(f"<tr><th>t</th>{head}</tr>", rows, "Denoising error of each variant at each noise level")
+    return f"<figure>{chart}<figcaption>As in the table above, one line per variant.</figcaption></figure>\n{values}"
 
 
 def _level_lines(report: Report) -> list[Line]:
@@ -266,7 +266,7 @@ def _alignment(report: Report) -> str:
         f"{figure}\n<p>The same ensemble with its experts brought to the common path in four ways. <b>native</b>: "
         "HDDM's formulas (Eqs. 5–8) with its hand-set safeguards; <b>snr</b>: asked at equal log-SNR, which is exact "
         "for exact experts. Measured as in the first table.</p>\n"
-        f'<div class="wide"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
+        f"{table(head, rows, 'Scores of every alignment')}"
     )
 
 
@@ -286,7 +286,7 @@ def _usage(report: Report) -> str:
     return (
         f"<p>For each prompt's first image: one column per step ({steps}, from noise at the left, t = 1, to the "
         f"image at the right, t = 0); the height of a colour is the expert's weight.</p>{names}\n"
-        f'<table class="usage"><thead><tr><th></th>{columns}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        f"{table(f'<tr><th></th>{columns}</tr>', ''.join(rows), 'Weights of the experts by step', 'usage')}"
     )
 
 

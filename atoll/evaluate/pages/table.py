@@ -7,7 +7,7 @@ from typing import Any
 
 from atoll.evaluate.metrics.image_metrics import KINDS, kind_of
 from atoll.evaluate.types import Results, Score
-from atoll.report.page import number
+from atoll.report.page import number, table
 
 
 def numbers(results: Results, groups: Mapping[str, Sequence[str]], settings: Mapping[str, Any], machine: str) -> str:
@@ -18,11 +18,9 @@ def numbers(results: Results, groups: Mapping[str, Sequence[str]], settings: Map
             body.append(score_row(name, results.score(name), group))
     head = head_of(results)
     cells = "".join(_cell(results.real.get(metric)) for metric in results.scores[0].metrics)
-    real = f"<tr><th scope=row>real images<small>what a perfect model scores</small></th>{cells}<td></td></tr>"
-    return (
-        f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(body)}{real}</tbody></table>'
-        f"</div>\n{_explained(results, settings, machine)}"
-    )
+    real = f"<tr><th scope=row>real images<small>what a perfect model scores</small></th>{cells}{'<td></td>' * 3}</tr>"
+    scores = table(head, "".join(body) + real, "Scores of every way to sample")
+    return f"{scores}\n{_explained(results, settings, machine)}"
 
 
 def head_of(results: Results) -> str:
@@ -34,7 +32,7 @@ def head_of(results: Results) -> str:
         code = f"<small><code>{escape(sha)}</code></small>" if sha else ""
         spaces.append(f'<th colspan="{len(names)}" style="text-align:center">{escape(space)}{code}</th>')
         kinds += [f"<th>{escape(_kind(name))}</th>" for name in names]
-    last = ("denoising error ↓", "GFLOPs ↓", "images/s ↑")
+    last = ("denoising error\N{NO-BREAK SPACE}↓", "GFLOPs\N{NO-BREAK SPACE}↓", "images/s\N{NO-BREAK SPACE}↑")
     other = "".join(f'<th rowspan="2">{name}</th>' for name in last)
     return f'<tr><th rowspan="2"></th>{"".join(spaces)}{other}</tr><tr>{"".join(kinds)}</tr>'
 
@@ -52,7 +50,8 @@ def _kind(metric: str) -> str:
     if metric.startswith("std of "):
         return "std"
     own = metric.split(" [")[0]
-    return f"{own if own in ('FID', 'KID', 'CMMD') else kind} {'↑' if KINDS[kind][1] else '↓'}"
+    arrow = "↑" if KINDS[kind][1] else "↓"
+    return f"{own if own in ('FID', 'KID', 'CMMD') else kind}\N{NO-BREAK SPACE}{arrow}"
 
 
 def _cell(value: float | None) -> str:

@@ -26,7 +26,7 @@ VOID = {"meta", "img", "br"}
 
 
 class Parsed(HTMLParser):
-    """Tags that must nest, every attribute, and the text."""
+    """Tags that must nest, every attribute, and the text. Every table must be in a container that scrolls."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -37,6 +37,9 @@ class Parsed(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            assert self.open[-1] == "div"
+            assert "wide" in self.tags[-1][1]["class"].split()
         self.tags.append((tag, {key: value or "" for key, value in attributes}))
         if tag not in VOID:
             self.open.append(tag)
@@ -136,7 +139,7 @@ class TestPage:
             assert expected in text
         assert "real imageswhat a perfect model scores0.7500.500" in text
         assert "pca48cdcdcdcd" in text  # the space and its hash, above "FD" and "recall"
-        assert "FD ↓recall ↑" in text
+        assert "FD\N{NO-BREAK SPACE}↓recall\N{NO-BREAK SPACE}↑" in text
         assert "a prompt: too few." in text
         assert "0.0370" in text  # GFLOPs
         assert "12 drawn images against 30 real training images" in text
