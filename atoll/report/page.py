@@ -114,9 +114,7 @@ p{max-width:46rem}figure{margin:1rem 0}figcaption{color:var(--ink);font-size:.9r
 img{display:block;width:100%;image-rendering:pixelated}
 .wide{width:max-content;min-width:100%;max-width:calc(100vw - 3rem);position:relative;left:50%;
 transform:translateX(-50%);overflow-x:auto;background:
-linear-gradient(to right,var(--page) 40%,transparent) left/2.5rem 100% no-repeat local,
 linear-gradient(to left,var(--page) 40%,transparent) right/2.5rem 100% no-repeat local,
-linear-gradient(to right,var(--shade),transparent) left/.9rem 100% no-repeat scroll,
 linear-gradient(to left,var(--shade),transparent) right/.9rem 100% no-repeat scroll}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.3rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
