@@ -1,8 +1,9 @@
-"""An expert's calibration: how far its x0 estimate can be trusted at each noise level, as measured on held-out latents.
+"""Calibration: how far an expert's x0 estimate can be trusted at each noise level, measured on held-out latents.
 
-An error of eps grows by 1/(1 - t) in velocity, so an eps-expert explodes at high noise unless something stops it.
-HDDM clamps and damps by hand; here the slope s(log-SNR) of the least-squares line through the origin from (x0_hat - m)
-to (x0 - m) is measured (`atoll.train.calibrate`), m being the cluster's mean latent, and x0_hat <- m + s (x0_hat - m).
+An error of eps grows by 1/(1 - t) in velocity, so an uncorrected eps-expert explodes at high noise. HDDM clamps and
+damps it with hand-set constants. Atoll measures the slope s(log-SNR) of the least-squares line through the origin from
+(x0_hat - m) to (x0 - m), where m is the cluster's mean latent (`atoll.train.calibrate`), and corrects
+x0_hat <- m + s (x0_hat - m).
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _CURVES = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured at M log-SNR nodes.
+    """Measurements of one expert at M log-SNR nodes.
 
     Attributes:
         mean: the cluster's mean latent, [...] as one latent.
@@ -45,15 +46,15 @@ class Calibration:
 
     @classmethod
     def identity(cls, mean: Tensor) -> "Calibration":
-        """The calibration that corrects nothing, of an expert that is right everywhere."""
+        """Return the calibration of an exact expert, which corrects nothing."""
         ends = torch.tensor([-10.0, 10.0])
         return cls(mean, ends, torch.ones(2), torch.zeros(2), torch.zeros(2))
 
     def shrinkage_over_sigma(self, log_snr: Tensor) -> Tensor:
-        """(1 - s)/sigma at log_snr [B], sigma on the linear path: linear between nodes, constant beyond them.
+        """Return (1 - s)/sigma at log_snr [B], sigma on the linear path: linear between nodes, constant beyond them.
 
-        This ratio is what is interpolated because it is what enters the velocity: it stays finite at both ends, so
-        no division by sigma or alpha is left where the correction is applied.
+        This ratio is interpolated because it is what enters the velocity: it stays finite at both ends, so the
+        correction divides by neither sigma nor alpha.
         """
         nodes = self.log_snr.to(log_snr)
         values = (1 - self.slope.to(log_snr)) / PATH.sigma(PATH.time_at(nodes))
@@ -61,30 +62,43 @@ class Calibration:
         return values[left] + offset * (values[left + 1] - values[left])
 
     def correct(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 <- m + s (x0 - m), and eps so that x stays explained on the linear path. x0, eps [B, ...], t [B]."""
+        """Move x0 to m + s (x0 - m), and eps so that x = (1 - t) x0 + t eps stays the same.
+
+        Args:
+            x0: estimates [B, ...].
+            eps: estimates [B, ...].
+            t: times [B] of the linear path.
+
+        Returns:
+            The corrected (x0, eps), each [B, ...].
+        """
         excess = per_sample(self.shrinkage_over_sigma(PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
         return x0 - per_sample(PATH.sigma(t), x0) * excess, eps + per_sample(PATH.alpha(t), x0) * excess
 
     @property
     def velocity_mse(self) -> Tensor:
-        """Mean squared error of the corrected velocity at each node [M]: on the linear path u = (x - x0)/sigma."""
+        """Mean squared error of the corrected velocity at each node [M]; on the linear path u = (x - x0)/sigma."""
         return self.x0_mse / PATH.sigma(PATH.time_at(self.log_snr)) ** 2
 
     def tensors(self) -> dict[str, Tensor]:
-        """What goes into the artifact's safetensors: the mean."""
+        """Return the tensors that belong into the artifact's safetensors file: the mean."""
         return {"mean": self.mean}
 
     def config(self) -> dict[str, Any]:
-        """What goes into the card: the curves."""
+        """Return the card's entry: the curves, as lists of M numbers."""
         names = ("log_snr", "slope", "x0_mse", "x0_mse_raw", "velocity_mse")
         return {name: [float(value) for value in getattr(self, name)] for name in names}
 
     @classmethod
     def load(cls, config: dict[str, Any], mean: Tensor) -> "Calibration":
-        """The inverse of `config` and `tensors`. Other keys, and velocity_mse, which follows, are not read.
+        """Return the calibration that `config` and `tensors` were written from.
+
+        Args:
+            config: the card's entry. Other keys, and velocity_mse, which follows from the others, are ignored.
+            mean: the cluster's mean latent, [...] as one latent.
 
         Raises:
-            AtollError: curves that are no equally long lists of numbers, or log-SNR nodes that do not increase.
+            AtollError: curves that are not lists of numbers of one length, or log-SNR nodes that do not increase.
         """
         try:
             curves = {name: torch.tensor([float(value) for value in config[name]]) for name in _CURVES}
@@ -93,6 +107,6 @@ class Calibration:
         nodes = curves["log_snr"]
         if len(nodes) < 2 or any(len(c) != len(nodes) for c in curves.values()) or not (nodes.diff() > 0).all():
             raise AtollError(
-                "calibration: expected at least 2 increasing log-SNR nodes and a value of each curve there"
+                "calibration: expected at least 2 increasing log-SNR nodes and one value of each curve per node"
             )
         return cls(mean=mean, **curves)

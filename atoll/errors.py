@@ -1,11 +1,10 @@
-"""The one error that users see: a single line that says what was got, what was expected, and the fix."""
+"""The one error that users see: a single line that names what was got, what was expected, and the fix."""
 
 
 class AtollError(Exception):
-    """A mistake in the user's input or in what is on disk. The command line prints it and exits with code 2.
+    """A mistake in the user's input or in a file on disk. The command line prints it and exits with code 2.
 
-    What it quotes may come from foreign files: letters that would break the line, or command a terminal, are shown
-    by their escapes.
+    The message may quote foreign files: characters that would break the line or control a terminal are escaped.
     """
 
     def __init__(self, message: str):

@@ -1,6 +1,7 @@
-"""What a network is trained to output, and how its output becomes the pair (x0, eps) and a velocity.
+"""Objectives: what a network is trained to output, and how its output becomes the pair (x0, eps) and a velocity.
 
-With x = alpha x0 + sigma eps every prediction determines the other unknown, so all four say the same thing:
+With x = alpha x0 + sigma eps, the output is a second equation for the two unknowns. All four predictions are
+equivalent:
 
     eps     x0  = (x - sigma eps) / alpha                     (Ho et al. 2020)
     x0      eps = (x - alpha x0) / sigma
@@ -21,20 +22,20 @@ Prediction = Literal["eps", "x0", "v", "flow"]
 TimeSampling = Literal["uniform", "logit-normal"]
 Weighting = Literal["none", "min-snr", "prop1"]
 
-# log-SNR at which a prediction's other half is still told in floating point: alpha or sigma is 4.5e-5 there.
+# Beyond +-20, alpha or sigma is below 4.5e-5: dividing by it loses all digits of float32.
 LOG_SNR_LIMIT = 20.0
 
 
 class Objective:
-    """Prediction + schedule + time sampling + loss weighting: what a contributor chooses.
+    """Prediction, schedule, time sampling and loss weighting: what a contributor chooses.
 
     Args:
         prediction: what the network outputs: "eps", "x0", "v" or "flow".
-        schedule: a `Schedule`, or what `build_schedule` reads.
-        time_scale: the network is fed t * time_scale (999 for DiT's 0..999; HDDM Eq. 20).
-        time_sampling: "uniform" over the schedule's support, or "logit-normal" (Esser et al. 2024, m = 0, s = 1).
-        weighting: "none"; "min-snr" (Hang et al. 2023, gamma 5, written for every prediction); "prop1": the loss is
-            measured in the sampling path's velocity at equal log-SNR (HDDM Proposition 1), whatever is predicted.
+        schedule: a `Schedule`, or a configuration for `build_schedule`.
+        time_scale: the network receives t * time_scale as time; default 999 for DiT's 0..999 (HDDM Eq. 20).
+        time_sampling: "uniform" over the support, or "logit-normal" (Esser et al. 2024, m = 0, s = 1).
+        weighting: "none"; "min-snr" (Hang et al. 2023, gamma = 5, written for every prediction); "prop1": the error
+            of the velocity on the sampling path at equal log-SNR, for every prediction (HDDM Proposition 1).
 
     Raises:
         AtollError: an unknown prediction, schedule, time sampling or weighting.
@@ -65,8 +66,8 @@ class Objective:
     def support(self) -> tuple[float, float]:
         """(t_min, t_max) where the output determines both x0 and eps in floating point.
 
-        The schedule's support, without the end where the division of this prediction fails: eps says nothing of x0
-        where alpha is 0, nor x0 of eps where sigma is 0.
+        This is the schedule's support without the end where this prediction divides by 0: an eps-network does not
+        determine x0 where alpha is 0, and an x0-network does not determine eps where sigma is 0.
         """
         t_min, t_max = self.schedule.support
         limit = torch.tensor([LOG_SNR_LIMIT, -LOG_SNR_LIMIT], dtype=torch.float64)
@@ -78,7 +79,7 @@ class Objective:
         return t_min, t_max
 
     def sample_time(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Training times [B], float32, inside the support."""
+        """Draw training times inside the support, [batch] float32."""
         t_min, t_max = self.support
         if self.time_sampling == "uniform":
             unit = torch.rand(batch, generator=generator)
@@ -87,7 +88,7 @@ class Objective:
         return t_min + (t_max - t_min) * unit
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should output. x0, eps [B, ...], t [B] -> [B, ...]."""
+        """Return the output that the network is trained towards; x0, eps [B, ...], t [B] -> [B, ...]."""
         if self.prediction == "eps":
             return eps
         if self.prediction == "x0":
@@ -99,25 +100,36 @@ class Objective:
         return d_alpha * x0 + d_sigma * eps
 
     def loss(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Weighted mean squared error over all but the batch axis: [B, ...] x 3, t [B] -> [B], in float32 at least."""
+        """Return the weighted mean squared error of each sample.
+
+        Args:
+            output: of the network, [B, ...], any float dtype.
+            x0: data [B, ...], float32 or float64: the dtype of the loss.
+            eps: noise [B, ...].
+            t: times [B].
+
+        Returns:
+            [B], the mean over all axes but the batch.
+        """
         error = output.to(x0.dtype) - self.target(x0, eps, t)
         squared = error.square().flatten(1).mean(dim=1)
         return squared if self.weighting == "none" else squared * self.weight(t)
 
     def weight(self, t: Tensor) -> Tensor:
-        """The loss weight [B] at times t [B], as a factor on the squared error of this prediction."""
+        """Return the loss weight [B] at times t [B], a factor on the squared error of this prediction."""
         if self.weighting == "none":
             return torch.ones_like(t)
-        # First as a weight on the squared error of x0, then divided by what one unit of x0 error is in this prediction.
+        # The weight of a squared error of x0.
         log_snr = self.schedule.log_snr(t)
         if self.weighting == "min-snr":
-            on_x0 = torch.exp(log_snr).clamp(max=5.0)
+            weight_of_x0 = torch.exp(log_snr).clamp(max=5.0)
         else:  # On the linear path u - u_hat = -(x0 - x0_hat)/sigma, with sigma = sigmoid(-log_snr / 2).
-            on_x0 = torch.sigmoid(-log_snr / 2) ** -2
-        return on_x0 / self.x0_error_gain(t) ** 2
+            weight_of_x0 = torch.sigmoid(-log_snr / 2) ** -2
+        # An x0 error of 1 is an error of `gain` in the output.
+        return weight_of_x0 / self.x0_error_gain(t) ** 2
 
     def x0_error_gain(self, t: Tensor) -> Tensor:
-        """|d output / d x0| at fixed x, [B]: how much an x0 error of 1 is in this prediction."""
+        """Return |d output / d x0| at fixed x, [B]: the output's error for an x0 error of 1."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         if self.prediction == "eps":
             return alpha / sigma
@@ -128,7 +140,16 @@ class Objective:
         return (alpha * self.schedule.d_sigma(t) / sigma - self.schedule.d_alpha(t)).abs()
 
     def to_x0_eps(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0, eps), both [B, ...], from the network's output at (x [B, ...], t [B]), t inside `support`."""
+        """Convert the network's output at (x, t) to (x0, eps).
+
+        Args:
+            output: of the network, [B, ...].
+            x: its input [B, ...]; the results have its dtype.
+            t: times [B] inside `support`.
+
+        Returns:
+            (x0, eps), each [B, ...], with x = alpha x0 + sigma eps.
+        """
         output = output.to(x.dtype)
         alpha, sigma = self._alpha_sigma(t, x)
         if self.prediction == "eps":
@@ -144,7 +165,16 @@ class Objective:
         return (d_sigma * x - sigma * output) / det, (alpha * output - d_alpha * x) / det
 
     def to_velocity(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dt on this objective's own path: alpha' x0 + sigma' eps, [B, ...]. `flow` is returned as it is."""
+        """Convert the network's output at (x, t) to dx/dt = alpha' x0 + sigma' eps on this objective's own path.
+
+        Args:
+            output: of the network, [B, ...]. A flow network's output already is the velocity.
+            x: its input [B, ...]; the result has its dtype.
+            t: times [B] inside `support`.
+
+        Returns:
+            The velocity [B, ...].
+        """
         if self.prediction == "flow":
             return output.to(x.dtype)
         x0, eps = self.to_x0_eps(output, x, t)
@@ -158,7 +188,7 @@ class Objective:
         return per_sample(self.schedule.d_alpha(t), like), per_sample(self.schedule.d_sigma(t), like)
 
     def config(self) -> dict[str, Any]:
-        """What a card stores; `Objective(**config)` reads it back."""
+        """Return the card's entry; `Objective(**config)` is its inverse."""
         return {
             "prediction": self.prediction,
             "schedule": self.schedule.config(),

@@ -1,6 +1,6 @@
 """Noise schedules: alpha(t) and sigma(t) of x_t = alpha(t) x0 + sigma(t) eps.
 
-The convention of all of Atoll: t in [0, 1], t = 0 is data and t = 1 is noise; log-SNR = log(alpha^2 / sigma^2).
+The convention everywhere in Atoll: t in [0, 1], t = 0 is data and t = 1 is noise; log-SNR = log(alpha^2 / sigma^2).
 Foreign conventions (indices 0..999, t reversed, beta tables) are adapted at the edge, here or in `atoll.convert`.
 """
 
@@ -18,41 +18,46 @@ from atoll.shapes import per_sample
 
 
 class Schedule(abc.ABC):
-    """alpha and sigma as functions of t. All methods map times (any shape, any float dtype) to a Tensor like them."""
+    """alpha and sigma as functions of t.
+
+    All functions of time work elementwise: any shape and any float dtype in, the same shape and dtype out.
+    """
 
     @property
     @abc.abstractmethod
     def support(self) -> tuple[float, float]:
-        """(t_min, t_max): the times for which this schedule is defined. Its log-SNR is strictly decreasing there."""
+        """(t_min, t_max): the times for which this schedule is defined. Its log-SNR decreases strictly there."""
 
     @abc.abstractmethod
-    def alpha(self, t: Tensor) -> Tensor: ...
+    def alpha(self, t: Tensor) -> Tensor:
+        """Return the factor of x0."""
 
     @abc.abstractmethod
-    def sigma(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor:
+        """Return the factor of eps."""
 
     @abc.abstractmethod
     def d_alpha(self, t: Tensor) -> Tensor:
-        """d alpha / dt."""
+        """Return d alpha / dt."""
 
     @abc.abstractmethod
     def d_sigma(self, t: Tensor) -> Tensor:
-        """d sigma / dt."""
+        """Return d sigma / dt."""
 
     @abc.abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha^2 / sigma^2); +-inf where sigma or alpha is 0."""
+        """Return log(alpha^2 / sigma^2); +-inf where sigma or alpha is 0."""
 
     @abc.abstractmethod
     def time_at(self, log_snr: Tensor) -> Tensor:
-        """The time with this log-SNR: the inverse of `log_snr` inside the support, its nearest edge outside."""
+        """Return the time with this log-SNR: the inverse of `log_snr` inside the support, the nearest edge outside."""
 
     @abc.abstractmethod
     def config(self) -> dict[str, Any]:
-        """What a card stores; `build_schedule` reads it back."""
+        """Return the card's entry; `build_schedule` is its inverse."""
 
     def diffuse(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Return x_t = alpha(t) x0 + sigma(t) eps; x0, eps [B, ...], t [B] -> [B, ...]."""
+        """Return x_t = alpha(t) x0 + sigma(t) eps, each sample at its own time; x0, eps [B, ...], t [B] -> [B, ...]."""
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps
 
     def __repr__(self) -> str:
@@ -88,13 +93,19 @@ class Linear(Schedule):
         return {"name": "linear"}
 
 
-PATH = Linear()  # the sampling path: every velocity of an ensemble is dx/dt on it
+PATH = Linear()  # the sampling path: an ensemble's velocity is dx/dt along it
 
 
 class Cosine(Schedule):
     """Variance preserving: alpha = cos(a)/cos(a0), a(t) = (t + s)/(1 + s) pi/2 (Nichol & Dhariwal 2021, Eq. 17).
 
-    The support begins at log-SNR 20 (t = 5e-8, sigma = 5e-5): at t = 0 sigma is 0 and its derivative infinite.
+    The support starts at log-SNR 20 (t = 5e-8, sigma = 5e-5): at t = 0 sigma is 0 and its derivative infinite.
+
+    Args:
+        s: the offset that keeps the noise of the first steps from being too small, above 0, default 0.008.
+
+    Raises:
+        AtollError: s is not above 0.
     """
 
     LOG_SNR_MAX = 20.0
@@ -113,7 +124,7 @@ class Cosine(Schedule):
         return self._t_min, 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        # cos(pi/2 - b) = sin(b): exactly 0 at t = 1, where cos(pi/2) in floating point is not.
+        # As a sine, since cos(a) = sin(pi/2 - a) is exactly 0 at t = 1; cos(pi/2) in floating point is not.
         return torch.sin(self._speed * (1 - t)) / math.cos(self._a0)
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -134,6 +145,7 @@ class Cosine(Schedule):
         return self._inverse(log_snr).clamp(*self.support)
 
     def _inverse(self, log_snr: Tensor) -> Tensor:
+        """Return the time with this log-SNR, not clamped to the support."""
         # Two forms, each without cancellation on its side. Noisy side: alpha cos(a0) = sin(speed (1 - t)).
         cos_a0 = math.cos(self._a0)
         noisy = 1 - torch.asin(cos_a0 * torch.sqrt(torch.sigmoid(log_snr))) / self._speed
@@ -153,16 +165,19 @@ class TableSchedule(Schedule):
     """A discrete variance-preserving schedule made continuous: index i of T is t = i/(T-1), log-SNR linear between.
 
     Args:
-        alphas_cumprod: the T values of alpha^2 (DDPM's alpha-bar), strictly decreasing, in (0, 1); a last value of
+        alphas_cumprod: the T values of alpha^2 (DDPM's alpha-bar), strictly decreasing, in (0, 1). A last value of
             exactly 0 (zero terminal SNR) is allowed: the support then ends one index earlier, since the log-SNR of
             the last interval has no finite slope.
+
+    Raises:
+        AtollError: fewer than 2 values, or values that do not decrease inside (0, 1).
     """
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor):
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
         if table.ndim != 1 or len(table) < 2:
             raise AtollError(
-                f"TableSchedule: alphas_cumprod has shape {list(table.shape)}; expected at least 2 values in a row"
+                f"TableSchedule: alphas_cumprod has shape {list(table.shape)}; expected a list of at least 2 values"
             )
         self._steps = len(table)
         self._alphas_cumprod = table
@@ -176,6 +191,7 @@ class TableSchedule(Schedule):
 
     @property
     def steps(self) -> int:
+        """T, the number of values in the table."""
         return self._steps
 
     @property
@@ -183,7 +199,7 @@ class TableSchedule(Schedule):
         return 0.0, (len(self._log_snr) - 1) / (self._steps - 1)
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The table's log-SNR at the interval's left end and its slope per index (both like t), and t in indices."""
+        """The log-SNR at the left end of t's interval, its slope per index, and t's distance from there in indices."""
         table = self._log_snr.to(t.device, t.dtype)
         position = t * (self._steps - 1)
         left = position.floor().clamp(0, len(table) - 2).long()
@@ -219,7 +235,13 @@ class TableSchedule(Schedule):
 
 
 class LinearBeta(TableSchedule):
-    """The DDPM / DiT schedule: beta linear from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020, section 4)."""
+    """The schedule of DDPM and DiT: beta linear from 1e-4 to 0.02 over 1000 steps (Ho et al. 2020, section 4).
+
+    Args:
+        beta_start: the first beta, default 1e-4.
+        beta_end: the last beta, default 0.02.
+        steps: T, default 1000.
+    """
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000):
         self.beta_start, self.beta_end = beta_start, beta_end
@@ -244,7 +266,10 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def build_schedule(config: str | dict[str, Any]) -> Schedule:
-    """The schedule that a card or a recipe names: "cosine", or {"name": "cosine", "s": 0.008}.
+    """Build the schedule that a card or a recipe names.
+
+    Args:
+        config: a name such as "cosine", or a name with arguments such as {"name": "cosine", "s": 0.008}.
 
     Raises:
         AtollError: an unknown name or argument.

@@ -10,5 +10,5 @@ from torch import Tensor
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """`values` [B] viewed as [B, 1, ...], so that it multiplies `like` [B, ...] sample by sample."""
+    """Return `values` [B] as [B, 1, ...], so that they multiply `like` [B, ...] sample by sample."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

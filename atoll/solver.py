@@ -1,4 +1,4 @@
-"""Integrates dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0) on the linear path.
+"""Solvers: integrate dx/dt = velocity(x, t) from noise (t = 1) to data (t = 0) on the linear path.
 
 Every time is per sample: t passed to `velocity` has shape [B].
 """
@@ -23,23 +23,28 @@ def sample(
     noise: Tensor,
     steps: int = 50,
     method: Method = "euler",
+    *,
     times: Tensor | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draws x0 [B, ...] from noise [B, ...].
+    """Sample x0 from noise.
 
     Args:
-        velocity: (x [B, ...], t [B]) -> dx/dt [B, ...]; `Ensemble.velocity`, with its condition bound by `partial`.
-        noise: x at the first time; its dtype is the dtype of the integration.
-        steps: number of steps from 1 to 0, evenly spaced.
-        method: "euler", "heun" (2 evaluations a step, the last step Euler), or "dpm++2m" (Lu et al. 2022, multistep,
-            1 evaluation a step).
-        times: decreasing times, [steps + 1] or per sample [steps + 1, B], instead of even ones.
+        velocity: (x [B, ...], t [B]) -> dx/dt [B, ...]; `Ensemble.velocity` with its condition bound by `partial`.
+        noise: x [B, ...] at the first time; its dtype is the dtype of the integration.
+        steps: number of evenly spaced steps from 1 to 0, default 50.
+        method: "euler"; "heun" (2 evaluations per step, the last step is Euler's); or "dpm++2m" (Lu et al. 2022,
+            multistep, 1 evaluation per step).
+        times: decreasing times, [steps + 1] or per sample [steps + 1, B], instead of evenly spaced ones.
         callback: called after each step with (index, x).
+
+    Returns:
+        x [B, ...] at the last time.
 
     Raises:
         AtollError: an unknown method, steps < 1, or times that do not decrease within [0, 1].
     """
+    # The times of all steps, per sample: [steps + 1, B].
     if method not in get_args(Method):
         raise AtollError(f"unknown method {method!r}; expected one of {', '.join(get_args(Method))}")
     if times is None:
@@ -51,8 +56,9 @@ def sample(
     if len(grid) < 2 or (grid.diff(dim=0) >= 0).any() or grid.max() > 1 or grid.min() < 0:
         raise AtollError("times must be at least two, strictly decreasing, within [0, 1]")
 
-    steps_of: dict[str, _Step] = {"euler": _euler, "heun": _heun, "dpm++2m": _Multistep()}
-    step = steps_of[method]
+    # Integrate.
+    step_functions: dict[str, _Step] = {"euler": _euler, "heun": _heun, "dpm++2m": _Multistep()}
+    step = step_functions[method]
     x = noise
     for index in range(len(grid) - 1):
         x = step(velocity, x, grid[index], grid[index + 1])
@@ -62,10 +68,16 @@ def sample(
 
 
 def times_of(schedule: Schedule, steps: int) -> Tensor:
-    """The times of the linear path, [steps + 1] float64, that have the log-SNR of `schedule` at its own even times.
+    """Return the times of the linear path that have the log-SNR of `schedule` at its own evenly spaced times.
 
-    Along them Euler's steps on an exactly aligned expert of that schedule are DDIM's own (Song et al. 2021). The last
-    time is 0; the first is where the schedule ends, 1 if its terminal SNR is zero.
+    With these times, Euler's steps on an exactly aligned expert of that schedule are DDIM's steps (Song et al. 2021).
+
+    Returns:
+        [steps + 1] float64, decreasing. The last time is 0; the first is where the schedule ends, 1 if its terminal
+        SNR is zero.
+
+    Raises:
+        AtollError: steps < 1.
     """
     if steps < 1:
         raise AtollError(f"steps is {steps}; expected at least 1")
@@ -103,12 +115,13 @@ class _Multistep:
     def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         x0 = x - per_sample(t, x) * velocity(x, t)
         h = (torch.log1p(-t_next) - torch.log(t_next)) - (torch.log1p(-t) - torch.log(t))
-        estimate = x0
+        # D: the estimate of x0, extrapolated from the last two steps.
+        extrapolated = x0
         if self.previous is not None:
             x0_previous, h_previous = self.previous
             ratio = torch.where(torch.isfinite(h), h / (2 * h_previous), 0)
-            estimate = x0 + per_sample(ratio, x) * (x0 - x0_previous)
+            extrapolated = x0 + per_sample(ratio, x) * (x0 - x0_previous)
         self.previous = (x0, h)
-        # sigma_next/sigma x + alpha_next (1 - e^-h) D, and alpha_next e^-h = alpha sigma_next/sigma.
+        # alpha_next e^-h = alpha sigma_next/sigma, which is finite at both ends.
         shrink = t_next / t
-        return per_sample(shrink, x) * x + per_sample((1 - t_next) - (1 - t) * shrink, x) * estimate
+        return per_sample(shrink, x) * x + per_sample((1 - t_next) - (1 - t) * shrink, x) * extrapolated

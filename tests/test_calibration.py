@@ -1,3 +1,5 @@
+"""Calibration: the measured slope, the correction, and its limits."""
+
 import json
 
 import torch
@@ -5,7 +7,7 @@ import torch
 from atoll.alignment import snr_velocity
 from atoll.calibration import NODES, Calibration
 from atoll.objective import Objective
-from atoll.schedule import Linear
+from atoll.schedule import PATH
 from atoll.testing import GaussianMixture
 from atoll.train.calibrate import measure_calibration
 
@@ -18,9 +20,9 @@ def example() -> Calibration:
     return Calibration(torch.randn(SHAPE).double(), log_snr, slope, torch.zeros(9), torch.ones(9))
 
 
-def test_correct_is_the_line_through_the_mean_and_keeps_x_explained() -> None:
+def test_correct_follows_the_line_through_the_mean_and_keeps_x() -> None:
     calibration = example()
-    t = Linear().time_at(calibration.log_snr)  # at the nodes the slope is the stored one
+    t = PATH.time_at(calibration.log_snr)  # at the nodes the slope is the stored one
     x0, eps = torch.randn(2, len(t), *SHAPE, dtype=torch.float64)
     x0_new, eps_new = calibration.correct(x0, eps, t)
     s = calibration.slope.reshape(-1, 1, 1, 1)
@@ -51,8 +53,8 @@ def test_an_exact_expert_needs_no_correction() -> None:
     assert (calibration.x0_mse <= calibration.x0_mse_raw + 1e-12).all()
 
 
-def test_the_slope_found_is_the_one_put_in() -> None:
-    """An expert whose x0 is three times too far from the mean is given the slope 1/3, and is then right."""
+def test_an_overshooting_expert_gets_its_inverse_slope() -> None:
+    """An expert whose x0 is three times too far from the mean gets the slope 1/3 and is then exact."""
     mixture = GaussianMixture.random(components=4, clusters=1, shape=SHAPE, seed=5)
     objective = Objective("x0", "cosine")
     latents = mixture.sample(2000, torch.Generator().manual_seed(0))[0]
@@ -66,9 +68,9 @@ def test_the_slope_found_is_the_one_put_in() -> None:
     assert ((calibration.slope - 1 / 3).abs()[calibration.log_snr > -3] < 0.03).all()
     t = torch.full((50,), NODES[5], dtype=torch.float64)
     x = torch.randn(50, *SHAPE, dtype=torch.float64)
-    found = snr_velocity(lambda a, b: overshooting(a, b), objective, x, t, calibration)
-    exact_u = snr_velocity(lambda a, b: exact(a, b), objective, x, t, Calibration.identity(mean))
-    assert float((found - exact_u).norm() / exact_u.norm()) < 0.05
+    corrected = snr_velocity(overshooting, objective, x, t, calibration)
+    exact_u = snr_velocity(exact, objective, x, t, Calibration.identity(mean))
+    assert float((corrected - exact_u).norm() / exact_u.norm()) < 0.05
 
 
 def test_config_round_trip() -> None:

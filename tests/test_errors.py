@@ -1,3 +1,5 @@
+"""Errors are one printable line."""
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -6,6 +8,6 @@ from atoll.errors import AtollError
 
 @given(st.text())
 def test_an_error_is_one_line_whatever_it_quotes(text) -> None:
-    told = str(AtollError(f"got {text}"))
-    assert told.isprintable()
-    assert not text.isprintable() or told == f"got {text}"
+    message = str(AtollError(f"got {text}"))
+    assert message.isprintable()
+    assert not text.isprintable() or message == f"got {text}"

@@ -1,3 +1,5 @@
+"""Objectives: predictions and their inverses, loss weights, and training times."""
+
 import itertools
 
 import pytest
@@ -18,18 +20,18 @@ def batch(count=37, shape=(2, 3, 5)):
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), PAIRS)
-def test_every_prediction_gives_x0_and_eps_back(prediction, schedule) -> None:
+def test_every_prediction_determines_x0_and_eps(prediction, schedule) -> None:
     objective = Objective(prediction, schedule)
     x0, eps, g = batch()
     t_min, t_max = objective.support
     t = t_min + (t_max - t_min) * torch.rand(len(x0), generator=g, dtype=torch.float64).clamp(0.01, 0.99)
     x = objective.schedule.diffuse(x0, eps, t)
-    found = objective.to_x0_eps(objective.target(x0, eps, t), x, t)
-    torch.testing.assert_close(found, (x0, eps), rtol=1e-9, atol=1e-9)
+    converted = objective.to_x0_eps(objective.target(x0, eps, t), x, t)
+    torch.testing.assert_close(converted, (x0, eps), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), PAIRS)
-def test_velocity_is_dx_dt_of_the_own_path(prediction, schedule) -> None:
+def test_velocity_is_the_derivative_of_the_own_path(prediction, schedule) -> None:
     objective = Objective(prediction, schedule)
     x0, eps, _ = batch()
     # Away from a table's knots, where its log-SNR has two slopes.
@@ -55,7 +57,7 @@ def test_v_is_salimans_and_hos() -> None:
 
 @pytest.mark.parametrize(("prediction", "schedule"), PAIRS)
 def test_x0_error_gain_is_the_change_of_the_output(prediction, schedule) -> None:
-    """At fixed x an x0 estimate off by d means an output off by gain * d: what Proposition 1 compares."""
+    """At fixed x an error d of x0 is an error gain * d of the output (HDDM Proposition 1)."""
     objective = Objective(prediction, schedule)
     x0, eps, _ = batch()
     t = torch.linspace(0.1, 0.6, len(x0), dtype=torch.float64)
@@ -66,9 +68,11 @@ def test_x0_error_gain_is_the_change_of_the_output(prediction, schedule) -> None
     torch.testing.assert_close(changed.abs()[:, 0, 0, 0], objective.x0_error_gain(t), rtol=1e-9, atol=1e-9)
 
 
-def test_proposition_1() -> None:
-    """On the linear path an eps loss weighs the velocity error by (1 - t)^2, an x0 loss by t^2; `prop1` undoes both,
-    so that all four predictions have one loss: that of the velocity."""
+def test_prop1_weighting_makes_all_losses_the_velocitys() -> None:
+    """On the linear path an eps loss weights the velocity error by (1 - t)^2, an x0 loss by t^2; `prop1` undoes both.
+
+    All four predictions then have the same loss (HDDM Proposition 1).
+    """
     x0, eps, _ = batch()
     t = torch.linspace(0.05, 0.95, len(x0), dtype=torch.float64)
     velocity_weight = {"eps": (1 - t) ** 2, "x0": t**2, "flow": torch.ones_like(t)}

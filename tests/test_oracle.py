@@ -1,5 +1,6 @@
-"""The test above all tests: with exact experts of any objectives the ensemble is the exact global model."""
+"""The oracle: with exact experts of any objectives, the ensemble is the exact global model."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ import atoll.solver
 from atoll.calibration import Calibration
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
-from atoll.schedule import Cosine, Linear, LinearBeta, TableSchedule
+from atoll.schedule import PATH, Cosine, Linear, LinearBeta, TableSchedule
 from atoll.testing import GaussianMixture, sliced_wasserstein
 from atoll.train.calibrate import measure_calibration
 
@@ -32,10 +33,9 @@ def mixture() -> GaussianMixture:
 
 def inside_support(objectives: list[Objective], count: int, seed: int = 0) -> torch.Tensor:
     """Times of the linear path that every objective's support covers."""
-    path = Linear()
     edges = [o.schedule.log_snr(torch.tensor(o.support, dtype=torch.float64)) for o in objectives]
-    low = max(float(path.time_at(edge[0])) for edge in edges)
-    high = min(float(path.time_at(edge[1])) for edge in edges)
+    low = max(float(PATH.time_at(edge[0])) for edge in edges)
+    high = min(float(PATH.time_at(edge[1])) for edge in edges)
     g = torch.Generator().manual_seed(seed)
     return low + (high - low) * torch.rand(count, generator=g, dtype=torch.float64)
 
@@ -43,22 +43,15 @@ def inside_support(objectives: list[Objective], count: int, seed: int = 0) -> to
 def noisy_batch(mixture: GaussianMixture, t: torch.Tensor, seed: int = 0) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     x0, _ = mixture.sample(len(t), g)
-    t = t.reshape(-1, 1, 1, 1)
-    return (1 - t) * x0 + t * torch.randn(x0.shape, generator=g, dtype=x0.dtype)
+    return PATH.diffuse(x0, torch.randn(x0.shape, generator=g, dtype=x0.dtype), t)
 
 
 def ensemble_of(mixture: GaussianMixture, objectives: list[Objective], routing: str = "full") -> Ensemble:
     experts = [
         Expert(mixture.network(objective, k), objective, (k,), name=str(k)) for k, objective in enumerate(objectives)
     ]
-    with pytest.warns() if any(o.prediction == "eps" for o in objectives) else _nothing():
+    with pytest.warns() if any(o.prediction == "eps" for o in objectives) else contextlib.nullcontext():
         return Ensemble(experts, mixture.router, routing=routing)
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), PAIRS)
@@ -90,8 +83,7 @@ def test_finite_at_every_time_and_continuous_at_the_edges(mixture, prediction, s
     everywhere = torch.cat([torch.tensor([0.0, 1e-9, 1e-6, 1 - 1e-9, 1.0]), torch.linspace(0, 1, 200)]).double()
     assert torch.isfinite(ensemble.velocity(noisy_batch(mixture, everywhere), everywhere)).all()
 
-    path = Linear()
-    edges = path.time_at(objective.schedule.log_snr(torch.tensor(objective.support, dtype=torch.float64)))
+    edges = PATH.time_at(objective.schedule.log_snr(torch.tensor(objective.support, dtype=torch.float64)))
     # At a distance of 1e-9 of t = 0 or 1 the mixture's own velocity is already lost to rounding: edges inside only.
     for edge in edges[(edges > 1e-3) & (edges < 1 - 1e-3)]:
         t = edge + torch.tensor([-1e-9, 1e-9]).double()
@@ -105,12 +97,12 @@ def test_at_pure_noise_the_velocity_is_x_minus_x0(mixture) -> None:
     expert = Expert(mixture.network(objective, 0), objective)
     x = torch.randn(5, *SHAPE, dtype=torch.float64)
     t = torch.ones(5, dtype=torch.float64)
-    mean = mixture.x0_eps(x, t, Linear(), cluster=0)[0]
+    mean = mixture.x0_eps(x, t, PATH, cluster=0)[0]
     torch.testing.assert_close(expert.velocity(x, t), x - mean, atol=0.1, rtol=0.1)
 
 
 def test_below_the_clean_edge_the_velocity_stays_that_of_the_edge(mixture) -> None:
-    """x0 kept there instead of eps would make the velocity grow like 1/t (DESIGN's first form did)."""
+    """If x0 were kept there instead of eps, the velocity would grow like 1/t."""
     objective = Objective("eps", TableSchedule([0.9, 0.5, 0.01]))
     expert = Expert(lambda x, time, condition: torch.ones_like(x), objective)
     t = torch.tensor([1e-2, 1e-4, 1e-8], dtype=torch.float64)
@@ -118,8 +110,8 @@ def test_below_the_clean_edge_the_velocity_stays_that_of_the_edge(mixture) -> No
     torch.testing.assert_close(expert.velocity(x, t)[2], torch.full(SHAPE, 0.5, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
-def test_native_alignment_is_wrong_where_snr_is_exact(mixture) -> None:
-    """HDDM's Eqs. 5-8 read literally are off by tens of percent on a cosine expert, not at all on a linear flow one."""
+def test_native_alignment_is_wrong_unless_the_schedule_is_linear(mixture) -> None:
+    """HDDM's Eqs. 5-8 read literally: off by more than 5 % for a cosine expert, exact for a linear flow expert."""
     t = torch.full((256,), 0.5, dtype=torch.float64)
     x = noisy_batch(mixture, t)
     exact = mixture.velocity(x, t)
@@ -138,15 +130,15 @@ def test_samples_of_a_mixed_ensemble_reach_the_floor(mixture) -> None:
     ]
     count = 3000
     g = torch.Generator().manual_seed(3)
-    real = mixture.sample(count, g)[0]
-    floor = sliced_wasserstein(mixture.sample(count, g)[0], real)
+    reference = mixture.sample(count, g)[0]
+    floor = sliced_wasserstein(mixture.sample(count, g)[0], reference)
     noise = torch.randn(count, *SHAPE, generator=g, dtype=torch.float64)
     drawn = atoll.solver.sample(ensemble_of(mixture, objectives).velocity, noise, steps=60, method="heun")
-    assert sliced_wasserstein(drawn, real) < 1.5 * floor + 0.01
-    assert sliced_wasserstein(noise, real) > 5 * floor
+    assert sliced_wasserstein(drawn, reference) < 1.5 * floor + 0.01
+    assert sliced_wasserstein(noise, reference) > 5 * floor
 
 
-def test_calibration_rescues_biased_eps_experts(mixture) -> None:
+def test_calibration_repairs_samples_of_biased_eps_experts(mixture) -> None:
     """A constant eps-error of 20 % ruins samples, with HDDM's clamp too; a measured calibration repairs them."""
     objective = Objective("eps", Cosine())
     plain, clamped, calibrated = [], [], []
@@ -163,12 +155,12 @@ def test_calibration_rescues_biased_eps_experts(mixture) -> None:
         plain.append(Expert(network, objective, (k,), Calibration.identity(calibration.mean)))
         calibrated.append(Expert(network, objective, (k,), calibration))
     g = torch.Generator().manual_seed(9)
-    real = mixture.sample(1500, g)[0]
+    reference = mixture.sample(1500, g)[0]
     noise = torch.randn(1500, *SHAPE, generator=g, dtype=torch.float64)
 
     def distance(experts: list[Expert]) -> float:
         ensemble = Ensemble(experts, mixture.router, routing="full")
-        return sliced_wasserstein(atoll.solver.sample(ensemble.velocity, noise, steps=40), real)
+        return sliced_wasserstein(atoll.solver.sample(ensemble.velocity, noise, steps=40), reference)
 
     with pytest.warns(UserWarning, match="without calibration"):
         by_clamp = distance(clamped)

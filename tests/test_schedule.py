@@ -82,8 +82,8 @@ def test_zero_terminal_snr_ends_one_index_earlier() -> None:
 def test_outside_the_support_time_is_the_edge() -> None:
     for schedule in ALL:
         t_min, t_max = schedule.support
-        found = schedule.time_at(torch.tensor([300.0, -300.0], dtype=torch.float64))
-        torch.testing.assert_close(found, torch.tensor([t_min, t_max], dtype=torch.float64), rtol=0, atol=1e-12)
+        edges = schedule.time_at(torch.tensor([300.0, -300.0], dtype=torch.float64))
+        torch.testing.assert_close(edges, torch.tensor([t_min, t_max], dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @given(st.lists(st.floats(1e-6, 0.9), min_size=2, max_size=400))

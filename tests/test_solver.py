@@ -1,3 +1,5 @@
+"""Solvers: measured orders, known special cases, and agreement with diffusers."""
+
 import itertools
 import math
 
@@ -5,9 +7,10 @@ import pytest
 import torch
 
 from atoll.alignment import snr_velocity
+from atoll.calibration import Calibration
 from atoll.errors import AtollError
 from atoll.objective import Objective
-from atoll.schedule import Cosine, Linear, LinearBeta
+from atoll.schedule import PATH, Cosine, Linear, LinearBeta
 from atoll.solver import sample, times_of
 from atoll.testing import GaussianMixture
 
@@ -19,7 +22,7 @@ def noise(count=16, seed=0):
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
-def test_measured_order(method, order) -> None:
+def test_error_falls_with_the_order_of_the_method(method, order) -> None:
     """Halving the step divides the error by 2^order. Ends inside (0, 1), where all three are regular."""
 
     def solve(steps, how=method):
@@ -34,14 +37,14 @@ def test_measured_order(method, order) -> None:
 @pytest.mark.parametrize("method", ["euler", "heun", "dpm++2m"])
 def test_from_noise_to_data_all_methods_agree(method) -> None:
     exact = sample(MIXTURE.velocity, noise(), steps=3000, method="heun")
-    found = sample(MIXTURE.velocity, noise(), steps=400, method=method)
-    assert torch.isfinite(found).all()
-    assert float((found - exact).abs().mean()) < 0.02
+    x0 = sample(MIXTURE.velocity, noise(), steps=400, method=method)
+    assert torch.isfinite(x0).all()
+    assert float((x0 - exact).abs().mean()) < 0.02
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "dpm++2m"])
-def test_times_are_per_sample(method) -> None:
-    """A batch whose samples walk different grids equals each of them walked alone."""
+def test_each_sample_follows_its_own_times(method) -> None:
+    """A batch with different times per sample gives what each sample gives alone."""
     start = noise(2)
     grids = torch.stack([torch.linspace(1, 0, 11), torch.linspace(0.8, 0.2, 11)], dim=1).double()
     together = sample(MIXTURE.velocity, start, method=method, times=grids)
@@ -77,7 +80,7 @@ def test_times_of_a_schedule_have_its_log_snr(schedule) -> None:
     assert (times.diff() < 0).all()
     assert times[-1] == 0
     own = torch.linspace(1, 0, 9).double()[1:-1]
-    torch.testing.assert_close(Linear().log_snr(times[1:-1]), schedule.log_snr(own))
+    torch.testing.assert_close(PATH.log_snr(times[1:-1]), schedule.log_snr(own))
     if isinstance(schedule, Linear):
         torch.testing.assert_close(times, torch.linspace(1, 0, 9).double())
     with pytest.raises(AtollError, match="steps is 0"):
@@ -100,23 +103,19 @@ def test_a_ddpm_expert_on_the_linear_path_is_ddim_at_the_matched_times() -> None
         x = ddim.step(network(x, torch.full((len(x),), float(index)).double()), index, x).prev_sample
 
     # The same on the linear path: Euler between the times of equal log-SNR, x scaled by the ratio of the alphas.
-    visited = torch.tensor(indices).double() / 999
-    times = Linear().time_at(LinearBeta().log_snr(visited))
-    ratio = (1 - times) / LinearBeta().alpha(visited)
+    ddim_times = torch.tensor(indices).double() / 999
+    times = PATH.time_at(LinearBeta().log_snr(ddim_times))
+    ratio = (1 - times) / LinearBeta().alpha(ddim_times)
     # diffusers holds its table in float32: 1e-5 is its precision.
-    ours = sample(lambda x, t: snr_velocity(network, objective, x, t, _NO_CORRECTION), noise() * ratio[0], times=times)
+    ours = sample(
+        lambda x, t: snr_velocity(network, objective, x, t, Calibration.identity(torch.zeros(()))),
+        noise() * ratio[0],
+        times=times,
+    )
     torch.testing.assert_close(ours / ratio[-1], x, rtol=1e-4, atol=1e-4)
 
 
-class _Identity:
-    def correct(self, x0, eps, t):
-        return x0, eps
-
-
-_NO_CORRECTION = _Identity()
-
-
-def test_callback_sees_every_step() -> None:
+def test_callback_receives_every_step() -> None:
     seen = []
     end = sample(MIXTURE.velocity, noise(), steps=7, callback=lambda index, x: seen.append((index, x)))
     assert [index for index, _ in seen] == list(range(7))

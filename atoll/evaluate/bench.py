@@ -124,7 +124,9 @@ class Evaluator:
             condition = self.reference.encoder.encode(tokens).to(self.device)
             noise = seeded_noise(seeds, self.shape).to(self.device)
             velocity = _bound(variant.ensemble, condition, scale)
-            return self.reference.codec.decode(sample(velocity, noise, how.steps, how.method, variant.times(how.steps)))
+            return self.reference.codec.decode(
+                sample(velocity, noise, how.steps, how.method, times=variant.times(how.steps))
+            )
 
         def counted() -> TensorDict:
             numbers = torch.arange(min(_COUNTED, len(self.probe)))

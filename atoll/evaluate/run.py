@@ -167,7 +167,7 @@ def draw_grid(
         ensemble = variant.ensemble.with_options()  # of its own: another thread may trace the same one
         velocity = partial(ensemble.velocity, condition=condition, guidance_scale=how["guidance_scale"])
         with ensemble.tracing() as trace:
-            x0 = sample(velocity, noise, how["steps"], how["method"], variant.times(how["steps"]))
+            x0 = sample(velocity, noise, how["steps"], how["method"], times=variant.times(how["steps"]))
             images = run.loaded.codec.decode(x0).cpu()
         weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P,T,E]: the first seed's
         return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
