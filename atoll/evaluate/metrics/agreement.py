@@ -1,4 +1,4 @@
-"""How well images follow their prompts: by a CLIP, or, where none is at hand, by a regression on real images."""
+"""Agreement of images with their prompts: by a CLIP, or without one by a regression on real images."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -15,25 +15,26 @@ from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import Features, Moments, metric_name
 from atoll.randomness import cpu_generator, random_rows
 
-CANDIDATES = 100  # prompts that an image's own is sought among: AttnGAN's R-precision
-# Ridge parameters tried, relative to the mean variance of a feature's dimension.
+CANDIDATES = 100  # prompts among which an image's own should be the nearest: AttnGAN's R-precision
+# Ridge parameters to try, relative to the mean variance of a feature's dimension.
 RELATIVE_LAMBDAS = tuple(10.0 ** (power / 4) for power in range(-32, 17))
-FREEDOM = 0.95  # of n: a regression that uses more of its degrees of freedom has nothing left to be judged by
+FREEDOM = 0.95  # of n: a regression with more degrees of freedom cannot be judged by cross-validation
 EQUAL = 1e-9  # cosines nearer than this are a tie
 
 
 class CLIPScore:
     """100 max(cos(image, prompt), 0) between the two halves of one CLIP.
 
-    Hessel et al. 2021, with the weight of 100 that is usual for generated images instead of their 2.5, and without
-    their prefix "A photo depicts". A prompt is cut at the 77 tokens that CLIP reads. Images are resized by the
-    shorter side to what the network takes, and their middle is scored.
+    Hessel et al. 2021, with the factor 100 that is usual for generated images instead of their 2.5, and without their
+    prefix "A photo depicts". CLIP reads 77 tokens of a prompt. Images are resized by the shorter side to the network's
+    size and centre-cropped.
 
     Args:
-        images: "clip-image". texts: "clip" with pooled: projected. Of one CLIP; `load` builds both.
+        images: "clip-image".
+        texts: "clip" with pooled: projected, of the same CLIP. `load` builds both.
 
     Raises:
-        AtollError: halves that do not share a space.
+        AtollError: the halves do not share a space.
     """
 
     def __init__(self, images: Feature, texts: TextEncoder):
@@ -48,7 +49,7 @@ class CLIPScore:
 
     @classmethod
     def load(cls, weights: str) -> "CLIPScore":
-        """From a directory (or repository) of transformers that holds a whole CLIP and its tokenizer.
+        """Load both halves from a transformers directory (or repository) with a whole CLIP and its tokenizer.
 
         Raises:
             AtollError: as `build_feature` and `build_encoder`.
@@ -57,29 +58,29 @@ class CLIPScore:
         return cls(images, build_encoder({"name": "clip", "weights": weights, "pooled": "projected"}))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] and their B prompts -> [B], 0 to 100; NaN of an image that is not finite.
+        """Images [B, C, H, W] in [0, 1] and their B prompts -> scores [B], 0 to 100; NaN for a non-finite image.
 
         Raises:
-            AtollError: another number of prompts than of images.
+            AtollError: the numbers of prompts and images differ.
         """
         if len(images) != len(prompts):
             raise AtollError(f"{len(images)} images and {len(prompts)} prompts; expected one prompt for each image")
-        seen = self._images(images)  # [B,D]
-        read = self._texts.encode(self._texts.tokenize(prompts).to(seen.device)).pooled  # [B,D]
-        assert read is not None  # the projected vector
-        score = 100 * F.cosine_similarity(seen, read).clamp(min=0)
+        image_vectors = self._images(images)  # [B,D]
+        text_vectors = self._texts.encode(self._texts.tokenize(prompts).to(image_vectors.device)).pooled  # [B,D]
+        assert text_vectors is not None  # the projected vector
+        score = 100 * F.cosine_similarity(image_vectors, text_vectors).clamp(min=0)
         return score.masked_fill(~torch.isfinite(images).flatten(1).all(1).to(score.device), torch.nan)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well images agree with their prompts.
+    """Agreement of images with their prompts.
 
     Attributes:
-        r_precision: the share of images whose own prompt is the nearest.
-        cosine: mean cosine between what is read off an image and its own prompt, both centred.
-        images: how many.
-        candidates: prompts that each image's own was sought among, with it; by chance r_precision is one of them.
+        r_precision: fraction of images whose own prompt is the nearest.
+        cosine: mean cosine between the predicted vector of an image and its own prompt, both centred.
+        images: number of images.
+        candidates: number of prompts to choose from; chance gives r_precision 1 / candidates.
     """
 
     r_precision: float
@@ -89,19 +90,18 @@ class Agreement:
 
 
 class RidgeAgreement:
-    """Reads the prompt's vector off an image's features, by a ridge regression fitted on real images.
+    """Predicts the prompt's vector from an image's features, by a ridge regression fitted on real images.
 
-    Needs no CLIP and is as good as its features: real held-out images with their prompts give the ceiling, with
-    shuffled prompts the floor, and a number says something between the two. Off the images that it was fitted on it
-    reads more than off any others: ask for the prompts of others, or a model that repeats those would score above the
-    ceiling.
+    It needs no CLIP and is as good as its features: held-out real images with their prompts give the ceiling, shuffled
+    prompts the floor. It predicts best for the images that it was fitted on, so measure with prompts of other images:
+    otherwise a model that memorised would score above the ceiling.
 
-    R-precision as in AttnGAN (Xu et al. 2018, section 4), with this regression for their trained encoders. `fit` makes
-    one.
+    R-precision as in AttnGAN (Xu et al. 2018, section 4), with this regression instead of their trained encoders. `fit`
+    makes one.
     """
 
     def __init__(self, features: Features, mean: Tensor, target_mean: Tensor, weights: Tensor, ridge: float):
-        """mean [D], target_mean [P], weights [D, P]; ridge: the parameter that was chosen, in units of a variance."""
+        """mean [D], target_mean [P], weights [D, P]; ridge: the chosen parameter, in units of a variance."""
         self.features, self.ridge = features, ridge
         self._mean, self._target_mean, self._weights = mean, target_mean, weights
         digest = hashlib.sha256(features.sha256.encode())
@@ -111,24 +111,26 @@ class RidgeAgreement:
 
     @classmethod
     def fit(cls, features: Features, pairs: Iterable[tuple[Tensor, Tensor]]) -> "RidgeAgreement":
-        """From batches of (features [B, D], prompts' vectors [B, P]) of real training images.
+        """Fit on batches of (features [B, D], prompts' vectors [B, P]) of real training images.
 
-        Vectors are brought to unit length and centred. In closed form from their joint moments, in float64: memory is
-        (D + P)^2, however many images. The ridge parameter is that of 49 between 1e-8 and 1e4 times the features'
-        mean variance with the least generalised cross-validation error (Golub, Heath & Wahba 1979).
+        Vectors are normalised to unit length and centred. Closed form from their joint moments, in float64: memory is
+        (D + P)^2, however many images. Of 49 ridge parameters between 1e-8 and 1e4 times the features' mean variance,
+        the one with the least generalised cross-validation error is taken (Golub, Heath & Wahba 1979).
 
         Raises:
-            AtollError: fewer than 3 images, features or vectors that are not finite, or all alike.
+            AtollError: fewer than 3 images; features or vectors that are not finite, or all equal.
         """
+        # Joint moments of features and vectors.
         moments: Moments | None = None
-        for seen, vectors in pairs:
-            joint = torch.cat([seen.detach().cpu().double(), _unit(vectors)], dim=1)  # [B,D+P]
+        for features_batch, vectors in pairs:
+            joint = torch.cat([features_batch.detach().cpu().double(), _unit(vectors)], dim=1)  # [B,D+P]
             moments = moments or Moments(joint.shape[1])
             moments.update(joint)
         if moments is None or moments.count < 3:
             raise AtollError(f"a regression on {moments.count if moments else 0} images; expected at least 3")
         if not moments.finite:
             raise AtollError("features or prompts' vectors of real images that are not finite; look at the data")
+        # Split the covariance into its blocks and solve.
         n, dim = moments.count, features.dim
         covariance = moments.covariance * ((n - 1) / n)
         xx, xy, yy = covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
@@ -138,15 +140,15 @@ class RidgeAgreement:
         return cls(features, moments.mean[:dim], moments.mean[dim:], weights, ridge)
 
     def predict(self, features: Tensor) -> Tensor:
-        """Features [n, D] -> the centred vectors [n, P] of the prompts they were drawn for, float64."""
+        """Features [n, D] -> centred vectors [n, P] of their prompts, float64."""
         return (features.detach().cpu().double() - self._mean) @ self._weights
 
     def score(self, features: Tensor, prompts: Sequence[str], vectors: Tensor, seed: int = 0) -> Agreement:
-        """Scores images with these features [n, D] against their n prompts, whose vectors are [n, P].
+        """Score images with features [n, D] against their n prompts with vectors [n, P].
 
-        An image's own prompt is sought among it and 99 others, at random of the distinct prompts given; among all of
-        them where they are no more than 100. Prompts with equal vectors share a hit. Two sets of images for the same
-        prompts are asked with the same candidates.
+        The candidates are an image's own prompt and 99 random others of the distinct prompts (all, if there are at
+        most 100). Prompts with equal vectors share a hit. Two sets of images for the same prompts get the same
+        candidates.
 
         Raises:
             AtollError: numbers that do not fit, features that are not finite, or fewer than two distinct prompts.
@@ -157,12 +159,14 @@ class RidgeAgreement:
             )
         if not bool(torch.isfinite(features).all()):
             raise AtollError("features that are not finite: the sampling diverged")
+        # The distinct prompts, and which of them is each image's own.
         number = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         if len(number) < 2:
             raise AtollError(f"{len(number)} distinct prompts; expected at least 2 to tell apart")
         own = torch.tensor([number[prompt] for prompt in prompts])  # [n]
         first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
         distinct = F.normalize(_unit(vectors[[first[prompt] for prompt in number]]) - self._target_mean)  # [M,P]
+        # Is the own prompt the nearest? Ties share the hit.
         predicted = F.normalize(self.predict(features))  # [n,P]
         cosines = (predicted * distinct[own]).sum(1)  # [n]
         generator = cpu_generator(seed)
@@ -203,10 +207,11 @@ def _others(own: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _ridge(xx: Tensor, xy: Tensor, yy: float, n: int) -> tuple[Tensor, float]:
-    """(weights [D, P], the ridge parameter) of least GCV, from the covariances [D, D] and [D, P] and y's variance.
+    """(weights [D, P], ridge parameter) of least GCV, from the covariances [D, D] and [D, P] and y's variance.
 
     GCV = |y - y_hat|^2 / n / (1 - tr(H) / n)^2; tr(H) counts the mean as one.
     """
+    # In the eigenbasis every ridge parameter costs O(D).
     values, rotation = torch.linalg.eigh(xx)  # [D], [D,D]
     values = values.clamp(min=0)
     along = rotation.T @ xy  # [D,P]

@@ -1,4 +1,4 @@
-"""What an image costs to draw, counted while it is drawn: floating-point operations of the real sampling call."""
+"""The cost of drawing an image: floating-point operations, counted during the real sampling call."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from atoll.errors import AtollError
 class SamplingCost:
     """Floating-point operations of one image.
 
-    by_operator: torch's operator -> its share of `flops`, largest first.
+    Attributes:
+        by_operator: operations by torch operator, largest first; they sum to `flops`.
     """
 
     flops: float
@@ -26,14 +27,13 @@ class SamplingCost:
 
 
 def count_flops(draw: Callable[[], object], images: int) -> SamplingCost:
-    """Runs `draw`, which draws `images` images, once and counts its operations, per image.
+    """Run `draw`, which draws `images` images, once and count its operations per image.
 
-    Counted, by torch's formulas, are matrix products, convolutions and attention (its two products, in full where a
-    mask hides part of them), a multiply-add as 2: as papers that call them FLOPs and not MACs. Not counted is what is
-    cheap beside them: normalisation, softmax, activations, sums. All that `draw` calls counts: every expert asked, the
-    router, both branches of guidance, and encoder and codec where it runs them.
+    Counts matrix products, convolutions and attention (both products, masked parts included) by torch's formulas, a
+    multiply-add as 2: FLOPs, not MACs. Ignores cheap operations: normalisation, softmax, activations, sums. Everything
+    that `draw` calls counts: all experts evaluated, the router, both branches of guidance, encoder and codec.
 
-    Only the calling thread is seen, and no compiled module: draw eagerly, and without `side_by_side`.
+    Only the calling thread is observed, and no compiled module: draw eagerly, and without `side_by_side`.
 
     Raises:
         AtollError: nothing was counted.
@@ -55,7 +55,7 @@ def count_flops(draw: Callable[[], object], images: int) -> SamplingCost:
 
 
 def _unknown_to_torch() -> dict[Any, Any]:
-    """Fused attention of CPUs, which torch 2.13 counts as nothing."""
+    """Formulas for operators that torch does not count: the fused attention of CPUs in torch 2.13."""
     packet = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     return {} if packet is None else {packet: _attention_flops}
 

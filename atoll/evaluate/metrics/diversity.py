@@ -1,4 +1,4 @@
-"""How unlike each other the images of one prompt are: intra-prompt diversity, as HDDM reports it."""
+"""Intra-prompt diversity, as HDDM reports it: the mean distance between images of one prompt."""
 
 import hashlib
 import math
@@ -19,7 +19,7 @@ from atoll.nn.squeezenet import SMALLEST
 
 
 class PerceptualDistance(Protocol):
-    """A distance between images. `name` says which, and the first 8 letters of what it depends on."""
+    """A distance between images. `name` says which, with the first 8 digits of the hash of its inputs."""
 
     name: str
 
@@ -28,15 +28,15 @@ class PerceptualDistance(Protocol):
 
 
 class SqueezeDist:
-    """The squared difference of SqueezeNet's taps at unit length: LPIPS less its learnt weights, and never called so.
+    """The squared difference of SqueezeNet's unit-length taps: LPIPS without its learnt weights, hence another name.
 
     Zhang et al. 2018, Eq. 1 with all w_l = 1: channels at unit length in each place, squared differences summed over
     channels, averaged over places, summed over the seven taps. It depends on the images' size.
 
     Args:
         feature: "squeezenet", built by `atoll.encoders.feature.build_feature`.
-        enlarged: images with a side below 17 pixels, the least that the network takes, are enlarged (bilinear) until
-            their shorter side has this many. It is part of the hash in the name.
+        enlarged: images with a side below 17 pixels, the network's minimum, are enlarged (bilinear) to this shorter
+            side. Part of the hash in the name.
 
     Raises:
         AtollError: another feature, or `enlarged` below 17.
@@ -54,20 +54,20 @@ class SqueezeDist:
     def pairwise(self, images: Tensor, /) -> Tensor:
         total = images.new_zeros(len(images) * (len(images) - 1) // 2, dtype=torch.float32)
         for tap in self.feature.taps(_enlarged(images, self.enlarged)):  # [n,D,h,w]
-            unit = tap / (tap.norm(dim=1, keepdim=True) + 1e-10)  # where no channel is active, 0
+            unit = tap / (tap.norm(dim=1, keepdim=True) + 1e-10)  # 0 if no channel is active
             total += torch.pdist(unit.flatten(1)).square() / unit[0, 0].numel()
         return total
 
 
 class LPIPS:
-    """LPIPS 0.1 (Zhang et al. 2018) by the package `lpips`, which brings its learnt weights but not the network's.
+    """LPIPS 0.1 (Zhang et al. 2018) by the package `lpips`, which contains its learnt weights but not the network's.
 
     Args:
         weights: the local path of torchvision's weights of the network (alexnet-owt-7be5be79.pth for "alex").
         net: "alex", as papers report it; "vgg" or "squeeze".
 
     Raises:
-        AtollError: another net; lpips or torchvision is not installed; weights that are not found (nothing is
+        AtollError: another net; lpips or torchvision is not installed; the weights are missing (nothing is
             downloaded), damaged, or of another network.
     """
 
@@ -78,11 +78,11 @@ class LPIPS:
         library = import_with_torchvision("lpips", "pip install lpips", ", or take SqueezeDist, which needs neither")
         network = library.LPIPS(net=net, pnet_rand=True, verbose=False)  # random, so that nothing is downloaded
         try:
-            given = torch.load(path, map_location="cpu", weights_only=True)
-            # lpips cuts torchvision's `features` into slices: slice2.5.weight is features.5.weight.
-            own = {key: given[f"features.{key.split('.', 1)[1]}"] for key in network.net.state_dict()}
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            # lpips splits torchvision's `features` into slices: slice2.5.weight is features.5.weight.
+            own = {key: stored[f"features.{key.split('.', 1)[1]}"] for key in network.net.state_dict()}
             network.net.load_state_dict(own)
-        except Exception as error:  # whatever a damaged or other file makes torch raise
+        except Exception as error:  # a damaged or foreign file can raise anything
             reason = " ".join(str(error).split())[:120]
             raise AtollError(f"{path}: no weights of torchvision's {net} ({reason}); get a fresh copy") from None
         self._network = network.eval().requires_grad_(False)
@@ -92,15 +92,19 @@ class LPIPS:
     def pairwise(self, images: Tensor, /) -> Tensor:
         self._network.to(images.device)
         images, pairs = images.float().expand(-1, 3, -1, -1), combinations(range(len(images)), 2)
-        found = [self._network(images[i : i + 1], images[j : j + 1], normalize=True) for i, j in pairs]
-        return torch.cat(found).flatten()
+        distances = [self._network(images[i : i + 1], images[j : j + 1], normalize=True) for i, j in pairs]
+        return torch.cat(distances).flatten()
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """HDDM's intra-prompt diversity (arXiv 2603.06741): over prompts, mean and standard deviation (0 for one prompt) of
-    the mean distance between the images of one. Larger is more various; noise is most various of all, so it says
-    nothing alone. NaN where images diverged.
+    """HDDM's intra-prompt diversity (arXiv 2603.06741).
+
+    Larger is more diverse. Noise is the most diverse, so the number means nothing alone. NaN if images diverged.
+
+    Attributes:
+        mean: over prompts, of the mean distance between the images of one prompt.
+        std: over prompts; 0 for one prompt.
     """
 
     mean: float
@@ -116,7 +120,7 @@ class Diversity:
 
 
 def mean_distance(distance: PerceptualDistance, images: Tensor) -> float:
-    """Between the images [n, C, H, W] in [0, 1] of one prompt; NaN where any of them is not finite.
+    """Mean distance between the images [n, C, H, W] in [0, 1] of one prompt; NaN if any is not finite.
 
     Raises:
         AtollError: fewer than two images.
@@ -127,7 +131,7 @@ def mean_distance(distance: PerceptualDistance, images: Tensor) -> float:
 
 
 def _enlarged(images: Tensor, size: int) -> Tensor:
-    """Images [n,C,H,W], those below the network's smallest side with a shorter side of `size` pixels."""
+    """Enlarge images [n,C,H,W] below the network's smallest side to a shorter side of `size` pixels."""
     height, width = images.shape[-2:]
     least = min(height, width)
     if least >= SMALLEST:
@@ -137,7 +141,7 @@ def _enlarged(images: Tensor, size: int) -> Tensor:
 
 
 def build_distance(config: Mapping[str, Any]) -> PerceptualDistance:
-    """From {name: squeezenet, weights: ...}, or {name: lpips, weights: ..., net: alex}.
+    """Build a distance from {name: squeezenet, weights: ...} or {name: lpips, weights: ..., net: alex}.
 
     Raises:
         AtollError: another name or key; as `LPIPS` and `build_feature`.

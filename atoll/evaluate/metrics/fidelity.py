@@ -1,7 +1,7 @@
-"""How two sets of images compare beyond their first two moments: manifolds of neighbours, and kernel distances.
+"""Metrics beyond the first two moments: manifolds of neighbours, and kernel distances.
 
-All on features real [n, D] and fake [m, D], computed in float64. They need the features themselves, of which
-the caller keeps a bounded number.
+All take features real [n, D] and fake [m, D] and compute in float64. They need the features themselves, so the caller
+keeps a bounded number of them.
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ ZERO, TIE = 1e-12, 1e-9
 
 @dataclass(frozen=True)
 class ManifoldScores:
-    """Each in [0, 1], but for density, which is about 1 for sets of one distribution and may be larger.
+    """Each in [0, 1], except density, which is about 1 for equal distributions and can be larger.
 
     Attributes:
-        precision: the share of fakes within the reals' manifold: quality.
-        recall: the share of reals within the fakes' manifold: variety.
-        density: how many reals' balls a fake lies in, over k: quality, robust to outliers among the reals.
-        coverage: the share of reals with a fake in their ball: variety, robust to outliers among the fakes.
+        precision: fraction of fakes within the reals' manifold: quality.
+        recall: fraction of reals within the fakes' manifold: variety.
+        density: mean number of reals' balls that contain a fake, over k: quality, robust to outliers among the reals.
+        coverage: fraction of reals with a fake in their ball: variety, robust to outliers among the fakes.
     """
 
     precision: float
@@ -36,25 +36,29 @@ class ManifoldScores:
 
 
 def manifold_scores(real: Tensor, fake: Tensor, pr_k: int = 3, dc_k: int = 5, chunk: int = 512) -> ManifoldScores:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, section 2) and density and coverage (Naeem et al.
-    2020, section 3), from one pass over the distances.
+    """Precision and recall (Kynkäänniemi et al. 2019, section 2), density and coverage (Naeem et al. 2020, section 3).
 
-    A set's manifold is the union of balls around its vectors, each as large as to reach the k-th nearest of the same
-    set. As published, a ball has its edge for precision and recall, and not for density and coverage. All four depend
+    A set's manifold is the union of balls around its vectors; each reaches to the k-th nearest vector of the same set.
+    As published, a ball includes its edge for precision and recall, but not for density and coverage. All four depend
     on the number of images: compare at equal n and equal m. Time grows as (n + m)^2 D: 10,000 against 10,000 vectors
-    of 1280 numbers take some 90 s of a busy core.
+    of 1280 numbers take about 90 s of one core.
 
     Args:
-        chunk: rows of distances at a time; memory is some chunk * max(n, m) * 32 bytes.
+        real, fake: features [n, D] and [m, D].
+        pr_k, dc_k: k of precision and recall, and of density and coverage.
+        chunk: rows of distances at a time; memory is about chunk * max(n, m) * 32 bytes.
 
     Raises:
         AtollError: shapes that do not fit, features that are not finite, or fewer vectors than max(pr_k, dc_k) + 1.
     """
     real, fake = _checked(real, fake, max(pr_k, dc_k) + 1)
-    centre = real.mean(0)  # shorter vectors, smaller rounding errors
+    # Centre: shorter vectors have smaller rounding errors.
+    centre = real.mean(0)
     real, fake = real - centre, fake - centre
+    # The radii of the balls.
     real_radii = _squared_radii(real, (pr_k, dc_k), chunk)  # [n,2]
     fake_radii = _squared_radii(fake, (pr_k,), chunk)[:, 0]  # [m]
+    # One pass over the distances, some fakes at a time.
     precise = dense = 0
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -86,12 +90,14 @@ class KernelDistance:
 def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> KernelDistance:
     """The squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, unbiased: KID on Inception's features.
 
-    Binkowski et al. 2018. Unbiased: its mean does not depend on the number of images, and of sets of one
-    distribution it is negative about as often as positive.
+    Binkowski et al. 2018. Unbiased: its mean does not depend on the number of images, and for equal distributions it is
+    negative about as often as positive.
 
     Args:
-        subsets: pairs of subsets, drawn without replacement within each; one where `size` takes in both sets whole.
-        size: at most; fewer where n or m are fewer.
+        real, fake: features [n, D] and [m, D].
+        subsets: pairs of subsets, drawn without replacement within each; one if `size` covers both sets.
+        size: images of a subset, at most n and m.
+        seed: of the subsets.
 
     Raises:
         AtollError: shapes that do not fit, features that are not finite, or fewer than two vectors on a side.
@@ -99,22 +105,22 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
     real, fake = _checked(real, fake, 2)
     size = min(size, len(real), len(fake))
     if size == len(real) == len(fake):
-        subsets = 1  # all would be the same
+        subsets = 1  # all subsets would be equal
     generator = cpu_generator(seed)
-    found = []
+    estimates = []
     for _ in range(subsets):
         x = real[random_rows(len(real), size, generator)]
         y = fake[random_rows(len(fake), size, generator)]
-        found.append(_polynomial_mmd(x, y))
-    values = torch.tensor(found, dtype=torch.float64)
+        estimates.append(_polynomial_mmd(x, y))
+    values = torch.tensor(estimates, dtype=torch.float64)
     return KernelDistance(float(values.mean()), float(values.std(correction=0)), subsets, size)
 
 
 def rbf_distance(real: Tensor, fake: Tensor, sigma: float = 10.0, scale: float = 1000.0, chunk: int = 512) -> float:
     """scale * MMD^2 of unit-normalised features with the kernel exp(-|x - y|^2 / (2 sigma^2)): CMMD on CLIP's.
 
-    Jayasumana et al. 2024, section 4. As in their code the sums hold each vector with itself: the estimate is never
-    negative, and biased upwards, by about scale (1/n + 1/m) E |x - x'|^2 / (2 sigma^2): at most 10 (1/n + 1/m) for
+    Jayasumana et al. 2024, section 4. As in their code, the sums include each vector with itself: the estimate is never
+    negative and is biased upwards by about scale (1/n + 1/m) E |x - x'|^2 / (2 sigma^2), at most 10 (1/n + 1/m) for
     vectors without a common direction.
 
     Raises:
@@ -134,7 +140,7 @@ def rbf_distance(real: Tensor, fake: Tensor, sigma: float = 10.0, scale: float =
 
 
 def _polynomial_mmd(x: Tensor, y: Tensor) -> float:
-    """Unbiased, of x and y [s, D]: pairs of a vector with itself are left out."""
+    """The unbiased estimate for x and y [s, D]: it leaves out pairs of a vector with itself."""
     s, dim = x.shape
     xx, yy, xy = ((a @ b.T / dim + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (s * (s - 1))
@@ -142,7 +148,7 @@ def _polynomial_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def _checked(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both in float64 on the CPU."""
+    """Check both sets and return them in float64 on the CPU. `least`: vectors needed on each side."""
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise AtollError(
             f"features of shapes {list(real.shape)} and {list(fake.shape)}; expected [n, D] and [m, D], of one space"
@@ -157,6 +163,7 @@ def _checked(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """|a_i - b_j|^2 of a [c, D] and b [n, D], float64: [c, n]. Equal vectors are at exactly 0."""
+    # By products: much faster than differences; tiny results are rounding errors.
     lengths = a.square().sum(1)[:, None] + b.square().sum(1)  # [c,n]
     squared = lengths - 2 * (a @ b.T)
     return squared.masked_fill_(squared <= ZERO * lengths, 0)

@@ -1,4 +1,4 @@
-"""What is measured: the Fréchet distance of images, and a velocity's error on held-out latents by noise level."""
+"""The Fréchet distance of images, and a velocity's error on held-out latents by noise level."""
 
 import hashlib
 import math
@@ -20,15 +20,15 @@ ConditionedVelocity = Callable[[Tensor, Tensor, Any], Tensor]
 
 # Images of more values than this are averaged 2x2 before their PCA: its covariance has this number squared.
 PCA_VALUES_MAX = 1024
-# Fewer images than this per dimension on a side, and the Fréchet distance is said to be biased: FID's own habit is
-# 10,000 images or more in 2048 dimensions.
+# With fewer images per dimension than this, the report warns that the Fréchet distance is biased. FID is usually
+# computed from 10,000 images or more in 2048 dimensions.
 BIAS_IMAGES_PER_DIMENSION = 5
 
 
 class Moments:
-    """Mean and covariance of vectors that arrive in batches, in float64; memory D^2, however many there are.
+    """Running mean and covariance of vectors in float64; memory is D^2, however many arrive.
 
-    Chan, Golub & LeVeque 1983: two parts are joined exactly, so statistics of disjoint parts may be merged.
+    Statistics of disjoint parts merge exactly (Chan, Golub & LeVeque 1983).
     """
 
     def __init__(self, dim: int):
@@ -37,7 +37,8 @@ class Moments:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # sum of (f - mean)(f - mean)^T
 
     def update(self, features: Tensor) -> None:
-        """Adds features [n, D]."""
+        """Add features [n, D]."""
+        # Moments of the batch alone, merged into the running ones.
         part = Moments(len(self.mean))
         features = features.detach().cpu().double()
         if len(features):
@@ -48,10 +49,11 @@ class Moments:
             self.merge(part)
 
     def merge(self, other: "Moments") -> None:
-        """Adds all that `other` has seen."""
+        """Add everything that `other` holds."""
         total = self.count + other.count
         if total == 0:
             return
+        # The scatter around the joint mean includes the distance between the two means.
         shift = other.mean - self.mean
         self._scatter = self._scatter + other._scatter + torch.outer(shift, shift) * (self.count * other.count / total)
         self.mean = self.mean + shift * (other.count / total)
@@ -70,7 +72,7 @@ class Moments:
 
 
 class TwoMoments(Protocol):
-    """Mean [D] and covariance [D, D] of features, float64: `Moments`, or a `Gaussian` that was read from a file."""
+    """Mean [D] and covariance [D, D] of features, float64: `Moments`, or a `Gaussian` from a file."""
 
     @property
     def mean(self) -> Tensor: ...
@@ -83,7 +85,7 @@ class TwoMoments(Protocol):
 
 
 def frechet_distance(a: TwoMoments, b: TwoMoments) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), between the Gaussians fitted to two sets of features.
+    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): the distance of Gaussians fitted to two sets of features.
 
     Heusel et al. 2017, Eq. 6 (Dowson & Landau 1982). S_a S_b has the eigenvalues of the symmetric R S_b R with
     R = S_a^(1/2), so two symmetric eigendecompositions suffice and no imaginary part arises.
@@ -93,45 +95,46 @@ def frechet_distance(a: TwoMoments, b: TwoMoments) -> float:
     """
     if not (a.finite and b.finite):
         raise AtollError("the Fréchet distance of features that are not finite: the sampling diverged")
+    # The trace of the square root, from eigenvalues of a symmetric matrix.
     s_a, s_b = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(s_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ s_b @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + s_a.trace() + s_b.trace() - 2 * cross
-    return max(0.0, float(distance))  # of equal sets the rounding error may be negative
+    return max(0.0, float(distance))  # for equal sets, rounding can make it negative
 
 
 def bias_warning(n: int, m: float, dim: int) -> str | None:
-    """What to say of a Fréchet distance between n and m images in `dim` dimensions; None where both are enough.
+    """Warn about a Fréchet distance between n and m images in `dim` dimensions; None if there are enough.
 
-    The estimate is biased upwards, as 1/n (Chong & Forsyth 2020): two samples of one Gaussian with equal variances lie
-    (D + 5)/4 (1/n + 1/m) of its total variance apart (second order in 1/n), which at n = m = 5 D is a tenth. Of n <= D
-    images the covariance is singular besides: in most directions nothing was measured.
+    The estimate is biased upwards, as 1/n (Chong & Forsyth 2020): for two samples of one Gaussian with equal variances
+    it is (D + 5)/4 (1/n + 1/m) of the total variance (second order in 1/n), a tenth at n = m = 5 D. With n <= D
+    images the covariance is also singular: most directions were not measured.
     """
     side, enough = int(min(n, m)), BIAS_IMAGES_PER_DIMENSION * dim
     if side >= enough:
         return None
     singular = ", and its covariance is singular (no more images than dimensions)" if side <= dim else ""
     return (
-        f"a Fréchet distance of {n:,} against {_said(m)} images in {dim:,} dimensions is biased upwards{singular}: "
-        f"the smaller side should hold {BIAS_IMAGES_PER_DIMENSION} images per dimension ({enough:,}); measure more "
+        f"a Fréchet distance of {n:,} against {_count_text(m)} images in {dim:,} dimensions is biased "
+        f"upwards{singular}: the smaller side should hold {BIAS_IMAGES_PER_DIMENSION} images per dimension ({enough:,}); measure more "
         f"images, take at most {max(1, side // BIAS_IMAGES_PER_DIMENSION):,} components, or read the kernel "
         "distance, which is unbiased"
     )
 
 
-def _said(images: float) -> str:
+def _count_text(images: float) -> str:
     return f"{images:,.0f}" if math.isfinite(images) else "an unknown number of"
 
 
 class Features(Protocol):
-    """The space that a distance is taken in: `PixelPCA`, or a `FeatureSpace`. `metric_name` names the distance.
+    """A feature space for distances: `PixelPCA` or a `FeatureSpace`. `metric_name` names the distance.
 
     Attributes:
-        name: of the space, as it stands in a distance's name ("MNv2-pca64").
+        name: of the space, as part of a distance's name ("MNv2-pca64").
         dim: D.
-        explained: the share of the variance of the full features that lies in the components kept; 1 where all are.
-        sha256: of all that the features depend on: numbers are comparable where it is equal.
+        explained: fraction of the full features' variance within the components; 1 without a projection.
+        sha256: of everything that the features depend on; numbers are comparable if it is equal.
     """
 
     name: str
@@ -146,7 +149,7 @@ class Features(Protocol):
 
 
 class Named(Protocol):
-    """What a space is called by: `Features`, or what a report tells of them."""
+    """A name and a hash: `Features`, or their description in a report."""
 
     @property
     def name(self) -> str: ...
@@ -154,42 +157,43 @@ class Named(Protocol):
     def sha256(self) -> str: ...
 
 
-# A metric has a name of its own where it is taken in the very space that it was defined in.
+# A metric in the space that it was defined in has a name of its own.
 _OWN_NAMES = {("FD", "Inception"): "FID", ("KD", "Inception"): "KID", ("MMD", "CLIP"): "CMMD"}
 
 
 def metric_name(kind: str, features: Named) -> str:
-    """What the field calls a metric in a space, and the first 8 letters of the space's hash.
+    """The field's name of a metric in a space, with the first 8 digits of the space's hash.
 
-    "FD" (Fréchet distance), "KD" (kernel distance), "MMD" (RBF), "precision", ...: "FD-MNv2-pca64 [3fa9c2d1]". FID and
-    KID are of Inception's features, all 2048, and CMMD is of CLIP's; in other spaces they are FD, KD and MMD.
+    For kinds such as "FD" (Fréchet distance), "KD" (kernel distance), "MMD" (RBF) or "precision":
+    "FD-MNv2-pca64 [3fa9c2d1]". FID and KID are defined in all 2048 of Inception's features, CMMD in CLIP's; in other
+    spaces they are called FD, KD and MMD.
     """
     return f"{_OWN_NAMES.get((kind, features.name), f'{kind}-{features.name}')} [{features.sha256[:8]}]"
 
 
 def principal_components(moments: TwoMoments, components: int) -> tuple[Tensor, float]:
-    """The orthonormal directions [D, components] of most variance, largest first, and the share of it they hold.
+    """The orthonormal directions [D, components] of largest variance, in order, and the fraction of it within them.
 
-    Fewer than asked for where dimensions, or images less one, are fewer. Raises AtollError below two images.
+    There are at most as many as dimensions, and as images minus one. Raises AtollError below two images.
     """
-    kept = int(min(components, len(moments.mean), moments.count - 1))
+    count = int(min(components, len(moments.mean), moments.count - 1))
     variances, vectors = torch.linalg.eigh(moments.covariance)
-    basis = vectors.flip(1)[:, :kept]
-    # An eigenvector's sign is arbitrary; its largest entry is made positive.
+    basis = vectors.flip(1)[:, :count]
+    # An eigenvector's sign is arbitrary: make its largest entry positive.
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-    return basis * largest.sign(), float(variances[-kept:].sum() / variances.sum())
+    return basis * largest.sign(), float(variances[-count:].sum() / variances.sum())
 
 
 class PixelPCA:
-    """The principal components of pixels: blind to meaning, but needs no pretrained network and no download.
+    """The principal components of pixels: blind to meaning, but without a pretrained network or a download.
 
-    Not whitened, so a distance here is in squared pixel values (of [0, 1], summed over the image).
+    Not whitened, so a distance here is in squared pixel values (in [0, 1], summed over the image).
 
     Args:
         mean: [D], D = C H W after pooling.
         basis: [D, components], orthonormal.
-        pool: images are averaged over pool x pool before.
-        explained: the share of the pixels' variance that lies in the basis; errors outside of it are not seen.
+        pool: images are averaged over pool x pool pixels first.
+        explained: fraction of the pixels' variance within the basis; errors outside of it are invisible.
     """
 
     def __init__(self, mean: Tensor, basis: Tensor, pool: int = 1, explained: float = 1.0):
@@ -199,7 +203,7 @@ class PixelPCA:
 
     @classmethod
     def fit(cls, batches: Iterable[Tensor], components: int = 48) -> "PixelPCA":
-        """Fitted on batches of images [B, C, H, W]; fewer components where images or pixels are fewer.
+        """Fit on batches of images [B, C, H, W]; few images or pixels give fewer components.
 
         Raises:
             AtollError: fewer than two images.
@@ -214,20 +218,21 @@ class PixelPCA:
 
     @property
     def sha256(self) -> str:
-        """Of the fitted mean and basis: distances are comparable where it is equal."""
+        """Hash of the fitted mean and basis; distances are comparable if it is equal."""
         data = torch.cat([self.mean[:, None], self.basis], dim=1).contiguous().numpy().tobytes()
         return hashlib.sha256(data).hexdigest()
 
 
 class PixelFit:
-    """A `PixelPCA` in the making, from images that arrive in batches."""
+    """Fits a `PixelPCA` to images that arrive in batches."""
 
     def __init__(self, components: int):
         self.components, self._pool = components, 1
         self._moments: Moments | None = None
 
     def update(self, images: Tensor) -> None:
-        """Adds images [B, C, H, W], all of one size."""
+        """Add images [B, C, H, W], all of one size."""
+        # The first batch sets the pooling: halve the size until the covariance is small enough.
         if self._moments is None:
             while images[0].numel() / self._pool**2 > PCA_VALUES_MAX and min(images.shape[-2:]) >= 2 * self._pool:
                 self._pool *= 2
@@ -236,7 +241,7 @@ class PixelFit:
         self._moments.update(vectors)
 
     def done(self) -> PixelPCA:
-        """Raises AtollError for fewer than two images."""
+        """Return the fitted PCA. Raises AtollError for fewer than two images."""
         if self._moments is None:
             raise AtollError("a PCA of no images; expected at least 2")
         basis, explained = principal_components(self._moments, self.components)
@@ -252,10 +257,10 @@ class DenoisingError:
     """E |u - (eps - x0)|^2 per latent value, at the times `levels` of the linear path.
 
     Attributes:
-        levels: t, [M].
-        by_level: [M].
+        levels: times t, [M].
+        by_level: error at each level, [M].
         mean: over the levels.
-        standard_error: of the mean, from the spread between images.
+        standard_error: of the mean, from the variance between images.
     """
 
     levels: tuple[float, ...]
@@ -285,7 +290,7 @@ def squared_errors(
 ) -> Tensor:
     """|u(x_t, t) - (eps - x0)|^2, mean over the values of a latent: [B, M], M = len(levels).
 
-    Conditional flow matching's objective (Lipman et al. 2023, Eq. 9); its least value is the posterior variance, not 0.
+    Conditional flow matching's objective (Lipman et al. 2023, Eq. 9); its minimum is the posterior variance, not 0.
 
     Args:
         x0: latents [B, ...].
@@ -304,7 +309,7 @@ def noisy_latents(x0: Tensor, levels: Sequence[float], seeds: Sequence[int]) -> 
     Args:
         x0: latents [B, ...].
         levels: times t of the linear path, [M].
-        seeds: one per latent; its noise at level m depends on its seed and m alone, whatever is being measured.
+        seeds: one per latent; the noise at level m depends on the seed and m only, whatever is measured.
     """
     for level, time in enumerate(levels):
         eps = seeded_noise([seed * len(levels) + level for seed in seeds], x0.shape[1:]).to(x0)

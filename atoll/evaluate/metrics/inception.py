@@ -1,4 +1,4 @@
-"""Inception-v3's features, in which alone a Fréchet distance is called FID. torch-fidelity has the network."""
+"""Inception-v3's features, the only ones for which a Fréchet distance is called FID. Uses torch-fidelity's network."""
 
 import os
 import pickle
@@ -14,8 +14,8 @@ from atoll.encoders.feature import Feature
 from atoll.encoders.weights import WeightsConfig, find_weights, parse_config, require_sha256, sha256_weights
 from atoll.errors import AtollError
 
-# TensorFlow's graph of 2015-12-05, which FID is defined by, as torch-fidelity converted it. Its name ends in the first
-# letters of its hash: weights-inception-2015-12-05-6726825d.pth.
+# TensorFlow's graph of 2015-12-05, which defines FID, as torch-fidelity converted it. The file name ends in the first
+# digits of its hash: weights-inception-2015-12-05-6726825d.pth.
 FID_WEIGHTS = "6726825d"
 
 
@@ -29,8 +29,8 @@ class Inception(Feature):
     """The last pooled vector, 2048-d (Heusel et al. 2017), of images rounded to 8 bits and resized as TensorFlow did.
 
     Raises:
-        AtollError: torch-fidelity or torchvision is not installed; the weights are not found (nothing is downloaded),
-            damaged, or not the ones that FID is defined by.
+        AtollError: torch-fidelity or torchvision is not installed; the weights are missing (nothing is downloaded),
+            damaged, or not those that define FID.
     """
 
     name, dim = "inception", 2048
@@ -39,16 +39,17 @@ class Inception(Feature):
         path = local_weights(config.weights)
         if not path.is_file():
             raise AtollError(f"feature 'inception': {path} is a directory; name the .pth file in it")
-        found = sha256_weights(path)
-        require_sha256("feature 'inception'", path, found, config.sha256)
-        if not found.startswith(FID_WEIGHTS):
+        # Only the weights that define FID are accepted.
+        sha256 = sha256_weights(path)
+        require_sha256("feature 'inception'", path, sha256, config.sha256)
+        if not sha256.startswith(FID_WEIGHTS):
             raise AtollError(
-                f"{path}: has sha256 {found[:8]}..., FID is defined by the weights {FID_WEIGHTS}...; get "
+                f"{path}: has sha256 {sha256[:8]}..., FID is defined by the weights {FID_WEIGHTS}...; get "
                 f"weights-inception-2015-12-05-{FID_WEIGHTS}.pth from torch-fidelity's release v0.2.0"
             )
         library = import_with_torchvision("torch_fidelity.feature_extractor_inceptionv3", "pip install torch-fidelity")
         try:
-            # torch-fidelity unpickles without restraint; what torch's restricted reader accepts cannot execute.
+            # torch-fidelity unpickles anything; what torch's restricted reader accepts cannot execute code.
             torch.load(path, map_location="cpu", weights_only=True)
             network = library.FeatureExtractorInceptionV3(
                 "inception", ["2048"], feature_extractor_weights_path=str(path)
@@ -57,7 +58,7 @@ class Inception(Feature):
             reason = " ".join(str(error).split())[:120]
             raise AtollError(f"{path}: cannot be read ({reason}); get a fresh copy") from None
         self._network: nn.Module = network
-        self._config = config.model_copy(update={"sha256": found})
+        self._config = config.model_copy(update={"sha256": sha256})
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -72,25 +73,25 @@ class Inception(Feature):
         return {"name": self.name, **self._config.model_dump(exclude={"name"})}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        self._network.to(device)  # always float32: published FIDs are
+        self._network.to(device)  # always float32, as published FIDs
         return self
 
 
 def local_weights(given: str) -> Path:
-    """As `atoll.encoders.weights.find_weights`, but never from the hub. Raises AtollError where nothing is found."""
+    """Like `find_weights`, but never from the hub. Raises AtollError if there are none."""
     return find_weights(os.path.abspath(os.path.expanduser(os.path.expandvars(given))))
 
 
 def build_inception(config: Mapping[str, Any]) -> Inception:
-    """Like `build_feature`, for {"name": "inception", "weights": path}. Raises AtollError as that does."""
+    """Build the feature from {"name": "inception", "weights": path}. Raises AtollError like `build_feature`."""
     return Inception(parse_config("feature", {"inception": InceptionConfig}, config))
 
 
 def import_with_torchvision(module: str, fix: str, otherwise: str = "") -> Any:
-    """A module of a package that needs torchvision, and that may be absent. Raises AtollError with the fix."""
+    """Import a module that needs torchvision and may be missing. Raises AtollError with the fix."""
     try:
         return import_module(module)
-    except Exception as error:  # a torchvision of another torch raises a RuntimeError
+    except Exception as error:  # a torchvision for another torch raises RuntimeError
         reason = " ".join(str(error).split())[:120]
         package = module.partition(".")[0].replace("_", "-")
         raise AtollError(

@@ -1,4 +1,4 @@
-"""The named spaces that distances between sets of images are taken in, each from a frozen feature."""
+"""The named feature spaces for distances between sets of images, each from a frozen feature network."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from atoll.evaluate.metrics.frechet import Moments, principal_components
 from atoll.evaluate.metrics.gaussian import Gaussian
 from atoll.evaluate.metrics.inception import build_inception
 
-# What the field calls a feature in the name of a distance.
+# Feature names within the names of distances.
 LABELS = {
     "mobilenetv2": "MNv2",
     "squeezenet": "SqueezeNet",
@@ -28,15 +28,15 @@ LABELS = {
 
 
 class FeatureSpace:
-    """A feature of images, as it is or on its first principal components (not whitened).
+    """A feature of images, whole or projected on its first principal components (not whitened).
 
-    Implements `frechet.Features`. An image that holds NaN or infinity gets a vector of NaN, whatever the
-    feature would make of it: it is never counted as an image.
+    Implements `frechet.Features`. An image with NaN or infinity gets a vector of NaN, whatever the feature network
+    would return: it never counts as an image.
 
     Args:
         feature: frozen.
-        mean, basis: [D] and [D, components], orthonormal; None: the whole vector. `fit` finds them.
-        explained: the share of the variance that lies in the basis.
+        mean, basis: [D] and [D, components], orthonormal; None: the whole vector. `fit` computes them.
+        explained: fraction of the variance within the basis.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class FeatureSpace:
 
     @classmethod
     def fit(cls, feature: Feature, batches: Iterable[Tensor], components: int) -> "FeatureSpace":
-        """The projection on the first components of reference images, batches [B, C, H, W] in [0, 1].
+        """Fit the projection on the first components of reference images, batches [B, C, H, W] in [0, 1].
 
-        Fewer components where dimensions or images are fewer. Memory does not grow with the images.
+        Few dimensions or images give fewer components. Memory does not grow with the number of images.
 
         Raises:
             AtollError: fewer than two images, or features that are not finite.
@@ -69,14 +69,14 @@ class FeatureSpace:
 
     @classmethod
     def of(cls, feature: Feature, statistics: Gaussian, components: int | None) -> "FeatureSpace":
-        """The projection on the first components of reference statistics: the same wherever these are at hand."""
+        """The projection on the first components of reference statistics: the same for everyone who has them."""
         if components is None:
             return cls(feature)
         basis, explained = principal_components(statistics, components)
         return cls(feature, statistics.mean, basis, explained)
 
     def seen(self, statistics: Gaussian) -> Gaussian:
-        """Statistics of the whole feature, in this space."""
+        """Project statistics of the whole feature into this space."""
         if self.mean is None or self.basis is None:
             return statistics
         return statistics.projected(self.mean, self.basis)
@@ -90,22 +90,22 @@ class FeatureSpace:
 
     @property
     def sha256(self) -> str:
-        """Of the network's weights and settings, and of the fitted mean and basis; of whole Inception, its weights."""
+        """Hash of the network's weights and settings, mean and basis; for whole Inception, of its weights."""
         return self._sha256
 
 
 class SpaceFit:
-    """A projection in the making, from images that arrive in batches."""
+    """Fits a projection to images that arrive in batches."""
 
     def __init__(self, feature: Feature, components: int):
         self.feature, self.components, self._moments = feature, components, Moments(feature.dim)
 
     def update(self, images: Tensor) -> None:
-        """Adds images [B, C, H, W]."""
+        """Add images [B, C, H, W]."""
         self._moments.update(self.feature(images))
 
     def done(self) -> FeatureSpace:
-        """Raises AtollError for fewer than two images, or features that are not finite."""
+        """Return the fitted space. Raises AtollError for fewer than two images, or features that are not finite."""
         moments, name = self._moments, self.feature.name
         if moments.count < 2:
             raise AtollError(f"the principal components of {moments.count} images; expected at least 2")
@@ -116,15 +116,15 @@ class SpaceFit:
 
 
 def build_space_feature(config: Mapping[str, Any]) -> Feature:
-    """As `atoll.encoders.feature.build_feature`, and "inception" besides, which no data set is clustered by."""
+    """Like `build_feature`, and also "inception", which is for metrics only."""
     return build_inception(config) if config.get("name") == "inception" else build_feature(config)
 
 
 def hash_of(feature: Feature, mean: Tensor | None = None, basis: Tensor | None = None) -> str:
-    """Of a feature, and of what its vectors are projected by."""
+    """Hash of a feature and of its projection."""
     config = feature.config()
     if feature.name == "inception" and basis is None:
-        return str(config["sha256"])  # by which everyone knows it
+        return str(config["sha256"])  # the published hash
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
     for part in (mean, basis):
         if part is not None:
