@@ -116,10 +116,10 @@ def bias_warning(n: int, m: float, dim: int) -> str | None:
         return None
     singular = ", and its covariance is singular (no more images than dimensions)" if side <= dim else ""
     return (
-        f"a Fréchet distance of {n:,} against {_count_text(m)} images in {dim:,} dimensions is biased "
-        f"upwards{singular}: the smaller side should hold {BIAS_IMAGES_PER_DIMENSION} images per dimension ({enough:,}); measure more "
-        f"images, take at most {max(1, side // BIAS_IMAGES_PER_DIMENSION):,} components, or read the kernel "
-        "distance, which is unbiased"
+        f"a Fréchet distance of {n:,} against {_count_text(m)} images in {dim:,} dimensions is biased upwards"
+        f"{singular}: the smaller side should hold {BIAS_IMAGES_PER_DIMENSION} images per dimension ({enough:,}); "
+        f"measure more images, take at most {max(1, side // BIAS_IMAGES_PER_DIMENSION):,} components, or read the "
+        "kernel distance, which is unbiased"
     )
 
 
