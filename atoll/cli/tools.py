@@ -60,7 +60,7 @@ def convert(
     ],
     directory: Annotated[Path | None, typer.Argument(help="After a kind: `atoll convert paris DIR`.")] = None,
     kind: Annotated[
-        str, typer.Option(help="dit, pixart, diffusers-dit, paris; auto tells it by what is there.")
+        str, typer.Option(help="dit, sit, repa, pixart, diffusers-dit, paris; auto: by the names and arguments in it.")
     ] = "auto",
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave diffusers' PixArt or DiT what it is: its own class computes it.")
@@ -83,12 +83,15 @@ def convert(
     size: Annotated[str | None, typer.Option(help="Of the latent, 32x48; default: the original's.")] = None,
     pooled: Annotated[bool, typer.Option("--pooled", help="It reads the caption's pooled vector too.")] = False,
     heads: Annotated[int | None, typer.Option(min=1, help="Of a DiT of none of the published sizes.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="A DiT's classes without the null class; default: as its arguments say.")
+    ] = None,
     name: Annotated[str, typer.Option(help="The expert's name; default: that of its directory.")] = "",
     seed: Annotated[int, typer.Option(help="Of the weights that the checkpoint does not have.")] = 0,
 ) -> None:
     """A foreign checkpoint into an expert: `atoll convert DiT-XL-2-256x256.pt -o start --run . --expert 3`."""
     from atoll.convert import convert as work
-    from atoll.convert.arguments import arguments_of_run, frozen_network, objective_of, size_of, told
+    from atoll.convert.arguments import arguments_of_run, frozen_network, objective_of, size_of, summary
     from atoll.convert.foreign import keep as keep_as_it_is
     from atoll.convert.paris import is_paris
 
@@ -98,6 +101,7 @@ def convert(
     options = {
         "objective": objective, "schedule": schedule, "cluster": cluster, "of": of, "size": size, "run": run,
         "expert": expert, "modulation": modulation, "condition": condition, "codec": codec, "heads": heads,
+        "classes": classes,
         "keep": keep or None, "pooled": pooled or None, "name": name or None,
     }  # fmt: skip
     paris = kind == "paris" or (kind == "auto" and is_paris(source))
@@ -121,20 +125,31 @@ def convert(
     chosen = cast('CheckpointKind | Literal["auto"]', kind)
     if keep:
         kept = {key: value for key, value in arguments.items() if key not in ("network", "pooled")}
-        typer.echo(told(keep_as_it_is(source, out, chosen, **kept | ({"condition": encoder} if encoder else {}))))
+        typer.echo(summary(keep_as_it_is(source, out, chosen, **kept | ({"condition": encoder} if encoder else {}))))
         return
     typer.echo(
-        told(work(source, out, chosen, modulation=cast("Modulation", modulation), heads=heads, seed=seed, **arguments))
+        summary(
+            work(
+                source,
+                out,
+                chosen,
+                modulation=cast("Modulation", modulation),
+                heads=heads,
+                seed=seed,
+                classes=classes,
+                **arguments,
+            )
+        )
     )
 
 
 def _check_options(given: set[str], paris: bool) -> None:
     """Raises AtollError where options of `atoll convert` do not go together; given: the names of those in use."""
     of_run = {"objective", "schedule", "cluster", "of", "size", "pooled", "name"}
-    if paris and given & {*of_run, "run", "expert", "modulation", "keep"}:
+    if paris and given & {*of_run, "run", "expert", "modulation", "keep", "classes"}:
         raise AtollError("Paris's release tells all but --condition, --codec and --heads: leave the others out")
-    if "keep" in given and given & {"modulation", "pooled", "heads"}:
-        raise AtollError("--keep leaves the network what it is: leave --modulation, --pooled and --heads out")
+    if "keep" in given and given & {"modulation", "pooled", "heads", "classes"}:
+        raise AtollError("--keep does not convert: leave --modulation, --pooled, --heads and --classes out")
     if ("run" in given) != ("expert" in given):
         raise AtollError("--run and --expert belong together: which expert of which run is it to become?")
     frozen = {"codec"} if "keep" in given else {"codec", "condition"}  # what is kept still has to name its encoder

@@ -1,22 +1,26 @@
-"""Foreign checkpoints into experts: `atoll convert`. Nothing of a foreign file is executed.
+"""Foreign checkpoints as experts: `atoll convert`. Nothing in a foreign file is executed.
 
-    "dit"             facebookresearch/DiT: a `.pt` or safetensors file
+    "dit"             facebookresearch/DiT: a PyTorch or safetensors file
+    "sit", "repa"     SiT's and REPA's networks: the same layout, with other conventions of time and velocity
     "diffusers-dit"   diffusers' DiTTransformer2DModel: a directory, or a file beside its config.json
-    "pixart"          diffusers' PixArtTransformer2DModel: the same
+    "pixart"          PixArt: the same of diffusers' PixArtTransformer2DModel, or PixArt's own `.pth`
 
-The result is an expert's directory like any other: it can be sampled, calibrated, and trained on. With the objective of
-the original (eps, linear-beta) it computes what the original does, if nothing was fitted; with another one it is where
-training starts (HDDM, arXiv 2603.06741, Eqs. 19-20: the weights stay, and flow time is fed as DiT's 0..999).
+The result is an expert's directory like any other: it can be sampled, calibrated and trained on. With the objective of
+the original it computes what the original does, if nothing was fitted. With another objective it is where training
+starts (HDDM, arXiv 2603.06741, Eqs. 19-20: the weights stay, and flow time is fed as DiT's 0..999).
 
-arguments.py   what a conversion is told: by a run's manifest, or in the words of the command line
-read.py        foreign files, and what is missing, misshapen or left over in them
-dit.py         the two layouts of DiT        pixart.py   PixArt
-modulation.py  DiT's modulation per block as AdaLN-Single
-native.py      what all layouts are turned into
-foreign.py     diffusers' PixArt and DiT kept as they are, not turned into anything
-paris.py       Paris's directory, experts and router, into an ensemble's parts
+arguments.py        arguments of a conversion, from a run's manifest or from the command line
+read.py, names.py   foreign files and their tensors' names; what is missing, misshapen or left over
+kind.py             the kind of a checkpoint, and what it was trained with
+dit.py, sit.py      the two layouts of DiT; SiT's time
+pixart.py           PixArt in diffusers' layout         pixart_original.py   PixArt's own layout
+modulation.py       DiT's modulation per block as AdaLN-Single
+native.py           the network that all layouts are converted to
+foreign.py          diffusers' PixArt and DiT kept as they are
+paris.py            Paris's directory, experts and router, as an ensemble's parts
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +30,22 @@ import torch
 from torch import Tensor
 
 from atoll.convert.dit import ImageSize, from_diffusers_dit, from_dit
+from atoll.convert.kind import (
+    DIT_LAYOUT,
+    KINDS,
+    TIME_SCALES,
+    CheckpointKind,
+    check_kind,
+    detect,
+    original_objective,
+    predicts_velocity,
+)
 from atoll.convert.modulation import share
 from atoll.convert.native import Native
 from atoll.convert.pixart import from_pixart
+from atoll.convert.pixart_original import as_diffusers, is_original
 from atoll.convert.read import Checkpoint, read_checkpoint
+from atoll.convert.sit import reversed_time, unscaled
 from atoll.encoders.codec import build_codec
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
@@ -39,28 +55,19 @@ from atoll.storage.artifact import save_artifact
 
 __all__ = ["KINDS", "MODULATIONS", "CheckpointKind", "Modulation", "convert", "detect"]
 
-CheckpointKind = Literal["dit", "pixart", "diffusers-dit"]
 Modulation = Literal["fit", "reinit", "per-block"]
-KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
 MODULATIONS: tuple[Modulation, ...] = get_args(Modulation)
-MARKS: dict[CheckpointKind, tuple[str, ...]] = {
-    "dit": ("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight"),
-    "diffusers-dit": ("pos_embed.proj.weight", "proj_out_1.weight"),
-    "pixart": ("pos_embed.proj.weight", "adaln_single.linear.weight"),
-}
-ORIGINAL = {"prediction": "eps", "schedule": "linear-beta"}  # what all three kinds were trained with
-TIME_SCALE = 999.0
-FACTOR = 8  # of the autoencoder that all three kinds were trained with
+FACTOR = 8  # of the autoencoder that all kinds were trained with
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an expert from a foreign checkpoint goes, and what its card says that no checkpoint tells.
+    """Where a converted expert is written, and the entries of its card that no checkpoint has.
 
     Attributes: as `convert` takes them.
 
     Raises:
-        AtollError: something at `out` already, no cluster, or one that is not from 0 to k - 1.
+        AtollError: something is at `out` already, no cluster, or one that is not from 0 to k - 1.
     """
 
     out: Path
@@ -72,7 +79,7 @@ class Destination:
 
     def __post_init__(self) -> None:
         if self.out.exists():
-            raise AtollError(f"{self.out}: exists already; choose another place, or remove it")
+            raise AtollError(f"{self.out}: exists already; choose another directory, or remove it")
         clusters, k = self.clusters, self.k
         if not clusters or min(clusters) < 0 or (k is not None and max(clusters) >= k):
             raise AtollError(f"clusters {list(clusters)} of {k}: expected at least one, numbered from 0 to k - 1")
@@ -90,7 +97,20 @@ class Destination:
         condition: Mapping[str, Any],
         conversion: Mapping[str, Any],
     ) -> Path:
-        """Writes the artifact; latent_shape: (C, H, W); condition and conversion: as they are to stand in the card."""
+        """Write the artifact and return its directory.
+
+        Args:
+            latent_shape: (C, H, W).
+            condition, conversion: as the card has them.
+
+        Raises:
+            AtollError: the codec has latents of another number of channels, so that no loader could decode them.
+        """
+        if self.codec and (channels := build_codec(self.codec).channels) != latent_shape[0]:
+            raise AtollError(
+                f"codec: {self.codec.get('name')!r} has latents of {channels} channels, the network's have "
+                f"{latent_shape[0]}; name the codec that the network was trained with"
+            )
         card = {
             "name": self.name or self.out.name,
             "clusters": list(self.clusters),
@@ -127,114 +147,129 @@ def convert(
     heads: int | None = None,
     pooled: bool = False,
     seed: int = 0,
+    classes: int | None = None,
 ) -> Path:
-    """Converts the checkpoint at `source` into the expert artifact `out`, and returns `out`.
+    """Convert the checkpoint at `source` into the expert artifact `out`, and return `out`.
 
     Args:
-        kind: "auto" tells it by the tensors' names.
-        objective: arguments of `Objective`; None: eps on linear-beta, what the original was trained with.
-        modulation: of DiT's two kinds. "fit" (None): AdaLN-Single nearest to theirs; "reinit": AdaLN-Single as in a new
-            network (HDDM); "per-block": theirs, exactly. PixArt has AdaLN-Single already and keeps it: None.
-        condition: the text encoder, as `build_encoder` reads it. PixArt's states must be as wide as its own; None
-            there: that of a network whose encoder is not known, which can be trained on but not sampled.
-        codec: as `build_codec` reads it; None: not known, as above.
-        name: of the expert; "": that of `out`.
-        clusters, k: the clusters it is of, and how many there are; None: one more than the highest named.
-        assignment: which clusters these are, as the cards of its ensemble's other parts have it.
-        network: what a DiT's config must say, such as depth: a checkpoint that says otherwise is an error. Its heads
-            and modulation are taken where `heads` and `modulation` are None.
-        size: (H, W) of the latent; None: the square of the original. For another one the positions are stretched.
-        heads: of a "dit" whose size is none of the published ones.
+        kind: "auto" detects it by the tensors' names and the training arguments saved with them.
+        objective: arguments of `Objective`; None: what the original was trained with.
+        modulation: for the kinds with DiT's modulation. "fit" (None): the nearest AdaLN-Single; "reinit": AdaLN-Single
+            as in a new network (HDDM); "per-block": DiT's own, exactly. PixArt has AdaLN-Single and keeps it: None.
+        condition: the text encoder, as `build_encoder` reads it. PixArt's states must be as wide as its own. None is
+            possible for PixArt alone: an unknown encoder, whose expert can be trained on but not sampled.
+        codec: as `build_codec` reads it; None: unknown, as above.
+        name: the expert's name; "": that of `out`.
+        clusters, k: the clusters it covers, and how many there are; None: one more than the highest number.
+        assignment: which clusters these are, as in the cards of its ensemble's other parts.
+        network: entries that the network's config must have, such as depth; another value is an error. Its heads and
+            modulation are used if `heads` and `modulation` are None.
+        size: (H, W) of the latent; None: the square of the original. For another size the positions are stretched.
+        heads: attention heads, for layouts without config.json in a size that was never published.
         pooled: the network also reads the condition's pooled vector; the layer for it starts at zero.
-        seed: of what the checkpoint does not have: the text's projection, N(0, 0.02), and cross-attention, whose
+        seed: for the weights that the checkpoint lacks: the text's projection, N(0, 0.02), and cross-attention, whose
             output is zero.
+        classes: the number of a DiT's classes without the null class; None: as its training arguments say.
 
     Raises:
-        AtollError: an unknown layout or value, tensors missing, misshapen or unknown, a pickle that holds more than
-            tensors, or something at `out` already.
+        AtollError: an unknown layout or value, a checkpoint that could be of several kinds, tensors missing, misshapen
+            or unknown, a pickle that could run code, or something at `out` already.
     """
     destination = Destination(out, name, clusters, k, codec, assignment)
     if modulation not in (None, *MODULATIONS):
         raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
-    aim = _aim(objective)
+    # What it is, and what it is to become.
     checkpoint = read_checkpoint(source)
-    kind = detect(checkpoint) if kind == "auto" else kind
-    wanted = dict(network or {})
-    heads = heads or (wanted.get("heads") if kind == "dit" else None)
-    native = _native(checkpoint, kind, size, heads, destination.factor)
-    told = _modulation(kind, modulation, wanted)
-    if told in ("fit", "reinit"):
-        native = share(native, fit=told == "fit")
-    _check(native, wanted, source)
+    kind = detect(checkpoint, objective) if kind == "auto" else check_kind(checkpoint, kind)
+    aim = _aim(kind, checkpoint, objective)
+    # The network of its tensors.
+    required = dict(network or {})
+    own_layout = kind in DIT_LAYOUT or (kind == "pixart" and is_original(checkpoint))  # without config.json
+    heads = heads or (required.get("heads") if own_layout else None)
+    native = _native(checkpoint, kind, size, heads, classes, destination.factor)
+    chosen = _modulation(kind, modulation, required)
+    if chosen in ("fit", "reinit"):
+        native = share(native, fit=chosen == "fit")
+    _check(native, required, source)
     texts, pooled_dim = _text_widths(native, condition, pooled)
     built = _network(native, texts, pooled_dim, seed)
-    files, notes = checkpoint.files, native.notes
-    del checkpoint, native  # gigabytes that need not be there while the artifact is written
+    files, notes = checkpoint.files, native.notes | ({"weights": checkpoint.key} if checkpoint.key else {})
+    del checkpoint, native  # gigabytes that are not needed while the artifact is written
     return destination.write(
         built,
         (built.config.channels, *built.config.size),
         aim,
         build_encoder(condition).config() if condition else {"name": "unknown", "dim": texts},
-        {"kind": kind, "modulation": told, "source": files, "seed": seed, **notes},
+        {"kind": kind, "modulation": chosen, "source": files, "seed": seed, **notes},
     )
 
 
-def detect(checkpoint: Checkpoint) -> CheckpointKind:
-    """The kind of a checkpoint, by the names of its tensors. Raises AtollError where it is none that is known."""
-    for kind, marks in MARKS.items():
-        if all(mark in checkpoint.tensors for mark in marks):
-            return kind
-    known = "; ".join(f"{kind} ({', '.join(marks)})" for kind, marks in MARKS.items())
-    found = ", ".join(sorted(checkpoint.tensors)[:4]) or "no tensors"
-    raise AtollError(f"{checkpoint.where}: unknown layout ({found}, ...); recognised are {known}")
-
-
-def _aim(objective: Mapping[str, Any] | None) -> Objective:
+def _aim(kind: CheckpointKind, checkpoint: Checkpoint, objective: Mapping[str, Any] | None) -> Objective:
     """The expert's objective. Raises AtollError for one that feeds the network other times than the original's."""
-    aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
-    if aim.time_scale != TIME_SCALE:
-        raise AtollError(f"objective.time_scale: got {aim.time_scale}; the original reads time as 0..999: leave it out")
+    own = TIME_SCALES[kind]
+    if objective is None:
+        return Objective(**original_objective(kind, checkpoint))
+    aim = Objective(**({"time_scale": own} | dict(objective)))
+    if aim.time_scale != own:
+        raise AtollError(
+            f"objective.time_scale: got {aim.time_scale}; a {kind!r} reads time as 0..{own:g}: set time_scale: {own:g}"
+            + (", or --kind repa for a network trained with time 0..1" if kind == "dit" else "")
+        )
     return aim
 
 
 def _native(
-    checkpoint: Checkpoint, kind: CheckpointKind, size: ImageSize | None, heads: int | None, factor: int
+    checkpoint: Checkpoint,
+    kind: CheckpointKind,
+    size: ImageSize | None,
+    heads: int | None,
+    classes: int | None,
+    factor: int,
 ) -> Native:
-    if kind not in KINDS:
-        raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
-    if kind == "dit":
-        return from_dit(checkpoint, size, heads)
+    """The checkpoint's network in our conventions, with its own modulation."""
+    if kind in DIT_LAYOUT:
+        native = from_dit(checkpoint, size, heads, classes)
+        if "null" in native.notes:
+            warnings.warn(
+                f"{checkpoint.where}: has no null class; {native.notes['null']} takes its place, until it is trained",
+                stacklevel=3,
+            )
+        if kind == "sit":
+            return reversed_time(native, negate=predicts_velocity(checkpoint))
+        return unscaled(native) if kind == "repa" else native
+    if classes is not None:
+        raise AtollError(f"classes {classes}: only a DiT in its own layout needs them; leave --classes out")
+    if kind == "pixart" and is_original(checkpoint):
+        return from_pixart(as_diffusers(checkpoint, size, heads), size, factor)
     if heads is not None:
         raise AtollError(f"heads {heads}: config.json tells the heads of a {kind!r}; leave them out")
-    if kind == "diffusers-dit":
-        return from_diffusers_dit(checkpoint, size)
-    return from_pixart(checkpoint, size, factor)
+    return from_diffusers_dit(checkpoint, size) if kind == "diffusers-dit" else from_pixart(checkpoint, size, factor)
 
 
-def _modulation(kind: CheckpointKind, asked: Modulation | None, wanted: Mapping[str, Any]) -> str:
-    """What the card says of the modulation: "single" is PixArt's own."""
-    if kind == "pixart" and asked is not None:
-        raise AtollError(f"modulation {asked!r}: PixArt has AdaLN-Single and keeps it exactly; leave it out")
+def _modulation(kind: CheckpointKind, modulation: Modulation | None, required: Mapping[str, Any]) -> str:
+    """The card's entry for the modulation; "single" is PixArt's own."""
+    if kind == "pixart" and modulation is not None:
+        raise AtollError(f"modulation {modulation!r}: PixArt has AdaLN-Single and keeps it exactly; leave it out")
     if kind == "pixart":
         return "single"
-    return asked or ("per-block" if wanted.get("modulation") == "per-block" else "fit")
+    return modulation or ("per-block" if required.get("modulation") == "per-block" else "fit")
 
 
-def _check(native: Native, wanted: Mapping[str, Any], source: Path) -> None:
-    """Raises AtollError unless the network's config says what is wanted."""
-    got = {key: native.config.get(key, DiTConfig.model_fields[key].default) for key in wanted}
-    other = [f"{key} {got[key]} (wanted: {value})" for key, value in wanted.items() if got[key] != value]
+def _check(native: Native, required: Mapping[str, Any], source: Path) -> None:
+    """Raises AtollError unless the network's config has the required entries."""
+    got = {key: native.config.get(key, DiTConfig.model_fields[key].default) for key in required}
+    other = [f"{key} {got[key]} (wanted: {value})" for key, value in required.items() if got[key] != value]
     if other:
         raise AtollError(f"{source}: its network has {', '.join(other)}; make atoll.yaml's network and codec equal")
 
 
 def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bool) -> tuple[int, int | None]:
-    """Widths of the condition's states and, where it is to be read, of its pooled vector."""
+    """The widths of the condition's states and, if it is read, of its pooled vector."""
     own = native.config.get("states_dim")
     if condition is None:
         if own is None:
             raise AtollError(
-                "DiT knows no text: say which condition encoder the expert is to have (--condition clip,weights=..., "
+                "DiT knows no text: say which condition encoder the expert reads (--condition clip,weights=..., "
                 "or the --run that it is for)"
             )
         if pooled:
@@ -249,7 +284,7 @@ def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bo
 
 
 def _network(native: Native, states_dim: int, pooled_dim: int | None, seed: int) -> DiT:
-    """A new network with the checkpoint's weights in place of its own."""
+    """A new network in which the checkpoint's weights replace the initial ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network({"name": "dit", **native.config, "states_dim": states_dim, "pooled_dim": pooled_dim})

@@ -1,4 +1,4 @@
-"""What a conversion is told: by the manifest of the run that the expert is for, or in the words of the command line."""
+"""The arguments of a conversion: from the manifest of the run that the expert is for, or from the command line."""
 
 import re
 from collections.abc import Mapping
@@ -15,13 +15,17 @@ from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import read_card
 from atoll.storage.shards import Shards
 
-SCHEDULES = {"flow": "linear"}  # of a prediction, where none is named; any other one: the original's, linear-beta
+SCHEDULES = {"flow": "linear"}  # the default schedule of a prediction; for any other one linear-beta, DiT's
 
 
 def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
-    """Arguments of `convert` for a start of the expert `wanted` (its cluster or full name) of a run.
+    """The arguments of `convert` for an expert of a run.
 
-    Its cluster's shards tell codec, condition, latent and assignment, where they lie here; else the manifest does.
+    Codec, condition, latent shape and assignment are those of its cluster's shards, if they are here, else the
+    manifest's.
+
+    Args:
+        wanted: the expert's cluster or full name.
 
     Raises:
         AtollError: no run, no such expert, damaged shards, a frozen network that is not found.
@@ -48,19 +52,19 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
 
 
 def _card_of(manifest: Manifest) -> dict[str, Any]:
-    """What the card of the run's shards will say."""
+    """The entries that the card of the run's shards will have."""
     codec, side = build_codec(manifest.codec), manifest.data.size
     if side % codec.factor:
-        raise AtollError(f"data.size {side}: the codec makes {codec.factor} pixels one; take a multiple of that")
+        raise AtollError(f"data.size {side}: a latent pixel is {codec.factor} pixels; set a multiple of that")
     shape = [codec.channels, side // codec.factor, side // codec.factor]
     condition = build_encoder(manifest.condition).config()
     return {"codec": codec.config(), "condition": condition, "latent_shape": shape, "assignment": None}
 
 
 def objective_of(prediction: str | None, schedule: str | None) -> dict[str, Any] | None:
-    """An objective from `--objective` and `--schedule`; None where neither is given: the original's.
+    """The objective of `--objective` and `--schedule`; None if neither is given: the original's.
 
-    "flow" is on the linear path and anything else on linear-beta, where no schedule is named.
+    The default schedule is the linear path for "flow" and linear-beta for any other prediction.
     """
     if prediction is None and schedule is None:
         return None
@@ -70,10 +74,13 @@ def objective_of(prediction: str | None, schedule: str | None) -> dict[str, Any]
 
 
 def frozen_network(option: str, words: str) -> dict[str, Any]:
-    """ "clip,weights=openai/clip-vit-large-patch14,length=77" as {"name": "clip", ...}; values as YAML reads them.
+    """Parse "clip,weights=openai/clip-vit-large-patch14,length=77" into {"name": "clip", ...}, values as YAML.
+
+    Args:
+        option: the option's name, for messages.
 
     Raises:
-        AtollError: words without a key, a key twice, no name.
+        AtollError: a value without a key, a key twice, no name.
     """
     first, *others = words.split(",")
     pairs = [part.split("=", 1) for part in ([first] if "=" in first else [f"name={first}"]) + others]
@@ -89,15 +96,15 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
 
 
 def size_of(words: str) -> ImageSize:
-    """ "32x48", height and width, or "32" for a square. Raises AtollError for anything else."""
-    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)
-    if found is None:
+    """Parse "32x48", height and width, or "32", a square. Raises AtollError for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)
+    if match is None:
         raise AtollError(f"--size {words!r}: expected the latent's height and width, such as 32x48, or 32")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
-def told(expert: Path) -> str:
-    """One line on a converted expert: what it came from, its objective, how its modulation was kept."""
+def summary(expert: Path) -> str:
+    """One line about a converted expert: its source, its objective, and what became of its modulation."""
     card = read_card(expert, "expert")
     conversion, objective = card["conversion"], card["objective"]
     modulation = conversion["modulation"]
@@ -105,7 +112,10 @@ def told(expert: Path) -> str:
         modulation += f" (off by {min(residual):.2g} to {max(residual):.2g} of a block's)"
     elif modulation == "reinit":
         modulation += " (new, to be trained)"
+    elif null := conversion.get("null"):
+        modulation += f" (exact, but for the null class: {null})"
     else:
         modulation += " (exact)"
+    kind = conversion["kind"] + (f" ({conversion['weights']})" if "weights" in conversion else "")
     schedule: Mapping[str, Any] = objective["schedule"]
-    return f"{expert} written: from {conversion['kind']}, {objective['prediction']} on {schedule['name']}, {modulation}"
+    return f"{expert} written: from {kind}, {objective['prediction']} on {schedule['name']}, {modulation}"

@@ -1,8 +1,8 @@
-"""DiT (arXiv 2212.09748) into a native network with per-block modulation, which has a place for all it holds.
+"""DiT (arXiv 2212.09748) into a native network with per-block modulation, which has a place for all its weights.
 
-Two layouts of the same network: that of facebookresearch/DiT ("dit"), and that of diffusers' `DiTTransformer2DModel`
-("diffusers-dit"). Of the classes only the null class stays: its embedding is added to every time embedding, so it goes
-into the bias of the time embedding's last layer. Of the outputs only eps stays.
+Two layouts of the same network: that of facebookresearch/DiT ("dit", and SiT's and REPA's networks), and that of
+diffusers' `DiTTransformer2DModel` ("diffusers-dit"). Only the null class is kept: its embedding is added to every time
+embedding, so it goes into the bias of the time embedding's last layer. Variance outputs are dropped.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from atoll.convert.kind import PROJECTORS
 from atoll.convert.native import (
     DiffusersConfig,
     Native,
@@ -27,41 +28,48 @@ from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, TIME_FEATURES, TIME_PERIOD
 
 ImageSize = tuple[int, int]
+ROUND_CLASSES = (2, 10, 20, 50, 100, 200, 500, 1000, 10000)  # of data sets: so many embeddings leave no null class
 
 
-def from_dit(checkpoint: Checkpoint, size: ImageSize | None = None, heads: int | None = None) -> Native:
-    """A checkpoint in the layout of facebookresearch/DiT.
+def from_dit(
+    checkpoint: Checkpoint, size: ImageSize | None = None, heads: int | None = None, classes: int | None = None
+) -> Native:
+    """Convert a checkpoint in the layout of facebookresearch/DiT.
 
     Args:
         size: (H, W) of the latent; None: the square that the checkpoint was trained on.
-        heads: None: as of the published sizes, S, B, L and XL.
+        heads: attention heads; None: those of the published sizes S, B, L and XL.
+        classes: the number of classes without the null class; None: as the training arguments say, else one less than
+            there are embeddings.
 
     Raises:
-        AtollError: sizes that cannot be told from the tensors, or tensors missing, misshapen or unknown.
+        AtollError: sizes that the tensors do not determine, or tensors missing, misshapen or unknown.
     """
     taker = Taker(checkpoint)
+    taker.drop_prefix(PROJECTORS)
+    # The sizes, from the shapes of the tensors.
     width, channels, patch, _ = taker.shape("x_embedder.proj.weight", 4)
     tokens = taker.shape("pos_embed", 3)[1]
     hidden = taker.shape("blocks.0.mlp.fc1.weight", 2)[0]
-    classes = taker.shape("y_embedder.embedding_table.weight", 2)[0]
+    rows = taker.shape("y_embedder.embedding_table.weight", 2)[0]
     outputs = taker.shape("final_layer.linear.weight", 2)[0]
     check_outputs(checkpoint, outputs, patch, channels)
     depth = taker.count("blocks")
-    side = math.isqrt(tokens)
-    trained_size = (side * patch, side * patch) if side * side == tokens else None
-    size = size or trained_size
-    if size is None:
-        raise AtollError(f"{checkpoint.where}: {tokens} positions are no square; say the latent's size")
+    classes = count_classes(checkpoint, rows, classes)
+    size, fits = _latent_size(checkpoint, tokens, patch, size)
+    # Patch embedding and positions.
     weights: dict[str, Tensor] = {}
     kernel = taker.take("x_embedder.proj.weight", width, channels, patch, patch)
     fill(weights, "embed", patch_kernel(kernel, taker.take("x_embedder.proj.bias", width)))
     own = taker.take("pos_embed", 1, tokens, width)[0]
-    fits = size == trained_size or (trained_size is None and (size[0] // patch) * (size[1] // patch) == tokens)
     weights["positions"] = own if fits else positions(size, patch, width, math.sqrt(tokens))
-    null = taker.take("y_embedder.embedding_table.weight", classes, width)[-1]
+    # Time, with the null class in the last bias. A network without a null class gets the mean of its classes.
+    table = taker.take("y_embedder.embedding_table.weight", rows, width)
+    null = table[-1] if rows > classes else table.mean(0)
     last, bias = taker.linear("t_embedder.mlp.2", width, width)
     fill(weights, "conditioner.time.0", taker.linear("t_embedder.mlp.0", width, TIME_FEATURES))
     fill(weights, "conditioner.time.2", (last, bias + null))
+    # Blocks.
     for i in range(depth):
         theirs, ours = f"blocks.{i}", f"blocks.{i}"
         fill(weights, f"{ours}.modulation.linear", taker.linear(f"{theirs}.adaLN_modulation.1", 6 * width, width))
@@ -69,28 +77,65 @@ def from_dit(checkpoint: Checkpoint, size: ImageSize | None = None, heads: int |
         fill(weights, f"{ours}.attention.out", taker.linear(f"{theirs}.attn.proj", width, width))
         fill(weights, f"{ours}.mlp.0", taker.linear(f"{theirs}.mlp.fc1", hidden, width))
         fill(weights, f"{ours}.mlp.2", taker.linear(f"{theirs}.mlp.fc2", width, hidden))
+    # The end.
     fill(weights, "final_modulation.linear", taker.linear("final_layer.adaLN_modulation.1", 2 * width, width))
     final = taker.linear("final_layer.linear", outputs, width)
     taker.done()
     fill(weights, "final", keep_channels(final, patch, channels))
-    return Native(
-        {
-            "size": list(size),
-            "channels": channels,
-            "patch": patch,
-            "width": width,
-            "depth": depth,
-            "heads": heads or published_heads(checkpoint, width, depth),
-            "mlp_ratio": hidden / width,
-            "modulation": "per-block",
-        },
-        weights,
-        {"classes": classes - 1, "positions": "the checkpoint's" if fits else f"stretched from {tokens}"},
-    )
+    config = {
+        "size": list(size),
+        "channels": channels,
+        "patch": patch,
+        "width": width,
+        "depth": depth,
+        "heads": heads or published_heads(checkpoint, width, depth),
+        "mlp_ratio": hidden / width,
+        "modulation": "per-block",
+    }
+    notes = {"classes": classes, "positions": "the checkpoint's" if fits else f"stretched from {tokens}"}
+    return Native(config, weights, notes | ({} if rows > classes else {"null": f"the mean of {classes} classes"}))
+
+
+def _latent_size(checkpoint: Checkpoint, tokens: int, patch: int, size: ImageSize | None) -> tuple[ImageSize, bool]:
+    """(H, W) of the latent, and whether the checkpoint's own positions are those of that size."""
+    side = math.isqrt(tokens)
+    trained_size = (side * patch, side * patch) if side * side == tokens else None
+    size = size or trained_size
+    if size is None:
+        raise AtollError(f"{checkpoint.where}: {tokens} positions are no square; say the latent's size")
+    fits = size == trained_size or (trained_size is None and (size[0] // patch) * (size[1] // patch) == tokens)
+    return size, fits
+
+
+def count_classes(checkpoint: Checkpoint, rows: int, classes: int | None) -> int:
+    """The number of classes of which a DiT has `rows` embeddings: rows - 1 with a null class, rows without.
+
+    Without label dropout in training a DiT has no null class. No tensor tells which row would be it.
+
+    Args:
+        classes: as the caller says; None: as the training arguments say, else rows - 1.
+
+    Raises:
+        AtollError: another number, or a number of rows that is usual for classes without a null class.
+    """
+    given = checkpoint.args.get("num_classes")
+    told = classes if classes is not None else given if isinstance(given, int) else None
+    if told is None and rows in ROUND_CLASSES:
+        raise AtollError(
+            f"{checkpoint.where}: {rows} class embeddings: {rows} classes and no null class, or {rows - 1} and one? "
+            f"Say --classes {rows} (their mean takes the null class's place) or --classes {rows - 1}"
+        )
+    told = rows - 1 if told is None else told
+    if told not in (rows - 1, rows):
+        raise AtollError(
+            f"{checkpoint.where}: {rows} class embeddings, {told} classes; expected {rows - 1} and a null class, or "
+            f"{rows} without one: correct --classes"
+        )
+    return told
 
 
 def check_outputs(checkpoint: Checkpoint, outputs: int, patch: int, channels: int) -> None:
-    """Raises AtollError unless a token's outputs are eps, or eps and a variance, of `channels` channels."""
+    """Raises AtollError unless a token's outputs are a prediction, or that and a variance, of `channels` channels."""
     per_pixel = outputs / patch**2
     if per_pixel not in (channels, 2 * channels):
         raise AtollError(
@@ -100,18 +145,18 @@ def check_outputs(checkpoint: Checkpoint, outputs: int, patch: int, channels: in
 
 
 def published_heads(checkpoint: Checkpoint, width: int, depth: int) -> int:
-    """The heads of DiT's own sizes. Raises AtollError for another size, whose tensors do not tell them."""
+    """The attention heads of DiT's published sizes. Raises AtollError for another size: no tensor tells them."""
     for name, size in SIZES.items():
         if "/" in name and (size["width"], size["depth"]) == (width, depth):
             return size["heads"]
     raise AtollError(
         f"{checkpoint.where}: width {width} and depth {depth} are none of DiT's sizes, and no tensor tells the heads; "
-        "say how many"
+        "say how many (--heads)"
     )
 
 
 class Transformer(DiffusersConfig):
-    """What config.json of a DiTTransformer2DModel and of a PixArtTransformer2DModel have in common."""
+    """The keys that config.json of a DiTTransformer2DModel and of a PixArtTransformer2DModel share."""
 
     num_attention_heads: PositiveInt = 16
     attention_head_dim: PositiveInt = 72
@@ -128,7 +173,7 @@ class Transformer(DiffusersConfig):
 
     @property
     def outputs(self) -> int:
-        """Of a token."""
+        """Outputs per token."""
         return self.patch_size**2 * (self.out_channels or self.in_channels)
 
 
@@ -136,7 +181,7 @@ class DiffusersDiT(Transformer):
     """config.json of a DiTTransformer2DModel, with that class's defaults."""
 
     num_embeds_ada_norm: PositiveInt = 1000  # classes
-    norm_eps: float = Field(1e-5, gt=0)  # of the norm before the MLP alone; the others have 1e-6
+    norm_eps: float = Field(1e-5, gt=0)  # of the norm before the MLP only; the others have 1e-6
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     norm_elementwise_affine: Literal[False] = False
@@ -147,11 +192,11 @@ class DiffusersDiT(Transformer):
 
 
 def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) -> Native:
-    """A checkpoint of diffusers' DiTTransformer2DModel, with its config.json; equal to what that class computes.
+    """Convert a checkpoint of diffusers' DiTTransformer2DModel with its config.json; equal to what that class computes.
 
-    That is not quite DiT: the sinusoids of the time lie in 127 steps instead of 128, and the norm before the MLP has
-    an eps of 1e-5. Every block has an embedder of time and class of its own; they must be equal, as they are in what
-    was converted from DiT.
+    That differs from DiT in two points: the frequencies of the time features span 127 steps instead of 128, and the
+    norm before the MLP has an eps of 1e-5. Every block has its own embedder of time and class; they must be equal, as
+    they are in checkpoints converted from DiT.
 
     Raises:
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
@@ -160,6 +205,7 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) ->
     patch, channels, width = config.patch_size, config.in_channels, config.width
     size = size or (config.sample_size, config.sample_size)
     taker, weights = embedding(checkpoint, config, size, config.sample_size // patch)
+    # Blocks, each with an embedder of its own.
     embedders = []
     for i in range(config.num_layers):
         block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
@@ -172,8 +218,8 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) ->
     for i, embedder in enumerate(embedders):
         if any(not torch.equal(embedder[name], embedders[0][name]) for name in embedder):
             raise AtollError(
-                f"{checkpoint.where}: the embedders of time and null class of blocks 0 and {i} differ; expected equal "
-                "ones, as in DiT, for a network has one: train it from DiT's own weights"
+                f"{checkpoint.where}: the embedders of time and null class of blocks 0 and {i} differ; a converted "
+                "network has one for all: keep diffusers' network instead (--keep)"
             )
     return Native(
         {
@@ -195,13 +241,14 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) ->
 def embedding(
     checkpoint: Checkpoint, config: Transformer, size: ImageSize, base: float
 ) -> tuple[Taker, dict[str, Tensor]]:
-    """Begins a conversion: the taker of all that is left, and the weights of patch embedding and positions.
+    """Begin the conversion of a diffusers network: its taker, and the weights of patch embedding and positions.
 
-    base: tokens a side that the positions were made for, as `positions` takes it.
+    Args:
+        base: tokens per side that the positions were made for, as `positions` takes it.
 
     Raises:
         AtollError: the checkpoint has other blocks or another patch embedding than config.json says, or outputs that
-            are no eps.
+            are no prediction.
     """
     taker, weights = Taker(checkpoint), dict[str, Tensor]()
     patch, channels, width = config.patch_size, config.in_channels, config.width
@@ -215,17 +262,17 @@ def embedding(
 
 
 def check_sizes(taker: Taker, layers: int, kernel: tuple[int, ...]) -> None:
-    """Raises AtollError unless config.json tells of the blocks and the patch embedding [D,C,p,p] that are there."""
-    found = (taker.count("transformer_blocks"), *taker.shape("pos_embed.proj.weight", 4))
-    if found != (layers, *kernel):
+    """Raises AtollError unless the blocks and the patch embedding [D, C, p, p] are those that config.json describes."""
+    got = (taker.count("transformer_blocks"), *taker.shape("pos_embed.proj.weight", 4))
+    if got != (layers, *kernel):
         raise AtollError(
-            f"{taker.where}: {found[0]} blocks and a patch embedding {list(found[1:])}, config.json says {layers} and "
+            f"{taker.where}: {got[0]} blocks and a patch embedding {list(got[1:])}, config.json says {layers} and "
             f"{list(kernel)}; get both from one place"
         )
 
 
 def _embedder(taker: Taker, name: str, width: int, classes: int) -> dict[str, Tensor]:
-    """One block's embedder of time, the null class in its last bias, under the conditioner's names."""
+    """One block's time embedder with the null class in its last bias, under the conditioner's names."""
     weights: dict[str, Tensor] = {}
     null = taker.take(f"{name}.class_embedder.embedding_table.weight", classes + 1, width)[-1]
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
@@ -235,7 +282,7 @@ def _embedder(taker: Taker, name: str, width: int, classes: int) -> dict[str, Te
 
 
 def attention(taker: Taker, weights: dict[str, Tensor], block: str, ours: str, width: int, bias: bool) -> None:
-    """Self-attention and MLP of one of diffusers' BasicTransformerBlocks."""
+    """Convert self-attention and MLP of a BasicTransformerBlock of diffusers."""
     parts = [taker.linear(f"{block}.attn1.to_{part}", width, width, bias) for part in "qkv"]
     fill(weights, f"{ours}.attention.qkv", stacked(*parts))
     fill(weights, f"{ours}.attention.out", taker.linear(f"{block}.attn1.to_out.0", width, width))

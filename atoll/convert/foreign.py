@@ -1,8 +1,8 @@
-"""diffusers' PixArt and DiT as experts that stay what they are: `atoll convert SOURCE --keep`.
+"""diffusers' PixArt and DiT as experts without conversion: `atoll convert SOURCE --keep`.
 
-Where `convert` turns a checkpoint into a network of Atoll's own, this puts it beside a card as it is: diffusers' class
-computes it (`atoll.nn.foreign`). It can be sampled, calibrated, trained on (`train.init`), and assembled with any other
-expert of the same latents.
+`convert` makes a network of Atoll's own; `keep` writes the tensors as they are beside a card, and diffusers' class
+computes them (`atoll.nn.foreign`). The expert can be sampled, calibrated, trained on (`train.init`), and assembled with
+any other expert of the same latents.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from atoll.convert import ORIGINAL, CheckpointKind, Destination, detect
+from atoll.convert import Destination
 from atoll.convert.dit import ImageSize
+from atoll.convert.kind import CheckpointKind, check_kind, detect, original_objective
+from atoll.convert.pixart_original import as_diffusers, is_original
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
@@ -21,7 +23,7 @@ from atoll.nn.foreign import Class, arguments_of
 from atoll.objective import Objective
 
 CLASSES: dict[str, Class] = {"pixart": "PixArtTransformer2DModel", "diffusers-dit": "DiTTransformer2DModel"}
-# Older versions stored the positions, and the caption that training dropped to; no network reads them.
+# Older versions stored the positions and the null caption of training; no network reads them.
 UNREAD = ("pos_embed.pos_embed", "caption_projection.y_embedding")
 
 
@@ -38,30 +40,32 @@ def keep(
     assignment: str | None = None,
     size: ImageSize | None = None,
 ) -> Path:
-    """Makes the checkpoint at `source` the expert artifact `out` as it is, and returns `out`.
+    """Write the checkpoint at `source` as the expert artifact `out` without converting it, and return `out`.
 
     Args:
-        kind: "pixart" or "diffusers-dit"; "auto" tells it by the tensors' names.
+        kind: "pixart" or "diffusers-dit"; "auto" detects it by the tensors' names.
         objective: arguments of `Objective`: what it was trained with. None: eps on linear-beta, as the published ones.
         condition: the text encoder; a DiT's is "label", with the names of its classes in their order.
-        codec: None: not known; it can be sampled in no ensemble then.
-        name: of the expert; "": that of `out`.
-        clusters, k: the clusters it is of, and how many there are; None: one more than the highest named.
-        assignment: which clusters these are, as the cards of its ensemble's other parts have it.
-        size: (H, W) of the ensemble's latents; raises AtollError unless it is the network's own.
+        codec: None: unknown; no ensemble can sample it then.
+        name: the expert's name; "": that of `out`.
+        clusters, k: the clusters it covers, and how many there are; None: one more than the highest number.
+        assignment: which clusters these are, as in the cards of its ensemble's other parts.
+        size: (H, W) of the ensemble's latents; must be the network's own.
 
     Raises:
         AtollError: another kind of checkpoint, no config.json, one that diffusers does not build, tensors missing,
             misshapen or unknown, a condition encoder that does not fit, or something at `out` already.
     """
     destination = Destination(out, name, clusters, k, codec, assignment)
-    aim = Objective(**(ORIGINAL if objective is None else dict(objective)))
     checkpoint = read_checkpoint(source)
-    kind = detect(checkpoint) if kind == "auto" else kind
+    kind = detect(checkpoint) if kind == "auto" else check_kind(checkpoint, kind)
+    aim = Objective(**(original_objective(kind, checkpoint) if objective is None else dict(objective)))
+    if kind == "pixart" and is_original(checkpoint):
+        checkpoint = as_diffusers(checkpoint, size)
     network = _network(checkpoint, kind, destination.factor)
     if size not in (None, network.size):
         raise AtollError(
-            f"{source}: its latents are {network.size[0]}x{network.size[1]}, asked for are {size[0]}x{size[1]}; "
+            f"{source}: its latents are {network.size[0]}x{network.size[1]}, requested are {size[0]}x{size[1]}; "
             "a network that is kept keeps its size: convert it, without --keep"
         )
     return destination.write(
@@ -74,7 +78,7 @@ def keep(
 
 
 def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
-    """diffusers' network with the checkpoint's weights."""
+    """Build diffusers' network with the checkpoint's weights."""
     if kind not in CLASSES:
         raise AtollError(f"{checkpoint.where}: a {kind!r} cannot be kept, only one of {', '.join(CLASSES)}: convert it")
     cls = CLASSES[kind]
@@ -93,9 +97,12 @@ def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
 
 
 def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
-    """The class's arguments in config.json. Keys that it does not know are refused unless they switch nothing on."""
+    """The class's arguments in config.json. Unknown keys are refused unless their value is null or false."""
     if checkpoint.config is None:
-        raise AtollError(f"{checkpoint.where}: no config.json beside it, which tells the network's sizes; put it there")
+        raise AtollError(
+            f"{checkpoint.where}: no config.json beside it, which tells the network's sizes; put the one that "
+            "diffusers wrote with these weights there"
+        )
     known = arguments_of(cls)
     for key, value in checkpoint.config.items():
         if key not in known and not key.startswith("_") and value not in (None, False):
@@ -104,17 +111,19 @@ def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
 
 
 def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The card's entry of the condition encoder, after it was found to fit."""
+    """The card's entry for the condition encoder. Raises AtollError unless the encoder fits the network."""
     needed = network.condition_width
     labels = network.config.cls == "DiTTransformer2DModel"
-    wanted = (
+    expected = (
         f"--condition label,labels=FILE with its {needed} classes"
         if labels
         else f"--condition with its own, {needed} wide"
     )
     if condition is None:
-        raise AtollError(f"a network that is kept reads what it was trained with: say its condition encoder: {wanted}")
+        raise AtollError(f"a network that is kept reads the condition of its training: name the encoder: {expected}")
     encoder = build_encoder(condition)
     if encoder.dim != needed or (labels and encoder.name != "label"):
-        raise AtollError(f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; say {wanted}")
-    return encoder.config()  # whole, as cards of trained experts have it; of labels the names, not their file
+        raise AtollError(
+            f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; expected {expected}"
+        )
+    return encoder.config()  # complete, as in the cards of trained experts; labels by name, not by file

@@ -1,16 +1,19 @@
-"""DiT's modulation, a linear map per block, into AdaLN-Single: one map for all blocks and a table per block.
+"""DiT's modulation, a linear map per block, as AdaLN-Single: one map for all blocks and a table per block.
 
-At the null class a block's six vectors are curves over time, m_b(t) = W_b silu(c(t)) + b_b; AdaLN-Single can only say
-S(t) + E_b. Nearest to m in squared error are S = the mean of m_b over the blocks and E_b = the mean of m_b - S over
-time. But a block's channel may be multiplied by any factor r_b and its neighbour's weights divided by it, and the
-network stays the same: (1 + scale) and shift go into the columns of a linear layer, a gate comes after the rows of one.
-So S need only be proportional to a channel's curves, m_b(t) ~ r_b (S(t) + E_b) for a shift or a gate, which is a first
-principal component: the r_b are its loadings over the blocks, S = sum_b r_b m_b / sum_b r_b^2, up to constants. On a
-trained DiT (width 96, 4 blocks) the error of the whole network's eps at step 0 is 0.10 so, and 0.27 by the mean.
+At the null class a block's six vectors are curves over time, m_b(t) = W_b silu(c(t)) + b_b; AdaLN-Single can only
+express S(t) + E_b. In squared error the nearest to m are S = the mean of m_b over the blocks and E_b = the mean of
+m_b - S over time. But a block's channel may be multiplied by any factor r_b and its neighbour's weights divided by it
+without changing the network: (1 + scale) and shift precede the columns of a linear layer, a gate follows the rows of
+one. So S need only be proportional to a channel's curves, m_b(t) ~ r_b (S(t) + E_b) for a shift or a gate. That is a
+first principal component: the r_b are its loadings over the blocks, S = sum_b r_b m_b / sum_b r_b^2, up to constants.
+On a trained DiT (width 96, 4 blocks) the error of the whole network's eps at step 0 is 0.10 this way, and 0.27 with the
+mean.
 
-The last norm keeps a map of its own (`final: per-block`, 2 D^2 weights): AdaLN-Single would add c itself to a table
-there, and nothing in DiT is like that.
+The last norm keeps its own map (`final: per-block`, 2 D^2 weights): AdaLN-Single would add c itself to a table there,
+which has no counterpart in DiT.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,8 @@ from torch import Tensor
 from atoll.convert.native import Native
 from atoll.nn.dit import TIME_PERIOD, time_features
 
-TIMES = 1000  # DiT's, 0..999
-# Of the six vectors those that meet in one linear layer and so share a factor, and whether they come before it.
+TIMES = 1000  # the number of times at which the curves are fitted: DiT's 0..999
+# The vectors that act on the same linear layer and so share a factor, and whether they come before it.
 GROUPS = (
     ((0, 1), "attention.qkv", True),
     ((2,), "attention.out", False),
@@ -28,20 +31,25 @@ GROUPS = (
     ((5,), "mlp.2", False),
 )
 SCALES = (1, 4)  # these modulate by 1 + scale
-FACTORS = 0.1, 4.0  # |r|: what is nearly 0 would only make large numbers of small ones
+FACTORS = 0.1, 4.0  # bounds of |r|: dividing by a factor near 0 would only amplify noise
 
 
 def share(native: Native, fit: bool) -> Native:
-    """A native network of per-block modulation -> one of AdaLN-Single, fitted to it or (HDDM) as a new network's."""
+    """Convert a native network's per-block modulation to AdaLN-Single.
+
+    Args:
+        fit: True: the nearest AdaLN-Single; False: that of a new network (HDDM).
+    """
     weights = {name: value for name, value in native.weights.items() if ".modulation." not in name}
     if not fit:
         weights = {name: value for name, value in weights.items() if not name.startswith("final_modulation.")}
-        return Native(native.config | {"modulation": "single"}, weights, native.notes)
+        return replace(native, config=native.config | {"modulation": "single"}, weights=weights)
     depth, width = native.config["depth"], native.config["width"]
     inputs = activations(native)  # [T,D]
     shared_weight, shared_bias = torch.zeros(6, width, width), torch.zeros(6, width)
     tables = torch.zeros(depth, 6, width)
     error, total = torch.zeros(depth, dtype=torch.float64), torch.zeros(depth, dtype=torch.float64)
+    # Each group of vectors: factors by channel, then the shared map and the tables that remain.
     for slots, layer, before in GROUPS:
         maps = [_maps(native, slot) for slot in slots]  # ([b,D,D], [b,D]) each
         curves = [torch.einsum("ti,bdi->btd", inputs, weight) + bias[:, None] for weight, bias in maps]  # [b,T,D] each
@@ -59,21 +67,21 @@ def share(native: Native, fit: bool) -> Native:
             total += curve.square().sum((1, 2))
         for i in range(depth):
             _absorb(weights, f"blocks.{i}.{layer}", factor[i].float(), before)
-    weights["conditioner.shared.weight"], weights["conditioner.shared.bias"] = (
-        shared_weight.flatten(0, 1),
-        shared_bias.flatten(),
-    )
+    # The new network's weights, and how far each block is from the old one's.
+    weights["conditioner.shared.weight"] = shared_weight.flatten(0, 1)
+    weights["conditioner.shared.bias"] = shared_bias.flatten()
     weights |= {f"blocks.{i}.modulation.table": table.clone() for i, table in enumerate(tables)}
-    residual = (error / torch.where(total > 0, total, torch.inf)).sqrt()  # 0 where a new DiT modulates nothing
+    residual = (error / torch.where(total > 0, total, torch.inf)).sqrt()  # 0 if a new DiT modulates nothing
     notes = native.notes | {"residual": residual.tolist()}
-    return Native(native.config | {"modulation": "single", "final": "per-block"}, weights, notes)
+    config = native.config | {"modulation": "single", "final": "per-block"}
+    return replace(native, config=config, weights=weights, notes=notes)
 
 
 def factors(curves: Tensor) -> Tensor:
-    """Curves [b,T,D] of the blocks, of zero mean -> factors [b,D] to which, by channel, they are best proportional.
+    """The factors [b, D] to which the blocks' curves [b, T, D], of zero mean, are most nearly proportional by channel.
 
-    The loadings of the first principal component over the blocks; about 1 on average, the sign such that most are
-    positive, and none outside FACTORS. 1 where a channel does not move.
+    They are the loadings of the first principal component over the blocks: about 1 on average, mostly positive, inside
+    FACTORS, and 1 for a channel that is constant.
     """
     gram = torch.einsum("btd,ctd->dbc", curves, curves)  # [D,b,b]
     loading = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [b,D]
@@ -83,16 +91,16 @@ def factors(curves: Tensor) -> Tensor:
 
 
 def activations(native: Native) -> Tensor:
-    """silu(c(t)) [T,D] at DiT's T times and the null class, in float64."""
+    """silu(c(t)) [T, D] in float64, at T times over the network's range and at the null class."""
     w = {name: value.double() for name, value in native.weights.items() if name.startswith("conditioner.time.")}
-    times = torch.arange(TIMES, dtype=torch.float64)
+    times = torch.arange(TIMES, dtype=torch.float64) * (native.time_scale / (TIMES - 1))
     features = time_features(times, native.config.get("time_period", TIME_PERIOD))  # [T,256]
     hidden = F.silu(F.linear(features, w["conditioner.time.0.weight"], w["conditioner.time.0.bias"]))  # [T,D]
     return F.silu(F.linear(hidden, w["conditioner.time.2.weight"], w["conditioner.time.2.bias"]))  # [T,D]
 
 
 def _maps(native: Native, slot: int) -> tuple[Tensor, Tensor]:
-    """One of the six vectors' linear maps in all blocks, weights [b,D,D] and biases [b,D], in float64."""
+    """The linear maps of one of the six vectors in all blocks: weights [b, D, D] and biases [b, D], float64."""
     rows = slice(slot * native.config["width"], (slot + 1) * native.config["width"])
     names = [f"blocks.{i}.modulation.linear" for i in range(native.config["depth"])]
     weight = torch.stack([native.weights[f"{name}.weight"][rows].double() for name in names])
@@ -100,7 +108,7 @@ def _maps(native: Native, slot: int) -> tuple[Tensor, Tensor]:
 
 
 def _absorb(weights: dict[str, Tensor], layer: str, factor: Tensor, before: bool) -> None:
-    """Multiplies a linear layer's columns by `factor` [D], or its rows and bias."""
+    """Multiply a linear layer's columns by `factor` [D], or its rows and bias."""
     if before:
         weights[f"{layer}.weight"] = weights[f"{layer}.weight"] * factor
     else:

@@ -1,4 +1,4 @@
-"""What every foreign layout is turned into, and the small steps that all of them share."""
+"""The native network that every foreign layout is converted to, and the steps that the conversions share."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,20 +18,22 @@ class Native:
     """A network of `atoll.nn.dit`, as far as a checkpoint determines it.
 
     Attributes:
-        config: fields of a DiTConfig; without states_dim where the checkpoint knows no text.
-        weights: of the network's state_dict; what is not there starts as in a new network.
-        notes: what the card should tell of the conversion.
+        config: fields of a DiTConfig; without states_dim if the checkpoint reads no text.
+        weights: entries of the network's state_dict; missing ones start as in a new network.
+        notes: what the card records of the conversion.
+        time_scale: the network reads times t * time_scale, t in [0, 1].
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     notes: dict[str, Any]
+    time_scale: float = 999.0
 
 
 class DiffusersConfig(BaseModel):
     """A config.json of diffusers: the keys that matter, with the values that can be converted.
 
-    Keys it does not know are refused unless they switch nothing on, for they may change the network.
+    Unknown keys are refused unless their value is null or false, as they may change the network.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -48,9 +50,12 @@ DiffusersConfigT = TypeVar("DiffusersConfigT", bound=DiffusersConfig)
 
 
 def foreign_config(checkpoint: Checkpoint, kind: type[DiffusersConfigT]) -> DiffusersConfigT:
-    """The checkpoint's config.json, checked. Raises AtollError where there is none, or one that cannot be converted."""
+    """The checkpoint's config.json, checked. Raises AtollError if there is none, or one that cannot be converted."""
     if checkpoint.config is None:
-        raise AtollError(f"{checkpoint.where}: no config.json beside it, which tells the heads; put it there")
+        raise AtollError(
+            f"{checkpoint.where}: no config.json beside it, which tells the number of heads; put the one that "
+            "diffusers wrote with these weights there"
+        )
     try:
         return kind.model_validate(checkpoint.config)
     except ValidationError as error:
@@ -61,30 +66,32 @@ def foreign_config(checkpoint: Checkpoint, kind: type[DiffusersConfigT]) -> Diff
 
 
 def fill(weights: dict[str, Tensor], name: str, layer: tuple[Tensor, Tensor]) -> None:
-    """Puts a linear layer's (weight, bias) under the network's `name`."""
+    """Put a linear layer's (weight, bias) into `weights` under the network's `name`."""
     weights[f"{name}.weight"], weights[f"{name}.bias"] = layer
 
 
 def stacked(*layers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Linear layers of one input as one: q, k and v, say."""
+    """Linear layers of the same input as one layer, such as q, k and v."""
     return torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
 
 
 def patch_kernel(kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A patch embedding's convolution [D,C,p,p] as the network's linear layer [D,p*p*C], in (p,p,C) order."""
+    """A patch embedding's convolution [D, C, p, p] as a linear layer [D, p*p*C] in (p, p, C) order."""
     return kernel.permute(0, 2, 3, 1).flatten(1), bias
 
 
 def keep_channels(layer: tuple[Tensor, Tensor], patch: int, channels: int) -> tuple[Tensor, Tensor]:
-    """A final layer's outputs for the first `channels` channels, those of eps; the others tell a variance.
+    """A final layer's outputs for the first `channels` channels, the prediction; the others are a variance.
 
-    Rows of weight [p*p*out,D] and bias [p*p*out] are in (p,p,out) order; they come back as (p,p,channels).
+    Rows of weight [p*p*out, D] and bias [p*p*out] are in (p, p, out) order; the result's in (p, p, channels) order.
     """
     weight, bias = (values.unflatten(0, (patch * patch, -1))[:, :channels].flatten(0, 1) for values in layer)
     return weight, bias
 
 
 def positions(size: tuple[int, int], patch: int, width: int, base: float) -> Tensor:
-    """Fixed positions [N,D] for a latent of `size` in a network trained on `base` tokens a side: the same stretch,
-    more finely or coarsely divided (PixArt; diffusers' PatchEmbed)."""
+    """Fixed positions [N, D] for a latent of `size` (H, W) in a network trained on `base` tokens per side.
+
+    They span the same range in other steps, as in PixArt and diffusers' PatchEmbed.
+    """
     return sincos_positions(size[0] // patch, size[1] // patch, width, span=base)

@@ -1,13 +1,13 @@
-"""Paris's open weights (arXiv 2510.03434) into an ensemble's parts: eight experts of XL/2 and their router.
+"""Paris's open weights (arXiv 2510.03434) as an ensemble's parts: eight experts of XL/2 and their router.
 
-A directory as it was released, of which these files are read:
+Reads a directory as it was released, and in it these files:
 
     expert_0/diffusion_pytorch_model.safetensors ... expert_7/...       router/pytorch_model.safetensors
 
-The networks are `atoll.nn.paris`, and the tensors keep their values. The objective is flow on Atoll's linear path: for
+The networks are `atoll.nn.paris`, and the tensors keep their values. The objective is flow on Atoll's linear path: in
 diffusers' FlowMatchEulerDiscreteScheduler x = (1 - sigma) x0 + sigma noise, the velocity is noise - x0, and the network
-is told 1000 sigma. Prompts go through CLIP-L/14, its last hidden states, and latents are those of sd-vae-ft-mse times
-0.18215; neither is needed to convert.
+reads 1000 sigma as its time. Prompts are CLIP-L/14's last hidden states, and latents are those of sd-vae-ft-mse times
+0.18215; neither network is needed to convert.
 """
 
 import math
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from atoll.convert.dit import published_heads
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
+from atoll.encoders.codec import build_codec
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.nn import build_network
@@ -46,34 +47,42 @@ def convert_paris(
     codec: Mapping[str, Any] | None = None,
     heads: int | None = None,
 ) -> tuple[list[Path], Path]:
-    """Converts the directory `source` into `out`/experts/0, ... and `out`/router; returns the experts and the router.
+    """Convert the directory `source` into `out`/experts/0, ... and `out`/router; return the experts and the router.
 
-    Experts that are not there are told about in a warning. Memory: one expert at a time.
+    Missing experts are a warning. Memory: one expert at a time.
 
     Args:
         condition: the text encoder, as `build_encoder` reads it; None: CLIP-L/14 by its name on the hub, not loaded.
         codec: the latent codec, as `build_codec` reads it; None: sd-vae-ft-mse by its name, not loaded.
-        heads: of experts and router, where they are of no published size.
+        heads: attention heads of experts and router, if their size was never published.
 
     Raises:
-        AtollError: no router or no expert there, tensors missing, misshapen or unknown, a number of an expert that the
-            router does not know, an encoder of another width, or something at `out` already.
+        AtollError: no router or no expert, tensors missing, misshapen or unknown, an expert of a cluster that the
+            router does not know, an encoder of another width, a codec of other channels, or something at `out` already.
     """
     if out.exists():
-        raise AtollError(f"{out}: exists already; choose another place, or remove it")
+        raise AtollError(f"{out}: exists already; choose another directory, or remove it")
     checkpoint = read_checkpoint(_router_file(source))
     router, router_weights = _router(checkpoint, heads)
     numbers = _experts(source, router["clusters"])
+    # What all parts share: the latents, their codec, the text encoder and the clusters.
     encoder = None if condition is None else build_encoder(condition)
+    decoder = None if codec is None else build_codec(codec)
+    if decoder is not None and decoder.channels != router["channels"]:
+        raise AtollError(
+            f"codec: {decoder.name!r} has latents of {decoder.channels} channels, Paris's have {router['channels']}; "
+            "name sd-vae-ft-mse"
+        )
     common = {
         "latent_shape": [router["channels"], *router["size"]],
-        "codec": dict(codec or CODEC),
+        "codec": dict(CODEC) if decoder is None else decoder.config(),
         "condition": dict(CONDITION) if encoder is None else encoder.config(),
-        "assignment": next(iter(checkpoint.files.values())),  # which clusters these are, this router alone says
+        "assignment": next(iter(checkpoint.files.values())),  # only this router defines the clusters
         "training": {"mark": "converted", "steps": 0},
     }
+    # The router, then one expert after the other.
     with whole_directory(out) as directory:
-        card = {"network": router, "clusters": router["clusters"], **common, "conversion": _told(checkpoint)}
+        card = {"network": router, "clusters": router["clusters"], **common, "conversion": _conversion(checkpoint)}
         save_artifact(directory / "router", "router", card, router_weights)
         del checkpoint, router_weights
         for number in numbers:
@@ -88,18 +97,20 @@ def convert_paris(
                 "network": network,
                 **common,
                 "calibration": None,
-                "conversion": _told(checkpoint),
+                "conversion": _conversion(checkpoint),
             }
             save_artifact(directory / "experts" / str(number), "expert", card, weights)
             del checkpoint, weights  # before the next one is read
     return [out / "experts" / str(number) for number in numbers], out / "router"
 
 
-def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+def _conversion(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The card's entry for the conversion."""
     return {"kind": "paris", "modulation": "kept", "source": checkpoint.files}
 
 
 def _router_file(source: Path) -> Path:
+    """The router's weights in `source`. Raises AtollError if there are none."""
     for name in ROUTER:
         if (source / name).is_file():
             return source / name
@@ -109,17 +120,17 @@ def _router_file(source: Path) -> Path:
 def _experts(source: Path, clusters: int) -> list[int]:
     """The numbers of the experts in `source`, ascending."""
     names = {path.name.removeprefix("expert_") for path in source.glob("expert_*") if path.is_dir()}
-    found = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-    if not found:
+    numbers = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    if not numbers:
         raise AtollError(f"{source}: no expert_0, expert_1, ... beside the router; fetch at least one")
-    if found[-1] >= clusters:
+    if numbers[-1] >= clusters:
         raise AtollError(
-            f"{source}: expert_{found[-1]}, and the router knows {clusters} clusters, 0 to {clusters - 1}; "
+            f"{source}: expert_{numbers[-1]}, and the router knows {clusters} clusters, 0 to {clusters - 1}; "
             "get experts and router from one place"
         )
-    if missing := [f"expert_{number}" for number in range(clusters) if number not in found]:
-        warnings.warn(f"{source}: {', '.join(missing)} not there; the others take their share", stacklevel=3)
-    return found
+    if missing := [f"expert_{number}" for number in range(clusters) if number not in numbers]:
+        warnings.warn(f"{source}: {', '.join(missing)} not there; the others take their weight", stacklevel=3)
+    return numbers
 
 
 def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -137,7 +148,7 @@ def _router(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], 
 
 
 def _sizes(checkpoint: Checkpoint, taker: Taker, heads: int | None) -> dict[str, Any]:
-    """What the tensors of an expert and of the router alike tell of its sizes."""
+    """The sizes that the tensors determine, of an expert and of the router alike."""
     width, channels, patch, _ = taker.shape("patch_embed.weight", 4)
     tokens = taker.shape("pos_embed", 3)[1]
     side, depth = math.isqrt(tokens) * patch, taker.count("layers")
@@ -155,13 +166,13 @@ def _sizes(checkpoint: Checkpoint, taker: Taker, heads: int | None) -> dict[str,
 
 
 def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The network's whole configuration, and all of its tensors under the names of an artifact."""
+    """The network's complete configuration, and its tensors under an artifact's names."""
     with torch.device("meta"):
         network: nn.Module = build_network(config)
     weights: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
         part, _, end = name.rpartition(".")
-        if part.endswith(".out"):  # of attention
+        if part.endswith(".out"):  # attention's output
             weights[name] = taker.take(f"{part}_proj.{end}", *value.shape)
         elif part.endswith(".qkv"):
             weights[name] = taker.take(f"{part.removesuffix('qkv')}in_proj_{end}", *value.shape)
@@ -177,7 +188,7 @@ def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def _check(checkpoint: Checkpoint, network: dict[str, Any], router: dict[str, Any], width: int | None) -> None:
-    """Raises AtollError unless the expert has the router's latents, and reads states of the condition's width."""
+    """Raises AtollError unless the expert has the router's latents and reads states of the condition's width."""
     mine, theirs = ([config["channels"], *config["size"]] for config in (network, router))
     if mine != theirs:
         raise AtollError(f"{checkpoint.where}: its latents are {mine}, the router's {theirs}; get both from one place")

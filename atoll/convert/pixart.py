@@ -1,9 +1,9 @@
-"""PixArt-alpha (arXiv 2310.00426), in the layout of diffusers' `PixArtTransformer2DModel`, into a native network.
+"""PixArt (arXiv 2310.00426) in the layout of diffusers' `PixArtTransformer2DModel` as a native network.
 
-Everything has its place there: the block is PixArt's own, the text goes through two layers (`text_layers: 2`), and
-the fixed positions are stored, stretched by PixArt's interpolation scale. The 1024 px models are also told the
-image's resolution and aspect ratio; a native network has one size, so those embeddings are constants, and they go
-into the bias of the time embedding's last layer. Of the outputs only eps stays.
+Every part has a counterpart: the block is PixArt's own, the text goes through two layers (`text_layers: 2`), and the
+fixed positions are stored, stretched by PixArt's interpolation scale. The 1024 px models also read the image's
+resolution and aspect ratio; a native network has one size, so those embeddings are constants, and they go into the bias
+of the time embedding's last layer. Variance outputs are dropped.
 """
 
 from typing import Literal
@@ -41,11 +41,11 @@ class PixArt(Transformer):
 
 
 def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: int = 8) -> Native:
-    """A checkpoint of diffusers' PixArtTransformer2DModel, with its config.json; equal to what that class computes.
+    """Convert a checkpoint of diffusers' PixArtTransformer2DModel with its config.json; equal to what it computes.
 
     Args:
         size: (H, W) of the latent; None: the square that the checkpoint was trained on.
-        factor: the codec's, pixels of an image per latent pixel; for models that are told the resolution.
+        factor: the codec's, image pixels per latent pixel; for networks that read the resolution.
 
     Raises:
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
@@ -55,7 +55,8 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
     size = size or (config.sample_size, config.sample_size)
     interpolation = config.interpolation_scale or max(config.sample_size // 64, 1)
     taker, weights = embedding(checkpoint, config, size, config.sample_size // patch / interpolation)
-    taker.drop("caption_projection.y_embedding")  # the caption that training dropped to, in older versions
+    taker.drop("caption_projection.y_embedding")  # the null caption in training, which older versions stored
+    # Blocks.
     for i in range(config.num_layers):
         block, ours = f"transformer_blocks.{i}", f"blocks.{i}"
         weights[f"{ours}.modulation.table"] = taker.take(f"{block}.scale_shift_table", 6, width)
@@ -64,11 +65,13 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
         parts = [taker.linear(f"{block}.attn2.to_{part}", width, width, config.attention_bias) for part in "kv"]
         fill(weights, f"{ours}.cross.kv", stacked(*parts))
         fill(weights, f"{ours}.cross.out", taker.linear(f"{block}.attn2.to_out.0", width, width))
+    # The end, time and text.
     weights["final_modulation.table"] = taker.take("scale_shift_table", 2, width)
     fill(weights, "final", keep_channels(taker.linear("proj_out", config.outputs, width), patch, channels))
     fill(weights, "conditioner.shared", taker.linear("adaln_single.linear", 6 * width, width))
-    told = config.use_additional_conditions
-    pixels = (size[0] * factor, size[1] * factor) if (config.sample_size == 128 if told is None else told) else None
+    reads = config.use_additional_conditions
+    reads = config.sample_size == 128 if reads is None else reads  # as diffusers decides
+    pixels = (size[0] * factor, size[1] * factor) if reads else None
     _time(taker, weights, width, pixels)
     text = _text(taker, weights, config, width)
     taker.done()
@@ -89,26 +92,28 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
 
 
 def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSize | None) -> None:
-    """The time embedder, for images of `pixels` (height, width) where the network is told their resolution."""
+    """Convert the time embedder, with the constants for images of `pixels` (height, width) if it reads them."""
     name = "adaln_single.emb"
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
     if pixels is not None:
         height, wide = pixels
-        resolution = _told(taker, f"{name}.resolution_embedder", width // 3, torch.tensor([height, wide]))  # [2,D/3]
-        aspect = _told(taker, f"{name}.aspect_ratio_embedder", width // 3, torch.tensor([height / wide]))  # [1,D/3]
+        resolution = _embedded(
+            taker, f"{name}.resolution_embedder", width // 3, torch.tensor([height, wide])
+        )  # [2,D/3]
+        aspect = _embedded(taker, f"{name}.aspect_ratio_embedder", width // 3, torch.tensor([height / wide]))  # [1,D/3]
         bias = bias + torch.cat([resolution, aspect]).flatten()  # [D]
     fill(weights, "conditioner.time.2", (last, bias))
 
 
-def _told(taker: Taker, name: str, width: int, values: Tensor) -> Tensor:
-    """What an embedder of numbers makes of `values` [n]: [n,width]."""
+def _embedded(taker: Taker, name: str, width: int, values: Tensor) -> Tensor:
+    """The output [n, width] of an embedder of numbers for `values` [n]."""
     hidden = F.silu(F.linear(time_features(values), *taker.linear(f"{name}.linear_1", width, TIME_FEATURES)))
     return F.linear(hidden, *taker.linear(f"{name}.linear_2", width, width))
 
 
 def _text(taker: Taker, weights: dict[str, Tensor], config: PixArt, width: int) -> dict[str, int]:
-    """The text's projection; without one the states come as wide as the network, and an identity takes its place."""
+    """Convert the text's projection; without one the states are as wide as the network, and it is the identity."""
     if config.cross_attention_dim != width:
         raise AtollError(
             f"{taker.where}: cross_attention_dim {config.cross_attention_dim}, the network is {width} wide; "

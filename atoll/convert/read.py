@@ -1,49 +1,62 @@
-"""Foreign checkpoints from the disk: tensors by name, perhaps a configuration. Nothing in them is executed.
+"""Foreign checkpoints on disk: tensors by name, with the configuration or training arguments beside them.
 
-Read are: a `.safetensors` file, a PyTorch file (`.pt`, `.pth`, `.bin`, `.ckpt`; with `weights_only=True`, always), and
-a directory as diffusers writes it: `config.json` beside one such file, or beside the shards that an index names; a
-whole pipeline's directory is entered at `transformer/`.
+Reads a safetensors file, a PyTorch file (`.pt`, `.pth`, `.pth.tar`, `.bin`, `.ckpt`) or a directory that diffusers
+wrote: `config.json` beside one such file, or beside shards and their index. A pipeline's directory is entered at
+`transformer/`. Nothing in any of them is executed (`atoll.storage.torch_file`).
 """
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atoll.convert.names import unwrapped
+from atoll.encoders.weight_files import weight_files
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json, sha256_file
+from atoll.storage.content import advice, content_of
+from atoll.storage.torch_file import Opaque, plain, read_torch
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 STEM = "diffusion_pytorch_model"
-NESTED = ("ema", "model", "state_dict")  # keys under which training scripts keep the weights; the first found is read
-WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before every name
+# The keys under which training scripts save weights, averaged ones first. The first one that holds tensors is read.
+AVERAGED = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema")
+NESTED = (*AVERAGED, "model", "state_dict", "model_state_dict", "module", "net", "network", "params")
+ARGUMENTS = ("args", "config", "cfg", "hparams", "hyper_parameters")  # under which they save their arguments
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read.
+    """A checkpoint as read.
 
     Attributes:
-        tensors: by their own names.
-        config: config.json, where there is one.
+        tensors: by their own names, without the prefixes of wrappers.
+        config: config.json, if there is one.
         files: sha256 by file name, of the weights.
         where: the path, for messages.
+        args: the training arguments saved with the weights, as plain values; {} if there are none.
+        key: the entry of a PyTorch file that the tensors were read from, such as "ema"; "" if at its top.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None
     files: dict[str, str]
     where: str
+    args: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
 
 
 def read_checkpoint(source: Path) -> Checkpoint:
-    """The checkpoint at `source`, a file or a directory.
+    """Read the checkpoint at `source`, a file or a directory.
 
     Raises:
-        AtollError: nothing there, an unknown kind of file, a damaged one, a pickle that holds more than tensors.
+        AtollError: nothing there, an unknown kind of file, a damaged one, a pickle that could run code.
     """
+    # Which files: the given one, or those that diffusers would read.
     if source.is_dir():
         directory = source / "transformer" if (source / "transformer").is_dir() else source
         files = _files_of(directory)
@@ -51,18 +64,23 @@ def read_checkpoint(source: Path) -> Checkpoint:
         directory, files = source.parent, [source]
     else:
         raise AtollError(f"{source}: not found; expected a checkpoint, a file or a directory")
+    # Their tensors. Prefixes are removed from all names together, as one shard may hold few of them.
     tensors: dict[str, Tensor] = {}
+    args: dict[str, Any] = {}
+    key = ""
     for file in files:
-        part = _read_file(file)
+        part, args, key = _read_file(file)
         if twice := sorted(part.keys() & tensors.keys()):
-            raise AtollError(f"{file}: {twice[0]} stands in another shard too; get a fresh copy of all of them")
+            raise AtollError(f"{file}: {twice[0]} is in another shard too; get all shards from one place")
         tensors |= part
     config = directory / "config.json"
     return Checkpoint(
-        tensors,
+        unwrapped(tensors, str(source)),
         _config(config) if config.is_file() else None,
         {file.name: sha256_file(file) for file in files},
         str(source),
+        args,
+        key,
     )
 
 
@@ -75,78 +93,106 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _files_of(directory: Path) -> list[Path]:
     """The weights in a diffusers directory, in order."""
-    index = directory / f"{STEM}.safetensors.index.json"
-    if index.is_file():
-        shards = _config(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise AtollError(f"{index}: its weight_map is no map of names to files; get a fresh copy of it")
-        files = [directory / name for name in sorted(set(shards.values()))]
-        for file in files:
-            if file.parent != directory or not file.is_file():
-                raise AtollError(f"{file}: not found, though {index.name} names it; get all shards")
-        return files
-    names = [f"{STEM}{variant}{end}" for end in (".safetensors", ".bin") for variant in ("", ".fp16")]
-    for name in names:
-        if (directory / name).is_file():
-            return [directory / name]
-    found = ", ".join(sorted(path.name for path in directory.iterdir())[:6]) or "nothing"
-    raise AtollError(
-        f"{directory}: holds {found}; expected {names[0]} (or its shards and their index), or name the file"
-    )
+    found = weight_files(directory, STEM, "index", (".safetensors", ".bin"))
+    if found is None:
+        names = ", ".join(sorted(path.name for path in directory.iterdir())[:6]) or "nothing"
+        raise AtollError(
+            f"{directory}: holds {names}; expected {STEM}.safetensors (or its shards and their index), or name the file"
+        )
+    if found.other is not None and found.index is not None:
+        warnings.warn(
+            f"{directory}: holds {found.index.name} and {found.other.name}; reading the shards of the index, as "
+            "diffusers does: to read the other, name that file",
+            stacklevel=4,
+        )
+    return list(found.files)
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file."""
-    if file.suffix == ".safetensors":
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors of one file, the training arguments in it, and the key under which the tensors are."""
+    try:
+        content = content_of(file)
+    except OSError as error:
+        raise AtollError(f"{file}: {advice(file, error)}") from None
+    if content == "safetensors" or (content not in ("torch", "pickle") and file.suffix == ".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise AtollError(f"{file}: no safetensors file ({error}); get a fresh copy") from None
-    if file.suffix in PICKLES:
-        return _read_pickle(file)
-    known = ", ".join((".safetensors", *PICKLES))
+            return load_file(file), {}, ""
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AtollError(f"{file}: no safetensors file: it {advice(file, error)}") from None
+    if content in ("torch", "pickle") or file.suffix in PICKLES:
+        return _weights(file, read_torch(file))
+    known = ", ".join((".safetensors", *PICKLES[:-1], ".pth.tar"))
     raise AtollError(f"{file}: unknown kind of file; expected one of {known}, or a directory of diffusers")
 
 
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file. torch refuses to build anything but tensors and plain containers from it."""
-    import pickle
-
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        reason = " ".join(reason.split("\n")[0].split())[:160]
-        raise AtollError(
-            f"{file}: a pickle that holds more than tensors, which could run code ({reason}); "
-            "let its author save the weights alone, best as safetensors"
-        ) from None
-    except Exception as error:  # damaged bytes lead torch's reader into errors of every kind
-        raise AtollError(f"{file}: no PyTorch file ({' '.join(str(error).split())[:160]}); get a fresh copy") from None
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """The tensors in a PyTorch file's content, the training arguments beside them, and the key of the tensors."""
+    # Down through the keys that hold weights, taking the arguments on the way.
+    args: dict[str, Any] = {}
+    keys: list[str] = []
+    while isinstance(content, Mapping):
+        for name in ARGUMENTS:
+            given = plain(content.get(name))
+            args = args or (given if isinstance(given, dict) else {})
+        key = next((key for key in NESTED if _holds_weights(file, key, content.get(key))), None)
+        if key is None:
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        held = f"keys {', '.join(map(str, list(content)[:4]))}" if isinstance(content, dict) else type(content).__name__
+        keys.append(key)
+        content = content[key]
+    # Numbers and text beside the tensors are no weights.
+    tensors = {}
+    if isinstance(content, Mapping):
+        tensors = {str(name): _dense(file, str(name), v) for name, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        held = f"keys {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else _type_of(content)
         raise AtollError(f"{file}: holds {held}; expected tensors by name, or such under {', '.join(NESTED)}")
-    return _unwrapped({str(name): value for name, value in content.items()})
+    return tensors, args, ".".join(keys)
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
-        if all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
-    return tensors
+def _holds_weights(file: Path, key: str, value: Any) -> bool:
+    """Whether the entry `key` leads to tensors by name.
+
+    Raises:
+        AtollError: it holds averaged weights in a form without names; another entry would be other weights.
+    """
+    if isinstance(value, Mapping):
+        if any(isinstance(entry, Tensor) for entry in value.values()):
+            return True
+        if any(_holds_weights(file, inner, value.get(inner)) for inner in NESTED):
+            return True
+        if key in AVERAGED and "shadow_params" in value:
+            raise AtollError(
+                f"{file}: {key} holds shadow_params, tensors without names; save the averaged network's state_dict()"
+            )
+    if key in NESTED and isinstance(value, Opaque) and "_modules" in value.fields:
+        raise AtollError(f"{file}: {key} is a whole {value.type_name}; save its state_dict() instead of the module")
+    return False
+
+
+def _type_of(content: Any) -> str:
+    if isinstance(content, Opaque):
+        return f"a whole {content.type_name} (save its state_dict() instead)"
+    return type(content).__name__
+
+
+def _dense(file: Path, name: str, value: Tensor) -> Tensor:
+    """The tensor without gradients and hooks. Raises AtollError unless it is dense and no larger than its file."""
+    sparse = value.layout != torch.strided or value.is_quantized or value.is_meta or hasattr(value, "device_mesh")
+    if sparse or value.numel() * value.element_size() > max(file.stat().st_size, 2**20):
+        kind = "not dense" if sparse else f"larger than the file ({list(value.shape)})"
+        raise AtollError(
+            f"{file}: the tensor {name} is {kind}; expected whole, dense tensors: save a full state_dict()"
+        )
+    return value.detach()
 
 
 class Taker:
     """Hands out a checkpoint's tensors one by one and notes what is missing, misshapen or left over.
 
-    A conversion takes all that it needs and calls `done` at the end: one message then names all that is wrong.
+    A conversion takes all it needs and calls `done` at the end: one message then names everything that is wrong.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -155,40 +201,48 @@ class Taker:
         self._wrong: list[str] = []
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor `name` in float32; zeros of `shape` where it is not there or of another shape."""
+        """Take the tensor `name` in float32; zeros of `shape` if it is missing or of another shape."""
         tensor = self._left.pop(name, None)
         if tensor is not None and tensor.shape == shape and tensor.is_floating_point():
             return tensor.float()
-        found = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-        self._wrong.append(f"{name}: {found}, expected {list(shape)}")
-        return torch.zeros(()).expand(shape)  # takes no memory, whatever a stranger's config asks for
+        got = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        self._wrong.append(f"{name}: {got}, expected {list(shape)}")
+        return torch.zeros(()).expand(shape)  # takes no memory, whatever sizes a stranger's config names
 
     def shape(self, name: str, dimensions: int) -> torch.Size:
-        """The shape of a tensor that tells sizes. Raises AtollError where it is not there, or has not `dimensions`."""
+        """Return the shape of a tensor that determines sizes.
+
+        Raises:
+            AtollError: it is missing, or has another number of dimensions.
+        """
         tensor = self._left.get(name)
         if tensor is None or tensor.ndim != dimensions or 0 in tensor.shape:
-            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+            got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
             raise AtollError(
-                f"{self.where}: {name} is {found}; expected {dimensions} dimensions: get a whole checkpoint"
+                f"{self.where}: {name} is {got}; expected {dimensions} dimensions: name a whole network's checkpoint"
             )
         return tensor.shape
 
     def count(self, prefix: str) -> int:
-        """How many blocks `prefix.0.`, `prefix.1.`, ... there are."""
+        """Count the blocks `prefix.0.`, `prefix.1.`, ..."""
         return len({name.split(".")[1] for name in self._left if name.startswith(f"{prefix}.") and name.count(".") > 1})
 
     def linear(self, name: str, out: int, into: int, bias: bool = True) -> tuple[Tensor, Tensor]:
-        """A linear layer's weight [out,into] and bias [out]; the bias is zero where there is none to take."""
+        """Take a linear layer's weight [out, into] and bias [out]; without `bias` the bias is zero."""
         weight = self.take(f"{name}.weight", out, into)
         return weight, self.take(f"{name}.bias", out) if bias else torch.zeros(out)
 
     def drop(self, *names: str) -> None:
-        """Leaves these out, where they are there at all."""
+        """Leave these tensors out, if they are there."""
         for name in names:
             self._left.pop(name, None)
 
+    def drop_prefix(self, prefix: str) -> None:
+        """Leave out all tensors whose names begin with `prefix`."""
+        self._left = {name: value for name, value in self._left.items() if not name.startswith(prefix)}
+
     def done(self) -> None:
-        """Raises AtollError unless all that was taken was there, and nothing else is."""
+        """Raises AtollError unless all tensors taken were there and none is left."""
         problems = self._wrong + [f"{name}: unknown" for name in sorted(self._left)]
         if problems:
             more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""

@@ -140,6 +140,8 @@ class Checkpoints:
             with safe_open(file, framework="pt") as stored:
                 for name, tensor in tensors.items():
                     value = stored.get_tensor(name)
+                    if value.shape != tensor.shape:  # copy_ would repeat a smaller one
+                        raise RuntimeError(f"{name} has shape {list(value.shape)}, expected {list(tensor.shape)}")
                     if isinstance(tensor, torch.distributed.tensor.DTensor):
                         value = torch.distributed.tensor.distribute_tensor(
                             value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None

@@ -1,13 +1,14 @@
 """What a training carries from step to step: weights, their average, the optimizer's moments, and a few numbers."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
+from atoll.train.eight_bit import adamw_8bit, eager_on_cpu, moment_tensors
 from atoll.train.ema import decay, gamma_of
 
 _EMA_EVERY_ON_CPU = 10  # steps between updates of an average that lies in the CPU's memory
@@ -41,6 +42,7 @@ class State:
         self.module, self.settings, self.numbers = module, settings, Counters()
         self.parameters: list[nn.Parameter] = list(module.parameters())
         self.optimizer = _optimizer(self.parameters, settings)
+        self._eight_bit = settings.optimizer_state == "8bit"
         device = "cpu" if settings.ema_device == "cpu" else None
         self.ema = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
         self._every = _EMA_EVERY_ON_CPU if settings.ema_device == "cpu" else 1
@@ -49,14 +51,15 @@ class State:
         self.profiles = [[average.clone() for average in self.ema] for _ in self.gammas]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name: model.*, ema.*, profile-<number>.*, optimizer.<moment>.*; parts of a quantised one
-        end in #part."""
+        """Every tensor by its name: model.*, ema.*, profile-<number>.*, optimizer.<moment>.*; parts of a quantised
+        one end in #part."""
         found: dict[str, Tensor] = {}
         for (name, parameter), average in zip(self.module.named_parameters(), self.ema, strict=True):
             found[f"model.{name}"] = parameter.detach()
             found[f"ema.{name}"] = average
             for moment, value in self.optimizer.state[parameter].items():
-                found |= _parts(f"optimizer.{moment}.{name}", value)
+                entry = f"optimizer.{moment}.{name}"
+                found |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
         for number, averages in enumerate(self.profiles):
             found |= {f"profile-{number}.{name}": value for name, value in zip(self.names, averages, strict=True)}
         return found
@@ -72,7 +75,8 @@ class State:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-        self.optimizer.step()
+        with eager_on_cpu(self.parameters[0].device) if self._eight_bit else nullcontext():
+            self.optimizer.step()
         self.numbers.step += 1
         if self.numbers.step % self._every == 0:
             keep = 1.0
@@ -112,24 +116,9 @@ def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch
     """AdamW with its moments already there: fused, or torchao's with 8 bits per moment."""
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer_state == "8bit":
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError:
-            raise AtollError("train.optimizer_state: 8bit needs torchao: pip install 'atoll[lowbit]'") from None
-        optimizer = AdamW8bit(parameters, **options)
-        for p in parameters:
-            moments = {"exp_avg": optimizer._new_buffer(p, True), "exp_avg_sq": optimizer._new_buffer(p, False)}
-            optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
-        return optimizer
+        return adamw_8bit(parameters, options)
     optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     for p in parameters:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
-
-
-def _parts(name: str, value: Tensor) -> dict[str, Tensor]:
-    if type(value).__name__ == "OptimState8bit":
-        inner, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
-        return {f"{name}#{part}": getattr(value, part) for part in inner}
-    return {name: value.detach()}

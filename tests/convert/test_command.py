@@ -13,13 +13,14 @@ from atoll.convert.arguments import arguments_of_run, frozen_network, objective_
 from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
+from tests.convert.conftest import random_weights
 
 FLAGS = ("--heads", "4", "--condition", "hash,dim=10,length=4")
 
 
 @pytest.fixture
-def checkpoint(dit, tmp_path) -> Path:
-    torch.save(dit, tmp_path / "dit.pt")
+def checkpoint(tmp_path) -> Path:
+    torch.save(random_weights(channels=3), tmp_path / "dit.pt")
     return tmp_path / "dit.pt"
 
 
@@ -31,7 +32,7 @@ def test_flags_say_what_it_becomes(atoll, checkpoint) -> None:
     assert code == 0, error
     assert text == "e written: from dit, flow on linear, per-block (exact)\n"
     card = read_card(Path("e"), "expert")
-    assert (card["name"], card["clusters"], card["k"], card["latent_shape"]) == ("moss", [2], 5, [2, 8, 12])
+    assert (card["name"], card["clusters"], card["k"], card["latent_shape"]) == ("moss", [2], 5, [3, 8, 12])
     assert card["objective"]["schedule"] == {"name": "linear"}
     assert card["condition"] == {"name": "hash", "dim": 10, "length": 4, "seed": 0}
     assert card["network"]["modulation"] == "per-block"
@@ -110,6 +111,10 @@ def test_the_manifest_alone_tells_as_much(run) -> None:
         ([*FLAGS, "--condition", "hash,dim"], "--condition 'hash,dim': expected a name"),
         ([*FLAGS, "--condition", "hash,width=3"], "width"),
         ([*FLAGS, "--codec", "vq"], "vq"),
+        ([*FLAGS, "--codec", "pixels,channels=4"], "codec 'pixels': channels: "),
+        ([*FLAGS, "--codec", "pixels,channels=1"], "'pixels' has latents of 1 channels, the network's have 3"),
+        ([*FLAGS, "--classes", "9"], "7 class embeddings, 9 classes; expected 6 and a null class, or 7 without"),
+        ([*FLAGS, "--kind", "sit", "--schedule", "cosine", "--classes", "3"], "7 class embeddings, 3 classes"),
         ([*FLAGS, "--size", "big"], "--size 'big'"),
         ([*FLAGS, "--cluster", "3", "--of", "3"], "clusters [3] of 3"),
         (["--run", "run"], "--run and --expert belong together"),
@@ -121,7 +126,7 @@ def test_the_manifest_alone_tells_as_much(run) -> None:
         (["--run", "run", "--expert", "1", "--pooled"], "leave them out"),
         (["--run", "run", "--expert", "1", "--name", "moss"], "leave them out"),
         (["--run", "run", "--expert", "9"], "no expert '9'"),
-        (["--run", "run", "--expert", "1", "--heads", "4"], "channels 2 (wanted: 1), width 24 (wanted: 16), depth 3"),
+        (["--run", "run", "--expert", "1", "--heads", "4"], "channels 3 (wanted: 1), width 24 (wanted: 16), depth 3"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(atoll, checkpoint, run, arguments, words) -> None:

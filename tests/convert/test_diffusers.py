@@ -21,7 +21,7 @@ from atoll.storage.artifact import read_card
 
 diffusers = pytest.importorskip("diffusers")
 
-B, C, L, TEXT = 3, 2, 5, 10
+B, C, L, TEXT = 3, 3, 5, 10
 HASH = {"name": "hash", "dim": TEXT, "length": L}
 PIXART = {
     "num_attention_heads": 4,
@@ -133,7 +133,7 @@ def test_pixart_of_another_size(tmp_path, size) -> None:
 
 def test_pixart_that_is_told_the_resolution(tmp_path) -> None:
     theirs = pixart(use_additional_conditions=True)
-    codec = {"name": "pixels", "channels": 3}  # one pixel per latent pixel
+    codec = {"name": "pixels", "channels": C}  # one pixel per latent pixel
     source = saved(theirs, tmp_path / "p")
     for name, given, factor in (("a", None, 8), ("b", codec, 1)):
         out = convert(source, tmp_path / name, size=(8, 16), codec=given)
@@ -209,12 +209,12 @@ def test_a_missing_shard_and_one_outside_are_named(tmp_path) -> None:
         ({"norm_eps": 1e-5}, r"norm_eps: got 1e-05"),
         ({"num_attention_heads": "many"}, r"num_attention_heads: got 'many'"),
         ({"rotary": True}, r"got rotary True, which no conversion knows"),
-        ({"num_layers": 10**12}, r"2 blocks and a patch .*config\.json says 1000000000000 and \[24, 2, 2, 2\]"),
-        ({"attention_head_dim": 10**9}, r"patch embedding \[24, 2, 2, 2\], config\.json says 2 and \[4000000000"),
+        ({"num_layers": 10**12}, r"2 blocks and a patch .*config\.json says 1000000000000 and \[24, 3, 2, 2\]"),
+        ({"attention_head_dim": 10**9}, r"patch embedding \[24, 3, 2, 2\], config\.json says 2 and \[4000000000"),
         ({"sample_size": 10**9}, r"sample_size: got 1000000000"),
         ({"caption_channels": 11}, r"caption_projection\.linear_1\.weight: float32 \[24, 10\], expected \[24, 11\]"),
         ({"cross_attention_dim": 25}, r"cross_attention_dim 25, the network is 24 wide"),
-        ({"out_channels": 3}, r"12 outputs a token, 3 a pixel; expected 2 \(eps\)"),
+        ({"out_channels": 4}, r"16 outputs a token, 4 a pixel; expected 3 \(eps\)"),
     ],
 )
 def test_wrong_configurations_are_named(tmp_path, changes, message) -> None:

@@ -14,6 +14,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.nn import DiT
 from atoll.storage.artifact import read_card
+from tests.convert.conftest import random_weights
 
 HASH = {"name": "hash", "dim": 10, "length": 4}
 HEADS, CHANNELS, PATCH, CLASSES = 4, 2, 2, 6
@@ -110,7 +111,7 @@ def test_outputs_without_a_variance_are_kept_whole(dit, tmp_path) -> None:
     for part in ("weight", "bias"):
         rows = dit[f"final_layer.linear.{part}"]
         dit[f"final_layer.linear.{part}"] = rows.unflatten(0, (4, -1))[:, :CHANNELS].flatten(0, 1)
-    out = convert(saved(dit, tmp_path), tmp_path / "e", modulation="per-block", condition=HASH, heads=HEADS)
+    out = convert(saved(dit, tmp_path), tmp_path / "e", "dit", modulation="per-block", condition=HASH, heads=HEADS)
     x, index = inputs()
     got = network_of(out)(x, index, HashEncoder(dim=10, length=4).null(B))
     assert relative_error(got, published(dit, x, index, CLASSES)) < 1e-5
@@ -130,11 +131,11 @@ def test_what_dit_does_not_know_starts_as_the_paper_says(dit, tmp_path) -> None:
     assert not torch.equal(w["embed_states.weight"], other["embed_states.weight"])
 
 
-def test_the_card_tells_what_it_is(dit, tmp_path) -> None:
+def test_the_card_tells_what_it_is(tmp_path) -> None:
     objective = {"prediction": "flow", "schedule": "linear"}
-    codec = {"name": "pixels", "channels": 3}
+    codec = {"name": "pixels", "channels": 3, "shift": 0.0, "scale": 1.0}
     out = convert(
-        saved(dit, tmp_path),
+        saved(random_weights(channels=3), tmp_path),
         tmp_path / "e",
         objective=objective,
         condition=HASH,
@@ -147,7 +148,7 @@ def test_the_card_tells_what_it_is(dit, tmp_path) -> None:
     card = read_card(out, "expert")
     assert (card["name"], card["clusters"], card["k"], card["codec"]) == ("moss", [2], 5, codec)
     assert card["objective"]["prediction"] == "flow"
-    assert card["latent_shape"] == [CHANNELS, 8, 8]
+    assert card["latent_shape"] == [3, 8, 8]
     assert card["conversion"]["kind"] == "dit"
     assert card["conversion"]["classes"] == CLASSES
     assert list(card["conversion"]["source"]) == ["dit.pt"]
@@ -221,7 +222,7 @@ def test_what_does_not_fit_is_named(dit, tmp_path, name, value, message) -> None
         ({"objective": {"prediction": "eps", "schedule": "linear-beta", "time_scale": 1.0}}, r"time_scale: got 1\.0"),
         ({"objective": {"prediction": "noise", "schedule": "linear"}}, "unknown prediction 'noise'"),
         ({"condition": None}, "DiT knows no text"),
-        ({"kind": "unet"}, "unknown kind 'unet'; expected auto or one of dit, pixart, diffusers-dit"),
+        ({"kind": "unet"}, "unknown kind 'unet'; expected auto or one of dit, sit, repa, pixart, diffusers-dit"),
         ({"kind": "pixart", "heads": None}, r"no config\.json beside it"),
         ({"size": (9, 8)}, r"size 9x8, patch 2"),
         ({"heads": 5}, r"width 24, heads 5"),

@@ -19,14 +19,18 @@ from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.storage.artifact import read_card, save_artifact
-from tests.nn.test_foreign import COMMON, DIT, LABELS, PIXART
+from tests.nn import test_foreign as direct
+from tests.nn.test_foreign import LABELS
 
 diffusers = pytest.importorskip("diffusers")
 
-B, C, SIDE, L, TEXT, K = 3, 2, 8, 5, 10, 2
+B, C, SIDE, L, TEXT, K = 3, 3, 8, 5, 10, 2
+COMMON, PIXART, DIT = (
+    config | {"in_channels": C, "out_channels": 2 * C} for config in (direct.COMMON, direct.PIXART, direct.DIT)
+)
 HASH = {"name": "hash", "dim": TEXT, "length": L, "seed": 0}
 LABEL = {"name": "label", "labels": list(LABELS)}
-PIXELS = {"name": "pixels", "channels": 1}
+PIXELS = {"name": "pixels", "channels": C}
 
 
 def saved(directory: Path, cls: str = "PixArtTransformer2DModel", **config: Any) -> tuple[nn.Module, Path]:
@@ -150,9 +154,13 @@ def test_experts_that_read_captions_and_classes_in_one_ensemble(pixart, dit, tmp
 @pytest.mark.parametrize(
     ("changes", "told", "message"),
     [
-        ({"sample_size": 4}, {}, r"latent_shape is \[2, 8, 8\], that of .*kept is \[2, 4, 4\]"),
-        ({"in_channels": 3, "out_channels": 6}, {}, r"latent_shape is \[2, 8, 8\], that of .*kept is \[3, 8, 8\]"),
-        ({}, {"codec": {"name": "pixels", "channels": 3}}, r"codec is .*'channels': 1.*that of .*kept is .*: 3"),
+        ({"sample_size": 4}, {}, r"latent_shape is \[3, 8, 8\], that of .*kept is \[3, 4, 4\]"),
+        (
+            {"in_channels": 1, "out_channels": 2},
+            {"codec": {"name": "pixels", "channels": 1}},
+            r"latent_shape is \[3, 8, 8\], that of .*kept is \[1, 8, 8\]",
+        ),
+        ({}, {"codec": PIXELS | {"scale": 2.0}}, r"codec is .*'channels': 3.*that of .*kept is .*'scale': 2"),
         ({}, {"codec": None}, r"codec is .*pixels.*that of .*kept is .*unknown"),
         ({}, {"assignment": "others"}, r"assignment is these, that of .*kept is others"),
     ],
@@ -168,7 +176,7 @@ def test_another_latent_space_is_refused_with_both_named(tmp_path, changes, told
 
 
 def test_the_command(atoll, pixart, dit) -> None:
-    flags = ("--codec", "pixels,channels=1", "--condition")
+    flags = ("--codec", "pixels,channels=3", "--condition")
     code, text, error = atoll("convert", pixart[1], "--keep", "-o", "e", *flags, "hash,dim=10,length=5", "--of", 3)
     assert (code, text, error) == (0, "e written: from pixart, eps on linear-beta, kept (exact)\n", "")
     assert load_expert("e").card["k"] == 3
@@ -188,7 +196,7 @@ def test_for_an_expert_of_a_run(atoll, run) -> None:
     arguments = ("convert", source, "--keep", "--run", run, "--expert", "0", "-o")
     code, _, error = atoll(*arguments, "e")
     assert code == 2
-    assert "its latents are 16x16, asked for are 4x8; a network that is kept keeps its size" in error
+    assert "its latents are 16x16, requested are 4x8; a network that is kept keeps its size" in error
     shutil.rmtree(run / "clusters")
     told = arguments_of_run(run, "0")
     assert atoll(*arguments, "e")[0] == 0
@@ -205,15 +213,15 @@ def test_for_an_expert_of_a_run(atoll, run) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "say its condition encoder: --condition with its own, 10 wide"),
+        ([], "name the encoder: --condition with its own, 10 wide"),
         (
             ["--condition", "hash,dim=12"],
-            "'hash' with states 12 wide does not fit; say --condition with its own, 10 wide",
+            "'hash' with states 12 wide does not fit; expected --condition with its own, 10 wide",
         ),
-        (["--condition", "hash,dim=10", "--size", "16"], "its latents are 8x8, asked for are 16x16"),
-        (["--condition", "hash,dim=10", "--modulation", "fit"], "--keep leaves the network what it is"),
-        (["--condition", "hash,dim=10", "--pooled"], "--keep leaves the network what it is"),
-        (["--condition", "hash,dim=10", "--heads", "4"], "--keep leaves the network what it is"),
+        (["--condition", "hash,dim=10", "--size", "16"], "its latents are 8x8, requested are 16x16"),
+        (["--condition", "hash,dim=10", "--modulation", "fit"], "--keep does not convert"),
+        (["--condition", "hash,dim=10", "--pooled"], "--keep does not convert"),
+        (["--condition", "hash,dim=10", "--heads", "4"], "--keep does not convert"),
         (["--condition", "hash,dim=10", "--kind", "dit"], "a 'dit' cannot be kept, only one of pixart, diffusers-dit"),
         (["--condition", "hash,dim=10", "--cluster", "3", "--of", "3"], "clusters [3] of 3"),
         (["--condition", "hash,dim=10", "--kind", "diffusers-dit"], "which DiTTransformer2DModel does not know"),

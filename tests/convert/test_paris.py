@@ -18,9 +18,9 @@ from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
 from tests.nn.test_paris import layout, released_expert, released_router, router_layout
 
-B, C, SIDE, L, STATES, K, HEADS = 3, 2, 8, 5, 10, 4, 3
+B, C, SIDE, L, STATES, K, HEADS = 3, 3, 8, 5, 10, 4, 3
 HASH = {"name": "hash", "dim": STATES, "length": L}
-PIXELS = {"name": "pixels", "channels": 1}
+PIXELS = {"name": "pixels", "channels": C}
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def test_cards_say_what_the_release_was_trained_with(paris, tmp_path) -> None:
 
 @pytest.mark.parametrize("words", [["paris", "DIR"], ["DIR"], ["DIR", "--kind", "paris"]], ids=" ".join)
 def test_the_command_makes_an_ensemble_that_samples(atoll, paris, words) -> None:
-    flags = ("--heads", HEADS, "--condition", "hash,dim=10,length=5", "--codec", "pixels,channels=1")
+    flags = ("--heads", HEADS, "--condition", "hash,dim=10,length=5", "--codec", "pixels,channels=3")
     code, text, error = atoll("convert", *(paris if w == "DIR" else w for w in words), "-o", "out", *flags)
     assert (code, error) == (0, "")
     assert text == "out written: an ensemble of Paris's 4 experts and its router\n"
@@ -135,6 +135,21 @@ def test_the_command_makes_an_ensemble_that_samples(atoll, paris, words) -> None
     x, t, _ = inputs()
     u = loaded.ensemble.velocity(x, t, loaded.encoder(["", "moss", "rain"]), guidance_scale=7.5)
     assert u.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"),
+    [
+        ("pixels,channels=4", "codec 'pixels': channels: Input should be 1 or 3"),
+        ("pixels,channels=1", "codec: 'pixels' has latents of 1 channels, Paris's have 3; name sd-vae-ft-mse"),
+        ("vq", "unknown codec 'vq'"),
+    ],
+)
+def test_a_codec_that_no_loader_takes_is_refused(atoll, paris, codec, words) -> None:
+    code, _, error = atoll("convert", paris, "-o", "out", "--heads", HEADS, "--codec", codec)
+    assert code == 2
+    assert words in error
+    assert not Path("out").exists()
 
 
 def test_top_1_is_the_likeliest_experts_velocity(paris, tmp_path) -> None:
@@ -156,7 +171,7 @@ def test_top_1_is_the_likeliest_experts_velocity(paris, tmp_path) -> None:
 
 def test_a_release_that_is_not_all_there(paris, tmp_path) -> None:
     shutil.rmtree(paris / "expert_2")
-    with pytest.warns(UserWarning, match="expert_2 not there; the others take their share"):
+    with pytest.warns(UserWarning, match="expert_2 not there; the others take their weight"):
         experts, _ = convert_paris(paris, tmp_path / "out", heads=HEADS)
     assert [path.name for path in experts] == ["0", "1", "3"]
     (paris / "expert_7").mkdir()
@@ -182,9 +197,9 @@ def test_a_release_that_is_not_all_there(paris, tmp_path) -> None:
         ({"text_proj__bias": torch.zeros(24, dtype=torch.int64)}, r"text_proj\.bias: int64 \[24\], expected \[24\]"),
         ({"y_embedder__weight": torch.zeros(3)}, r"y_embedder\.weight: unknown"),
         ({"pos_embed": torch.zeros(1, 15, 24)}, r"pos_embed has 15 positions; expected a square's"),
-        ({"pos_embed": torch.zeros(1, 4, 24)}, r"its latents are \[2, 4, 4\], the router's \[2, 8, 8\]"),
+        ({"pos_embed": torch.zeros(1, 4, 24)}, r"its latents are \[3, 4, 4\], the router's \[3, 8, 8\]"),
         ({"pos_embed": None}, r"pos_embed is missing"),
-        ({"final_layer__linear__weight": torch.zeros(16, 24)}, r"float32 \[16, 24\], expected \[8, 24\]"),
+        ({"final_layer__linear__weight": torch.zeros(16, 24)}, r"float32 \[16, 24\], expected \[12, 24\]"),
         ({"text_proj__weight": torch.zeros(24, 9)}, r"its states are 10 wide, those of .*expert_3 9"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,9 +1,10 @@
 """Foreign files: what is damaged, dangerous or unknown is told in one line, and nothing is executed."""
 
 import argparse
-import os
+import collections
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,30 +15,48 @@ from atoll.convert import convert, detect
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
 from atoll.errors import AtollError
 
-
-class Bomb:
-    """Runs a command when it is unpickled, unless it is refused."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
+W, B = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
 
 
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path) -> None:
-    torch.save({"ema": Bomb(tmp_path / "boom")}, tmp_path / "dit.pt")
-    with pytest.raises(AtollError, match="a pickle that holds more than tensors") as raised:
-        convert(tmp_path / "dit.pt", tmp_path / "e")
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "boom").exists()
+def test_the_averaged_weights_and_the_arguments_are_read(tmp_path) -> None:
+    args = argparse.Namespace(model="DiT-S/8", lr=1e-4, data=Path("/data"))
+    content = {"model": {"w": torch.zeros(2)}, "ema": {"w": torch.ones(2)}, "args": args, "loss": np.float64(0.3)}
+    torch.save(content, tmp_path / "dit.pt")
+    checkpoint = read_checkpoint(tmp_path / "dit.pt")
+    assert torch.equal(checkpoint.tensors["w"], torch.ones(2))
+    assert (checkpoint.key, checkpoint.args["model"], checkpoint.args["lr"]) == ("ema", "DiT-S/8", 1e-4)
 
 
-def test_a_pickle_with_the_trainings_arguments_is_refused(tmp_path) -> None:
-    torch.save({"ema": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1.0)}, tmp_path / "dit.pt")
-    with pytest.raises(AtollError, match=r"Namespace.*let its author save the weights alone") as raised:
-        read_checkpoint(tmp_path / "dit.pt")
-    assert "\n" not in str(raised.value)
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {"model.w": W, "model.b": B}, "hyper_parameters": {"lr": 0.1}},
+        {"module": {"w": W, "b": B}, "epoch": 3},
+        {"ema": {"module": {"module.w": W, "module.b": B}}, "model": {"w": B, "b": B}},
+        {"state_dict_ema": {"w": W, "b": B}, "state_dict": {"w": B, "b": B}},
+        {"ema": None, "model": {"w": W, "b": B}},
+        {"w": W, "b": B, "epoch": 3, "loss": np.float32(2), "name": "x", "args": argparse.Namespace(lr=1)},
+        collections.OrderedDict(w=W, b=torch.nn.Parameter(B)),
+        collections.defaultdict(list, model={"w": W, "b": B}),
+    ],
+    ids=lambda content: "-".join(content),
+)
+def test_weights_are_found_under_the_usual_keys(tmp_path, content) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    tensors = read_checkpoint(tmp_path / "x.ckpt").tensors
+    assert tensors.keys() == {"w", "b"}
+    assert torch.equal(tensors["w"], W)
+    assert not any(value.requires_grad for value in tensors.values())
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_any_protocol_of_pickle_is_read(tmp_path, protocol, zipped) -> None:
+    content = {"ema": {"w": W}, "args": argparse.Namespace(lr=1.0), "step": np.int64(3)}
+    torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(checkpoint.tensors["w"], W)
+    assert checkpoint.args == {"lr": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -45,19 +64,76 @@ def test_a_pickle_with_the_trainings_arguments_is_refused(tmp_path) -> None:
     [
         ([torch.ones(2)], "holds list; expected tensors by name"),
         ({}, "holds keys ; expected tensors by name"),
-        ({"lr": 0.1, "step": 3}, "holds keys lr, step; expected tensors by name, or such under ema, model, state_dict"),
-        ({"model": {"w": 1}}, "holds keys w; expected"),
+        ({"lr": 0.1, "step": 3}, "holds keys lr, step; expected tensors by name, or such under ema, state_dict_ema"),
+        ({"model": {"w": 1}}, "holds keys model; expected"),
+        (
+            {"ema": {"shadow_params": [W], "decay": 0.9}, "model": {"w": W}},
+            "ema holds shadow_params, tensors without n",
+        ),
+        ({"model": torch.nn.Linear(2, 2)}, r"model is a whole torch\.nn\.modules\.linear\.Linear; save its state_dict"),
+        (torch.nn.Linear(2, 2), r"holds a whole torch\.nn\.modules\.linear\.Linear \(save its state_dict"),
+        ({"w": torch.eye(3).to_sparse()}, "the tensor w is not dense"),
+        ({"w": torch.zeros(1).expand(10**7)}, "the tensor w is larger than the file"),
+        ({"module.w": W, "module._orig_mod.w": W}, "holds module.w twice|holds w twice"),
     ],
+    ids=str,
 )
 def test_what_a_pickle_holds_is_named(tmp_path, content, message) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(AtollError, match=message):
+    with pytest.raises(AtollError, match=message) as raised:
         read_checkpoint(tmp_path / "x.pt")
+    assert "\n" not in str(raised.value)
 
 
-def test_names_are_unwrapped(tmp_path) -> None:
-    torch.save({"model": {"module._orig_mod.w": torch.ones(2), "module._orig_mod.b": torch.ones(1)}}, tmp_path / "x.pt")
-    assert set(read_checkpoint(tmp_path / "x.pt").tensors) == {"w", "b"}
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@given(wrappers=st.lists(st.sampled_from(["module.", "_orig_mod.", "average", "model."]), max_size=5))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_prefixes_of_wrappers_are_removed_in_any_order(tmp_path, suffix, wrappers) -> None:
+    """average: torch's AveragedModel, which counts beside the network that it wraps as `module`."""
+    named = {"blocks.0.w": W, "end.b": B}
+    for wrapper in wrappers:
+        if wrapper == "average":
+            named = {f"module.{name}": value for name, value in named.items()} | {"n_averaged": torch.tensor(7)}
+        else:
+            named = {wrapper + name: value for name, value in named.items()}
+    named = {name.replace("0.w", "0._orig_mod.w"): value for name, value in named.items()}  # one block was compiled
+    file = tmp_path / f"x{suffix}"
+    save_file(named, file) if suffix == ".safetensors" else torch.save({"model": named}, file)
+    tensors = read_checkpoint(file).tensors
+    assert tensors.keys() == {"blocks.0.w", "end.b"}
+    assert torch.equal(tensors["blocks.0.w"], W)
+
+
+def test_a_file_is_read_by_what_it_is(tmp_path) -> None:
+    save_file({"w": W}, tmp_path / "x.bin")
+    torch.save({"w": W}, tmp_path / "y.safetensors")
+    for name in ("x.bin", "y.safetensors"):
+        assert torch.equal(read_checkpoint(tmp_path / name).tensors["w"], W)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html>Log in", "is a web page"),
+        (b"", "is empty"),
+        (b"\x1f\x8b\x08\x00", "is an archive; unpack it"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.pt", "x.pth.tar", "x.safetensors"])
+def test_what_came_instead_of_a_checkpoint_is_named(tmp_path, data, words, name) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(AtollError, match=words) as raised:
+        read_checkpoint(tmp_path / name)
+    assert "fresh copy" not in str(raised.value)
+
+
+def test_a_download_that_was_cut_off_says_how_much_is_missing(tmp_path) -> None:
+    save_file({"w": torch.zeros(1000)}, tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(data[:-1500])
+    with pytest.raises(AtollError, match=rf"is cut off: {len(data) - 1500:,} of {len(data):,} bytes"):
+        read_checkpoint(tmp_path / "x.safetensors")
 
 
 def test_an_unknown_layout_tells_what_is_recognised(tmp_path) -> None:

@@ -10,7 +10,7 @@ from atoll.errors import AtollError
 from atoll.nn import SIZES, Paris, ParisConfig, ParisRouter, ParisRouterConfig, build_network
 from atoll.nn.paris import LATENT
 
-B, C, SIDE, L, STATES, K = 3, 2, 8, 5, 10, 4
+B, C, SIDE, L, STATES, K = 3, 3, 8, 5, 10, 4
 SMALL = {"size": (SIDE, SIDE), "channels": C, "patch": 2, "width": 24, "depth": 2, "heads": 3}
 
 
@@ -270,7 +270,7 @@ def test_a_configuration_comes_back() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(B, C, SIDE, 4)}, r"latent: got shape \[3, 2, 8, 4\], expected \[B, 2, 8, 8\]"),
+        ({"x": torch.zeros(B, C, SIDE, 4)}, r"latent: got shape \[3, 3, 8, 4\], expected \[B, 3, 8, 8\]"),
         ({"time": torch.zeros(2)}, r"time: got shape \[2\], expected \[3\]"),
         ({"condition": None}, r"condition: got none, expected 3 rows"),
         ({"condition": Condition(torch.zeros(2, L, STATES), torch.ones(2, L, dtype=torch.bool))}, "got 2 rows"),

@@ -1,0 +1,48 @@
+"""Tensor names without what wrappers put around them: DDP, torch.compile, FSDP, AveragedModel, Lightning, DeepSpeed."""
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from atoll.errors import AtollError
+
+# Before every name, in any order and number.
+PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "base_model.", "net.", "network.", "_forward_module.")
+# Inside names: a block that was compiled, sharded or recomputed by itself. No network has these names of its own.
+INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Single numbers beside the weights, by which averages count: torch's AveragedModel, and others.
+COUNTERS = ("n_averaged", "initted", "num_updates", "step", "decay")
+
+
+def unwrapped(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors by the names that the network itself gives them.
+
+    Args:
+        tensors: by the names in the file.
+        where: the file, for the message.
+
+    Raises:
+        AtollError: two tensors would have the same name.
+    """
+    names = {name: INSIDE.sub("", name) for name in tensors}
+    # A wrapper's counter has the prefixes of the wrappers around it alone, so both are peeled off in turns.
+    prefix = ""
+    while True:
+        names = {name: inner.removeprefix(prefix) for name, inner in names.items()}
+        names = {name: inner for name, inner in names.items() if inner not in COUNTERS or tensors[name].numel() > 1}
+        if not (prefix := _shared(names.values())):
+            break
+    result = {inner: tensors[name] for name, inner in names.items()}
+    if len(result) < len(names):
+        inner = next(inner for inner in names.values() if list(names.values()).count(inner) > 1)
+        raise AtollError(
+            f"{where}: holds {inner} twice under different prefixes; save one network's state_dict() alone"
+        )
+    return result
+
+
+def _shared(names: Iterable[str]) -> str:
+    """A prefix of `PREFIXES` that all names have; "" if there is none."""
+    names = list(names)
+    return next((p for p in PREFIXES if names and all(n.startswith(p) and n != p for n in names)), "")

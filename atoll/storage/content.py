@@ -1,0 +1,92 @@
+"""What a file holds by its first bytes, whatever its name says, and the advice that helps where it cannot be read."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+FileContent = Literal["torch", "pickle", "npz", "npy", "safetensors", "pointer", "page", "archive", "empty", "unknown"]
+
+_ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf", b"Rar!")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_TAR_MAGIC = slice(257, 262)
+
+
+def content_of(file: Path) -> FileContent:
+    """The kind of a file's content. Raises OSError if the file cannot be read.
+
+    "torch": a zip file that torch.save wrote. "pickle": a bare pickle, such as torch.save wrote before version 1.6.
+    "pointer": a Git LFS pointer. "page": HTML. "archive": a compressed file or a tar.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(512)
+    text = head.lstrip().lower()
+    if not head:
+        return "empty"
+    if head.startswith(b"PK\x03\x04"):
+        return _content_of_zip(file)
+    if head.startswith(b"\x93NUMPY"):
+        return "npy"
+    if head.startswith(_POINTER):
+        return "pointer"
+    if text.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "page"
+    if head.startswith(_ARCHIVES) or head[_TAR_MAGIC] == b"ustar":
+        return "archive"
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size:
+        return "safetensors"
+    return "pickle" if head[:1] == b"\x80" else "unknown"
+
+
+def advice(file: Path, error: object) -> str:
+    """A sentence that follows "FILE: ": why it cannot be read, and what helps. error: what its reader raised."""
+    try:
+        content = content_of(file)
+    except OSError as refused:
+        return f"cannot be read ({refused.strerror}); check the path and its permissions"
+    if content == "empty":
+        return "is empty; download or copy it again, and check that the disk is not full"
+    if content == "pointer":
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if content == "page":
+        return "is a web page, not the file itself; open it to see why, and download the file from its direct link"
+    if content == "archive":
+        return "is an archive; unpack it and name the file in it"
+    if isinstance(error, MemoryError) or "not enough memory" in str(error).lower():
+        return f"does not fit into memory ({os.path.getsize(file):,} bytes); use a machine with more, or free some"
+    if content == "safetensors" and (missing := _cut(file)):
+        return f"is cut off: {missing}; get the whole file, by a download that can resume"
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return f"cannot be read ({reason}); get a fresh copy and compare its size with the original's"
+
+
+def _content_of_zip(file: Path) -> FileContent:
+    """A zip file's content, by the names of its members."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "torch" if b"data.pkl" in _head(file) else "npz" if b".npy" in _head(file) else "unknown"  # cut off
+    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        return "torch"
+    return "npz" if names and all(name.endswith(".npy") for name in names) else "archive"
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(256)
+
+
+def _cut(file: Path) -> str:
+    """How much of a safetensors file is missing, in words; "" if it is whole or its header cannot be read."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            size = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            return ""
+    held = os.path.getsize(file)
+    return f"{held:,} of {size:,} bytes" if held < size else ""

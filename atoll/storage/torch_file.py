@@ -1,0 +1,232 @@
+"""PyTorch files of strangers: `torch.save`'s tensors and plain values, with nothing in them executed.
+
+A file of tensors and plain containers is read with `weights_only=True`. Training scripts also save their arguments (an
+argparse.Namespace), numpy scalars, configurations and schedulers. Such a file is read a second time by an unpickler
+that imports nothing the file names: it builds tensors, numpy arrays and plain values, an `Opaque` stand-in for each
+object of any other class, and refuses the file if it calls a function that is not on the lists below.
+"""
+
+import collections
+import pickle
+import warnings
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from atoll.errors import AtollError
+from atoll.storage.content import advice, content_of
+
+_DEPTH = 20  # levels of nested configurations that `plain` follows
+
+
+class _Refused(Exception):
+    """The pickle names or calls what could run code."""
+
+
+class _StandIn(type):
+    """The class of stand-in classes. Calling one means running a function of the file's choice, which is refused."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in _RECORDED or cls.__module__.startswith(_RECORDED_MODULES):
+            return Opaque.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]  # every class of this kind is one
+        raise _Refused(f"it calls {name}")
+
+
+class Opaque(metaclass=_StandIn):
+    """An object of a class that was not loaded: its state as the file gives it, and no behaviour.
+
+    Attributes:
+        arguments: what it was created with, and the items of a list or set.
+        fields: its attributes and entries by name.
+    """
+
+    arguments: tuple[Any, ...]
+    fields: dict[Any, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Opaque":
+        self = object.__new__(cls)
+        self.arguments, self.fields = args, dict(kwargs)
+        return self
+
+    @property
+    def type_name(self) -> str:
+        """The full name of the class that it stands for."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    # The four methods through which an unpickler fills an object.
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):  # attributes, or (attributes, slots)
+            if isinstance(part, dict):
+                self.fields.update(part)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.fields[key] = value
+
+    def append(self, value: Any) -> None:
+        self.arguments = (*self.arguments, value)
+
+    def extend(self, values: Any) -> None:
+        self.arguments = (*self.arguments, *values)
+
+
+def _text_bytes(text: str, encoding: str = "latin-1") -> bytes:
+    """`_codecs.encode` for the two encodings in which protocol 2 writes bytes."""
+    if encoding.lower().replace("-", "").replace("_", "") not in ("latin1", "utf8"):
+        raise _Refused(f"it asks for the codec {encoding!r}")
+    return text.encode(encoding)
+
+
+def _empty_array(*_: Any) -> np.ndarray:
+    """numpy's `_reconstruct`: an empty array, whose shape and data follow; never of the shape that a file asks for."""
+    return np.empty(0)
+
+
+# What is built as what it is, by the name in the pickle. None of these runs code that a file brings along.
+_BUILT: dict[str, Any] = {
+    **{f"collections.{kind.__name__}": kind for kind in (collections.OrderedDict, collections.Counter)},
+    **{f"collections.{kind.__name__}": kind for kind in (collections.defaultdict, collections.deque)},
+    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, bytearray, complex)},
+    "_codecs.encode": _text_bytes,
+    "torch.Size": torch.Size,
+    "torch.device": torch.device,
+    "torch.Tensor": torch.Tensor,
+    "torch.nn.parameter.Parameter": nn.Parameter,
+    "torch._tensor._rebuild_from_type_v2": torch._tensor._rebuild_from_type_v2,
+    **{
+        f"torch._utils.{function.__name__}": function
+        for function in (
+            torch._utils._rebuild_tensor,
+            torch._utils._rebuild_tensor_v2,
+            torch._utils._rebuild_parameter,
+            torch._utils._rebuild_parameter_with_state,
+        )
+    },
+    "numpy.dtype": np.dtype,
+    "numpy.ndarray": np.ndarray,
+    **{
+        f"numpy.{package}.{name}": function
+        for package in ("core", "_core")  # before and after numpy 2
+        for name, function in (
+            ("multiarray.scalar", np.float64(0).__reduce__()[0]),
+            ("multiarray._reconstruct", _empty_array),
+            ("numeric._frombuffer", np.zeros(1).__reduce_ex__(5)[0]),
+        )
+    },
+}
+# What may be called, but only leaves a record of its arguments.
+_RECORDED = {
+    *(f"builtins.{name}" for name in ("list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "slice")),
+    *("builtins.range", "builtins.object", "builtins.type", "builtins.NoneType", "copyreg._reconstructor"),
+    *("functools.partial", "types.SimpleNamespace", "decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+}
+_RECORDED_MODULES = ("pathlib", "datetime", "numpy.random")
+# Modules that no checkpoint has a reason to name.
+_NEVER = {
+    *("os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "importlib", "runpy", "ctypes", "pty"),
+    *("builtins", "pickle", "_pickle", "marshal", "code", "webbrowser", "multiprocessing"),
+}
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python: its memo takes no more memory than what it holds
+    """Builds `_BUILT`, records the rest."""
+
+    proto: int
+
+    def find_class(self, module: str, name: str) -> Any:
+        if self.proto < 3:  # such pickles call modules by their names in Python 2
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        full = f"{module}.{name}"
+        if full in _BUILT:
+            return _BUILT[full]
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        if full not in _RECORDED and module.partition(".")[0] in _NEVER:
+            raise _Refused(f"it names {full}")
+        return _StandIn(name, (Opaque,), {"__module__": module, "__qualname__": name})
+
+
+def read_torch(file: Path) -> Any:
+    """The content of a PyTorch file, tensors on the CPU (memory-mapped where the file allows it).
+
+    Raises:
+        AtollError: no PyTorch file, a damaged one, or one whose pickle could run code. Nothing of it was run.
+    """
+    try:
+        content = content_of(file)
+        _check_sizes(file, content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on old formats and on other pickle protocols
+            try:
+                return _load(file, content, weights_only=True)
+            except pickle.UnpicklingError:
+                if content not in ("torch", "pickle"):
+                    raise
+                # More than tensors. `weights_only` cannot be combined with an unpickler; ours takes its place.
+                ours = SimpleNamespace(Unpickler=_Unpickler, load=_unpickle, __name__=__name__)
+                return _load(file, content, weights_only=False, pickle_module=ours)
+    except _Refused as refused:
+        raise AtollError(
+            f"{file}: a pickle that holds more than tensors: {refused}, which could run code; nothing of it was run. "
+            "Expected tensors, numbers, text and training arguments: take the weights as safetensors"
+        ) from None
+    except AtollError:
+        raise
+    except Exception as error:  # damaged bytes lead torch's readers into errors of every kind
+        raise AtollError(f"{file}: no PyTorch file: it {advice(file, error)}") from None
+
+
+def _load(file: Path, content: str, **options: Any) -> Any:
+    if content == "torch" and file.suffix != ".safetensors":  # a name by which torch would read another format
+        return torch.load(file, map_location="cpu", mmap=True, **options)
+    with file.open("rb") as stream:
+        return torch.load(stream, map_location="cpu", **options)
+
+
+def _unpickle(stream: Any, **options: Any) -> Any:
+    return _Unpickler(stream, **options).load()
+
+
+def _check_sizes(file: Path, content: str) -> None:
+    """Raises AtollError if a zip file unpacks to more than it holds: torch.save stores, it does not compress."""
+    if content != "torch" or not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > 2 * file.stat().st_size:
+        raise AtollError(
+            f"{file}: unpacks to {unpacked:,} bytes; expected a file of torch.save, which stores tensors as they are"
+        )
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value of a pickle as dictionaries, lists, numbers and text, such as an argparse.Namespace as {name: value}.
+
+    Other objects become their type's name.
+    """
+    if depth > _DEPTH:
+        return "..."
+    deeper = partial(plain, depth=depth + 1)
+    if isinstance(value, Opaque):
+        if value.type_name.startswith("pathlib"):
+            return "/".join(map(str, value.arguments))
+        for inner in ("_content", "_val"):  # OmegaConf's containers and leaves
+            if inner in value.fields:
+                return deeper(value.fields[inner])
+        return {str(key): deeper(entry) for key, entry in value.fields.items()} or value.type_name
+    if isinstance(value, Mapping):
+        return {str(key): deeper(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [deeper(entry) for entry in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, bool | int | float | str | None) else type(value).__name__
