@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named(tmp_path, change: dict[str, Any], message) -
     assert "\n" not in str(raised.value)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(st.data())
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, data) -> None:
     weights = released(pixart())

@@ -87,7 +87,7 @@ def test_what_a_pickle_holds_is_named(tmp_path, content, message) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @given(wrappers=st.lists(st.sampled_from(["module.", "_orig_mod.", "average", "model."]), max_size=5))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 def test_prefixes_of_wrappers_are_removed_in_any_order(tmp_path, suffix, wrappers) -> None:
     """average: torch's AveragedModel, which counts beside the network that it wraps as `module`."""
     named = {"blocks.0.w": W, "end.b": B}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -222,7 +222,7 @@ def test_as_many_embeddings_as_usual_classes_are_asked_about(weights, tmp_path) 
     assert error(velocity(out, x, TIMES), published(weights, x, 999 * TIMES, 9)[:, :CHANNELS]) < 1e-6
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(st.integers(2, 60), st.integers(1, 60))
 def test_other_numbers_of_classes_are_refused(weights, tmp_path, rows, classes) -> None:
     source = saved(tmp_path, table(rows)(weights), argparse.Namespace(model="DiT-S/8", num_classes=classes))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
@@ -168,7 +168,7 @@ def test_a_compressed_file_is_refused_by_its_sizes(tmp_path) -> None:
         read_torch(tmp_path / "y.pt")
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(st.data())
 def test_damaged_files_are_an_error_of_one_line_or_read(tmp_path, data) -> None:
     """Bytes changed, cut off or added anywhere in a training file: no traceback, and nothing runs."""
