@@ -276,7 +276,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     protocol = url.split("://")[0].split("::")[0]
     try:
-        return url_to_fs(url)
+        value: tuple[Any, str] = url_to_fs(url)
+        return value
     except ImportError as error:
         package = known_implementations.get(protocol, {}).get("class", protocol).split(".")[0]
         how = "" if package == "fsspec" else f"; pip install {package}"

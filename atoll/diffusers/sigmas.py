@@ -54,4 +54,5 @@ def flow_sigmas(scheduler: Any, steps: int, device: torch.device | str = "cpu") 
         raise AtollError(f"{name} stops in noise, at sigma {float(sigmas[-1]):.3g}; set its final_sigmas_type='zero'")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks the first timestep up, among rounded ones
-    return sigmas[:-1].to(device)
+    output: Tensor = sigmas[:-1].to(device)
+    return output

@@ -165,7 +165,8 @@ def seconds_left(parts: list[TrackedJob], slots: int | None) -> float | None:
     rate = sum(part.metrics["images_per_s"] for part in running) / len(running)
     remaining = [float(part.metrics["eta_s"]) for part in running] + [part.job.work / rate for part in waiting]
     slots = slots or sum(part.state == "running" for part in parts)
-    return max(max(remaining), sum(remaining) / slots)
+    value: float | None = max(max(remaining), sum(remaining) / slots)
+    return value
 
 
 def _clock(seconds: float | None) -> str:

@@ -63,7 +63,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
         pooled = dim if condition.get("pooled", "last") == "last" else int(local.get("projection_dim", dim))
         return Text(int(condition.get("length") or local.get("max_position_embeddings", 77)), dim, pooled)
     if name == "label":
-        from atoll.encoders.text import read_labels  # imports torch
+        from atoll.encoders.text.label import read_labels  # imports torch
 
         labels = condition.get("labels", ())
         dim = len(read_labels(labels if isinstance(labels, str) else tuple(labels)))

@@ -13,7 +13,8 @@ def best_device() -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device has bf16 matrix products in hardware (Ampere and later; AMX or AVX512-BF16)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return supported
     if device.type == "cpu":
         return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return False

@@ -77,7 +77,7 @@ class Island:
             return nn.parallel.DistributedDataParallel(module, device_ids=ids)
         from torch.distributed.fsdp import fully_shard
 
-        mesh = torch.distributed.init_device_mesh(self.device.type, (self.world,))
+        mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (self.world,))
         for block in module.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)

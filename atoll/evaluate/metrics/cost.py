@@ -61,4 +61,5 @@ def _unknown_to_torch() -> dict[Any, Any]:
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: object, out_shape: Any = None, **__: object) -> int:
-    return sdpa_flop_count(q, k, v)
+    value: int = sdpa_flop_count(q, k, v)
+    return value

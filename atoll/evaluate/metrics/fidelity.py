@@ -133,7 +133,8 @@ def rbf_distance(real: Tensor, fake: Tensor, sigma: float = 10.0, scale: float =
     real, fake = F.normalize(real), F.normalize(fake)
 
     def mean_kernel(a: Tensor, b: Tensor) -> float:
-        total = sum(float((-_squared_distances(part, b) / (2 * sigma**2)).exp().sum()) for part in a.split(chunk))
+        kernels = [(-_squared_distances(part, b) / (2 * sigma**2)).exp().sum() for part in a.split(chunk)]
+        total = sum(float(kernel) for kernel in kernels)
         return total / (len(a) * len(b))
 
     return scale * (mean_kernel(real, real) + mean_kernel(fake, fake) - 2 * mean_kernel(real, fake))

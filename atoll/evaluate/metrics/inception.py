@@ -67,7 +67,8 @@ class Inception(Feature):
         if next(self._network.parameters()).device != images.device:
             self._network.to(images.device)
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)  # [B,1 or 3,H,W]
-        return self._network(pixels.expand(-1, 3, -1, -1).contiguous())[0].float()  # [B,2048]
+        output: Tensor = self._network(pixels.expand(-1, 3, -1, -1).contiguous())[0].float()  # [B,2048]
+        return output
 
     def config(self) -> dict[str, Any]:
         return {"name": self.name, **self._config.model_dump(exclude={"name"})}
