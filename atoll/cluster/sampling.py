@@ -22,8 +22,8 @@ def draw(hashes: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     z = hashes + np.frombuffer(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "<u8")
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    value: ndarray[tuple[Any, ...], dtype[Any]] = z ^ (z >> np.uint64(31))
-    return value
+    mixed: np.ndarray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def below(drawn: np.ndarray, fraction: float) -> np.ndarray:

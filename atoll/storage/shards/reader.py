@@ -60,18 +60,15 @@ class Shards:
 
     @cached_property
     def keys(self) -> list[str]:
-        value: list[str] = self._text("key").to_pylist()
-        return value
+        return self._text("key").to_pylist()
 
     @cached_property
     def captions(self) -> list[str]:
-        value: list[str] = self._text("caption").to_pylist()
-        return value
+        return self._text("caption").to_pylist()
 
     def captions_of(self, rows: Tensor) -> list[str]:
         """The captions of the given rows ([n] int64), in their order; all captions are held in memory from then on."""
-        value: list[str] = self._captions.take(rows.numpy()).to_pylist()
-        return value
+        return self._captions.take(rows.numpy()).to_pylist()
 
     @cached_property
     def _captions(self) -> Any:
@@ -82,8 +79,7 @@ class Shards:
 
     @cached_property
     def splits(self) -> list[str]:
-        value: list[str] = self._text("split").to_pylist()
-        return value
+        return self._text("split").to_pylist()
 
     @cached_property
     def sha256(self) -> str:
@@ -152,8 +148,7 @@ class Shards:
         import pyarrow as pa
 
         try:
-            value: dict[str, list[str]] = self._manifest.read_row_group(number, columns=list(columns), use_threads=False).to_pydict()
-            return value
+            return self._manifest.read_row_group(number, columns=list(columns), use_threads=False).to_pydict()
         except (OSError, pa.ArrowException) as error:
             raise _broken(self.path / MANIFEST, "", str(error)) from error
 
