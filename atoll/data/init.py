@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from atoll.data.locate import IMAGES, Files, is_local, locate
+from atoll.data.locate import IMAGES, Files, locate
+from atoll.data.opening import is_local
 from atoll.errors import AtollError
 from atoll.manifest import MANIFEST, parse_manifest, recipe_path
 from atoll.storage.artifact import write_bytes

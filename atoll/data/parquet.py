@@ -6,46 +6,48 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from atoll.data.locate import (
-    Files,
-    Unfit,
+from atoll.data.captions import (
     caption_of,
     check_encoding,
-    config_of,
-    fingerprint,
     key_of,
-    locate,
-    open_file,
-    printable,
-    shown,
+    refuse_length,
     split_of,
-    told,
 )
-from atoll.data.types import Block, Raw, Skipped, Source
+from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
+from atoll.data.limits import MAX_IMAGE_BYTES
+from atoll.data.locate import Files, config_of, locate
+from atoll.data.names import clean, listed, message_of, printable
+from atoll.data.opening import open_file
+from atoll.data.parquet_columns import Columns, find_columns, split_name, split_range, unread_notes
+from atoll.data.parquet_rows import Oversized, batches, values
+from atoll.data.splits import HELD_OUT, TRAIN, NamedSplits, named_splits
+from atoll.data.types import Block, Damaged, Raw, Skipped, Source, Unfit
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.storage.shards import split_by_hash
+from atoll.storage.shards import Split, split_by_hash
 
-_ROWS = 32  # that are decoded together
-_BUFFER = 1 << 20  # bytes of a column that are read at a time
-_CAPTIONS = ("caption", "text")  # where data.caption names none
-
-
-class Columns(NamedTuple):
-    """The columns that are read; None where the source does without."""
-
-    image: str
-    caption: str | None
-    key: str | None
-    split: str | None
+SUFFIXES = (".parquet", ".parq", ".pq")
+# `Dataset.to_parquet` of an imagefolder writes paths; pushing to the hub, or this, writes the bytes.
+EMBED = (
+    'embed the files with datasets: ds.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
+    ".to_parquet(...); or name the folder of images itself as data.path, with data.source: folder"
+)
 
 
 @dataclass(frozen=True)
 class _Footer:
-    """What the end of a parquet file says. groups: rows of each row group. damage: why there is nothing else."""
+    """What the end of a parquet file says.
 
-    schema: Any = None  # pyarrow.Schema
+    Attributes:
+        schema: a pyarrow.Schema.
+        groups: rows of each row group.
+        splits: the least and the greatest value of a column called split; empty if unknown.
+        damage: why there is nothing else.
+    """
+
+    schema: Any = None
     groups: tuple[int, ...] = ()
+    splits: tuple[str, ...] = ()
     damage: str = ""
 
 
@@ -53,7 +55,7 @@ class _Footer:
 class _Part:
     """Rows `start` to `stop` of a file, which are those of some whole row groups, or lie within one.
 
-    before: rows of the first of the row groups that come before `start`.
+    before: rows of the first of the row groups that come before `start`. split: what the file's name tells.
     """
 
     url: str
@@ -64,6 +66,7 @@ class _Part:
     stop: int = 0
     columns: Columns | None = None
     damage: str = ""
+    split: Split | None = None
 
 
 class Parquet(Source):
@@ -73,12 +76,15 @@ class Parquet(Source):
     thousand rows at most. In memory is one page of each column, which as a rule holds at most 1,024 rows.
 
     Images: the column `data.image`, else the only one that holds bytes, or a struct with `bytes` (as the Hugging Face
-    Image feature). Captions: `data.caption`, else caption or text. Keys: `data.key`, else "<relative path>:<row>".
-    Splits: `data.split`, else by a hash of the key.
+    Image feature). Captions: `data.caption`, else the usual names in their order. Keys: `data.key`, else
+    "<relative path>:<row>". Splits: `data.split`, else a column called split, else names of folders and files such as
+    test-00000-of-00001.parquet, else a hash of the key.
 
-    Skipped are rows whose image is null, and what cannot be read of a damaged file.
+    Skipped are rows whose image is null, and what cannot be read of a damaged file. A null beside a status (as
+    img2dataset writes it for a dead link) counts as absent.
 
-    Raises AtollError if there are no files, a column is not there, holds something else or differs between files.
+    Raises AtollError if there are no files, a column is not there, holds something else or differs between files, or
+    captions lie in columns that are not read.
     """
 
     name = "parquet"
@@ -86,34 +92,51 @@ class Parquet(Source):
     def __init__(self, data: DataSettings):
         check_encoding(data.encoding)
         self._data = data
-        self._files: Files = locate(data.path or (), "parquet files", (".parquet", ".parq", ".pq"))
+        self._files: Files = locate(data.path or (), "parquet files", SUFFIXES, gaps=data.missing_shards)
+        self.root = self._files.root
+        self._notes: list[str] = []
         names = list(self._files.sizes)
         with ThreadPoolExecutor(16) as pool:
             footers = list(pool.map(self._footer, names))
-        self._blocks = list(self._cut(names, footers, self._columns(names, footers)))
+        columns = self._columns(names, footers)
+        if columns is not None and columns.split is None:
+            columns = self._split_column(columns, footers)
+        splits: NamedSplits = NamedSplits({})
+        if columns is not None and columns.split is None and data.splits == "auto":
+            splits = named_splits(names, "files")
+            self._notes += splits.notes
+        if self._files.missing:
+            self._notes.append(
+                f"{len(self._files.missing):,} files of a range are not there: {listed(list(self._files.missing))}"
+            )
+        self._blocks = list(self._cut(names, footers, columns, splits.splits))
+        for name, reason in self._files.unopened.items():
+            self._blocks.append(Block(name, None, _Part(self._files.url(name), name, damage=f"it is {reason}")))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the list of files: a block tells a worker all that it needs."""
-        return {"_data": self._data}
+        return {"_data": self._data, "root": self.root}
 
     def blocks(self) -> list[Block]:
         return self._blocks
+
+    def notes(self) -> list[str]:
+        return self._notes
 
     def read(self, block: Block) -> Iterator[Raw | Skipped]:
         part: _Part = block.content
         row = part.start
         try:
             if part.damage:
-                raise _Damaged(part.damage)
+                raise Damaged(part.damage)
             for cells in islice(_rows(part), part.before, part.before + part.stop - part.start):
                 yield self._decode(part, row, cells)
                 row += 1
             if row < part.stop:
-                raise _Damaged("the rows end too early")
-        except _Damaged as error:
-            lost = (
-                f"; {row - part.start:,} of {part.stop - part.start:,} rows were read before that" if part.stop else ""
-            )
+                raise Damaged("the rows end too early")
+        except Damaged as error:
+            total = part.stop - part.start
+            lost = f"; {row - part.start:,} of {total:,} rows were read before that" if part.stop else ""
             yield Skipped(printable(block.name), f"parquet: {error}{lost}")
 
     def config(self) -> dict[str, Any]:
@@ -121,7 +144,12 @@ class Parquet(Source):
 
     def fingerprint(self) -> str:
         """The sha256 over the relative name and the size of every file."""
+        if self._data.fingerprint == "content":
+            return content_fingerprint(self.root, list(self._files.sizes))
         return fingerprint(self._files.sizes.items())
+
+    def listing(self) -> Listing:
+        return self._files.listing(self._files.sizes)
 
     def _footer(self, name: str) -> _Footer:
         import pyarrow.parquet as pq
@@ -130,15 +158,15 @@ class Parquet(Source):
             with open_file(self._files.url(name)) as file, pq.ParquetFile(file) as opened:
                 facts = opened.metadata
                 groups = tuple(facts.row_group(i).num_rows for i in range(facts.num_row_groups))
-                schema = opened.schema_arrow
+                schema, splits = opened.schema_arrow, split_range(facts)
         except AtollError:
             raise
         except Exception as error:  # Arrow raises several kinds over damaged bytes
-            return _Footer(damage=told(error))
+            return _Footer(damage=message_of(error))
         # A row of images takes a bit at the very least; a footer that says otherwise would give endless blocks.
         if min(groups, default=0) < 0 or sum(groups) > 8 * self._files.sizes[name]:
-            return _Footer(damage=f"its footer tells of {sum(groups):,} rows in {self._files.sizes[name]:,} bytes")
-        return _Footer(schema, groups)
+            return _Footer(damage=f"its footer claims {sum(groups):,} rows in {self._files.sizes[name]:,} bytes")
+        return _Footer(schema, groups, splits)
 
     def _columns(self, names: Sequence[str], footers: Sequence[_Footer]) -> Columns | None:
         """The columns of all files. None if no file can be read."""
@@ -149,24 +177,40 @@ class Parquet(Source):
                 continue
             if columns is None:
                 columns, first, schema = find_columns(footer.schema, self._data, name), name, footer.schema
+                self._notes += unread_notes(schema, columns, self._data)
             for column in filter(None, columns):
                 here = footer.schema.field(column).type if column in footer.schema.names else "missing"
                 if here != schema.field(column).type:
                     raise AtollError(
-                        f"{name}: column {column!r} is {shown(str(here))}, "
-                        f"in {first} it is {shown(str(schema.field(column).type))}; "
+                        f"{clean(name)}: column {column!r} is {clean(str(here))}, "
+                        f"in {clean(first)} it is {clean(str(schema.field(column).type))}; "
                         "give each kind of file its own data.path"
                     )
         return columns
 
-    def _cut(self, names: Sequence[str], footers: Sequence[_Footer], columns: Columns | None) -> Iterator[Block]:
+    def _split_column(self, columns: Columns, footers: Sequence[_Footer]) -> Columns:
+        """The columns with one called split, if its least and greatest values say that it holds splits."""
+        good = [footer for footer in footers if not footer.damage]
+        ends = {value.lower() for footer in good for value in footer.splits}
+        known = ends <= {*TRAIN, *HELD_OUT} and all(footer.splits for footer in good if footer.groups)
+        if self._data.splits != "auto" or not known or not ends & set(HELD_OUT) or not ends & set(TRAIN):
+            return columns
+        name = split_name(good[0].schema.names)
+        self._notes.append(f"held out by the column {name!r}; data.splits: hash ignores it")
+        return columns._replace(split=name)
+
+    def _cut(
+        self, names: Sequence[str], footers: Sequence[_Footer], columns: Columns | None, splits: dict[str, Split]
+    ) -> Iterator[Block]:
         for name, footer in zip(names, footers, strict=True):
             url = self._files.url(name)
+            files: tuple[str, ...] = (name,)
             if footer.damage:
-                yield Block(name, None, _Part(url, name, damage=footer.damage))
+                yield Block(name, None, _Part(url, name, damage=footer.damage), files)
             for groups, before, start, stop in cut(footer.groups, self._data.block):
-                part = _Part(url, name, groups, before, start, stop, columns)
-                yield Block(f"{name}:{start}-{stop}", stop - start, part)
+                part = _Part(url, name, groups, before, start, stop, columns, split=splits.get(name))
+                yield Block(f"{name}:{start}-{stop}", stop - start, part, files)
+                files = ()
 
     def _decode(self, part: _Part, row: int, cells: "_Cells") -> Raw | Skipped:
         key = f"{part.name}:{row}"
@@ -176,17 +220,18 @@ class Parquet(Source):
             if self._data.key is not None:
                 key = key_of(_text(cells.key))
             if not isinstance(cells.image, bytes):
-                raise Unfit("image: null" if cells.path is None else f"image: a path ({cells.path}), no bytes")
+                return _without_image(key, cells)
+            if len(cells.image) > MAX_IMAGE_BYTES:
+                raise Unfit(f"too large: {len(cells.image):,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
+            if isinstance(cells.caption, Oversized):
+                raise refuse_length(cells.caption)
             caption = caption_of(cells.caption, self._data.encoding)
-            named = self._data.split is not None
-            split = split_of(cells.split) if named else split_by_hash(key, self._data.validation)
-            return Raw(key, cells.image, caption, split)
+            split = part.split
+            if part.columns is not None and part.columns.split is not None:
+                split = split_of(cells.split)
+            return Raw(key, cells.image, caption, split or split_by_hash(key, self._data.validation))
         except Unfit as error:
             return Skipped(printable(key), str(error))
-
-
-class _Damaged(Exception):
-    """Here a file cannot be read further; its text says why."""
 
 
 class _Cells(NamedTuple):
@@ -197,46 +242,23 @@ class _Cells(NamedTuple):
     caption: Any
     key: Any
     split: Any
+    status: Any
+    error: Any
 
 
-def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
-    """The columns that the settings ask for.
-
-    Args:
-        schema: a pyarrow.Schema.
-
-    Raises:
-        AtollError: a column is not there, holds something else, or is there twice; or none or several hold bytes.
-    """
-    import pyarrow.types as kinds
-
-    types = dict(zip(schema.names, schema.types, strict=True))
-    there = ", ".join(shown(f"{name} ({kind})") for name, kind in types.items())
-    for setting in ("image", "caption", "key", "split"):
-        if (name := getattr(data, setting)) is not None and schema.names.count(name) != 1:
-            many = "more than one column" if name in types else "no column"
-            raise AtollError(f"{where}: {many} {name!r}, which data.{setting} names; it has {there}")
-    images = [name for name in types if _holds_bytes(types[name]) and name not in (data.caption, data.key, data.split)]
-    if data.image is None and len(images) != 1:
-        many = "no column that holds" if not images else f"{len(images)} columns that hold"
-        raise AtollError(f"{where}: {many} bytes; it has {there}; name the one of the images as data.image")
-    image = data.image or images[0]
-    if not _holds_bytes(types[image]):
-        raise AtollError(
-            f"{where}: column {image!r} is {shown(str(types[image]))}, expected bytes, or a struct with bytes"
-        )
-    caption = data.caption or next((name for name in _CAPTIONS if schema.names.count(name) == 1), None)
-    texts = {"caption": caption, "key": data.key, "split": data.split}
-    for setting, name in texts.items():
-        if name is not None and not (_is_text(types[name]) or (setting == "key" and kinds.is_integer(types[name]))):
-            raise AtollError(
-                f"{where}: column {name!r} is {shown(str(types[name]))}, expected text; set data.{setting} to another"
-            )
-    return Columns(image, caption, data.key, data.split)
+def _without_image(key: str, cells: _Cells) -> Skipped:
+    """What a row without an image is: a dead link by its status, a path, or damage."""
+    status = _text(cells.status)
+    if cells.path is not None:
+        return Skipped(printable(key), f"image: a path ({cells.path}), no bytes; {EMBED}")
+    if isinstance(status, str) and status and status.lower() != "success":
+        why = _text(cells.error) or status
+        return Skipped(printable(key), f"dead link: {clean(str(why))}", failed=False)
+    return Skipped(printable(key), "image: null")
 
 
 def cut(groups: Sequence[int], block: int) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
-    """Cuts a file at its row groups, and row groups of more than `block` rows within.
+    """Cut a file at its row groups, and row groups of more than `block` rows within.
 
     Yields (row groups, rows of the first one to leave out, first row, row after the last) for each part.
     """
@@ -255,68 +277,29 @@ def cut(groups: Sequence[int], block: int) -> Iterator[tuple[tuple[int, ...], in
 
 
 def _rows(part: _Part) -> Iterator[_Cells]:
-    """The rows of the row groups of a part. Raises _Damaged where they cannot be read further."""
-    import pyarrow.parquet as pq
-
-    assert part.columns is not None
-    wanted = list(dict.fromkeys(filter(None, part.columns)))
-    try:
-        with open_file(part.url) as file:
-            # Without these two options Arrow reads all of a column's bytes in the row group at once.
-            options = {"pre_buffer": False, "buffer_size": _BUFFER, "page_checksum_verification": True}
-            with pq.ParquetFile(file, **options) as opened:
-                for batch in opened.iter_batches(_ROWS, row_groups=part.groups, columns=wanted, use_threads=False):
-                    batch.validate(full=False)
-                    yield from _cells(batch, part.columns)
-    except AtollError:
-        raise
-    except Exception as error:  # Arrow raises several kinds over damaged bytes
-        raise _Damaged(told(error)) from error
-
-
-def _cells(batch: Any, columns: Columns) -> Iterator[_Cells]:
+    """The rows of the row groups of a part. Raises Damaged where they cannot be read further."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    none = [None] * len(batch)
-    image, paths = batch.column(columns.image), none
-    if pa.types.is_struct(image.type):
-        names = {field.name for field in image.type}
-        paths = _values(pc.struct_field(image, "path")) if "path" in names else none
-        image = pc.struct_field(image, "bytes")
-    texts = [_values(batch.column(name)) if name is not None else none for name in columns[1:]]
-    for data, path, *rest in zip(_values(image), paths, *texts, strict=True):
-        name = shown(path.decode("utf-8", "surrogateescape")) if isinstance(path, bytes) else None
-        yield _Cells(data, name, *rest)
-
-
-def _values(column: Any) -> list[Any]:
-    """The cells of a column, text as bytes; Arrow has seen to it that text in a dictionary is utf-8."""
-    import pyarrow as pa
-
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        column = column.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
-    return column.to_pylist()
+    columns = part.columns
+    assert columns is not None
+    text = list(dict.fromkeys(name for name in columns[1:] if name is not None and name != columns.image))
+    for batch in batches(part.url, part.groups, list(dict.fromkeys((columns.image, *text))), text):
+        try:
+            none = [None] * len(batch)
+            image, paths = batch.column(columns.image), none
+            if pa.types.is_struct(image.type):
+                fields = {field.name for field in image.type}
+                paths = values(pc.struct_field(image, "path")) if "path" in fields else none
+                image = pc.struct_field(image, "bytes")
+            texts = [values(batch.column(name)) if name is not None else none for name in columns[1:]]
+            images = image.to_pylist()
+        except Exception as error:  # Arrow raises several kinds over damaged bytes
+            raise Damaged(message_of(error)) from error
+        for data, path, *rest in zip(images, paths, *texts, strict=True):
+            name = clean(path.decode("utf-8", "surrogateescape")) if isinstance(path, bytes) else None
+            yield _Cells(data, name, *rest)
 
 
 def _text(value: Any) -> Any:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-
-
-def _holds_bytes(kind: Any) -> bool:
-    import pyarrow.types as kinds
-
-    if kinds.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    plain = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary)
-    return any(is_one(kind) for is_one in plain)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as kinds
-
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
-    plain = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary)
-    return any(is_one(kind) for is_one in plain)

@@ -1,86 +1,76 @@
-"""WebDataset tars, as img2dataset writes them: 00000.tar with 000000000.jpg, 000000000.txt, 000000000.json, ...
-
-The tars are read with the standard library. webdataset's own reader ends silently where a header is damaged or the
-file is cut, gives the sample that the cut went through, and stops at a key that comes twice.
-"""
+"""WebDataset tars, as img2dataset writes them: 00000.tar with 000000000.jpg, 000000000.txt, 000000000.json, ..."""
 
 import json
-import posixpath
-import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from atoll.data.locate import (
-    IMAGES,
-    Unfit,
-    ahead,
-    caption_of,
+from atoll.data.captions import (
+    FROM_FILE,
+    FROM_FOLDER,
+    SIDECARS,
+    caption_from_name,
     check_encoding,
-    config_of,
-    fingerprint,
-    join,
+    field_of,
     key_of,
-    locate,
-    open_file,
-    printable,
-    read_file,
-    shown,
+    like_captions,
+    lines_of,
     split_of,
-    told,
 )
-from atoll.data.types import Block, Raw, Skipped, Source
-from atoll.errors import AtollError
+from atoll.data.companions import companion_suffix, is_always_companion
+from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
+from atoll.data.limits import MAX_SIDECAR_BYTES
+from atoll.data.locate import IMAGES, config_of, locate
+from atoll.data.names import canonical, clean, listed, message_of, printable
+from atoll.data.opening import ahead, join, read_file
+from atoll.data.splits import HELD_OUT, named_splits
+from atoll.data.tar_members import RULES, Member, members
+from atoll.data.types import UNREAD_CAPTIONS, Block, Damaged, Raw, Skipped, Source, Unfit
 from atoll.manifest import DataSettings
 from atoll.storage.shards import Split, split_by_hash
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # WebDataset's rule: the key ends at the first dot of the file name
+_DOT = "dot: a dot in the name ends its key, by WebDataset's rule; data.key_until: last-dot reads such names"
 
 
 @dataclass
 class _Sample:
-    """Members that lie together and have one key. members: extension -> bytes, None where they are not needed."""
+    """Members that lie together and have one key.
+
+    Attributes:
+        key: as the first of them has it.
+        members: extension -> content; None where it is not needed, or cannot be read.
+        reasons: extension -> why it has no content.
+    """
 
     key: str
     members: dict[str, bytes | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
-_Content = Callable[[], bytes]
+class _Part(NamedTuple):
+    """One tar. name: the beginning of its keys. damage: why it is not opened. split: what its name tells."""
 
-
-class _Damaged(Exception):
-    """Here a tar cannot be read further; its text says why."""
-
-
-class _Member(tarfile.TarInfo):
-    """A member whose damaged header is an error; `tarfile` takes one for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
-            raise
-        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise _Damaged("it ends without a tar's end mark" if tar.offset else "it is empty") from None
-        except tarfile.HeaderError as error:
-            raise _Damaged(f"no tar header at byte {tar.offset:,} ({told(error)})") from None
+    url: str
+    name: str
+    size: int
+    split: Split | None = None
+    damage: str = ""
 
 
 class Tars(Source):
     """Tars; one tar is one block and is streamed.
 
-    A sample is what lies together and has one name up to the first dot. Its image is the member with the extension
-    `data.image`, else the first of the usual ones; its caption the member with the extension `data.caption` (txt), else
-    the json's "caption". `data.key` and `data.split` name fields of the json.
+    A sample is what lies together and has one name up to the first dot (or the last one, by `data.key_until`). Its
+    image is the member with the extension `data.image`, else the first of the usual ones. Its caption is the member
+    with the extension `data.caption`, or that field of its json; else the first of txt, caption, ... that is not empty,
+    and of the json the usual fields in their order. `data.key` and `data.split` name fields of the json.
 
     Keys: "<the tar's path relative to the common root, without .tar>/<the sample's name>", unless `data.key` is set.
 
-    Skipped are samples without an image, the second of two with one key, and what follows a damage: the samples
-    before it are given, the one that it interrupts is not, as its end cannot be known.
+    Skipped are samples without an image, the second of two with one key, members that a dot in their name hides, and
+    what follows a damage: the samples before it are given, the one that it interrupts is not, as its end cannot be
+    known. Masks and other companions of images are skipped too, and count apart.
 
     Raises AtollError if no tar is found.
     """
@@ -90,162 +80,243 @@ class Tars(Source):
     def __init__(self, data: DataSettings):
         check_encoding(data.encoding)
         self._data = data
-        self._files = locate(data.path or (), "tars", SUFFIXES)
+        self._files = locate(data.path or (), "tars", SUFFIXES, gaps=data.missing_shards)
+        self.root = self._files.root
         self._images = IMAGES if data.image is None else (data.image.lower().removeprefix("."),)
-        self._caption = (data.caption or "txt").lower().removeprefix(".")
+        given = (data.caption or "").lower().removeprefix(".")
+        self._wanted = {*self._images, *SIDECARS, *([given] if given else [])}
+        self._notes: list[str] = []
+        self._splits: dict[str, Split] = {}
+        if data.split is None and data.splits == "auto":
+            self._splits, notes = named_splits(list(self._files.sizes), "tars")
+            self._notes += notes
+        if missing := self._files.missing:
+            self._notes.append(f"{len(missing):,} tars of a range are not there: {listed(list(missing))}")
         self._blocks: list[Block] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the list of files: a block tells a worker all that it needs."""
-        return {**self.__dict__, "_files": None, "_blocks": None}
+        return {**self.__dict__, "_files": None, "_blocks": None, "_splits": {}}
 
     def blocks(self) -> list[Block]:
         if self._blocks is None:
-            names = list(self._files.sizes)
-            self._blocks = [
-                Block(name.removesuffix(".tar"), count, (self._files.url(name), name.removesuffix(".tar")))
-                for name, count in zip(names, _counts(self._files.root, names), strict=True)
-            ]
+            names, blocks = list(self._files.sizes), []
+            for name, count in zip(names, _counts(self.root, names), strict=True):
+                short = name.removesuffix(".tar")
+                part = _Part(self._files.url(name), short, self._files.sizes[name], self._splits.get(name))
+                blocks.append(Block(short, count, part, (name,)))
+            for name, reason in self._files.unopened.items():
+                part = _Part(self._files.url(name), name.removesuffix(".tar"), 0, damage=f"it is {reason}")
+                blocks.append(Block(part.name, None, part))
+            self._blocks = blocks
         return self._blocks
 
+    def notes(self) -> list[str]:
+        return self._notes
+
     def read(self, block: Block) -> Iterator[Raw | Skipped]:
-        url, name = block.content
+        part: _Part = block.content
         samples, seen = 0, set[str]()
+        waiting: list[_Sample] = []  # that may be companions of an image which follows
         try:
-            for sample in _samples(_members(url, {*self._images, self._caption, "json"})):
+            if part.damage:
+                raise Damaged(part.damage)
+            for sample in _samples(members(part.url, part.size, self._wanted, RULES[self._data.key_until])):
                 samples += 1
-                yield self._decode(name, sample, again=sample.key in seen)
-                seen.add(sample.key)
-        except _Damaged as error:
-            yield Skipped(printable(name), f"tar: {error}; {samples:,} samples were read before that")
+                name = canonical(sample.key)
+                base = self._companion_of(sample)
+                if base in seen or (base is not None and is_always_companion(name)):
+                    yield _left_out(part, sample)
+                    continue
+                if base is not None and name not in seen:
+                    waiting.append(sample)
+                    continue
+                # "cat-mask" sorts before "cat.jpg": now it is known whether that follows.
+                for other in waiting:
+                    if self._companion_of(other) == name:
+                        yield _left_out(part, other)
+                    else:
+                        yield from self._decode(part, other, again=False)
+                        seen.add(canonical(other.key))
+                waiting.clear()
+                yield from self._decode(part, sample, again=name in seen)
+                seen.add(name)
+            for other in waiting:
+                yield from self._decode(part, other, again=False)
+        except Damaged as error:
+            for other in waiting:
+                yield from self._decode(part, other, again=False)
+            yield Skipped(printable(part.name), f"tar: {error}; {samples:,} samples were read before that")
         else:
             if not samples:
-                yield Skipped(printable(name), "tar: it holds no samples")
+                yield Skipped(printable(part.name), "tar: it holds no samples")
 
     def config(self) -> dict[str, Any]:
         return config_of(self.name, self._data)
 
     def fingerprint(self) -> str:
         """The sha256 over the relative name and the size of every tar."""
+        if self._data.fingerprint == "content":
+            return content_fingerprint(self.root, list(self._files.sizes))
         return fingerprint(self._files.sizes.items())
 
-    def _decode(self, name: str, sample: _Sample, again: bool) -> Raw | Skipped:
-        key = f"{name}/{sample.key}"
+    def listing(self) -> Listing:
+        return self._files.listing(self._files.sizes)
+
+    def _companion_of(self, sample: _Sample) -> str | None:
+        """The key of the image whose mask or other companion a sample may be; a captioned sample is none."""
+        pair = companion_suffix(canonical(sample.key)) if self._data.companions == "skip" else None
+        if pair is None or any(sample.members.get(kind) for kind in SIDECARS):
+            return None
+        return pair[0] if any(kind in sample.members for kind in self._images) else None
+
+    def _decode(self, part: _Part, sample: _Sample, again: bool) -> Iterator[Raw | Skipped]:
+        key = f"{part.name}/{sample.key}"
+        hidden = self._hidden_images(sample)
+        if hidden and not any(kind in sample.members for kind in self._images):
+            yield from (Skipped(printable(f"{part.name}/{name}"), _DOT) for name in hidden)
+            return
         try:
             if again:
-                raise Unfit(f"key: twice in its tar (again with {_list(sample)}); a sample's members must lie together")
+                which = _list(sample)
+                raise Unfit(f"key: twice in its tar (again with {which}); a sample's members must lie together")
             if printable(key) != key:
                 raise Unfit("key: its name is not utf-8; rename it")
-            image = next((sample.members[kind] for kind in self._images if sample.members.get(kind) is not None), None)
-            if image is None:
-                expected = ", ".join(self._images[:5]) + (", ..." if len(self._images) > 5 else "")
-                raise Unfit(f"image: none among its members ({_list(sample)}); expected {expected}")
+            image = self._image(sample)
             facts = _Json(sample.members.get("json"))
-            caption = self._text(sample, facts)
+            caption, notes = self._caption(sample, facts)
+            if hidden and self._data.image is None:
+                notes = (*notes, f"images beside the first of a sample, not read ({listed(hidden)})")
             key = key_of(facts[self._data.key]) if self._data.key is not None else key
-            return Raw(key, image, caption, self._split(key, facts))
+            yield Raw(key, image, caption, self._split(part, key, facts), notes)
         except Unfit as error:
-            return Skipped(printable(key), str(error))
+            yield Skipped(printable(key), str(error))
 
-    def _text(self, sample: _Sample, facts: "_Json") -> str:
-        text = sample.members.get(self._caption)
-        if text is not None and self._caption != "json":
-            return caption_of(text, self._data.encoding)
-        return caption_of(facts.get("caption"), self._data.encoding)
+    def _hidden_images(self, sample: _Sample) -> list[str]:
+        """Names of members that are images by their last extension, and have another dot before it."""
+        dotted = (kind.rpartition(".") for kind in sample.members if "." in kind and kind not in self._images)
+        return [f"{sample.key}.{before}" for before, _, last in dotted if last in IMAGES]
 
-    def _split(self, key: str, facts: "_Json") -> Split:
+    def _image(self, sample: _Sample) -> bytes:
+        for kind in self._images:
+            if (content := sample.members.get(kind)) is not None:
+                return content
+        if reason := next((sample.reasons[kind] for kind in self._images if kind in sample.reasons), None):
+            raise Unfit(f"image: {reason}")
+        expected = ", ".join(self._images[:5]) + (", ..." if len(self._images) > 5 else "")
+        raise Unfit(f"image: none among its members ({_list(sample)}); expected {expected}")
+
+    def _caption(self, sample: _Sample, facts: "_Json") -> tuple[str, tuple[str, ...]]:
+        """The caption of a sample, and notes."""
+        data = self._data
+        if data.caption in (FROM_FILE, FROM_FOLDER):
+            return caption_from_name(f"{sample.key}.", data.caption), ()
+        kinds: tuple[str, ...] = SIDECARS
+        column = None
+        if data.caption is not None:
+            kinds = (data.caption.lower().removeprefix("."),)
+            if kinds[0] not in sample.members and not data.caption.startswith("."):
+                kinds, column = ("json",), data.caption
+        for kind in kinds:
+            if kind in sample.reasons:
+                raise Unfit(f"caption: {kind} is {sample.reasons[kind]}")
+            if sample.members.get(kind) is None:
+                continue
+            value = field_of(facts.all(), column) if kind == "json" else sample.members[kind]
+            if lines := lines_of(value, data.encoding):
+                note = f"captions of several lines, joined into one ({clean(sample.key)})"
+                return " ".join(lines), (note,) if len(lines) > 1 else ()
+        return "", self._why_no_caption(sample, facts)
+
+    def _why_no_caption(self, sample: _Sample, facts: "_Json") -> tuple[str, ...]:
+        """A note on what may be the caption of a sample without one."""
+        fields = facts.all() if sample.members.get("json") is not None else {}
+        if self._data.caption is not None:
+            there = f"members {_list(sample)}" + (f"; json has {listed(list(fields), 6)}" if fields else "")
+            return (
+                f"{UNREAD_CAPTIONS}: no {clean(self._data.caption)}, which data.caption names, in samples ({there})",
+            )
+        named = like_captions(fields) + [
+            kind for kind in sample.members if kind.rpartition(".")[2] in SIDECARS[:-1] and "." in kind
+        ]
+        if named:
+            return (f"{UNREAD_CAPTIONS}: samples have {listed(named)}; data.caption names one",)
+        return ()
+
+    def _split(self, part: _Part, key: str, facts: "_Json") -> Split:
         if self._data.split is not None:
             return split_of(facts[self._data.split])
+        if self._data.splits == "auto":
+            if part.split is not None:
+                return part.split
+            value = facts.peek("split")
+            if isinstance(value, str) and value.strip().lower() in HELD_OUT:
+                return "val"
         return split_by_hash(key, self._data.validation)
 
 
 class _Json:
-    """The json of a sample, parsed when something in it is asked for. Raises Unfit if it is none, or lacks a field."""
+    """The json of a sample, parsed when a field is needed. Raises Unfit if it is none, or lacks a field."""
 
     def __init__(self, data: bytes | None):
         self._data = data
         self._fields: dict[str, Any] | None = None
 
-    def get(self, name: str) -> Any:
-        """The field, None where there is none."""
-        return self._parsed().get(name)
-
     def __getitem__(self, name: str) -> Any:
-        fields = self._parsed()
+        fields = self.all()
         if name not in fields:
-            raise Unfit(f"json: no field {name!r}; it has {shown(', '.join(fields)) or 'none'}")
+            raise Unfit(f"json: no field {name!r}; it has {clean(', '.join(fields)) or 'none'}")
         return fields[name]
 
-    def _parsed(self) -> dict[str, Any]:
+    def peek(self, name: str) -> Any:
+        """A field that may be missing, of a json that may be none."""
+        try:
+            return self.all().get(name)
+        except Unfit:
+            return None
+
+    def all(self) -> dict[str, Any]:
+        """All fields; none without a json."""
         if self._fields is None:
+            if self._data is not None and len(self._data) > MAX_SIDECAR_BYTES:
+                raise Unfit(f"json: {len(self._data):,} bytes, expected at most {MAX_SIDECAR_BYTES:,}")
             try:
                 fields = json.loads(self._data) if self._data is not None else {}
             except (ValueError, RecursionError) as error:
-                raise Unfit(f"json: cannot be parsed ({told(error)})") from None
+                raise Unfit(f"json: cannot be parsed ({message_of(error)})") from None
             if not isinstance(fields, dict):
                 raise Unfit(f"json: is a {type(fields).__name__}, expected an object")
             self._fields = fields
         return self._fields
 
 
-def _members(url: str, wanted: set[str]) -> Iterator[tuple[str, str, _Content | None]]:
-    """The members of a tar: key, extension in lower case and, if that is wanted, what reads the content.
-
-    The content must be read before the next member is asked for.
-
-    Raises _Damaged where it cannot be read further, or goes on after its end mark.
-    """
-    try:
-        with open_file(url) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else all headers of the tar stay in memory
-                base = posixpath.basename(member.name)
-                # As webdataset: __name__ holds facts about the tar, and a dot begins the names of hidden files.
-                if not member.isfile() or base.startswith(".") or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                match = _SAMPLE.fullmatch(member.name.removeprefix("./"))
-                key, extension = match.groups() if match else (member.name.removeprefix("./"), "")
-                yield key, extension.lower(), partial(_content, tar, member) if extension.lower() in wanted else None
-            while rest := tar.fileobj.read(1 << 16):
-                if rest.strip(b"\0"):
-                    raise _Damaged("it goes on after its end mark")
-    except (_Damaged, AtollError):
-        raise
-    except Exception as error:  # tarfile and its decompressors raise almost anything over damaged bytes
-        raise _Damaged(told(error)) from error
+def _left_out(part: _Part, sample: _Sample) -> Skipped:
+    key = printable(f"{part.name}/{sample.key}")
+    return Skipped(key, "companion: named after another image; data.companions: train keeps it", failed=False)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.issparse():
-        raise _Damaged(f"{shown(member.name)} is a sparse file, which no image is")
-    try:
-        file = tar.extractfile(member)
-        content = file.read() if file is not None else b""
-    except Exception as error:  # as above
-        raise _Damaged(told(error)) from error
-    if len(content) != member.size:
-        raise _Damaged("unexpected end of data")
-    return content
+def _samples(all_members: Iterator[Member]) -> Iterator[_Sample]:
+    """Group members. A sample is given once the next header, or the end mark, shows that it is complete.
 
-
-def _samples(members: Iterator[tuple[str, str, _Content | None]]) -> Iterator[_Sample]:
-    """Groups members. A sample is given once the next header, or the end mark, shows that it is complete.
-
-    A member whose extension its sample has already begins another sample, of the same key.
+    A member whose extension its sample has already begins another sample, of the same key. Keys that print alike
+    (composed and decomposed letters, back slashes) are one.
     """
     current: _Sample | None = None
-    for key, extension, content in members:
-        if current is None or key != current.key or extension in current.members:
+    for member in all_members:
+        other = current is None or (member.key != current.key and canonical(member.key) != canonical(current.key))
+        if current is None or other or member.extension in current.members:
             if current is not None:
                 yield current
-            current = _Sample(key)
-        current.members[extension] = content() if content is not None else None
+            current = _Sample(member.key)
+        current.members[member.extension] = member.content() if member.content is not None else None
+        if member.reason:
+            current.reasons[member.extension] = member.reason
     if current is not None:
         yield current
 
 
 def _list(sample: _Sample) -> str:
-    return shown(", ".join(extension or "no extension" for extension in sample.members))
+    return clean(", ".join(extension or "no extension" for extension in sample.members))
 
 
 def _counts(root: str | None, names: list[str]) -> Iterator[int | None]:
@@ -253,10 +324,10 @@ def _counts(root: str | None, names: list[str]) -> Iterator[int | None]:
 
     def count(name: str) -> int | None:
         try:
-            stats = json.loads(read_file(join(root, name.removesuffix(".tar") + "_stats.json")))
+            stats = json.loads(read_file(join(root, name.removesuffix(".tar") + "_stats.json"), MAX_SIDECAR_BYTES))
         except (OSError, ValueError, RecursionError):
             return None
-        found = stats.get("successes", stats.get("count")) if isinstance(stats, dict) else None
-        return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
+        number = stats.get("successes", stats.get("count")) if isinstance(stats, dict) else None
+        return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else None
 
     yield from ahead(count, names, threads=16)

@@ -23,10 +23,11 @@ RECIPES = next(
 
 
 class DataSettings(Section):
-    """Where images come from, and which of them are used.
+    """Where images come from, and which of them are used. docs/data.md describes all that is read.
 
-    source: "folder" (images with .txt sidecars or a metadata.jsonl/.csv), "webdataset" (tars as img2dataset writes
-    them), "parquet" (a column of image files), "glyphs" (built in; `subset` is its "demo" or "all").
+    source: "folder" (images with text files beside them, or metadata.jsonl/.csv/.tsv/.json/.parquet), "webdataset"
+    (tars as img2dataset writes them), "parquet" (a column of image files), "glyphs" (built in; `subset` is its "demo"
+    or "all").
     path: a directory, file, glob or URL (s3://, gs://, hf://, ...: whatever fsspec opens), or a list of them.
     """
 
@@ -35,18 +36,32 @@ class DataSettings(Section):
     subset: Literal["demo", "all"] = "demo"
     size: PositiveInt = 16  # pixels of a side; images are cropped to a square and resized to it
     image: str | None = None  # the column of the images; None: the one that holds bytes
-    caption: str | None = None  # the column (in tars: the member's extension) of the captions; None: the usual names
+    # The column or field of the captions, or the extension of the files with them (".caption"; in tars "txt"), or the
+    # image's own name ("@file") or its folder's ("@folder"); None: the usual names, in the order of docs/data.md.
+    caption: str | None = None
+    metadata: str | tuple[str, ...] | None = None  # folders: the tables of captions; None: metadata.jsonl, .csv, ...
+    file_name: str | None = None  # tables: the column with the images' names; None: file_name and other usual names
     key: str | None = None  # the column of unique keys; None: the file and the number of the row
     split: str | None = None  # the column of the splits: "train" trains, anything else is held out
-    validation: float = Field(0.01, ge=0, lt=1)  # the share held out, by a hash of the key, where no column says it
+    # Without `split`: auto holds out what a column called split, or names such as test/, tell (as Hugging Face datasets
+    # reads them); where these tell nothing, and with "hash", a hash of the key decides.
+    splits: Literal["auto", "hash"] = "auto"
+    validation: float = Field(0.01, ge=0, lt=1)  # the fraction held out by a hash of the key
     encoding: str = "utf-8"  # of captions; a byte order mark wins over it
+    allow_uncaptioned: bool = False  # go on where captions lie beside the images and none of them is read
+    companions: Literal["skip", "train"] = "skip"  # masks and other images that are named after an image
+    links: Literal["inside", "follow"] = "inside"  # folders: follow links that lead out of the folder
+    key_until: Literal["first-dot", "last-dot"] = "first-dot"  # tars: where in a member's name its sample's key ends
+    missing_shards: Literal["refuse", "skip"] = "refuse"  # of a range such as {00000..00999}.tar
+    # How an edit of encoded data is found: by sizes and times, then contents where these differ; or by all contents.
+    fingerprint: Literal["stamps", "content"] = "stamps"
     min_side: PositiveInt | None = None  # pixels; smaller images are skipped; None: half of `size`
     # Images of equal pixels, once they are cropped and resized. None: skip; but some glyphs are meant to look alike.
     duplicates: Literal["skip", "keep"] | None = None
     # Of codec and feature network; auto: bf16 where that is fast, and where the feature's vectors bear it.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     flips: bool = False  # the mirrored image's latent is stored too, and training sees either
-    max_skipped: float = Field(0.05, ge=0, le=1)  # the share that may fail; duplicates do not count
+    max_skipped: float = Field(0.05, ge=0, le=1)  # the fraction that may fail; duplicates and dead links do not count
     block: PositiveInt = 4096  # samples of a shard, where the source can be cut anywhere
 
     @property

@@ -1,5 +1,7 @@
 import hashlib
 import os
+import posixpath
+import socket
 import subprocess
 import sys
 import threading
@@ -9,20 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.data.locate import (
-    Unfit,
-    ahead,
-    caption_of,
-    check_encoding,
-    fingerprint,
-    key_of,
-    locate,
-    open_file,
-    printable,
-    read_file,
-    shown,
-    split_of,
-)
+from atoll.data.captions import caption_of, check_encoding, key_of, split_of
+from atoll.data.fingerprint import fingerprint
+from atoll.data.locate import locate
+from atoll.data.names import clean, printable
+from atoll.data.opening import TooLarge, ahead, open_file, read_file
+from atoll.data.types import Unfit
 from atoll.errors import AtollError
 from atoll.storage.shards import split_by_hash
 
@@ -50,7 +44,7 @@ def test_a_directory_in_order_of_the_relative_paths(tmp_path) -> None:
     files = locate(str(tmp_path), *TAR)
     assert files.sizes == {"a/a.tar": 7, "a/z.tar": 7, "b.TAR": 5}
     assert list(files.sizes) == sorted(files.sizes)
-    assert [read_file(files.url(name)).decode() for name in files.sizes] == list(files.sizes)
+    assert [read_file(files.url(name), 99).decode() for name in files.sizes] == list(files.sizes)
 
 
 def test_relative_home_and_variables(tmp_path, monkeypatch) -> None:
@@ -74,7 +68,7 @@ def test_globs_files_ranges_and_lists(tmp_path) -> None:
     # named twice counts once; a file that is named outright need not end in .tar, and may look like a glob
     files = locate((f"{at}/x", f"{at}/x/00.tar", f"{at}/y/odd[1].bin"), *TAR)
     assert list(files.sizes) == ["x/00.tar", "x/01.tar", "x/02.tar", "y/odd[1].bin"]
-    assert [read_file(files.url(name)).decode() for name in files.sizes] == list(files.sizes)
+    assert [read_file(files.url(name), 99).decode() for name in files.sizes] == list(files.sizes)
 
 
 def test_links_are_followed_and_lead_in_no_circle(tmp_path) -> None:
@@ -90,7 +84,7 @@ def test_urls(memory, tmp_path) -> None:
         memory.pipe(name, name.encode())
     files = locate("memory://d", *TAR)
     assert (files.root, list(files.sizes)) == ("memory://d", ["00.tar", "in/01.tar"])
-    assert read_file(files.url("in/01.tar")) == b"/d/in/01.tar"
+    assert read_file(files.url("in/01.tar"), 99) == b"/d/in/01.tar"
     assert list(locate("memory://d/0*.tar", *TAR).sizes) == ["00.tar"]
     assert list(locate("memory://*/*.tar", *TAR).sizes) == ["d/00.tar", "e/03.tar"]
     assert list(locate("memory://d/in/01.tar", *TAR).sizes) == ["01.tar"]
@@ -98,7 +92,7 @@ def test_urls(memory, tmp_path) -> None:
     assert list(both.sizes) == ["d/00.tar", "d/in/01.tar", "e/03.tar"]
     put(tmp_path, "a.tar")
     mixed = locate(("memory://e", str(tmp_path)), *TAR)
-    assert {read_file(mixed.url(name)) for name in mixed.sizes} == {b"/e/03.tar", b"a.tar"}
+    assert {read_file(mixed.url(name), 99) for name in mixed.sizes} == {b"/e/03.tar", b"a.tar"}
 
 
 def test_directories_only(tmp_path) -> None:
@@ -165,6 +159,69 @@ def test_any_failure_of_a_file_system_is_an_os_error(memory, monkeypatch) -> Non
         locate("memory://a.tar", *TAR)
 
 
+def test_no_more_than_a_bounded_number_of_bytes_is_read(tmp_path) -> None:
+    put(tmp_path, "abcdef")
+    assert read_file(str(tmp_path / "abcdef"), 6) == b"abcdef"
+    with pytest.raises(TooLarge, match="more than 5 bytes"):
+        read_file(str(tmp_path / "abcdef"), 5)
+
+
+@pytest.mark.parametrize("entry", ["pipe", "socket", "device", "link to a device"])
+def test_special_files_are_named_and_not_opened(tmp_path, monkeypatch, entry) -> None:
+    put(tmp_path, "data/a.tar")
+    path = tmp_path / "data" / "b.tar"
+    if entry == "pipe":
+        os.mkfifo(path)
+    elif entry == "socket":
+        with socket.socket(socket.AF_UNIX) as sock:
+            monkeypatch.chdir(path.parent)  # a socket's path has 108 letters at most
+            sock.bind("b.tar")
+    else:
+        os.symlink("/dev/zero", path)
+    files = locate(str(tmp_path / "data"), *TAR)
+    assert files.sizes == {"a.tar": 10}
+    kind = "a device" if "device" in entry else f"a {entry}"
+    assert files.unopened == {"b.tar": f"{kind}, which is not opened"}
+    with pytest.raises(AtollError, match=f"b.tar: is {kind}, which is not opened; expected tars"):
+        locate(str(path), *TAR)
+    assert locate(f"{tmp_path}/data/*.tar", *TAR).unopened == files.unopened
+
+
+def test_links_that_leave_a_folder_are_named_and_not_followed(tmp_path) -> None:
+    put(tmp_path, "far/a.jpg", "far/deep/b.jpg", "data/c.jpg", "data/in/d.jpg")
+    data = tmp_path / "data"
+    os.symlink(tmp_path / "far" / "a.jpg", data / "a.jpg")
+    os.symlink(tmp_path / "far" / "deep", data / "deep")
+    os.symlink("../data2", data / "sibling")  # its path begins like the folder's
+    os.symlink(data / "in", data / "again")
+    os.symlink("c.jpg", data / "near.jpg")
+    put(tmp_path, "data2/x.jpg")
+    inside = locate(str(data), "images", links="inside")
+    # a directory that two names lead to is listed once, under either of them
+    assert {posixpath.basename(name) for name in inside.sizes} == {"c.jpg", "d.jpg", "near.jpg"}
+    assert set(inside.unopened) == {"a.jpg", "deep", "sibling"}
+    assert all("a link that leaves the folder" in reason for reason in inside.unopened.values())
+    everything = locate(str(data), "images", links="follow")
+    assert {"a.jpg", "deep/b.jpg", "sibling/x.jpg"} <= everything.sizes.keys()
+    os.symlink(data, tmp_path / "link")  # the folder itself may be a link
+    assert locate(str(tmp_path / "link"), "images", links="inside").sizes.keys() >= {"c.jpg", "near.jpg"}
+
+
+def test_a_gap_in_a_range_is_named(tmp_path) -> None:
+    put(tmp_path, *(f"{i:05d}.tar" for i in range(10) if i not in (3, 6)))
+    path = f"{tmp_path}/{{00000..00009}}.tar"
+    said = r"2 of 10 are not there \(.*/00003\.tar, .*/00006\.tar\).*data\.missing_shards: skip"
+    with pytest.raises(AtollError, match=said):
+        locate(path, *TAR)
+    files = locate(path, *TAR, gaps="skip")
+    assert len(files.sizes) == 8
+    assert [posixpath.basename(url) for url in files.missing] == ["00003.tar", "00006.tar"]
+    with pytest.raises(AtollError, match="cannot be listed"):
+        locate(f"{tmp_path}/{{1..3}}.tar", *TAR, gaps="skip")
+    with pytest.raises(AtollError, match="a range of 1,000,000,001; expected at most 10,000,000"):
+        locate("{0..1000000000}.tar", *TAR)
+
+
 def test_ahead_keeps_the_order_and_is_bounded() -> None:
     started, most, gate = [], [], threading.Event()
 
@@ -216,7 +273,9 @@ def test_captions(value, encoding, caption) -> None:
         (b"\xff\xfea", "utf-8", r"not utf-16 \(byte 0x61 at 2\)"),
         ("é".encode(), "ascii", r"not ascii \(byte 0xc3 at 0\)"),
         (3, "utf-8", "is int, expected text"),
-        (["a"], "utf-8", "is list, expected text"),
+        (["a"], "utf-8", "is list, expected text; several captions of one image are not supported, choose one"),
+        (b"a" * 65537, "utf-8", "caption: 65,537 bytes, expected at most 65,536"),
+        ("a" * 65537, "utf-8", "caption: 65,537 bytes, expected at most 65,536"),
     ],
 )
 def test_what_is_no_caption(value, encoding, said) -> None:
@@ -249,12 +308,14 @@ def test_keys() -> None:
         with pytest.raises(Unfit, match="key: is"):
             key_of(value)
     assert printable("caf\udce9") == "caf\\udce9"
-    assert shown("café\n\x1b[31m\udce9") == "café\\n\\x1b[31m\\udce9"
-    assert len(shown("a" * 10_000)) < 400
+    assert clean("café\n\x1b[31m\udce9") == "café\\n\\x1b[31m\\udce9"
+    assert len(clean("a" * 10_000)) < 400
 
 
 def test_splits() -> None:
-    assert [split_of(value) for value in ("train", b"train", "test", "Train", None, 0)] == ["train"] * 2 + ["val"] * 4
+    trains, held_out = ("train", b"train", "Train", " training\n"), ("test", None, 0, "trainer", "val", b"\xff")
+    assert {split_of(value) for value in trains} == {"train"}
+    assert {split_of(value) for value in held_out} == {"val"}
     keys = [f"{number:09d}" for number in range(20_000)]
     held_out = {key for key in keys if split_by_hash(key, 0.05) == "val"}
     assert 0.045 < len(held_out) / len(keys) < 0.055

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.data.parquet import Parquet, cut
+from atoll.data.parquet import EMBED, Parquet, cut
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
@@ -160,7 +160,7 @@ def test_bad_cells_are_skipped_alone(tmp_path) -> None:
     assert [(bad.key, bad.reason) for bad in found if isinstance(bad, Skipped)] == [
         ("1", "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding"),
         ("2", "image: null"),
-        ("3", "image: a path (x/y.png), no bytes"),
+        ("3", f"image: a path (x/y.png), no bytes; {EMBED}"),
         ("a.parquet:4", "key: is None, expected text or a whole number"),
     ]
     assert read(tmp_path, encoding="latin-1")[1].caption == "café"
@@ -264,7 +264,7 @@ def test_bounded_memory(tmp_path, monkeypatch) -> None:
     column = [random.Random(n).randbytes(1 << 16) for n in range(1024)]
     pq.write_table(pa.table({"x": column}), tmp_path / "a.parquet", compression="none", write_batch_size=16)
     source = Parquet(settings(tmp_path))
-    monkeypatch.setattr("atoll.data.parquet.open_file", Watched)
+    monkeypatch.setattr("atoll.data.parquet_rows.open_file", Watched)
     before, most, rows = pa.total_allocated_bytes(), 0, 0
     for raw in source.read(source.blocks()[0]):
         assert raw.image == column[rows]

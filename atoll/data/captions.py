@@ -1,0 +1,161 @@
+"""What a caption is: the names under which it is looked for, in order of preference, and the text it becomes.
+
+The same order holds for the columns of tables, the fields of JSON files and the columns of parquet. docs/data.md lists
+the conventions of other projects that it covers.
+"""
+
+import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from atoll.data.limits import MAX_CAPTION_BYTES
+from atoll.data.names import clean, message_of, printable
+from atoll.data.types import Unfit
+from atoll.errors import AtollError
+from atoll.storage.shards import Split
+
+# Names of columns and fields that hold captions, the preferred ones first; upper and lower case do not matter.
+COLUMNS = (
+    *("caption", "text", "txt", "prompt", "description", "title", "alt_text", "alt"),
+    *("captions", "texts", "prompts", "descriptions", "tags"),
+)
+# Extensions of files beside images that hold captions, the preferred ones first; so "a.txt" or "a.jpg.txt" for a.jpg.
+SIDECARS = ("txt", "caption", "captions", "text", "prompt", "tags", "json")
+# Values of data.caption that stand for names instead of a column: the file's ("red_fox_2.jpg"), or its directory's.
+FROM_FILE, FROM_FOLDER = "@file", "@folder"
+
+_CAPTION_WORDS = {"caption", "captions", "prompt", "prompts", "text", "texts", "description", "descriptions"}
+_MAX_KEY = 4096  # characters: as many as a path has
+
+
+def caption_columns(names: Iterable[str]) -> list[str]:
+    """The names that usually hold captions, the preferred ones first; an exact name before one in other letters."""
+    by_rank = sorted((COLUMNS.index(name.lower()), name not in COLUMNS, name) for name in names if is_usual(name))
+    return [name for _, _, name in by_rank]
+
+
+def is_usual(name: str) -> bool:
+    """Whether a column or field of this name is read as captions where the settings name none."""
+    return name.lower() in COLUMNS
+
+
+def like_captions(names: Iterable[str]) -> list[str]:
+    """The names that speak of captions without being usual ones, such as blip_caption or prompt_en."""
+    return [name for name in names if not is_usual(name) and _CAPTION_WORDS & set(_words(name))]
+
+
+def _words(name: str) -> list[str]:
+    """blip_caption -> blip, caption; promptEn -> prompt, en."""
+    return [word.lower() for word in re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)]
+
+
+def field_of(record: Mapping[str, Any], column: str | None) -> Any:
+    """The caption in a record: the field `column`, else the preferred one of the usual fields that is not null."""
+    if column is not None:
+        return record.get(column)
+    for name in caption_columns(record):
+        value = record[name]
+        if name.lower() == "tags" and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
+            value = ", ".join(value) or None  # the tags of one caption, unlike a list of captions
+        if value is not None:
+            return value
+    return None
+
+
+def lines_of(value: object, encoding: str) -> list[str]:
+    """The lines of text that a cell or a file holds, stripped, without empty ones; none for None.
+
+    Bytes are decoded with `encoding`, unless they start with a byte order mark of utf-8 or utf-16.
+
+    Raises:
+        Unfit: more bytes than a caption may have, several captions, or no text; the first bad byte is named.
+    """
+    if value is None:
+        return []
+    if isinstance(value, bytes):
+        _check_length(len(value))
+        codec = encoding_of(value, encoding)
+        try:
+            value = value.decode(codec)
+        except UnicodeDecodeError as error:
+            raise _not_text(codec, f"byte 0x{error.object[error.start]:02x} at {error.start}") from None
+        except UnicodeError as error:
+            raise _not_text(codec, message_of(error)) from None
+    if isinstance(value, list | tuple):
+        raise Unfit("caption: is list, expected text; several captions of one image are not supported, choose one")
+    if not isinstance(value, str):
+        raise Unfit(f"caption: is {type(value).__name__}, expected text")
+    _check_length(len(value))
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])  # U+DC80 to U+DCFF stand for bytes, see PEP 383
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character, U+{code:04X},"
+        raise _not_text(encoding, f"{what} at {error.start}") from None
+    return [line for line in map(str.strip, value.splitlines()) if line]
+
+
+def caption_of(value: object, encoding: str) -> str:
+    """The caption that a cell or a file holds, in one line; "" for None. Raises Unfit as `lines_of`."""
+    return " ".join(lines_of(value, encoding))
+
+
+def refuse_length(size: int) -> Unfit:
+    """The reason against a caption of `size` bytes."""
+    return Unfit(f"caption: {size:,} bytes, expected at most {MAX_CAPTION_BYTES:,}")
+
+
+def _check_length(size: int) -> None:
+    if size > MAX_CAPTION_BYTES:
+        raise refuse_length(size)
+
+
+def _not_text(encoding: str, what: str) -> Unfit:
+    return Unfit(f"caption: not {encoding} ({what}); save it as utf-8, or set data.encoding")
+
+
+def encoding_of(start: bytes, encoding: str) -> str:
+    """The encoding of bytes that start so: `encoding`, unless a byte order mark says otherwise."""
+    if start.startswith(BOM_UTF8):
+        return "utf-8-sig"
+    return "utf-16" if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else encoding
+
+
+def check_encoding(encoding: str) -> None:
+    """Raise AtollError if Python knows no text encoding of this name."""
+    try:
+        b"a".decode(encoding)
+    except LookupError:
+        raise AtollError(f"data.encoding is {encoding!r}, which is no text encoding; try utf-8 or latin-1") from None
+    except UnicodeError:
+        pass  # utf-16 has no character of one byte
+
+
+def caption_from_name(name: str, what: str) -> str:
+    """The caption in a path, as kohya's class tokens and the filename strategies of OneTrainer and SimpleTuner.
+
+    Args:
+        name: the path of the image, with slashes.
+        what: `FROM_FILE`: the file's name, or `FROM_FOLDER`: its directory's, without kohya's number of repeats
+            ("20_sks dog"). Underscores become spaces.
+    """
+    *folders, file = name.split("/")
+    folder = re.sub(r"^\d+_", "", folders[-1]) if folders else ""
+    text = file.rsplit(".", 1)[0] if what == FROM_FILE else folder
+    return " ".join(text.replace("_", " ").split())
+
+
+def key_of(value: object) -> str:
+    """The key in a cell: text as it is, a whole number in digits. Raises Unfit for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or value == "" or printable(value) != value or len(value) > _MAX_KEY:
+        raise Unfit(f"key: is {clean(repr(value))}, expected text or a whole number")
+    return value
+
+
+def split_of(value: object) -> Split:
+    """The split that a cell names: "train" trains, anything else is held out."""
+    word = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return "train" if isinstance(word, str) and word.strip().lower() in ("train", "training") else "val"

@@ -1,0 +1,260 @@
+"""What a folder of images holds, before an image is read: entries, what is left out, and what lies there unread."""
+
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from atoll.data.captions import FROM_FILE, FROM_FOLDER, SIDECARS, is_usual, like_captions
+from atoll.data.companions import companions, describe
+from atoll.data.limits import MAX_SIDECAR_BYTES
+from atoll.data.locate import IMAGES, Files, nothing
+from atoll.data.metadata import Metadata
+from atoll.data.names import clean, listed, printable
+from atoll.data.opening import TooLarge, read_file
+from atoll.data.sidecars import Sidecars, unread_notes
+from atoll.data.splits import NamedSplits, named_splits
+from atoll.data.tables import FORMATS, columns_of
+from atoll.errors import AtollError
+from atoll.manifest import DataSettings
+from atoll.storage.shards import Split
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar", ".tfrecord", ".arrow")
+# Files of other tools that hold no captions: readers of a folder need not hear of them.
+_KNOWN: tuple[str, ...] = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+)
+_KNOWN += ("state.json", "config.json")
+
+
+class Entry(NamedTuple):
+    """An image and what is known of it before it is read.
+
+    Attributes:
+        key: unique in the folder.
+        file: relative to the root.
+        sidecars: text files that may have its caption, the preferred one first; relative to the root.
+        caption: as a table has it; None where the sidecars are to be read.
+        split: None where a hash of the key decides.
+        reason: why it cannot be used; "" if it can.
+    """
+
+    key: str
+    file: str = ""
+    sidecars: tuple[str, ...] = ()
+    caption: str | None = None
+    split: Split | None = None
+    reason: str = ""
+
+
+class FolderScan:
+    """The entries of a folder.
+
+    Attributes:
+        files: everything below the folder.
+        tables: the metadata files that were read.
+        entries: rows of tables that cannot be used, then all images in the order of their paths.
+        notes: what a person should know.
+    """
+
+    def __init__(self, files: Files, data: DataSettings):
+        """Look at the names in a folder, and read its tables.
+
+        Raises:
+            AtollError: there are no images, a table or a setting does not fit, or captions lie there that are not read.
+        """
+        self.files, self._data = files, data
+        self.notes: list[str] = []
+        # Images, and what is named like one but must not be opened.
+        named = {name for name in (*files.sizes, *files.unopened) if _extension(name) in IMAGES}
+        self._metadata = Metadata(files, data, named)
+        self.tables = self._metadata.tables
+        images = named | self._metadata.rows.keys()  # a table may name files that have no usual extension
+        if not images and not self._metadata.absent:
+            raise nothing(data.path, "images", [f".{kind}" for kind in IMAGES[:5]], files.sizes)
+        # Captions beside images.
+        text = [name for name in (*files.sizes, *files.unopened) if name not in images and name not in self.tables]
+        sidecars = Sidecars(text, images, self._kinds(text))
+        self._metadata.check_columns(self._given_kinds(text))
+        candidates = {name: sidecars.of(name) for name in sorted(images)}
+        # Masks and the like: never what a person has captioned.
+        self._left_out: dict[str, str] = {}
+        if data.companions == "skip":
+            captioned = self._metadata.rows.keys() | {name for name, beside in candidates.items() if beside}
+            self._left_out = companions(candidates, captioned)
+        if self._left_out:
+            self.notes.append(
+                f"left out as companions of other images: {describe(self._left_out.values())} "
+                f"({listed(sorted(self._left_out), 2)}); data.companions: train keeps them"
+            )
+        kept = [name for name in candidates if name not in self._left_out]
+        splits = self._splits(kept)
+        absent = [Entry(name, reason=row.reason) for name, row in self._metadata.absent.items()]
+        entries = [self._entry(name, candidates[name], splits.get(name)) for name in kept]
+        problems = [Entry(place, reason=reason) for place, reason in self._metadata.problems]
+        self.entries = problems + sorted(entries + absent, key=lambda entry: entry.file or entry.key)
+        self._tell_unread(entries, candidates, sidecars, text)
+
+    def read_names(self) -> set[str]:
+        """The names of all files that are read."""
+        names = {name for entry in self.entries for name in (entry.file, *entry.sidecars)} | set(self.tables)
+        return {name for name in names if name in self.files.sizes}
+
+    def _kinds(self, text: Iterable[str]) -> tuple[str, ...]:
+        """The extensions of text files with captions."""
+        given = self._given_kinds(text)
+        return SIDECARS if given is None or self._data.caption in self._metadata.columns else given
+
+    def _given_kinds(self, text: Iterable[str]) -> tuple[str, ...]:
+        """The extension that `data.caption` names, if it names one: with a dot, or as files have it."""
+        caption = self._data.caption
+        if caption in (FROM_FILE, FROM_FOLDER):
+            return ()
+        if caption is None or caption in self._metadata.columns:
+            return SIDECARS
+        kind = caption.lower().removeprefix(".")
+        if caption.startswith(".") or any(name.lower().endswith(f".{kind}") for name in text):
+            return (kind,)
+        has_json = any(name.lower().endswith(".json") for name in text)
+        return ("json", kind) if has_json else SIDECARS
+
+    def _splits(self, images: list[str]) -> dict[str, Split]:
+        """The splits that columns or names tell; a hash of the key decides for all others."""
+        if self._data.split is not None or self._data.splits != "auto":
+            return {}
+        if self._metadata.uses_split_column:
+            held_out = sum(row.split == "val" for row in self._metadata.rows.values())
+            self.notes.append(
+                f"held out: {held_out:,} by the column split of the metadata; data.splits: hash ignores it"
+            )
+            return {}
+        recognised: NamedSplits = named_splits(images, "images", all_files=True)
+        self.notes += recognised.notes
+        return recognised.splits
+
+    def _entry(self, name: str, beside: tuple[str, ...], split: Split | None) -> Entry:
+        row, data = self._metadata.rows.get(name), self._data
+        key = row.key if row is not None and row.key is not None else name
+        if reason := self.files.unopened.get(name):
+            return Entry(printable(key), name, reason=f"image: {reason}")
+        if row is not None and row.reason:
+            return Entry(printable(key), name, reason=row.reason)
+        if row is None and (data.key is not None or data.split is not None):
+            reason = "metadata: no line names this image, so its key or split is unknown"
+            return Entry(printable(key), name, reason=reason)
+        if printable(key) != key:
+            return Entry(printable(key), name, reason="key: its name is not utf-8; rename it")
+        caption = row.caption if row is not None else None
+        if caption is not None or data.caption in (FROM_FILE, FROM_FOLDER):
+            beside = ()
+        elif beside and (reason := self.files.unopened.get(beside[0])):
+            return Entry(key, name, reason=f"caption: {clean(beside[0])} is {reason}")
+        beside = tuple(text for text in beside if text in self.files.sizes)
+        return Entry(key, name, beside, caption, row.split if row is not None and row.split else split)
+
+    def _tell_unread(
+        self, entries: list[Entry], candidates: dict[str, tuple[str, ...]], sidecars: Sidecars, text: list[str]
+    ) -> None:
+        """Add notes on files that lie there and are not read; refuse a folder whose captions are all among them."""
+        if (column := self._data.caption) in (FROM_FILE, FROM_FOLDER):
+            self.notes.append(f"captions are from names, as data.caption is {column}")
+            return
+        with_caption = [entry for entry in entries if entry.caption is not None or entry.sidecars]
+        by_table = [candidates[entry.file] for entry in entries if entry.caption is not None]
+        self.notes += unread_notes([entry.sidecars for entry in with_caption], by_table, sidecars)
+        if columns := self._metadata.unread_columns():
+            first = next(name for name in self._metadata.columns if is_usual(name) and name not in columns)
+            self.notes.append(
+                f"metadata: {first} comes first; {listed(columns)} not read; data.caption chooses another"
+            )
+        # What belongs to no image, or has an extension that is not read.
+        used = {name for names in candidates.values() for name in names} | self._metadata.rows.keys()
+        others = [name for name in text if name not in used and name in self.files.sizes]
+        plain = list(self._unread(others, candidates))
+        self.notes += [note for note, _ in plain]
+        links = [name for name in self.files.unopened if name not in candidates and name not in used]
+        if links:
+            self.notes.append(f"not opened: {listed(links)} ({self.files.unopened[links[0]]})")
+        if with_caption or not entries:
+            return
+        self._refuse_unread_captions(len(entries), [note for note, plainly in plain if plainly])
+        self.notes.append('no image has a caption; data.caption: "@folder" takes its folder\'s name, "@file" its own')
+
+    def _refuse_unread_captions(self, images: int, unread: list[str]) -> None:
+        metadata = self._metadata
+        unusable = [reason for _, reason in metadata.problems] + [row.reason for row in metadata.absent.values()]
+        if others := like_captions(metadata.columns):
+            unread.append(f"metadata has {listed(others)}: data.caption names one")
+        elif any(is_usual(column) for column in metadata.columns) and unusable:
+            unread.append(f"no row of the metadata fits an image ({unusable[0]})")
+        if unread and not self._data.allow_uncaptioned:
+            raise AtollError(
+                f"{self._data.path}: captions lie there and none of them is read for {images:,} images: "
+                f"{'; '.join(unread)}; or go on without captions: --allow-uncaptioned"
+            )
+
+    def _unread(self, others: list[str], candidates: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, bool]]:
+        """Notes on files that are not read, each with whether they plainly hold captions."""
+        tables, archives, strays, beside = [], [], [], Counter[str]()
+        first: dict[str, str] = {}
+        bases = {base for name in candidates for base in (posixpath.splitext(name)[0], name)}
+        stems = {posixpath.basename(base) for base in bases}
+        for name in others:
+            file = posixpath.basename(name).lower()
+            base, kind = posixpath.splitext(name)
+            if file.startswith(_KNOWN) or file.endswith("_stats.json"):
+                continue
+            if base in bases and kind.lower() not in FORMATS:
+                beside[kind] += 1
+                first.setdefault(kind, name)
+            elif file.endswith(_ARCHIVES):
+                archives.append(name)
+            elif file.endswith(FORMATS):
+                tables.append(name)
+            elif kind[1:].lower() in SIDECARS and posixpath.basename(base) in stems:
+                strays.append(name)
+            elif kind[1:].lower() in SIDECARS:
+                tables.append(name)  # such as captions.txt: a list, or notes
+        for kind, count in beside.items():
+            yield (
+                f"{count:,} {clean(kind)} files beside images are not read; data.caption: {clean(kind)} reads them",
+                self._is_text(first[kind]),
+            )
+        for name in tables[:3]:
+            columns = columns_of(self.files.url(name), name, self._data.encoding) if name.endswith(FORMATS) else []
+            captions = [column for column in columns if is_usual(column) or like_captions([column])]
+            what = f" (columns {listed(columns, 6)})" if columns else ""
+            how = f"; data.metadata: {clean(name)} reads it" if name.lower().endswith(FORMATS) else ""
+            yield f"{clean(name)}{what} is not read{how}", bool(captions)
+        if len(tables) > 3:
+            yield f"{len(tables) - 3:,} more tables are not read", False
+        if strays:
+            where = Counter(posixpath.dirname(name) or "the folder itself" for name in strays).most_common(1)[0][0]
+            yield (
+                f"{len(strays):,} text files in {clean(where)} are named after images elsewhere: put them beside these",
+                True,
+            )
+        if archives:
+            yield (
+                f"archives are not unpacked: {listed(archives)}; unpack them, or name them as a source of their own",
+                False,
+            )
+
+    def _is_text(self, name: str) -> bool:
+        """Whether a file looks like a caption: short text that is no markup."""
+        try:
+            start = read_file(self.files.url(name), MAX_SIDECAR_BYTES)[:4096]
+            words = start.decode(self._data.encoding, "strict").strip()
+        except (TooLarge, OSError, UnicodeError):
+            return False
+        return words[:1] not in ("", "<", "{", "[") and "\0" not in words
+
+
+def _extension(name: str) -> str:
+    return posixpath.splitext(name)[1][1:].lower()

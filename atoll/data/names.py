@@ -1,0 +1,36 @@
+"""Foreign names and messages: compared, made safe to write, and made safe to show on a terminal."""
+
+import unicodedata
+
+_REASON = 300  # characters at which foreign text in a message is cut
+
+
+def canonical(name: str) -> str:
+    """A name with slashes for back slashes and composed letters (Unicode NFC): names that print alike are equal.
+
+    macOS writes names decomposed, Windows writes back slashes, and both appear in metadata made elsewhere.
+    """
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
+
+def printable(text: str) -> str:
+    """A name that may hold bytes that are no text (PEP 383), with these written out as \\udc.."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def clean(text: str) -> str:
+    """Foreign text for a message: one line, not too long, with what a terminal would act on written out."""
+    short = text if len(text) <= _REASON else text[:_REASON] + "..."
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in short)
+
+
+def message_of(error: BaseException) -> str:
+    """The message of an exception in one line, not too long; its type where it has none."""
+    text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return clean(" ".join(text.split())) or type(error).__name__
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """Some names for a message: "a, b, c and 7 more"."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(clean(name) for name in names[:most]) + more

@@ -1,0 +1,107 @@
+"""Files opened wherever they lie: local paths, and every URL that fsspec knows (s3://, gs://, hf://, https://, ...)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar
+
+from atoll.data.names import clean, message_of
+from atoll.errors import AtollError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class TooLarge(OSError):
+    """A file that has more bytes than are read."""
+
+
+def join(root: str | None, name: str) -> str:
+    """The path or URL of a file below a root."""
+    return name if root is None else f"{root}/{name}"
+
+
+def is_local(url: str) -> bool:
+    """Whether a path is of this machine, and not a URL."""
+    return "://" not in url and "::" not in url
+
+
+def open_file(url: str) -> Any:
+    """Open a file for reading bytes; a context manager.
+
+    Raises:
+        OSError: it cannot be opened, whatever its file system raises for that.
+        AtollError: its file system needs a package.
+    """
+    if is_local(url):
+        return open(url, "rb")
+    fs, path = filesystem(url)
+    try:
+        return fs.open(path, "rb")
+    except OSError:
+        raise
+    except Exception as error:  # each file system has exceptions of its own
+        raise OSError(message_of(error)) from error
+
+
+def read_file(url: str, most: int) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        TooLarge: it has more than `most` bytes, of which no more are read.
+        OSError, AtollError: as `open_file`.
+    """
+    with open_file(url) as file:
+        return read_whole(file, most)
+
+
+def read_whole(file: BinaryIO, most: int) -> bytes:
+    """What is left of a file. Raises TooLarge beyond `most` bytes, else OSError, whatever the file system raises."""
+    try:
+        data = file.read(most + 1)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(message_of(error)) from error
+    if len(data) > most:
+        raise TooLarge(f"more than {most:,} bytes")
+    return data
+
+
+def ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """`map` in threads that are at most 2 * `threads` items ahead: remote files are fetched while others work."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: list[Future[Result]] = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) == 2 * threads:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        AtollError: the protocol is unknown, or needs a package that is not installed.
+    """
+    from fsspec.core import url_to_fs
+    from fsspec.registry import known_implementations
+
+    protocol = url.split("://")[0].split("::")[0]
+    try:
+        value: tuple[Any, str] = url_to_fs(url)
+        return value
+    except ImportError as error:
+        package = known_implementations.get(protocol, {}).get("class", protocol).split(".")[0]
+        how = "" if package == "fsspec" else f"; pip install {package}"
+        what = f"{protocol}:// needs a package that is not installed ({message_of(error)}){how}"
+        raise AtollError(f"{clean(url)}: {what}") from error
+    except Exception as error:  # each file system has exceptions of its own
+        raise AtollError(
+            f"{clean(url)}: cannot be opened ({message_of(error)}); expected a path or a URL of fsspec"
+        ) from error

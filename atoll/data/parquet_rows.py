@@ -1,0 +1,245 @@
+"""Rows of a parquet file in bounded memory: what its pages unpack to is checked before any is unpacked.
+
+A page's header says how many bytes it unpacks to, and Arrow allocates these first: 183 kB of a file can ask for 1 GiB.
+The footer's sums may be wrong, so the headers themselves are read (parquet-format, PageHeader in Thrift's compact
+protocol), which costs a few bytes per page.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from atoll.data.limits import (
+    MAX_BATCH_BYTES,
+    MAX_CAPTION_BYTES,
+    MAX_TEXT_PAGE_BYTES,
+    may_expand_to,
+)
+from atoll.data.names import clean, message_of
+from atoll.data.opening import is_local, open_file
+from atoll.data.types import Damaged
+from atoll.errors import AtollError
+
+_ROWS = 32  # that are decoded together
+_BUFFER = 1 << 20  # bytes of a column that are read at a time
+_DICTIONARY_PAGE = 2  # parquet-format, enum PageType
+# Thrift compact protocol: types of a field.
+_TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
+
+
+class Oversized(int):
+    """In place of a text that is too long for a caption: its length in bytes."""
+
+
+def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text: Sequence[str]) -> Iterator[Any]:
+    """The rows of some row groups, as small pyarrow record batches.
+
+    Args:
+        url: of the file.
+        groups: numbers of row groups; None for all.
+        columns: the columns to read.
+        text: those of them that hold text.
+
+    Raises:
+        Damaged: the file cannot be read further, or unpacks to more than its size justifies.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        with open_file(url) as file:
+            # Without the first two options Arrow reads all of a column's bytes in the row group at once.
+            options = {"pre_buffer": False, "buffer_size": _BUFFER, "page_checksum_verification": True}
+            with pq.ParquetFile(file, **options) as opened:
+                chosen = range(opened.metadata.num_row_groups) if groups is None else groups
+                largest = _check_pages(file, opened.metadata, chosen, set(columns), set(text), is_local(url))
+                # Rows may all point to one entry of a dictionary, and each gets a copy of it.
+                rows = max(1, min(_ROWS, MAX_BATCH_BYTES // max(1, largest)))
+                for batch in opened.iter_batches(rows, row_groups=chosen, columns=list(columns), use_threads=False):
+                    batch.validate(full=False)
+                    yield batch
+    except (AtollError, Damaged):
+        raise
+    except Exception as error:  # Arrow raises several kinds over damaged bytes
+        raise Damaged(message_of(error)) from error
+
+
+def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    """The rows of a table of text: text and whole numbers in the wanted columns, None in all others.
+
+    A list stands for a list, empty whatever it holds.
+
+    Raises:
+        Damaged: as `batches`.
+    """
+    import pyarrow.parquet as pq
+    import pyarrow.types as kinds
+
+    try:
+        with open_file(url) as file, pq.ParquetFile(file) as opened:
+            schema = opened.schema_arrow
+    except AtollError:
+        raise
+    except Exception as error:  # as above
+        raise Damaged(message_of(error)) from error
+    names = [name for name in schema.names if wanted(name) and schema.names.count(name) == 1]
+    text = [name for name in names if is_text(schema.field(name).type)]
+    numbers = [name for name in names if kinds.is_integer(schema.field(name).type)]
+    lists: dict[str, Any] = {name: [] for name in names if kinds.is_nested(schema.field(name).type)}
+    for batch in batches(url, None, [*text, *numbers], text):
+        columns = {name: values(batch.column(name)) for name in text}
+        columns |= {name: batch.column(name).to_pylist() for name in numbers}
+        for row in range(len(batch)):
+            yield {**dict.fromkeys(schema.names), **lists, **{name: column[row] for name, column in columns.items()}}
+
+
+def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
+    """The cells of a pyarrow column, text as bytes; `Oversized` for text of more than `most` bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        column = column.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
+    if not holds_bytes(column.type):
+        return column.to_pylist()
+    sizes = pc.binary_length(column).to_pylist()
+    if all(size is None or size <= most for size in sizes):
+        return column.to_pylist()
+    return [Oversized(size) if size is not None and size > most else column[i].as_py() for i, size in enumerate(sizes)]
+
+
+def holds_bytes(kind: Any) -> bool:
+    """Whether a pyarrow type holds bytes, or is a struct with bytes (Hugging Face's Image feature)."""
+    import pyarrow.types as kinds
+
+    if kinds.is_struct(kind):
+        return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+    plain = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_fixed_size_binary)
+    return any(is_one(kind) for is_one in plain)
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a pyarrow type holds text, or bytes that may be text, also in a dictionary."""
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(kind):
+        kind = kind.value_type
+    plain = (kinds.is_string, kinds.is_large_string, kinds.is_string_view, kinds.is_binary, kinds.is_large_binary)
+    return any(is_one(kind) for is_one in plain)
+
+
+def _check_pages(file: Any, footer: Any, groups: Sequence[int], columns: set[str], text: set[str], local: bool) -> int:
+    """Check what the pages of some columns unpack to; the bytes of the largest dictionary page.
+
+    Remote files are checked by their footers where a column holds images: a look at each page would read them twice.
+
+    Raises:
+        Damaged: a page of text beyond `MAX_TEXT_PAGE_BYTES`, or another one beyond `may_expand_to` its size.
+    """
+    largest = 0
+    for group in groups:
+        for chunk in map(footer.row_group(group).column, range(footer.row_group(group).num_columns)):
+            name = chunk.path_in_schema.split(".")[0]
+            if name not in columns:
+                continue
+            if not local and name not in text:
+                if chunk.total_uncompressed_size > may_expand_to(chunk.total_compressed_size):
+                    raise Damaged(_bomb(name, chunk.total_uncompressed_size, chunk.total_compressed_size))
+                continue
+            starts = [chunk.data_page_offset]
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                starts.append(chunk.dictionary_page_offset)
+            for kind, unpacked, packed in _pages(file, min(starts), chunk.total_compressed_size):
+                if unpacked > (MAX_TEXT_PAGE_BYTES if name in text else may_expand_to(packed)):
+                    raise Damaged(_bomb(name, unpacked, packed))
+                if kind == _DICTIONARY_PAGE:
+                    largest = max(largest, unpacked)
+    return largest
+
+
+def _bomb(name: str, unpacked: int, packed: int) -> str:
+    return f"column {clean(name)!r} unpacks {packed:,} bytes to {unpacked:,}, which is more than is read at once"
+
+
+def _pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Kind, bytes unpacked and bytes packed of the pages of a column chunk."""
+    at, end = start, start + size
+    while at < end:
+        for length in (1 << 9, 1 << 12, 1 << 18):  # statistics may make a header long
+            file.seek(at)
+            head = file.read(min(length, end - at))
+            try:
+                fields, used = _header(head, 0)
+                break
+            except IndexError:
+                if len(head) < length:
+                    raise Damaged(f"no page header at byte {at:,}") from None
+        else:
+            raise Damaged(f"no page header at byte {at:,}")
+        kind, unpacked, packed = (fields.get(number, -1) for number in (1, 2, 3))
+        if min(kind, unpacked, packed) < 0:
+            raise Damaged(f"a page header without sizes at byte {at:,}")
+        yield kind, unpacked, packed
+        at += used + packed
+
+
+def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
+    """The whole-number fields of a struct in Thrift's compact protocol, and where it ends. IndexError if cut short."""
+    fields: dict[int, int] = {}
+    number = 0
+    if depth > 8:
+        raise Damaged("a page header that is nested too deeply")
+    while (head := data[at]) != 0:
+        at, kind = at + 1, head & 15
+        if head >> 4:
+            number += head >> 4
+        else:
+            number, at = _zigzag(data, at)
+        if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
+            fields[number], at = _zigzag(data, at)
+        elif kind not in (_TRUE, _FALSE):  # a truth value is its own type
+            at = _skip(data, at, kind, depth)
+    return fields, at + 1
+
+
+def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
+    """Where a value of a type ends."""
+    if kind in (_TRUE, _FALSE, _BYTE):  # in a list, truth values take a byte
+        at += 1
+    elif kind in (4, 5, 6):
+        at = _varint(data, at)[1]
+    elif kind == _DOUBLE:
+        at += 8
+    elif kind == _BINARY:
+        length, at = _varint(data, at)
+        at += length
+    elif kind in (_LIST, _SET):
+        size, element, at = data[at] >> 4, data[at] & 15, at + 1
+        if size == 15:
+            size, at = _varint(data, at)
+        for _ in range(size):
+            at = _skip(data, at, element, depth + 1)
+    elif kind == _STRUCT:
+        at = _header(data, at, depth + 1)[1]
+    else:
+        raise Damaged("a page header of an unknown form")
+    if at > len(data):
+        raise IndexError
+    return at
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise Damaged("a page header with a number of more than 64 bits")
+
+
+def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at

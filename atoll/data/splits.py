@@ -1,0 +1,116 @@
+"""Splits that the names of folders and files tell, by the rules of Hugging Face datasets.
+
+`datasets.load_dataset` reads, in this order: files called `NAME-00000-of-00001...`, folders whose name has a keyword
+(train, test, validation, ...), and files whose name has one; the first rule that fits any file decides for all.
+What it would load as another split than train is held out here.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from atoll.storage.shards import Split
+
+TRAIN = ("train", "training")
+HELD_OUT = ("validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
+
+_SEPARATOR = r"[-._ 0-9]"  # around a keyword, as in "birds-test_2"
+_KEYWORD = re.compile(rf"(?:^|(?<={_SEPARATOR}))({'|'.join((*TRAIN, *HELD_OUT))})(?={_SEPARATOR}|$)", re.IGNORECASE)
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*", re.DOTALL)
+
+
+class NamedSplits(NamedTuple):
+    """The splits that names tell.
+
+    Attributes:
+        splits: the names of files that some rule covers -> their split.
+        notes: what to tell a person; empty if no name holds anything out.
+    """
+
+    splits: dict[str, Split]
+    notes: tuple[str, ...] = ()
+
+
+def keyword_in(name: str) -> str | None:
+    """The keyword of a split in one name, in lower case; the first that is held out if there are several."""
+    words = [word.lower() for word in _KEYWORD.findall(name)]
+    return next((word for word in words if word in HELD_OUT), words[0] if words else None)
+
+
+def is_keyword(value: object) -> bool:
+    """Whether a cell names a split."""
+    return isinstance(value, str) and value.strip().lower() in (*TRAIN, *HELD_OUT)
+
+
+def named_splits(names: Sequence[str], what: str, all_files: bool = False) -> NamedSplits:
+    """The splits that the names of folders and files tell.
+
+    Args:
+        names: paths relative to the data's root, with slashes.
+        what: what the files are, for notes: "images", "tars".
+        all_files: names of files count only where each of them has a keyword. So it is for images, whose names are
+            free text: one photograph called test.jpg makes no split.
+
+    Returns:
+        Nothing where no name holds anything out, or where nothing would be left to train on.
+    """
+    labels: dict[str, tuple[Split, str]] = {}  # the split of a file, and the name that tells it
+    for rule in (_by_shard, _by_folder, _by_file):
+        labels = rule(names)
+        if rule is _by_file and all_files and len(labels) < len(names):
+            labels = {}
+        if labels:
+            break
+    counts = Counter(label for split, label in labels.values() if split == "val")
+    if not counts:
+        return NamedSplits({})
+    said = ", ".join(f"{count:,} in {label}" for label, count in counts.most_common(5))
+    if sum(counts.values()) == len(names):
+        return NamedSplits({}, (f"all {what} lie in what is called {said}: they train, as nothing else is there",))
+    note = f"held out by name: {said} ({what}); data.splits: hash ignores such names"
+    return NamedSplits({name: split for name, (split, _) in labels.items()}, (note,))
+
+
+def _by_shard(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
+    """test-00000-of-00001.parquet: beside shards called train, every other name is held out."""
+    words = {name: match[1] for name in names if (match := _SHARD.fullmatch(name.rsplit("/", 1)[-1]))}
+    trains = {word for word in words.values() if keyword_in(word) in TRAIN}
+    if not trains:
+        return {}
+    return {name: ("train" if word in trains else "val", f"{word}-*") for name, word in words.items()}
+
+
+def _by_folder(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
+    """A whole name before a part of one, and a name that is held out before one that trains."""
+    known: dict[str, tuple[Split, str] | None] = {}
+    labels = {}
+    for name in names:
+        folder = name.rpartition("/")[0]
+        if folder not in known:
+            known[folder] = _of_folder(folder)
+        if (label := known[folder]) is not None:
+            labels[name] = label
+    return labels
+
+
+def _of_folder(folder: str) -> tuple[Split, str] | None:
+    parts = folder.split("/")
+    whole = [part for part in parts if part.lower() in (*TRAIN, *HELD_OUT)]
+    for candidates in (whole, parts):
+        words = {part: word for part in candidates if (word := keyword_in(part))}
+        for part, word in words.items():
+            if word in HELD_OUT:
+                return "val", f"{part}/"
+        for part in words:
+            return "train", f"{part}/"
+    return None
+
+
+def _by_file(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
+    labels: dict[str, tuple[Split, str]] = {}
+    for name in names:
+        file = name.rsplit("/", 1)[-1]
+        if word := keyword_in(file):
+            labels[name] = ("train", f"*{word}*") if word in TRAIN else ("val", f"*{word}*")
+    return labels

@@ -1,0 +1,121 @@
+"""The members of a tar, streamed with the standard library, in bounded memory and time.
+
+webdataset's own reader ends silently where a header is damaged or the file is cut, gives the sample that the cut went
+through, and stops at a key that comes twice.
+"""
+
+import posixpath
+import re
+import tarfile
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import NamedTuple
+
+from atoll.data.limits import MAX_HEADER_BYTES, MAX_IMAGE_BYTES, may_expand_to
+from atoll.data.names import clean, message_of
+from atoll.data.opening import open_file
+from atoll.data.types import Damaged
+from atoll.errors import AtollError
+
+# WebDataset's rule: the key ends at the first dot of the file name. Real data sets of dotted names need the last one.
+RULES = {
+    "first-dot": re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL),
+    "last-dot": re.compile(r"((?:.*/|)[^/]+)[.]([^./]*)", re.DOTALL),
+}
+_LONG_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+
+
+class Member(NamedTuple):
+    """A member of a tar.
+
+    Attributes:
+        key: of its sample.
+        extension: in lower case; "" if there is none.
+        content: reads it; None if it is not wanted. It must be called before the next member is taken.
+        reason: why it has no content: a link, or too large; "" for a plain file.
+    """
+
+    key: str
+    extension: str
+    content: Callable[[], bytes] | None
+    reason: str = ""
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose damage is an error; `tarfile` takes a damaged one for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+            raise
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            raise Damaged("it ends without a tar's end mark" if tar.offset else "it is empty") from None
+        except tarfile.HeaderError as error:
+            raise Damaged(f"no tar header at byte {tar.offset:,} ({message_of(error)})") from None
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        # An extended header is read into memory as a whole.
+        if self.type in (*_LONG_HEADERS, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER_BYTES:
+            raise Damaged(f"an extended header of {self.size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str]) -> Iterator[Member]:
+    """The members of a tar in their order.
+
+    Args:
+        url: of the tar.
+        size: its bytes.
+        wanted: extensions, in lower case, of members whose content may be read.
+        rule: one of `RULES`.
+
+    Raises:
+        Damaged: it cannot be read further, goes on after its end mark, or unpacks to more than its size justifies.
+    """
+    most = may_expand_to(size)
+    try:
+        with open_file(url) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # else all headers of the tar stay in memory
+                if member.offset_data + member.size > most and not member.issparse():
+                    raise Damaged(f"{size:,} bytes unpack to {member.offset_data + member.size:,} or more")
+                base = posixpath.basename(member.name)
+                # As webdataset: __name__ holds facts about the tar, and a dot begins the names of hidden files.
+                if member.isdir() or base.startswith(".") or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                match = rule.fullmatch(member.name.removeprefix("./"))
+                key, extension = match.groups() if match else (member.name.removeprefix("./"), "")
+                yield _member(tar, member, key, extension.lower(), wanted)
+            while rest := tar.fileobj.read(1 << 16):
+                if rest.strip(b"\0"):
+                    raise Damaged("it goes on after its end mark")
+                if tar.fileobj.tell() > most:
+                    raise Damaged(f"{size:,} bytes unpack to {most:,} or more")
+    except (Damaged, AtollError):
+        raise
+    except Exception as error:  # tarfile and its decompressors raise almost anything over damaged bytes
+        raise Damaged(message_of(error)) from error
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str, extension: str, wanted: Collection[str]) -> Member:
+    if not member.isfile():
+        kind = "a link" if member.issym() or member.islnk() else "a pipe or a device"
+        return Member(key, extension, None, f"{kind} inside the tar, which is not followed")
+    if member.size > MAX_IMAGE_BYTES and not member.issparse():
+        return Member(key, extension, None, f"{member.size:,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
+    return Member(key, extension, partial(_content, tar, member) if extension in wanted else None)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.issparse():
+        raise Damaged(f"{clean(member.name)} is a sparse file, which no image is")
+    try:
+        file = tar.extractfile(member)
+        content = file.read() if file is not None else b""
+    except Exception as error:  # as above
+        raise Damaged(message_of(error)) from error
+    if len(content) != member.size:
+        raise Damaged("unexpected end of data")
+    return content
