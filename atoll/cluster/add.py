@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from atoll.cluster.assign import load_assignment
-from atoll.cluster.balance import LARGEST
+from atoll.cluster.balance import most_images
 from atoll.cluster.dedupe import already_there
 from atoll.cluster.fit import ClusterProgress
 from atoll.cluster.nearest import Workers
@@ -55,7 +55,9 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
                 output.add(assigned, (~there[start:end]).nonzero().flatten())
                 tell(end, len(shards), "adding")
         finish(directory, card, assignment, output, workers, tell)
-    if card["method"] == "balanced" and LARGEST < card["largest_over_mean"] <= FAIR:  # above, it was said already
+    total = sum(count["train"] for count in card["counts"])
+    most = most_images(total, card["k"]) * card["k"] / total
+    if card["method"] == "balanced" and most < card["largest_over_mean"] <= FAIR:  # above, it was said already
         warnings.warn(
             f"{out}: no longer balanced: its largest cluster holds {card['largest_over_mean']:.2f} times the mean; "
             "`atoll cluster --force` makes new clusters (for which all experts are to be trained anew)",

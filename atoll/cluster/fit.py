@@ -67,6 +67,7 @@ def two_stages(
     sample = _read_sample(shards, found.hashes[: ROWS_PER_CENTROID * fine], seed)
     centroids, _ = kmeans(sample, fine, seed, workers, rounds=_FINE_ROUNDS)
     del sample
+    distinct = len(centroids) < fine  # the fine stage drops what it cannot put on a feature of its own
     counts, first = _count(shards, centroids, workers, progress, found.rows)
     while not counts.all():  # a centroid without a training image has no weight, so it may not attract others
         centroids = centroids[counts > 0]
@@ -83,7 +84,7 @@ def two_stages(
     coarse, _ = min(starts, key=lambda result: result[1])
     coarse_of, _ = nearest(centroids, coarse)
     if method == "balanced":
-        coarse_of = balanced(centroids, weights, coarse_of, k)
+        coarse_of = balanced(centroids, weights, coarse_of, k, distinct)
     firsts = torch.full((k,), found.rows).scatter_reduce(0, coarse_of, first, "amin")
     coarse_of = firsts.argsort(stable=True).argsort()[coarse_of]
     coarse = weighted_means(centroids, weights, coarse_of, k).float()

@@ -59,7 +59,7 @@ def to_html(card: dict[str, Any], kept: ReportRows, workers: Workers, progress: 
 def _lead(card: dict[str, Any]) -> str:
     images = sum(sum(count.values()) for count in card["counts"])
     how = {
-        "balanced": f"by {card['fine']} fine centroids, none above 1.25 times the mean when they were made",
+        "balanced": f"by {card['fine']} fine centroids, none above 1.25 times the mean, or an even share, when made",
         "free": f"by {card['fine']} fine centroids, as large as they come",
         "random": "at random, by a hash of the key: they mean nothing, and are equal in expectation only",
     }[card["method"]]

@@ -56,7 +56,8 @@ def cluster(
     the first training image of each. A zero vector (a blank image's) is left as it is: all of them go to one cluster.
 
     Args:
-        method: "balanced": no cluster above 1.25 times the mean, and none far below 0.75 times. "free": plain k-means.
+        method: "balanced": no cluster above 1.25 times the mean (or an even share, rounded up), and none far below 0.75
+            times. "free": plain k-means.
             "random": parts that mean nothing, equal in expectation, by a hash of (seed, key); the baseline.
         fine: fine centroids; None for 1024, or half the training images if they are few, but at least 16 k.
         force: replace an earlier clustering.

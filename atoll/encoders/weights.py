@@ -17,10 +17,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from atoll.encoders.weight_files import WeightFiles, weight_files
 from atoll.errors import AtollError
 from atoll.runtime.libraries import import_library, quiet
 from atoll.storage.artifact import read_json, sha256_file
+from atoll.storage.content import advice, content_of, is_cut_off, is_out_of_memory
 
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # how the libraries call their weights
 VARIABLE = "ATOLL_WEIGHTS"  # the directory in which weights are looked for where their path does not exist
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no pickles, no copies for other frameworks
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
@@ -54,6 +57,8 @@ def parse_config(kind: str, known: Mapping[str, type[Model]], config: Mapping[st
         AtollError: an unknown name, key or value; `kind` ("codec") says of what.
     """
     name = config.get("name")
+    if name == "unknown":  # of a converted expert
+        raise AtollError(f"the {kind} is not known: convert the expert again with --{kind.split()[0]}")
     if not isinstance(name, str) or name not in known:
         raise AtollError(f"unknown {kind} {name!r}; known: {', '.join(map(repr, known))}")
     try:
@@ -160,7 +165,9 @@ def sha256_weights(path: Path, files: Sequence[str] | None = None) -> str:
             files = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
         return sha256_files({name: path / name for name in files})
     except OSError as error:
-        raise AtollError(f"{error.filename or path}: cannot be read ({error.strerror}); get it again") from None
+        raise AtollError(
+            f"{error.filename or path}: cannot be read ({error.strerror}); check that it is there, and its permissions"
+        ) from None
 
 
 def sha256_files(files: Mapping[str, Path]) -> str:
@@ -179,27 +186,30 @@ def require_sha256(name: str, path: Path, found: str, expected: str | None) -> N
 
 
 def pretrained_files(directory: Path, stem: str) -> dict[str, Path]:
-    """What transformers ("model") or diffusers ("diffusion_pytorch_model") reads of a directory: name -> file.
+    """The files that transformers ("model") or diffusers ("diffusion_pytorch_model") reads of a directory, by name.
+
+    With a whole file and an index side by side, transformers reads the whole file and diffusers the index.
 
     Raises:
         AtollError: no config.json, or no safetensors; pickles are not read, as they can execute.
     """
-    whole, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        names = [whole.name]
-    elif index.is_file():
-        names = [index.name, *sorted({str(name) for name in _read_object(index).get("weight_map", {}).values()})]
-    else:
-        found = sorted(file.name for file in directory.glob("*") if file.suffix in (".bin", ".pt", ".ckpt", ".h5"))
-        instead = f", only {found[0]}, which is never read; convert it to safetensors" if found else ""
+    weights = _weights_in(directory, stem)
+    names = [file.name for file in ((weights.index,) if weights.index else ()) + weights.files]
+    if not (directory / "config.json").is_file():
+        raise AtollError(f"{directory / 'config.json'}: not found; get a whole copy of {directory}")
+    return {name: directory / name for name in ("config.json", *names)}
+
+
+def _weights_in(directory: Path, stem: str) -> WeightFiles:
+    """The weight files in a directory, as its library would choose them. Raises AtollError if there are none."""
+    weights = weight_files(directory, stem, "whole" if stem == STEMS["transformers"] else "index")
+    if weights is None:
+        pickles = sorted(file.name for file in directory.glob("*") if file.suffix in (".bin", ".pt", ".ckpt", ".h5"))
+        instead = f", only {pickles[0]}, which is never read; convert it to safetensors" if pickles else ""
         raise AtollError(
-            f"{directory}: no {whole.name}{instead or '; name a directory (or its subfolder) that holds it'}"
+            f"{directory}: no {stem}.safetensors{instead or '; name a directory (or its subfolder) that holds it'}"
         )
-    files = {name: directory / name for name in ("config.json", *names)}
-    for file in files.values():
-        if not file.is_file() or file.parent != directory:
-            raise AtollError(f"{file}: not found; get a whole copy of {directory}")
-    return files
+    return weights
 
 
 def load_pretrained(
@@ -221,11 +231,14 @@ def load_pretrained(
     dtype_key = "dtype" if library == "transformers" else "torch_dtype"
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, dtype_key: dtype}
     with quiet(library) as module:
+        weights = _weights_in(directory, STEMS[library])
+        if weights.variant is not None:
+            options["variant"] = weights.variant  # half-precision values, computed with in `dtype`
         try:
             cls = getattr(module, classes[kind])
             network, info = cls.from_pretrained(str(directory), output_loading_info=True, **options)
         except Exception as error:  # safetensors, JSON, shapes, unknown keys: the libraries raise whatever they meet
-            raise AtollError(f"{directory}: cannot be loaded ({_line(error)}); get a fresh copy") from None
+            raise AtollError(_not_loaded(directory, weights, library, error)) from None
     # The libraries fill what is missing with random numbers, and say so in a log at most.
     if absent := sorted(map(str, info["missing_keys"])):
         raise AtollError(
@@ -233,6 +246,19 @@ def load_pretrained(
             f"name the weights of a {classes[kind]}"
         )
     return freeze(network)
+
+
+def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exception) -> str:
+    """Why a library could not load a network, and what helps."""
+    for file in weights.files:
+        if content_of(file) != "safetensors" or is_cut_off(file):
+            return f"{file}: {advice(file, error)}"
+    reason = f"{directory}: cannot be loaded by {library} ({_line(error)})"
+    if isinstance(error, ImportError):
+        return f"{reason}; install what it names"
+    if is_out_of_memory(error):
+        return f"{reason}; free some memory, or use a machine with more"
+    return f"{reason}; get config.json and weights from one place, and a {library} that knows this network"
 
 
 def freeze(network: NetworkT) -> NetworkT:
@@ -247,7 +273,9 @@ def freeze(network: NetworkT) -> NetworkT:
 def _read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise AtollError(f"{path}: holds {type(content).__name__}, expected a JSON object; get a fresh copy of it")
+        raise AtollError(
+            f"{path}: holds {type(content).__name__}, expected a JSON object; get it from where its weights come from"
+        )
     return content
 
 

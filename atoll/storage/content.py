@@ -53,12 +53,18 @@ def advice(file: Path, error: object) -> str:
         return "is a web page, not the file itself; open it to see why, and download the file from its direct link"
     if content == "archive":
         return "is an archive; unpack it and name the file in it"
-    if isinstance(error, MemoryError) or "not enough memory" in str(error).lower():
+    if is_out_of_memory(error):
         return f"does not fit into memory ({os.path.getsize(file):,} bytes); use a machine with more, or free some"
-    if content == "safetensors" and (missing := _cut(file)):
+    if content == "safetensors" and (missing := is_cut_off(file)):
         return f"is cut off: {missing}; get the whole file, by a download that can resume"
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     return f"cannot be read ({reason}); get a fresh copy and compare its size with the original's"
+
+
+def is_out_of_memory(error: object) -> bool:
+    """Whether an error says that memory ran out, Python's, torch's or the system's."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "not enough memory" in words or "cannot allocate memory" in words
 
 
 def _content_of_zip(file: Path) -> FileContent:
@@ -78,8 +84,8 @@ def _head(file: Path) -> bytes:
         return stream.read(256)
 
 
-def _cut(file: Path) -> str:
-    """How much of a safetensors file is missing, in words; "" if it is whole or its header cannot be read."""
+def is_cut_off(file: Path) -> str:
+    """How much of a safetensors file is there, in words; "" if all of it, or if its header cannot be read."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:

@@ -156,7 +156,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo takes no mor
 
 
 def read_torch(file: Path) -> Any:
-    """The content of a PyTorch file, tensors on the CPU (memory-mapped where the file allows it).
+    """The content of a PyTorch file or a bare pickle, tensors on the CPU (memory-mapped where the file allows it).
 
     Raises:
         AtollError: no PyTorch file, a damaged one, or one whose pickle could run code. Nothing of it was run.
@@ -164,6 +164,11 @@ def read_torch(file: Path) -> Any:
     try:
         content = content_of(file)
         _check_sizes(file, content)
+        if content == "pickle":
+            with file.open("rb") as stream:
+                first = _unpickle(stream)
+            if not (isinstance(first, int) and first == torch.serialization.MAGIC_NUMBER):
+                return first  # a bare pickle, not torch.save's of before version 1.6
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on old formats and on other pickle protocols
             try:

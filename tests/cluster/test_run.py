@@ -64,6 +64,22 @@ def test_free_finds_the_blobs(tmp_path, encoded) -> None:
     assert list(dict.fromkeys(found.values())) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("count", [5, 6, 9])
+def test_few_images_are_balanced_as_well_as_they_can_be(tmp_path, count) -> None:
+    rows = next(n for n in range(20) if n - n // 5 == count)  # a fifth is held out
+    cluster(write(tmp_path / "encoded", (rows,)), tmp_path / "out", 4)
+    sizes = [count["train"] for count in read_json(tmp_path / "out" / CLUSTERS)["counts"]]
+    assert sum(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_equal_images_that_prevent_balance_are_named_with_advice_that_helps(tmp_path) -> None:
+    encoded = write(tmp_path / "encoded", (30, 5, 5), spread=0.0)
+    with pytest.raises(AtollError, match=r"of the 32 training images have one and the same feature: .*method: free"):
+        cluster(encoded, tmp_path / "out", 3)
+    assert cluster(encoded, tmp_path / "out", 3, "free")
+
+
 def test_what_is_written(tmp_path, encoded) -> None:
     out = tmp_path / "out"
     cluster(encoded, out, 3, "free", fine=7, seed=5)

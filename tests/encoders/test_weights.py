@@ -155,6 +155,13 @@ def test_files_of_a_network(tmp_path) -> None:
     ]
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert sorted(pretrained_files(tmp_path, "model")) == ["config.json", "model.safetensors"]
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name.replace("model", "diffusion_pytorch_model")).write_bytes((tmp_path / name).read_bytes())
+    assert sorted(pretrained_files(tmp_path, "diffusion_pytorch_model")) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors.index.json",
+        "model-00001-of-00001.safetensors",
+    ]
     (tmp_path / "config.json").unlink()
     with pytest.raises(AtollError, match=r"config.json: not found"):
         pretrained_files(tmp_path, "model")
@@ -167,7 +174,7 @@ def test_an_index_names_only_files_beside_it(name, tmp_path) -> None:
     (directory / "config.json").write_text("{}")
     (tmp_path / "outside.safetensors").write_bytes(b"")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(AtollError, match="not found; get a whole copy"):
+    with pytest.raises(AtollError, match=r"not found, though model\.safetensors\.index\.json names it; get all shards"):
         pretrained_files(directory, "model")
 
 

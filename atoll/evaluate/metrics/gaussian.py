@@ -1,14 +1,17 @@
-"""Mean and covariance of reference images' features, read from a file: published ones, or those of images that are
-not at hand, as those of a collective's private data.
+"""Mean and covariance of reference images' features, read from a file: published ones, or those of private images.
 
-STATISTICS.safetensors   mean [D], covariance [D, D], float64; in its metadata network, size and number of the images
-STATISTICS.npz           mu [D], sigma [D, D], as pytorch-fid, clean-fid and ADM write them; it names no network
+    STATISTICS.safetensors   mean [D], covariance [D, D], float64; its metadata name network, image size and count
+    STATISTICS.npz           mu [D], sigma [D, D], as pytorch-fid, clean-fid and ADM write them
+    STATISTICS.pt            the same two in a dictionary, as torch-fidelity and training scripts save them
+
+A file is read by its content, whatever its suffix. The last two name no network.
 """
 
 import json
 import math
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +27,23 @@ from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import Moments
 from atoll.storage.artifact import sha256_file, write_bytes
+from atoll.storage.content import advice, content_of
+from atoll.storage.torch_file import Opaque, read_torch
 
 FORMAT = "atoll-statistics-1"
+_SAVE = "np.savez(FILE, mu=mean, sigma=covariance)"
+_MOMENTS = (("mu", "sigma"), ("mean", "covariance"), ("mean", "cov"))  # the names that others give them
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What a Fréchet distance is taken to.
+    """The reference of a Fréchet distance.
 
     Attributes:
-        name: of the file, and the first letters of its hash.
-        sha256: of the file.
+        name: the file's name and the first letters of its hash.
+        sha256: the file's hash.
         mean, covariance: [D] and [D, D], float64.
-        count: of the images; infinity where the file does not tell.
+        count: the number of images; infinity if the file does not say.
     """
 
     name: str
@@ -50,7 +57,7 @@ class Gaussian:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.covariance).all())
 
     def projected(self, mean: Tensor, basis: Tensor) -> "Gaussian":
-        """That of (f - mean) @ basis."""
+        """The Gaussian of (f - mean) @ basis, with mean [D] and basis [D, d]."""
         mean, basis = mean.double(), basis.double()
         return Gaussian(
             self.name, self.sha256, (self.mean - mean) @ basis, basis.T @ self.covariance @ basis, self.count
@@ -58,12 +65,12 @@ class Gaussian:
 
 
 def save_gaussian(file: Path, moments: Moments, feature: Feature, image_shape: Sequence[int], about: str = "") -> None:
-    """Writes `file`, as a whole or not at all.
+    """Write `file` atomically.
 
     Args:
-        moments: of the feature's vectors.
+        moments: the moments of the feature's vectors.
         image_shape: [C, H, W] of the images.
-        about: what they are, in words.
+        about: a description of the images.
     """
     metadata = {
         "format": FORMAT,
@@ -76,21 +83,20 @@ def save_gaussian(file: Path, moments: Moments, feature: Feature, image_shape: S
 
 
 def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> Gaussian:
-    """Reads what `save_gaussian` wrote, or an .npz with mu and sigma.
+    """Read statistics that `save_gaussian` wrote, or mu and sigma in an .npz or a PyTorch file.
 
     Args:
-        feature, image_shape: of what it will be compared with.
+        feature, image_shape: what it will be compared with.
 
     Raises:
-        AtollError: a file that is missing, damaged, or of another feature network or size of images. An .npz names
-            neither: only its dimensions can be checked.
+        AtollError: a file that is missing, damaged, of another kind, or of another feature network or size of images.
+            Only the first kind names those; of the others the dimensions are checked.
     """
     if not file.is_file():
         raise AtollError(
             f"{file}: not found; expected reference statistics (.safetensors of `atoll statistics`, or .npz)"
         )
-    read = _read_npz if file.suffix == ".npz" else _read_safetensors
-    mean, covariance, metadata = read(file)
+    mean, covariance, metadata = _read(file)
     try:
         count = float(metadata.get("count", "inf"))
         if metadata:
@@ -107,8 +113,27 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
     found = Gaussian(f"{file.stem} [{sha256[:8]}]", sha256, mean.double(), covariance.double(), count)
     scale = float(found.covariance.abs().max())
     if not found.finite or float((found.covariance - found.covariance.T).abs().max()) > 1e-6 * scale:
-        raise AtollError(f"{file}: its covariance is not finite and symmetric; make the statistics again")
+        raise AtollError(
+            f"{file}: its covariance is not finite and symmetric; compute it again in float64, from two images or more"
+        )
     return found
+
+
+def _read(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
+    """(mean, covariance, metadata) of a file, by its content. Raises AtollError for other content."""
+    try:
+        content = content_of(file)
+    except OSError as error:
+        raise AtollError(f"{file}: {advice(file, error)}") from None
+    if content == "safetensors":
+        return _read_safetensors(file)
+    if content == "npz":
+        return _read_npz(file)
+    if content in ("torch", "pickle"):
+        return _read_torch(file)
+    if content == "npy":
+        raise AtollError(f"{file}: an .npy file holds one array; expected both mu and sigma in one file: {_SAVE}")
+    raise AtollError(f"{file}: {advice(file, 'neither safetensors, .npz nor a PyTorch file')}")
 
 
 def _read_safetensors(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
@@ -117,25 +142,50 @@ def _read_safetensors(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
             metadata = content.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise AtollError(
-                    f"{file}: format {metadata.get('format')!r}, expected {FORMAT!r}; make it by `atoll statistics`"
+                    f"{file}: format {metadata.get('format')!r}, expected {FORMAT!r}; make it by `atoll statistics`, "
+                    f"or by {_SAVE}"
                 )
             return content.get_tensor("mean"), content.get_tensor("covariance"), metadata
     except (SafetensorError, OSError) as error:
-        raise AtollError(f"{file}: cannot be read ({error}); get a fresh copy") from None
+        raise AtollError(f"{file}: {advice(file, error)}") from None
 
 
 def _read_npz(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
     try:
         with np.load(file, allow_pickle=False) as content:
-            missing = [key for key in ("mu", "sigma") if key not in content]
-            if missing:
-                raise AtollError(
-                    f"{file}: holds {', '.join(content)}; expected mu and sigma, as pytorch-fid writes them"
-                )
-            mean, covariance = (torch.from_numpy(np.asarray(content[key], dtype=np.float64)) for key in ("mu", "sigma"))
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise AtollError(f"{file}: cannot be read ({error}); get a fresh copy") from None
+            mean, covariance = (_moment(file, name, content[name]) for name in _names(file, content))
+            return mean, covariance, {}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise AtollError(f"{file}: {advice(file, error)}") from None
+
+
+def _read_torch(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
+    """Tensors or arrays in a dictionary that torch.save or pickle wrote. Nothing in it is executed."""
+    content = read_torch(file)
+    content = content.fields if isinstance(content, Opaque) else content
+    if not isinstance(content, Mapping):
+        raise AtollError(f"{file}: holds {type(content).__name__}; expected a dictionary of mu and sigma: {_SAVE}")
+    mean, covariance = (_moment(file, name, content[name]) for name in _names(file, content))
     return mean, covariance, {}
+
+
+def _names(file: Path, content: Mapping[str, Any]) -> tuple[str, str]:
+    """The names under which a file has mean and covariance. Raises AtollError if it has not both."""
+    for pair in _MOMENTS:
+        if all(name in content for name in pair):
+            return pair
+    names = ", ".join(map(str, list(content)[:6])) or "nothing"
+    raise AtollError(f"{file}: holds {names}; expected mu and sigma, as pytorch-fid writes them: {_SAVE}")
+
+
+def _moment(file: Path, name: str, value: Any) -> Tensor:
+    """One of the two as a tensor in float64. Raises AtollError unless it is an array of real numbers."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().double().numpy() if value.dtype.is_floating_point else value
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+        kind = value.dtype if isinstance(value, np.ndarray | Tensor) else type(value).__name__
+        raise AtollError(f"{file}: {name} is {kind}; expected an array of real numbers: {_SAVE}")
+    return torch.from_numpy(np.asarray(value, dtype=np.float64))
 
 
 def _check_made_of(file: Path, metadata: dict[str, str], feature: Feature, image_shape: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Reference statistics from a file: of others' images, never of another network or size without a word."""
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +35,13 @@ SHAPE = (1, SIDE, SIDE)
 CODEC = PixelCodec(1, shift=0.0, scale=1.0)
 OBJECTIVE = {"prediction": "flow", "schedule": "linear"}
 PIXELS = {"name": "pixels", "size": 2}  # 12 dimensions
+
+
+class Boom:
+    """Runs code when it is unpickled, unless that is refused."""
+
+    def __reduce__(self):
+        return eval, ("1 / 0",)
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -86,6 +96,22 @@ class TestFiles:
         torch.testing.assert_close(found.covariance, own.covariance, atol=1e-6, rtol=1e-6)
         assert found.count == float("inf")
 
+    @pytest.mark.parametrize("name", ["a.npz", "A.NPZ", "a.pt", "a.pkl", "noname"])
+    @pytest.mark.parametrize("names", [("mu", "sigma"), ("mean", "cov")])
+    def test_a_file_is_read_by_what_it_holds(self, tmp_path: Path, name: str, names: tuple[str, str]) -> None:
+        own = moments_of(images(200), Pixels(2))
+        arrays = dict(zip(names, (own.mean.numpy(), own.covariance.numpy()), strict=True))
+        contents = {
+            "a.pt": lambda file: torch.save(dict(zip(names, (own.mean, own.covariance), strict=True)), file),
+            "a.pkl": lambda file: pickle.dump({**arrays, "num_items": np.int64(200)}, file),
+            "noname": lambda file: torch.save(arrays, file),
+        }
+        with (tmp_path / name).open("wb") as file:
+            contents.get(name, lambda file: np.savez(file, **arrays))(file)
+        found = load_gaussian(tmp_path / name, Pixels(2), SHAPE)
+        assert torch.equal(found.mean, own.mean)
+        assert torch.equal(found.covariance, own.covariance)
+
     def test_projected_on_all_directions_the_distance_stays(self, file: Path) -> None:
         feature = Pixels(2)
         whole = load_gaussian(file, feature, SHAPE)
@@ -128,10 +154,18 @@ class TestRefused:
     def test_missing_and_damaged_files(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(AtollError, match="not found"):
             load_gaussian(tmp_path / name, Pixels(2), SHAPE)
-        for content in (b"", b"PK\x03\x04 and nothing", b"\x93NUMPY", b"text", b"\xff" * 100):
+        for content, words in (
+            (b"", "is empty"),
+            (b"PK\x03\x04 and nothing", "cannot be read"),
+            (b"\x93NUMPY", r"an \.npy file holds one array; expected both mu and sigma in one file: np\.savez"),
+            (b"text", "cannot be read"),
+            (b"\xff" * 100, "cannot be read"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ):
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(AtollError, match="cannot be read"):
+            with pytest.raises(AtollError, match=words) as raised:
                 load_gaussian(tmp_path / name, Pixels(2), SHAPE)
+            assert "\n" not in str(raised.value)
 
     def test_other_contents(self, tmp_path: Path) -> None:
         save_file({"mean": torch.zeros(12)}, tmp_path / "a.safetensors", {"format": "other"})
@@ -155,6 +189,33 @@ class TestRefused:
         np.savez(tmp_path / "a.npz", mu=np.array(["code"], dtype=object), sigma=np.eye(12))
         with pytest.raises(AtollError, match="cannot be read"):  # a pickle
             load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+        np.savez(tmp_path / "a.npz", mu=np.array(["1.0"]), sigma=np.eye(12))
+        with pytest.raises(AtollError, match="mu is <U3; expected an array of real numbers"):
+            load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ([1.0], "holds list; expected a dictionary of mu and sigma"),
+            ({"mu": torch.zeros(12)}, "holds mu; expected mu and sigma"),
+            ({"mu": 3, "sigma": torch.eye(12)}, "mu is int; expected an array of real numbers"),
+            ({"mu": torch.zeros(12, dtype=torch.complex64), "sigma": torch.eye(12)}, "mu is torch.complex64"),
+            ({"mu": torch.zeros(12), "sigma": Boom()}, "a pickle that holds more than tensors: it names builtins.eval"),
+        ],
+        ids=["list", "one", "number", "complex", "code"],
+    )
+    def test_other_contents_of_a_pytorch_file(self, tmp_path: Path, content, words: str) -> None:
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(AtollError, match=words) as raised:
+            load_gaussian(tmp_path / "a.pt", Pixels(2), SHAPE)
+        assert "\n" not in str(raised.value)
+
+    @given(data=st.binary(max_size=120), name=st.sampled_from(["a.npz", "a.pt", "a.safetensors"]))
+    def test_any_bytes_are_an_error_of_one_line(self, tmp_path: Path, data: bytes, name: str) -> None:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(AtollError) as raised:
+            load_gaussian(tmp_path / name, Pixels(2), SHAPE)
+        assert "\n" not in str(raised.value)
 
     @pytest.mark.parametrize("place", [(0, 0), (3, 5)])
     @pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
