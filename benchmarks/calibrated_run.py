@@ -22,7 +22,7 @@ from atoll.calibration import Calibration
 from atoll.encoders.text import build_encoder
 from atoll.ensemble import Ensemble, Expert
 from atoll.evaluate import EvaluateSettings, Variant, evaluate
-from atoll.evaluate.run import Opened, open_run
+from atoll.evaluate.run import OpenRun, open_run
 from atoll.manifest import load_manifest
 from atoll.storage.shards import Shards
 from atoll.train.calibrate_expert import shards_of
@@ -31,7 +31,7 @@ from atoll.train.denoiser import calibrate, split_holdout
 FEW = (8, 16, 32, 64)
 
 
-def ensembles_of(run: Path, opened: Opened) -> tuple[dict[str, Ensemble], dict[str, Any]]:
+def ensembles_of(run: Path, opened: OpenRun) -> tuple[dict[str, Ensemble], dict[str, Any]]:
     """Ensembles by name, and for each number of latents how far the slopes are from those of all that are held back."""
     base = opened.loaded.ensemble
     slopes: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def _mean(expert: Expert) -> torch.Tensor:
     return expert.calibration.mean
 
 
-def _recalibrated(run: Path, opened: Opened, expert: Expert, count: int) -> Expert:
+def _recalibrated(run: Path, opened: OpenRun, expert: Expert, count: int) -> Expert:
     """The expert calibrated on the first `count` of the latents that its training held back."""
     path = run / "experts" / expert.name
     card = json.loads((path / "card.json").read_text())

@@ -35,7 +35,7 @@ from atoll.convert.foreign import keep
 from atoll.data.encode import encode_run
 from atoll.ensemble import Ensemble, Expert
 from atoll.evaluate import EvaluateSettings, Variant, evaluate
-from atoll.evaluate.run import Opened, open_run
+from atoll.evaluate.run import OpenRun, open_run
 from atoll.launch.run import launch_run
 from atoll.manifest import MANIFEST, load_manifest
 from atoll.pipeline import Pipeline, grid
@@ -158,7 +158,7 @@ def measure(run: Path, seeds: int) -> dict[str, list[float]]:
 
 
 def _distances(
-    opened: Opened, ensembles: dict[str, Ensemble], settings: EvaluateSettings, seeds: int
+    opened: OpenRun, ensembles: dict[str, Ensemble], settings: EvaluateSettings, seeds: int
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in ("floor", *ensembles)}
     for seed in range(seeds):

@@ -1,6 +1,6 @@
-"""Measures an ensemble against real images and reports on it.
+"""Evaluation: compare an ensemble's images with real ones, and report.
 
-`evaluate_run` does it for a run's directory, `evaluate` for any variants and data.
+`evaluate_run` evaluates a run's directory, `evaluate` any variants on any data.
 """
 
 from atoll.evaluate.measure import EvaluateSettings, evaluate

@@ -1,4 +1,4 @@
-"""Measures variants of one model: distances to real images, held-out denoising error, agreement, diversity, cost."""
+"""Measure variants of one model: distances to real images, held-out denoising error, agreement, diversity, cost."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from atoll.errors import AtollError
-from atoll.evaluate.types import EvaluateProgress, MapFunction, Places, Reference, Results, Variant
+from atoll.evaluate.types import CachePaths, EvaluateProgress, MapFunction, Reference, Results, Variant
 from atoll.manifest import EvaluateSettings
 from atoll.runtime.device import has_bf16
 
@@ -20,67 +20,94 @@ def evaluate(
     variants: Sequence[Variant],
     reference: Reference,
     settings: EvaluateSettings | None = None,
+    *,
     progress: EvaluateProgress | None = None,
     device: str | torch.device = "cpu",
     store: Path | None = None,
 ) -> Results:
-    """Measures every variant with the same captions, the same noise per image and the same held-out latents.
+    """Measure every variant with the same captions, the same noise per image and the same held-out latents.
 
     Args:
-        store: a directory where all that is measured is kept, batch by batch: what is there is not measured again.
+        variants: ways to sample, with distinct names.
+        reference: the real images and held-out latents.
+        settings: the defaults if None.
+        progress: called after each batch.
+        device: of the variants' networks.
+        store: directory of cached results: each batch is measured once; None caches in a temporary directory.
+
+    Returns:
+        One score per variant, in order, and the scores of real images.
 
     Raises:
-        AtollError: too few real images, no held-out ones, or two variants of one name; weights of a feature network
-            that are not found, or of another; a file of the store that is damaged.
+        AtollError: too few real images, no held-out ones, or two variants with one name; the weights of a feature
+            network are missing or belong to another network; a cached file is damaged.
     """
     from atoll.evaluate.bench import Evaluator
 
-    settings = resolved(settings or EvaluateSettings(), device)
+    # Check the settings and the names.
+    settings = resolve_precision(settings or EvaluateSettings(), device)
     names = [variant.name for variant in variants]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise AtollError(f"two variants have one name, {twice}, among {', '.join(names)}; expected names that differ")
+        raise AtollError(f"two variants are named {twice}, among {', '.join(names)}; expected distinct names")
+    # A codec in bf16 decodes faster.
     count = worker_count(settings, device)
     if settings.precision == "bf16":
         reference.codec.to(dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory(prefix="atoll-") as passing, side_by_side(count) as run:
-        places = Places(store, Path(passing))
+    # Measure one variant after the other, each on several batches in parallel.
+    with tempfile.TemporaryDirectory(prefix="atoll-") as temporary, side_by_side(count) as run:
+        paths = CachePaths(store, Path(temporary))
+        # The unit of the progress: network calls.
         calls = sum(variant.calls for variant in variants)
-        bench = Evaluator(reference, settings, torch.device(device), places, calls, progress, run, count)
-        # What is measured is the variant as it is: an expert that breaks is not left out of it.
-        kept = (replace(variant, ensemble=variant.ensemble.with_options(drops=False)) for variant in variants)
-        scores = tuple(bench.score(variant) for variant in kept)
-        return bench.results(scores)
+        evaluator = Evaluator(
+            reference=reference,
+            settings=settings,
+            device=torch.device(device),
+            paths=paths,
+            calls=calls,
+            progress=progress,
+            run=run,
+            workers=count,
+        )
+        # Measure every expert, also one that outputs NaN: the report then says that images diverged.
+        strict = (replace(variant, ensemble=variant.ensemble.with_options(drops=False)) for variant in variants)
+        scores = tuple(evaluator.score(variant) for variant in strict)
+        return evaluator.results(scores)
 
 
-def resolved(settings: EvaluateSettings, device: str | torch.device) -> EvaluateSettings:
-    """With the codec's precision as it will be: bf16 decodes twice as fast, and moves a pixel by a third of 1/255."""
+def resolve_precision(settings: EvaluateSettings, device: str | torch.device) -> EvaluateSettings:
+    """Replace the codec's precision "auto": bf16 decodes twice as fast and changes a pixel by a third of 1/255."""
     if settings.precision != "auto":
         return settings
     return settings.model_copy(update={"precision": "bf16" if has_bf16(torch.device(device)) else "fp32"})
 
 
 def worker_count(settings: EvaluateSettings, device: str | torch.device) -> int:
-    """Batches side by side: `settings.workers`, or one per core; one on an accelerator."""
+    """Batches that run in parallel: `settings.workers`, or one per core; one on an accelerator."""
     if settings.workers is not None:
         return settings.workers
+    # An accelerator is busy with one batch.
     if torch.device(device).type != "cpu":
         return 1
+    # Cores that this process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def side_by_side(workers: int) -> Iterator[MapFunction]:
-    """A function like `map` whose calls run in `workers` threads without gradients, in order.
+    """A parallel `map`: calls run in `workers` threads without gradients; results arrive in order.
 
-    Small networks on a CPU gain more from batches side by side, one thread each, than from several threads in each
+    On a CPU, small networks gain more from batches in parallel, with one thread each, than from several threads per
     operation (1.6 times on two idle cores), and do not collapse on busy cores (20 times).
     """
+    # Divide the threads of torch among the workers.
     before = torch.get_num_threads()
     threads = max(1, before // workers)
     torch.set_num_threads(threads)
     try:
+        # Each worker sets its own number of threads.
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
             yield lambda function, items: pool.map(torch.inference_mode()(function), items)
     finally:
+        # Restore the setting, also after an error.
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The real images that drawn ones are compared with, in every feature space, and where that is kept."""
+"""The real images that drawn ones are compared with, in every feature space, and the cache of their features."""
 
 import os
 from functools import partial
@@ -21,35 +21,41 @@ FORMAT = 1
 
 
 class ReferenceData:
-    """Two disjoint sets of real images: the base, which all are compared with, and the probe, which gives the prompts
-    and what a perfect model scores.
+    """Two disjoint sets of real images.
+
+    All drawn images are compared with the base. The probe provides the prompts and the score of a perfect model.
 
     Attributes:
         probe, base: their rows.
         captions: of the probe.
-        spaces: the pixels' principal components, then those that the settings name.
-        published: for each space the reference statistics that its settings name, in that space; or None.
-        key: of all that these depend on: numbers of one key may be compared image by image.
+        spaces: the pixels' principal components, then the spaces of the settings.
+        published: for each space, its reference statistics if the settings name some, else None.
+        key: hash of everything that these depend on; numbers with one key are comparable image by image.
 
     Raises:
-        AtollError: too few real images; weights of a feature network that are not found, or of another; reference
-            statistics likewise.
+        AtollError: too few real images; weights or reference statistics of a feature network are missing or belong to
+            another network.
     """
 
     def __init__(self, reference: Reference, settings: EvaluateSettings, directory: Path):
+        # The images, and the feature networks with their published statistics.
         self.reference, self.settings = reference, settings
         self.probe, self.base = reference.split(settings)
         self.captions = reference.captions(self.probe)
-        self._features = [build_space_feature(space.feature) for space in settings.spaces]
+        self._networks = [build_space_feature(space.feature) for space in settings.spaces]
         self._published = self._load_statistics()
-        self._store = ResultCache(directory, self._about())
+        # The cache, with a number for every distinct prompt.
+        self._store = ResultCache(directory, self._describe())
         self.key = self._store.key
+        # `atoll compare` pairs images of equal prompts.
         numbers = {caption: number for number, caption in enumerate(dict.fromkeys(self.captions))}
         self._store.part("prompts", lambda: {"number": torch.tensor([numbers[caption] for caption in self.captions])})
+        # The fitted spaces.
         self.spaces = self._spaces()
-        self.published = self._seen_statistics()
+        self.published = self._project_statistics()
 
-    def _about(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
+        """Everything that the features and their comparison depend on: its hash is the key."""
         s = self.settings
         keys = ("seed", "images", "reference", "components", "batch", "held_out", "levels")
         return {
@@ -58,87 +64,99 @@ class ReferenceData:
             "codec": [identity(self.reference.codec.config()), s.precision],
             **{key: getattr(s, key) for key in keys},
             "spaces": [
-                [identity(feature.config()), space.components, *([] if given is None else [given.sha256])]
-                for feature, space, given in zip(self._features, s.spaces, self._published, strict=True)
+                [identity(network.config()), space.components, *([] if gaussian is None else [gaussian.sha256])]
+                for network, space, gaussian in zip(self._networks, s.spaces, self._published, strict=True)
             ],
         }
 
     def _spaces(self) -> list[Features]:
-        """The pixels' and the settings'; those that are not fitted yet, in one pass over the base."""
-        asked = list(enumerate(zip(self._features, self.settings.spaces, self._published, strict=True)))
+        """The pixels' space and the settings' ones; those not yet cached are fitted in one pass over the base."""
+        # The spaces that need a fit: the pixels', and projections without published statistics.
+        requested = list(enumerate(zip(self._networks, self.settings.spaces, self._published, strict=True)))
         fits: dict[str, PixelFit | SpaceFit] = {"pixels": PixelFit(self.settings.components)}
-        for number, (feature, space, given) in asked:
-            if space.components is not None and given is None:
+        for number, (feature, space, gaussian) in requested:
+            if space.components is not None and gaussian is None:
                 fits[f"space-{number}"] = SpaceFit(feature, space.components)
+        # Fit those that are not cached.
         missing = [fit for name, fit in fits.items() if not self._store.has(name)]
         for rows in self.base.split(self.settings.batch) if missing else ():
             images = self.reference.images(rows)
             for fit in missing:
                 fit.update(images)
-        found: list[Features] = [_load_pixels(self._store.part("pixels", partial(_done, fits["pixels"])))]
-        for number, (feature, space, given) in asked:
+        # Build every space from its fit, from published statistics, or from the network alone.
+        spaces: list[Features] = [_load_pixels(self._store.part("pixels", partial(_tensors_of, fits["pixels"])))]
+        for number, (feature, space, gaussian) in requested:
             name = f"space-{number}"
-            if given is not None:
-                found.append(FeatureSpace.of(feature, given, space.components))
+            # Published statistics define the space themselves.
+            if gaussian is not None:
+                spaces.append(FeatureSpace.of(feature, gaussian, space.components))
                 continue
+            # No projection: the features themselves.
             if name not in fits:
-                found.append(FeatureSpace(feature))
+                spaces.append(FeatureSpace(feature))
                 continue
-            part = self._store.part(name, partial(_done, fits[name]))
-            found.append(FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"])))
-        return found
+            part = self._store.part(name, partial(_tensors_of, fits[name]))
+            spaces.append(FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"])))
+        return spaces
 
     def _load_statistics(self) -> list[Gaussian | None]:
-        """For each space that the settings name."""
+        """Published statistics for each space of the settings, or None."""
         files = [space.statistics for space in self.settings.spaces]
         if not any(files):
             return [None] * len(files)
+        # Statistics are valid for one image size.
         shape = self.reference.images(self.base[:1]).shape[1:]  # [C,h,w]
         return [
-            None if file is None else load_gaussian(_path(file), feature, shape)
-            for file, feature in zip(files, self._features, strict=True)
+            None if file is None else load_gaussian(_expand(file), feature, shape)
+            for file, feature in zip(files, self._networks, strict=True)
         ]
 
-    def _seen_statistics(self) -> list[Gaussian | None]:
-        found: list[Gaussian | None] = [None]  # nobody publishes those of our pixels
-        for space, given in zip(self.spaces[1:], self._published, strict=True):
+    def _project_statistics(self) -> list[Gaussian | None]:
+        """The published statistics within each space; pixels have none."""
+        published: list[Gaussian | None] = [None]
+        for space, gaussian in zip(self.spaces[1:], self._published, strict=True):
             assert isinstance(space, FeatureSpace)
-            found.append(None if given is None else space.seen(given))
-        return found
+            published.append(None if gaussian is None else space.seen(gaussian))
+        return published
 
-    def seen(self, images: Tensor) -> TensorDict:
-        """Features of images [B, c, h, w] in every space, by its number."""
+    def features(self, images: Tensor) -> TensorDict:
+        """Features of images [B, c, h, w] in every space, by the space's number."""
         return {str(i): space(images) for i, space in enumerate(self.spaces)}
 
     def statistics(self, which: str, run: MapFunction) -> list[Statistics]:
-        """Of the "probe" or the "base" in every space; batch by batch, those that are not there yet by `run`."""
+        """Statistics of the "probe" or the "base" in every space; missing batches are computed through `run`."""
+        # Both sets are cached in parts of one batch.
         rows = self.probe if which == "probe" else self.base
 
-        def make(numbered: tuple[int, Tensor]) -> TensorDict:
+        def load_or_compute(numbered: tuple[int, Tensor]) -> TensorDict:
             number, part = numbered
-            return self._store.part(f"{which}-{number:05d}", lambda: self.seen(self.reference.images(part)))
+            return self._store.part(f"{which}-{number:05d}", lambda: self.features(self.reference.images(part)))
 
-        found = [Statistics(space.dim, self.settings.max_features) for space in self.spaces]
-        for part in run(make, enumerate(rows.split(self.settings.batch))):
-            for number, statistics in enumerate(found):
+        # Sum up in the order of the batches, so that the result does not depend on the workers.
+        result = [Statistics(space.dim, self.settings.max_features) for space in self.spaces]
+        for part in run(load_or_compute, enumerate(rows.split(self.settings.batch))):
+            for number, statistics in enumerate(result):
                 statistics.update(part[str(number)])
-        return found
+        return result
 
 
-def _path(given: str) -> Path:
-    return Path(os.path.expanduser(os.path.expandvars(given)))
+def _expand(path: str) -> Path:
+    return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
-def _done(fit: PixelFit | SpaceFit) -> TensorDict:
+def _tensors_of(fit: PixelFit | SpaceFit) -> TensorDict:
+    """The tensors of a finished fit, for the cache."""
     fitted = fit.done()
     assert fitted.mean is not None
     assert fitted.basis is not None
     about = {"mean": fitted.mean, "basis": fitted.basis}
+    # The pixels' space also has a pooling size.
     if isinstance(fitted, PixelPCA):
         return {**about, "numbers": torch.tensor([fitted.pool, fitted.explained], dtype=torch.float64)}
     return {**about, "explained": torch.tensor([fitted.explained], dtype=torch.float64)}
 
 
 def _load_pixels(part: TensorDict) -> PixelPCA:
+    """The pixels' space from its cached tensors."""
     pool, explained = part["numbers"].tolist()
     return PixelPCA(part["mean"], part["basis"], int(pool), explained)

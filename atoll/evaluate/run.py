@@ -1,11 +1,11 @@
-"""Evaluates a run: reads its directories, measures every way to sample it, writes report.html and report.json."""
+"""Evaluate a run: read its directories, measure every way to sample it, write report.html and report.json."""
 
 import os
 import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -22,12 +22,12 @@ from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.run import diagnose_run
 from atoll.evaluate.diagnostics.trajectory import Diagnostics
-from atoll.evaluate.measure import EvaluateSettings, evaluate, resolved, side_by_side, worker_count
+from atoll.evaluate.measure import EvaluateSettings, evaluate, resolve_precision, side_by_side, worker_count
 from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
 from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
-from atoll.evaluate.variants import identified, say_objective, swept, variants_of
+from atoll.evaluate.variants import objective_text, variants_of, variants_of_sweeps, with_identities
 from atoll.randomness import cpu_generator, random_rows, seeded_noise
 from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import PATH
@@ -35,15 +35,24 @@ from atoll.solver import sample
 from atoll.storage.artifact import CARD, read_json, sha256_file, write_bytes, write_json
 from atoll.storage.shards import Shards
 
-IMAGES_PER_CLUSTER = 24
-ROWS_OF_GRID = 12  # variants at most that the grid shows
+IMAGES_PER_CLUSTER = 24  # in the report
+ROWS_OF_GRID = 12  # variants in the report's images, at most
 STORE = "evaluation"
-DENSE = ("monolith", "student")
+DENSE = ("monolith", "student")  # models of one network
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What stands in a run's directory. Clusters may be missing; dense: monolith and student, if they are there."""
+class OpenRun:
+    """The content of a run's directory.
+
+    Attributes:
+        path: of the run.
+        encoded: the data.
+        loaded: the ensemble.
+        dense: "monolith" and "student", if there are any.
+        clusters: shards of each cluster; may be empty.
+        clustering: content of clusters.json; may be empty.
+    """
 
     path: Path
     encoded: Shards
@@ -54,45 +63,55 @@ class Opened:
 
     @property
     def reference(self) -> Reference:
+        """The real images and held-out latents."""
         return Reference(self.encoded, self.loaded.encoder, self.loaded.codec)
 
 
 def evaluate_run(
     run_dir: str | Path,
     settings: EvaluateSettings | None = None,
+    *,
     progress: EvaluateProgress | None = None,
     device: str | torch.device = "cpu",
     store: Path | None = None,
 ) -> Path:
-    """Writes `run_dir`/report.html and report.json, each as a whole or not at all; returns the page's path.
+    """Evaluate a run, and write report.html and report.json, each atomically.
 
-    Reads encoded/ and ensemble/ (with the parts it names); monolith/ and clusters/ where they are. What is measured is
-    kept in `store` (None: `run_dir`/evaluation) batch by batch, so that an interrupted evaluation goes on there.
+    Reads encoded/, ensemble/ (with its parts), and monolith/, student/ and clusters/ if they exist. If interrupted, run
+    it again to resume: results are cached batch by batch.
+
+    Args:
+        run_dir: directory of the run.
+        settings: the defaults if None.
+        progress: called after each batch.
+        device: of the networks.
+        store: cache of results; None: `run_dir`/evaluation.
+
+    Returns:
+        The path of report.html.
 
     Raises:
-        AtollError: a directory is missing or broken, or ensemble, monolith and data do not fit each other.
+        AtollError: a directory is missing or damaged, or ensemble, monolith and data do not fit each other.
     """
-    settings, start = resolved(settings or EvaluateSettings(), device), time.perf_counter()
+    # Settings and models.
+    settings, start = resolve_precision(settings or EvaluateSettings(), device), time.perf_counter()
+    # The variants: those of the sweep, or else all.
     run = open_run(Path(run_dir), device)
     dense = {name: model.ensemble for name, model in run.dense.items()}
     if settings.sweep:
-        found, groups, alignment = swept(settings.sweep, run.loaded.ensemble, dense)
+        variants, groups, alignment = variants_of_sweeps(settings.sweep, run.loaded.ensemble, dense)
     else:
-        found, groups, alignment = variants_of(run.loaded.ensemble, dense)
-    variants = identified(found, dense, _parts(run))
+        variants, groups, alignment = variants_of(run.loaded.ensemble, dense)
+    variants = with_identities(variants, dense, _parts(run))
+    # Numbers, images, and diagnostics.
     store = store or run.path / STORE
-    results = evaluate(variants, run.reference, settings, progress, device, store)
-    grid, usages = draw_grid(run, groups, variants, settings, store, device)
-    diagnostic_samples = _diagnosed(run, settings, store, progress, device) if settings.diagnostic_samples else None
+    results = evaluate(variants, run.reference, settings, progress=progress, device=device, store=store)
+    grid, usages = draw_grid(run, groups=groups, variants=variants, settings=settings, store=store, device=device)
+    diagnostics = _diagnose(run, settings, store, progress, device) if settings.diagnostic_samples else None
+    # The report.
     report = Report(
         title=f"Atoll: {run.path.resolve().name}",
-        made={
-            "atoll": atoll.__version__,
-            "torch": torch.__version__,
-            "machine": _machine(device),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - start, 1),
-        },
+        provenance=_provenance(device, time.perf_counter() - start),
         settings=settings.model_dump(),
         hashes=hashes_of(run, results),
         results=results,
@@ -105,125 +124,171 @@ def evaluate_run(
         clustered_by=_clustered_by(run.clustering),
         store=os.path.relpath(store, run.path),
         routing=run.loaded.ensemble.routing,
-        diagnostics=diagnostic_samples,
+        diagnostics=diagnostics,
     )
+    # Write the numbers first, then the page.
     html = run.path / "report.html"
     write_json(run.path / "report.json", to_json(report))
     write_bytes(html, to_html(report).encode())
     return html
 
 
-def open_run(path: Path, device: str | torch.device = "cpu") -> Opened:
-    """Opens a run's directories. Raises AtollError where they are missing or do not fit each other."""
+def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
+    """Open a run's directories.
+
+    Raises:
+        AtollError: they are missing, or do not fit each other.
+    """
+    # Load the data and the ensemble.
     encoded = Shards(path / "encoded")
     loaded = load_ensemble(path / "ensemble", device=device)
+    # Numbers on other data would be meaningless.
     if encoded.shape("latent") != loaded.latent_shape:
         raise AtollError(
-            f"{path}: the ensemble draws latents of shape {list(loaded.latent_shape)}, encoded/ holds "
+            f"{path}: the ensemble generates latents of shape {list(loaded.latent_shape)}, encoded/ holds "
             f"{list(encoded.shape('latent'))}; evaluate it on the data that it was trained on"
         )
-    there = [name for name in DENSE if (path / name / CARD).is_file()]
-    dense = {name: load_ensemble(path / name, device=device) for name in there}
+    # The dense models, with the same encoder.
+    present = [name for name in DENSE if (path / name / CARD).is_file()]
+    dense = {name: load_ensemble(path / name, device=device) for name in present}
     for name, model in dense.items():
         if not same(model.encoder.config(), loaded.encoder.config()):
             raise AtollError(
-                f"{path}: the {name} reads prompts with {model.encoder.config()}, the ensemble with "
+                f"{path}: the {name} encodes prompts with {model.encoder.config()}, the ensemble with "
                 f"{loaded.encoder.config()}; train both with one condition encoder"
             )
+    # The clusters.
     directories = sorted((path / "clusters").glob("cluster-*"))
     clustering = read_json(path / "clusters" / "clusters.json") if directories else {}
-    return Opened(path, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
+    return OpenRun(path, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
 
 
-def _diagnosed(
-    run: Opened, settings: EvaluateSettings, store: Path, progress: EvaluateProgress | None, device: str | torch.device
+def _diagnose(
+    run: OpenRun, settings: EvaluateSettings, store: Path, progress: EvaluateProgress | None, device: str | torch.device
 ) -> Diagnostics:
-    """Of the ensemble as it is routed, in the first space of a network, or in that of the pixels."""
+    """Diagnose the ensemble with its own routing, in the first space of a network, or in that of the pixels."""
     if progress is not None:
         progress(0, 1, "alignment diagnostics")
+    # The features of the reference data are cached by now.
     space = ReferenceData(run.reference, settings, store).spaces[min(1, len(settings.spaces))]
     loaded = run.loaded
-    return diagnose_run(loaded.ensemble, run.clusters, loaded.encoder, loaded.codec, space, settings, device)
+    return diagnose_run(
+        loaded.ensemble,
+        clusters=run.clusters,
+        encoder=loaded.encoder,
+        codec=loaded.codec,
+        space=space,
+        settings=settings,
+        device=device,
+    )
 
 
 def draw_grid(
-    run: Opened,
+    run: OpenRun,
+    *,
     groups: dict[str, tuple[str, ...]],
     variants: Sequence[Variant],
     settings: EvaluateSettings,
     store: Path,
     device: str | torch.device = "cpu",
 ) -> tuple[Grid, tuple[Usage, ...]]:
-    """Each prompt with each seed by each routing and the monolith, as `atoll sample` draws; traces top-1 and full."""
+    """Draw each prompt with each seed for the report, with the sampling settings of the ensemble's card.
+
+    Args:
+        run: the open run.
+        groups: names of variants; all but the single experts are drawn.
+        variants: of the groups.
+        settings: prompts and seeds.
+        store: cache of the images.
+        device: of the networks.
+
+    Returns:
+        The images of the first `ROWS_OF_GRID` variants, and the routing traces of top-1 and full.
+    """
+    # Prompts and noise: the same for all variants.
     defaults = {"steps": 50, "method": "euler", "guidance_scale": 1.0, **run.loaded.card["sampling"]}
-    prompts = settings.prompts or _spread(run.reference.captions(run.reference.held_out(settings)))
+    prompts = settings.prompts or _spread_out(run.reference.captions(run.reference.held_out(settings)))
     seeds = tuple(range(settings.seed, settings.seed + settings.seeds))
     tokens = run.loaded.encoder.tokenize([prompt for prompt in prompts for _ in seeds])
     condition = run.loaded.encoder.encode(tokens).to(device)
     noise = seeded_noise(seeds * len(prompts), run.loaded.latent_shape).to(device)
     shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
-    def draw(variant: Variant, how: dict[str, Any]) -> TensorDict:
-        ensemble = variant.ensemble.with_options()  # of its own: another thread may trace the same one
-        velocity = partial(ensemble.velocity, condition=condition, guidance_scale=how["guidance_scale"])
+    # One variant: images and routing trace.
+    def draw(variant: Variant, sampling: dict[str, Any]) -> TensorDict:
+        ensemble = variant.ensemble.with_options()  # a copy: another thread may trace the same ensemble
+        velocity = partial(ensemble.velocity, condition=condition, guidance_scale=sampling["guidance_scale"])
         with ensemble.tracing() as trace:
-            x0 = sample(velocity, noise, how["steps"], how["method"], times=variant.times(how["steps"]))
+            times = variant.times(sampling["steps"])
+            x0 = sample(velocity, noise, sampling["steps"], sampling["method"], times=times)
             images = run.loaded.codec.decode(x0).cpu()
-        weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P,T,E]: the first seed's
+        weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P, T, E], of the first seed
         return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
 
-    def kept(variant: Variant) -> tuple[str, TensorDict]:
-        how = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
-        how |= {key: value for key, value in variant.axes.items() if key in how}
+    def load_or_draw(variant: Variant) -> tuple[str, TensorDict]:
+        # A sweep's values override the card's.
+        sampling = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
+        sampling |= {key: value for key, value in variant.axes.items() if key in sampling}
         times = {} if variant.grid is None else {"times": variant.grid}
-        kept_in = ResultCache(store, {"grid": variant.identity, **how, **times, **shared})
-        return kept_in.key, kept_in.part("grid", lambda: draw(variant, how))
+        cache = ResultCache(store, {"grid": variant.identity, **sampling, **times, **shared})
+        return cache.key, cache.part("grid", lambda: draw(variant, sampling))
 
+    # Draw all groups except single experts, several variants in parallel.
     names = [name for group in ("ensemble", "sweep", "monolith") for name in groups.get(group, ())]
     shown = [variant for variant in variants if variant.name in names][:ROWS_OF_GRID]
-    with side_by_side(worker_count(settings, device)) as side:
-        drawn = dict(zip((v.name for v in shown), side(kept, shown), strict=True))
+    with side_by_side(worker_count(settings, device)) as parallel_map:
+        drawn = dict(zip((v.name for v in shown), parallel_map(load_or_draw, shown), strict=True))
+    # Arrange the images by prompt and seed, and collect the traces.
     sizes = (len(prompts), len(seeds))
     rows = tuple((name, part["images"].unflatten(0, sizes)) for name, (_, part) in drawn.items())
-    how = f"{defaults['steps']} {defaults['method']} steps and guidance {defaults['guidance_scale']:g}"
-    made_by = f"Drawn with {how}, where a row does not say otherwise."
-    if len(names) > len(shown):
-        made_by += f" The first {len(shown)} of {len(names)} rows."
-    grid = Grid(prompts, seeds, rows, _real(run, prompts), made_by, tuple(key for key, _ in drawn.values()))
+    caption = _caption(defaults, len(shown), len(names))
+    grid = Grid(prompts, seeds, rows, _real(run, prompts), caption, tuple(key for key, _ in drawn.values()))
     traced = [name for name in ("top-1", "full") if name in drawn]
     return grid, tuple(
         Usage(name, tuple(drawn[name][1]["times"].tolist()), drawn[name][1]["weights"]) for name in traced
     )
 
 
-def _spread(captions: Sequence[str], count: int = 8) -> tuple[str, ...]:
-    """So many different captions, evenly over their order: what was encoded one source after the other is all shown."""
-    found = tuple(dict.fromkeys(captions))
-    count = min(count, len(found))
-    return tuple(found[i * len(found) // count] for i in range(count))
+def _caption(sampling: Mapping[str, Any], shown: int, rows: int) -> str:
+    """How the images were drawn, and how many rows are shown."""
+    default = f"{sampling['steps']} {sampling['method']} steps and guidance {sampling['guidance_scale']:g}"
+    text = f"Drawn with {default}, unless the row names other values."
+    return text if shown == rows else f"{text} The first {shown} of {rows} rows."
 
 
-def _real(run: Opened, prompts: Sequence[str]) -> tuple[Tensor | None, ...]:
-    """For each prompt the data's image with this very caption, if there is one."""
+def _spread_out(captions: Sequence[str], count: int = 8) -> tuple[str, ...]:
+    """At most `count` distinct captions, evenly spread over their order, so that every source of the data appears."""
+    distinct = tuple(dict.fromkeys(captions))
+    count = min(count, len(distinct))
+    return tuple(distinct[i * len(distinct) // count] for i in range(count))
+
+
+def _real(run: OpenRun, prompts: Sequence[str]) -> tuple[Tensor | None, ...]:
+    """For each prompt, the data's image with this caption, or None."""
+    # If captions repeat, the last image with this caption.
     rows = {caption: row for row, caption in enumerate(run.encoded.captions)}
     return tuple(run.reference.images(torch.tensor([rows[prompt]])) if prompt in rows else None for prompt in prompts)
 
 
 def describe_expert(expert: Expert) -> ExpertInfo:
+    """The report's description of an expert: objective, clusters, and slope of its calibration."""
     calibration = expert.calibration
+    # The report plots the slope against the time of the common path.
     t, slope = (), ()
     if calibration is not None:
         t = tuple(PATH.time_at(calibration.log_snr.double()).tolist())
         slope = tuple(calibration.slope.double().tolist())
-    return ExpertInfo(expert.name, say_objective(expert.objective), expert.clusters, t, slope)
+    return ExpertInfo(expert.name, objective_text(expert.objective), expert.clusters, t, slope)
 
 
-def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
-    """Images at random and telling words of each cluster."""
+def describe_clusters(run: OpenRun, seed: int) -> list[ClusterInfo]:
+    """The report's description of each cluster: random images and distinctive words."""
+    # Word counts over all clusters, to compare each cluster with.
     total = sum(len(cluster) for cluster in run.clusters)
     overall: Counter[str] = Counter()
     for cluster in run.clusters:
         overall += count_words(cluster.captions)
+    # Random images and words of each cluster.
     described = []
     for cluster in run.clusters:
         rows = random_rows(len(cluster), IMAGES_PER_CLUSTER, cpu_generator(seed))
@@ -234,28 +299,32 @@ def describe_clusters(run: Opened, seed: int) -> list[ClusterInfo]:
     return described
 
 
-def _parts(run: Opened) -> dict[str, str]:
-    """Of ensemble, monolith and student the hash of what names all hashes of their parts."""
+def _parts(run: OpenRun) -> dict[str, str]:
+    """Hashes of the cards that contain all hashes of the ensemble, the monolith and the student."""
     parts = {"ensemble": sha256_file(run.path / "ensemble" / "ensemble.json")}
+    # Cards of dense models contain the hash of their weights.
     return parts | {name: sha256_file(run.path / name / CARD) for name in run.dense}
 
 
-def hashes_of(run: Opened, results: Results) -> tuple[tuple[str, str], ...]:
-    """(what, sha256) of all that the numbers came from."""
-    found = [("encoded/index.json", run.encoded.sha256)]
+def hashes_of(run: OpenRun, results: Results) -> tuple[tuple[str, str], ...]:
+    """(file or space, sha256) of everything that the numbers depend on."""
+    # Data and clusters.
+    hashes = [("encoded/index.json", run.encoded.sha256)]
     if run.clusters:
-        found.append(("clusters/clusters.json", sha256_file(run.path / "clusters" / "clusters.json")))
-    found.append(("ensemble/ensemble.json", sha256_file(run.path / "ensemble" / "ensemble.json")))
+        hashes.append(("clusters/clusters.json", sha256_file(run.path / "clusters" / "clusters.json")))
+    # The models with their parts.
+    hashes.append(("ensemble/ensemble.json", sha256_file(run.path / "ensemble" / "ensemble.json")))
     parts = [*run.loaded.card["experts"], *([run.loaded.card["router"]] if run.loaded.card["router"] else [])]
-    found += [(f"{Path(part['url']).name}/{CARD}", part["sha256"]) for part in parts]
-    found += [(f"{name}/{CARD}", sha256_file(run.path / name / CARD)) for name in run.dense]
-    return (*found, *((f"feature space {space.name}", space.sha256) for space in results.spaces))
+    hashes += [(f"{Path(part['url']).name}/{CARD}", part["sha256"]) for part in parts]
+    hashes += [(f"{name}/{CARD}", sha256_file(run.path / name / CARD)) for name in run.dense]
+    return (*hashes, *((f"feature space {space.name}", space.sha256) for space in results.spaces))
 
 
 def _clustered_by(clustering: dict[str, Any]) -> str:
-    """Clustered by hog (bins 4, grid 8), balanced: the largest holds 1.05 times the mean."""
+    """The clustering as a sentence: "Clustered by hog (bins 4, grid 8), balanced: the largest holds 1.05 times ..."."""
     if "feature" not in clustering:
         return ""
+    # The feature's name and its options, as in atoll.yaml.
     feature = dict(clustering["feature"])
     name = feature.pop("name")
     details = ", ".join(f"{key} {value}" for key, value in feature.items())
@@ -263,11 +332,24 @@ def _clustered_by(clustering: dict[str, Any]) -> str:
     return f"Clustered by {name}{f' ({details})' if details else ''}, {clustering['method']}{largest}."
 
 
+def _provenance(device: str | torch.device, seconds: float) -> dict[str, Any]:
+    """Versions, machine, date and duration of the evaluation."""
+    return {
+        "atoll": atoll.__version__,
+        "torch": torch.__version__,
+        "machine": _machine(device),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+
+
 def _machine(device: str | torch.device) -> str:
+    """Name of the GPU, or cores and model of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    # Linux names the CPU here; elsewhere use the platform module.
     model = ""
     if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found.group(1) if found else ""
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = match.group(1) if match else ""
     return f"{os.cpu_count()} cores, {model or platform.processor() or platform.machine()}"

@@ -1,4 +1,4 @@
-"""What was measured, kept on the disk as it comes: a killed evaluation goes on, and memory does not grow.
+"""Results on disk, cached batch by batch: a killed evaluation resumes, and memory does not grow.
 
 evaluation/<key>/about.json           what the numbers depend on; the key is its hash
 evaluation/<key>/<part>.safetensors   one batch's features, or errors
@@ -21,40 +21,51 @@ TensorDict = dict[str, Tensor]
 
 
 class ResultCache:
-    """The parts of one measurement.
+    """The cached parts of one measurement.
 
     Args:
-        directory: of all measurements.
-        about: plain values that say all that the parts depend on; of other values, other parts.
+        directory: parent of all measurements.
+        about: plain values that the parts depend on; other values make another cache.
+
+    Attributes:
+        key: hash of `about`.
+        path: `directory`/`key`.
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]):
+        # The key is a hash of the values; about.json shows them to a reader.
         text = json.dumps(about, sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = directory / self.key
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "about.json", dict(about))
 
-    def part(self, name: str, make: Callable[[], TensorDict]) -> TensorDict:
-        """The part of this name: what is there, or else what `make` gives, which is then there.
+    def part(self, name: str, compute: Callable[[], TensorDict]) -> TensorDict:
+        """Load the part of this name, or compute and cache it.
 
         Raises:
             AtollError: the file is damaged.
         """
+        # Atomic writes: a part that exists is complete.
         file = self.path / f"{name}.safetensors"
         if file.is_file():
             return _load(file)
-        made = make()
-        write_bytes(file, save({key: tensor.detach().cpu().contiguous() for key, tensor in made.items()}))
-        return made
+        tensors = compute()
+        write_bytes(file, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
+        return tensors
 
     def has(self, name: str) -> bool:
+        """True if the part is cached."""
         return (self.path / f"{name}.safetensors").is_file()
 
 
 def load_parts(path: Path, prefix: str) -> list[TensorDict]:
-    """The parts below `path` whose names are `prefix`, or it and a number; in their order. Raises AtollError for a
-    damaged file."""
+    """Load the parts in `path` that are named `prefix`, or `prefix` and a number, in order.
+
+    Raises:
+        AtollError: a file is damaged.
+    """
+    # Numbers have leading zeros, so names sort in order.
     return [_load(file) for file in sorted(path.glob(f"{prefix}*.safetensors"))]
 
 
@@ -62,4 +73,4 @@ def _load(file: Path) -> TensorDict:
     try:
         return load(file.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise AtollError(f"{file}: cannot be read ({error}); remove it, and it is measured again") from None
+        raise AtollError(f"{file}: cannot be read ({error}); remove it to measure it again") from None

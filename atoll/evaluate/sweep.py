@@ -1,4 +1,4 @@
-"""Sweeps: every combination of routing, guidance, steps, alignment, ... of one ensemble, as variants to be measured."""
+"""Sweeps: every combination of routing, guidance, steps, alignment, ... of one ensemble, as variants to measure."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,18 +15,23 @@ from atoll.errors import AtollError
 from atoll.evaluate.types import Variant
 from atoll.manifest import EVEN, SweepSettings
 
-# How an expert's answer is brought to the sampling path, and what corrects it.
+# How an expert's prediction is converted to the sampling path, and corrected. Text for the report.
 ALIGNMENTS = {
-    "snr": "asked at equal log-SNR, calibrated where its card says how",
+    "snr": "evaluated at matched log-SNR, calibrated if its card has a calibration",
     "native": "HDDM's formulas",
-    "snr-clamp": "asked at equal log-SNR, |x0| at most 20 instead of a calibration",
-    "snr-alone": "asked at equal log-SNR, nothing corrected",
+    "snr-clamp": "evaluated at matched log-SNR, |x0| clamped to 20 instead of calibrated",
+    "snr-alone": "evaluated at matched log-SNR, without correction",
 }
 
 
 def aligned(ensemble: Ensemble, alignment: str) -> Ensemble:
-    """The ensemble under one of ALIGNMENTS; without calibrations, replicas share alike (a stacking would take their
-    place)."""
+    """The ensemble under one of ALIGNMENTS.
+
+    Without calibrations, replicas have equal weights: a stacking's weights would act as a calibration.
+
+    Raises:
+        AtollError: an unknown alignment.
+    """
     match alignment:
         case "snr" | "native":
             return ensemble.with_options(alignment=alignment)
@@ -40,109 +45,131 @@ def aligned(ensemble: Ensemble, alignment: str) -> Ensemble:
 
 
 def _identity(expert: Expert) -> Calibration:
+    """A calibration that changes nothing."""
     mean = torch.zeros(()) if expert.calibration is None else torch.zeros_like(expert.calibration.mean)
     return Calibration.identity(mean)
 
 
-def choose(ensemble: Ensemble, chosen: dict[int | str, str | tuple[str, ...]], name: str) -> Ensemble:
-    """The ensemble with, of each cluster, the experts that `chosen` names: {"all": "flow", 0: "eps-cosine"}.
+def choose_experts(ensemble: Ensemble, chosen: dict[int | str, str | tuple[str, ...]], name: str) -> Ensemble:
+    """The ensemble with only the chosen experts of each cluster: {"all": "flow", 0: "eps-cosine"}.
 
-    Experts are named as in atoll.yaml: "flow" of cluster 3 is 3-flow.
+    Args:
+        ensemble: all experts, named as in atoll.yaml: "flow" of cluster 3 is 3-flow.
+        chosen: one or several names per cluster, or for "all" other clusters.
+        name: of the choice, for error messages.
 
     Raises:
-        AtollError: there is no such expert; `name` says whose choice it was.
+        AtollError: there is no such expert or cluster, or the choice is empty.
     """
+    # Experts by name, and all clusters.
     known = {expert.name: expert for expert in ensemble.experts}
     clusters = sorted({cluster for expert in ensemble.experts for cluster in expert.clusters})
+    # Clusters of the choice must exist.
     if unknown := [str(cluster) for cluster in chosen if cluster != "all" and cluster not in clusters]:
         raise AtollError(f"sweep, experts {name}: no cluster {', '.join(unknown)}; expected {clusters[0]} to "
                          f"{clusters[-1]}, or all")  # fmt: skip
-    taken = []
+    # Collect the experts, cluster by cluster.
+    chosen_experts = []
     for cluster in clusters:
-        wanted = chosen.get(cluster, chosen.get("all", ()))
-        for one in (wanted,) if isinstance(wanted, str) else wanted:
-            if f"{cluster}-{one}" not in known:
+        # A cluster's own choice replaces that for all.
+        names = chosen.get(cluster, chosen.get("all", ()))
+        for choice in (names,) if isinstance(names, str) else names:
+            if f"{cluster}-{choice}" not in known:
                 raise AtollError(
-                    f"sweep, experts {name}: no expert {cluster}-{one}; expected one of {', '.join(known)}"
+                    f"sweep, experts {name}: no expert {cluster}-{choice}; expected one of {', '.join(known)}"
                 )
-            taken.append(known[f"{cluster}-{one}"])
-    if not taken:
-        raise AtollError(f"sweep, experts {name}: chooses none; name an expert for all, or for some cluster")
-    return ensemble.with_experts(taken)
+            chosen_experts.append(known[f"{cluster}-{choice}"])
+    if not chosen_experts:
+        raise AtollError(f"sweep, experts {name}: no expert chosen; name one for all, or for some cluster")
+    return ensemble.with_experts(chosen_experts)
 
 
 def variants_of_sweep(sweep: SweepSettings, ensemble: Ensemble, dense: Mapping[str, Ensemble]) -> Iterator[Variant]:
-    """One variant per combination of the axes that are named; their names tell the values of these axes.
+    """Yield one variant per combination of the sweep's axes; their names contain the values on these axes.
 
-    dense: by name, "monolith" and "student", as far as they are there.
+    Args:
+        sweep: the axes.
+        ensemble: sampled for every combination, unless the sweep names only dense models.
+        dense: "monolith" and "student", if the run has them.
 
     Raises:
-        AtollError: an expert that is not there, a monolith or student where there is none, an unknown routing.
+        AtollError: an expert, a monolith or a student that the run does not have; an unknown routing.
     """
-    asked = [name for name, wanted in (("monolith", sweep.monolith), ("student", sweep.student)) if wanted]
-    for name in asked:
+    # The dense models of the sweep must exist.
+    dense_names = [name for name, wanted in (("monolith", sweep.monolith), ("student", sweep.student)) if wanted]
+    for name in dense_names:
         if name not in dense:
             raise AtollError(
                 f"sweep: {name}, but the run has none; train it with `atoll train {name}`, or leave it out"
             )
+    # Dense models vary in their sampling only, ensembles also in their own options.
     axes = {axis: values for axis in ("steps", "method", "grid", "guidance_scale") if (values := getattr(sweep, axis))}
-    for how in _combinations(axes):
-        for name in asked:
-            yield _variant(name, dense[name], {}, how)
-        if sweep.experts or sweep.routing or not asked:
-            yield from _of_ensemble(sweep, ensemble, how)
+    for sampling in _combinations(axes):
+        for name in dense_names:
+            yield _variant(name, dense[name], {}, sampling)
+        if sweep.experts or sweep.routing or not dense_names:
+            yield from _of_ensemble(sweep, ensemble, sampling)
 
 
-def _of_ensemble(sweep: SweepSettings, ensemble: Ensemble, how: dict[str, Any]) -> Iterator[Variant]:
+def _of_ensemble(sweep: SweepSettings, ensemble: Ensemble, sampling: dict[str, Any]) -> Iterator[Variant]:
+    """Every choice of experts with every routing, alignment and treatment of replicas."""
+    # Axes that the sweep leaves out keep the ensemble's values.
     axes = {axis: values for axis in ("routing", "alignment", "replicas") if (values := getattr(sweep, axis))}
     for name, chosen in (sweep.experts or {"": {}}).items():
-        experts = choose(ensemble, chosen, name) if chosen else ensemble
+        experts = choose_experts(ensemble, chosen, name) if chosen else ensemble
         for options in _combinations(axes):
+            # An alignment may also replace calibrations, so it is applied last.
             other = {key: value for key, value in options.items() if key != "alignment"}
-            made = experts.with_options(**other)
+            changed = experts.with_options(**other)
             if "alignment" in options:
-                made = aligned(made, options["alignment"])
-            yield _variant(name, made, options, how)
+                changed = aligned(changed, options["alignment"])
+            yield _variant(name, changed, options, sampling)
 
 
 def _combinations(axes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of one value per axis; one empty combination without axes."""
     for values in product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
 
-def _variant(name: str, ensemble: Ensemble, options: dict[str, Any], how: dict[str, Any]) -> Variant:
-    said = [name] if name else []
-    said += [str(value) for value in options.values()]
-    said += [_SAID[axis].format(value) for axis, value in how.items()]
-    axes = {**({"experts": name} if name else {}), **options, **how}
-    drawn = {**how, "grid": None if how.get("grid") == EVEN else how.get("grid")}
-    return Variant(", ".join(said) or ensemble.routing, ensemble, axes=axes, **drawn)
+def _variant(name: str, ensemble: Ensemble, options: dict[str, Any], sampling: dict[str, Any]) -> Variant:
+    """A variant named after its values; "even" is the default grid."""
+    # The name lists the values, in the order of the axes.
+    words = [name] if name else []
+    words += [str(value) for value in options.values()]
+    words += [_AXIS_TEXT[axis].format(value) for axis, value in sampling.items()]
+    axes = {**({"experts": name} if name else {}), **options, **sampling}
+    drawn = {**sampling, "grid": None if sampling.get("grid") == EVEN else sampling.get("grid")}
+    return Variant(", ".join(words) or ensemble.routing, ensemble, axes=axes, **drawn)
 
 
 _DENSE = ("monolith", "student")
-_SAID = {"steps": "{} steps", "method": "{}", "grid": "{} grid", "guidance_scale": "guidance {:g}"}
+_AXIS_TEXT = {"steps": "{} steps", "method": "{}", "grid": "{} grid", "guidance_scale": "guidance {:g}"}
 
 
 def parse_sweep(text: list[str]) -> SweepSettings:
-    """From the command line: ["routing=top-1,top-2", "guidance=1,2"].
+    """Parse the command line's axes: ["routing=top-1,top-2", "guidance=1,2"].
 
     Raises:
-        AtollError: an unknown axis, or a value that it does not take.
+        AtollError: an unknown axis, or a bad value.
     """
     from pydantic import ValidationError
 
+    # Split each axis into its values.
     content: dict[str, Any] = {}
     for part in text:
         axis, equals, values = part.partition("=")
+        # The command line has a short word for the guidance scale.
         axis = {"guidance": "guidance_scale"}.get(axis, axis)
         if axis in _DENSE and not equals:
             content[axis] = True
         elif axis in ("experts", *_DENSE) or axis not in SweepSettings.model_fields or not values:
             known = ", ".join(name for name in SweepSettings.model_fields if name not in ("experts", *_DENSE))
-            raise AtollError(f"--sweep {part}: expected an axis and its values, such as routing=top-1,top-2; axes: "
-                             f"{known}, or monolith or student by itself")  # fmt: skip
+            raise AtollError(f"--sweep {part}: expected an axis with values, such as routing=top-1,top-2; axes: "
+                             f"{known}, or monolith or student alone")  # fmt: skip
         else:
             content[axis] = re.split(r"\s*,\s*", values.strip())
+    # Validate; report the first problem in one line.
     try:
         return SweepSettings(**content)
     except ValidationError as error:
@@ -152,20 +179,22 @@ def parse_sweep(text: list[str]) -> SweepSettings:
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:
-    """One prompt per line.
+    """Read a text file with one prompt per line.
 
     Raises:
-        AtollError: the file cannot be read or is empty; a line is, or two are equal.
+        AtollError: the file cannot be read or is empty; a line is empty, or two lines are equal.
     """
     try:
+        # A byte order mark is not part of the first prompt.
         prompts = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise AtollError(f"{file}: cannot be read ({error}); name a text file, one prompt per line") from None
+        raise AtollError(f"{file}: cannot be read ({error}); expected a text file, one prompt per line") from None
     if not prompts:
         raise AtollError(f"{file}: is empty; expected one prompt per line")
+    # Empty and repeated lines are mistakes; name the line.
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
-            raise AtollError(f"{file}: line {number} is empty; remove it (the empty prompt is the null condition's)")
+            raise AtollError(f"{file}: line {number} is empty; remove it (the empty prompt means no condition)")
         if (first := prompts.index(prompt) + 1) != number:
             raise AtollError(f"{file}: lines {first} and {number} are equal; remove one of them")
     return tuple(prompts)

@@ -1,4 +1,4 @@
-"""What evaluation exchanges: variants and reference data in, scores and results out."""
+"""The types of evaluation: variants and reference data in, scores and results out."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -26,21 +26,21 @@ EvaluateProgress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to sample: what is measured is `ensemble.velocity`.
+    """One way to sample; the evaluation measures `ensemble.velocity`.
 
     Attributes:
         name: unique among the variants.
         ensemble: a single expert is an ensemble of one.
-        made_by: in words, for the report.
-        steps, method, guidance_scale: instead of the settings' own.
-        grid: the schedule in whose time the steps are even; None: they are even in t.
-        axes: of a sweep, the values that it has on its axes.
-        identity: names all that the ensemble is made of, so that what was measured of it is found again; "": it is not.
+        description: text for the report.
+        steps, method, guidance_scale: override the settings.
+        grid: the schedule in whose time the steps are even; None: even in t.
+        axes: values on the axes of a sweep.
+        identity: hash of everything in the ensemble, so that cached results are reused; "" caches nothing.
     """
 
     name: str
     ensemble: Ensemble
-    made_by: str = ""
+    description: str = ""
     steps: int | None = None
     method: Method | None = None
     guidance_scale: float | None = None
@@ -49,12 +49,13 @@ class Variant:
     identity: str = ""
 
     def times(self, steps: int) -> Tensor | None:
-        """Of `steps` steps, [steps + 1]; None: even ones."""
+        """Times of `steps` steps, [steps + 1]; None for even steps."""
         return None if self.grid is None else times_of(build_schedule(self.grid), steps)
 
     @property
     def calls(self) -> int:
-        """Experts asked per velocity, at most: the unit of the time left."""
+        """Experts evaluated per velocity, at most: the unit of the progress."""
+        # Routings without a number may evaluate every expert.
         experts = len(self.ensemble.experts)
         counted = re.fullmatch(r"(?:top|sample)-(\d+)", self.ensemble.routing)
         return min(experts, int(counted[1])) if counted else experts
@@ -62,9 +63,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images and held-out latents: an encoded data set with what reads it.
+    """Real images and held-out latents: an encoded data set with its encoder and codec.
 
-    Images are decoded from their latents, so a distance is the diffusion's alone, not the codec's.
+    Images are decoded from their latents, so distances measure the diffusion model and not the codec.
     """
 
     encoded: Shards
@@ -72,21 +73,22 @@ class Reference:
     codec: Codec
 
     def images(self, rows: Tensor) -> Tensor:
-        """[n] -> [n, c, h, w] in [0, 1], float32."""
+        """Images of rows [n]: [n, c, h, w] in [0, 1], float32."""
         return self.codec.decode(self.latents(rows))
 
     def latents(self, rows: Tensor) -> Tensor:
-        """[n] -> [n, C, H, W], float32."""
+        """Latents of rows [n]: [n, C, H, W], float32."""
         return self.encoded.read("latent", rows).float()
 
     def captions(self, rows: Tensor) -> list[str]:
+        """Captions of rows [n]."""
         return [self.encoded.captions[row] for row in rows.tolist()]
 
     def split(self, settings: EvaluateSettings) -> tuple[Tensor, Tensor]:
-        """(probe [n], base [m]): disjoint training rows, at random.
+        """(probe [n], base [m]): two disjoint random sets of training rows.
 
-        All images are measured against the base. The probe, n real images, gives the floor, and its captions are
-        the prompts: a model that draws exactly the data's distribution scores the floor.
+        Drawn images are compared with the base. The probe's n real images give the floor, and its captions are the
+        prompts: a model that draws exactly the data's distribution scores the floor.
 
         Raises:
             AtollError: fewer than four training images.
@@ -94,12 +96,14 @@ class Reference:
         rows = self.encoded.rows("train")
         if len(rows) < 4:
             raise AtollError(f"{self.encoded.path}: {len(rows)} training images; expected at least 4 to compare with")
+        # Shuffle once; small data sets are split in halves.
         rows = rows[random_rows(len(rows), len(rows), cpu_generator(settings.seed))]
+        # At least half of the images remain for the base.
         n = min(settings.images, len(rows) // 2)
         return rows[:n], rows[n : n + settings.reference]
 
     def held_out(self, settings: EvaluateSettings) -> Tensor:
-        """At most `settings.held_out` validation rows, at random. Raises AtollError where there are none."""
+        """At most `settings.held_out` random validation rows, sorted. Raises AtollError if there are none."""
         rows = self.encoded.rows("val")
         if len(rows) == 0:
             raise AtollError(f"{self.encoded.path}: no held-out rows (split val); encode the data with some held out")
@@ -111,15 +115,15 @@ class Score:
     """One variant's numbers.
 
     Attributes:
-        metrics: by the metric's whole name, which says its feature network and that network's hash; None where
-            `diverged` of the images held NaN or infinity.
-        gflops: of one image, 10^9 floating-point operations; None where none could be counted.
-        key, errors_key: of the directories of the evaluation's store that hold its images' parts, and its denoising
-            errors; "" where they are not kept.
+        description: text for the report.
+        metrics: by full name, which contains the feature network and its hash; None if images diverged.
+        diverged: images with NaN or infinity.
+        gflops: of one image, 10^9 floating-point operations; None if they cannot be counted.
+        key, errors_key: cache directories of its images' features and of its denoising errors; "" without a cache.
     """
 
     name: str
-    made_by: str
+    description: str
     steps: int
     method: str
     guidance_scale: float
@@ -134,13 +138,13 @@ class Score:
 
     @property
     def frechet(self) -> float | None:
-        """The first of the metrics: the Fréchet distance on principal components of the pixels."""
+        """The first metric: the Fréchet distance on the pixels' principal components."""
         return next(iter(self.metrics.values()))
 
 
 @dataclass(frozen=True)
 class Space:
-    """A feature space in words. explained: the share of the real images' variance that lies in it."""
+    """A feature space for the report. explained: fraction of the real images' variance within it."""
 
     name: str
     dim: int
@@ -150,43 +154,58 @@ class Space:
 
 @dataclass(frozen=True)
 class Results:
-    """All scores and what they share. `real` has the metrics of `images` real images: a perfect model's."""
+    """All scores, and what they have in common.
+
+    Attributes:
+        spaces: the pixels' first.
+        images: drawn per variant; as many real ones are in the probe.
+        reference: real images in the base, which all are compared with.
+        held_out: latents of the denoising error.
+        real: metrics of the probe's real images: the scores of a perfect model.
+        workers: batches in parallel.
+        bench: key of the reference data; results with equal keys are comparable image by image.
+        notes: warnings about the numbers.
+        scores: one per variant.
+    """
 
     spaces: tuple[Space, ...]
-    images: int  # per variant, and of the real ones
-    reference: int  # real images compared with
+    images: int
+    reference: int
     held_out: int
     real: dict[str, float | None]
     workers: int
-    bench: str  # the key of what all were measured on: numbers of one bench may be compared image by image
-    notes: tuple[str, ...] = ()  # what has to be said of the numbers
+    bench: str
+    notes: tuple[str, ...] = ()
     scores: tuple[Score, ...] = field(default=())
 
     @property
     def frechet_name(self) -> str:
+        """Name of `Score.frechet`."""
         return f"FD-{self.spaces[0].name}"
 
     @property
     def floor(self) -> float:
-        """The Fréchet distance of real images to real images, on principal components of the pixels."""
-        found = next(iter(self.real.values()))
-        assert found is not None  # real images are finite
-        return found
+        """The Fréchet distance between two sets of real images, on the pixels' principal components."""
+        distance = next(iter(self.real.values()))
+        assert distance is not None  # real images are finite
+        return distance
 
     def score(self, name: str) -> Score:
-        """By the variant's name (KeyError if there is none)."""
+        """Score of the variant with this name (KeyError if there is none)."""
         return {score.name: score for score in self.scores}[name]
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where what is measured is kept: for good, or until the evaluation ends."""
+class CachePaths:
+    """Where results are cached: permanently in `store`, or until the evaluation ends."""
 
     store: Path | None
-    passing: Path
+    temporary: Path
 
-    def of(self, identity: str) -> Path:
-        return self.store if self.store is not None and identity else self.passing
+    def path_for(self, identity: str) -> Path:
+        """Only results with an identity are cached permanently."""
+        return self.store if self.store is not None and identity else self.temporary
 
 
+# Like `map`, in parallel: (function, items) -> results in order.
 MapFunction = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]

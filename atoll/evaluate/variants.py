@@ -1,4 +1,4 @@
-"""What is measured of a run: every routing, every expert alone, the monolith, the alignments; or a sweep."""
+"""The variants of a run: every routing, every expert alone, the monolith, the alignments; or those of a sweep."""
 
 import hashlib
 import json
@@ -19,82 +19,108 @@ Groups = dict[str, tuple[str, ...]]
 def variants_of(
     ensemble: Ensemble, dense: Mapping[str, Ensemble]
 ) -> tuple[list[Variant], Groups, tuple[tuple[str, str], ...]]:
-    """All that is measured; the names by group; (label, name) of those that compare the alignments.
+    """All variants that are measured without a sweep.
 
-    dense: "monolith" and "student", as far as they are there.
+    Args:
+        ensemble: of the run.
+        dense: "monolith" and "student", if the run has them.
+
+    Returns:
+        The variants; their names by group; (label, name) of those that compare the alignments.
     """
+    # The ensemble with every routing.
     many = f"{len(ensemble.experts)} experts and their router"
+    # The usual routings, and the default if it is another.
     routings = ["top-1", "top-2", "full"] if len(ensemble.experts) > 1 else ["full"]
     routings += [ensemble.routing] if ensemble.routing not in routings else []
     routed = [Variant(r, ensemble.with_options(routing=r, alignment="snr"), f"{many}, {r}") for r in routings]
-    alone_ = [
-        Variant(expert.name, alone(expert, ensemble), f"{say_objective(expert.objective)}, asked for everything")
+    # Each expert alone, for all clusters.
+    experts = [
+        Variant(expert.name, alone(expert, ensemble), f"{objective_text(expert.objective)}, for all clusters")
         for expert in ensemble.experts
     ]
-    one = {"monolith": "one network trained on everything", "student": "one network that learnt from the ensemble"}
-    whole = [
-        Variant(name, model, f"{one[name]}, {say_objective(model.experts[0].objective)}")
+    # The dense models.
+    one = {"monolith": "one network trained on all data", "student": "one network distilled from the ensemble"}
+    dense_variants = [
+        Variant(name, model, f"{one[name]}, {objective_text(model.experts[0].objective)}")
         for name, model in dense.items()
     ]
+    # The ensemble with every other alignment.
     others = {"native": "native", "snr + x0 clamp": "snr-clamp", "snr alone": "snr-alone"}
-    compared = [
-        Variant(label, aligned(ensemble, how), f"{ensemble.routing}, {ALIGNMENTS[how]}")
-        for label, how in others.items()
+    aligned_variants = [
+        Variant(label, aligned(ensemble, alignment), f"{ensemble.routing}, {ALIGNMENTS[alignment]}")
+        for label, alignment in others.items()
     ]
+    # Their names, by the report's sections.
     groups = {
         "ensemble": tuple(v.name for v in routed),
-        "expert": tuple(v.name for v in alone_),
-        "monolith": tuple(v.name for v in whole),
+        "expert": tuple(v.name for v in experts),
+        "monolith": tuple(v.name for v in dense_variants),
     }
+    # The default routing is itself the row with snr and calibration.
     labels = ("native", "snr + calibration", "snr + x0 clamp", "snr alone")
     names = ("native", ensemble.routing, "snr + x0 clamp", "snr alone")
-    return [*routed, *alone_, *whole, *compared], groups, tuple(zip(labels, names, strict=True))
+    return [*routed, *experts, *dense_variants, *aligned_variants], groups, tuple(zip(labels, names, strict=True))
 
 
-def swept(
+def variants_of_sweeps(
     sweeps: Sequence[SweepSettings], ensemble: Ensemble, dense: Mapping[str, Ensemble]
 ) -> tuple[list[Variant], Groups, tuple[tuple[str, str], ...]]:
-    """As `variants_of`, of what the sweeps name; what two of them name is measured once."""
-    found: dict[str, Variant] = {}
+    """Like `variants_of`, for sweeps; a variant of two sweeps is measured once."""
+    unique: dict[str, Variant] = {}
     for sweep in sweeps:
         for variant in variants_of_sweep(sweep, ensemble, dense):
-            found.setdefault(variant.name, variant)
-    whole = tuple(name for name, variant in found.items() if _which(variant, dense) != "ensemble")
-    return list(found.values()), {"sweep": tuple(n for n in found if n not in whole), "monolith": whole}, ()
+            unique.setdefault(variant.name, variant)
+    # Dense models form their own group in the report.
+    dense_names = tuple(name for name, variant in unique.items() if _source_of(variant, dense) != "ensemble")
+    groups = {"sweep": tuple(n for n in unique if n not in dense_names), "monolith": dense_names}
+    return list(unique.values()), groups, ()
 
 
-def identified(variants: Sequence[Variant], dense: Mapping[str, Ensemble], parts: Mapping[str, str]) -> list[Variant]:
-    """The variants with identities. parts: hashes of all that "ensemble", "monolith" and "student" consist of."""
-    return [replace(v, identity=_identity(v.ensemble, parts[_which(v, dense)])) for v in variants]
+def with_identities(
+    variants: Sequence[Variant], dense: Mapping[str, Ensemble], parts: Mapping[str, str]
+) -> list[Variant]:
+    """The variants with identities.
+
+    Args:
+        variants: of one run.
+        dense: "monolith" and "student", if the run has them.
+        parts: hashes of all weights of the "ensemble", the "monolith" and the "student".
+    """
+    return [replace(v, identity=_hash_of(v.ensemble, parts[_source_of(v, dense)])) for v in variants]
 
 
-def _which(variant: Variant, dense: Mapping[str, Ensemble]) -> str:
+def _source_of(variant: Variant, dense: Mapping[str, Ensemble]) -> str:
+    """The model that a variant samples: "monolith", "student" or "ensemble"."""
     return next((name for name, model in dense.items() if variant.ensemble is model), "ensemble")
 
 
-def _identity(ensemble: Ensemble, parts: str) -> str:
-    experts = [[expert.name, list(expert.clusters), _calibration(expert)] for expert in ensemble.experts]
+def _hash_of(ensemble: Ensemble, parts: str) -> str:
+    """Hash of the weights, the chosen experts with their calibrations, and the options."""
+    experts = [[expert.name, list(expert.clusters), _slopes(expert)] for expert in ensemble.experts]
+    # The sampling is not part of the identity: caches add it.
     options = [ensemble.routing, ensemble.alignment, ensemble.replicas, ensemble.router is not None]
     return hashlib.sha256(json.dumps([parts, experts, options]).encode()).hexdigest()
 
 
-def _calibration(expert: Expert) -> list[float] | None:
+def _slopes(expert: Expert) -> list[float] | None:
     return None if expert.calibration is None else expert.calibration.slope.tolist()
 
 
 def alone(expert: Expert, ensemble: Ensemble) -> Ensemble:
-    """The expert as if it were all there is.
+    """One expert as an ensemble that covers all clusters.
 
     Raises:
-        AtollError: it is none of the ensemble's.
+        AtollError: the expert is not in the ensemble.
     """
     if all(expert is not other for other in ensemble.experts):
-        raise AtollError(f"{expert.name} is no expert of this ensemble")
+        raise AtollError(f"{expert.name} is not an expert of this ensemble")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the ensemble was loaded
+        warnings.simplefilter("ignore")  # loading the ensemble has warned already
+        # Cluster 0 stands for all: there is no router.
         return Ensemble([replace(expert, clusters=(0,))], None, "full", null=ensemble.null)
 
 
-def say_objective(objective: Objective) -> str:
-    """eps on cosine"""
+def objective_text(objective: Objective) -> str:
+    """The objective as text: "eps on cosine"."""
     return f"{objective.prediction} on {objective.schedule.config()['name']}"

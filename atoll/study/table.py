@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atoll.evaluate.compare import likeness, open_measured
+from atoll.evaluate.compare import likeness, open_evaluated
 from atoll.report.page import number
 from atoll.storage.artifact import read_json, write_bytes, write_json
 from atoll.study.recipe import Study
@@ -52,8 +52,8 @@ def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> flo
     base, _, name = study.baseline.partition(":")
     if not (out / f"seed-{seed}" / base / "report.json").is_file():
         return None
-    a = open_measured(f"{out / f'seed-{seed}' / base}:{name.strip()}")
-    b = open_measured(f"{out / f'seed-{seed}' / run}:{variant}")
+    a = open_evaluated(f"{out / f'seed-{seed}' / base}:{name.strip()}")
+    b = open_evaluated(f"{out / f'seed-{seed}' / run}:{variant}")
     return likeness(a, b)[0] if a.bench == b.bench else None
 
 

@@ -1,4 +1,4 @@
-"""Measuring variants against each other (the oracle's floor and order), and a whole run on disk into a report."""
+"""Variants measured against each other (with an oracle's floor and order), and a run on disk with its report."""
 
 import json
 from functools import cache
@@ -20,7 +20,7 @@ from atoll.errors import AtollError
 from atoll.evaluate import EvaluateSettings, Reference, Results, Variant, evaluate, evaluate_run
 from atoll.evaluate import run as run_module
 from atoll.evaluate.measure import side_by_side
-from atoll.evaluate.run import _spread
+from atoll.evaluate.run import _spread_out
 from atoll.evaluate.types import Space
 from atoll.evaluate.variants import alone
 from atoll.manifest import SweepSettings
@@ -56,7 +56,7 @@ def write_shards(path: Path, x0: Tensor, clusters: Tensor, name: str = "p") -> N
 
 
 class Oracle:
-    """A mixture whose samples are the data, and exact experts of it."""
+    """A mixture whose samples are the data, with exact experts."""
 
     def __init__(self, path: Path, count: int = 600):
         base = GaussianMixture.random(4, 2, SHAPE, seed=0)
@@ -99,7 +99,7 @@ class TestEvaluate:
         # velocities off by 1 everywhere, their noise being the same
         assert bad.denoising.mean - good.denoising.mean == pytest.approx(1, abs=0.1)
 
-    def test_the_floor_is_of_disjoint_images(self, oracle: Oracle) -> None:
+    def test_the_floor_compares_disjoint_images(self, oracle: Oracle) -> None:
         probe, base = oracle.reference.split(self.settings)
         assert len(probe) == 200
         assert not set(probe.tolist()) & set(base.tolist())
@@ -107,12 +107,12 @@ class TestEvaluate:
         assert set(probe.tolist()) | set(base.tolist()) == training
         assert not training & set(oracle.reference.held_out(self.settings).tolist())
 
-    def test_few_images_are_halved(self, oracle: Oracle) -> None:
+    def test_few_images_are_split_in_halves(self, oracle: Oracle) -> None:
         probe, base = oracle.reference.split(EvaluateSettings(images=100_000))
         assert len(probe) == len(base) == 270
 
     @pytest.mark.parametrize("change", [{"batch": 7}, {"workers": 1}])
-    def test_does_not_depend_on_batch_or_workers(self, oracle: Oracle, change: dict[str, int]) -> None:
+    def test_results_do_not_depend_on_batch_or_workers(self, oracle: Oracle, change: dict[str, int]) -> None:
         variants = [Variant("a", oracle.ensemble())]
         first = evaluate(variants, oracle.reference, SMALL).score("a")
         second = evaluate(variants, oracle.reference, SMALL.model_copy(update=change)).score("a")
@@ -145,7 +145,7 @@ class TestEvaluate:
         assert torch.equal(sampled, ENCODER(oracle.reference.captions(probe)).pooled)
         assert torch.equal(denoised, ENCODER(oracle.reference.captions(held_out)).pooled)
 
-    def test_a_variant_that_diverges_is_said_to(self, oracle: Oracle) -> None:
+    def test_a_variant_that_diverges_is_reported(self, oracle: Oracle) -> None:
         def broken(x: Tensor, time: Tensor, condition: Any) -> Tensor:
             return x * torch.inf
 
@@ -191,16 +191,16 @@ class TestEvaluate:
         assert sum(calls) == (12 + 4) * 9 * 2 + 6 * 2
 
     def test_progress_ends_at_its_total(self, oracle: Oracle) -> None:
-        told: list[tuple[int, int, str]] = []
+        messages: list[tuple[int, int, str]] = []
         variants = [Variant("a", oracle.ensemble()), Variant("b", oracle.ensemble().with_options(routing="top-1"))]
-        evaluate(variants, oracle.reference, SMALL, lambda *args: told.append(args))
-        done = [d for d, _, _ in told]
+        evaluate(variants, oracle.reference, SMALL, progress=lambda *args: messages.append(args))
+        done = [d for d, _, _ in messages]
         assert done == sorted(done)
-        assert told[-1][0] == told[-1][1]
-        assert {note for _, _, note in told} == {"a", "b"}
+        assert messages[-1][0] == messages[-1][1]
+        assert {note for _, _, note in messages} == {"a", "b"}
 
-    def test_refuses_two_variants_of_one_name(self, oracle: Oracle) -> None:
-        with pytest.raises(AtollError, match="two variants"):
+    def test_refuses_two_variants_with_one_name(self, oracle: Oracle) -> None:
+        with pytest.raises(AtollError, match="two variants are named a"):
             evaluate([Variant("a", oracle.ensemble()), Variant("a", oracle.ensemble())], oracle.reference, SMALL)
 
     def test_refuses_data_without_held_out_rows(self, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ class TestEvaluate:
         with pytest.raises(AtollError, match="no held-out rows"):
             evaluate([], Reference(Shards(tmp_path / "d"), ENCODER, CODEC), SMALL)
 
-    def test_threads_are_put_back_and_errors_come_out(self) -> None:
+    def test_threads_are_restored_and_errors_are_raised(self) -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(4)
         try:
@@ -226,7 +226,7 @@ class TestEvaluate:
 def save_network(
     path: Path, kind: str, config: dict[str, Any], card: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """A network of random weights (a fresh one would output zeros) as an artifact."""
+    """Save a network with random weights (a fresh one would output zeros) as an artifact."""
     torch.manual_seed(len(path.name))
     network = build_network(config)
     weights = {name: value + 0.05 * torch.randn_like(value) for name, value in network.state_dict().items()}
@@ -236,7 +236,7 @@ def save_network(
 
 
 def make_run(path: Path) -> Path:
-    """A run with two experts (one eps), a router and a monolith, all of random weights."""
+    """A run with two experts (one eps), a router and a monolith, all with random weights."""
     mixture = GaussianMixture.random(4, 2, SHAPE, seed=0)
     x0, clusters = mixture.sample(60, torch.Generator().manual_seed(1))
     write_shards(path / "encoded", x0, clusters)
@@ -301,13 +301,13 @@ class TestEvaluateRun:
         assert all(score["frechet"] > 0 and len(score["denoising"]["by_level"]) == 2 for score in scores.values())
         assert scores["top-2"] == {
             **scores["full"],
-            **{k: scores["top-2"][k] for k in ("name", "made_by", "images_per_second", "key", "errors_key")},
+            **{k: scores["top-2"][k] for k in ("name", "description", "images_per_second", "key", "errors_key")},
         }
         assert report["results"]["frechet_name"] == "FD-pca8"
         # each way of alignment is another model; the calibration acts on both experts
         assert len({scores[name]["denoising"]["mean"] for name in report["alignment"].values()}) == 4
 
-    def test_hashes_name_all_that_was_read(self, run: Path) -> None:
+    def test_hashes_cover_every_file_that_was_read(self, run: Path) -> None:
         from atoll.storage.artifact import sha256_file
 
         hashes = report_of(run)["hashes"]
@@ -316,7 +316,7 @@ class TestEvaluateRun:
         assert hashes["ensemble/ensemble.json"] == sha256_file(run / "ensemble" / "ensemble.json")
         assert {"encoded/index.json", "clusters/clusters.json", "router/card.json", "feature space pca8"} < set(hashes)
 
-    def test_traces_who_was_asked(self, run: Path) -> None:
+    def test_routing_traces_hold_the_weights_by_step(self, run: Path) -> None:
         usage = {one["routing"]: one for one in report_of(run)["usage"]}
         assert set(usage) == {"top-1", "full"}
         weights = torch.tensor(usage["top-1"]["weights"])
@@ -326,7 +326,7 @@ class TestEvaluateRun:
         assert usage["full"]["times"] == [1.0, 0.75, 0.5, 0.25]
         assert ((torch.tensor(usage["full"]["weights"]) * (1 - weights)).sum() > 0).item()
 
-    def test_clusters_are_told_by_their_words(self, run: Path) -> None:
+    def test_clusters_are_described_by_distinctive_words(self, run: Path) -> None:
         first, second = report_of(run)["clusters"]
         assert first["words"][0][0] == "red"
         assert second["words"][0][0] == "blue"
@@ -334,9 +334,9 @@ class TestEvaluateRun:
         by = "Clustered by hog (grid 8), balanced: the largest holds 1.05 times the mean."
         assert report_of(run)["clustered_by"] == by
         assert first["words"][0][1] == 1.0
-        assert first["words"][0][2] == pytest.approx(first["share"])
+        assert first["words"][0][2] == pytest.approx(first["fraction"])
 
-    def test_page_needs_nothing_else(self, run: Path) -> None:
+    def test_the_page_is_self_contained(self, run: Path) -> None:
         page = (run / "report.html").read_text()
         assert "http" not in page.replace("http-equiv", "")
         assert "<script" not in page
@@ -346,21 +346,21 @@ class TestEvaluateRun:
         )  # 2 prompts x 4 rows, one in the data, 2 clusters
         assert not [p for p in run.iterdir() if p.name.startswith(".")]
 
-    def test_the_alignment_of_experts_and_data_is_diagnosed_where_asked(self, run: Path, tmp_path: Path) -> None:
+    def test_diagnostics_are_measured_only_on_request(self, run: Path, tmp_path: Path) -> None:
         import shutil
 
         assert report_of(run)["diagnostics"] is None
         path = tmp_path / "diagnostic_samples"
         shutil.copytree(run, path)
-        asked = SMALL.model_copy(update={"diagnostic_samples": 3})
-        page = evaluate_run(path, asked).read_text()
+        settings = SMALL.model_copy(update={"diagnostic_samples": 3})
+        page = evaluate_run(path, settings).read_text()
         assert "Experts and their data" in page
-        found = report_of(path)["diagnostics"]
-        assert found["trajectory"]["images"] == 3
-        assert found["router"]["count"] == found["experts"]["count"] == 7  # all that the clusters hold out
+        diagnostics = report_of(path)["diagnostics"]
+        assert diagnostics["trajectory"]["images"] == 3
+        assert diagnostics["router"]["count"] == diagnostics["experts"]["count"] == 7  # all that the clusters hold out
         shutil.rmtree(path / "clusters")
         with pytest.raises(AtollError, match=r"evaluate.diagnostic_samples needs the clusters' shards"):
-            evaluate_run(path, asked)
+            evaluate_run(path, settings)
 
     def test_a_sweep_shows_every_variant(self, run: Path, tmp_path: Path) -> None:
         import shutil
@@ -386,11 +386,11 @@ class TestEvaluateRun:
         shutil.rmtree(path / "monolith")
         shutil.rmtree(path / "clusters")
         page = evaluate_run(path, SMALL.model_copy(update={"prompts": ()})).read_text()
-        assert "no clusters beside it" in page
+        assert "The run has no clusters." in page
         assert "monolith" not in report_of(path)["hashes"]
-        assert report_of(path)["usage"][0]["prompts"] == ["red 0", "blue 0"]  # held-out captions where none are set
+        assert report_of(path)["usage"][0]["prompts"] == ["red 0", "blue 0"]  # held-out captions if none are set
 
-    def test_other_data_is_refused_and_the_report_untouched(self, tmp_path: Path) -> None:
+    def test_other_data_is_refused_and_the_report_is_unchanged(self, tmp_path: Path) -> None:
         path = make_run(tmp_path / "other")
         (path / "report.html").write_text("the last one")
         with ShardWriter(path / "encoded", {}) as writer:
@@ -399,7 +399,7 @@ class TestEvaluateRun:
             evaluate_run(path, SMALL)
         assert (path / "report.html").read_text() == "the last one"
 
-    def test_a_monolith_of_another_encoder_is_refused(self, tmp_path: Path) -> None:
+    def test_a_monolith_with_another_encoder_is_refused(self, tmp_path: Path) -> None:
         path = make_run(tmp_path / "mono")
         card = json.loads((path / "monolith" / "card.json").read_text())
         write_json(path / "monolith" / "card.json", {**card, "condition": HashEncoder(8, 4, seed=1).config()})
@@ -407,7 +407,7 @@ class TestEvaluateRun:
             run_module.open_run(path)
 
 
-def test_an_expert_alone_is_asked_for_everything() -> None:
+def test_an_expert_alone_covers_all_clusters() -> None:
     flow = Objective("flow", Linear())
     experts = [Expert(lambda x, time, c, k=k: x * 0 + k, flow, (k,), name=f"e{k}") for k in range(3)]
     ensemble = Ensemble(experts, lambda x, t, pooled: x.new_zeros(len(x), 3), "full")
@@ -419,20 +419,20 @@ def test_an_expert_alone_is_asked_for_everything() -> None:
 @given(sources=st.integers(1, 8), each=st.integers(1, 40))
 def test_the_grid_shows_every_source(sources: int, each: int) -> None:
     captions = [f"{source} {i % each}" for source in range(sources) for i in range(2 * each)]
-    shown = _spread(captions)
+    shown = _spread_out(captions)
     assert len(set(shown)) == len(shown) == min(8, sources * each)
     assert {prompt.split()[0] for prompt in shown} == {str(source) for source in range(sources)}
 
 
-def test_words_that_are_everywhere_tell_nothing() -> None:
+def test_words_that_are_everywhere_are_not_distinctive() -> None:
     counts = run_module.count_words(["A red dot", "red, red line"])
     assert counts == {"a": 1, "red": 2, "dot": 1, "line": 1}
     overall = run_module.count_words(["A red dot", "red, red line", "a red sea", "red"])
-    told = run_module.distinctive_words(counts, 2, overall, 4)
-    assert [word for word, _, _ in told] == ["dot", "line"]
+    words = run_module.distinctive_words(counts, 2, overall, 4)
+    assert [word for word, _, _ in words] == ["dot", "line"]
 
 
-def test_results_are_found_by_name() -> None:
+def test_results_are_looked_up_by_name() -> None:
     results = Results((Space("pca1", 1, "0", 1.0),), 1, 1, 1, {"FD-pca1 [0]": 0.25, "KD-pca1 [0]": 0.5}, 1, "")
     with pytest.raises(KeyError):
         results.score("nobody")
@@ -443,7 +443,7 @@ def test_results_are_found_by_name() -> None:
     ("routing", "calls"),
     [("top-1", 1), ("top-9", 3), ("full", 3), ("sample-2", 2), ("nucleus-0.9", 3), ("oracle-1", 3)],
 )
-def test_every_routing_has_its_share_of_the_time(routing, calls) -> None:
+def test_calls_per_velocity_by_routing(routing, calls) -> None:
     experts = [Expert(lambda x, time, condition: x, Objective("flow", "linear"), (k,)) for k in range(3)]
     ensemble = Ensemble(experts, lambda x, t, pooled=None: x.new_zeros(len(x), 3), routing)
     assert Variant("one", ensemble).calls == calls

@@ -1,4 +1,4 @@
-"""What was measured is kept: a killed evaluation goes on, and what it finds is what an unbroken one finds."""
+"""Cached results: a killed evaluation resumes, and its results equal those of an uninterrupted one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 
 
 class Counted:
-    """A variant whose network counts how often it is asked."""
+    """A variant whose network counts its evaluations."""
 
     def __init__(self, identity: str = "one", slope: float = 0.5):
         self.calls = 0
@@ -46,11 +46,11 @@ class Killed(Exception):
 
 
 def numbers(score: Any) -> Any:
-    """Sums may differ in the last digit by where in memory their terms lie."""
+    """Sums may differ in the last digit, by the memory layout of their terms."""
     return pytest.approx({**score.metrics, "error": score.denoising.mean}, rel=1e-6, abs=1e-6)
 
 
-def test_a_killed_evaluation_goes_on_and_finds_the_same(oracle: Oracle, tmp_path: Path) -> None:
+def test_a_killed_evaluation_resumes_with_the_same_results(oracle: Oracle, tmp_path: Path) -> None:
     unbroken = Counted()
     expected = evaluate([unbroken.variant], oracle.reference, SETTINGS, store=tmp_path / "whole")
 
@@ -60,19 +60,19 @@ def test_a_killed_evaluation_goes_on_and_finds_the_same(oracle: Oracle, tmp_path
 
     broken = Counted()
     with pytest.raises(Killed):
-        evaluate([broken.variant], oracle.reference, SETTINGS, kill, store=tmp_path / "killed")
+        evaluate([broken.variant], oracle.reference, SETTINGS, progress=kill, store=tmp_path / "killed")
     first = broken.calls
-    found = evaluate([broken.variant], oracle.reference, SETTINGS, store=tmp_path / "killed")
+    result = evaluate([broken.variant], oracle.reference, SETTINGS, store=tmp_path / "killed")
     assert 0 < first < unbroken.calls
-    assert broken.calls < unbroken.calls + first  # it did not begin anew
-    score = found.scores[0]
+    assert broken.calls < unbroken.calls + first  # it did not start from the beginning
+    score = result.scores[0]
     assert {**score.metrics, "error": score.denoising.mean} == numbers(expected.scores[0])
-    assert found.real == pytest.approx(expected.real, rel=1e-6, abs=1e-6)
+    assert result.real == pytest.approx(expected.real, rel=1e-6, abs=1e-6)
     again = evaluate([broken.variant], oracle.reference, SETTINGS, store=tmp_path / "killed")
-    assert again.scores == found.scores
+    assert again.scores == result.scores
 
 
-def test_what_is_there_is_not_measured_again(oracle: Oracle, tmp_path: Path) -> None:
+def test_cached_results_are_not_measured_again(oracle: Oracle, tmp_path: Path) -> None:
     one, other = Counted(), Counted("other", slope=1.0)
     first = evaluate([one.variant], oracle.reference, SETTINGS, store=tmp_path).score("a")
     calls = one.calls
@@ -87,7 +87,7 @@ def test_what_is_there_is_not_measured_again(oracle: Oracle, tmp_path: Path) -> 
         assert one.calls > before, change
 
 
-def test_errors_are_measured_once_however_images_are_drawn(oracle: Oracle, tmp_path: Path) -> None:
+def test_errors_are_measured_once_for_all_ways_of_sampling(oracle: Oracle, tmp_path: Path) -> None:
     one = Counted()
     null = oracle.reference.encoder.null(1)
     ensemble = Ensemble(one.variant.ensemble.experts, None, null=null)
@@ -98,11 +98,11 @@ def test_errors_are_measured_once_however_images_are_drawn(oracle: Oracle, tmp_p
     assert first.denoising == second.denoising
     one.calls = 0
     evaluate([replace(variants[0], name="more", guidance_scale=3.0)], oracle.reference, SETTINGS, store=tmp_path)
-    batches = 3 + 1  # of images, and those whose operations are counted
+    batches = 3 + 1  # for images, and for those whose operations are counted
     assert one.calls == batches * SETTINGS.steps
 
 
-def test_all_spaces_are_fitted_in_one_pass_and_found_again(oracle: Oracle, tmp_path: Path, monkeypatch) -> None:
+def test_all_spaces_are_fitted_in_one_pass_and_cached(oracle: Oracle, tmp_path: Path, monkeypatch) -> None:
     decoded: list[int] = []
     images = Reference.images
     monkeypatch.setattr(Reference, "images", lambda self, rows: decoded.append(len(rows)) or images(self, rows))
@@ -116,7 +116,7 @@ def test_all_spaces_are_fitted_in_one_pass_and_found_again(oracle: Oracle, tmp_p
     assert [space.dim for space in again.spaces] == [8, 3, 5]
 
 
-def test_nothing_is_kept_of_a_variant_without_an_identity(oracle: Oracle, tmp_path: Path) -> None:
+def test_a_variant_without_an_identity_is_not_cached(oracle: Oracle, tmp_path: Path) -> None:
     one = Counted("")
     score = evaluate([one.variant], oracle.reference, SETTINGS, store=tmp_path).score("a")
     assert score.key == ""
@@ -136,8 +136,8 @@ def test_every_space_has_its_metrics_under_its_own_name(oracle: Oracle, tmp_path
     assert any("biased upwards" in note and note.startswith("pca8") for note in results.notes)
 
 
-def test_diversity_is_of_one_prompts_images_and_clip_of_each_with_its_own(oracle, tmp_path, monkeypatch) -> None:
-    """With stand-ins for the two networks: what is asked of them, and what becomes of their answers."""
+def test_diversity_compares_one_prompts_images_clip_its_own_prompt(oracle, tmp_path, monkeypatch) -> None:
+    """With stand-ins for both networks: their inputs, and the use of their outputs."""
 
     class Distance:
         name = "SqueezeDist [0123abcd]"
@@ -155,44 +155,46 @@ def test_diversity_is_of_one_prompts_images_and_clip_of_each_with_its_own(oracle
             return cls()
 
         def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-            asked.extend(prompts)
+            prompts_seen.extend(prompts)
             return torch.tensor([10.0 * prompt.startswith("red") for prompt in prompts])
 
     seen: list[Tensor] = []
-    asked: list[str] = []
+    prompts_seen: list[str] = []
     monkeypatch.setattr(bench_module, "build_distance", lambda config: Distance())
     monkeypatch.setattr(bench_module, "CLIPScore", Clip)
     diversity = DiversitySettings(feature={"name": "squeezenet"}, prompts=3, images=4)
     settings = SMALL.model_copy(update={"workers": 1, "diversity": diversity, "clip": {"weights": "a clip"}})
-    told: list[tuple[int, int, str]] = []
-    score = evaluate([Counted().variant], oracle.reference, settings, lambda *x: told.append(x), store=tmp_path).scores[
-        0
-    ]
-    assert told[-1][0] == told[-1][1]
+    messages: list[tuple[int, int, str]] = []
+    score = evaluate(
+        [Counted().variant], oracle.reference, settings, progress=lambda *x: messages.append(x), store=tmp_path
+    ).scores[0]
+    assert messages[-1][0] == messages[-1][1]
     assert [len(images) for images in seen] == [4, 4, 4]
-    assert torch.equal(seen[0], seen[1])  # this variant does not read its prompt, and the noise is the same
+    assert torch.equal(seen[0], seen[1])  # this variant ignores its prompt, and the noise is the same
     means = [float(torch.pdist(images.flatten(1)).mean()) for images in seen]
     assert score.metrics["SqueezeDist [0123abcd]"] == pytest.approx(means[0], rel=1e-5)
     assert score.metrics["std of SqueezeDist [0123abcd]"] == pytest.approx(0, abs=1e-6)
     captions = oracle.reference.captions(oracle.reference.split(settings)[0])
-    assert asked == captions
+    assert prompts_seen == captions
     red = sum(caption.startswith("red") for caption in captions)
     assert score.metrics["CLIPScore [0123abcd]"] == pytest.approx(10 * red / len(captions))
-    seen.clear(), asked.clear()
+    seen.clear(), prompts_seen.clear()
     again = evaluate([Counted().variant], oracle.reference, settings, store=tmp_path).scores[0]
     assert again.metrics == pytest.approx(score.metrics)
     assert not seen
-    assert not asked
+    assert not prompts_seen
 
 
-def test_four_images_are_enough_to_be_measured(tmp_path: Path) -> None:
+def test_four_images_are_enough_to_evaluate(tmp_path: Path) -> None:
     tiny = Oracle(tmp_path, 5)
-    found = evaluate([Counted().variant], tiny.reference, SMALL.model_copy(update={"workers": 1}), store=tmp_path / "s")
-    assert found.images == 2
-    assert [name.split("-")[0] for name in found.scores[0].metrics] == ["FD", "KD"]
+    result = evaluate(
+        [Counted().variant], tiny.reference, SMALL.model_copy(update={"workers": 1}), store=tmp_path / "s"
+    )
+    assert result.images == 2
+    assert [name.split("-")[0] for name in result.scores[0].metrics] == ["FD", "KD"]
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+def test_a_damaged_part_raises_its_file_name(tmp_path: Path) -> None:
     store = ResultCache(tmp_path, {"what": "this"})
     assert store.part("a-1", lambda: {"x": torch.ones(3)})["x"].tolist() == [1, 1, 1]
     (store.path / "a-1.safetensors").write_bytes(b"nonsense")
@@ -202,7 +204,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
         load_parts(store.path, "a")
 
 
-def test_parts_come_in_their_order_and_of_other_values_are_others(tmp_path: Path) -> None:
+def test_parts_load_in_order_and_other_values_have_other_parts(tmp_path: Path) -> None:
     store, other = ResultCache(tmp_path, {"what": "this"}), ResultCache(tmp_path, {"what": "that"})
     for number in (2, 0, 1):
         store.part(f"a-{number:05d}", lambda number=number: {"x": torch.tensor([number])})

@@ -1,1 +1,1 @@
-"""How experts, router and fusion behave along a sampling trajectory."""
+"""Diagnostics of experts, router and fusion along sampling trajectories and on held-out latents."""

@@ -1,6 +1,6 @@
-"""Each expert's error on held-out latents: the chosen ones' against the others', and who is good at which cluster.
+"""Each expert's error on held-out latents: chosen against other experts, and each expert in each cluster.
 
-Each expert is asked alone, as it answers within the ensemble (brought to the common path, calibrated).
+Each expert is evaluated alone, with the alignment and calibration that it has within the ensemble.
 """
 
 import math
@@ -16,7 +16,7 @@ from atoll.ensemble import Ensemble
 from atoll.evaluate.diagnostics.routers import LEVELS, HeldOut
 from atoll.evaluate.metrics.frechet import squared_errors
 
-CHOSEN = 0.01  # of the weight: from there on an expert counts as chosen, and the one of the largest weight does anyhow
+CHOSEN = 0.01  # an expert counts as chosen from this weight on; the expert with the largest weight always does
 
 Series = tuple[float, ...]
 Table = tuple[Series, ...]
@@ -24,25 +24,27 @@ Table = tuple[Series, ...]
 
 @dataclass(frozen=True)
 class ExpertErrors:
-    """E |u_e - (eps - x0)|^2 per latent value of each expert alone, on `count` held-out latents.
+    """E |u_e - (eps - x0)|^2 per latent value of each expert alone, on held-out latents.
 
     Attributes:
+        count: held-out latents n.
         names: of the experts [E].
-        clusters: which each covers [E].
+        clusters: that each expert covers [E].
         counts: latents of each cluster [K].
         levels: times t of the linear path [M].
-        chosen: of the experts that the routing chooses at x_t, weighted as it weighs them, mean over latents [M].
-        unchosen: of the others, mean over experts and then over the latents that have any [M]; NaN where none has.
+        chosen: error of the experts that the routing chooses at x_t, with its weights, mean over latents [M].
+        unchosen: error of the other experts, mean over experts, then over latents that have any [M]; NaN without any.
         chosen_error, unchosen_error: standard errors of these means [M].
-        fused: of the ensemble's own velocity [M]; the square is convex, so it is not above `chosen` but by what the
-            experts below `CHOSEN` add.
-        matrix: of expert e (column) in cluster k (row), mean over levels [K, E]; NaN in a cluster without latents.
-        matrix_error: standard errors of these means, from the spread between latents [K, E].
+        fused: error of the ensemble's own velocity [M]. The square is convex, so it exceeds `chosen` only by the
+            contribution of experts below `CHOSEN`.
+        matrix: error of expert e (column) in cluster k (row), mean over levels [K, E]; NaN for a cluster without
+            latents.
+        matrix_error: standard errors of these means, from the variance between latents [K, E].
         by_level, by_level_error: the same at each level [M, K, E].
-        over_other_clusters: error in the expert's own clusters over its error in others, each cluster counting alike
-            [E]; some clusters are harder than others for every expert, so 1 is not always the line.
-        over_other_experts: error in the expert's own clusters over that of the experts that do not cover them, there
-            [E]: below 1 where it knows its clusters better than others do.
+        over_other_clusters: error in the expert's own clusters over its error in others, with equal weight per cluster
+            [E]. Some clusters are harder for every expert, so 1 is not always the threshold.
+        over_other_experts: error in the expert's own clusters over the error of experts that do not cover them, in the
+            same clusters [E]; below 1 if the expert is better there than the others.
     """
 
     count: int
@@ -71,35 +73,37 @@ def measure_experts(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> ExpertErrors:
-    """Asks the ensemble, then each expert alone, for the velocity at the same noisy latents, without guidance.
+    """Evaluate the ensemble, then each expert alone, on the same noisy latents, without guidance.
 
-    The noise is that of `squared_errors`, so these are comparable with any other denoising error of the same levels and
+    The noise is that of `squared_errors`, so the errors are comparable with any denoising error at the same levels and
     seeds. Beside a batch, memory is one number per latent, level and expert.
 
     Args:
-        ensemble: with routing "oracle", the labels are the clusters that it is told.
+        ensemble: with routing "oracle", the labels are the clusters.
         held_out: latents with their clusters.
         levels: times t of the linear path.
         batch: latents at a time.
-        device: where the networks are.
+        device: of the networks.
+
+    Returns:
+        Errors by choice, by cluster and by level.
     """
+    # The ensemble, with its weights.
     experts = ensemble.experts
-    measured = ensemble.with_options(drops=False)  # as it is: an expert that breaks is not left out
-    fused, weights = [], []
-    for part in held_out.batches(batch, device):
-        velocity = partial(measured.velocity, cluster=part.labels)
-        with measured.tracing() as trace:
-            fused.append(squared_errors(velocity, part.x0, part.condition, levels, part.seeds).cpu())
-        weights.append(torch.stack(trace.weights, dim=1))  # [B, M, E]
-    errors = torch.stack([_errors(one, held_out, levels, batch, device) for one in each_alone(ensemble)], dim=2)
-    chosen, unchosen = by_choice(errors, torch.cat(weights))  # [2, M] each: mean and standard error
+    fused, weights = _ensemble_errors(ensemble, held_out, levels, batch, device)
+    # Each expert alone, on the same noise: [n, M, E].
+    errors = torch.stack([_errors(alone, held_out, levels, batch, device) for alone in each_alone(ensemble)], dim=2)
+    chosen, unchosen = by_choice(errors, weights)  # [2, M] each: mean and standard error
+    # Means and standard errors by cluster, at each level and over the levels.
     k = max(held_out.clusters, 1 + max(max(expert.clusters) for expert in experts))
     labels = held_out.labels.cpu()
     mine = [errors[labels == cluster] for cluster in range(k)]  # [n_k, M, E] each
+    # At each level, and as means over the levels per latent.
     cells = torch.stack([torch.stack(mean_and_error(part)) for part in mine])  # [K, 2, M, E]
     rows = torch.stack([torch.stack(mean_and_error(part.mean(1))) for part in mine])  # [K, 2, E]
+    # The experts' own clusters, among those with latents.
     owned = torch.tensor([[cluster in expert.clusters for expert in experts] for cluster in range(k)])
-    there = [cluster for cluster in range(k) if len(mine[cluster])]
+    nonempty = [cluster for cluster in range(k) if len(mine[cluster])]
     return ExpertErrors(
         count=len(errors),
         names=tuple(expert.name for expert in experts),
@@ -110,29 +114,45 @@ def measure_experts(
         chosen_error=tuple(chosen[1].tolist()),
         unchosen=tuple(unchosen[0].tolist()),
         unchosen_error=tuple(unchosen[1].tolist()),
-        fused=tuple(torch.cat(fused).double().mean(0).tolist()),
+        fused=tuple(fused.double().mean(0).tolist()),
         matrix=_table(rows[:, 0]),
         matrix_error=_table(rows[:, 1]),
         by_level=tuple(_table(level) for level in cells[:, 0].unbind(1)),
         by_level_error=tuple(_table(level) for level in cells[:, 1].unbind(1)),
-        over_other_clusters=_over_other_clusters(rows[there, 0], owned[there]),
-        over_other_experts=_over_other_experts(rows[there, 0], owned[there]),
+        over_other_clusters=_over_other_clusters(rows[nonempty, 0], owned[nonempty]),
+        over_other_experts=_over_other_experts(rows[nonempty, 0], owned[nonempty]),
     )
+
+
+def _ensemble_errors(
+    ensemble: Ensemble, held_out: HeldOut, levels: Sequence[float], batch: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Errors of the ensemble's own velocity [n, M], and its experts' weights [n, M, E]."""
+    # An expert that outputs NaN stays in.
+    measured = ensemble.with_options(drops=False)
+    fused, weights = [], []
+    for part in held_out.batches(batch, device):
+        velocity = partial(measured.velocity, cluster=part.labels)
+        with measured.tracing() as trace:
+            fused.append(squared_errors(velocity, part.x0, part.condition, levels, part.seeds).cpu())
+        weights.append(torch.stack(trace.weights, dim=1))
+    return torch.cat(fused), torch.cat(weights)
 
 
 def _errors(
     expert: Ensemble, held_out: HeldOut, levels: Sequence[float], batch: int, device: torch.device | str
 ) -> Tensor:
-    """[n, M], float64."""
+    """Errors of one ensemble on all held-out latents, [n, M], float64."""
+    # The same batches and seeds for every expert.
     parts = held_out.batches(batch, device)
-    found = [squared_errors(expert.velocity, p.x0, p.condition, levels, p.seeds).cpu() for p in parts]
-    return torch.cat(found).double()
+    errors = [squared_errors(expert.velocity, p.x0, p.condition, levels, p.seeds).cpu() for p in parts]
+    return torch.cat(errors).double()
 
 
 def each_alone(ensemble: Ensemble) -> tuple[Ensemble, ...]:
     """Each expert as an ensemble of one: guided and aligned as it is within the ensemble."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the ensemble was made
+        warnings.simplefilter("ignore")  # creating the ensemble has warned already
         return tuple(
             Ensemble([expert], None, "full", ensemble.alignment, ensemble.null, drops=False)
             for expert in ensemble.experts
@@ -140,29 +160,34 @@ def each_alone(ensemble: Ensemble) -> tuple[Ensemble, ...]:
 
 
 def chosen_of(weights: Tensor) -> Tensor:
-    """Which experts count as chosen, [..., E] bool: with at least `CHOSEN` of the weight [..., E], or the most."""
+    """Experts that count as chosen, [..., E] bool: at least `CHOSEN` of the weights [..., E], or the largest."""
     return weights >= weights.amax(-1, keepdim=True).clamp(max=CHOSEN)
 
 
 def by_choice(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error [2, M] over n images of the chosen experts' values and of the others'.
+    """Mean and standard error [2, M] over n images, of the chosen experts' values and of the others' values.
 
     Args:
         values: [n, M, E].
-        weights: [n, M, E]; the chosen ones' values are weighted by them, the others count alike.
+        weights: [n, M, E]; the chosen experts' values are weighted by them, the others' equally.
+
+    Returns:
+        (chosen, others).
     """
+    # Select by `where`, not by zero weights: 0 times infinity is NaN.
     chosen = chosen_of(weights)
-    kept = torch.where(chosen, weights.to(values), 0)
-    # What has no weight is left out before it is multiplied: 0 times infinity is no number.
-    own = torch.where(chosen, values * kept, 0).sum(-1) / kept.sum(-1)
+    chosen_weights = torch.where(chosen, weights.to(values), 0)
+    # The weighted mean over chosen experts, and the plain mean over others.
+    own = torch.where(chosen, values * chosen_weights, 0).sum(-1) / chosen_weights.sum(-1)
     others = torch.where(chosen, 0, values).sum(-1) / (~chosen).sum(-1)
-    there = (~chosen).any(-1)  # [n, M]
-    columns = [mean_and_error(others[there[:, m], m]) for m in range(there.shape[1])]
+    # Images without other experts do not count in the others' mean.
+    has_others = (~chosen).any(-1)  # [n, M]
+    columns = [mean_and_error(others[has_others[:, m], m]) for m in range(has_others.shape[1])]
     return torch.stack(mean_and_error(own)), torch.stack([torch.stack(column) for column in columns], dim=1)
 
 
 def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of values [n, ...] over n and its standard error; NaN of none, the error also of one."""
+    """Mean of values [n, ...] over n and its standard error; NaN for none, and an error of NaN for one."""
     if len(values) == 0:
         nothing = values.new_full(values.shape[1:], math.nan)
         return nothing, nothing
@@ -175,13 +200,15 @@ def _table(values: Tensor) -> Table:
 
 
 def _over_other_clusters(matrix: Tensor, owned: Tensor) -> Series:
-    """[E], from clusters with latents [K, E] and who covers them [K, E]; NaN where all or none of them are its own."""
+    """[E] from the errors [K, E] and who covers which cluster [K, E]; NaN if all or none are an expert's own."""
+    # One column per expert.
     columns = zip(matrix.T, owned.T, strict=True)
     return tuple(float(column[own].mean() / column[~own].mean()) for column, own in columns)
 
 
 def _over_other_experts(matrix: Tensor, owned: Tensor) -> Series:
-    """[E], of the same: the mean over the expert's clusters of its error by the mean of those who do not cover them."""
+    """[E] from the same: the mean over an expert's clusters of its error over the mean error of the others."""
+    # The mean error of the experts that do not cover each cluster.
     others = torch.where(owned, 0, matrix).sum(1) / (~owned).sum(1)  # [K]
-    there = owned & ~owned.all(1, keepdim=True)
-    return tuple(float((matrix[rows, e] / others[rows]).mean()) for e, rows in enumerate(there.T))
+    has_others = owned & ~owned.all(1, keepdim=True)
+    return tuple(float((matrix[rows, e] / others[rows]).mean()) for e, rows in enumerate(has_others.T))

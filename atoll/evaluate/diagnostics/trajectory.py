@@ -1,12 +1,13 @@
-"""Why an ensemble draws well or badly: are the experts that it asks those whose data the current state belongs to?
+"""Diagnostics along sampling trajectories: is the current state near the data of the experts that sample it?
 
 *Expert-Data Alignment Governs Generation Quality in Decentralized Diffusion Models* (arXiv 2602.02685) finds that
-quality follows this, and not how stable or how finely resolved the sampling is: the full ensemble is the most stable
-and the worst. Both sides are measured here. Along trajectories: how far the experts' data are from the state, how far
-their answers are apart, how a perturbation grows, what finer steps change. On held-out latents: how wrong the chosen
-and the other experts are, what each has specialised in, and how well the router knows the cluster.
+quality follows this alignment, not the stability or the resolution of sampling: the full ensemble is the most stable
+and the worst. This module measures both. Along trajectories: the distance of the state to the experts' data, the angle
+between their velocities, the growth of a perturbation, the effect of finer steps. On held-out latents: the errors of
+chosen and other experts, their specialisation, and the router's accuracy.
 
-An expert is *chosen* where it has at least 1 % of the weight, or the most: so that routing "full" has others too.
+An expert is *chosen* if it has at least 1 % of the weight, or the largest weight. So routing "full" also has other
+experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,19 +32,22 @@ from atoll.evaluate.diagnostics.experts import (
     mean_and_error,
     measure_experts,
 )
-from atoll.evaluate.diagnostics.routers import LEVELS, Given, HeldOut, RouterScores, measure_router, rows_of
+from atoll.evaluate.diagnostics.routers import LEVELS, ConditionSource, HeldOut, RouterScores, measure_router, rows_of
 from atoll.randomness import seeded_noise
 from atoll.shapes import per_sample
 from atoll.solver import sample
 
-PERTURBATION = 1e-3  # root mean square per value, of latents whose values are of the order of 1
-_DIRECTIONS = 1 << 40  # seeds of perturbations begin here, apart from those of noise
+PERTURBATION = 1e-3  # root mean square per value; latents have values of order 1
+_DIRECTIONS = 1 << 40  # offset of the perturbations' seeds, so that they differ from those of the noise
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How trajectories are integrated. starts: times from which a perturbation is followed (those of the grid that are
-    nearest)."""
+    """How trajectories are integrated.
+
+    Attributes:
+        starts: times from which a perturbation is followed, rounded to those of the grid.
+    """
 
     steps: int = 20
     method: Method = "dpm++2m"
@@ -53,16 +57,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class ClusterDistance:
-    """How far the x0-estimate is from the data of the experts' clusters, root mean square per value, at T times.
+    """Distance of the x0 estimate to the data of the experts' clusters, root mean square per value, at T times.
 
-    An expert of several clusters is as far as the nearest of them.
+    For an expert with several clusters, the nearest of them counts.
 
     Attributes:
-        kind: to what: "centroid" or "nearest neighbour".
-        chosen: weighted by the experts' weights, mean over images.
-        unchosen: mean over the others, then over the images that have any; NaN where none has.
-        nearest: to the nearest cluster of all.
-        aligned: the weight that lies on experts of the nearest cluster, mean over images.
+        kind: "centroid" or "nearest neighbour".
+        chosen: distance for chosen experts, weighted by their weights, mean over images.
+        unchosen: mean over the other experts, then over the images that have any; NaN without any.
+        nearest: distance to the nearest of all clusters.
+        aligned: total weight of the experts that cover the nearest cluster, mean over images.
     """
 
     kind: str
@@ -76,10 +80,10 @@ class ClusterDistance:
 class Disagreement:
     """Angle in degrees between two experts' velocities at the same x, mean over pairs and images, at T times.
 
-    Near t = 1 and t = 0 the part of the velocity that all experts share is large, and angles are smaller.
+    Near t = 1 and t = 0 the common part of all velocities is large, so angles are smaller.
 
     Attributes:
-        chosen: over pairs of chosen experts, of the images that have two; NaN where none has.
+        chosen: over pairs of chosen experts, for images that have two; NaN without any.
         every: over all pairs; NaN with one expert.
     """
 
@@ -89,10 +93,15 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """|dx0| / |dx_t| of a random perturbation at start times t, mean over images and its standard error.
+    """Growth |dx0| / |dx_t| of a random perturbation from start times t, mean over images and its standard error.
 
-    Its square's mean over directions is the Jacobian's squared Frobenius norm per value of x. size: root mean square of
-    the perturbation per value.
+    The mean of its square over directions is the Jacobian's squared Frobenius norm per value of x.
+
+    Attributes:
+        times: start times.
+        growth: at each start.
+        standard_error: of the growth.
+        size: root mean square of the perturbation per value.
     """
 
     times: Series
@@ -103,8 +112,13 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Refinement:
-    """Root mean square per value between final images drawn from the same noise in `steps` n, 2n, 4n, mean over
-    images. distances: (steps, steps, distance). Where halving the step divides it by 2^p, the order is p."""
+    """Difference between final images from the same noise with n, 2n and 4n steps.
+
+    Attributes:
+        steps: (n, 2n, 4n).
+        distances: (steps, steps, root mean square per value, mean over images). If halving the step divides it by 2^p,
+            the solver's order is p.
+    """
 
     steps: tuple[int, ...]
     distances: tuple[tuple[int, int, float], ...]
@@ -112,8 +126,12 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What was measured while `images` images were drawn. times: of the states looked at [T], before each step;
-    space: where the distances were taken."""
+    """Measurements along the trajectories of `images` images.
+
+    Attributes:
+        space: name of the space of the distances.
+        times: of the observed states [T], before each step.
+    """
 
     images: int
     routing: str
@@ -130,7 +148,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """All that was measured; None of what there was nothing to measure with."""
+    """All measurements; None for those without data or without a router."""
 
     trajectory: Trajectory
     experts: ExpertErrors | None = None
@@ -140,7 +158,8 @@ class Diagnostics:
 def diagnose(
     ensemble: Ensemble,
     noise: Tensor,
-    condition: Given = None,
+    condition: ConditionSource = None,
+    *,
     space: ClusterSpace | None = None,
     held_out: HeldOut | None = None,
     draw: Draw | None = None,
@@ -150,19 +169,30 @@ def diagnose(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> Diagnostics:
-    """`diagnose_trajectory`, and with held-out latents `measure_experts` and, of an ensemble with a router,
-    `measure_router`.
+    """Run `diagnose_trajectory`; with held-out latents also `measure_experts`, and `measure_router` if there is one.
 
-    Args as theirs. Raises:
-        AtollError: as they do.
+    Args and Raises: see these functions.
     """
-    trajectory = diagnose_trajectory(ensemble, noise, condition, space, draw, clusters, seed, batch, device)
+    # The trajectories need no held-out latents.
+    trajectory = diagnose_trajectory(
+        ensemble,
+        noise,
+        condition,
+        space=space,
+        draw=draw,
+        clusters=clusters,
+        seed=seed,
+        batch=batch,
+        device=device,
+    )
     if held_out is None:
         return Diagnostics(trajectory)
+    # On held-out latents: the experts, and the router.
     experts = measure_experts(ensemble, held_out, levels, batch, device)
     if ensemble.router is None:
         return Diagnostics(trajectory, experts)
-    router = measure_router(ensemble.router, held_out, levels, ensemble.router_encoder, batch, device)
+    encoder = ensemble.router_encoder
+    router = measure_router(ensemble.router, held_out, levels, encoder=encoder, batch=batch, device=device)
     return Diagnostics(trajectory, experts, router)
 
 
@@ -170,7 +200,8 @@ def diagnose(
 def diagnose_trajectory(
     ensemble: Ensemble,
     noise: Tensor,
-    condition: Given = None,
+    condition: ConditionSource = None,
+    *,
     space: ClusterSpace | None = None,
     draw: Draw | None = None,
     clusters: Tensor | None = None,
@@ -178,153 +209,183 @@ def diagnose_trajectory(
     batch: int = 64,
     device: torch.device | str = "cpu",
 ) -> Trajectory:
-    """Draws images and looks, before each step, at the state x, at the weights and at what every expert says of it.
+    """Sample images and observe, before each step, the state x, the weights and every expert's velocity.
 
-    The cost, in samplings of the ensemble: 1 for the images, 1 + E/k to look at them (k experts of E are asked in a
-    step; of a memory store, each look brings all E in turn), 2 t for each start t, 6 for the refinement.
+    The cost, in samplings of the ensemble: 1 for the images, 1 + E/k for the observations (a step evaluates k of E
+    experts; with experts that load on demand, each observation loads all E), 2 t for each start t, 6 for the
+    refinement.
 
     Args:
+        ensemble: with its own routing.
         noise: x at t = 1, [n, ...], such as `seeded_noise`.
         condition: of n rows, or a function of row numbers; None for unconditional networks.
-        space: where distances to the clusters are taken; none are without it.
-        draw: steps, method, guidance, and where perturbations begin.
-        clusters: [n] int64, for routing "oracle".
-        seed: of the perturbations: the same for row i of the noise in any batch.
-        batch: images at a time; memory holds the velocities of all experts for so many.
-        device: where the networks are.
+        space: for distances to the clusters; None measures no distances.
+        draw: steps, method, guidance, and the starts of perturbations.
+        clusters: of the images [n] int64, for routing "oracle".
+        seed: of the perturbations, which depend on it and on the row of the noise only.
+        batch: images at a time; memory holds the velocities of all experts for one batch.
+        device: of the networks.
 
     Raises:
-        AtollError: no noise; an expert none of whose clusters has data in `space`; what `sample` and
-            `Ensemble.velocity` raise.
+        AtollError: no noise; an expert without data in `space` for any of its clusters; errors of `sample` and
+            `Ensemble.velocity`.
     """
     draw = draw or Draw()
     if len(noise) == 0:
-        raise AtollError("trajectories from no noise; expected noise [n, ...] of at least one image")
-    owned = [] if space is None else [_known(expert, space) for expert in ensemble.experts]
-    walks = []
+        raise AtollError("got no noise; expected noise [n, ...] for at least one image")
+    # The clusters of each expert that have data.
+    owned = [] if space is None else [_clusters_with_data(expert, space) for expert in ensemble.experts]
+    # Sample and observe batch by batch.
+    batches = []
     for rows in torch.arange(len(noise)).split(batch):
-        own = None if clusters is None else clusters[rows].to(device)
+        labels = None if clusters is None else clusters[rows].to(device)
         seeds = [_DIRECTIONS + seed + row for row in rows.tolist()]
-        walk = _Walk(ensemble, rows_of(condition, rows, device), own, space, draw, seeds)
-        walk.go(noise[rows].to(device))
-        walks.append(walk)
-    return _joined(walks, ensemble, draw, space, owned)
+        batch_trajectory = _BatchTrajectory(
+            ensemble, condition=rows_of(condition, rows, device), cluster=labels, space=space, draw=draw, seeds=seeds
+        )
+        batch_trajectory.run(noise[rows].to(device))
+        batches.append(batch_trajectory)
+    return _combine(batches, ensemble, draw, space, owned)
 
 
-def _known(expert: Expert, space: ClusterSpace) -> list[int]:
+def _clusters_with_data(expert: Expert, space: ClusterSpace) -> list[int]:
     """The expert's clusters that have data in the space."""
+    # Clusters beyond the space's, or without a sample, have no data.
     known = [k for k in expert.clusters if k < len(space.samples) and len(space.samples[k])]
     if not known:
         raise AtollError(
             f"{expert.name}: the cluster space has no data of its clusters {list(expert.clusters)}; expected latents "
-            "of every expert's clusters"
+            "from every expert's clusters"
         )
     return known
 
 
-class _Walk:
-    """One batch of images on its way, and what is seen of it: numbers of each image, on the CPU."""
+class _BatchTrajectory:
+    """One batch of trajectories with its measurements: numbers for each image, on the CPU."""
 
     def __init__(
         self,
         ensemble: Ensemble,
+        *,
         condition: Condition | Conditions | None,
         cluster: Tensor | None,
         space: ClusterSpace | None,
         draw: Draw,
         seeds: Sequence[int],
     ):
-        self.ensemble = ensemble.with_options(drops=False)  # as it is: an expert that breaks is not left out
+        # Observe every expert, also one that outputs NaN.
+        self.ensemble = ensemble.with_options(drops=False)
+        # The ensemble and each expert alone, with the same guidance.
         scale = draw.guidance_scale
         self.velocity = partial(self.ensemble.velocity, condition=condition, guidance_scale=scale, cluster=cluster)
         self.alone = [partial(one.velocity, condition=condition, guidance_scale=scale) for one in each_alone(ensemble)]
         self.space, self.draw, self.seeds = space, draw, seeds
+        # The measurements.
         self.weights: list[Tensor] = []  # [B, E] at each time
         self.distances: dict[str, list[Tensor]] = {}  # [B, K] at each time
-        self.angles: list[Tensor] = []  # [B, 2] at each time: of pairs of chosen experts, of all pairs
+        self.angles: list[Tensor] = []  # [B, 2] at each time: over pairs of chosen experts, over all pairs
         self.growth: list[Tensor] = []  # [B] at each start
         self.changes: list[Tensor] = []  # [B] from n to 2n, 2n to 4n, n to 4n steps
 
     def go(self, noise: Tensor) -> None:
+        """Sample the batch from noise [B, ...] and record the measurements."""
         steps = self.draw.steps
+        # The grid of the coarse steps, and the steps at which perturbations start.
         grid = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
         starts = start_steps(self.draw)
 
-        def look(index: int, x: Tensor) -> None:
+        # Observe each state before its step; follow a perturbation from each start.
+        def observe(index: int, x: Tensor) -> None:
             if index < steps:
-                self._look(x, grid[index].expand(len(x)))
+                self._observe(x, grid[index].expand(len(x)))
             if index in starts:
                 self.growth.append(self._growth(x, grid[index:], self.seeds, index))
 
-        look(0, noise)
-        ends = [self._drawn(noise, grid, lambda index, x: look(index + 1, x))]
+        observe(0, noise)
+        ends = [self._sample(noise, grid, lambda index, x: observe(index + 1, x))]
+        # Sample again with finer steps, and compare the results.
         for factor in (2, 4):
             fine = torch.linspace(1, 0, factor * steps + 1, dtype=noise.dtype, device=noise.device)
-            ends.append(self._drawn(noise, fine))
+            ends.append(self._sample(noise, fine))
         for a, b in ((0, 1), (1, 2), (0, 2)):
             self.changes.append((ends[a] - ends[b]).flatten(1).square().mean(1).sqrt().cpu().double())
 
-    def _drawn(self, x: Tensor, times: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def _sample(self, x: Tensor, times: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+        """Integrate x along `times` with the ensemble's velocity."""
         return sample(self.velocity, x, method=self.draw.method, times=times, callback=callback)
 
-    def _look(self, x: Tensor, t: Tensor) -> None:
+    def _observe(self, x: Tensor, t: Tensor) -> None:
+        """Record the weights, the distances of the x0 estimate, and the angles between velocities at x [B, ...]."""
         with self.ensemble.tracing() as trace:
             u = self.velocity(x, t)
+        # The x0 estimate of the ensemble, and its distance to each cluster.
         self.weights.append(trace.weights[0])
         if self.space is not None:
             x0 = x - per_sample(t, x) * u  # u = eps - x0 on the linear path
             for kind, distances in self.space.distances(x0).items():
                 self.distances.setdefault(kind, []).append(distances.cpu().double())
+        # The experts alone at the same state.
         velocities = torch.stack([velocity(x, t) for velocity in self.alone], dim=1)
         angles, chosen = angles_between(velocities), chosen_of(self.weights[-1]).to(x.device)
-        of_pairs = [mean_of_pairs(angles, those) for those in (chosen, torch.ones_like(chosen))]
-        self.angles.append(torch.stack(of_pairs, dim=1).cpu().double())
+        means = [mean_of_pairs(angles, mask) for mask in (chosen, torch.ones_like(chosen))]
+        self.angles.append(torch.stack(means, dim=1).cpu().double())
 
     def _growth(self, x: Tensor, times: Tensor, seeds: Sequence[int], index: int) -> Tensor:
-        """|dx0| / |dx| [B] of one random perturbation of x [B, ...] at the first of the times."""
+        """|dx0| / |dx| [B] for a random perturbation of x [B, ...] at the first of the times."""
+        # A direction of its own for each image and start.
         seeds = [seed * self.draw.steps + index for seed in seeds]
         noise = seeded_noise(seeds, x.shape[1:]).to(x)
-        moved = x + PERTURBATION * noise
-        change = (self._drawn(moved, times) - self._drawn(x, times)).flatten(1).norm(dim=1)
-        return (change / (moved - x).flatten(1).norm(dim=1)).cpu().double()
+        perturbed = x + PERTURBATION * noise
+        # Sample both to the end; the ratio of the differences is the growth.
+        change = (self._sample(perturbed, times) - self._sample(x, times)).flatten(1).norm(dim=1)
+        return (change / (perturbed - x).flatten(1).norm(dim=1)).cpu().double()
 
 
 def start_steps(draw: Draw) -> list[int]:
-    """The numbers of the steps from which perturbations are followed: those that begin nearest to `draw.starts`."""
+    """Numbers of the steps from which perturbations are followed: those nearest to `draw.starts`."""
     return sorted({min(draw.steps - 1, max(0, round((1 - t) * draw.steps))) for t in draw.starts})
 
 
 def angles_between(velocities: Tensor) -> Tensor:
-    """Angles in degrees between E velocities [B, E, ...] of each sample: [B, E, E], above the diagonal; 0 elsewhere.
+    """Angles in degrees between E velocities [B, E, ...] of each sample: [B, E, E], 0 on and below the diagonal.
 
-    2 atan2(|a - b|, |a + b|) of unit vectors (Kahan), which is exact at 0, where the arc cosine is not.
+    Computed as 2 atan2(|a - b|, |a + b|) for unit vectors (Kahan), which is accurate near 0, unlike the arc cosine.
     """
     unit = F.normalize(velocities.flatten(2), dim=2)
-    found = unit.new_zeros(len(unit), unit.shape[1], unit.shape[1])
+    angles = unit.new_zeros(len(unit), unit.shape[1], unit.shape[1])
+    # Each pair once.
     for e in range(unit.shape[1] - 1):
-        one, others = unit[:, e : e + 1], unit[:, e + 1 :]
-        found[:, e, e + 1 :] = 2 * torch.atan2((one - others).norm(dim=2), (one + others).norm(dim=2))
-    return torch.rad2deg(found)
+        first, others = unit[:, e : e + 1], unit[:, e + 1 :]
+        angles[:, e, e + 1 :] = 2 * torch.atan2((first - others).norm(dim=2), (first + others).norm(dim=2))
+    return torch.rad2deg(angles)
 
 
-def mean_of_pairs(angles: Tensor, those: Tensor) -> Tensor:
-    """Mean of angles [B, E, E] over the pairs of `those` experts [B, E] bool: [B], NaN where there is no pair."""
-    pairs = (those[:, :, None] & those[:, None]).triu(1)
+def mean_of_pairs(angles: Tensor, mask: Tensor) -> Tensor:
+    """Mean of angles [B, E, E] over the pairs of experts in the mask [B, E] bool: [B]; NaN without a pair."""
+    # Both experts of the pair are in the mask.
+    pairs = (mask[:, :, None] & mask[:, None]).triu(1)
     return torch.where(pairs, angles, 0).sum((1, 2)) / pairs.sum((1, 2))
 
 
-def _joined(
-    walks: Sequence[_Walk], ensemble: Ensemble, draw: Draw, space: ClusterSpace | None, owned: Sequence[Sequence[int]]
+def _combine(
+    batches: Sequence[_BatchTrajectory],
+    ensemble: Ensemble,
+    draw: Draw,
+    space: ClusterSpace | None,
+    owned: Sequence[Sequence[int]],
 ) -> Trajectory:
-    """Means over all images."""
+    """Means over the images of all batches. `owned`: clusters of each expert that have data."""
+    # Concatenate the batches.
     n = draw.steps
     times = tuple((n - step) / n for step in range(n))
-    weights = _whole([walk.weights for walk in walks])  # [n, T, E]
+    weights = _stack([batch.weights for batch in batches])  # [n, T, E]
+    # Growth by start, and change by number of steps.
     starts = start_steps(draw)
-    growth, error = mean_and_error(_whole([walk.growth for walk in walks])) if starts else (torch.empty(0),) * 2
-    changes = _whole([walk.changes for walk in walks]).mean(0).tolist()
+    growth, error = mean_and_error(_stack([batch.growth for batch in batches])) if starts else (torch.empty(0),) * 2
+    changes = _stack([batch.changes for batch in batches]).mean(0).tolist()
     pairs = ((n, 2 * n), (2 * n, 4 * n), (n, 4 * n))
-    distances = {kind: _whole([walk.distances[kind] for walk in walks]) for kind in walks[0].distances}  # [n, T, K]
+    kinds = batches[0].distances  # the values become [n, T, K]
+    distances = {kind: _stack([batch.distances[kind] for batch in batches]) for kind in kinds}
     return Trajectory(
         images=len(weights),
         routing=ensemble.routing,
@@ -334,7 +395,7 @@ def _joined(
         space="" if space is None else space.name,
         times=times,
         distances=tuple(_cluster_distance(kind, every, weights, owned) for kind, every in distances.items()),
-        disagreement=_disagreement(_whole([walk.angles for walk in walks]), weights),
+        disagreement=_disagreement(_stack([batch.angles for batch in batches]), weights),
         sensitivity=Sensitivity(
             tuple(times[index] for index in starts), tuple(growth.tolist()), tuple(error.tolist()), PERTURBATION
         ),
@@ -344,16 +405,18 @@ def _joined(
     )
 
 
-def _whole(parts: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Of each batch, its images' values [B, ...] at each time: [n, T, ...] of all images."""
+def _stack(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Concatenate each batch's values [B, ...] at T times: [n, T, ...]."""
     return torch.cat([torch.stack(tuple(part), dim=1) for part in parts])
 
 
 def _cluster_distance(kind: str, distances: Tensor, weights: Tensor, owned: Sequence[Sequence[int]]) -> ClusterDistance:
-    """From each image's distances [n, T, K] to the clusters, its experts' weights [n, T, E] and their clusters."""
+    """Means over images of distances [n, T, K] to the clusters, weights [n, T, E] and each expert's clusters."""
+    # The nearest of an expert's clusters counts.
     of_expert = torch.stack([distances[..., list(clusters)].amin(-1) for clusters in owned], dim=-1)  # [n, T, E]
     chosen, unchosen = by_choice(of_expert, weights)
     covers = torch.tensor([[k in clusters for clusters in owned] for k in range(distances.shape[-1])])  # [K, E]
+    # Weight on experts that cover the nearest cluster.
     nearest, cluster = distances.min(-1)  # [n, T]
     aligned = (weights * covers[cluster]).sum(-1).double()
     return ClusterDistance(
@@ -366,7 +429,8 @@ def _cluster_distance(kind: str, distances: Tensor, weights: Tensor, owned: Sequ
 
 
 def _disagreement(angles: Tensor, weights: Tensor) -> Disagreement:
-    """From each image's mean angles [n, T, 2], and the weights [n, T, E], which tell who has two chosen experts."""
-    there = chosen_of(weights).sum(-1) > 1  # [n, T]
-    chosen = [float(angles[there[:, m], m, 0].mean()) for m in range(angles.shape[1])]
+    """Means over images of mean angles [n, T, 2]; the weights [n, T, E] determine which have two chosen experts."""
+    # Images with one chosen expert have no pair.
+    has_pairs = chosen_of(weights).sum(-1) > 1  # [n, T]
+    chosen = [float(angles[has_pairs[:, m], m, 0].mean()) for m in range(angles.shape[1])]
     return Disagreement(tuple(chosen), tuple(angles[..., 1].mean(0).tolist()))

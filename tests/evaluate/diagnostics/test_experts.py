@@ -1,4 +1,4 @@
-"""Experts alone on held-out latents: exact ones are best in their own clusters, and the chosen beat the others."""
+"""Experts alone on held-out latents: exact ones are best in their own clusters, chosen ones beat others."""
 
 import math
 from dataclasses import replace
@@ -34,13 +34,13 @@ def held_out(mixture) -> HeldOut:
 
 
 def exact(mixture: GaussianMixture, k: int | None, clusters: tuple[int, ...] = (), objective=FLOW) -> Expert:
-    """The exact expert of cluster k (None: of everything)."""
+    """The exact expert of cluster k (None: of all data)."""
     covers = clusters or (() if k is None else (k,))
     return Expert(mixture.network(objective, k), objective, covers, name=f"expert {k}")
 
 
 def constant(value: float, clusters: tuple[int, ...] = (0,), name: str = "constant") -> Expert:
-    """Says x0 = value whatever it is asked; its squared error is (value - x0)^2 / t^2."""
+    """An expert with constant x0 = value; its squared error is (value - x0)^2 / t^2."""
     return Expert(lambda x, t, c: torch.full_like(x, value), Objective("x0", Linear()), clusters, name=name)
 
 
@@ -55,18 +55,18 @@ def found(mixture, held_out) -> ExpertErrors:
 
 
 class TestExactExperts:
-    def test_the_chosen_are_better_than_the_others(self, found) -> None:
+    def test_chosen_experts_are_better_than_others(self, found) -> None:
         for chosen, unchosen in zip(found.chosen, found.unchosen, strict=True):
             assert chosen < 0.9 * unchosen
 
-    def test_each_is_best_in_its_own_cluster(self, found) -> None:
+    def test_each_expert_is_best_in_its_own_cluster(self, found) -> None:
         for k, row in enumerate(found.matrix):
             assert min(range(3), key=row.__getitem__) == k
             assert all(level[k][k] == min(level[k]) for level in found.by_level)
         assert max(found.over_other_clusters) < 1
         assert max(found.over_other_experts) < 1
 
-    def test_the_matrix_is_each_experts_denoising_error_in_each_cluster(self, found, mixture, held_out) -> None:
+    def test_the_matrix_holds_denoising_errors_by_cluster_and_expert(self, found, mixture, held_out) -> None:
         errors = squared_errors(
             exact(mixture, 1, objective=V).velocity, held_out.x0, None, LEVELS, held_out.seeds
         ).double()
@@ -87,7 +87,7 @@ class TestExactExperts:
             assert found.over_other_clusters[e] == pytest.approx(float(matrix[e, e] / matrix[others, e].mean()))
             assert found.over_other_experts[e] == pytest.approx(float(matrix[e, e] / matrix[e, others].mean()))
 
-    def test_fused_is_the_ensembles_error_and_not_above_the_chosen_ones(self, mixture, held_out) -> None:
+    def test_fused_error_is_the_ensembles_and_not_above_the_chosen(self, mixture, held_out) -> None:
         ensemble = Ensemble([exact(mixture, k) for k in range(3)], mixture.router, "top-2")
         found = measured(ensemble, held_out)
         errors = squared_errors(ensemble.velocity, held_out.x0, None, LEVELS, held_out.seeds)
@@ -95,7 +95,7 @@ class TestExactExperts:
         assert all(f <= c * 1.001 for f, c in zip(found.fused, found.chosen, strict=True))
         assert found.fused[2] < 0.99 * found.chosen[2]
 
-    def test_batches_do_not_matter(self, mixture, held_out) -> None:
+    def test_results_do_not_depend_on_the_batches(self, mixture, held_out) -> None:
         ensemble = Ensemble([exact(mixture, k) for k in range(3)], mixture.router, "top-2")
         parts, together = (measured(ensemble, held_out, batch=b) for b in (7, 100))
         assert parts.chosen == pytest.approx(together.chosen)
@@ -103,7 +103,7 @@ class TestExactExperts:
 
 
 class TestChoice:
-    def test_chosen_are_those_of_a_hundredth_or_the_most(self) -> None:
+    def test_chosen_experts_have_one_percent_or_the_largest_weight(self) -> None:
         weights = torch.tensor([[0.5, 0.495, 0.005, 0.0], [0.0, 0.0, 1.0, 0.0], [0.01, 0.99, 0.0, 0.0]])
         assert chosen_of(weights).tolist() == [
             [True, True, False, False],
@@ -112,7 +112,7 @@ class TestChoice:
         ]
         assert chosen_of(torch.full((2, 200), 1 / 200)).all()
 
-    def test_weighs_the_chosen_and_counts_the_others_alike(self) -> None:
+    def test_chosen_values_are_weighted_and_others_are_not(self) -> None:
         values = torch.tensor([[[1.0, 3.0, 10.0, 20.0]], [[2.0, 8.0, 4.0, 6.0]]]).double()  # [2, 1, 4]
         weights = torch.tensor([[[0.25, 0.75, 0.0, 0.0]], [[0.0, 1.0, 0.0, 0.0]]])
         chosen, unchosen = by_choice(values, weights)
@@ -125,14 +125,14 @@ class TestChoice:
         assert (float(chosen[0]), float(unchosen[0])) == (2.0, 8.0)
         assert by_choice(values, torch.full((2, 1, 2), 0.5))[1].isnan().all()
 
-    def test_what_is_infinite_among_the_others_does_not_reach_the_chosen(self) -> None:
+    def test_infinite_values_of_others_do_not_affect_the_chosen(self) -> None:
         values = torch.tensor([[[1.0, torch.inf]], [[2.0, torch.nan]]]).double()
         chosen, unchosen = by_choice(values, torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]))
         assert float(chosen[0]) == 1.5
         assert not unchosen.isfinite().any()
         assert by_choice(values, torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))[0].isnan().all()  # nor is it hidden
 
-    def test_mean_of_one_has_no_error_and_of_none_no_mean(self) -> None:
+    def test_mean_of_one_has_no_error_and_mean_of_none_is_nan(self) -> None:
         mean, error = mean_and_error(torch.tensor([[3.0, 4.0]]))
         assert mean.tolist() == [3, 4]
         assert error.isnan().all()
@@ -155,7 +155,7 @@ class TestKindsOfEnsembles:
         single = measured(Ensemble([experts[0], *experts[2:]], mixture.router, "top-1"), held_out)
         assert found.chosen == pytest.approx(single.chosen)
 
-    def test_stacked_replicas_weigh_by_their_stacking(self, mixture, held_out) -> None:
+    def test_stacked_replicas_have_the_weights_of_their_stacking(self, mixture, held_out) -> None:
         experts = [constant(0.0, (0, 1, 2), "a"), constant(1.0, (0, 1, 2), "b")]
         nodes = torch.tensor([-9.0, 9.0])
         stacking = Stacking(("a", "b"), torch.zeros(1, 2, 5), nodes, torch.tensor([[0.25, 0.75]] * 2), torch.ones(2))
@@ -164,7 +164,7 @@ class TestKindsOfEnsembles:
         assert found.chosen == pytest.approx([0.25 * errors[0] + 0.75 * errors[1]])
         assert found.fused == pytest.approx([float((0.75 - held_out.x0).square().mean()) / 0.25])
 
-    def test_a_generalist_owns_all_that_it_covers(self, mixture, held_out) -> None:
+    def test_a_generalist_owns_all_clusters_that_it_covers(self, mixture, held_out) -> None:
         experts = [exact(mixture, 0), exact(mixture, None, (1, 2))]
         found = measured(Ensemble(experts, mixture.router, "top-1"), held_out)
         matrix = torch.tensor(found.matrix)
@@ -177,14 +177,14 @@ class TestKindsOfEnsembles:
             own = sum(found.counts[k] * found.by_level[level][k][k] for k in range(3)) / found.count
             assert found.chosen[level] == pytest.approx(own)
 
-    def test_a_time_switch(self, held_out) -> None:
+    def test_a_time_switch_changes_the_chosen_expert(self, held_out) -> None:
         experts = [constant(0.0, (0, 1, 2), "a"), constant(1.0, (0, 1, 2), "b")]
         found = measured(Ensemble(experts, None, "time-switch-0.5:a:b"), held_out)
         errors = [float((v - held_out.x0).square().mean()) for v in (0.0, 1.0)]
         assert found.chosen == pytest.approx([errors[1] / 0.04, errors[0] / 0.25, errors[0] / 0.64])
         assert found.unchosen == pytest.approx([errors[0] / 0.04, errors[1] / 0.25, errors[1] / 0.64])
 
-    def test_each_reads_the_condition_of_its_own_encoder(self, held_out) -> None:
+    def test_each_expert_reads_the_condition_of_its_encoder(self, held_out) -> None:
         def network(width: int):
             def reads(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
                 assert condition is not None
@@ -221,7 +221,7 @@ class TestKindsOfEnsembles:
         assert math.isnan(found.over_other_clusters[2])
         assert math.isnan(found.over_other_experts[2])
 
-    def test_an_expert_that_breaks_is_shown_and_not_dropped(self, mixture, held_out) -> None:
+    def test_an_expert_that_outputs_nan_is_shown_and_not_dropped(self, mixture, held_out) -> None:
         broken = Expert(lambda x, t, c: x * torch.nan, FLOW, (1,), name="broken")
         ensemble = Ensemble([exact(mixture, 0), broken, exact(mixture, 2)], mixture.router, "top-1")
         found = measured(ensemble, held_out)

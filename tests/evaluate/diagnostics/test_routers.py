@@ -52,7 +52,7 @@ class TestExactRouter:
             within(scores.accuracy[level], torch.stack([best, best * (1 - best)], dim=1))
             within(scores.cross_entropy[level], torch.stack([entropy, (p * log_p**2).sum(1) - entropy**2], dim=1))
 
-    def test_of_two_gaussians_is_the_error_function(self) -> None:
+    def test_accuracy_of_two_gaussians_is_the_error_function(self) -> None:
         # +-m with one variance s^2 and equal weights: the log-likelihood ratio for the true side is N(d^2/2, d^2),
         # d = 2 alpha |m| / sqrt(alpha^2 s^2 + sigma^2).
         m, s, n = torch.full((1, 2, 3), 0.4, dtype=torch.float64), 0.5, 4000
@@ -71,7 +71,7 @@ class TestExactRouter:
             assert abs(scores.accuracy[level] - accuracy) < 4 * math.sqrt(accuracy * (1 - accuracy) / n)
             assert abs(scores.cross_entropy[level] - mean) < 4 * math.sqrt(variance / n)
 
-    def test_is_calibrated_and_an_overconfident_one_is_not(self, mixture) -> None:
+    def test_the_posterior_is_calibrated_an_overconfident_router_not(self, mixture) -> None:
         def sure(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
             return torch.log_softmax(3 * mixture.router(x, t), dim=1)
 
@@ -86,13 +86,13 @@ class TestExactRouter:
 
 
 class TestCalibrationError:
-    def test_in_closed_form(self) -> None:
+    def test_calibration_error_in_closed_form(self) -> None:
         # One bin at 0.9 with half of it right, one at 0.6 with all of it right: 2/3 * 0.4 + 1/3 * 0.4.
         p = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 2, dtype=torch.float64)
         labels = torch.tensor([0, 0, 1, 1, 0, 0])
         assert calibration_error(p.log(), labels) == pytest.approx(4 / 6 * 0.4 + 2 / 6 * 0.4)
 
-    def test_of_certainty(self) -> None:
+    def test_calibration_error_of_certain_predictions(self) -> None:
         log_p = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
         assert calibration_error(log_p, torch.tensor([0, 1])) == 0
         assert calibration_error(log_p, torch.tensor([1, 1])) == 0.5
@@ -128,7 +128,7 @@ class TestCalibrationError:
         expected = calibration.multiclass_calibration_error(p, labels, num_classes=6, n_bins=BINS, norm="l1")
         assert calibration_error(p.log(), labels) == pytest.approx(float(expected), abs=1e-6)
 
-    def test_floor_is_what_true_probabilities_score(self) -> None:
+    def test_floor_is_the_score_of_true_probabilities(self) -> None:
         g, n = torch.Generator().manual_seed(0), 400
         confidence = 0.3 + 0.7 * torch.rand(n, generator=g, dtype=torch.float64)
         errors = []
@@ -151,27 +151,27 @@ class TestScores:
         x0 = torch.randn(len(labels), 1, 2, 3, generator=torch.Generator().manual_seed(0))
         return HeldOut(x0, torch.tensor(labels), range(len(labels)))
 
-    def test_confusion_counts_true_rows_and_answered_columns(self) -> None:
+    def test_confusion_has_true_rows_and_predicted_columns(self) -> None:
         scores = measure_router(always(1, 4), self.labelled([0, 0, 0, 1, 2]), (0.1, 0.9), batch=2)
         assert scores.confusion == (((0, 3, 0, 0), (0, 1, 0, 0), (0, 1, 0, 0), (0, 0, 0, 0)),) * 2
         assert scores.accuracy == (0.2, 0.2)
         assert (scores.count, scores.majority) == (5, 0.6)
         assert scores.entropy == pytest.approx(-0.6 * math.log(0.6) - 0.4 * math.log(0.2))
 
-    def test_a_router_that_knows_nothing_is_surprised_by_log_k(self) -> None:
+    def test_a_uniform_router_has_cross_entropy_log_k(self) -> None:
         def flat(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
             return torch.full((len(x), 8), -math.log(8))
 
         scores = measure_router(flat, self.labelled([0, 3, 7]), (0.5,))
         assert scores.cross_entropy == pytest.approx((math.log(8),))
 
-    def test_ruling_out_the_truth_is_infinitely_surprising(self) -> None:
+    def test_probability_zero_of_the_truth_gives_infinite_cross_entropy(self) -> None:
         def wrong(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
             return torch.tensor([0.0, -torch.inf]).expand(len(x), -1)
 
         assert measure_router(wrong, self.labelled([0, 1, 0]), (0.5,)).cross_entropy == (math.inf,)
 
-    def test_batches_do_not_matter(self, mixture) -> None:
+    def test_results_do_not_depend_on_the_batches(self, mixture) -> None:
         held_out = held_out_of(mixture, 50)
         parts, together = (measure_router(mixture.router, held_out, LEVELS, batch=b) for b in (7, 50))
         assert parts.confusion == together.confusion
@@ -213,22 +213,24 @@ class TestCondition:
     x0 = torch.zeros(5, 1, 2, 3)
 
     def scores(self, condition, encoder: int = 0) -> RouterScores:
-        return measure_router(reader, HeldOut(self.x0, self.labels, range(5), condition), (0.5,), encoder, batch=2)
+        return measure_router(
+            reader, HeldOut(self.x0, self.labels, range(5), condition), (0.5,), encoder=encoder, batch=2
+        )
 
     def test_the_router_sees_the_pooled_vector(self) -> None:
         assert self.scores(spoken(self.labels)).accuracy == (1.0,)
 
-    def test_of_its_own_encoder(self) -> None:
+    def test_the_router_reads_its_own_encoder(self) -> None:
         condition = Conditions((spoken(1 - self.labels.clamp(max=1)), spoken(self.labels)))
         assert self.scores(condition, encoder=1).accuracy == (1.0,)
         assert self.scores(condition, encoder=0).accuracy == (0.0,)
 
-    def test_may_be_encoded_batch_by_batch(self) -> None:
+    def test_a_condition_can_be_encoded_batch_by_batch(self) -> None:
         assert self.scores(lambda rows: spoken(self.labels[rows])).accuracy == (1.0,)
 
 
 class TestErrors:
-    def test_a_label_that_the_router_does_not_know(self) -> None:
+    def test_a_label_beyond_the_routers_clusters_is_refused(self) -> None:
         held_out = HeldOut(torch.zeros(2, 1, 3), torch.tensor([0, 4]), range(2))
         with pytest.raises(AtollError, match=r"cluster 4, but the router knows 3"):
             measure_router(always(0, 3), held_out)
@@ -243,6 +245,8 @@ class TestErrors:
             (torch.zeros(2, 1, 3), torch.tensor([0, -1]), range(2)),
         ],
     )
-    def test_held_out_latents_that_do_not_fit(self, x0: Tensor, labels: Tensor, seeds: Sequence[int]) -> None:
+    def test_held_out_labels_and_seeds_that_do_not_fit_are_refused(
+        self, x0: Tensor, labels: Tensor, seeds: Sequence[int]
+    ) -> None:
         with pytest.raises(AtollError, match="expected"):
             HeldOut(x0, labels, seeds)

@@ -1,4 +1,4 @@
-"""What is seen along a trajectory, against fields whose distances, angles and growth are known; and its page."""
+"""Trajectory diagnostics for fields with known distances, angles and growth; and their page."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def noise_of(count: int = 4, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return seeded_noise(range(count), shape).double()
 
 
-def says(x0: Tensor | float, clusters: tuple[int, ...] = (0,), name: str = "says") -> Expert:
+def constant(x0: Tensor | float, clusters: tuple[int, ...] = (0,), name: str = "constant") -> Expert:
     """An expert whose x0 is always the same."""
     value = torch.as_tensor(x0, dtype=torch.float64)
     return Expert(lambda x, t, c: value.expand_as(x).to(x), Objective("x0", Linear()), clusters, name=name)
@@ -68,7 +68,7 @@ def exact(mixture: GaussianMixture, routing: str = "top-1") -> Ensemble:
 
 
 def points(*rows: float) -> ClusterSpace:
-    """One cluster at each of these numbers, in all values of a latent."""
+    """One cluster per number: latents with this value everywhere."""
     latents = torch.tensor(rows, dtype=torch.float64).reshape(-1, 1, 1, 1).expand(-1, *SHAPE)
     return ClusterSpace.of([(latents, torch.arange(len(rows)))])
 
@@ -76,13 +76,13 @@ def points(*rows: float) -> ClusterSpace:
 class TestClusterSpace:
     @given(cuts=st.lists(st.integers(0, 20), max_size=4))
     @settings(max_examples=30)
-    def test_does_not_depend_on_the_batches(self, cuts: list[int]) -> None:
+    def test_a_cluster_space_does_not_depend_on_the_batches(self, cuts: list[int]) -> None:
         g = torch.Generator().manual_seed(0)
         latents = torch.randn(20, *SHAPE, generator=g, dtype=torch.float64)
         clusters = torch.randint(3, (20,), generator=g)
         edges = [0, *sorted(cuts), 20]
         parts = [(latents[a:b], clusters[a:b]) for a, b in pairwise(edges)]
-        space = ClusterSpace.of(parts, keep=4)
+        space = ClusterSpace.of(parts, sample_size=4)
         for k in range(3):
             mine = latents[clusters == k].flatten(1)
             torch.testing.assert_close(space.centroids[k], mine.mean(0))
@@ -95,7 +95,7 @@ class TestClusterSpace:
         assert found["centroid"].tolist() == [[2.0, math.inf, 4.0]] * 2
         assert found["nearest neighbour"].tolist() == [[1.0, math.inf, 4.0]] * 2
 
-    def test_in_features(self) -> None:
+    def test_distances_can_be_taken_in_features(self) -> None:
         latents = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1).expand(-1, *SHAPE)
         squares = ClusterSpace.of(
             [(latents, torch.arange(2))], features=lambda x: x.flatten(1)[:, :2] ** 2, name="squares"
@@ -108,51 +108,53 @@ class TestClusterSpace:
         assert space.centroids.dtype == torch.float32
         torch.testing.assert_close(space.centroids, latents[:1].flatten(1).float())
 
-    def test_refuses_no_latents_and_experts_without_any(self) -> None:
-        with pytest.raises(AtollError, match="no latents"):
+    def test_refuses_no_latents_and_experts_without_data(self) -> None:
+        with pytest.raises(AtollError, match="got no latents"):
             ClusterSpace.of([])
-        ensemble = Ensemble([says(0.0, (0,)), says(1.0, (2,), "third")], flat(3), "top-1")
+        ensemble = Ensemble([constant(0.0, (0,)), constant(1.0, (2,), "third")], flat(3), "top-1")
         with pytest.raises(AtollError, match=r"third: the cluster space has no data of its clusters \[2\]"):
             diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0), draw=EULER)
 
 
 class TestDistances:
-    def test_of_experts_that_say_their_clusters_mean(self) -> None:
+    def test_distances_of_experts_that_predict_their_clusters_mean(self) -> None:
         # The estimate is the chosen expert's: its own cluster is 0 away, the others as far as the means are apart.
-        experts = [says(0.0, (0,), "0"), says(1.0, (1,), "1"), says(3.0, (2,), "2")]
+        experts = [constant(0.0, (0,), "0"), constant(1.0, (1,), "1"), constant(3.0, (2,), "2")]
         ensemble = Ensemble(experts, None, "oracle-1")
-        seen = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0, 3.0), draw=EULER)
-        assert [found.kind for found in seen.distances] == ["centroid", "nearest neighbour"]
-        for found in seen.distances:
+        trajectory = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0, 3.0), draw=EULER)
+        assert [found.kind for found in trajectory.distances] == ["centroid", "nearest neighbour"]
+        for found in trajectory.distances:
             assert found.chosen == pytest.approx([0.0] * 5, abs=1e-9)
             assert found.unchosen == pytest.approx([1.5] * 5)
             assert found.nearest == pytest.approx([0.0] * 5, abs=1e-9)
             assert found.aligned == (1.0,) * 5
-        assert seen.times == (1.0, 0.8, 0.6, 0.4, 0.2)
+        assert trajectory.times == (1.0, 0.8, 0.6, 0.4, 0.2)
 
-    def test_of_experts_of_the_wrong_data(self) -> None:
-        experts = [says(0.0, (0,), "0"), says(1.0, (1,), "1")]
-        seen = diagnose_trajectory(Ensemble(experts, None, "oracle-1"), noise_of(), space=points(1.0, 0.0), draw=EULER)
-        assert seen.distances[0].chosen == pytest.approx([1.0] * 5)
-        assert seen.distances[0].unchosen == pytest.approx([0.0] * 5, abs=1e-9)
-        assert seen.distances[0].aligned == (0.0,) * 5
+    def test_distances_of_experts_with_the_wrong_data(self) -> None:
+        experts = [constant(0.0, (0,), "0"), constant(1.0, (1,), "1")]
+        trajectory = diagnose_trajectory(
+            Ensemble(experts, None, "oracle-1"), noise_of(), space=points(1.0, 0.0), draw=EULER
+        )
+        assert trajectory.distances[0].chosen == pytest.approx([1.0] * 5)
+        assert trajectory.distances[0].unchosen == pytest.approx([0.0] * 5, abs=1e-9)
+        assert trajectory.distances[0].aligned == (0.0,) * 5
 
     def test_a_generalist_is_as_near_as_its_nearest_cluster(self) -> None:
-        experts = [says(0.0, (0,), "0"), says(2.5, (1, 2), "1, 2")]
-        seen = diagnose_trajectory(
+        experts = [constant(0.0, (0,), "0"), constant(2.5, (1, 2), "1, 2")]
+        trajectory = diagnose_trajectory(
             Ensemble(experts, None, "oracle-2"), noise_of(), space=points(0.0, 1.0, 3.0), draw=EULER
         )
-        assert seen.distances[0].chosen == pytest.approx([0.5] * 5)
-        assert seen.distances[0].aligned == (1.0,) * 5
+        assert trajectory.distances[0].chosen == pytest.approx([0.5] * 5)
+        assert trajectory.distances[0].aligned == (1.0,) * 5
 
-    def test_all_chosen_leaves_no_others(self) -> None:
-        ensemble = Ensemble([says(0.0, (0,), "0"), says(1.0, (1,), "1")], flat(2), "full")
-        seen = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0), draw=EULER)
-        assert all(map(math.isnan, seen.distances[0].unchosen))
-        assert seen.distances[0].chosen == pytest.approx([0.5] * 5)
-        assert seen.distances[0].aligned == pytest.approx([0.5] * 5)
+    def test_without_other_experts_their_distance_is_nan(self) -> None:
+        ensemble = Ensemble([constant(0.0, (0,), "0"), constant(1.0, (1,), "1")], flat(2), "full")
+        trajectory = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0), draw=EULER)
+        assert all(map(math.isnan, trajectory.distances[0].unchosen))
+        assert trajectory.distances[0].chosen == pytest.approx([0.5] * 5)
+        assert trajectory.distances[0].aligned == pytest.approx([0.5] * 5)
 
-    def test_exact_experts_that_are_chosen_have_the_nearest_data(self, mixture) -> None:
+    def test_chosen_exact_experts_have_the_nearest_data(self, mixture) -> None:
         space = ClusterSpace.of([mixture.sample(300, torch.Generator().manual_seed(0))])
         found = diagnose_trajectory(exact(mixture), noise_of(40), space=space, draw=Draw(steps=8)).distances[1]
         late = slice(5, 8)
@@ -161,10 +163,12 @@ class TestDistances:
 
     def test_the_callers_clusters_reach_the_oracle(self) -> None:
         # Expert 1 is 2 off its data; three of the four images are its own.
-        ensemble = Ensemble([says(0.0, (0,), "0"), says(1.0, (1,), "1")], None, "oracle")
+        ensemble = Ensemble([constant(0.0, (0,), "0"), constant(1.0, (1,), "1")], None, "oracle")
         own = torch.tensor([0, 1, 1, 1])
-        seen = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 3.0), draw=EULER, clusters=own, batch=3)
-        assert seen.distances[0].chosen == pytest.approx([1.5] * 5)
+        trajectory = diagnose_trajectory(
+            ensemble, noise_of(), space=points(0.0, 3.0), draw=EULER, clusters=own, batch=3
+        )
+        assert trajectory.distances[0].chosen == pytest.approx([1.5] * 5)
 
 
 class TestDisagreement:
@@ -173,21 +177,23 @@ class TestDisagreement:
         experts = [Expert(network, FLOW, (k,), name=str(k)) for k in range(2)]
         ensemble = Ensemble(experts, flat(2), "full")
         for noise in (noise_of(), noise_of().float()):
-            seen = diagnose_trajectory(ensemble, noise, draw=EULER)
-            assert seen.disagreement.every == (0.0,) * 5
-            assert seen.disagreement.chosen == (0.0,) * 5
+            trajectory = diagnose_trajectory(ensemble, noise, draw=EULER)
+            assert trajectory.disagreement.every == (0.0,) * 5
+            assert trajectory.disagreement.chosen == (0.0,) * 5
 
     def test_opposite_experts_disagree_by_180_degrees(self) -> None:
-        seen = diagnose_trajectory(Ensemble([linear(0.5), linear(-2, (1,))], flat(2), "full"), noise_of(), draw=EULER)
-        assert seen.disagreement.every == pytest.approx([180.0] * 5)
+        trajectory = diagnose_trajectory(
+            Ensemble([linear(0.5), linear(-2, (1,))], flat(2), "full"), noise_of(), draw=EULER
+        )
+        assert trajectory.disagreement.every == pytest.approx([180.0] * 5)
 
     def test_only_pairs_of_chosen_experts_count_as_chosen(self) -> None:
         experts = [linear(1.0, (0,)), linear(2.0, (1,)), linear(-1.0, (2,))]
         log_p = torch.tensor([0.5, 0.5, 0.0]).log()
         two = Ensemble(experts, lambda x, t, pooled=None: log_p.expand(len(x), -1), "full")
-        seen = diagnose_trajectory(two, noise_of(), draw=EULER)
-        assert seen.disagreement.chosen == pytest.approx([0.0] * 5)
-        assert seen.disagreement.every == pytest.approx([120.0] * 5)  # 0, 180 and 180
+        trajectory = diagnose_trajectory(two, noise_of(), draw=EULER)
+        assert trajectory.disagreement.chosen == pytest.approx([0.0] * 5)
+        assert trajectory.disagreement.every == pytest.approx([120.0] * 5)  # 0, 180 and 180
         one = diagnose_trajectory(two.with_options("top-1"), noise_of(), draw=EULER)
         assert all(map(math.isnan, one.disagreement.chosen))
 
@@ -195,8 +201,10 @@ class TestDisagreement:
         def router(x: Tensor, t: Tensor, pooled: Tensor | None = None) -> Tensor:
             return torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]).log()
 
-        seen = diagnose_trajectory(Ensemble([linear(0.5), linear(-2, (1,))], router, "full"), noise_of(), draw=EULER)
-        assert seen.disagreement.chosen == pytest.approx([180.0] * 5)
+        trajectory = diagnose_trajectory(
+            Ensemble([linear(0.5), linear(-2, (1,))], router, "full"), noise_of(), draw=EULER
+        )
+        assert trajectory.disagreement.chosen == pytest.approx([180.0] * 5)
 
     @given(st.integers(0, 1000))
     @settings(max_examples=25)
@@ -205,7 +213,7 @@ class TestDisagreement:
         cosines = torch.nn.functional.cosine_similarity(v[:, :, None].flatten(3), v[:, None].flatten(3), dim=3)
         torch.testing.assert_close(angles_between(v), torch.rad2deg(torch.arccos(cosines.clamp(-1, 1))).triu(1))
 
-    def test_small_angles_are_exact_in_single_precision(self) -> None:
+    def test_small_angles_are_accurate_in_single_precision(self) -> None:
         v = torch.tensor([[[1.0, 0.0], [1.0, 1e-5]]])
         assert float(angles_between(v)[0, 0, 1]) == pytest.approx(math.degrees(1e-5), rel=1e-3)  # arc cosine: 0
 
@@ -217,30 +225,32 @@ class TestDisagreement:
 
 class TestSensitivity:
     @pytest.mark.parametrize("slope", [-1.5, 0.0, 2.0])
-    def test_of_a_linear_field_under_euler(self, slope: float) -> None:
-        seen = diagnose_trajectory(Ensemble([linear(slope)], None), noise_of(), draw=replace(EULER, starts=(1.0, 0.4)))
-        assert seen.sensitivity.times == (1.0, 0.4)
-        assert seen.sensitivity.growth == pytest.approx([(1 - slope / 5) ** 5, (1 - slope / 5) ** 2], rel=1e-6)
-        assert seen.sensitivity.standard_error == pytest.approx([0, 0], abs=1e-6)
+    def test_growth_in_a_linear_field_under_euler(self, slope: float) -> None:
+        trajectory = diagnose_trajectory(
+            Ensemble([linear(slope)], None), noise_of(), draw=replace(EULER, starts=(1.0, 0.4))
+        )
+        assert trajectory.sensitivity.times == (1.0, 0.4)
+        assert trajectory.sensitivity.growth == pytest.approx([(1 - slope / 5) ** 5, (1 - slope / 5) ** 2], rel=1e-6)
+        assert trajectory.sensitivity.standard_error == pytest.approx([0, 0], abs=1e-6)
 
-    def test_of_a_linear_field_is_near_the_exponential(self) -> None:
+    def test_growth_in_a_linear_field_is_near_the_exponential(self) -> None:
         # dx/dt = x from t to 0: x0 = e^-t x.
         draw = Draw(steps=60, method="heun", starts=(0.9, 0.3))
         growth = diagnose_trajectory(Ensemble([linear(1.0)], None), noise_of(2), draw=draw).sensitivity.growth
         assert growth == pytest.approx([math.exp(-0.9), math.exp(-0.3)], rel=0.01)
 
-    def test_single_precision_suffices(self) -> None:
-        seen = diagnose_trajectory(Ensemble([linear(1.0)], None), noise_of().float(), draw=EULER)
-        assert seen.sensitivity.growth[0] == pytest.approx(0.8**5, rel=1e-3)
+    def test_growth_is_accurate_in_single_precision(self) -> None:
+        trajectory = diagnose_trajectory(Ensemble([linear(1.0)], None), noise_of().float(), draw=EULER)
+        assert trajectory.sensitivity.growth[0] == pytest.approx(0.8**5, rel=1e-3)
 
-    def test_where_x0_is_the_same_for_all_nothing_is_left(self) -> None:
-        seen = diagnose_trajectory(Ensemble([says(1.0)], None), noise_of(), draw=EULER)
-        assert seen.sensitivity.growth == pytest.approx([0.0] * 5, abs=1e-9)
+    def test_a_constant_x0_removes_the_perturbation(self) -> None:
+        trajectory = diagnose_trajectory(Ensemble([constant(1.0)], None), noise_of(), draw=EULER)
+        assert trajectory.sensitivity.growth == pytest.approx([0.0] * 5, abs=1e-9)
 
-    def test_directions_depend_on_seed_and_row_alone(self, mixture) -> None:
+    def test_directions_depend_only_on_seed_and_row(self, mixture) -> None:
         def growth(noise: Tensor, seed: int = 0, batch: int = 64):
-            seen = diagnose_trajectory(exact(mixture, "full"), noise, draw=EULER, seed=seed, batch=batch)
-            return pytest.approx(seen.sensitivity.growth, rel=1e-9)
+            trajectory = diagnose_trajectory(exact(mixture, "full"), noise, draw=EULER, seed=seed, batch=batch)
+            return pytest.approx(trajectory.sensitivity.growth, rel=1e-9)
 
         assert growth(noise_of(), batch=3).expected == growth(noise_of())
         assert growth(noise_of(), seed=1).expected != growth(noise_of())
@@ -252,7 +262,7 @@ class TestSensitivity:
 
 
 class TestRefinement:
-    def test_of_a_linear_field_under_euler(self) -> None:
+    def test_differences_in_a_linear_field_under_euler(self) -> None:
         noise = noise_of()
         found = diagnose_trajectory(Ensemble([linear(1.0)], None), noise, draw=EULER).refinement
         rms = float(noise.flatten(1).square().mean(1).sqrt().mean())
@@ -263,7 +273,7 @@ class TestRefinement:
             assert distance == pytest.approx(rms * abs(ends[a] - ends[b]))
 
     @pytest.mark.parametrize("method", ["euler", "heun", "dpm++2m"])
-    def test_is_what_the_solver_draws(self, mixture, method) -> None:
+    def test_refinement_compares_the_solvers_images(self, mixture, method) -> None:
         ensemble, noise = exact(mixture, "full"), noise_of()
         found = diagnose_trajectory(ensemble, noise, draw=Draw(3, method, starts=()), batch=3)
         ends = [sample(ensemble.velocity, noise, steps, method) for steps in (3, 6, 12)]
@@ -273,7 +283,7 @@ class TestRefinement:
 
 
 class TestTrajectory:
-    def test_batches_do_not_matter(self, mixture) -> None:
+    def test_trajectories_do_not_depend_on_the_batches(self, mixture) -> None:
         space = ClusterSpace.of([mixture.sample(50, torch.Generator().manual_seed(0))])
         parts, together = (
             diagnose_trajectory(exact(mixture, "top-2"), noise_of(7), space=space, draw=EULER, batch=b) for b in (3, 7)
@@ -283,9 +293,9 @@ class TestTrajectory:
         assert parts.disagreement.every == pytest.approx(together.disagreement.every)
 
     def test_one_expert_alone(self) -> None:
-        seen = diagnose_trajectory(Ensemble([says(1.0)], None), noise_of(), space=points(1.0), draw=EULER)
-        assert all(map(math.isnan, (*seen.distances[0].unchosen, *seen.disagreement.every)))
-        assert seen.distances[0].aligned == (1.0,) * 5
+        trajectory = diagnose_trajectory(Ensemble([constant(1.0)], None), noise_of(), space=points(1.0), draw=EULER)
+        assert all(map(math.isnan, (*trajectory.distances[0].unchosen, *trajectory.disagreement.every)))
+        assert trajectory.distances[0].aligned == (1.0,) * 5
 
     def test_guidance_reaches_the_ensemble_and_each_expert(self) -> None:
         def expert(k: int) -> Expert:
@@ -297,29 +307,29 @@ class TestTrajectory:
 
             return Expert(network, Objective("x0", Linear()), (k,), name=str(k))
 
-        def said(value: float, n: int) -> Condition:
+        def prompt(value: float, n: int) -> Condition:
             return Condition(torch.full((n, 2, 3), value), torch.ones(n, 2).bool())
 
-        ensemble = Ensemble([expert(0), expert(1)], None, "oracle-0", null=said(0.0, 1))
+        ensemble = Ensemble([expert(0), expert(1)], None, "oracle-0", null=prompt(0.0, 1))
         draw, x = replace(EULER, guidance_scale=3.0), noise_of()
         angles = angles_between(torch.stack([x - 3, x - 6], dim=1))[:, 0, 1]  # at t = 1, u = x - x0
-        for condition in (said(1.0, 4), said(1.0, 4).index):
-            seen = diagnose_trajectory(ensemble, x, condition, points(3.0, 0.0), draw, batch=3)
-            assert seen.distances[0].chosen == pytest.approx([0.0] * 5, abs=1e-6)
-            assert seen.disagreement.every[0] == pytest.approx(float(angles.mean()))
+        for condition in (prompt(1.0, 4), prompt(1.0, 4).index):
+            trajectory = diagnose_trajectory(ensemble, x, condition, space=points(3.0, 0.0), draw=draw, batch=3)
+            assert trajectory.distances[0].chosen == pytest.approx([0.0] * 5, abs=1e-6)
+            assert trajectory.disagreement.every[0] == pytest.approx(float(angles.mean()))
 
-    def test_an_expert_that_breaks_is_shown_and_not_dropped(self) -> None:
+    def test_an_expert_that_outputs_nan_is_shown_and_not_dropped(self) -> None:
         broken = Expert(lambda x, t, c: x * torch.nan, FLOW, (1,), name="broken")
-        ensemble = Ensemble([says(0.0), broken], None, "oracle-0")
-        seen = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0), draw=EULER)
+        ensemble = Ensemble([constant(0.0), broken], None, "oracle-0")
+        trajectory = diagnose_trajectory(ensemble, noise_of(), space=points(0.0, 1.0), draw=EULER)
         assert not ensemble.dropped
-        assert all(map(math.isnan, seen.disagreement.every))
-        assert seen.distances[0].chosen == pytest.approx([0.0] * 5, abs=1e-9)
+        assert all(map(math.isnan, trajectory.disagreement.every))
+        assert trajectory.distances[0].chosen == pytest.approx([0.0] * 5, abs=1e-9)
         assert math.isnan(
             diagnose_trajectory(ensemble.with_options("oracle-1"), noise_of(), draw=EULER).refinement.distances[0][2]
         )
 
-    def test_the_callers_trace_is_left_alone(self, mixture) -> None:
+    def test_the_callers_trace_is_not_changed(self, mixture) -> None:
         ensemble = exact(mixture)
         with ensemble.tracing() as trace:
             diagnose_trajectory(ensemble, noise_of(), draw=EULER)
@@ -327,7 +337,7 @@ class TestTrajectory:
 
     def test_refuses_no_noise(self) -> None:
         with pytest.raises(AtollError, match="no noise"):
-            diagnose_trajectory(Ensemble([says(1.0)], None), noise_of(1)[:0])
+            diagnose_trajectory(Ensemble([constant(1.0)], None), noise_of(1)[:0])
 
 
 class Checked(HTMLParser):
@@ -369,7 +379,7 @@ def found(mixture) -> Diagnostics:
 
 
 class TestPage:
-    def test_shows_all_that_was_measured(self, found) -> None:
+    def test_the_page_shows_all_measurements(self, found) -> None:
         html = diagnostics_html(found)
         tags = checked(html)
         assert tags.count("svg") - tags.count("li") == 3 + 2 + 1 + 3  # the charts; a legend's entry has a small one
@@ -383,15 +393,15 @@ class TestPage:
         assert f"The chosen experts are more accurate than the others at {lower} of 3 times" in html
         assert "3 of 3 experts are more accurate in their own clusters" in html
 
-    def test_shades_the_best_of_each_row_most(self, found) -> None:
+    def test_the_best_of_each_row_is_darkest(self, found) -> None:
         table = diagnostics_html(found).split("<h3>Specialisation</h3>")[1].split("</table>")[0]
         for k, row in enumerate(table.split("<tr>")[2:5]):
             cells = row.split("<td")[1:]
             assert [k == i for i in range(3)] == ["var(--c0) 45%" in cell for cell in cells]
             assert [k == i for i in range(3)] == ["font-weight:700" in cell for cell in cells]
 
-    def test_without_others_clusters_router_or_held_out_latents(self) -> None:
-        ensemble = Ensemble([says(1.0, (0, 1))], None)
+    def test_a_page_without_router_clusters_or_held_out_latents(self) -> None:
+        ensemble = Ensemble([constant(1.0, (0, 1))], None)
         alone = diagnose(ensemble, noise_of(), draw=replace(EULER, starts=()))
         assert (alone.experts, alone.router) == (None, None)
         html = diagnostics_html(alone)
@@ -402,9 +412,9 @@ class TestPage:
         assert more.router is None
         html = diagnostics_html(more)
         checked(html)
-        assert "No expert is left unchosen" in html
+        assert "Every expert is chosen" in html
 
-    def test_of_what_diverged(self) -> None:
+    def test_a_page_of_diverged_images_is_valid(self) -> None:
         broken = Expert(lambda x, t, c: x * torch.nan, FLOW, (0, 1), name="broken")
         held_out = HeldOut(noise_of(3), torch.tensor([0, 1, 1]), range(3))
         found = diagnose(Ensemble([broken], None), noise_of(), held_out=held_out, space=points(0.0, 1.0), draw=EULER)

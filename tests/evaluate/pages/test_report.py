@@ -1,4 +1,4 @@
-"""The page: well-formed, self-contained, safe with any caption; images and charts show the numbers they are given."""
+"""The report page: well-formed, self-contained, safe with any caption; images and charts show their numbers."""
 
 import base64
 import io
@@ -70,7 +70,7 @@ def make_report(text: str = "a prompt") -> Report:
     weights = torch.tensor([[0.25, 0.75]]).expand(2, 5, 2)
     return Report(
         title=text,
-        made={"machine": text},
+        provenance={"machine": text},
         settings=EvaluateSettings(prompts=(text,)).model_dump(),
         hashes=(("encoded", "ab" * 32),),
         results=Results(
@@ -100,13 +100,13 @@ def make_report(text: str = "a prompt") -> Report:
 class TestPage:
     @given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1) | st.just(EVIL))
     @settings(max_examples=30)
-    def test_any_text_is_text(self, text: str) -> None:
+    def test_any_text_is_escaped(self, text: str) -> None:
         parsed = Parsed(to_html(make_report(text)))
         assert not parsed.all("script")
         assert text in parsed.text
         assert f"3 images of “{text}” by full" in [image["alt"] for image in parsed.all("img")]
 
-    def test_needs_nothing_else(self) -> None:
+    def test_the_page_is_self_contained(self) -> None:
         page = to_html(make_report())
         parsed = Parsed(page)
         assert not parsed.all("script")
@@ -115,7 +115,7 @@ class TestPage:
         assert "http" not in page
         assert all(image["src"].startswith("data:image/png;base64,") for image in parsed.all("img"))
 
-    def test_is_told_in_words_too(self) -> None:
+    def test_images_and_charts_have_texts_for_screen_readers(self) -> None:
         parsed = Parsed(to_html(make_report()))
         assert all(image["alt"] for image in parsed.all("img"))
         drawings = [svg for svg in parsed.all("svg") if svg.get("aria-hidden") != "true"]
@@ -124,7 +124,7 @@ class TestPage:
         assert "full, “a prompt”: mostly b, 75%" in [svg["aria-label"] for svg in drawings]
         assert parsed.all("html")[0]["lang"] == "en"
 
-    def test_suits_phones_and_the_dark(self) -> None:
+    def test_the_page_suits_phones_and_dark_mode(self) -> None:
         page = to_html(make_report())
         assert '<meta name="viewport" content="width=device-width' in page
         assert "prefers-color-scheme:dark" in page
@@ -133,11 +133,11 @@ class TestPage:
         assert used <= set(re.findall(r"(--\w+):", light))
         assert set(re.findall(r"(--\w+):", light)) == set(re.findall(r"(--\w+):", dark.split("}}")[0]))
 
-    def test_shows_each_number_and_what_made_it(self) -> None:
+    def test_the_page_shows_each_number_and_its_settings(self) -> None:
         text = Parsed(to_html(make_report())).text
         for expected in ("1.25", "0.750 ± 0.010", "12.5", "made by monolith", "90.0%"):
             assert expected in text
-        assert "real imageswhat a perfect model scores0.7500.500" in text
+        assert "real imagesscore of a perfect model0.7500.500" in text
         assert "pca48cdcdcdcd" in text  # the space and its hash, above "FD" and "recall"
         assert "FD\N{NO-BREAK SPACE}↓recall\N{NO-BREAK SPACE}↑" in text
         assert "a prompt: too few." in text
@@ -145,7 +145,7 @@ class TestPage:
         assert "12 drawn images against 30 real training images" in text
         assert "3 euler steps, guidance 1" in text
 
-    def test_a_variant_that_diverged_is_said_to(self) -> None:
+    def test_a_variant_that_diverged_is_reported(self) -> None:
         report = make_report()
         bad = score("top-1", None, math.inf)
         report = replace(report, results=replace(report.results, scores=(bad, *report.results.scores[1:])))
@@ -164,7 +164,7 @@ class TestPage:
         )
         text = Parsed(to_html(bare)).text
         assert "No expert has a calibration" in text
-        assert "no clusters beside it" in text
+        assert "The run has no clusters." in text
 
 
 def test_json_holds_the_numbers() -> None:
@@ -174,7 +174,7 @@ def test_json_holds_the_numbers() -> None:
     assert value["results"]["floor"] == 0.75
     assert value["results"]["scores"][1]["denoising"]["by_level"] == [0.5, 1.0]
     assert value["usage"][0]["weights"][1][4] == [0.25, 0.75]
-    assert value["clusters"][0] == {"cluster": 0, "count": 11, "share": 0.55, "words": [["a prompt", 0.5, 0.25]]}
+    assert value["clusters"][0] == {"cluster": 0, "count": 11, "fraction": 0.55, "words": [["a prompt", 0.5, 0.25]]}
     assert value["hashes"] == {"encoded": "ab" * 32}
 
 
@@ -186,7 +186,7 @@ class TestSheet:
         image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
         return torch.from_numpy(np.array(image)).float()
 
-    def test_is_exact_row_by_row_and_enlarged(self) -> None:
+    def test_a_sheet_shows_exact_pixels_row_by_row_enlarged(self) -> None:
         images = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(0))
         sheet = self.decoded(image_sheet(images, columns=3, side=12, gap=1))
         assert sheet.shape == (2 * (2 * 4 + 1), 2 * (3 * 6 + 2), 4)
@@ -197,7 +197,7 @@ class TestSheet:
         assert sheet[-1, -1, 3] == 0  # the sixth place
         assert (fourth[..., 3] == 255).all()
 
-    def test_takes_grey(self) -> None:
+    def test_a_sheet_accepts_grey_images(self) -> None:
         sheet = self.decoded(image_sheet(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1), columns=2, side=1))
         assert sheet[0, :, 0].tolist() == [0, 0, 255]
 
@@ -220,7 +220,7 @@ class TestChart:
         assert a - b == pytest.approx(b - c, abs=0.2)
         assert a > c
 
-    def test_leaves_out_what_cannot_be_drawn(self) -> None:
+    def test_values_that_cannot_be_drawn_are_left_out(self) -> None:
         line = Line("a", (0, 0.2, 0.4, 0.6, 1), (1, math.nan, math.inf, -1, 2), "red")
         assert len(self.points(line_chart([line], "l", "t", "y"))[0]) == 3
         assert len(self.points(line_chart([line], "l", "t", "y", log_y=True))[0]) == 2
@@ -228,13 +228,13 @@ class TestChart:
         assert self.points(nothing) == [[]]
 
     @pytest.mark.parametrize("apart", [0.0, 1e-16, 1e-13])
-    def test_values_that_hardly_differ_are_one_line(self, apart: float) -> None:
+    def test_values_that_hardly_differ_give_a_flat_line(self, apart: float) -> None:
         for log_y in (False, True):
             svg = line_chart([Line("a", (0, 1), (0.5, 0.5 + apart), "red")], "l", "t", "y", log_y=log_y)
             (((_, a), (_, b)),) = self.points(svg)[:1]
             assert a == pytest.approx(b, abs=0.1)
 
-    def test_names_axes_and_lines(self) -> None:
+    def test_a_chart_names_axes_and_lines(self) -> None:
         svg = line_chart([Line("<a>", (0, 1), (1, 2), "red", "2 4")], "<what>", "t (0: data)", "y & z")
         assert 'aria-label="&lt;what&gt;"' in svg
         for expected in ("t (0: data)", "y &amp; z", "&lt;a&gt;", 'stroke-dasharray="2 4"'):
