@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from atoll.evaluate.diagnostics.experts import CHOSEN, ExpertErrors
+from atoll.evaluate.diagnostics.results import Refinement, Trajectory
 from atoll.evaluate.diagnostics.routers import BINS, RouterScores
-from atoll.evaluate.diagnostics.trajectory import Diagnostics, Refinement, Trajectory
+from atoll.evaluate.diagnostics.trajectory import Diagnostics
 from atoll.report.charts import Line, line_chart
 from atoll.report.page import colour, number, table
 from atoll.storage.artifact import finite

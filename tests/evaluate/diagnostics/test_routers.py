@@ -232,7 +232,7 @@ class TestCondition:
 class TestErrors:
     def test_a_label_beyond_the_routers_clusters_is_refused(self) -> None:
         held_out = HeldOut(torch.zeros(2, 1, 3), torch.tensor([0, 4]), range(2))
-        with pytest.raises(AtollError, match=r"cluster 4, but the router knows 3"):
+        with pytest.raises(AtollError, match=r"cluster 4, but the router has 3 clusters"):
             measure_router(always(0, 3), held_out)
 
     @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ class TestStage:
 
     @pytest.mark.parametrize(
         ("count", "spaces", "words"),
-        [(90, [], "names no feature"), (1, [{"feature": PIXELS}], "0 training images; expected at least 2")],
+        [(90, [], "evaluate.spaces is empty"), (1, [{"feature": PIXELS}], "0 training images; expected at least 2")],
     )
     def test_refuses(self, tmp_path: Path, count: int, spaces, words: str) -> None:
         with pytest.raises(AtollError, match=words):
