@@ -23,6 +23,7 @@ CheckpointKind = Literal["dit", "sit", "repa", "pixart", "diffusers-dit"]
 KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
 DIT_LAYOUT: tuple[CheckpointKind, ...] = ("dit", "sit", "repa")  # whose tensors have the same names
 PIXART_LAYOUT = ("x_embedder.proj.weight", "t_block.1.weight")  # PixArt's own names, not diffusers'
+PIXEL_CHANNELS = (1, 3)  # SiT and REPA train on an autoencoder's latents, which have more
 PROJECTORS = "projectors."  # REPA's, used in training only
 # The tensors by whose names a layout is recognised.
 MARKS: dict[CheckpointKind, tuple[tuple[str, ...], ...]] = {
@@ -154,6 +155,8 @@ def _no_variance(checkpoint: Checkpoint) -> str | None:
     if weight is None or kernel is None or weight.ndim != 2 or kernel.ndim != 4:
         return None  # damaged: the conversion names it
     channels, patch = kernel.shape[1:3]
+    if channels in PIXEL_CHANNELS:
+        return None
     if len(weight) == channels * patch**2:
         return "it has no variance outputs, which a DiT has by default"
     if len(weight) != 2 * channels * patch**2:

@@ -150,6 +150,16 @@ def test_what_could_be_either_is_said_and_the_kind_asked_for(weights, tmp_path) 
             convert(saved(tmp_path, changed, None, name), tmp_path / str(number), condition=HASH, heads=HEADS)
 
 
+def test_a_checkpoint_of_pixels_is_a_dit_even_without_variance_outputs(tmp_path) -> None:
+    pixels = random_weights(channels=3)
+    for part in ("weight", "bias"):
+        rows = pixels[f"final_layer.linear.{part}"].unflatten(0, (4, -1))
+        pixels[f"final_layer.linear.{part}"] = rows[:, :3].flatten(0, 1).clone()
+    with pytest.warns(UserWarning, match="read as a DiT"):
+        out = converted(saved(tmp_path, pixels), tmp_path)
+    assert load_expert(out).expert.network.config.channels == 3
+
+
 def test_a_name_that_says_dit_needs_no_warning(weights, tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
