@@ -95,10 +95,10 @@ def load_assignment(directory: Path, card: Mapping[str, Any]) -> Assignment:
     try:
         assignment = Assignment(card["method"], card["k"], card["seed"], **load_file(file))
     except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise AtollError(f"{file}: cannot be read ({error}); get a fresh copy of {directory}") from None
+        raise AtollError(f"{file}: cannot be read ({error}); `atoll cluster --force` makes {directory} again") from None
     if (found := assignment.sha256(card["feature"])) != card["assignment"]:
         raise AtollError(
             f"{file}: gives the assignment {found[:12]}..., {directory}'s card says {card['assignment'][:12]}...; "
-            "the file was altered or damaged, get a fresh copy"
+            "the file was altered or damaged: `atoll cluster --force` makes it again"
         )
     return assignment

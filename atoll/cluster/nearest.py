@@ -63,7 +63,7 @@ def unit_features(part: Shard, rows: Tensor, where: Path) -> Tensor:
     length = features.norm(dim=1, keepdim=True)
     if not length.isfinite().all():
         key = part.keys[int(rows[int((~length.isfinite()).nonzero()[0, 0])])]
-        raise AtollError(f"{where}: the feature of image {key!r} is not finite; encode it again, or leave it out")
+        raise AtollError(f"{where}: the feature of image {key!r} is not finite; leave it out, or take another feature")
     return features.div_(length.clamp(min=1e-12))
 
 

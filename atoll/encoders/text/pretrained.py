@@ -181,4 +181,7 @@ def _load_tokenizer(cls: str, folder: Path) -> Any:
             return getattr(transformers, cls).from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # whatever a damaged file, or a missing sentencepiece, makes the library raise
             reason = " ".join(str(error).split())[:200]
-            raise AtollError(f"{folder}: its tokenizer cannot be loaded ({reason}); get a fresh copy") from None
+            raise AtollError(
+                f"{folder}: its tokenizer cannot be loaded ({reason}); install what that names "
+                "(sentencepiece, protobuf), or get the tokenizer's files from where its network comes from"
+            ) from None

@@ -16,6 +16,7 @@ from atoll.encoders.weights import sha256_weights
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.inception import import_with_torchvision, local_weights
 from atoll.nn.squeezenet import SMALLEST
+from atoll.storage.content import advice
 
 
 class PerceptualDistance(Protocol):
@@ -83,8 +84,10 @@ class LPIPS:
             own = {key: stored[f"features.{key.split('.', 1)[1]}"] for key in network.net.state_dict()}
             network.net.load_state_dict(own)
         except Exception as error:  # a damaged or foreign file can raise anything
-            reason = " ".join(str(error).split())[:120]
-            raise AtollError(f"{path}: no weights of torchvision's {net} ({reason}); get a fresh copy") from None
+            raise AtollError(
+                f"{path}: no weights of torchvision's {net}: it {advice(path, error)}; expected the file that "
+                f"torchvision downloads for {net}, such as alexnet-owt-7be5be79.pth"
+            ) from None
         self._network = network.eval().requires_grad_(False)
         self.name = f"LPIPS-{net} [{sha256_weights(path)[:8]}]"
 

@@ -55,8 +55,10 @@ class Inception(Feature):
                 "inception", ["2048"], feature_extractor_weights_path=str(path)
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise AtollError(f"{path}: cannot be read ({reason}); get a fresh copy") from None
+            reason = " ".join(str(error).split())[:120]  # not the file's fault: its hash is right
+            raise AtollError(
+                f"{path}: torch-fidelity cannot load it ({reason}), though its sha256 is right; update torch-fidelity"
+            ) from None
         self._network: nn.Module = network
         self._config = config.model_copy(update={"sha256": sha256})
 

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.storage.artifact import check_card, read_json, sha256_file
+from atoll.storage.content import is_out_of_memory
 from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe
+
+AGAIN = "make it again: `atoll encode --force`, or `atoll cluster --force` for what is below clusters/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +182,9 @@ def _read_index(directory: Path) -> dict[str, Any]:
         raise AtollError(f"{directory} is not a directory of shards: it has no {INDEX}")
     index = check_card(read_json(path), "shards", path)
     if missing := {"rows", "columns", "shards", "manifest", "card"} - index.keys():
-        raise AtollError(f"{path}: lacks {', '.join(sorted(missing))}; write the directory again")
+        raise AtollError(f"{path}: lacks {', '.join(sorted(missing))}; {AGAIN}")
     if index["rows"] != sum(file["rows"] for file in index["shards"]):
-        raise AtollError(f"{path}: its shards do not add up to its {index['rows']} rows; write the directory again")
+        raise AtollError(f"{path}: its shards do not add up to its {index['rows']} rows; {AGAIN}")
     return index
 
 
@@ -194,7 +197,7 @@ def _open_manifest(path: Path, rows: list[int]) -> Any:
         file = pq.ParquetFile(path)
         found = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
-        raise AtollError(f"{path} is corrupt ({error}): write the directory again") from error
+        raise _broken(path, "", str(error)) from error
     if found != rows:
         raise AtollError(f"{path} has {sum(found)} rows, the index has {sum(rows)}, or they are cut otherwise")
     return file
@@ -210,5 +213,7 @@ def _wrong(path: Path, file: Mapping[str, Any], verify: bool) -> str:
 
 
 def _broken(path: Path, first_key: str, why: str) -> AtollError:
+    if is_out_of_memory(why):
+        return AtollError(f"{path}: does not fit into memory ({why}); free some, or use a machine with more")
     holds = f" (rows from key {first_key!r} on)" if first_key else ""
-    return AtollError(f"{path}{holds} is corrupt: {why}; write the directory again")
+    return AtollError(f"{path}{holds} is corrupt: {why}; {AGAIN}")
