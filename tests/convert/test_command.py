@@ -1,5 +1,6 @@
 """`atoll convert` as a user meets it: for itself, or for an expert of a run."""
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -83,6 +84,25 @@ def test_training_starts_from_it(atoll, dit_of_the_run, run, tmp_path, modulatio
         load_expert(p).expert.network.state_dict() for p in (run / "start", run / "experts" / "1-flow-linear")
     )
     assert all(torch.allclose(start[name], trained[name], atol=1e-6) for name in start)
+
+
+def test_a_sit_for_a_run_needs_the_runs_objective_to_read_its_times(atoll, dit_of_the_run, run, tmp_path) -> None:
+    args = argparse.Namespace(path_type="Linear", prediction="velocity")
+    torch.save({"ema": dit_of_the_run, "args": args}, tmp_path / "sit.pt")
+    command = ("convert", "sit.pt", "-o", run / "start", "--run", run, "--expert", "1-flow-linear")
+    code, _, error = atoll(*command)
+    assert code == 2
+    assert "time_scale: got 999.0; a 'sit' reads time as 0..1: set time_scale: 1" in error
+    manifest = yaml.safe_load((run / "atoll.yaml").read_text())
+    manifest["experts"][1]["objective"]["time_scale"] = 1
+    (run / "atoll.yaml").write_text(yaml.safe_dump(manifest))
+    code, text, error = atoll(*command)
+    assert (code, error) == (0, "")
+    assert "from sit (ema), flow on linear" in text
+    manifest["experts"][1]["train"] = {"init": "start", "steps": 2, "lr": 1e-9}
+    (run / "atoll.yaml").write_text(yaml.safe_dump(manifest))
+    assert atoll("train", "expert", "1", "--run", run)[0] == 0
+    assert read_card(run / "experts" / "1-flow-linear", "expert")["objective"]["time_scale"] == 1
 
 
 def test_the_manifest_alone_tells_as_much(run) -> None:

@@ -294,7 +294,9 @@ def test_damaged_weights_are_refused(tmp_path, damage) -> None:
         save_file(tensors, file, {"format": "pt"})
     else:
         (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", "block_out_channels": [3]}')
-    with pytest.raises(AtollError, match=r"cannot be loaded|is cut off: |1 of the network's tensors.*encoder\.conv_in") as caught:
+    with pytest.raises(
+        AtollError, match=r"cannot be loaded|is cut off: |1 of the network's tensors.*encoder\.conv_in"
+    ) as caught:
         build_codec({"name": "kl", "weights": str(tmp_path)})
     assert "\n" not in str(caught.value)
 
