@@ -1,4 +1,7 @@
-"""What guides a network: token states [B, L, D] with a mask, and an optional pooled vector [B, P]."""
+"""What guides a network: token states [B, L, D] with a mask, and an optional pooled vector [B, P].
+
+A network is given one `Condition`. A prompt is a tuple of conditions, one per text encoder, however many there are.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,18 +78,19 @@ class Condition:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Conditions:
-    """The conditions of B prompts by several encoders, in their order."""
+def as_conditions(condition: Condition | Sequence[Condition]) -> tuple[Condition, ...]:
+    """Return one condition per text encoder, from these or from a single encoder's bare condition.
 
-    parts: tuple[Condition, ...]
+    The only place where a bare condition is accepted for a tuple: the edge of `Ensemble`.
+    """
+    return (condition,) if isinstance(condition, Condition) else tuple(condition)
 
-    def __len__(self) -> int:
-        return len(self.parts[0])
 
-    def index(self, rows: Tensor) -> "Conditions":
-        """The given rows ([b] int64, or a [B] bool mask) of each, in their order."""
-        return Conditions(tuple(part.index(rows) for part in self.parts))
+def select_rows(conditions: Sequence[Condition], rows: Tensor) -> tuple[Condition, ...]:
+    """Return the given rows ([b] int64, or a [B] bool mask) of each condition, in their order."""
+    return tuple(condition.index(rows) for condition in conditions)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditions":
-        return Conditions(tuple(part.to(device, dtype) for part in self.parts))
+
+def move_to(conditions: Sequence[Condition], device: torch.device | str | None) -> tuple[Condition, ...]:
+    """Return each condition on a device."""
+    return tuple(condition.to(device) for condition in conditions)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from atoll.choices import Method
-from atoll.ensemble import Alignment, Trace
+from atoll.condition import move_to
+from atoll.ensemble import Alignment, Sampler, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
@@ -47,6 +48,7 @@ class Pipeline:
     def __init__(self, loaded: LoadedEnsemble, device: str | torch.device = "cpu"):
         self.loaded = loaded
         self.device = torch.device(device)
+        self.sampler = Sampler(loaded.ensemble)  # an expert that fails in one call is left out of the next
 
     @classmethod
     def from_pretrained(
@@ -79,7 +81,8 @@ class Pipeline:
         experts = [replace(expert, network=compile_network(expert.network, **options)) for expert in ensemble.experts]
         if isinstance(ensemble.router, torch.nn.Module):  # its batches are whole ones: nothing to fill up
             compile_blocks(ensemble.router, **options)
-        self.loaded = replace(self.loaded, ensemble=ensemble.with_experts(experts))
+        self.loaded = replace(self.loaded, ensemble=replace(ensemble, experts=experts))
+        self.sampler = Sampler(self.loaded.ensemble)
         return self
 
     @torch.inference_mode()
@@ -127,17 +130,18 @@ class Pipeline:
         steps = num_inference_steps if num_inference_steps is not None else defaults.get("steps", 50)
         scale = guidance_scale if guidance_scale is not None else defaults.get("guidance_scale", 1.0)
         method = method or defaults.get("method", "euler")
-        ensemble = self.loaded.ensemble
+        sampler = self.sampler
         if routing is not None:
-            ensemble = ensemble.with_options(routing=routing)
+            sampler = Sampler(replace(self.loaded.ensemble, routing=routing))
 
         latents, traces = [], []
         batches = range(0, len(prompts), batch_size)
         for number, start in enumerate(batches):
             rows = slice(start, start + batch_size)
+            conditions = move_to(self.loaded.encoder(prompts[rows]), self.device)
             velocity = partial(
-                ensemble.velocity,
-                condition=ensemble.prompts(self.loaded.encoder(prompts[rows]).to(self.device), block_cache=block_cache),
+                sampler.velocity,
+                prompt_cache=sampler.ensemble.prompt_cache(conditions, block_cache=block_cache),
                 guidance_scale=scale,
                 cluster=None if clusters is None else torch.tensor(clusters[rows], device=self.device),
                 guidance_range=guidance_range,
@@ -147,11 +151,11 @@ class Pipeline:
                 if callback is not None:
                     callback(number * steps + index + 1, len(batches) * steps)
 
-            with ensemble.tracing() as trace:
+            with sampler.tracing() as trace:
                 latents.append(sample(velocity, self.noise(seeds[rows]), steps, method, callback=tell))
             traces.append(trace)
         drawn = torch.cat(latents)
-        return PipelineOutput(to_pil(self.loaded.codec.decode(drawn)), drawn, traces, dict(ensemble.dropped))
+        return PipelineOutput(to_pil(self.loaded.codec.decode(drawn)), drawn, traces, dict(sampler.dropped))
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """x at t = 1, [B, C, H, W] float32: each row from its own seed, drawn on the CPU, equal on every device."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from atoll.condition import move_to
 from atoll.evaluate.metrics.frechet import Moments, PixelPCA, frechet_distance
 from atoll.evaluate.run import open_run
 from atoll.randomness import seeded_noise
@@ -46,13 +47,13 @@ def main() -> None:
     error, drawn = dict.fromkeys(thresholds, 0.0), {threshold: Moments(space.dim) for threshold in thresholds}
     with torch.inference_mode():
         for part in probe.split(arguments.batch):
-            condition = reference.encoder(reference.captions(part)).to(arguments.device)
+            conditions = move_to(reference.encoder(reference.captions(part)), arguments.device)
             noise = seeded_noise(part.tolist(), run.loaded.latent_shape).to(arguments.device)
             exact = None
             for threshold in thresholds:
                 start = time.perf_counter()
-                prompts = ensemble.prompts(condition, block_cache=threshold)
-                velocity = partial(ensemble.velocity, condition=prompts, guidance_scale=arguments.guidance)
+                prompts = ensemble.prompt_cache(conditions, block_cache=threshold)
+                velocity = partial(ensemble.velocity, prompt_cache=prompts, guidance_scale=arguments.guidance)
                 x0 = sample(velocity, noise, arguments.steps, arguments.method)
                 seconds[threshold] += time.perf_counter() - start
                 images = reference.codec.decode(x0).cpu()

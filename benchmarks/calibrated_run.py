@@ -11,7 +11,6 @@ import argparse
 import json
 import statistics
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,25 +36,23 @@ def ensembles_of(run: Path, opened: OpenRun) -> tuple[dict[str, Ensemble], dict[
     slopes: dict[str, Any] = {}
 
     def made(experts: list[Expert]) -> Ensemble:
-        return base.with_experts(experts, alignment="snr", replicas="equal")
+        return replace(base, experts=experts, alignment="snr", replicas="equal")
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an eps-expert without calibration is what is asked for here
-        found = {
-            "native": base.with_options(alignment="native"),
-            "snr alone": made([replace(e, calibration=Calibration.identity(_mean(e))) for e in base.experts]),
-            "snr + x0 clamp": made([replace(e, calibration=None) for e in base.experts]),
-            "snr + calibration": base,
-        }
-        for count in FEW:
-            again = [_recalibrated(run, opened, expert, count) for expert in base.experts]
-            gaps = [
-                float((one.calibration.slope - all_.calibration.slope).abs().max())
-                for one, all_ in zip(again, base.experts, strict=True)
-                if one.calibration is not None and all_.calibration is not None
-            ]
-            slopes[str(count)] = {"largest gap of a slope": max(gaps), "of each expert": gaps}
-            found[f"snr + calibration on {count} latents"] = made(again)
+    found = {
+        "native": replace(base, alignment="native"),
+        "snr alone": made([replace(e, calibration=Calibration.identity(_mean(e))) for e in base.experts]),
+        "snr + x0 clamp": made([replace(e, calibration=None) for e in base.experts]),
+        "snr + calibration": base,
+    }
+    for count in FEW:
+        again = [_recalibrated(run, opened, expert, count) for expert in base.experts]
+        gaps = [
+            float((one.calibration.slope - all_.calibration.slope).abs().max())
+            for one, all_ in zip(again, base.experts, strict=True)
+            if one.calibration is not None and all_.calibration is not None
+        ]
+        slopes[str(count)] = {"largest gap of a slope": max(gaps), "of each expert": gaps}
+        found[f"snr + calibration on {count} latents"] = made(again)
     return found, slopes
 
 

@@ -7,7 +7,6 @@ is a smooth function of x and t ("smooth"), or fresh noise at each call ("random
 sliced-Wasserstein distance of 1,500 samples (40 Euler steps, full routing) to the mixture, by alignment.
 """
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -58,7 +57,6 @@ def experts_of(mixture: GaussianMixture, level: float, kind: str) -> dict[str, l
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
     mixture = GaussianMixture.random(9, CLUSTERS, SHAPE, seed=1)
     g = torch.Generator().manual_seed(9)
     real = mixture.sample(SAMPLES, g)[0]
@@ -69,7 +67,7 @@ def main() -> None:
     for kind in ("bias", "smooth", "random"):
         for level in (0.05, 0.1, 0.2, 0.4):
             ensembles = {n: Ensemble(e, mixture.router, "full") for n, e in experts_of(mixture, level, kind).items()}
-            ensembles["native"] = ensembles["snr + clamp"].with_options(alignment="native")
+            ensembles["native"] = replace(ensembles["snr + clamp"], alignment="native")
             distances = (
                 sliced_wasserstein(atoll.solver.sample(ensembles[name].velocity, noise, steps=40), real)
                 for name in names

@@ -87,11 +87,11 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
     x, t = torch.randn(PROMPTS, *LATENT, generator=g), torch.full((PROMPTS,), 0.6)
     condition = Condition(torch.randn(PROMPTS, TOKENS, TEXT, generator=g), torch.ones(PROMPTS, TOKENS).bool())
     null = condition.index(torch.tensor([0]))
-    ensemble = Ensemble(experts, lambda x, t, pooled=None: log_p, routing, null=null)
+    ensemble = Ensemble(experts, lambda x, t, pooled=None: log_p, routing, null=(null,))
     both = Condition.cat([condition, null.index(torch.zeros(PROMPTS, dtype=torch.long))])
     first = experts[0]
 
-    prompts = ensemble.prompts(condition)
+    prompts = ensemble.prompt_cache((condition,))
     assert isinstance(first.network, DiT)
     read = first.network.read_prompt(both)
 
@@ -106,7 +106,7 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
         "loop": lambda: by_loop(ensemble, x, t, condition, null),
         "mask": lambda: by_mask(ensemble, x, t, condition, null),
         "one": lambda: one(both),
-        "grouped-again": lambda: ensemble.velocity(x, t, prompts, GUIDANCE),
+        "grouped-again": lambda: ensemble.velocity(x, t, None, GUIDANCE, prompt_cache=prompts),
         "one-again": lambda: one(read),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from atoll.calibration import Calibration
 from atoll.condition import Condition
-from atoll.ensemble import Ensemble, Expert
+from atoll.ensemble import Ensemble, Expert, Sampler
 from atoll.ensemble.offload import ExpertCache, bytes_of
 from atoll.nn import SIZES, DiT, Router
 from atoll.nn.router import RouterConfig
@@ -60,7 +60,7 @@ def build_ensemble(expert_size: str, router_size: str, device: torch.device) -> 
         config = RouterConfig(size=LATENT[1:], channels=LATENT[0], clusters=EXPERTS, **SIZES[router_size])
         router = randomized(Router(config)).bfloat16().eval().requires_grad_(False)
         null = prompts_of(1, device)
-    return Ensemble(experts, SpreadRouter(router, spread(PROMPTS).to(device)), "top-1", null=null)
+    return Ensemble(experts, SpreadRouter(router, spread(PROMPTS).to(device)), "top-1", null=(null,))
 
 
 def prompts_of(count: int, device: torch.device) -> Condition:
@@ -75,7 +75,7 @@ def measured(ensemble: Ensemble, batch: int, steps: int, rounds: int, bench: Eva
     be asked: of networks that are held all, or under a budget."""
     condition = prompts_of(batch, bench.device)
     noise = torch.randn(batch, *LATENT, device=bench.device)
-    velocity = partial(ensemble.velocity, condition=condition, guidance_scale=GUIDANCE)
+    velocity = partial(Sampler(ensemble).velocity, condition=condition, guidance_scale=GUIDANCE)
     release(bench.device)
     first = seconds_of(lambda: sample(velocity, noise, steps=2), bench.device)  # loads kernels, or compiles
     drawn: list[Tensor] = []
@@ -99,7 +99,7 @@ def under_budget(ensemble: Ensemble, budget: int, device: torch.device) -> Ensem
         brought = store.add(expert.name, bytes_of(network), lambda network=network: network)
         experts.append(replace(expert, network=brought))
     store.reserve(bytes_of(ensemble.router.network))  # type: ignore[union-attr]
-    return ensemble.with_experts(experts)
+    return replace(ensemble, experts=experts)
 
 
 def ensemble_for(way: str, bench: Evaluator) -> Ensemble:
@@ -131,7 +131,7 @@ def sampling(bench: Evaluator) -> None:
                 continue
             ensemble = ensemble or ensemble_for(way, bench)
             rounds = 1 if routing == "full" or bench.tiny else 3
-            row = measured(ensemble.with_options(routing=routing), batch, steps, rounds, bench)
+            row = measured(replace(ensemble, routing=routing), batch, steps, rounds, bench)
             bench.keep("sampling", {what: row})
         ensemble = None
         release(bench.device)

@@ -20,7 +20,6 @@ import json
 import math
 import statistics
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,20 +115,20 @@ def variants_of(ensemble: Ensemble) -> dict[str, Ensemble]:
     named = {expert.name: expert for expert in ensemble.experts}
 
     def without(name: str) -> Ensemble:
-        return ensemble.with_experts([expert for expert in ensemble.experts if expert.name != name])
+        return replace(ensemble, experts=[expert for expert in ensemble.experts if expert.name != name])
 
     def changed(calibration: Calibration | None) -> Ensemble:
         experts = [replace(expert, calibration=calibration) for expert in ensemble.experts]
-        return ensemble.with_experts(experts, replicas="equal")
+        return replace(ensemble, experts=experts, replicas="equal")
 
     mean = named[EPS].calibration.mean  # type: ignore[union-attr]
     return {
-        **{f"routing {routing}": ensemble.with_options(routing=routing) for routing in ROUTINGS},
-        "native": ensemble.with_options(alignment="native", replicas="equal"),
+        **{f"routing {routing}": replace(ensemble, routing=routing) for routing in ROUTINGS},
+        "native": replace(ensemble, alignment="native", replicas="equal"),
         "snr": changed(Calibration.identity(torch.zeros_like(mean))),
         "snr + x0 clamp": changed(None),
-        "snr + calibration": ensemble.with_options(replicas="equal"),
-        **{f"replicas {mode}": ensemble.with_options(replicas=mode) for mode in REPLICAS},
+        "snr + calibration": replace(ensemble, replicas="equal"),
+        **{f"replicas {mode}": replace(ensemble, replicas=mode) for mode in REPLICAS},
         "only the eps replica": without(FLOW),
         "only the flow replica": without(EPS),
     }
@@ -138,10 +137,10 @@ def variants_of(ensemble: Ensemble) -> dict[str, Ensemble]:
 def in_cluster_0(ensemble: Ensemble) -> dict[str, Ensemble]:
     """The replicas by themselves, asked for everything in their cluster."""
     replicas: list[Expert] = [expert for expert in ensemble.experts if expert.clusters == (0,)]
-    one = ensemble.with_experts(replicas, routing="oracle-0")
-    rows = {f"cluster 0, {mode}": one.with_options(replicas=mode) for mode in REPLICAS}
+    one = replace(ensemble, experts=replicas, routing="oracle-0")
+    rows = {f"cluster 0, {mode}": replace(one, replicas=mode) for mode in REPLICAS}
     for expert in replicas:
-        rows[f"cluster 0, only {expert.name}"] = one.with_experts([expert])
+        rows[f"cluster 0, only {expert.name}"] = replace(one, experts=[expert])
     return rows
 
 
@@ -149,11 +148,9 @@ def measure(run: Path, seeds: int) -> dict[str, list[float]]:
     """Frechet distances of every variant, one per seed."""
     opened = open_run(run)
     settings = load_manifest(run).evaluate
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # experts without calibration are what is asked for
-        whole = _distances(opened, variants_of(opened.loaded.ensemble), settings, seeds)
-        cluster = replace(opened, encoded=opened.clusters[0])
-        part = _distances(cluster, in_cluster_0(opened.loaded.ensemble), settings, seeds)
+    whole = _distances(opened, variants_of(opened.loaded.ensemble), settings, seeds)
+    cluster = replace(opened, encoded=opened.clusters[0])
+    part = _distances(cluster, in_cluster_0(opened.loaded.ensemble), settings, seeds)
     return {**whole, **{("cluster 0, floor" if name == "floor" else name): value for name, value in part.items()}}
 
 

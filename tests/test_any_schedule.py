@@ -3,8 +3,6 @@
 The ensemble's velocity is exact inside the expert's support, finite everywhere, and continuous at the edges.
 """
 
-import warnings
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,9 +47,7 @@ def ensembles(draw) -> tuple[Ensemble, list[Objective]]:
         identity = Calibration.identity(torch.zeros(SHAPE, dtype=torch.float64))
         calibration = identity if draw(st.booleans()) else None
         experts.append(Expert(MIXTURE.network(objective, k), objective, (k,), calibration, str(k)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # eps-experts without calibration are clamped, far out
-        return Ensemble(experts, MIXTURE.router, "full"), objectives
+    return Ensemble(experts, MIXTURE.router, "full"), objectives
 
 
 def edges(objective: Objective) -> torch.Tensor:

@@ -64,7 +64,7 @@ def test_shapes_are_what_the_letters_say() -> None:
         solve(objective, x, x, t)
         loss(objective, x, t)
     experts = [Expert(network, Objective("flow", "linear"), (k,)) for k in range(2)]
-    fuse(Ensemble(experts, router, routing="top-1", null=ENCODER.null(1)), x, t, condition)
+    fuse(Ensemble(experts, router, routing="top-1", null=(ENCODER.null(1),)), x, t, condition)
 
 
 def test_the_check_can_fail() -> None:

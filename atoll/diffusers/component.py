@@ -2,16 +2,15 @@
 
 import os
 import shutil
-from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atoll.condition import Condition, Conditions
 from atoll.encoders.weights import WANTED, also_found_in, find_weights
-from atoll.ensemble import Alignment, Ensemble
+from atoll.ensemble import Alignment, Sampler
 from atoll.ensemble.loading import FROZEN, load_ensemble
 from atoll.ensemble.offload import WeightDtype
 from atoll.ensemble.prompt_cache import PromptCache
@@ -49,7 +48,6 @@ class AtollEnsemble(ModelMixin):
         super().__init__()
         self.path = Path(path)
         self.loaded = load_ensemble(self.path, weights=weights)
-        self._under: dict[tuple[str | None, ...], Ensemble] = {}  # options -> the ensemble under them
         own = self.loaded.ensemble
         used = (*(expert.network for expert in own.experts), own.router)
         # What .to() moves and casts; the ensemble's other tensors follow x.
@@ -81,37 +79,38 @@ class AtollEnsemble(ModelMixin):
 
     def forward(
         self,
-        asked: Ensemble,
+        sampler: Sampler,
         x: Tensor,
         t: Tensor,
-        condition: Condition | Conditions | PromptCache,
+        prompt_cache: PromptCache,
         guidance_scale: float,
         guidance_range: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
-        """The velocity [B, C, H, W] of `ensemble` (from `with_options`) for x [B, C, H, W] at times t [B] in [0, 1]."""
-        return asked.velocity(x, t, condition, guidance_scale, guidance_range=guidance_range)
+        """Return the velocity [B, C, H, W] of a sampler (from `sampler`) for x [B, C, H, W] at times t [B] in [0, 1].
 
-    def with_options(
-        self,
-        routing: str | None = None,
-        alignment: Alignment | None = None,
-        replicas: str | None = None,
-        null: Condition | Conditions | None = None,
-        device: torch.device | str | None = None,
-    ) -> Ensemble:
-        """The ensemble under other options (None: its own), with its null condition or the one given, on a device.
+        A call of the module, and not of the sampler, runs the hooks that diffusers puts on its components.
+        """
+        return sampler.velocity(
+            x, t, guidance_scale=guidance_scale, guidance_range=guidance_range, prompt_cache=prompt_cache
+        )
+
+    def sampler(
+        self, routing: str | None = None, alignment: Alignment | None = None, replicas: str | None = None
+    ) -> Sampler:
+        """Return a sampler of the ensemble under other options (None: its own).
 
         Raises:
             AtollError: an unknown routing, alignment or way to combine replicas.
         """
-        key = (routing, alignment, replicas)
-        if key not in self._under:
-            self._under[key] = self.loaded.ensemble.with_options(routing, alignment, replicas)
-        # The same one for every call: an expert that failed in one is not asked in the next.
-        ensemble = self._under[key] if null is None else copy(self._under[key])
-        null = self.loaded.ensemble.null if null is None else null
-        ensemble.null = None if null is None else null.to(device)
-        return ensemble
+        own = self.loaded.ensemble
+        return Sampler(
+            replace(
+                own,
+                routing=routing or own.routing,
+                alignment=alignment or own.alignment,
+                replicas=replicas or own.replicas,
+            )
+        )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
         """Copies what it was loaded from, with every part and the frozen networks inside; whole or not at all.
@@ -148,8 +147,7 @@ class AtollEnsemble(ModelMixin):
 
     def _copy_frozen(self, directory: Path) -> None:
         """The weights of the text encoders and the codec, each under the last part of the name that cards call it."""
-        encoder = self.loaded.encoder.config()
-        configs = (self.loaded.codec.config(), *encoder.get("encoders", [encoder]))
+        configs = (self.loaded.codec.config(), *self.loaded.encoder.configs())
         names = dict[str, str]()
         for config in (config for config in configs if "weights" in config):
             given, subfolder = config["weights"], config.get("subfolder", "")

@@ -21,9 +21,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from atoll.condition import Condition, move_to, select_rows
 from atoll.diffusers.component import ENSEMBLE, AtollEnsemble
 from atoll.diffusers.sigmas import flow_sigmas
-from atoll.ensemble import Ensemble
+from atoll.ensemble import Sampler
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.solver import Velocity
@@ -74,7 +75,7 @@ class AtollPipeline(DiffusionPipeline):
         self.register_modules(ensemble=ensemble, scheduler=scheduler)
         self.register_to_config(routing=routing, alignment=alignment, replicas=replicas)
         self._interrupt = False
-        self._asked(None, ensemble.device)  # tells of unknown options now
+        self._sampled, self._sampler = ensemble, self._new_sampler()  # unknown options raise here
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> "AtollPipeline":
@@ -159,18 +160,20 @@ class AtollPipeline(DiffusionPipeline):
         scale = defaults.get("guidance_scale", 1.0) if guidance_scale is None else guidance_scale
         _check(steps, scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         owners = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]  # of B images
-        condition = loaded.encoder(prompts).to(device).index(torch.tensor(owners, device=device))
-        shares = [
-            (rows, asked, asked.prompts(condition.index(rows), block_cache=block_cache))
-            for rows, asked in self._shares(prompts, negative_prompt, owners, scale, device)
+        conditions = move_to(loaded.encoder(prompts), device)
+        conditions = select_rows(conditions, torch.tensor(owners, device=device))
+        sampler = self._current_sampler()
+        caches = [
+            (rows, sampler.ensemble.prompt_cache(select_rows(conditions, rows), null, block_cache=block_cache))
+            for rows, null in self._null_conditions(prompts, negative_prompt, owners, scale, device)
         ]
         x = _first((len(owners), *loaded.latent_shape), latents, generator, device)
         sigmas = flow_sigmas(self.scheduler, steps, device)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             u = torch.empty_like(x)
-            for rows, asked, share in shares:
-                u[rows] = self.ensemble(asked, x[rows], t[rows], share, scale, guidance_range)
+            for rows, cache in caches:
+                u[rows] = self.ensemble(sampler, x[rows], t[rows], cache, scale, guidance_range)
             return u
 
         tell = None if callback_on_step_end is None else partial(callback_on_step_end, self)
@@ -182,7 +185,7 @@ class AtollPipeline(DiffusionPipeline):
     @property
     def dropped(self) -> dict[str, str]:
         """Experts that failed in use, and how; they are not asked again."""
-        return dict(self._asked(None, self._execution_device).dropped)
+        return dict(self._current_sampler().dropped)
 
     def _integrate(
         self,
@@ -216,33 +219,40 @@ class AtollPipeline(DiffusionPipeline):
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, h, w, c]
         return arrays if output_type == "np" else self.numpy_to_pil(arrays)
 
-    def _shares(
+    def _null_conditions(
         self,
         prompts: list[str],
         negative_prompt: str | Sequence[str] | None,
         owners: list[int],
         scale: float,
         device: torch.device,
-    ) -> list[tuple[Tensor, Ensemble]]:
-        """The rows [b] of each negative prompt, and the ensemble with its encoding for null condition."""
+    ) -> list[tuple[Tensor, tuple[Condition, ...] | None]]:
+        """Return the rows [b] of each negative prompt, with its encoding or the ensemble's own null condition."""
         if negative_prompt is None:
-            return [(torch.arange(len(owners), device=device), self._asked(None, device))]
+            null = self.ensemble.loaded.ensemble.null
+            return [(torch.arange(len(owners), device=device), None if null is None else move_to(null, device))]
         texts = _texts("negative_prompt", negative_prompt)
         texts = texts * len(prompts) if isinstance(negative_prompt, str) else texts
         if len(texts) != len(prompts):
             raise AtollError(f"{len(texts)} negative prompts for {len(prompts)} prompts; expected one, or one for each")
         if scale == 1.0:
             raise AtollError("negative_prompt changes nothing at guidance_scale 1; set guidance_scale, or leave it out")
-        shares = []
+        parts: list[tuple[Tensor, tuple[Condition, ...] | None]] = []
         for text in dict.fromkeys(texts):
             rows = [row for row, owner in enumerate(owners) if texts[owner] == text]
-            shares.append((torch.tensor(rows, device=device), self._asked(text, device)))
-        return shares
+            null = move_to(self.ensemble.loaded.encoder([text]), device)
+            parts.append((torch.tensor(rows, device=device), null))
+        return parts
 
-    def _asked(self, negative: str | None, device: torch.device) -> Ensemble:
-        null = None if negative is None else self.ensemble.loaded.encoder([negative])
-        config = self.config
-        return self.ensemble.with_options(config.routing, config.alignment, config.replicas, null, device)
+    def _new_sampler(self) -> Sampler:
+        """Return a sampler of the component under the pipeline's own options."""
+        return self.ensemble.sampler(self.config.routing, self.config.alignment, self.config.replicas)
+
+    def _current_sampler(self) -> Sampler:
+        """Return the sampler: the same one for every call, so that an expert that failed once stays excluded."""
+        if self._sampled is not self.ensemble:
+            self._sampled, self._sampler = self.ensemble, self._new_sampler()
+        return self._sampler
 
 
 def _texts(what: str, given: str | Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.ensemble.offload import Offloaded
-from atoll.ensemble.prompt_cache import CachesPrompt, Prompt
+from atoll.ensemble.prompt_cache import CachesPrompt, NetworkCondition
 from atoll.errors import AtollError
 from atoll.nn.attention import TextKV
 
@@ -30,7 +30,7 @@ class Padded:
     def __init__(self, network: nn.Module):
         self.network = network
 
-    def __call__(self, x: Tensor, time: Tensor, condition: Prompt | None) -> Tensor:
+    def __call__(self, x: Tensor, time: Tensor, condition: NetworkCondition | None) -> Tensor:
         count = len(x)
         extra = padded_size(count) - count
         if extra == 0:
@@ -42,7 +42,7 @@ class Padded:
 class PaddedReader(Padded):
     """One that reads prompts."""
 
-    def __call__(self, x: Tensor, time: Tensor, condition: Prompt | None) -> Tensor:
+    def __call__(self, x: Tensor, time: Tensor, condition: NetworkCondition | None) -> Tensor:
         if isinstance(condition, TextKV) and condition.cache is not None:
             raise AtollError("compiled experts ask all blocks; leave block_cache at 0, or do not compile")
         return super().__call__(x, time, condition)

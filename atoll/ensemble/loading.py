@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from atoll.calibration import Calibration
+from atoll.condition import move_to
 from atoll.encoders.codec import Codec, build_codec
-from atoll.encoders.text import PromptEncoder, TextEncoder, build_encoder
+from atoll.encoders.text import PromptEncoder, build_encoder
 from atoll.encoders.weights import also_found_in, identity, same
 from atoll.ensemble import Alignment, Ensemble, Expert
 from atoll.ensemble.offload import (
@@ -46,7 +47,7 @@ class LoadedEnsemble:
     """An ensemble ready to sample, with the frozen networks it needs around it."""
 
     ensemble: Ensemble
-    encoder: TextEncoder | PromptEncoder  # of the prompt: several, where the experts' are not all the same
+    encoder: PromptEncoder
     codec: Codec
     latent_shape: tuple[int, ...]  # (C, H, W)
     card: dict[str, Any]
@@ -122,10 +123,25 @@ def load_ensemble(
     store = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
     with also_found_in(path / FROZEN):
         if (path / "ensemble.json").is_file():
-            return _assembled(path, routing, alignment, strict, device, replicas, weights, store)
-        if (path / CARD).is_file():
-            return _alone(path, alignment, device, weights, store)
-    raise AtollError(f"{path}: no ensemble.json and no {CARD} in it; expected an ensemble's or an expert's directory")
+            loaded = _assembled(path, routing, alignment, strict, device, replicas, weights, store)
+        elif (path / CARD).is_file():
+            loaded = _alone(path, alignment, device, weights, store)
+        else:
+            raise AtollError(
+                f"{path}: no ensemble.json and no {CARD} in it; expected an ensemble's or an expert's directory"
+            )
+    warn_uncalibrated(loaded.ensemble)
+    return loaded
+
+
+def warn_uncalibrated(ensemble: Ensemble) -> None:
+    """Warn about every eps-expert that neither a calibration nor a stacking corrects."""
+    for expert in ensemble.clamped:
+        warnings.warn(
+            f"{expert.name}: an eps-expert without calibration; its x0 is clamped to +-20 as in HDDM "
+            "(`atoll calibrate` measures one)",
+            stacklevel=3,
+        )
 
 
 def _assembled(
@@ -157,14 +173,13 @@ def _assembled(
     if store is not None:
         store.reserve(bytes_of(router))
     kinds, which = _kinds([one.card["condition"] for one in loaded])
-    encoders = [build_encoder(config) for config in kinds]
-    encoder = encoders[0] if len(encoders) == 1 else PromptEncoder(encoders)
+    encoder = PromptEncoder([build_encoder(config) for config in kinds])
     ensemble = Ensemble(
         [replace(one.expert, encoder=number) for one, number in zip(loaded, which, strict=True)],
         router,
         routing or card["sampling"].get("routing", "top-2"),
         alignment,
-        null=encoder.null(1).to(device),
+        null=move_to(encoder.null(1), device),
         stackings=_stackings(path, card, device),
         replicas=replicas or card["sampling"].get("replicas", "stacked"),
         router_encoder=_encoder_of(router_card, kinds),
@@ -216,8 +231,8 @@ def _alone(
     loaded = load_expert(path, device, weights, store)
     if store is not None:
         store.reserve(0)
-    encoder = build_encoder(loaded.card["condition"])
-    ensemble = Ensemble([loaded.expert], None, "full", alignment, null=encoder.null(1).to(device))
+    encoder = PromptEncoder([build_encoder(loaded.card["condition"])])
+    ensemble = Ensemble([loaded.expert], None, "full", alignment, null=move_to(encoder.null(1), device))
     card = {**loaded.card, "sampling": {}}
     return LoadedEnsemble(ensemble, encoder, build_codec(card["codec"]), tuple(card["latent_shape"]), card)
 

@@ -11,12 +11,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import TextKV
 from atoll.nn.block_cache import BlockCache
 
-Prompt = Condition | TextKV  # what a network is asked with
+NetworkCondition = Condition | TextKV  # what a network is given
 
 CACHE_BYTES = 2**31  # by all experts together; an XL/2 keeps 10 MB per prompt of 77 tokens in bfloat16
 
@@ -67,7 +67,7 @@ class PromptCache:
         """Of what is kept of the prompts."""
         return sum(kept.prompts.nbytes for kept in self._kept.values() if kept.prompts is not None)
 
-    def for_expert(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> Prompt:
+    def for_expert(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> NetworkCondition:
         """What `network` is asked with for the rows [b]: b rows; where guided 2 b, the last of the null condition.
 
         Raises:
@@ -125,8 +125,3 @@ class _Kept:
         assert self.prompts is not None
         found = self.prompts.index(torch.tensor([self.places[number] for number in numbers], device=device))
         return found if self.cache is None else replace(found, cache=self.cache, keys=keys)
-
-
-def each(conditions: Condition | Conditions) -> tuple[Condition, ...]:
-    """One condition per encoder."""
-    return conditions.parts if isinstance(conditions, Conditions) else (conditions,)

@@ -1,144 +1,290 @@
-"""How the router's probabilities over clusters become weights.
+"""How the router's probabilities over clusters become weights: one small frozen class per routing.
 
-top-1, top-2, ...     the k most probable clusters, renormalised (HDDM section 3.4, DDM section 4)
-full                  all clusters, as probable as they are: the exact mixture (HDDM Eq. 1)
-threshold-0.1         clusters of at least that probability, renormalised; the most probable one at any rate
-nucleus-0.9           the fewest clusters that hold that probability together, renormalised (Holtzman et al. 2020)
-nucleus-0.9@0.7       the same of probabilities sharpened by a temperature: softmax(log p / 0.7)
-sample-1, sample-2    so many clusters drawn with their probabilities at each step, each draw weighing alike
-oracle                the cluster that the caller names for each sample, for evaluation
-oracle-3              cluster 3 for every sample
-time-switch-0.5:A:B   expert A at t >= 0.5, expert B below, whatever the router says (HDDM section 4.3)
+| name | weights |
+|---|---|
+| `top-1`, `top-2`, ... | the k most probable clusters, renormalised (HDDM section 3.4, DDM section 4) |
+| `full` | every cluster with its probability: the exact mixture (HDDM Eq. 1) |
+| `threshold-0.1` | clusters of at least that probability, renormalised; the most probable one in any case |
+| `nucleus-0.9` | the fewest clusters that together hold that probability, renormalised (Holtzman et al. 2020) |
+| `nucleus-0.9@0.7` | the same for probabilities sharpened by a temperature: softmax(log p / 0.7) |
+| `sample-1`, `sample-2` | that many clusters drawn by their probabilities at each step, each draw with equal weight |
+| `oracle` | the cluster that the caller passes for each sample, for evaluation |
+| `oracle-3` | cluster 3 for every sample |
+| `time-switch-0.5:A:B` | expert A at t >= 0.5, expert B below, without a router (HDDM section 4.3) |
+
+To add a routing: derive a frozen dataclass from `Routing` (`examples`, `needs_router`, `parse`, `weights`) and add one
+line to `ROUTINGS` at the end of this file. `parse_routing`, atoll.yaml, the command line and the error texts follow.
 """
 
 import hashlib
 import re
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
 
-EXPECTED = (
-    "top-1, top-2, ..., full, threshold-0.1, nucleus-0.9, nucleus-0.9@0.7 (with a temperature), sample-1, oracle, "
-    "oracle-3 or time-switch-0.5:ABOVE:BELOW (two experts' names)"
-)
+_NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
+_COUNT = r"([1-9]\d{0,8})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RoutingContext:
-    """What a routing may look at besides the probabilities: x [B, ...]; cluster [B] int64, each sample's, if known."""
+    """What a routing may use besides the probabilities.
+
+    Attributes:
+        x: the samples [B, ...].
+        t: their times [B] in [0, 1]; None only if the routing does not use them.
+        cluster: each sample's own cluster [B] int64, if the caller knows it.
+        names: the experts' names, E of them.
+    """
 
     x: Tensor
+    t: Tensor | None = None
     cluster: Tensor | None = None
+    names: Sequence[str] = ()
 
 
-RoutingFunction = Callable[[Tensor, RoutingContext], Tensor]
+class Routing(ABC):
+    """How log-probabilities become weights.
+
+    Attributes:
+        examples: how a person writes it, for error texts.
+        needs_router: whether several experts cannot be routed this way without a router.
+        over_experts: whether `weights` returns weights of the experts [B, E] instead of the clusters [B, K].
+    """
+
+    examples: ClassVar[str]
+    needs_router: ClassVar[bool]
+    over_experts: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> "Routing | None":
+        """Return the routing that `text` names, or None if it is not one of this class."""
+
+    @abstractmethod
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        """Return weights [B, K] (or [B, E], see `over_experts`) whose rows sum to 1.
+
+        A cluster with log-probability -inf (no expert covers it) keeps weight 0.
+
+        Args:
+            log_p: log-probabilities of the clusters [B, K].
+            context: the samples themselves.
+        """
+
+    def check(self, names: Sequence[str]) -> None:  # noqa: B027  # most routings name no expert
+        """Raise AtollError if the routing names an expert that is not among `names`."""
 
 
 @dataclass(frozen=True)
-class TimeSwitch:
-    """Above: the name of the expert at t >= time; below: of the other."""
+class TopK(Routing):
+    """The k most probable clusters, renormalised; all of them if there are fewer."""
+
+    k: int
+    examples = "top-1, top-2, ..."
+    needs_router = True
+
+    @classmethod
+    def parse(cls, text: str) -> "TopK | None":
+        match = _match(f"top-{_COUNT}", text)
+        return cls(int(match[1])) if match else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        values, clusters = log_p.topk(min(self.k, log_p.shape[1]), dim=1)  # [B, k]
+        return torch.zeros_like(log_p).scatter_(1, clusters, torch.softmax(values, dim=1))
+
+
+@dataclass(frozen=True)
+class Full(Routing):
+    """Every cluster with its probability: the exact mixture."""
+
+    examples = "full"
+    needs_router = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Full | None":
+        return cls() if text == "full" else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        return torch.softmax(log_p, dim=1)
+
+
+@dataclass(frozen=True)
+class Threshold(Routing):
+    """The probabilities of at least `minimum`, renormalised; the largest one in any case."""
+
+    minimum: float
+    examples = "threshold-0.1"
+    needs_router = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Threshold | None":
+        match = _match(f"threshold-{_NUMBER}", text)
+        return cls(float(match[1])) if match and float(match[1]) < 1 else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        p = torch.softmax(log_p, dim=1)
+        large = (p >= self.minimum) | (p == p.amax(1, keepdim=True))
+        return torch.softmax(log_p.masked_fill(~large, -torch.inf), dim=1)
+
+
+@dataclass(frozen=True)
+class Nucleus(Routing):
+    """The most probable clusters up to the one with which they hold `mass`, renormalised."""
+
+    mass: float
+    temperature: float = 1.0
+    examples = "nucleus-0.9, nucleus-0.9@0.7 (with a temperature)"
+    needs_router = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Nucleus | None":
+        match = _match(f"nucleus-{_NUMBER}(?:@{_NUMBER})?", text)
+        if match is None:
+            return None
+        mass, temperature = float(match[1]), float(match[2] or 1)
+        return cls(mass, temperature) if 0 < mass <= 1 and temperature > 0 else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        p, order = torch.softmax(log_p / self.temperature, dim=1).sort(dim=1, descending=True, stable=True)
+        inside = p.cumsum(1) - p < self.mass
+        inside[:, 0] = True
+        p = torch.where(inside, p, 0)
+        return torch.zeros_like(log_p).scatter_(1, order, p / p.sum(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Sample(Routing):
+    """`count` clusters drawn by their probabilities, with replacement; each weight is its fraction of the draws.
+
+    The mean over draws is `full`. The draws depend on the sample x alone, so an image is the same in any batch and in
+    any run.
+    """
+
+    count: int
+    examples = "sample-1"
+    needs_router = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Sample | None":
+        match = _match(f"sample-{_COUNT}", text)
+        return cls(int(match[1])) if match else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        cumulative = torch.softmax(log_p.double(), dim=1).cumsum(1)  # [B, K]
+        cumulative = cumulative / cumulative[:, -1:]  # exactly 1 from the last cluster on that has an expert
+        u = _uniform(context.x, self.count).to(cumulative)  # [B, count]
+        clusters = torch.searchsorted(cumulative, u, right=True).clamp(max=log_p.shape[1] - 1)
+        return torch.zeros_like(log_p).scatter_add_(1, clusters, torch.full_like(u, 1 / self.count).to(log_p))
+
+
+@dataclass(frozen=True)
+class Oracle(Routing):
+    """All weight on one cluster; if no expert covers it, the others' probabilities.
+
+    Attributes:
+        cluster: the same cluster for every sample; None: the cluster of each sample in the context.
+    """
+
+    cluster: int | None = None
+    examples = "oracle, oracle-3"
+    needs_router = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Oracle | None":
+        match = _match(r"oracle(?:-(\d{1,9}))?", text)
+        return cls(None if match[1] is None else int(match[1])) if match else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        """Return weights [B, K].
+
+        Raises:
+            AtollError: there are no clusters in the context, not one per sample, or one of them does not exist.
+        """
+        cluster = context.cluster
+        if self.cluster is not None:
+            cluster = torch.full((len(log_p),), self.cluster, device=log_p.device)
+        if cluster is None:
+            raise AtollError(
+                "routing oracle needs each sample's cluster; pass `cluster`, or use oracle-3 for cluster 3"
+            )
+        if cluster.shape != (len(log_p),) or not ((cluster >= 0) & (cluster < log_p.shape[1])).all():
+            got = cluster.tolist() if cluster.numel() < 10 else f"{cluster.numel()} of them"
+            raise AtollError(f"routing oracle: clusters {got}; expected {len(log_p)} numbers below {log_p.shape[1]}")
+        own = cluster.to(log_p.device)[:, None]  # [B, 1]
+        one_hot = torch.zeros_like(log_p).scatter_(1, own, 1.0)
+        return torch.where(log_p.isfinite().gather(1, own), one_hot, torch.softmax(log_p, dim=1))
+
+
+@dataclass(frozen=True)
+class TimeSwitch(Routing):
+    """The expert named `above` at t >= time, the expert named `below` at smaller t."""
 
     time: float
     above: str
     below: str
+    examples = "time-switch-0.5:ABOVE:BELOW (two experts' names)"
+    needs_router = False
+    over_experts = True
+
+    @classmethod
+    def parse(cls, text: str) -> "TimeSwitch | None":
+        match = _match(f"time-switch-{_NUMBER}:([^:]+):([^:]+)", text)
+        return cls(float(match[1]), match[2], match[3]) if match and float(match[1]) <= 1 else None
+
+    def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        assert context.t is not None
+        weights = context.x.new_zeros(len(context.x), len(context.names))  # [B, E]
+        above = context.t >= self.time
+        weights[above, context.names.index(self.above)] = 1
+        weights[~above, context.names.index(self.below)] = 1
+        return weights
+
+    def check(self, names: Sequence[str]) -> None:
+        for name in (self.above, self.below):
+            if list(names).count(name) != 1:
+                routing = f"time-switch-{self.time:g}:{self.above}:{self.below}"
+                raise AtollError(f"routing {routing}: no expert {name!r}; expected one of {', '.join(names)}")
 
 
-def build_routing(routing: str) -> RoutingFunction | TimeSwitch:
-    """What a name such as "top-2" means: a function of log-probabilities [B, K] and of what else is asked about, to
-    weights [B, K] whose rows sum to 1; or a switch between two experts.
+# Every routing there is: a new one is one class above and one line here.
+ROUTINGS: tuple[type[Routing], ...] = (
+    TopK,
+    Full,
+    Threshold,
+    Nucleus,
+    Sample,
+    Oracle,
+    TimeSwitch,
+)
 
-    A cluster with log-probability -inf (no expert) keeps weight 0; with fewer than k others, all of them are used.
+
+def parse_routing(text: str) -> Routing:
+    """Return the routing that a name such as "top-2" means.
 
     Raises:
         AtollError: an unknown name, or a number out of its range.
     """
-    name, _, given = routing.partition("-")
-    value = _number(given.partition("@")[0]) if given else None
-    if routing == "full":
-        return lambda log_p, asked: torch.softmax(log_p, dim=1)
-    if name == "top" and re.fullmatch(r"[1-9]\d*", given):
-        return lambda log_p, asked: top_k(log_p, int(given))
-    if name == "sample" and re.fullmatch(r"[1-9]\d*", given):
-        return lambda log_p, asked: drawn(log_p, asked.x, int(given))
-    if name == "threshold" and value is not None and "@" not in given and 0 <= value < 1:
-        return lambda log_p, asked: threshold(log_p, value)
-    if name == "nucleus" and value is not None and 0 < value <= 1:
-        temperature = _number(given.partition("@")[2]) if "@" in given else 1.0
-        if temperature is not None and temperature > 0:
-            return lambda log_p, asked: nucleus(log_p, value, temperature)
-    if routing == "oracle":
-        return lambda log_p, asked: oracle(log_p, asked.cluster)
-    if name == "oracle" and given.isdecimal() and given.isascii():
-        return lambda log_p, asked: oracle(log_p, torch.full((len(log_p),), int(given), device=log_p.device))
-    if match := re.fullmatch(r"time-switch-([\d.]+):([^:]+):([^:]+)", routing):
-        time = _number(match[1])
-        if time is not None and 0 <= time <= 1:
-            return TimeSwitch(time, match[2], match[3])
-    raise AtollError(f"unknown routing {routing!r}; expected {EXPECTED}")
+    for kind in ROUTINGS:
+        routing = kind.parse(text)
+        if routing is not None:
+            return routing
+    *others, last = (kind.examples for kind in ROUTINGS)
+    raise AtollError(f"unknown routing {text!r}; expected {', '.join(others)} or {last}")
 
 
-def top_k(log_p: Tensor, k: int) -> Tensor:
-    """The k most probable clusters' probabilities, renormalised; 0 elsewhere. [B, K] -> [B, K]."""
-    k = min(k, log_p.shape[1])
-    values, clusters = log_p.topk(k, dim=1)
-    return torch.zeros_like(log_p).scatter_(1, clusters, torch.softmax(values, dim=1))
-
-
-def threshold(log_p: Tensor, least: float) -> Tensor:
-    """The probabilities of at least `least`, renormalised; 0 elsewhere. The largest one is kept. [B, K] -> [B, K]."""
-    p = torch.softmax(log_p, dim=1)
-    kept = (p >= least) | (p == p.amax(1, keepdim=True))
-    return torch.softmax(log_p.masked_fill(~kept, -torch.inf), dim=1)
-
-
-def nucleus(log_p: Tensor, share: float, temperature: float = 1.0) -> Tensor:
-    """The most probable clusters up to the one with which they hold `share`, renormalised. [B, K] -> [B, K]."""
-    p, order = torch.softmax(log_p / temperature, dim=1).sort(dim=1, descending=True, stable=True)
-    kept = p.cumsum(1) - p < share
-    kept[:, 0] = True
-    p = torch.where(kept, p, 0)
-    return torch.zeros_like(log_p).scatter_(1, order, p / p.sum(1, keepdim=True))
-
-
-def drawn(log_p: Tensor, x: Tensor, count: int) -> Tensor:
-    """`count` clusters drawn by their probabilities, with replacement: the share of the draws. [B, K] -> [B, K].
-
-    Its mean over draws is `full`. What is drawn depends on the sample x [B, ...] alone, so that an image is the same
-    in any batch and at any run.
-    """
-    cumulative = torch.softmax(log_p.double(), dim=1).cumsum(1)  # [B, K]
-    cumulative = cumulative / cumulative[:, -1:]  # exactly 1 from the last cluster on that has an expert
-    u = _uniform(x, count).to(cumulative)  # [B, count]
-    clusters = torch.searchsorted(cumulative, u, right=True).clamp(max=log_p.shape[1] - 1)
-    return torch.zeros_like(log_p).scatter_add_(1, clusters, torch.full_like(u, 1 / count).to(log_p))
-
-
-def oracle(log_p: Tensor, cluster: Tensor | None) -> Tensor:
-    """All weight on each sample's cluster [B]; where that has no expert, the others' probabilities. -> [B, K].
-
-    Raises:
-        AtollError: the clusters are not given, are not one per sample, or one of them does not exist.
-    """
-    if cluster is None:
-        raise AtollError("routing oracle needs each sample's cluster; give `cluster`, or take oracle-3 for cluster 3")
-    if cluster.shape != (len(log_p),) or not ((cluster >= 0) & (cluster < log_p.shape[1])).all():
-        got = cluster.tolist() if cluster.numel() < 10 else f"{cluster.numel()} of them"
-        raise AtollError(f"routing oracle: clusters {got}; expected {len(log_p)} numbers below {log_p.shape[1]}")
-    one = torch.zeros_like(log_p).scatter_(1, cluster.to(log_p.device)[:, None], 1.0)
-    there = log_p.isfinite().gather(1, cluster.to(log_p.device)[:, None])
-    return torch.where(there, one, torch.softmax(log_p, dim=1))
+def _match(pattern: str, text: str) -> re.Match[str] | None:
+    return re.fullmatch(pattern, text, re.ASCII)
 
 
 def _uniform(x: Tensor, count: int) -> Tensor:
-    """Uniform numbers [B, count] in [0, 1), float64: a hash of each sample."""
+    """Return uniform numbers [B, count] in [0, 1), float64: a hash of each sample."""
     rows = [hashlib.shake_128(row.tobytes()).digest(6 * count) for row in x.detach().float().cpu().numpy()]
     numbers = [[int.from_bytes(row[6 * i : 6 * i + 6]) / 2**48 for i in range(count)] for row in rows]
     return torch.tensor(numbers, dtype=torch.float64).reshape(len(x), count)
-
-
-def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"\d+(\.\d+)?|\.\d+", text) and text.isascii() else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.choices import Method
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition, move_to
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.agreement import CLIPScore, RidgeAgreement, pooled_vectors
@@ -143,7 +143,7 @@ class Evaluator:
 
         # One batch of images, from seeded noise.
         def draw(tokens: Any, seeds: Sequence[int]) -> Tensor:
-            condition = self.reference.encoder.encode(tokens).to(self.device)
+            condition = move_to(self.reference.encoder.encode(tokens), self.device)
             noise = seeded_noise(seeds, self.shape).to(self.device)
             velocity = _velocity_of(variant.ensemble, condition, scale)
             return self.reference.codec.decode(sample(velocity, noise, steps, sampling.method, times=times))
@@ -292,7 +292,7 @@ class Evaluator:
             # The noise depends on the data's row only: every variant denoises the same latents.
             def compute() -> TensorDict:
                 rows = self.held_out[positions]
-                condition = self.reference.encoder.encode(self.held_out_tokens.index(positions)).to(self.device)
+                condition = move_to(self.reference.encoder.encode(self.held_out_tokens.index(positions)), self.device)
                 x0 = self.reference.latents(rows).to(self.device)
                 seeds = [self.settings.seed + row for row in rows.tolist()]
                 levels = self.settings.levels
@@ -341,6 +341,6 @@ def _number(value: float) -> float | None:
 
 
 def _velocity_of(
-    ensemble: Ensemble, condition: Condition | Conditions, scale: float
+    ensemble: Ensemble, condition: tuple[Condition, ...], scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, t: ensemble.velocity(x, t, condition, scale)

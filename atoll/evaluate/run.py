@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import atoll
-from atoll.encoders.weights import same
-from atoll.ensemble import Expert
+from atoll.condition import move_to
+from atoll.ensemble import Expert, Sampler
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.run import diagnose_run
@@ -152,10 +152,10 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
     present = [name for name in DENSE if (path / name / CARD).is_file()]
     dense = {name: load_ensemble(path / name, device=device) for name in present}
     for name, model in dense.items():
-        if not same(model.encoder.config(), loaded.encoder.config()):
+        if not model.encoder.reads_like(loaded.encoder):
             raise AtollError(
-                f"{path}: the {name} encodes prompts with {model.encoder.config()}, the ensemble with "
-                f"{loaded.encoder.config()}; train both with one condition encoder"
+                f"{path}: the {name} encodes prompts with {model.encoder.configs()}, the ensemble with "
+                f"{loaded.encoder.configs()}; train both with one condition encoder"
             )
     # The clusters.
     directories = sorted((path / "clusters").glob("cluster-*"))
@@ -210,15 +210,15 @@ def draw_grid(
     prompts = settings.prompts or _spread_out(run.reference.captions(run.reference.held_out(settings)))
     seeds = tuple(range(settings.seed, settings.seed + settings.seeds))
     tokens = run.loaded.encoder.tokenize([prompt for prompt in prompts for _ in seeds])
-    condition = run.loaded.encoder.encode(tokens).to(device)
+    condition = move_to(run.loaded.encoder.encode(tokens), device)
     noise = seeded_noise(seeds * len(prompts), run.loaded.latent_shape).to(device)
     shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
     # One variant: images and routing trace.
     def draw(variant: Variant, sampling: dict[str, Any]) -> TensorDict:
-        ensemble = variant.ensemble.with_options()  # a copy: another thread may trace the same ensemble
-        velocity = partial(ensemble.velocity, condition=condition, guidance_scale=sampling["guidance_scale"])
-        with ensemble.tracing() as trace:
+        sampler = Sampler(variant.ensemble)
+        velocity = partial(sampler.velocity, condition=condition, guidance_scale=sampling["guidance_scale"])
+        with sampler.tracing() as trace:
             times = variant.times(sampling["steps"])
             x0 = sample(velocity, noise, sampling["steps"], sampling["method"], times=times)
             images = run.loaded.codec.decode(x0).cpu()

@@ -34,14 +34,14 @@ def aligned(ensemble: Ensemble, alignment: str) -> Ensemble:
     """
     match alignment:
         case "snr" | "native":
-            return ensemble.with_options(alignment=alignment)
+            return replace(ensemble, alignment=alignment)
         case "snr-clamp":
             experts = [replace(expert, calibration=None) for expert in ensemble.experts]
         case "snr-alone":
             experts = [replace(expert, calibration=_identity(expert)) for expert in ensemble.experts]
         case _:
             raise AtollError(f"alignment {alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
-    return ensemble.with_experts(experts, alignment="snr", replicas="equal")
+    return replace(ensemble, experts=experts, alignment="snr", replicas="equal")
 
 
 def _identity(expert: Expert) -> Calibration:
@@ -81,7 +81,7 @@ def choose_experts(ensemble: Ensemble, chosen: dict[int | str, str | tuple[str, 
             chosen_experts.append(known[f"{cluster}-{choice}"])
     if not chosen_experts:
         raise AtollError(f"sweep, experts {name}: no expert chosen; name one for all, or for some cluster")
-    return ensemble.with_experts(chosen_experts)
+    return replace(ensemble, experts=chosen_experts)
 
 
 def variants_of_sweep(sweep: SweepSettings, ensemble: Ensemble, dense: Mapping[str, Ensemble]) -> Iterator[Variant]:
@@ -120,7 +120,7 @@ def _of_ensemble(sweep: SweepSettings, ensemble: Ensemble, sampling: dict[str, A
         for options in _combinations(axes):
             # An alignment may also replace calibrations, so it is applied last.
             other = {key: value for key, value in options.items() if key != "alignment"}
-            changed = experts.with_options(**other)
+            changed = replace(experts, **other)
             if "alignment" in options:
                 changed = aligned(changed, options["alignment"])
             yield _variant(name, changed, options, sampling)

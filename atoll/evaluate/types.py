@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atoll.choices import Method
 from atoll.encoders.codec import Codec
-from atoll.encoders.text import PromptEncoder, TextEncoder
+from atoll.encoders.text import PromptEncoder
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import DenoisingError
@@ -69,7 +69,7 @@ class Reference:
     """
 
     encoded: Shards
-    encoder: TextEncoder | PromptEncoder
+    encoder: PromptEncoder
     codec: Codec
 
     def images(self, rows: Tensor) -> Tensor:

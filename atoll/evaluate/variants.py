@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -33,7 +32,7 @@ def variants_of(
     # The usual routings, and the default if it is another.
     routings = ["top-1", "top-2", "full"] if len(ensemble.experts) > 1 else ["full"]
     routings += [ensemble.routing] if ensemble.routing not in routings else []
-    routed = [Variant(r, ensemble.with_options(routing=r, alignment="snr"), f"{many}, {r}") for r in routings]
+    routed = [Variant(r, replace(ensemble, routing=r, alignment="snr"), f"{many}, {r}") for r in routings]
     # Each expert alone, for all clusters.
     experts = [
         Variant(expert.name, alone(expert, ensemble), f"{objective_text(expert.objective)}, for all clusters")
@@ -115,10 +114,8 @@ def alone(expert: Expert, ensemble: Ensemble) -> Ensemble:
     """
     if all(expert is not other for other in ensemble.experts):
         raise AtollError(f"{expert.name} is not an expert of this ensemble")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading the ensemble has warned already
-        # Cluster 0 stands for all: there is no router.
-        return Ensemble([replace(expert, clusters=(0,))], None, "full", null=ensemble.null)
+    # Cluster 0 stands for all: there is no router.
+    return Ensemble([replace(expert, clusters=(0,))], None, "full", null=ensemble.null)
 
 
 def objective_text(objective: Objective) -> str:

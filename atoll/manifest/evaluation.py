@@ -63,11 +63,11 @@ class SweepSettings(Section):
     @field_validator("routing")
     @classmethod
     def _known(cls, routings: tuple[str, ...]) -> tuple[str, ...]:
-        from atoll.ensemble.routing import build_routing
+        from atoll.ensemble.routing import parse_routing
 
         try:
             for routing in routings:
-                build_routing(routing)
+                parse_routing(routing)
         except AtollError as error:
             raise ValueError(str(error)) from None
         return routings

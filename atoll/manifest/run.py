@@ -241,10 +241,10 @@ class SamplingSettings(Section):
     @field_validator("routing")
     @classmethod
     def _known(cls, routing: str) -> str:
-        from atoll.ensemble.routing import build_routing
+        from atoll.ensemble.routing import parse_routing
 
         try:
-            build_routing(routing)
+            parse_routing(routing)
         except AtollError as error:
             raise ValueError(str(error)) from None
         return routing

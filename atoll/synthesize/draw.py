@@ -1,6 +1,5 @@
 """One cluster's experts, without a router, draw latents of that cluster."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from atoll.choices import Method
-from atoll.encoders.text import PromptEncoder, TextEncoder, build_encoder
+from atoll.condition import move_to
+from atoll.encoders.text import PromptEncoder, build_encoder
 from atoll.encoders.weights import same
-from atoll.ensemble import Ensemble
-from atoll.ensemble.loading import LoadedExpert
+from atoll.ensemble import Ensemble, Sampler
+from atoll.ensemble.loading import LoadedExpert, warn_uncalibrated
 from atoll.errors import AtollError
 from atoll.solver import sample
 from atoll.synthesize.rows import noise
@@ -61,16 +61,18 @@ class ClusterModel:
         for one in experts:
             if not any(same(one.card["condition"], kind) for kind in kinds):
                 kinds.append(one.card["condition"])
-        encoders = [build_encoder(kind) for kind in kinds]
-        self._encoder: TextEncoder | PromptEncoder = encoders[0] if len(encoders) == 1 else PromptEncoder(encoders)
+        self._encoder = PromptEncoder([build_encoder(kind) for kind in kinds])
         which = [next(i for i, kind in enumerate(kinds) if same(one.card["condition"], kind)) for one in experts]
-        self._ensemble = Ensemble(
+        ensemble = Ensemble(
             [replace(one.expert, encoder=number) for one, number in zip(experts, which, strict=True)],
             None,
             f"oracle-{cluster}",
-            null=self._encoder.null(1).to(device),
+            null=move_to(self._encoder.null(1), device),
             replicas="equal",
         )
+        warn_uncalibrated(ensemble)
+        # No replica may fail: a latent is drawn by all of them, or not at all.
+        self._sampler = Sampler(ensemble, non_finite="raise")
 
     @torch.inference_mode()
     def draw(
@@ -94,8 +96,8 @@ class ClusterModel:
             mine = slice(start, start + batch)
             x = noise(sampling.seed, self.cluster, rows[mine], self.shape).to(self._device)
             velocity = partial(
-                self._velocity,
-                condition=self._encoder(captions[mine]).to(self._device),
+                self._sampler.velocity,
+                condition=move_to(self._encoder(captions[mine]), self._device),
                 guidance_scale=sampling.guidance_scale,
             )
             latents = sample(velocity, x, sampling.steps, sampling.method).half().cpu()
@@ -107,12 +109,3 @@ class ClusterModel:
             drawn.append(latents)
             tell(min(start + batch, len(rows)))
         return torch.cat(drawn)
-
-    def _velocity(self, x: Tensor, t: Tensor, **given: Any) -> Tensor:
-        """The ensemble's, but no replica may fail: what is drawn is all of theirs, or nothing is."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*answered with NaN or infinity")
-            u = self._ensemble.velocity(x, t, **given)
-        for name, why in self._ensemble.dropped.items():
-            raise AtollError(f"{name} {why}; train or convert it anew, or take it out of atoll.yaml")
-        return u

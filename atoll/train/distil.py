@@ -5,6 +5,7 @@ all predictions are linear in both, student and teacher may have any objectives.
 clusters, which is sampled alone.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from atoll.condition import Condition
-from atoll.encoders.text import build_encoder
-from atoll.encoders.weights import same
-from atoll.ensemble import Ensemble
+from atoll.encoders.text import PromptEncoder, build_encoder
+from atoll.ensemble import Ensemble, Sampler
 from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -58,21 +58,19 @@ class _Teaching:
         if not (path / "ensemble.json").is_file():
             raise AtollError(f"{path}: no ensemble to learn from; `atoll assemble` makes it")
         read_json(path / "ensemble.json")
-        self._path, self._teacher, self._condition = path, teacher, build_encoder(condition).config()
+        self._path, self._teacher, self._encoder = path, teacher, PromptEncoder([build_encoder(condition)])
         self.about = {"ensemble": sha256_file(path / "ensemble.json"), "by": teacher}
 
     def on(self, device: torch.device) -> Teacher:
         loaded = load_ensemble(self._path, device=device)
-        if not same(loaded.encoder.config(), self._condition):
+        if not loaded.encoder.reads_like(self._encoder):
             raise AtollError(
-                f"{self._path}: its experts read captions by {loaded.encoder.config()}, the data's encoder is "
-                f"{self._condition}; distil from experts that read what the student reads"
+                f"{self._path}: its experts read captions by {loaded.encoder.configs()}, the data's encoder is "
+                f"{self._encoder.configs()[0]}; distil from experts that read what the student reads"
             )
         ensemble = loaded.ensemble
         if self._teacher == "owner":  # the cluster is known: no router is asked
-            ensemble = Ensemble(
-                ensemble.experts, None, "oracle", "snr", ensemble.null, ensemble.stackings, ensemble.replicas
-            )
+            ensemble = replace(ensemble, router=None, routing="oracle", alignment="snr")
         return teacher_of(ensemble)
 
 
@@ -82,6 +80,8 @@ def teacher_of(ensemble: Ensemble) -> Teacher:
     At the student's x = alpha x0 + sigma eps the ensemble is asked on the linear path, at the time of equal log-SNR,
     where the same (x0, eps) make c x: c is the ratio of the alphas, or of the sigmas, which are equal.
     """
+
+    sampler = Sampler(ensemble)
 
     @torch.no_grad()
     def teach(
@@ -93,7 +93,7 @@ def teacher_of(ensemble: Ensemble) -> Teacher:
         # Each ratio is used on the side where it does not divide by a small number.
         ratio = torch.where(log_snr < 0, PATH.sigma(at) / schedule.sigma(t), PATH.alpha(at) / schedule.alpha(t))
         asked = per_sample(ratio, x) * x
-        u = ensemble.velocity(asked, at, condition, cluster=cluster)
+        u = sampler.velocity(asked, at, condition, cluster=cluster)
         return asked - per_sample(at, x) * u, asked + per_sample(1 - at, x) * u
 
     return teach

@@ -2,7 +2,6 @@
 
 import io
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from atoll.condition import Condition
 from atoll.encoders.codec import build_codec
-from atoll.ensemble import Ensemble, Expert
+from atoll.ensemble import Ensemble, Expert, Sampler
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.solver import sample
@@ -40,11 +39,11 @@ def draw_grid(
         return module(x, time, given).float()
 
     null = data.encoder.null(1).to(device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it has no calibration yet; its x0 is clamped meanwhile
-        ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", "snr", null=null)
+    # It has no calibration yet; until then its x0 is clamped.
+    ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", null=(null,))
+    sampler = Sampler(ensemble)
     noise = torch.randn(x0.shape, generator=seeded(seed, 0, Stream.SAMPLES)).to(device)
-    latents = sample(lambda x, t: ensemble.velocity(x, t, condition, 1.0), noise, steps=_STEPS)
+    latents = sample(lambda x, t: sampler.velocity(x, t, (condition,)), noise, steps=_STEPS)
     if file is None:
         return
     images = build_codec(codec).decode(latents.cpu().float())  # [B,C,h,w]

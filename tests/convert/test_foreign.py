@@ -127,7 +127,7 @@ def test_in_one_ensemble_with_a_native_expert(pixart, tmp_path) -> None:
     with pytest.warns(UserWarning, match="kept: an eps-expert without calibration"):
         loaded = load_ensemble(out, routing="full", strict=True)
     x, t = inputs()[0], torch.tensor([0.2, 0.5, 0.9])
-    condition = loaded.encoder(["", "moss", "rain on moss"])
+    (condition,) = loaded.encoder(["", "moss", "rain on moss"])
     # The router of the test finds both clusters alike likely, so the ensemble is the mean of its experts.
     both = [expert.velocity(x, t, condition) for expert in loaded.ensemble.experts]
     torch.testing.assert_close(loaded.ensemble.velocity(x, t, condition), (both[0] + both[1]) / 2)

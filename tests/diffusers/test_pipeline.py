@@ -81,11 +81,11 @@ def test_the_block_cache_is_that_of_the_prompts(pipe, monkeypatch) -> None:
     made = []
 
     def spy(self, *arguments, **options):
-        made.append(prompts(self, *arguments, **options))
+        made.append(prompt_cache(self, *arguments, **options))
         return made[-1]
 
-    prompts = Ensemble.prompts
-    monkeypatch.setattr(Ensemble, "prompts", spy)
+    prompt_cache = Ensemble.prompt_cache
+    monkeypatch.setattr(Ensemble, "prompt_cache", spy)
     latents(pipe, block_cache=0.2)
     assert [one.block_cache for one in made] == [0.2]
 

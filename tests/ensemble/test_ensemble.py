@@ -1,8 +1,14 @@
+"""Ensembles: which experts are evaluated, how their answers are weighted, and that nothing changes by it."""
+
+from dataclasses import FrozenInstanceError, fields, replace
+
 import pytest
 import torch
 
-from atoll.condition import Condition, Conditions
+from atoll.calibration import Calibration
+from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
+from atoll.ensemble.replicas import Stacking
 from atoll.errors import AtollError
 from atoll.objective import Objective
 
@@ -55,7 +61,7 @@ def test_one_call_per_expert_in_use_with_both_guidance_branches() -> None:
     experts = [Expert(n, FLOW, (k,)) for k, n in enumerate(networks)]
     x, t = batch(4)
     router = router_of([[0.9, 0.1, 1e-9], [0.1, 0.9, 1e-9], [0.8, 0.2, 1e-9], [0.2, 0.8, 1e-9]])
-    ensemble = Ensemble(experts, router, routing="top-1", null=condition(1, 0.0))
+    ensemble = Ensemble(experts, router, routing="top-1", null=(condition(1, 0.0),))
     ensemble.velocity(x, t, condition(4), guidance_scale=3.0)
     assert [len(n.calls) for n in networks] == [1, 1, 0]
     asked, time, given = networks[0].calls[0]
@@ -68,7 +74,7 @@ def test_guidance_extrapolates_from_null_to_condition() -> None:
     def network(x, time, given):
         return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
 
-    ensemble = Ensemble([Expert(network, FLOW)], None, null=condition(1, 0.5))
+    ensemble = Ensemble([Expert(network, FLOW)], None, null=(condition(1, 0.5),))
     x, t = batch(3)
     u = ensemble.velocity(x, t, condition(3, 2.0), guidance_scale=4.0)
     torch.testing.assert_close(u, torch.full_like(u, 0.5 + 4.0 * 1.5))
@@ -84,7 +90,7 @@ def test_the_router_sees_the_conditional_branchs_pooled_vector() -> None:
 
     experts = [Expert(Constant(1.0), FLOW, (k,)) for k in range(2)]
     x, t = batch(3)
-    Ensemble(experts, router, null=condition(1, 0.0)).velocity(x, t, condition(3, 2.0), guidance_scale=2.0)
+    Ensemble(experts, router, null=(condition(1, 0.0),)).velocity(x, t, condition(3, 2.0), guidance_scale=2.0)
     assert seen[0].shape == (3, 7)
     assert (seen[0] == 2).all()
 
@@ -117,17 +123,6 @@ def test_replicas_share_their_clusters_weight() -> None:
     torch.testing.assert_close(u, torch.full_like(u, 0.6 * 2 + 4))
 
 
-def test_trace_tells_who_was_asked_when() -> None:
-    experts = [Expert(Constant(1.0), FLOW, (k,)) for k in range(2)]
-    ensemble = Ensemble(experts, router_of([[0.9, 0.1], [0.2, 0.8]]), routing="top-1")
-    x, t = batch(2)
-    with ensemble.tracing() as trace:
-        ensemble.velocity(x, t)
-    ensemble.velocity(x, t)
-    assert len(trace.weights) == 1
-    assert trace.weights[0].tolist() == [[1, 0], [0, 1]]
-
-
 def test_refusals() -> None:
     one = Expert(Constant(1.0), FLOW, (0,))
     x, t = batch(1)
@@ -142,50 +137,9 @@ def test_refusals() -> None:
     with pytest.raises(AtollError, match="null condition"):
         Ensemble([one], None).velocity(x, t, condition(1), guidance_scale=2.0)
     with pytest.raises(AtollError, match="no condition"):
-        Ensemble([one], None, null=condition(1)).velocity(x, t, guidance_scale=2.0)
+        Ensemble([one], None, null=(condition(1),)).velocity(x, t, guidance_scale=2.0)
     with pytest.raises(AtollError, match="the router knows 2 clusters"):
         Ensemble([one, Expert(Constant(1.0), FLOW, (4,))], router_of([[0.5, 0.5]])).velocity(x, t)
-
-
-def test_an_expert_that_answers_nan_is_dropped_and_the_rest_go_on() -> None:
-    class Breaks(Constant):
-        def __call__(self, x, time, condition):
-            super().__call__(x, time, condition)
-            return torch.full_like(x, torch.nan)
-
-    experts = [Expert(Constant(1.0), FLOW, (0,), name="good"), Expert(Breaks(0), FLOW, (1,), name="bad")]
-    x, t = batch(3)
-    ensemble = Ensemble(experts, router_of([[0.5, 0.5], [0.1, 0.9], [1.0, 1e-9]]), routing="full")
-    with pytest.warns(UserWarning, match="bad answered with NaN or infinity; sampling goes on without it"):
-        u = ensemble.velocity(x, t)
-    torch.testing.assert_close(u, torch.ones_like(u))
-    assert ensemble.dropped == {"bad": "answered with NaN or infinity"}
-    ensemble.velocity(x, t)  # it is not asked again
-    assert len(experts[1].network.calls) == 1
-    alone = Ensemble(experts[1:], router_of([[0.5, 0.5]] * 3))
-    with pytest.raises(AtollError, match="bad answered with NaN or infinity, and there is no other"):
-        alone.velocity(x, t)
-
-
-def test_a_replica_that_answers_nan_leaves_its_cluster_to_the_other() -> None:
-    experts = [
-        Expert(Constant(1.0), FLOW, (0,), name="good"),
-        Expert(Constant(torch.inf), FLOW, (0,), name="bad"),
-        Expert(Constant(4.0), FLOW, (1,), name="other"),
-    ]
-    x, t = batch(2)
-    ensemble = Ensemble(experts, router_of([[0.5, 0.5], [0.25, 0.75]]), routing="full")
-    with pytest.warns(UserWarning, match="bad answered"):
-        u = ensemble.velocity(x, t)
-    torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([2.5, 3.25]).double())
-
-
-def test_what_is_not_finite_already_is_nobodys_fault() -> None:
-    x, t = batch(2)
-    x[1] = torch.nan
-    ensemble = Ensemble([Expert(lambda x, time, c: x, FLOW)], None)
-    assert ensemble.velocity(x, t)[1].isnan().all()
-    assert not ensemble.dropped
 
 
 def test_experts_read_the_prompt_by_encoders_of_their_own() -> None:
@@ -199,10 +153,10 @@ def test_experts_read_the_prompt_by_encoders_of_their_own() -> None:
         seen.append(pooled[:, 0].tolist())
         return torch.log(torch.tensor([[0.5, 0.5], [0.25, 0.75]], dtype=torch.float64))
 
-    null = Conditions((condition(1, 0.0), condition(1, 1.0)))
+    null = (condition(1, 0.0), condition(1, 1.0))
     ensemble = Ensemble(experts, router, "full", null=null, router_encoder=1)
     x, t = batch(2)
-    given = Conditions((condition(2, 2.0), condition(2, 10.0)))
+    given = (condition(2, 2.0), condition(2, 10.0))
     u = ensemble.velocity(x, t, given)
     torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([6.0, 8.0]).double())
     guided = ensemble.velocity(x, t, given, guidance_scale=2.0)  # 2 * 2 - 0 = 4; 2 * 10 - 1 = 19
@@ -239,10 +193,85 @@ def test_guidance_outside_its_range_asks_the_condition_alone() -> None:
         calls.append(len(x))
         return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
 
-    ensemble = Ensemble([Expert(network, FLOW)], None, null=condition(1, 0.5))
+    ensemble = Ensemble([Expert(network, FLOW)], None, null=(condition(1, 0.5),))
     x, _ = batch(3)
     t = torch.tensor([0.1, 0.3, 0.8], dtype=torch.float64)
     u = ensemble.velocity(x, t, condition(3, 2.0), guidance_scale=4.0, guidance_range=(0.3, 0.7))
     torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([2.0, 6.5, 2.0]).double())
     ensemble.velocity(x[:1], t[:1], condition(1, 2.0), guidance_scale=4.0, guidance_range=(0.3, 0.7))
     assert calls == [6, 1]
+
+
+def snapshot(value):
+    """A deep copy of an object's attributes, and of those of the objects in them; networks by identity."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, (list, tuple, frozenset, set)):
+        return [snapshot(one) for one in value]
+    if isinstance(value, dict):
+        return {key: snapshot(one) for key, one in value.items()}
+    if callable(value):
+        return id(value)
+    return snapshot(vars(value)) if hasattr(value, "__dict__") else value
+
+
+def test_an_ensemble_is_frozen() -> None:
+    ensemble = Ensemble([Expert(Constant(1.0), FLOW)], None)
+    for field in fields(ensemble):
+        with pytest.raises(FrozenInstanceError):
+            setattr(ensemble, field.name, None)
+    with pytest.raises(FrozenInstanceError):
+        ensemble.trace = []
+    with pytest.raises(FrozenInstanceError):
+        del ensemble.experts
+
+
+def test_velocity_gives_the_same_bits_twice_and_changes_no_attribute() -> None:
+    experts = [Expert(lambda x, time, c, k=k: torch.sin(x + k), FLOW, (k % 2,), name=str(k)) for k in range(4)]
+    experts[0] = replace(experts[0], network=Constant(torch.nan))
+    table = torch.rand(2, 2)
+    stacking = Stacking(("1", "3"), torch.zeros(SHAPE), torch.tensor([-5.0, 5.0]), table, torch.zeros(2))
+    router = router_of([[0.5, 0.5], [0.1, 0.9], [1.0, 1e-9]])
+    ensemble = Ensemble(experts, router, "full", null=(condition(1, 0.0),), stackings=[stacking])
+    x, t = batch(3)
+    before = snapshot(ensemble)
+    assert before["_groups"], "the snapshot looks into the ensemble"
+    first = ensemble.velocity(x, t, condition(3), guidance_scale=2.0)
+    second = ensemble.velocity(x, t, condition(3), guidance_scale=2.0)
+    assert first.numpy().tobytes() == second.numpy().tobytes()
+    assert snapshot(ensemble) == before
+
+
+def test_a_replaced_option_leaves_the_original_as_it_was() -> None:
+    experts = [Expert(Constant(float(k)), FLOW, (k,)) for k in range(2)]
+    ensemble = Ensemble(experts, router_of([[0.4, 0.6]]), "top-1")
+    x, t = batch(1)
+    assert float(replace(ensemble, routing="full").velocity(x, t).mean()) == pytest.approx(0.6)
+    assert float(replace(ensemble, excluded=frozenset({1})).velocity(x, t).mean()) == 0
+    assert float(ensemble.velocity(x, t).mean()) == 1
+
+
+def test_a_bare_condition_is_wrapped_at_the_edge_alone() -> None:
+    def reads(x, time, given):
+        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)
+
+    bare = Ensemble([Expert(reads, FLOW)], None, null=condition(1, 0.5))
+    assert isinstance(bare.null, tuple)
+    wrapped = Ensemble([Expert(reads, FLOW)], None, null=(condition(1, 0.5),))
+    x, t = batch(3)
+    assert torch.equal(bare.velocity(x, t, condition(3), 2.0), wrapped.velocity(x, t, (condition(3),), 2.0))
+
+
+def test_the_experts_whose_x0_is_clamped() -> None:
+    eps, calibration = Objective("eps", "cosine"), Calibration.identity(torch.zeros(SHAPE))
+    experts = [
+        Expert(Constant(1.0), eps, (0,), name="a"),
+        Expert(Constant(1.0), eps, (0,), name="b"),
+        Expert(Constant(1.0), eps, (1,), calibration, "c"),
+        Expert(Constant(1.0), FLOW, (1,), name="d"),
+    ]
+    stacking = Stacking(("a", "b"), torch.zeros(SHAPE), torch.tensor([-5.0, 5.0]), torch.ones(2, 2), torch.zeros(2))
+    ensemble = Ensemble(experts, router_of([[0.5, 0.5]]))
+    assert [expert.name for expert in ensemble.clamped] == ["a", "b"]
+    assert replace(ensemble, stackings=[stacking]).clamped == ()
+    assert replace(ensemble, alignment="native").clamped == ()

@@ -1,5 +1,7 @@
 import json
 import shutil
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +139,17 @@ def test_a_card_with_anything_in_it_loads_or_is_refused_in_one_line(trained_run,
     except AtollError as error:
         message = str(error)
     assert "\n" not in message
+
+
+def test_an_eps_expert_without_calibration_is_a_warning_where_it_is_loaded(run) -> None:
+    path = run / "experts" / "0-eps-cosine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_ensemble(path)
+    edit(path / CARD, calibration=None)
+    with pytest.warns(UserWarning, match="0-eps-cosine: an eps-expert without calibration; its x0 is clamped"):
+        loaded = load_ensemble(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an option of the same ensemble is no new choice
+        replace(loaded.ensemble, routing="top-1")
+        load_ensemble(path, alignment="native")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from atoll.assemble import assemble
 from atoll.cli.app import app
 from atoll.condition import Condition
-from atoll.ensemble import Ensemble, Expert
+from atoll.ensemble import Ensemble, Expert, Sampler
 from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.ensemble.offload import (
     ExpertCache,
@@ -298,11 +298,11 @@ def test_chances_are_those_of_being_asked_by_any_sample() -> None:
     torch.testing.assert_close(torch.tensor(selection_probs(log_p, owners)), torch.tensor(expected))
 
 
-def test_the_ensemble_tells_the_store_what_the_router_thinks_below_the_cut() -> None:
+def test_a_sampler_prefetches_what_the_router_ranks_below_the_cut() -> None:
     _, n, fetched = fakes(3, 2, prefetch=True)
     log_p = torch.log(torch.tensor([[0.6, 0.1, 0.3]]))
     ensemble = Ensemble([Expert(n[k], FLOW, (k,)) for k in range(3)], lambda x, t, pooled=None: log_p, "top-1")
-    u = ensemble.velocity(torch.randn(1, 2, 3, 5), torch.full((1,), 0.5))
+    u = Sampler(ensemble).velocity(torch.randn(1, 2, 3, 5), torch.full((1,), 0.5))
     assert (u == 0).all()
     assert fetched == [0, 2]
 
@@ -313,8 +313,9 @@ def test_an_expert_that_answers_nan_is_dropped_within_a_budget_too() -> None:
     log_p = torch.log(torch.tensor([[0.2, 0.5, 0.3]] * 2))
     ensemble = Ensemble([Expert(n[k], FLOW, (k,), name=str(k)) for k in range(3)], lambda x, t, pooled=None: log_p)
     x, t = torch.randn(2, 2, 3, 5), torch.full((2,), 0.5)
-    with pytest.warns(UserWarning, match="1 answered with NaN"), ensemble.tracing() as trace:
-        u = ensemble.velocity(x, t)
+    sampler = Sampler(ensemble)
+    with pytest.warns(UserWarning, match="1 answered with NaN"), sampler.tracing() as trace:
+        u = sampler.velocity(x, t)
     torch.testing.assert_close(u, torch.full_like(u, 2 * 0.3 / 0.5))
     assert trace.weights[0][:, 1].tolist() == [0, 0]
     assert len(store.resident) == 1
@@ -362,7 +363,7 @@ def test_a_moved_network_has_tensors_of_its_own_and_answers_alike(small, weights
     """What is pinned, and what is copied to a GPU: here, cloned."""
     network = cast_weights(load_expert(small.parent / "0").expert.network, weights)
     moved = _moved(network, torch.clone)
-    x, t, condition = torch.randn(5, *LATENT), torch.rand(5), load_ensemble(small).encoder(PROMPTS)
+    x, t, (condition,) = torch.randn(5, *LATENT), torch.rand(5), load_ensemble(small).encoder(PROMPTS)
     with torch.inference_mode():
         assert torch.equal(moved(x, t, condition), network(x, t, condition))
     assert bytes_of(moved) == bytes_of(network)

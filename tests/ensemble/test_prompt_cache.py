@@ -1,6 +1,7 @@
 """Prompts that are read once: the same images, fewer operations, within a limit."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoll.calibration import Calibration
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
@@ -81,7 +82,7 @@ def ensemble_of(networks: list, routing: str = "top-1", null: bool = True) -> En
         scores = torch.stack([x.flatten(1)[:, k] for k in range(len(networks))], 1)
         return torch.log_softmax(4 * scores, 1)
 
-    return Ensemble(experts, router, routing, null=condition_of(1, seed=9) if null else None)
+    return Ensemble(experts, router, routing, null=(condition_of(1, seed=9),) if null else None)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -120,29 +121,28 @@ def test_images_are_the_same(routing, guidance, guided, rows, seed, limit) -> No
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, C, SIDE, SIDE, generator=g, dtype=torch.float64)
 
-    def drawn(prompts: Condition | PromptCache) -> Tensor:
+    def images(**prompts: object) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return ensemble.velocity(x, t, prompts, guidance, guidance_range=guided)
+            return ensemble.velocity(x, t, guidance_scale=guidance, guidance_range=guided, **prompts)
 
         return sample(velocity, noise, 4, "heun")
 
-    prompts = ensemble.prompts(condition)
-    prompts.limit = limit
-    torch.testing.assert_close(drawn(prompts), drawn(condition), rtol=1e-6, atol=1e-8)
-    assert prompts.nbytes <= limit
+    cache = ensemble.prompt_cache((condition,), limit=limit)
+    torch.testing.assert_close(images(prompt_cache=cache), images(condition=condition), rtol=1e-6, atol=1e-8)
+    assert cache.nbytes <= limit
 
 
 def test_each_prompt_is_read_once_by_the_experts_that_are_asked() -> None:
     networks = [Counted(dit(k)) for k in range(K)]
     ensemble = ensemble_of(networks, "top-1")
-    prompts = ensemble.prompts(condition_of(6))
+    prompts = ensemble.prompt_cache((condition_of(6),))
     x = torch.randn(6, C, SIDE, SIDE, dtype=torch.float64)
     x.flatten(1)[:, :K] = torch.eye(K).repeat(2, 1).double()  # two prompts for each expert
     for guidance in (1.0, 3.0, 3.0, 1.0):
-        ensemble.velocity(x, torch.full((6,), 0.5).double(), prompts, guidance)
+        ensemble.velocity(x, torch.full((6,), 0.5).double(), None, guidance, prompt_cache=prompts)
     assert [network.read for network in networks] == [[2, 1]] * K  # its two prompts, then the null condition
     x.flatten(1)[:, :K] = torch.eye(K).repeat(2, 1).roll(1, 0).double()
-    ensemble.velocity(x, torch.full((6,), 0.4).double(), prompts, 3.0)
+    ensemble.velocity(x, torch.full((6,), 0.4).double(), None, 3.0, prompt_cache=prompts)
     assert [network.read for network in networks] == [[2, 1, 2]] * K
     assert all(isinstance(network.saw, TextKV) for network in networks)
 
@@ -162,9 +162,8 @@ def test_networks_that_cannot_read_get_the_condition() -> None:
         return x
 
     ensemble = ensemble_of([plain])
-    ensemble.velocity(
-        torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2, ensemble.prompts(condition_of(2)), 2.0
-    )
+    x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
+    ensemble.velocity(x, t, None, 2.0, prompt_cache=ensemble.prompt_cache((condition_of(2),)))
     assert isinstance(seen[0], Condition)
     assert len(seen[0]) == 4
 
@@ -175,20 +174,38 @@ def test_every_expert_reads_by_its_own_encoder() -> None:
         Expert(dit(0), Objective("flow", "linear"), (0,), name="a"),
         Expert(dit(1, states_dim=12), Objective("flow", "linear"), (1,), name="b", encoder=1),
     ]
-    null = Conditions((condition_of(1), condition_of(1, length=3, states=12)))
+    null = (condition_of(1), condition_of(1, length=3, states=12))
     ensemble = Ensemble(experts, lambda x, t, pooled=None: x.new_zeros(len(x), 2), "full", null=null)
-    both = Conditions((condition_of(2), wide))
+    both = (condition_of(2), wide)
     x, t = torch.randn(2, C, SIDE, SIDE, dtype=torch.float64), torch.ones(2).double() / 2
-    prompts = ensemble.prompts(both)
-    torch.testing.assert_close(ensemble.velocity(x, t, prompts, 2.0), ensemble.velocity(x, t, both, 2.0))
+    prompts = ensemble.prompt_cache(both)
+    torch.testing.assert_close(
+        ensemble.velocity(x, t, None, 2.0, prompt_cache=prompts), ensemble.velocity(x, t, both, 2.0)
+    )
     assert prompts.nbytes == 3 * 2 * (L + 3) * 64 * 8
 
 
 def test_guidance_of_prompts_without_a_null_condition_is_refused() -> None:
     ensemble, other = ensemble_of([dit()]), ensemble_of([dit()], null=False)
     x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
-    with pytest.raises(AtollError, match="make them by an ensemble that has one"):
-        ensemble.velocity(x, t, other.prompts(condition_of(2)), 2.0)
+    with pytest.raises(AtollError, match="there is no null condition"):
+        ensemble.velocity(x, t, None, 2.0, prompt_cache=other.prompt_cache((condition_of(2),)))
+
+
+def test_a_condition_beside_its_cache_is_refused() -> None:
+    ensemble, condition = ensemble_of([dit()]), condition_of(2)
+    x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
+    with pytest.raises(AtollError, match="both passed; expected one of them"):
+        ensemble.velocity(x, t, condition, prompt_cache=ensemble.prompt_cache((condition,)))
+
+
+def test_another_null_condition_takes_the_place_of_the_ensembles() -> None:
+    network, condition, other = dit(), condition_of(2), condition_of(1, seed=4)
+    ensemble = ensemble_of([network])
+    x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
+    guided = ensemble.velocity(x, t, None, 2.0, prompt_cache=ensemble.prompt_cache((condition,), null=(other,)))
+    torch.testing.assert_close(guided, replace(ensemble, null=(other,)).velocity(x, t, condition, 2.0))
+    assert not torch.allclose(guided, ensemble.velocity(x, t, condition, 2.0))
 
 
 class TestBlockCache:
@@ -198,10 +215,10 @@ class TestBlockCache:
         ensemble, condition = ensemble_of([network]), condition_of(3)
         g = torch.Generator().manual_seed(0)
         noise = torch.randn(3, C, SIDE, SIDE, generator=g, dtype=torch.float64)
-        prompts = ensemble.prompts(condition, block_cache=1e-12)
+        prompts = ensemble.prompt_cache((condition,), block_cache=1e-12)
         drawn = [
-            sample(lambda x, t, asked=asked: ensemble.velocity(x, t, asked, guidance), noise, 4)
-            for asked in (prompts, condition)
+            sample(lambda x, t, c=c: ensemble.velocity(x, t, guidance_scale=guidance, **c), noise, 4)
+            for c in ({"prompt_cache": prompts}, {"condition": condition})
         ]
         torch.testing.assert_close(*drawn)
         assert prompts.skip_rate == 0
@@ -212,13 +229,16 @@ class TestBlockCache:
         for number, block in enumerate(network.blocks):
             block.register_forward_hook(lambda _, inputs, __, number=number: asked.append((number, len(inputs[0]))))
         ensemble = ensemble_of([network])
-        prompts = ensemble.prompts(condition_of(3), block_cache=1e9)
+        prompts = ensemble.prompt_cache((condition_of(3),), block_cache=1e9)
         x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.9).double()
-        first = ensemble.velocity(x, t, prompts, 2.0)
+        first = ensemble.velocity(x, t, None, 2.0, prompt_cache=prompts)
         assert asked == [(0, 6), (1, 6), (2, 6)]
-        torch.testing.assert_close(ensemble.velocity(x, t, prompts, 2.0), first)  # nothing changed: the same answer
+        torch.testing.assert_close(
+            ensemble.velocity(x, t, None, 2.0, prompt_cache=prompts), first
+        )  # nothing changed: the same answer
         assert asked[3:] == [(0, 6)]
-        ensemble.velocity(x[:2], t[:2], ensemble.prompts(condition_of(2), block_cache=1e9), 1.0)  # another sampling
+        another = ensemble.prompt_cache((condition_of(2),), block_cache=1e9)
+        ensemble.velocity(x[:2], t[:2], prompt_cache=another)
         assert asked[4:] == [(0, 2), (1, 2), (2, 2)]
         assert prompts.skip_rate == 0.5
 
@@ -227,17 +247,17 @@ class TestBlockCache:
         sizes = []
         network.blocks[1].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
         ensemble = ensemble_of([network])
-        prompts = ensemble.prompts(condition, block_cache=0.1)
+        prompts = ensemble.prompt_cache((condition,), block_cache=0.1)
         x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.5).double()
-        first = ensemble.velocity(x, t, prompts)
+        first = ensemble.velocity(x, t, prompt_cache=prompts)
         moved = x.clone()
         moved[1] *= -3
-        second = ensemble.velocity(moved, t, prompts)
+        second = ensemble.velocity(moved, t, prompt_cache=prompts)
         assert sizes == [3, 1]
         torch.testing.assert_close(second[[0, 2]], first[[0, 2]])
         torch.testing.assert_close(second[1], ensemble.velocity(moved, t, condition)[1])
         slightly = moved + 1e-4 * torch.randn_like(moved)
-        third = ensemble.velocity(slightly, t, prompts)
+        third = ensemble.velocity(slightly, t, prompt_cache=prompts)
         exact = ensemble.velocity(slightly, t, condition)
         assert sizes == [3, 1, 3, 3]  # of the condition itself, twice
         assert 0 < (third - exact).abs().max() < 0.01 * exact.abs().max()
@@ -245,9 +265,11 @@ class TestBlockCache:
     def test_guidances_branches_are_apart(self) -> None:
         ensemble = ensemble_of([dit(0, depth=3)])
         x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
-        prompts = ensemble.prompts(condition_of(2), block_cache=1e9)
-        plain = ensemble.velocity(x, t, prompts)
-        guided = ensemble.velocity(x, t, prompts, 2.0)  # the null condition's branch is new, the other is known
+        prompts = ensemble.prompt_cache((condition_of(2),), block_cache=1e9)
+        plain = ensemble.velocity(x, t, prompt_cache=prompts)
+        guided = ensemble.velocity(
+            x, t, None, 2.0, prompt_cache=prompts
+        )  # the null condition's branch is new, the other is known
         torch.testing.assert_close(guided, ensemble.velocity(x, t, condition_of(2), 2.0))
         torch.testing.assert_close(plain, ensemble.velocity(x, t, condition_of(2)))
         assert prompts.skip_rate == 2 / 6
@@ -259,22 +281,22 @@ class TestBlockCache:
         ensemble = ensemble_of([plain])
         x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
         with pytest.raises(AtollError, match="function has no block cache: only DiT and Paris"):
-            ensemble.velocity(x, t, ensemble.prompts(condition_of(2), block_cache=0.1))
+            ensemble.velocity(x, t, prompt_cache=ensemble.prompt_cache((condition_of(2),), block_cache=0.1))
         for threshold in (-0.1, math.nan, math.inf):
             with pytest.raises(AtollError, match="expected a threshold from 0"):
-                ensemble.prompts(condition_of(2), block_cache=threshold)
+                ensemble.prompt_cache((condition_of(2),), block_cache=threshold)
         pipe = Pipeline.from_pretrained(trained_run / "ensemble")
         with pytest.raises(AtollError, match="compiled experts ask all blocks"):
             pipe.compile(backend="eager")("moss", num_inference_steps=2, block_cache=0.1)
 
     def test_by_the_pipeline(self, trained_run, monkeypatch: pytest.MonkeyPatch) -> None:
-        made, prompts = [], Ensemble.prompts
+        made, prompt_cache = [], Ensemble.prompt_cache
 
         def spy(self, *arguments, **options) -> PromptCache:
-            made.append(prompts(self, *arguments, **options))
+            made.append(prompt_cache(self, *arguments, **options))
             return made[-1]
 
-        monkeypatch.setattr(Ensemble, "prompts", spy)
+        monkeypatch.setattr(Ensemble, "prompt_cache", spy)
         pipe = Pipeline.from_pretrained(trained_run / "ensemble")
         pipe(["moss", "rain", "moss"], seeds=[0, 1, 2], num_inference_steps=6, batch_size=2, block_cache=5.0)
         assert [(len(one), one.block_cache) for one in made] == [(2, 5.0), (1, 5.0)]

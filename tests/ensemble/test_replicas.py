@@ -1,6 +1,5 @@
 """Replicas of a cluster: stacking on the oracle, where the best combination is known."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -104,7 +103,7 @@ def test_stacked_replicas_are_no_worse_than_the_better_one(mixture, latents, t) 
     )
     alone = [x0_error(Ensemble([e], None), mixture, latents, t) for e in calibrated]
     assert x0_error(together, mixture, latents, t) < 1.02 * min(alone)
-    equal = together.with_options(replicas="equal")
+    equal = replace(together, replicas="equal")
     assert x0_error(together, mixture, latents, t) <= 1.02 * x0_error(equal, mixture, latents, t)
 
 
@@ -207,17 +206,15 @@ def test_exact_replicas_change_nothing(mixture) -> None:
     x = mixture.sample(7, torch.Generator().manual_seed(2))[0]
     t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
     x = (1 - t.reshape(-1, 1, 1, 1)) * x + t.reshape(-1, 1, 1, 1) * torch.randn(x.shape, dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for mode in ("equal", "time-switch-0.3"):
-            ensemble = Ensemble(experts, mixture.router, "full", replicas=mode)
-            torch.testing.assert_close(ensemble.velocity(x, t), mixture.velocity(x, t), atol=1e-6, rtol=1e-6)
-        stackings = [
-            Stacking(
-                (f"{k}-flow", f"{k}-eps"), torch.zeros(SHAPE), torch.tensor([-9.0, 9.0]),
-                torch.tensor([[0.3, 0.7], [0.9, 0.1]]), torch.zeros(2),
-            )
-            for k in (0, 1)
-        ]  # fmt: skip
-        ensemble = Ensemble(experts, mixture.router, "full", stackings=stackings)
+    for mode in ("equal", "time-switch-0.3"):
+        ensemble = Ensemble(experts, mixture.router, "full", replicas=mode)
         torch.testing.assert_close(ensemble.velocity(x, t), mixture.velocity(x, t), atol=1e-6, rtol=1e-6)
+    stackings = [
+        Stacking(
+            (f"{k}-flow", f"{k}-eps"), torch.zeros(SHAPE), torch.tensor([-9.0, 9.0]),
+            torch.tensor([[0.3, 0.7], [0.9, 0.1]]), torch.zeros(2),
+        )
+        for k in (0, 1)
+    ]  # fmt: skip
+    ensemble = Ensemble(experts, mixture.router, "full", stackings=stackings)
+    torch.testing.assert_close(ensemble.velocity(x, t), mixture.velocity(x, t), atol=1e-6, rtol=1e-6)

@@ -1,6 +1,7 @@
 """Variants measured against each other (with an oracle's floor and order), and a run on disk with its report."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from atoll.assemble import assemble
 from atoll.calibration import Calibration
 from atoll.encoders.codec import PixelCodec
-from atoll.encoders.text import HashEncoder
+from atoll.encoders.text import HashEncoder, PromptEncoder
 from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate import EvaluateSettings, Reference, Results, Variant, evaluate, evaluate_run
@@ -45,7 +46,7 @@ SMALL = EvaluateSettings(
     workers=2,
 )
 CODEC = PixelCodec(1, shift=0.0, scale=1.0)
-ENCODER = HashEncoder(dim=8, length=4)
+ENCODER = PromptEncoder([HashEncoder(dim=8, length=4)])
 
 
 def write_shards(path: Path, x0: Tensor, clusters: Tensor, name: str = "p") -> None:
@@ -142,8 +143,8 @@ class TestEvaluate:
         held_out = oracle.reference.held_out(SMALL)
         sampled = torch.cat([seen["a"][call][1] for call in (0, 3, 6)])
         denoised = torch.cat([seen["a"][call][1] for call in (9, 11)])
-        assert torch.equal(sampled, ENCODER(oracle.reference.captions(probe)).pooled)
-        assert torch.equal(denoised, ENCODER(oracle.reference.captions(held_out)).pooled)
+        assert torch.equal(sampled, ENCODER(oracle.reference.captions(probe))[0].pooled)
+        assert torch.equal(denoised, ENCODER(oracle.reference.captions(held_out))[0].pooled)
 
     def test_a_variant_that_diverges_is_reported(self, oracle: Oracle) -> None:
         def broken(x: Tensor, time: Tensor, condition: Any) -> Tensor:
@@ -192,7 +193,7 @@ class TestEvaluate:
 
     def test_progress_ends_at_its_total(self, oracle: Oracle) -> None:
         messages: list[tuple[int, int, str]] = []
-        variants = [Variant("a", oracle.ensemble()), Variant("b", oracle.ensemble().with_options(routing="top-1"))]
+        variants = [Variant("a", oracle.ensemble()), Variant("b", replace(oracle.ensemble(), routing="top-1"))]
         evaluate(variants, oracle.reference, SMALL, progress=lambda *args: messages.append(args))
         done = [d for d, _, _ in messages]
         assert done == sorted(done)
@@ -251,7 +252,7 @@ def make_run(path: Path) -> Path:
         "k": 2,
         "latent_shape": list(SHAPE),
         "codec": CODEC.config(),
-        "condition": ENCODER.config(),
+        "condition": ENCODER.configs()[0],
         "assignment": "0" * 64,
     }
     dit = {"name": "dit", **sizes, "states_dim": 8}

@@ -119,7 +119,7 @@ def test_captions_and_guidance_reach_the_expert() -> None:
 def test_an_expert_that_fails_is_named_also_among_replicas(value, recwarn) -> None:
     with pytest.raises(AtollError, match="broken answered with NaN or infinity"):
         draw([failing(exact(0, "broken"), value)])
-    with pytest.raises(AtollError, match="broken answered with NaN or infinity; train or convert it anew"):
+    with pytest.raises(AtollError, match="broken answered with NaN or infinity; train or convert it again"):
         draw([exact(0, "sound"), failing(exact(0, "broken"), value)])
     assert not [warning for warning in recwarn if "goes on" in str(warning.message)]
 

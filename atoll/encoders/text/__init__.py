@@ -5,18 +5,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from atoll.condition import Condition, Conditions, Tokens
+from atoll.condition import Condition, Tokens
 from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.text.hashed import HashConfig, HashEncoder
 from atoll.encoders.text.label import LabelConfig, LabelEncoder, read_labels
 from atoll.encoders.text.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
-from atoll.encoders.text.several import PromptEncoder
+from atoll.encoders.text.prompt_encoder import PromptEncoder
 from atoll.encoders.weights import parse_config
 
 __all__ = [
     "CLIPEncoder",
     "Condition",
-    "Conditions",
     "HashEncoder",
     "LabelEncoder",
     "PromptEncoder",

@@ -4,7 +4,6 @@ Each expert is evaluated alone, with the alignment and calibration that it has w
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from atoll.ensemble import Ensemble
+from atoll.ensemble import Ensemble, Sampler
 from atoll.evaluate.diagnostics.routers import LEVELS, HeldOut
 from atoll.evaluate.metrics.frechet import squared_errors
 
@@ -129,11 +128,11 @@ def _ensemble_errors(
 ) -> tuple[Tensor, Tensor]:
     """Errors of the ensemble's own velocity [n, M], and its experts' weights [n, M, E]."""
     # An expert that outputs NaN stays in.
-    measured = ensemble.with_options(drops=False)
+    sampler = Sampler(ensemble, non_finite="keep")
     fused, weights = [], []
     for part in held_out.batches(batch, device):
-        velocity = partial(measured.velocity, cluster=part.labels)
-        with measured.tracing() as trace:
+        velocity = partial(sampler.velocity, cluster=part.labels)
+        with sampler.tracing() as trace:
             fused.append(squared_errors(velocity, part.x0, part.condition, levels, part.seeds).cpu())
         weights.append(torch.stack(trace.weights, dim=1))
     return torch.cat(fused), torch.cat(weights)
@@ -151,12 +150,9 @@ def _errors(
 
 def each_alone(ensemble: Ensemble) -> tuple[Ensemble, ...]:
     """Each expert as an ensemble of one: guided and aligned as it is within the ensemble."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # creating the ensemble has warned already
-        return tuple(
-            Ensemble([expert], None, "full", ensemble.alignment, ensemble.null, drops=False)
-            for expert in ensemble.experts
-        )
+    return tuple(
+        Ensemble([expert], None, "full", ensemble.alignment, null=ensemble.null) for expert in ensemble.experts
+    )
 
 
 def chosen_of(weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition, move_to
 from atoll.ensemble import RouterNetwork
 from atoll.errors import AtollError
 from atoll.evaluate.metrics.frechet import noisy_latents
@@ -19,9 +19,8 @@ from atoll.evaluate.metrics.frechet import noisy_latents
 LEVELS = tuple((2 * i + 1) / 20 for i in range(10))  # times t, those of the denoising error
 BINS = 15  # for the calibration error (Guo et al. 2017)
 
-# The condition of the rows [b] int64: a function if the states of all captions would not fit into memory.
-ConditionOf = Callable[[Tensor], Condition | Conditions]
-ConditionSource = Condition | Conditions | ConditionOf | None
+# The conditions of rows [b] int64, one per text encoder. A function, as all captions' states may not fit into memory.
+ConditionSource = Callable[[Tensor], tuple[Condition, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +30,7 @@ class RouterRows:
     x0: Tensor
     labels: Tensor
     seeds: Sequence[int]
-    condition: Condition | Conditions | None
+    condition: tuple[Condition, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class HeldOut:
         x0: latents [n, ...].
         labels: cluster of each latent [n] int64.
         seeds: one per latent; its noise depends only on its seed and the level.
-        condition: of n rows, or a function of row numbers; None for unconditional networks.
+        condition: a function of row numbers; None for unconditional networks.
 
     Raises:
         AtollError: no latents, or another number of labels or seeds.
@@ -51,7 +50,7 @@ class HeldOut:
     x0: Tensor
     labels: Tensor
     seeds: Sequence[int]
-    condition: ConditionSource = None
+    condition: ConditionSource | None = None
 
     def __post_init__(self) -> None:
         n = len(self.x0)
@@ -83,13 +82,11 @@ class HeldOut:
             )
 
 
-def rows_of(condition: ConditionSource, rows: Tensor, device: torch.device | str) -> Condition | Conditions | None:
-    """The condition of rows [b], on the device."""
-    if condition is None:
-        return None
-    # A function encodes the rows only now.
-    selected = condition.index(rows) if isinstance(condition, Condition | Conditions) else condition(rows)
-    return selected.to(device)
+def rows_of(
+    condition: ConditionSource | None, rows: Tensor, device: torch.device | str
+) -> tuple[Condition, ...] | None:
+    """The conditions of rows [b], on the device."""
+    return None if condition is None else move_to(condition(rows), device)
 
 
 @dataclass(frozen=True)
@@ -195,9 +192,7 @@ def measure_router(
     negative_log_p = torch.zeros(len(levels), dtype=torch.float64)
     confusion = None
     for rows in held_out.batches(batch, device):
-        # The router may read one of several conditions, or none.
-        source = rows.condition.parts[encoder] if isinstance(rows.condition, Conditions) else rows.condition
-        pooled = source.pooled if isinstance(source, Condition) else None
+        pooled = None if rows.condition is None else rows.condition[encoder].pooled
         for level, (x, _, t) in enumerate(noisy_latents(rows.x0, levels, rows.seeds)):
             log_p = router(x, t, pooled)  # [B, K]
             k = log_p.shape[1]

@@ -6,13 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition
 from atoll.encoders.codec import Codec
-from atoll.encoders.text import PromptEncoder, TextEncoder
+from atoll.encoders.text import PromptEncoder
 from atoll.ensemble import Ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.cluster_space import ClusterSpace
-from atoll.evaluate.diagnostics.routers import ConditionOf, HeldOut
+from atoll.evaluate.diagnostics.routers import ConditionSource, HeldOut
 from atoll.evaluate.diagnostics.trajectory import Diagnostics, Draw, diagnose
 from atoll.evaluate.metrics.frechet import Features
 from atoll.manifest import EvaluateSettings
@@ -26,7 +26,7 @@ def diagnose_run(
     ensemble: Ensemble,
     *,
     clusters: Sequence[Shards],
-    encoder: TextEncoder | PromptEncoder,
+    encoder: PromptEncoder,
     codec: Codec,
     space: Features,
     settings: EvaluateSettings,
@@ -74,8 +74,8 @@ def diagnose_run(
 
 
 def _held_out_latents(
-    clusters: Sequence[Shards], encoder: TextEncoder | PromptEncoder, settings: EvaluateSettings
-) -> tuple[HeldOut, ConditionOf]:
+    clusters: Sequence[Shards], encoder: PromptEncoder, settings: EvaluateSettings
+) -> tuple[HeldOut, ConditionSource]:
     """Held-out latents from all clusters, and the function that encodes their captions by row number."""
     # A few random rows of every cluster.
     count = -(-4 * settings.diagnostic_samples // len(clusters))
@@ -89,7 +89,7 @@ def _held_out_latents(
     tokens = encoder.tokenize(captions)
 
     # Encode prompts batch by batch: all states would not fit into memory.
-    def condition(numbers: Tensor) -> Condition | Conditions:
+    def condition(numbers: Tensor) -> tuple[Condition, ...]:
         return encoder.encode(tokens.index(numbers))
 
     return HeldOut(x0, labels, [settings.seed + i for i in range(len(x0))], condition), condition

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atoll.choices import Method
-from atoll.condition import Condition, Conditions
-from atoll.ensemble import Ensemble, Expert
+from atoll.condition import Condition
+from atoll.ensemble import Ensemble, Expert, Sampler
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.cluster_space import ClusterSpace
 from atoll.evaluate.diagnostics.experts import (
@@ -68,7 +68,7 @@ class Diagnostics:
 def diagnose(
     ensemble: Ensemble,
     noise: Tensor,
-    condition: ConditionSource = None,
+    condition: ConditionSource | None = None,
     *,
     space: ClusterSpace | None = None,
     held_out: HeldOut | None = None,
@@ -110,7 +110,7 @@ def diagnose(
 def diagnose_trajectory(
     ensemble: Ensemble,
     noise: Tensor,
-    condition: ConditionSource = None,
+    condition: ConditionSource | None = None,
     *,
     space: ClusterSpace | None = None,
     draw: Draw | None = None,
@@ -128,7 +128,7 @@ def diagnose_trajectory(
     Args:
         ensemble: with its own routing.
         noise: x at t = 1, [n, ...], such as `seeded_noise`.
-        condition: of n rows, or a function of row numbers; None for unconditional networks.
+        condition: a function of row numbers; None for unconditional networks.
         space: for distances to the clusters; None measures no distances.
         draw: steps, method, guidance, and the starts of perturbations.
         clusters: of the images [n] int64, for routing "oracle".
@@ -177,17 +177,17 @@ class _BatchTrajectory:
         self,
         ensemble: Ensemble,
         *,
-        condition: Condition | Conditions | None,
+        condition: tuple[Condition, ...] | None,
         cluster: Tensor | None,
         space: ClusterSpace | None,
         draw: Draw,
         seeds: Sequence[int],
     ):
         # Observe every expert, also one that outputs NaN.
-        self.ensemble = ensemble.with_options(drops=False)
+        self.sampler = Sampler(ensemble, non_finite="keep")
         # The ensemble and each expert alone, with the same guidance.
         scale = draw.guidance_scale
-        self.velocity = partial(self.ensemble.velocity, condition=condition, guidance_scale=scale, cluster=cluster)
+        self.velocity = partial(self.sampler.velocity, condition=condition, guidance_scale=scale, cluster=cluster)
         self.alone = [partial(one.velocity, condition=condition, guidance_scale=scale) for one in each_alone(ensemble)]
         self.space, self.draw, self.seeds = space, draw, seeds
         # The measurements.
@@ -226,7 +226,7 @@ class _BatchTrajectory:
 
     def _observe(self, x: Tensor, t: Tensor) -> None:
         """Record the weights, the distances of the x0 estimate, and the angles between velocities at x [B, ...]."""
-        with self.ensemble.tracing() as trace:
+        with self.sampler.tracing() as trace:
             u = self.velocity(x, t)
         # The x0 estimate of the ensemble, and its distance to each cluster.
         self.weights.append(trace.weights[0])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition
 from atoll.encoders.feature import Feature, build_feature
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.errors import AtollError
@@ -180,13 +180,16 @@ class RidgeAgreement:
         return Agreement(hits / len(own), float(cosines.mean()), len(own), candidates)
 
 
-def pooled_vectors(condition: Condition | Conditions) -> Tensor:
-    """One vector per prompt, [B, P]: the pooled one, or where there is none the mean of the token states.
+def pooled_vectors(conditions: Sequence[Condition]) -> Tensor:
+    """Return one vector per prompt, [B, P]: the pooled one, or the mean of the token states if there is none.
 
-    Of several encoders' conditions, all of them side by side, each at unit length.
+    Several encoders' vectors stand side by side, each at unit length.
     """
-    if isinstance(condition, Conditions):
-        return torch.cat([F.normalize(pooled_vectors(part)) for part in condition.parts], dim=1)
+    vectors = [_pooled_vector(condition) for condition in conditions]
+    return vectors[0] if len(vectors) == 1 else torch.cat([F.normalize(vector) for vector in vectors], dim=1)
+
+
+def _pooled_vector(condition: Condition) -> Tensor:
     if condition.pooled is not None:
         return condition.pooled
     mask = condition.mask[..., None].to(condition.states.dtype)  # [B,L,1]

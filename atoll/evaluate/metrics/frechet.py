@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.randomness import seeded_noise
 from atoll.schedule import PATH
@@ -284,7 +284,7 @@ class DenoisingError:
 def squared_errors(
     velocity: ConditionedVelocity,
     x0: Tensor,
-    condition: Condition | Conditions | None,
+    condition: tuple[Condition, ...] | None,
     levels: Sequence[float],
     seeds: Sequence[int],
 ) -> Tensor:

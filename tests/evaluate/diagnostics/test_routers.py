@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition, select_rows
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.routers import (
     BINS,
@@ -218,15 +219,15 @@ class TestCondition:
         )
 
     def test_the_router_sees_the_pooled_vector(self) -> None:
-        assert self.scores(spoken(self.labels)).accuracy == (1.0,)
+        assert self.scores(partial(select_rows, (spoken(self.labels),))).accuracy == (1.0,)
 
     def test_the_router_reads_its_own_encoder(self) -> None:
-        condition = Conditions((spoken(1 - self.labels.clamp(max=1)), spoken(self.labels)))
+        condition = partial(select_rows, (spoken(1 - self.labels.clamp(max=1)), spoken(self.labels)))
         assert self.scores(condition, encoder=1).accuracy == (1.0,)
         assert self.scores(condition, encoder=0).accuracy == (0.0,)
 
     def test_a_condition_can_be_encoded_batch_by_batch(self) -> None:
-        assert self.scores(lambda rows: spoken(self.labels[rows])).accuracy == (1.0,)
+        assert self.scores(lambda rows: (spoken(self.labels[rows]),)).accuracy == (1.0,)
 
 
 class TestErrors:

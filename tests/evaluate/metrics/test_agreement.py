@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atoll.condition import Condition, Conditions
+from atoll.condition import Condition
 from atoll.data.glyphs import Glyphs
 from atoll.encoders.feature import Feature, Hog, build_feature
 from atoll.encoders.text import HashEncoder, build_encoder
@@ -195,7 +195,7 @@ class TestRPrecision:
         space = FeatureSpace(Hog())
         features, encoder = space(images), HashEncoder(64)
         captions = [raw.caption for raw in raws]
-        vectors = pooled_vectors(encoder(captions))
+        vectors = pooled_vectors([encoder(captions)])
         held_out = torch.arange(len(raws)) % 5 == 0
         ridge = RidgeAgreement.fit(space, [(features[~held_out], vectors[~held_out])])
         assert ridge.name.startswith("R-precision-HOG [")
@@ -213,12 +213,12 @@ class TestPooledVectors:
     def test_of_states_without_a_pooled_vector_the_mean_of_what_stands(self) -> None:
         states = gaussian(2, 5, 3, seed=0).float()
         mask = torch.tensor([[True, True, False, False, False], [True] * 5])
-        found = pooled_vectors(Condition(states, mask))
+        found = pooled_vectors([Condition(states, mask)])
         torch.testing.assert_close(found, torch.stack([states[0, :2].mean(0), states[1].mean(0)]))
 
     def test_of_several_encoders_side_by_side(self) -> None:
         one, other = (Condition(torch.zeros(2, 1, 3), torch.ones(2, 1).bool(), gaussian(2, d, seed=d)) for d in (4, 6))
-        found = pooled_vectors(Conditions((one, other)))
+        found = pooled_vectors((one, other))
         torch.testing.assert_close(found, torch.cat([F.normalize(one.pooled), F.normalize(other.pooled)], 1))
 
 

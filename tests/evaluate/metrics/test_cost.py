@@ -75,7 +75,7 @@ def test_which_operators_took_them() -> None:
 @pytest.mark.parametrize(("guidance", "calls"), [(1.0, 1), (3.0, 2)])
 def test_sampling_costs_its_steps_and_both_branches_of_guidance(guidance, calls) -> None:
     expert = Expert(network(), Objective("flow", Linear()), clusters=(0,))
-    ensemble = Ensemble([expert], None, "full", null=condition(1))
+    ensemble = Ensemble([expert], None, "full", null=(condition(1),))
     given, noise = condition(IMAGES), torch.randn(IMAGES, CHANNELS, HEIGHT, WIDTH)
 
     def draw() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atoll.encoders.codec import PixelCodec
 from atoll.encoders.feature import Hog, Pixels
-from atoll.encoders.text import HashEncoder
+from atoll.encoders.text import HashEncoder, PromptEncoder
 from atoll.errors import AtollError
 from atoll.evaluate import EvaluateSettings, Reference
 from atoll.evaluate.measure import side_by_side
@@ -269,7 +269,9 @@ class TestStage:
 def real_of(run: Path, file: Path, components: int | None = None) -> ReferenceData:
     space = SpaceSettings(feature=PIXELS, components=components, statistics=str(file))
     settings = EvaluateSettings(images=20, batch=7, components=4, spaces=(space,))
-    return ReferenceData(Reference(Shards(run / "encoded"), HashEncoder(8, 4), CODEC), settings, run / "evaluation")
+    return ReferenceData(
+        Reference(Shards(run / "encoded"), PromptEncoder([HashEncoder(8, 4)]), CODEC), settings, run / "evaluation"
+    )
 
 
 def metrics_of(real: ReferenceData) -> dict[str, float | None]:

@@ -1,0 +1,52 @@
+"""The text encoders of an ensemble, over one prompt: its experts need not read a prompt with the same encoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from atoll.condition import Condition, Tokens
+from atoll.encoders.text.encoder import TextEncoder
+from atoll.encoders.weights import same
+
+
+class PromptEncoder:
+    """One or several encoders side by side: each caption is tokenized and encoded once by each of them.
+
+    Args:
+        encoders: one at least.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder]):
+        self.encoders = tuple(encoders)
+
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Return the tokens of all encoders side by side [B, L1 + L2 + ...]."""
+        parts = [encoder.tokenize(captions) for encoder in self.encoders]
+        return Tokens(torch.cat([part.ids for part in parts], 1), torch.cat([part.mask for part in parts], 1))
+
+    def encode(self, tokens: Tokens) -> tuple[Condition, ...]:
+        """Return one condition of B rows per encoder, from tokens [B, L1 + L2 + ...]."""
+        lengths = [encoder.length for encoder in self.encoders]
+        parts = zip(tokens.ids.split(lengths, dim=1), tokens.mask.split(lengths, dim=1), self.encoders, strict=True)
+        return tuple(encoder.encode(Tokens(ids, mask)) for ids, mask, encoder in parts)
+
+    def truncated_text(self, caption: str) -> str:
+        """Return the longest end of a caption that some encoder cuts off; "" if none does."""
+        return max((encoder.truncated_text(caption) for encoder in self.encoders), key=len)
+
+    def configs(self) -> list[dict[str, Any]]:
+        """Return each encoder's config, as it stands in the cards of the experts."""
+        return [encoder.config() for encoder in self.encoders]
+
+    def reads_like(self, other: "PromptEncoder") -> bool:
+        """Whether both consist of the same encoders in the same order."""
+        one, two = self.configs(), other.configs()
+        return len(one) == len(two) and all(same(a, b) for a, b in zip(one, two, strict=True))
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Condition, ...]:
+        return self.encode(self.tokenize(captions))
+
+    def null(self, batch: int) -> tuple[Condition, ...]:
+        """Return the null conditions, `batch` rows each."""
+        return self([""] * batch)

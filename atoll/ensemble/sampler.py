@@ -1,0 +1,132 @@
+"""Whoever samples: the state of sampling that an immutable `Ensemble` does not have.
+
+A `Sampler` records which expert had which weight when, plans the expert cache, and holds the one policy for an expert
+that answers with NaN or infinity although its input was finite:
+
+- "drop" (default): the expert is excluded from then on, with a warning, and the step is evaluated again without it;
+  its weight goes to the others. If there is no other, an `AtollError` is raised.
+- "raise": an `AtollError` is raised.
+- "keep": the answer is used as it is, as in `Ensemble.velocity`.
+
+No value is ever patched.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from atoll.condition import Condition
+from atoll.ensemble.ensemble import Ensemble, Routed
+from atoll.ensemble.offload import expert_cache_of
+from atoll.ensemble.prompt_cache import PromptCache
+from atoll.errors import AtollError
+
+NonFinitePolicy = Literal["drop", "raise", "keep"]
+
+_NON_FINITE = "answered with NaN or infinity"
+
+
+@dataclass
+class Trace:
+    """Routing trace: one entry per velocity call.
+
+    Attributes:
+        times: [B] each.
+        weights: the experts' weights [B, E] each.
+    """
+
+    times: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+
+
+class Sampler:
+    """Evaluates an ensemble for one user of it. Several samplers may share an ensemble; each is for one thread.
+
+    Args:
+        ensemble: what is sampled.
+        non_finite: what happens when an expert answers with NaN or infinity, see the head of this file.
+
+    Attributes:
+        ensemble: the ensemble without the experts that were dropped.
+        dropped: the dropped experts' names, and why.
+    """
+
+    def __init__(self, ensemble: Ensemble, non_finite: NonFinitePolicy = "drop"):
+        self.ensemble, self.non_finite = ensemble, non_finite
+        self.dropped: dict[str, str] = {}
+        self._trace: Trace | None = None
+        self._expert_cache = expert_cache_of([expert.network for expert in ensemble.experts])
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition | tuple[Condition, ...] | None = None,
+        guidance_scale: float = 1.0,
+        *,
+        cluster: Tensor | None = None,
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        prompt_cache: PromptCache | None = None,
+    ) -> Tensor:
+        """Return the ensemble's velocity [B, ...]; arguments and errors as in `Ensemble.velocity`.
+
+        Raises:
+            AtollError: an expert's answer is not finite, and the policy is "raise" or no expert is left.
+        """
+        query = self.ensemble.query(
+            x,
+            t,
+            condition,
+            guidance_scale,
+            cluster=cluster,
+            guidance_range=guidance_range,
+            prompt_cache=prompt_cache,
+        )
+        while True:
+            routed = self.ensemble.route(query)
+            velocities: dict[int, Tensor] = {}
+            failed = None
+            for index in self._order(routed):
+                velocities[index] = u = self.ensemble.expert_velocity(routed, index)
+                if self.non_finite != "keep" and not u.isfinite().all() and x[routed.rows[index]].isfinite().all():
+                    failed = index
+                    break
+            if failed is None:
+                break
+            self._drop(failed)
+        if self._trace is not None:
+            self._trace.times.append(t.detach().cpu())
+            self._trace.weights.append(routed.weights.detach().float().cpu())
+        return self.ensemble.fuse(routed, velocities)
+
+    @contextmanager
+    def tracing(self) -> Iterator[Trace]:
+        """Record the routing of every velocity call: `with sampler.tracing() as trace: ...`."""
+        self._trace = Trace()
+        try:
+            yield self._trace
+        finally:
+            self._trace = None
+
+    def _order(self, routed: Routed) -> Sequence[int]:
+        """Return the order in which to evaluate the active experts: with an expert cache, resident ones first."""
+        if self._expert_cache is None:
+            return routed.active
+        networks = [expert.network for expert in self.ensemble.experts]
+        return self._expert_cache.plan(networks, routed.active, routed.selection_probs())
+
+    def _drop(self, index: int) -> None:
+        """Exclude an expert from now on, or raise."""
+        ensemble, name = self.ensemble, self.ensemble.experts[index].name
+        if self.non_finite == "raise":
+            raise AtollError(f"{name} {_NON_FINITE}; train or convert it again, or leave it out")
+        self.dropped[name] = _NON_FINITE
+        excluded = ensemble.excluded | {index}
+        if len(excluded) == len(ensemble.experts) or ensemble.rule.over_experts:
+            raise AtollError(f"{name} {_NON_FINITE}, and there is no other; get a fresh copy of it")
+        warnings.warn(f"{name} {_NON_FINITE}; sampling goes on without it", stacklevel=4)
+        self.ensemble = replace(ensemble, excluded=excluded)
