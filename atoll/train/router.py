@@ -65,7 +65,7 @@ def train_router(
     router = build_network(config)
     training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island:
-        task = Routing(router, training, held_out, labels, settings, seed, paths)
+        task = RouterTask(router, training, held_out, labels, settings, seed, paths)
         trained = train(task, settings, path.with_name(".train-router"), mark, island, resume, restart, progress)
         card = {
             "network": config,
@@ -84,7 +84,7 @@ def train_router(
     return path
 
 
-class Routing(Task):
+class RouterTask(Task):
     """The router's training: cross-entropy of log p(cluster | x_t, t[, text]), t uniform on each cluster's path.
 
     The text is dropped in a share of the rows as in an expert's training, so that the router answers without it too.
