@@ -13,7 +13,7 @@ from atoll.schedule import Cosine, Linear
 from atoll.storage.artifact import read_card
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.train.batches import CaptionedLatents, Rows
-from atoll.train.router import Routing, _data_set, train_router
+from atoll.train.router import RouterTask, _data_set, train_router
 
 
 def test_all_of_encoded(run) -> None:
@@ -45,7 +45,7 @@ def test_each_row_is_noised_on_its_clusters_path(run) -> None:
     data = CaptionedLatents(Rows.of([Shards(run / "encoded")], "train"), HashEncoder(dim=8, length=4))
     paths = [(Cosine(), torch.tensor([0, 2])), (Linear(), torch.tensor([1]))]
     labels = torch.arange(len(data.rows.shards[0])) % 3
-    task = Routing(torch.nn.Identity(), data, data, labels, TrainSettings(batch=12), 0, paths)
+    task = RouterTask(torch.nn.Identity(), data, data, labels, TrainSettings(batch=12), 0, paths)
     batch, seen = task.batch(0, slice(0, 12)), []
 
     def module(x, t, pooled):
