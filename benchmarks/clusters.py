@@ -54,13 +54,13 @@ def write_shards(path: Path, rows: int, dim: int) -> None:
 def fit_atoll(path: Path, fine: int) -> dict[str, float]:
     start = time.perf_counter()
     shards = Shards(path)
-    found = survey(shards, 0, ROWS_PER_CENTROID * fine)
+    surveyed = survey(shards, 0, ROWS_PER_CENTROID * fine)
     with Workers() as workers:
-        sample = _read_sample(shards, found.hashes, 0)
+        sample = _read_sample(shards, surveyed.hashes, 0)
         read = time.perf_counter()
-        centroids, _ = kmeans(sample, fine, 0, workers, ROUNDS)
+        centroids, _ = kmeans(sample, fine, 0, workers, rounds=ROUNDS)
         fitted = time.perf_counter()
-        _count(shards, centroids, workers, lambda *_: None, found.rows)
+        _count(shards, centroids, workers, lambda *_: None, surveyed.rows)
     end = time.perf_counter()
     error = float(nearest(sample[: 1 << 16], centroids)[1].mean())
     return {"read": read - start, "k-means": fitted - read, "count": end - fitted, "total": end - start, "error": error}
@@ -71,8 +71,8 @@ def fit_faiss(path: Path, fine: int) -> dict[str, float]:
 
     start = time.perf_counter()
     shards = Shards(path)
-    found = survey(shards, 0, ROWS_PER_CENTROID * fine)
-    sample = _read_sample(shards, found.hashes, 0)
+    surveyed = survey(shards, 0, ROWS_PER_CENTROID * fine)
+    sample = _read_sample(shards, surveyed.hashes, 0)
     faiss.omp_set_num_threads(torch.get_num_threads())
     read = time.perf_counter()
     settings = {"niter": ROUNDS, "seed": 0, "min_points_per_centroid": 1, "max_points_per_centroid": len(sample)}

@@ -1,4 +1,4 @@
-"""How good the clusters are, and what is in them: measured on the rows that were kept of the stream."""
+"""The quality of clusters and the words of their captions, measured on a uniform sample of rows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from atoll.cluster.report_rows import ReportRow
 from atoll.report.words import count_words, distinctive_words
@@ -14,10 +15,15 @@ SILHOUETTE_ROWS = 4096  # all distances between them are measured
 
 
 def describe(sample: Sequence[ReportRow], k: int) -> dict[str, Any]:
-    """The quality of k clusters by a uniform sample of rows with features: plain values for the card.
+    """Measure the quality of k clusters.
 
-    silhouette and davies_bouldin are None where they are not defined: for a single cluster. words: (word, share of the
-    cluster's captions, share of all).
+    Args:
+        sample: rows with features, a uniform sample in the order of their draws.
+        k: number of clusters.
+
+    Returns:
+        Plain values for the card. silhouette and davies_bouldin are None where they are undefined, as for a single
+        cluster. words are (word, fraction of the cluster's captions, fraction of all captions).
     """
     labels = torch.tensor([row.cluster for row in sample])
     features = torch.stack([row.tensor for row in sample])
@@ -36,8 +42,8 @@ def describe(sample: Sequence[ReportRow], k: int) -> dict[str, Any]:
             {
                 "silhouette": _rounded(widths[labels[few] == c].mean()) if widths is not None else None,
                 "words": [
-                    [word, round(here, 4), round(everywhere, 4)]
-                    for word, here, everywhere in distinctive_words(counts[c], max(rows[c], 1), overall, len(sample))
+                    [word, round(inside, 4), round(everywhere, 4)]
+                    for word, inside, everywhere in distinctive_words(counts[c], max(rows[c], 1), overall, len(sample))
                 ],
             }
             for c in range(k)
@@ -46,12 +52,19 @@ def describe(sample: Sequence[ReportRow], k: int) -> dict[str, Any]:
 
 
 def silhouette(points: Tensor, labels: Tensor) -> Tensor | None:
-    """(b - a) / max(a, b) of each point [n,D] with its label [n]: Rousseeuw 1987. None for fewer than two labels.
+    """Return the silhouette (b - a) / max(a, b) of each point (Rousseeuw 1987).
 
-    a: the mean distance to the others of its label. b: the least mean distance to the points of another label. 1: well
-    inside its cluster; 0: between two; below: nearer to another. 0 for a point that is alone.
+    a is the mean distance to the other points of its label, b the least mean distance to the points of another label.
+    1: well inside its cluster; 0: between two clusters; below 0: nearer to another cluster.
+
+    Args:
+        points: [n, D].
+        labels: [n].
+
+    Returns:
+        [n] float64, 0 for a point that is alone; None for fewer than two labels.
     """
-    members = torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).double()  # [n,K]
+    members = F.one_hot(labels.unique(return_inverse=True)[1]).double()  # [n,K]
     counts, own = members.sum(0), members.bool()
     if len(counts) < 2:
         return None
@@ -63,13 +76,20 @@ def silhouette(points: Tensor, labels: Tensor) -> Tensor | None:
 
 
 def davies_bouldin(points: Tensor, labels: Tensor) -> Tensor | None:
-    """mean over i of max over j != i of (s_i + s_j) / d_ij: Davies and Bouldin 1979. None for fewer than two labels.
+    """Return the mean over i of the maximum over j != i of (s_i + s_j) / d_ij (Davies and Bouldin 1979).
 
-    s_i: the mean distance of the points of label i to their mean m_i. d_ij: the distance of m_i and m_j. Small: compact
-    clusters far apart. None also where two means fall together.
+    s_i is the mean distance of the points of label i to their mean m_i, and d_ij the distance of m_i and m_j. Small
+    values mean compact clusters far apart.
+
+    Args:
+        points: [n, D].
+        labels: [n].
+
+    Returns:
+        A float64 scalar; None for fewer than two labels, or if two means coincide.
     """
     number, points = labels.unique(return_inverse=True)[1], points.double()
-    members = torch.nn.functional.one_hot(number).double()  # [n,K]
+    members = F.one_hot(number).double()  # [n,K]
     if members.shape[1] < 2:
         return None
     means = members.T @ points / members.sum(0)[:, None]

@@ -1,6 +1,7 @@
 """Fits the clusters: many fine centroids over the features, then k coarse clusters over the fine centroids.
 
-DDM (arXiv 2501.05450, section 3.2) and HDDM do it so; the fine stage makes the second one cheap, and balance possible.
+The two stages are those of DDM (arXiv 2501.05450, section 3.2) and HDDM: the fine stage makes the coarse one cheap, and
+balance possible.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,38 +21,45 @@ from atoll.errors import AtollError
 from atoll.randomness import cpu_generator, random_rows
 from atoll.storage.shards import Shard, Shards
 
-ROWS_PER_CENTROID = 256  # training images per fine centroid that the fine stage looks at, at most
+ROWS_PER_CENTROID = 256  # training images per fine centroid that the fine stage reads, at most
 _FINE_ROUNDS, _COARSE_ROUNDS, _COARSE_STARTS = 25, 50, 10
 
-ClusterProgress = Callable[[int, int, str], None]  # rows done, rows in all, what is being done
+ClusterProgress = Callable[[int, int, str], None]  # (rows done, rows in total, what is being done)
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What one look at all keys tells. hashes: the least draws of training images, ascending: a uniform sample."""
+    """The result of one pass over all keys.
+
+    Attributes:
+        rows: number of images.
+        train: number of training images.
+        hashes: the smallest draws of training images, ascending: a uniform sample of them.
+    """
 
     rows: int
     train: int
     hashes: np.ndarray
 
 
-def survey(shards: Shards, seed: int, most: int) -> Survey:
-    """Counts the rows, and draws at most `most` training images."""
+def survey(shards: Shards, seed: int, sample_rows: int) -> Survey:
+    """Count the rows and sample at most `sample_rows` training images."""
     rows = train = 0
 
     def draws() -> Iterator[np.ndarray]:
         nonlocal rows, train
         for part in shards.parts():
-            drawn = _training_draws(part, seed)[1]
-            rows, train = rows + len(part), train + len(drawn)
-            yield drawn
+            part_draws = _training_draws(part, seed)[1]
+            rows, train = rows + len(part), train + len(part_draws)
+            yield part_draws
 
-    return Survey(hashes=smallest(draws(), most), rows=rows, train=train)
+    return Survey(hashes=smallest(draws(), sample_rows), rows=rows, train=train)
 
 
 def two_stages(
     shards: Shards,
-    found: Survey,
+    surveyed: Survey,
+    *,
     k: int,
     method: ClusterMethod,
     fine: int,
@@ -59,23 +67,37 @@ def two_stages(
     workers: Workers,
     progress: ClusterProgress,
 ) -> Assignment:
-    """The assignment by `fine` centroids at most, in `k` clusters numbered by the first training image of each.
+    """Fit fine and coarse centroids. Memory: the features of the sample once, and a few shards.
 
-    Memory: the features of the sample once, and a few shards.
+    Args:
+        shards: encoded images with features.
+        surveyed: the result of `survey` on them.
+        k: number of clusters; they are numbered in the order of their first training images.
+        method: "balanced" or "free".
+        fine: number of fine centroids, at most.
+        seed: of sample and k-means.
+        workers: threads.
+        progress: called after each shard.
+
+    Raises:
+        AtollError: fewer than k distinct features, or features that are not finite.
     """
-    progress(0, found.rows, "fine k-means")
-    sample = _read_sample(shards, found.hashes[: ROWS_PER_CENTROID * fine], seed)
+    # Fine stage: k-means on a sample. A centroid without training images has no weight and may not attract others.
+    progress(0, surveyed.rows, "fine k-means")
+    sample = _read_sample(shards, surveyed.hashes[: ROWS_PER_CENTROID * fine], seed)
     centroids, _ = kmeans(sample, fine, seed, workers, rounds=_FINE_ROUNDS)
     del sample
-    distinct = len(centroids) < fine  # the fine stage drops what it cannot put on a feature of its own
-    counts, first = _count(shards, centroids, workers, progress, found.rows)
-    while not counts.all():  # a centroid without a training image has no weight, so it may not attract others
+    distinct = len(centroids) < fine  # the fine stage drops centroids that get no feature of their own
+    counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
+    while not counts.all():
         centroids = centroids[counts > 0]
-        counts, first = _count(shards, centroids, workers, progress, found.rows)
+        counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
     if len(centroids) < k:
         raise AtollError(
-            f"{len(centroids)} distinct features among {found.train} training images; choose k up to {len(centroids)}"
+            f"{len(centroids)} distinct features among {surveyed.train} training images; choose k up to "
+            f"{len(centroids)}"
         )
+    # Coarse stage: the best of several k-means over the fine centroids, weighted by their images.
     weights = counts.double()
     starts = (
         kmeans(centroids, k, seed + start, workers, rounds=_COARSE_ROUNDS, weights=weights.float())
@@ -85,41 +107,54 @@ def two_stages(
     coarse_of, _ = nearest(centroids, coarse)
     if method == "balanced":
         coarse_of = balanced(centroids, weights, coarse_of, k, distinct)
-    firsts = torch.full((k,), found.rows).scatter_reduce(0, coarse_of, first, "amin")
+    # Number the clusters by their first training images, so that the numbers do not depend on the k-means.
+    firsts = torch.full((k,), surveyed.rows).scatter_reduce(0, coarse_of, first, "amin")
     coarse_of = firsts.argsort(stable=True).argsort()[coarse_of]
     coarse = weighted_means(centroids, weights, coarse_of, k).float()
     return Assignment(method, k, seed, centroids, coarse_of, coarse)
 
 
 def kmeans(
-    points: Tensor, k: int, seed: int, workers: Workers, rounds: int, weights: Tensor | None = None
+    points: Tensor, k: int, seed: int, workers: Workers, *, rounds: int, weights: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """Lloyd's algorithm from k random points: centroids [<=k,D] of points [n,D] with weights [n], and the mean squared
-    distance to them. The same bits for any number of threads; a centroid that ends without points is left out.
+    """Run Lloyd's algorithm from k random points, with the same bits for any number of threads.
 
-    faiss's k-means, as fast, gives other bits with other numbers of threads.
+    faiss's k-means, as fast, gives other bits for other numbers of threads.
+
+    Args:
+        points: [n, D].
+        k: number of centroids.
+        seed: of the starting points.
+        workers: threads.
+        rounds: at most.
+        weights: of the points, [n]; default 1.
+
+    Returns:
+        (centroids [<=k, D], mean squared distance to them). A centroid that ends without points is left out.
     """
     centroids = means = points[random_rows(len(points), k, cpu_generator(seed))]
-    held = torch.ones(len(centroids))
+    masses = torch.ones(len(centroids))
     labels, error = torch.empty(0, dtype=torch.int64), 0.0
-    weight = torch.ones(len(points)) if weights is None else weights
+    point_weights = torch.ones(len(points)) if weights is None else weights
     for _ in range(rounds):
+        # Assign.
         before = labels
         results = list(workers.map(partial(nearest, centroids=centroids), points.split(BLOCK)))
         labels = torch.cat([numbers for numbers, _ in results])
-        costs = torch.cat([distances for _, distances in results]) * weight
-        error = float(costs.sum() / weight.sum())
+        costs = torch.cat([distances for _, distances in results]) * point_weights
+        error = float(costs.sum() / point_weights.sum())
         if torch.equal(labels, before):
             break
-        means, held = _means(points, labels, len(centroids), workers, weights)
-        centroids = _refilled(means, held, points, costs)
-    return means[held > 0], error
+        # Update.
+        means, masses = _means(points, labels, len(centroids), workers, weights)
+        centroids = _refilled(means, masses, points, costs)
+    return means[masses > 0], error
 
 
 def _means(points: Tensor, labels: Tensor, k: int, workers: Workers, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean [k,D] of each label's points (zero where there are none), and what they weigh [k].
+    """The mean [k,D] of each label's points (zero for a label without points), and their total weight [k].
 
-    Each sum is one thread's, in the order of the points.
+    One thread computes each sum, in the order of the points.
     """
     order, counts = labels.argsort(stable=True), labels.bincount(minlength=k)
     ends = counts.cumsum(0)
@@ -133,13 +168,13 @@ def _means(points: Tensor, labels: Tensor, k: int, workers: Workers, weights: Te
         )
 
     sums = torch.cat(list(workers.map(total, torch.arange(k).split(64))))
-    held = counts.float() if weights is None else torch.zeros(k).index_add_(0, labels, weights)
-    return sums / held.clamp(min=1)[:, None], held
+    masses = counts.float() if weights is None else torch.zeros(k).index_add_(0, labels, weights)
+    return sums / masses.clamp(min=1)[:, None], masses
 
 
-def _refilled(means: Tensor, held: Tensor, points: Tensor, costs: Tensor) -> Tensor:
-    """The means, but those that hold nothing are put on the points [n,D] that cost [n] most."""
-    empty = (held == 0).nonzero().flatten()
+def _refilled(means: Tensor, masses: Tensor, points: Tensor, costs: Tensor) -> Tensor:
+    """The means [k,D], but those of mass [k] zero are moved to the points [n,D] with the highest costs [n]."""
+    empty = (masses == 0).nonzero().flatten()
     if not len(empty):
         return means
     costly = costs.argsort(descending=True, stable=True)[: len(empty)]
@@ -150,8 +185,8 @@ def _read_sample(shards: Shards, hashes: np.ndarray, seed: int) -> Tensor:
     """The features [n,D] of the training images with the given draws, at unit length, in the order of the rows."""
     sample, filled = torch.empty(len(hashes), *shards.shape("feature")), 0
     for part in shards.parts():
-        rows, drawn = _training_draws(part, seed)
-        chosen = rows[torch.from_numpy(drawn <= hashes[-1])][: len(sample) - filled]
+        rows, draws = _training_draws(part, seed)
+        chosen = rows[torch.from_numpy(draws <= hashes[-1])][: len(sample) - filled]
         sample[filled : filled + len(chosen)] = unit_features(part, chosen, shards.path)
         filled += len(chosen)
     return sample
@@ -166,15 +201,15 @@ def _training_draws(part: Shard, seed: int) -> tuple[Tensor, np.ndarray]:
 def _count(
     shards: Shards, centroids: Tensor, workers: Workers, progress: ClusterProgress, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """How many training images are nearest to each centroid [F], and the number of the first of them [F] int64."""
+    """The number of training images nearest to each centroid [F], and the row of the first of them [F] int64."""
     counts = torch.zeros(len(centroids), dtype=torch.int64)
     first = torch.full((len(centroids),), rows)
 
-    def look(part: Shard) -> tuple[Shard, Tensor, Tensor]:
+    def nearest_of(part: Shard) -> tuple[Shard, Tensor, Tensor]:
         train = torch.tensor([split == "train" for split in part.splits]).nonzero().flatten()
         return part, train, nearest(unit_features(part, train, shards.path), centroids)[0]
 
-    for part, train, numbers in workers.map(look, shards.parts()):
+    for part, train, numbers in workers.map(nearest_of, shards.parts()):
         counts += numbers.bincount(minlength=len(centroids))
         first.scatter_reduce_(0, numbers, train + part.start, "amin")
         progress(part.start + len(part), rows, "counting")

@@ -1,9 +1,9 @@
-"""Features at unit length and their nearest centroids, by as many threads as there are: the same bits by any number.
+"""Features at unit length and their nearest centroids, in parallel, with the same bits for any number of threads.
 
 A sum by several threads differs in the last bit with their number (faiss's and MKL's do), and a tie between centroids
-hangs on that. Here a thread does whole blocks of rows by itself, and the blocks do not depend on how many threads there
-are. What remains is the processor: another kind may round otherwise, and a feature midway between two centroids change
-sides.
+depends on that bit. Here each thread computes whole blocks of rows, and the blocks do not depend on the number of
+threads. Processors may still differ: another kind may round otherwise, and a feature midway between two centroids may
+change sides.
 """
 
 from collections import deque
@@ -33,7 +33,7 @@ class Workers:
         torch.set_num_threads(1)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """The function's results in the order of the items, of which two per thread are taken ahead."""
+        """Yield the function's results in the order of the items; at most two items per thread are taken ahead."""
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -54,22 +54,40 @@ class Workers:
         torch.set_num_threads(self.count)
 
 
-def unit_features(part: Shard, rows: Tensor, where: Path) -> Tensor:
-    """Features [n,D] float32 of the given rows [n] of a part, at unit length; a zero vector stays one.
+def unit_features(part: Shard, rows: Tensor, path: Path) -> Tensor:
+    """Read features and scale them to unit length.
 
-    Raises AtollError if one is not finite (or so large that its length is not).
+    Args:
+        part: a shard with a column "feature".
+        rows: its rows, [n] int64.
+        path: the directory of the shards, for the error.
+
+    Returns:
+        [n, D] float32; a zero vector stays zero.
+
+    Raises:
+        AtollError: a feature is not finite, or its length is not.
     """
     features = part.columns["feature"][rows].float()
     length = features.norm(dim=1, keepdim=True)
     if not length.isfinite().all():
         key = part.keys[int(rows[int((~length.isfinite()).nonzero()[0, 0])])]
-        raise AtollError(f"{where}: the feature of image {key!r} is not finite; leave it out, or take another feature")
+        raise AtollError(f"{path}: the feature of image {key!r} is not finite; leave it out, or take another feature")
     return features.div_(length.clamp(min=1e-12))
 
 
 def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid (of [K,D]) of each point [n,D], the first where several are: number [n], distance^2 [n]."""
+    """Return the nearest centroid of each point, the first of several at the same distance.
+
+    Args:
+        points: [n, D].
+        centroids: [K, D].
+
+    Returns:
+        (number [n] int64, squared distance [n]).
+    """
+    # |p - c|^2 = |p|^2 - 2 p c + |c|^2, block by block; |p|^2 does not change which is nearest.
     offset, transposed = centroids.square().sum(1), centroids.T.contiguous()
-    found = [torch.addmm(offset, block, transposed, alpha=-2).min(1) for block in points.split(BLOCK)]
-    numbers = torch.cat([block.indices for block in found])
-    return numbers, (torch.cat([block.values for block in found]) + points.square().sum(1)).clamp(min=0)
+    minima = [torch.addmm(offset, block, transposed, alpha=-2).min(1) for block in points.split(BLOCK)]
+    numbers = torch.cat([block.indices for block in minima])
+    return numbers, (torch.cat([block.values for block in minima]) + points.square().sum(1)).clamp(min=0)

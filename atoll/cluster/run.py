@@ -91,7 +91,9 @@ def cluster(
         if method == "random":
             assignment = Assignment(method, k, seed)
         else:
-            assignment = two_stages(shards, found, k, method, fine, seed, workers, tell)
+            assignment = two_stages(
+                shards, found, k=k, method=method, fine=fine, seed=seed, workers=workers, progress=tell
+            )
         card = _card(asked, shards, assignment)
         with ClustersWriter(directory, shards, island_card(card, shards), seed, router_fraction) as output:
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):

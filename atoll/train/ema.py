@@ -1,29 +1,24 @@
 """Averages of the weights whose width is chosen after training (Karras et al. 2024, EDM2, arXiv 2312.02696).
 
-A power-function average weighs the weights of time tau by tau^gamma, up to now (Eq. 2); its width sigma_rel is that
-profile's standard deviation over its length (Eq. 5). Some widths are tracked and written down now and then; the profile
-of any other width is then fitted as a sum of those that were written down (section 3.2, appendix C.3).
+A power-function average at step t weights the weights of step tau <= t by tau^gamma (Eq. 2). Its width sigma_rel is the
+standard deviation of this profile over its length (Eq. 5). Training tracks a few widths and saves snapshots; the
+profile of any other width is then fitted as a weighted sum of the snapshots' profiles (section 3.2, appendix C.3).
 
     .train-3-moss/ema/000005000-1.safetensors     the second width's average at step 5000
 """
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from atoll.errors import AtollError
 
-if TYPE_CHECKING:
-    pass
-
 WIDEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of a width (Eqs. 5, 126): the largest root of (g+2)^2 (g+3) = (g+1) / sigma_rel^2.
+    """Return the exponent gamma of a width (Eqs. 5, 126): the largest root of (g+2)^2 (g+3) = (g+1) / sigma_rel^2.
 
     Raises:
-        AtollError: it is not between 0 and the plain mean's 0.289.
+        AtollError: sigma_rel is not between 0 and the plain mean's 0.289.
     """
     if not 0 < sigma_rel < WIDEST:
         raise AtollError(f"sigma_rel {sigma_rel}: expected a width above 0 and below {WIDEST:.4f}, the plain mean's")
@@ -32,23 +27,40 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def decay(gamma: float, step: int, every: int = 1) -> float:
-    """beta of the update at this step, `every` steps after the last one (Eq. 3); 0 at the first."""
+    """Return beta of the update at this step, `every` steps after the last update (Eq. 3); 0 at the first."""
     return float((1 - every / step) ** (gamma + 1))
 
 
 def products(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """The scalar products [n, m] of n profiles that end at t_a with m that end at t_b (appendix C.3)."""
+    """Return the scalar products of profiles (appendix C.3).
+
+    Args:
+        t_a: last steps of n profiles, [n].
+        gamma_a: their exponents [n].
+        t_b: last steps of m profiles, [m].
+        gamma_b: their exponents [m].
+
+    Returns:
+        [n, m] float64.
+    """
     t_a, gamma_a, t_b, gamma_b = t_a[:, None], gamma_a[:, None], t_b[None], gamma_b[None]
     longer, shorter = np.maximum(t_a, t_b), np.minimum(t_a, t_b)
-    exponent = np.where(t_a < t_b, gamma_b, gamma_a)  # of the one that ends later
+    exponent = np.where(t_a < t_b, gamma_b, gamma_a)  # of the profile that ends later
     shape = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
     return np.asarray(shape * (shorter / longer) ** exponent / longer)
 
 
 def solve(steps: list[int], gammas: list[float], step: int, gamma: float) -> np.ndarray:
-    """The factors [n] of the snapshots (steps, gammas) whose sum is nearest to the profile (step, gamma)."""
+    """Return the factors [n] with which the snapshots' profiles sum up closest to one profile (least squares).
+
+    Args:
+        steps: of n snapshots.
+        gammas: their exponents.
+        step: last step of the profile to fit.
+        gamma: its exponent.
+    """
     t, g = np.array(steps, dtype=np.float64), np.array(gammas, dtype=np.float64)
-    norm = np.sqrt(np.diag(products(t, g, t, g)))  # profiles of length 1 are better to solve for
+    norm = np.sqrt(np.diag(products(t, g, t, g)))  # unit length makes the system well conditioned
     matrix = products(t, g, t, g) / norm / norm[:, None]
-    wanted = products(t, g, np.array([step], float), np.array([gamma]))[:, 0] / norm
-    return np.asarray(np.linalg.lstsq(matrix, wanted, rcond=1e-13)[0] / norm)
+    target = products(t, g, np.array([step], float), np.array([gamma]))[:, 0] / norm
+    return np.asarray(np.linalg.lstsq(matrix, target, rcond=1e-13)[0] / norm)

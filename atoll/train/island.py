@@ -1,6 +1,6 @@
 """The processes that train one part together: one, or as many as torchrun starts on the GPUs of one node.
 
-Each has a share of every batch; gradients are averaged. Nothing here reaches beyond the island.
+Each process trains on its rows of every batch, and the gradients are averaged. No communication leaves the island.
 """
 
 import os
@@ -17,7 +17,13 @@ from atoll.errors import AtollError
 
 @dataclass(frozen=True)
 class Island:
-    """rank: this process, of `world`. device: where its share is trained."""
+    """One process of an island.
+
+    Attributes:
+        rank: the number of this process, 0..world-1.
+        world: number of processes.
+        device: where this process trains.
+    """
 
     rank: int
     world: int
@@ -25,51 +31,57 @@ class Island:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what there is to write."""
+        """Whether this process is the one that writes files."""
         return self.rank == 0
 
     @staticmethod
     @contextmanager
     def join(device: str, threads: int) -> "Iterator[Island]":
-        """The island that torchrun's environment describes; this process alone without one.
+        """Join the island that torchrun's environment describes; without one, this process alone is the island.
 
-        device: "auto", "cpu" or "cuda". threads: of this process on a CPU.
+        Args:
+            device: "auto", "cpu" or "cuda".
+            threads: of this process on a CPU.
 
         Raises:
-            AtollError: CUDA is asked for, or the process's GPU, and is not there.
+            AtollError: CUDA is requested and there is none, or fewer GPUs than processes.
         """
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        place = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        own_device = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_num_threads(threads)
         if world == 1:
-            yield Island(0, 1, place)
+            yield Island(0, 1, own_device)
             return
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
-        torch.distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        if own_device.type == "cuda":
+            torch.cuda.set_device(own_device)
+        torch.distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
         try:
-            yield Island(rank, world, place)
-            torch.distributed.barrier()  # a process that leaves early takes its connections along
+            yield Island(rank, world, own_device)
+            torch.distributed.barrier()  # a process that leaves early closes the connections of the others
         finally:
             torch.distributed.destroy_process_group()
 
     def share(self, batch: int, parts: int = 1) -> slice:
-        """The rows of a batch that are this process's.
+        """Return the rows of a batch that this process trains on.
+
+        Args:
+            batch: rows of the whole batch.
+            parts: each process divides its rows into so many equal parts.
 
         Raises:
-            AtollError: they cannot be dealt out evenly, or the share not be cut into so many parts.
+            AtollError: the batch cannot be divided evenly among the processes and parts.
         """
         if batch % (self.world * parts):
             cut = f" in {parts} parts each (train.accumulate)" if parts > 1 else ""
             raise AtollError(
-                f"a batch of {batch} cannot be shared by {self.world} processes{cut}; "
+                f"a batch of {batch} cannot be divided among {self.world} processes{cut}; "
                 f"choose a multiple of {self.world * parts}"
             )
         size = batch // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def wrap(self, module: nn.Module, sharding: str) -> nn.Module:
-        """The module for several processes: replicated (DDP), or its weights sharded block by block (FSDP2)."""
+        """Return the module for several processes: "replicate" (DDP) or "shard" (FSDP2, block by block)."""
         if self.world == 1:
             return module
         if sharding == "replicate":
@@ -84,7 +96,7 @@ class Island:
         return module
 
     def accumulating(self, module: nn.Module, last: bool) -> Any:
-        """A context in which gradients stay in this process, until the last part of a batch."""
+        """Return a context in which gradients are averaged over the processes only for the last part of a batch."""
         if self.world == 1:
             return nullcontext()
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -93,38 +105,38 @@ class Island:
         return nullcontext()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """Return the mean of `value` over the processes; changes it in place."""
         if self.world > 1:
             torch.distributed.all_reduce(value)
             value /= self.world
         return value
 
-    def any(self, here: bool) -> bool:
-        """Whether it holds in any process."""
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process."""
         if self.world == 1:
-            return here
-        found = torch.tensor(float(here), device=self.device)
-        torch.distributed.all_reduce(found)
-        return bool(found > 0)
+            return flag
+        count = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(count)
+        return bool(count > 0)
 
     def barrier(self) -> None:
-        """For the others."""
+        """Wait until every process has arrived here."""
         if self.world > 1:
             torch.distributed.barrier()
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, in every process; another one as it is."""
+    """Return the full tensor of a sharded one, in every process; other tensors are returned as they are."""
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
 def gathered_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state on the CPU, gathered one tensor at a time: every process must call this."""
+    """Return the module's state on the CPU, gathered one tensor at a time; every process must call this."""
     return {name: gather(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
 
 
-def _device(asked: str, local_rank: int) -> torch.device:
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+def _device(requested: str, local_rank: int) -> torch.device:
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise AtollError("train.device is cuda, and torch finds no CUDA device here; set it to auto or cpu")

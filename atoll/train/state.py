@@ -1,4 +1,4 @@
-"""What a training carries from step to step: weights, their average, the optimizer's moments, and a few numbers."""
+"""The state of a training: weights, their averages, the optimizer's moments, and a few counters."""
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -11,15 +11,20 @@ from atoll.manifest import TrainSettings
 from atoll.train.eight_bit import adamw_8bit, eager_on_cpu, moment_tensors
 from atoll.train.ema import decay, gamma_of
 
-_EMA_EVERY_ON_CPU = 10  # steps between updates of an average that lies in the CPU's memory
+_EMA_EVERY_ON_CPU = 10  # steps between updates of an average in CPU memory
 
 
 @dataclass
 class Counters:
-    """The numbers of a state, which a checkpoint holds as text.
+    """The numbers of a state, which a checkpoint stores as text.
 
-    step: steps done. skipped: batches left out so far, which shifts those that follow. rollbacks: returns to a
-    checkpoint. mean, square, seen: running moments of the log-loss, and over how many steps.
+    Attributes:
+        step: steps done.
+        skipped: batches skipped so far; the batch of a step is number step + skipped.
+        rollbacks: number of returns to a checkpoint.
+        mean: running mean of the log-loss.
+        square: running mean of its square.
+        seen: number of steps in these means.
     """
 
     step: int = 0
@@ -31,12 +36,19 @@ class Counters:
 
     @property
     def age(self) -> tuple[int, int]:
-        """Which of two states of one training is the later one: by steps, and after a rollback to the same step."""
+        """The order of the states of one training: by steps, then by rollbacks to the same step."""
         return self.step, self.rollbacks
 
 
 class State:
-    """The state of one training. Its tensors exist from the start, so that loading is copying into them."""
+    """The state of one training. All tensors exist from the start; a checkpoint is loaded by copying into them.
+
+    Attributes:
+        parameters: of the module, in its order.
+        ema: their averages, in the same order.
+        gammas: exponents of the power-function averages (`atoll.train.ema`).
+        profiles: the power-function averages, for each gamma in the order of the parameters.
+    """
 
     def __init__(self, module: nn.Module, settings: TrainSettings):
         self.module, self.settings, self.numbers = module, settings, Counters()
@@ -51,25 +63,28 @@ class State:
         self.profiles = [[average.clone() for average in self.ema] for _ in self.gammas]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name: model.*, ema.*, profile-<number>.*, optimizer.<moment>.*; parts of a quantised
-        one end in #part."""
-        found: dict[str, Tensor] = {}
+        """Return every tensor by name: model.*, ema.*, profile-<number>.*, optimizer.<moment>.*.
+
+        The names of a quantised tensor's parts end in #part.
+        """
+        named: dict[str, Tensor] = {}
         for (name, parameter), average in zip(self.module.named_parameters(), self.ema, strict=True):
-            found[f"model.{name}"] = parameter.detach()
-            found[f"ema.{name}"] = average
+            named[f"model.{name}"] = parameter.detach()
+            named[f"ema.{name}"] = average
             for moment, value in self.optimizer.state[parameter].items():
                 entry = f"optimizer.{moment}.{name}"
-                found |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
+                named |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
         for number, averages in enumerate(self.profiles):
-            found |= {f"profile-{number}.{name}": value for name, value in zip(self.names, averages, strict=True)}
-        return found
+            named |= {f"profile-{number}.{name}": value for name, value in zip(self.names, averages, strict=True)}
+        return named
 
     def text(self) -> dict[str, Any]:
+        """Return the counters as plain values."""
         return asdict(self.numbers)
 
     @torch.no_grad()
     def update(self, lr: float) -> None:
-        """One step of the optimizer along the gradients, and of the average."""
+        """Step the optimizer along the gradients at learning rate `lr`, then update the averages."""
         group = self.optimizer.param_groups[0]
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -79,41 +94,42 @@ class State:
             self.optimizer.step()
         self.numbers.step += 1
         if self.numbers.step % self._every == 0:
-            keep = 1.0
+            # One update for all steps since the last one.
+            beta = 1.0
             for step in range(self.numbers.step - self._every, self.numbers.step):
-                keep *= ema_decay(step, self.settings)
-            now = [p.detach().to(e.device) for p, e in zip(self.parameters, self.ema, strict=True)]
-            torch._foreach_lerp_(self.ema, now, 1 - keep)
+                beta *= ema_decay(step, self.settings)
+            weights = [p.detach().to(e.device) for p, e in zip(self.parameters, self.ema, strict=True)]
+            torch._foreach_lerp_(self.ema, weights, 1 - beta)
             for gamma, averages in zip(self.gammas, self.profiles, strict=True):
-                torch._foreach_lerp_(averages, now, 1 - decay(gamma, self.numbers.step, self._every))
+                torch._foreach_lerp_(averages, weights, 1 - decay(gamma, self.numbers.step, self._every))
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges the weights with their average; twice is once too many."""
+        """Swap weights and EMA; call again to restore."""
         for parameter, average in zip(self.parameters, self.ema, strict=True):
-            now = parameter.detach().clone()
+            weights = parameter.detach().clone()
             parameter.copy_(average)
-            average.copy_(now)
+            average.copy_(weights)
         for module in self.module.modules():
             if callable(reshard := getattr(module, "reshard", None)):
-                reshard()  # FSDP2 keeps the outermost weights gathered after a forward pass: those from before
+                reshard()  # FSDP2 keeps the outermost weights gathered after a forward pass; these are outdated now
 
 
 def ema_decay(step: int, settings: TrainSettings) -> float:
-    """The decay grows to its value as (1 + n)/(10 + n), so that the average forgets the initial weights."""
+    """Return the decay of the EMA at a step: (1 + step)/(10 + step) at first, which forgets the initial weights."""
     return min(settings.ema, (1 + step) / (10 + step))
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, constant, then linear to 0 from `decay_from` on."""
-    warm = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-    begin = settings.decay_from * settings.steps
-    fall = 1.0 if step < begin else (settings.steps - step) / max(1.0, settings.steps - begin)
-    return settings.lr * warm * fall
+    """Return the learning rate of a step: linear warm-up, constant, then linear to 0 from `decay_from` on."""
+    warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    decay_start = settings.decay_from * settings.steps
+    cooldown = 1.0 if step < decay_start else (settings.steps - step) / max(1.0, settings.steps - decay_start)
+    return settings.lr * warmup * cooldown
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW with its moments already there: fused, or torchao's with 8 bits per moment."""
+    """AdamW with its moments allocated: torch's fused one, or torchao's with 8 bits per moment."""
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer_state == "8bit":
         return adamw_8bit(parameters, options)

@@ -1,4 +1,4 @@
-"""The bounds on the clusters' weights, and that nothing within them is cheaper."""
+"""Balance: the bounds on the clusters' weights hold, and no assignment within them is cheaper."""
 
 import itertools
 import math
@@ -13,34 +13,34 @@ from atoll.errors import AtollError
 
 
 def test_transport_is_the_cheapest_within_the_bounds() -> None:
-    """Against all assignments: whole weights of one, so the linear program's answer is whole."""
+    """Compared with all assignments; with weights of one the linear program splits no point."""
     g = torch.Generator().manual_seed(3)
     for _ in range(5):
         distances = torch.rand(7, 3, generator=g, dtype=torch.float64)
         weights = torch.ones(7, dtype=torch.float64)
-        found = transport(distances, weights, 2, 3)
+        labels = transport(distances, weights, 2, 3)
         cost = {
             choice: sum(float(distances[i, c]) for i, c in enumerate(choice))
             for choice in itertools.product(range(3), repeat=7)
             if all(2 <= choice.count(c) <= 3 for c in range(3))
         }
-        assert cost[tuple(found.tolist())] == pytest.approx(min(cost.values()))
+        assert cost[tuple(labels.tolist())] == pytest.approx(min(cost.values()))
 
 
-def test_transport_puts_points_that_the_program_splits_where_there_is_room() -> None:
-    """All want the first label, then the second; five points of weight 2 do not fit as halves."""
+def test_transport_assigns_split_points_where_there_is_room() -> None:
+    """All prefer the first label, then the second; five points of weight 2 do not fit as halves."""
     distances = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64).expand(5, 3)
-    found = transport(distances, torch.full((5,), 2.0, dtype=torch.float64), 0, 5)
-    assert found.bincount(minlength=3).tolist() == [2, 2, 1]
+    labels = transport(distances, torch.full((5,), 2.0, dtype=torch.float64), 0, 5)
+    assert labels.bincount(minlength=3).tolist() == [2, 2, 1]
 
 
-def test_balance_goes_on_until_nothing_changes() -> None:
+def test_balance_repeats_until_nothing_changes() -> None:
     points = torch.rand(90, 3, generator=torch.Generator().manual_seed(1))
     weights = torch.ones(90, dtype=torch.float64)
-    found = balanced(points, weights, torch.arange(90) % 3, 3)
-    means = torch.stack([points[found == c].mean(0) for c in range(3)]).double()
+    labels = balanced(points, weights, torch.arange(90) % 3, 3)
+    means = torch.stack([points[labels == c].mean(0) for c in range(3)]).double()
     again = transport(torch.cdist(points.double(), means).square(), weights, SMALLEST * 30, LARGEST * 30)
-    assert torch.equal(found, again)
+    assert torch.equal(labels, again)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
@@ -91,7 +91,7 @@ def test_equal_features_are_told_and_the_advice_helps() -> None:
     weights = torch.tensor([12.0] + [1.0] * 8, dtype=torch.float64)
     labels = torch.arange(9) % 4
     with pytest.raises(
-        AtollError, match=r"12 of the 20 training images have one and the same.*clusters\.k up to 2, or"
+        AtollError, match=r"12 of the 20 training images have the same feature.*clusters\.k up to 2, or"
     ):
         balanced(points, weights, labels, 4, distinct=True)
     assert balanced(points, weights, labels % 2, 2, distinct=True).bincount(weights).max() <= most_images(20, 2)
@@ -110,5 +110,5 @@ def test_balance_holds_where_no_point_weighs_a_quarter_of_the_mean(data) -> None
     weights = data.draw(st.lists(st.integers(1, 9), min_size=40 * k, max_size=60 * k))
     weights = torch.tensor(weights, dtype=torch.float64)
     points = torch.randn(len(weights), 3, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
-    found = balanced(points, weights, torch.zeros(len(weights), dtype=torch.int64), k)
-    assert float(found.bincount(weights, minlength=k).max()) <= LARGEST * float(weights.sum()) / k
+    labels = balanced(points, weights, torch.zeros(len(weights), dtype=torch.int64), k)
+    assert float(labels.bincount(weights, minlength=k).max()) <= LARGEST * float(weights.sum()) / k

@@ -1,3 +1,5 @@
+"""Fitting: exact means, quality beside faiss, empty centroids, and samples that do not depend on the shards."""
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,15 +11,15 @@ from atoll.storage.shards import Shards, ShardWriter
 
 @pytest.fixture
 def workers():
-    with Workers() as found:
-        yield found
+    with Workers() as threads:
+        yield threads
 
 
 def points(n: int, d: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_nearest_is_the_nearest_and_its_distance() -> None:
+def test_nearest_returns_the_nearest_centroid_and_its_distance() -> None:
     x, c = points(2 * BLOCK + 7, 5), points(11, 5, seed=1)
     numbers, distances = nearest(x, c)
     exact = torch.cdist(x.double(), c.double()).square()
@@ -35,7 +37,7 @@ def test_every_centroid_is_the_mean_of_its_points(workers) -> None:
     assert error == pytest.approx(float(distances.mean()), rel=1e-5)
 
 
-def test_as_good_as_faiss(workers) -> None:
+def test_kmeans_is_as_good_as_faiss(workers) -> None:
     faiss = pytest.importorskip("faiss")
     x = points(3000, 8)
     other = faiss.Kmeans(8, 64, niter=25, seed=0, max_points_per_centroid=3000)
@@ -45,7 +47,7 @@ def test_as_good_as_faiss(workers) -> None:
     assert ours < 1.02 * theirs
 
 
-def test_a_weight_counts_as_so_many_points(workers) -> None:
+def test_a_weight_counts_like_repeated_points(workers) -> None:
     x, weights = points(50, 3), torch.arange(1, 51).float()
     centroids, error = kmeans(x, 4, 0, workers, rounds=300, weights=weights)
     numbers, distances = nearest(x, centroids)
@@ -54,8 +56,8 @@ def test_a_weight_counts_as_so_many_points(workers) -> None:
     assert error == pytest.approx(float((distances * weights).sum() / weights.sum()), rel=1e-5)
 
 
-def test_a_centroid_without_points_is_put_where_it_is_needed(workers) -> None:
-    """Nine tenths of the points are one: random starts waste most centroids on it, and have to give them up."""
+def test_a_centroid_without_points_moves_to_the_costliest_point(workers) -> None:
+    """Nine tenths of the points coincide: random starts put most centroids there, and they must move."""
     x = torch.cat([torch.ones(1, 6).expand(900, 6), points(100, 6)])
     centroids, error = kmeans(x, 90, 3, workers, rounds=100)
     assert 80 <= len(centroids) <= 90
@@ -73,14 +75,14 @@ def write(path, order: list[int], shard_rows: int) -> Shards:
     return Shards(path)
 
 
-def test_the_sample_is_the_same_however_the_rows_lie(tmp_path) -> None:
+def test_the_sample_does_not_depend_on_the_order_of_the_rows(tmp_path) -> None:
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
     samples = []
     for name, rows, shard_rows in (("a", list(range(400)), 64), ("b", order, 33)):
         shards = write(tmp_path / name, rows, shard_rows)
-        found = survey(shards, 5, 40)
-        assert (found.rows, found.train, len(found.hashes)) == (400, 300, 40)
-        samples.append(_read_sample(shards, found.hashes, 5))
+        surveyed = survey(shards, 5, 40)
+        assert (surveyed.rows, surveyed.train, len(surveyed.hashes)) == (400, 300, 40)
+        samples.append(_read_sample(shards, surveyed.hashes, 5))
     a, b = ({tuple(row.tolist()) for row in sample} for sample in samples)
     assert a == b
     assert len(a) == 40

@@ -75,7 +75,7 @@ def test_few_images_are_balanced_as_well_as_they_can_be(tmp_path, count) -> None
 
 def test_equal_images_that_prevent_balance_are_named_with_advice_that_helps(tmp_path) -> None:
     encoded = write(tmp_path / "encoded", (30, 5, 5), spread=0.0)
-    with pytest.raises(AtollError, match=r"of the 32 training images have one and the same feature: .*method: free"):
+    with pytest.raises(AtollError, match=r"of the 32 training images have the same feature: .*method: free"):
         cluster(encoded, tmp_path / "out", 3)
     assert cluster(encoded, tmp_path / "out", 3, "free")
 

@@ -1,3 +1,5 @@
+"""Uniform samples by a hash of the key."""
+
 import hashlib
 
 import numpy as np
@@ -9,7 +11,7 @@ from atoll.cluster.sampling import below, draw, hash_keys, smallest
 KEYS = [f"image {i}" for i in range(20_000)]
 
 
-def test_a_hash_of_the_key_alone() -> None:
+def test_the_hash_depends_on_the_key_alone() -> None:
     assert int(hash_keys(["é"])[0]) == int.from_bytes(hashlib.blake2b("é".encode(), digest_size=8).digest(), "little")
     assert hash_keys(KEYS[::-1]).tolist() == hash_keys(KEYS)[::-1].tolist()
     assert len(hash_keys([])) == 0
@@ -28,14 +30,14 @@ def test_draws_are_uniform_and_independent_of_each_other() -> None:
     assert len(set(draws[0].tolist())) == len(KEYS)
 
 
-def test_below_is_that_share_and_grows_with_it() -> None:
-    drawn = draw(hash_keys(KEYS), 0, "router")
-    assert abs(below(drawn, 0.1).sum() - 2000) < 5 * 1800**0.5
-    assert below(drawn, 1.0).all()
-    assert not (below(drawn, 0.1) & ~below(drawn, 0.2)).any()
+def test_below_keeps_the_fraction_and_samples_are_nested() -> None:
+    draws = draw(hash_keys(KEYS), 0, "router")
+    assert abs(below(draws, 0.1).sum() - 2000) < 5 * 1800**0.5
+    assert below(draws, 1.0).all()
+    assert not (below(draws, 0.1) & ~below(draws, 0.2)).any()
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=9), max_size=9), st.integers(1, 12))
-def test_smallest_of_parts_is_smallest_of_all(parts, most) -> None:
-    found = smallest((np.array(part, np.uint64) for part in parts), most)
-    assert found.tolist() == sorted(value for part in parts for value in part)[:most]
+def test_smallest_of_parts_is_smallest_of_all(parts, count) -> None:
+    numbers = smallest((np.array(part, np.uint64) for part in parts), count)
+    assert numbers.tolist() == sorted(value for part in parts for value in part)[:count]

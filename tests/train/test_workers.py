@@ -68,7 +68,7 @@ def test_a_mistake_is_one_line_of_one_process(run) -> None:
     done = call(run, "--nproc", 2)
     assert done.returncode == 2
     assert done.stderr == (
-        "atoll: a batch of 6 cannot be shared by 2 processes in 2 parts each (train.accumulate); "
+        "atoll: a batch of 6 cannot be divided among 2 processes in 2 parts each (train.accumulate); "
         "choose a multiple of 4\n"
     )
     assert done.stdout == ""
