@@ -17,9 +17,9 @@ from atoll.manifest import Manifest
 from atoll.randomness import cpu_generator, random_rows
 from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
+from atoll.storage.layout import ENSEMBLE_CARD, STACKINGS, RunLayout, cluster_path
 from atoll.storage.shards import Shards, is_held_out
 
-ENSEMBLE, STACKINGS = "ensemble.json", "stackings.safetensors"
 _ROWS, _SAMPLES = 1024, 512  # held-out latents at most, and noisy ones at each level, that weigh replicas
 
 # What all parts of one ensemble must share to be sampled as one model.
@@ -67,7 +67,7 @@ def assemble(
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(
-        out / ENSEMBLE,
+        out / ENSEMBLE_CARD,
         {
             "format": FORMAT,
             "kind": "ensemble",
@@ -87,14 +87,16 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
 
     Experts that are not there yet are told about in a warning, and the ensemble is made without them.
     """
-    named = [run / "experts" / expert.full_name for expert in manifest.experts]
+    layout = RunLayout(run)
+    named = [layout.expert(expert.full_name) for expert in manifest.experts]
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
-    router = run / "router"
-    alone = len(trained) == 1 and not (router / CARD).is_file()
-    stackings = stack_replicas(trained, run / "clusters")
-    return assemble(trained, None if alone else router, run / "ensemble", manifest.sampling.model_dump(), stackings)
+    alone = len(trained) == 1 and not (layout.router / CARD).is_file()
+    stackings = stack_replicas(trained, layout.clusters)
+    return assemble(
+        trained, None if alone else layout.router, layout.ensemble, manifest.sampling.model_dump(), stackings
+    )
 
 
 def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
@@ -111,7 +113,7 @@ def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
         groups.setdefault(tuple(read_card(path, "expert")["clusters"]), []).append(path)
     stackings = []
     for covered, replicas in groups.items():
-        places = [clusters / f"cluster-{cluster:03d}" for cluster in covered]
+        places = [cluster_path(clusters, cluster) for cluster in covered]
         if len(replicas) < 2:
             continue
         if not all(place.is_dir() for place in places):

@@ -36,8 +36,9 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.evaluate import EvaluateSettings, Variant, evaluate
 from atoll.evaluate.run import OpenRun, open_run
 from atoll.launch.run import launch_run
-from atoll.manifest import MANIFEST, load_manifest
+from atoll.manifest import load_manifest
 from atoll.pipeline import Pipeline, grid
+from atoll.storage.layout import RunLayout
 
 # alpha-bar of 60 steps, cosine, ending in exactly 0: no image is left in the last step (Lin et al. 2023).
 TABLE = [round(math.cos(math.pi / 2 * (i + 0.5) / 60) ** 2, 6) for i in range(59)] + [0.0]
@@ -85,8 +86,9 @@ EPS, FLOW = "0-eps-cosine", "0-flow-linear"
 def train(run: Path, small: bool = False) -> None:
     """The whole run, every stage by the function that its verb calls; what is done is not done again."""
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / MANIFEST).exists():
-        (run / MANIFEST).write_text(yaml.safe_dump({**RUN, **SMALL} if small else RUN, sort_keys=False))
+    file = RunLayout(run).manifest
+    if not file.exists():
+        file.write_text(yaml.safe_dump({**RUN, **SMALL} if small else RUN, sort_keys=False))
     manifest = load_manifest(run)
     encode_run(run, manifest, resume=True)
     cluster_run(run, manifest)

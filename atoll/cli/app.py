@@ -10,8 +10,7 @@ import typer
 import typer.core
 
 from atoll.errors import AtollError
-
-DEGRADED = 3  # the exit code of work that was done without a part that failed
+from atoll.storage.layout import EXIT_USER_ERROR
 
 ORDER = ["init", "plan", "encode", "cluster", "train", "launch", "calibrate", "ema", "convert", "assemble", "sample"]
 ORDER += ["evaluate", "compare", "statistics", "study", "distil", "synthesize", "demo"]
@@ -78,10 +77,10 @@ def main() -> None:
         app()
     except AtollError as error:
         typer.secho(f"atoll: {error}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
     except OSError as error:  # a path that cannot be read or written, and that no stage could say more about
         typer.secho(f"atoll: {error.filename or 'input or output'}: {error.strerror or error}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @app.callback(invoke_without_command=True)

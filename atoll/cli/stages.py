@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from atoll.cli.app import DEGRADED, Force, Quiet, RunOption, app, bar
+from atoll.cli.app import Force, Quiet, RunOption, app, bar
 from atoll.cli.training import launch
 from atoll.errors import AtollError
+from atoll.storage.layout import EXIT_DEGRADED, RunLayout
 
 if TYPE_CHECKING:
     from atoll.choices import Method
@@ -91,7 +92,7 @@ def cluster(
         raise AtollError("--assign-only adds to the clusters as they are: leave --force and --router-fraction out")
     with bar("cluster", "images", quiet) as tell:
         if assign_only:
-            done = assign(run / "clusters", encoded or run / "encoded", tell)
+            done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell)
         else:
             done = cluster_run(run, load_manifest(run), force, router_fraction, tell)
     typer.echo(done)
@@ -156,7 +157,7 @@ def sample(
     typer.echo(f"{out} written")
     if dropped:
         typer.echo(f"without {', '.join(f'{name}, which {why}' for name, why in dropped.items())}", err=True)
-        raise typer.Exit(DEGRADED)
+        raise typer.Exit(EXIT_DEGRADED)
 
 
 @app.command(rich_help_panel="Stages")
@@ -198,13 +199,14 @@ def demo(
     from atoll.manifest import load_manifest
 
     init_run(run, recipe, data, again=True)
+    layout = RunLayout(run)
     prompts = list(load_manifest(run).evaluate.prompts)
     stages: list[tuple[str, Callable[[], None]]] = [
         ("encode", lambda: encode(run, resume=True)),
         ("cluster", lambda: cluster(run)),
         ("train", lambda: launch(run, jobs)),
         ("assemble", lambda: assemble(run)),
-        ("sample", lambda: sample(run / "ensemble", prompts, run / "samples.png")),
+        ("sample", lambda: sample(layout.ensemble, prompts, layout.samples)),
         ("evaluate", lambda: evaluate(run)),
     ]
     if not prompts:  # the report draws captions of held-out images then

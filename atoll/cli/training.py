@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
+from atoll.storage.layout import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from atoll.choices import Method
@@ -121,7 +122,7 @@ def launch(
 
     if not launch_run(where or run, on, jobs, gpus, retries, slurm or []):
         typer.echo("stopped; what was trained is saved, and the same command goes on", err=True)
-        raise typer.Exit(130)
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _trainer(part: str) -> Callable[..., Path]:

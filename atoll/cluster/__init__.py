@@ -15,6 +15,6 @@ that of the sample which the fine stage looks at, and of a few shards.
 
 from atoll.cluster.add import assign_only
 from atoll.cluster.assign import Assignment, ClusterMethod, load_assignment
-from atoll.cluster.run import CLUSTERS, cluster, cluster_run
+from atoll.cluster.run import cluster, cluster_run
 
-__all__ = ["CLUSTERS", "Assignment", "ClusterMethod", "assign_only", "cluster", "cluster_run", "load_assignment"]
+__all__ = ["Assignment", "ClusterMethod", "assign_only", "cluster", "cluster_run", "load_assignment"]

@@ -13,11 +13,12 @@ from atoll.cluster.dedupe import already_there
 from atoll.cluster.fit import ClusterProgress
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import FAIR
-from atoll.cluster.run import CLUSTERS, finish, open_encoded, say_counts
-from atoll.cluster.write import ClustersWriter, cluster_path
+from atoll.cluster.run import finish, open_encoded, say_counts
+from atoll.cluster.write import ClustersWriter
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import check_card, read_json, whole_directory
+from atoll.storage.layout import CLUSTERS_CARD, cluster_path
 from atoll.storage.shards import Shards
 
 
@@ -33,7 +34,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
         AtollError: `encoded` comes from another feature network or codec, has latents of another shape or other
             columns; an image is there already with another content; no clusters at `out`, or damaged ones.
     """
-    card = check_card(read_json(out / CLUSTERS), "clusters", out / CLUSTERS)
+    card = check_card(read_json(out / CLUSTERS_CARD), "clusters", out / CLUSTERS_CARD)
     assignment, shards = load_assignment(out, card), open_encoded(encoded)
     tell = progress or (lambda done, rows, note: None)
     first = Shards(cluster_path(out, 0))

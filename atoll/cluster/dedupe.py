@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from atoll.cluster.sampling import hash_keys
-from atoll.cluster.write import ASSIGNMENT, cluster_path
 from atoll.errors import AtollError
+from atoll.storage.layout import ASSIGNMENT, cluster_path
 from atoll.storage.shards import Shard, Shards
 
 _PASS = 1 << 25  # hashes in memory at a time: 256 MiB

@@ -15,7 +15,6 @@ from atoll.errors import AtollError
 from atoll.report.page import colour, document, image_sheet, number, table
 from atoll.runtime.device import best_device
 
-REPORT = "report.html"
 FAIR = 2.0  # times its fair share: what is more than that is warned of
 _SIDE = 64  # pixels of the longer side of an image on the page, at most
 _LOSSLESS = 32  # pixels; smaller images are drawings, larger ones photographs

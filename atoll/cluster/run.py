@@ -8,14 +8,14 @@ from atoll.cluster.assign import Assignment, ClusterMethod
 from atoll.cluster.describe import describe
 from atoll.cluster.fit import ROWS_PER_CENTROID, ClusterProgress, Survey, survey, two_stages
 from atoll.cluster.nearest import Workers
-from atoll.cluster.report import REPORT, imbalance, to_html
+from atoll.cluster.report import imbalance, to_html
 from atoll.cluster.write import ClustersWriter
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.storage.artifact import FORMAT, check_card, read_json, whole_directory, write_bytes, write_json
+from atoll.storage.layout import CLUSTERS_CARD, REPORT, RunLayout
 from atoll.storage.shards import Shards, refuse_foreign
 
-CLUSTERS = "clusters.json"
 _FINE = 1024  # centroids, where the data bears them
 
 
@@ -33,10 +33,11 @@ def cluster_run(
     Raises:
         AtollError: as `cluster`.
     """
-    asked, out = manifest.clusters, run / "clusters"
+    asked, layout = manifest.clusters, RunLayout(run)
+    out = layout.clusters
     fraction = asked.router_fraction if router_fraction is None else router_fraction
-    written = cluster(run / "encoded", out, asked.k, asked.method, asked.fine, manifest.seed, force, fraction, progress)
-    return f"{out} {'written' if written else 'is there already'}: {say_counts(read_json(out / CLUSTERS))}"
+    written = cluster(layout.encoded, out, asked.k, asked.method, asked.fine, manifest.seed, force, fraction, progress)
+    return f"{out} {'written' if written else 'is there already'}: {say_counts(read_json(out / CLUSTERS_CARD))}"
 
 
 def cluster(
@@ -86,7 +87,7 @@ def cluster(
     }
     if not force and _is_there(out, {"encoded": [shards.sha256], **asked}):
         return False
-    refuse_foreign(out, CLUSTERS)
+    refuse_foreign(out, CLUSTERS_CARD)
     with whole_directory(out) as directory, Workers() as workers:
         if method == "random":
             assignment = Assignment(method, k, seed)
@@ -137,7 +138,7 @@ def finish(
     card["quality"] = describe(output.kept.sample.rows(), card["k"])
     rows = sum(map(sum, (count.values() for count in output.counts)))
     write_bytes(directory / REPORT, to_html(card, output.kept, workers, lambda note: tell(rows, rows, note)).encode())
-    write_json(directory / CLUSTERS, card)
+    write_json(directory / CLUSTERS_CARD, card)
     if warning := imbalance(card):
         warnings.warn(warning, stacklevel=3)
 
@@ -177,9 +178,9 @@ def _check(encoded: Path, found: Survey, k: int, fine: int | None) -> int:
 
 def _is_there(out: Path, wanted: dict[str, Any]) -> bool:
     """Whether `out` is this very clustering (data may have been added to it). Raises AtollError if it is another."""
-    if not (out / CLUSTERS).is_file():
+    if not (out / CLUSTERS_CARD).is_file():
         return False
-    found = check_card(read_json(out / CLUSTERS), "clusters", out / CLUSTERS)
+    found = check_card(read_json(out / CLUSTERS_CARD), "clusters", out / CLUSTERS_CARD)
     found["encoded"] = list(found.get("encoded", ()))[:1]
     for key, value in wanted.items():
         if found.get(key) != value:

@@ -13,16 +13,11 @@ from atoll.cluster.assign import Assigned
 from atoll.cluster.report_rows import ReportRows
 from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
+from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
 from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter
 
-ASSIGNMENT, ROUTER = "assignment.parquet", "router"
 _BUFFERS = 1 << 30  # bytes that wait in all writers together for their shards, at most
 _SHARD_ROWS = 4096
-
-
-def cluster_path(directory: Path, number: int) -> Path:
-    """The directory of one cluster's shards."""
-    return directory / f"cluster-{number:03d}"
 
 
 class ClustersWriter:

@@ -13,6 +13,7 @@ from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import read_card
+from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 
 SCHEDULES = {"flow": "linear"}  # the default schedule of a prediction; for any other one linear-beta, DiT's
@@ -32,7 +33,7 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
     """
     manifest = load_manifest(run)
     part = manifest.find_expert(wanted)
-    shards = run / "clusters" / f"cluster-{part.cluster:03d}"
+    shards = RunLayout(run).cluster(part.cluster)
     card = Shards(shards).card if shards.is_dir() else _card_of(manifest)
     channels, height, width = card["latent_shape"]
     network = manifest.network_of(part).model_dump(exclude={"pooled"})

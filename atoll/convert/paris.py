@@ -27,6 +27,7 @@ from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import save_artifact, whole_directory
+from atoll.storage.layout import RunLayout
 
 OBJECTIVE = Objective("flow", "linear", time_scale=1000.0)
 CONDITION = {"name": "clip", "weights": "openai/clip-vit-large-patch14"}
@@ -83,7 +84,7 @@ def convert_paris(
     # The router, then one expert after the other.
     with whole_directory(out) as directory:
         card = {"network": router, "clusters": router["clusters"], **common, "conversion": _conversion(checkpoint)}
-        save_artifact(directory / "router", "router", card, router_weights)
+        save_artifact(RunLayout(directory).router, "router", card, router_weights)
         del checkpoint, router_weights
         for number in numbers:
             checkpoint = read_checkpoint(source / f"expert_{number}")
@@ -99,9 +100,9 @@ def convert_paris(
                 "calibration": None,
                 "conversion": _conversion(checkpoint),
             }
-            save_artifact(directory / "experts" / str(number), "expert", card, weights)
+            save_artifact(RunLayout(directory).expert(str(number)), "expert", card, weights)
             del checkpoint, weights  # before the next one is read
-    return [out / "experts" / str(number) for number in numbers], out / "router"
+    return [RunLayout(out).expert(str(number)) for number in numbers], RunLayout(out).router
 
 
 def _conversion(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.runtime.device import cores
+from atoll.storage.layout import RunLayout
 from atoll.storage.shards import INDEX, Shards, refuse_foreign
 
 EncodeProgress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
@@ -51,14 +52,14 @@ def encode_run(
         AtollError: `run`/encoded holds another encoding, an interrupted one is there and neither resume nor force was
             asked for, too many samples failed, or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
     """
-    out = run / "encoded"
+    out = RunLayout(run).encoded
     source, frozen = build_source(manifest.data), Frozen.build(manifest)
     card = card_of(source, frozen, manifest)
     if not force and _is_there(out, card, manifest):
         return f"{out} is there already: {len(Shards(out)):,} images"
     refuse_foreign(out, INDEX)
     blocks = source.blocks()
-    with PartialEncoding(run / "encoded.partial") as partial:
+    with PartialEncoding(RunLayout(run).encoded_partial) as partial:
         partial.prepare(card, blocks, resume, restart=force and not resume)
         limit = manifest.data.max_skipped if max_skipped is None else max_skipped
         watch = _Watch(partial, blocks, limit, progress)

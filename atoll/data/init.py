@@ -8,8 +8,9 @@ import yaml
 from atoll.data.locate import IMAGES, Files, locate
 from atoll.data.opening import is_local
 from atoll.errors import AtollError
-from atoll.manifest import MANIFEST, parse_manifest, recipe_path
+from atoll.manifest import parse_manifest, recipe_path
 from atoll.storage.artifact import write_bytes
+from atoll.storage.layout import RunLayout
 
 FOR_DATA = "images"  # the recipe that is taken for the user's data where none is named
 DEFAULT = "demo"
@@ -35,7 +36,7 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
         AtollError: the run has a manifest already, or another one; there is no such recipe, or it is not valid; nothing
             is there that could be read.
     """
-    file = run / MANIFEST
+    file = RunLayout(run).manifest
     if file.exists() and not again:
         raise AtollError(f"{file} exists; edit it, or name another directory")
     if file.exists() and recipe is None and data is None:

@@ -17,11 +17,11 @@ from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_json
+from atoll.storage.layout import ENSEMBLE_CARD, EXPERTS, ROUTER, STACKINGS
 
 with quiet("diffusers"):
     from diffusers.models.modeling_utils import ModelMixin
 
-ENSEMBLE, _STACKINGS = "ensemble.json", "stackings.safetensors"
 _WEIGHTS: dict[torch.dtype | None, WeightDtype | None] = {
     None: None,
     torch.float32: "fp32",
@@ -122,7 +122,7 @@ class AtollEnsemble(ModelMixin):
             AtollError: a part is gone or was changed since it was loaded, frozen weights that are pickled, a full disk.
         """
         with whole_directory(Path(save_directory)) as directory:
-            if (self.path / ENSEMBLE).is_file():
+            if (self.path / ENSEMBLE_CARD).is_file():
                 self._copy_ensemble(directory)
             else:
                 _copy_part(self.path, directory)
@@ -131,19 +131,19 @@ class AtollEnsemble(ModelMixin):
     def _copy_ensemble(self, directory: Path) -> None:
         card = dict(self.loaded.card)
         there = [entry for entry in card["experts"] if (self.path / entry["url"] / CARD).is_file()]
-        card["experts"] = [{**entry, "url": f"experts/{number:03d}"} for number, entry in enumerate(there)]
+        card["experts"] = [{**entry, "url": f"{EXPERTS}/{number:03d}"} for number, entry in enumerate(there)]
         parts = list(zip(there, card["experts"], strict=True))
         if card["router"] is not None:
-            parts.append((card["router"], {**card["router"], "url": "router"}))
+            parts.append((card["router"], {**card["router"], "url": ROUTER}))
             card["router"] = parts[-1][1]
         for old, new in parts:
             _copy_part(self.path / old["url"], directory / new["url"])
             if sha256_file(directory / new["url"] / CARD) != old["sha256"]:
                 raise AtollError(f"{self.path / old['url'] / CARD}: was changed since it was loaded; load it again")
         if card.get("stackings"):
-            _copy_file(self.path / card["stackings"]["file"], directory / _STACKINGS)
-            card["stackings"] = {**card["stackings"], "file": _STACKINGS}
-        write_json(directory / ENSEMBLE, card)
+            _copy_file(self.path / card["stackings"]["file"], directory / STACKINGS)
+            card["stackings"] = {**card["stackings"], "file": STACKINGS}
+        write_json(directory / ENSEMBLE_CARD, card)
 
     def _copy_frozen(self, directory: Path) -> None:
         """The weights of the text encoders and the codec, each under the last part of the name that cards call it."""

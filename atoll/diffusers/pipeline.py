@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from atoll.condition import Condition, move_to, select_rows
-from atoll.diffusers.component import ENSEMBLE, AtollEnsemble
+from atoll.diffusers.component import AtollEnsemble
 from atoll.diffusers.sigmas import flow_sigmas
 from atoll.ensemble import Sampler
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.solver import Velocity
 from atoll.storage.artifact import CARD, read_json
+from atoll.storage.layout import ENSEMBLE, ENSEMBLE_CARD
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -97,14 +98,14 @@ class AtollPipeline(DiffusionPipeline):
             index = read_json(path / INDEX)
             if (named := index.get("_class_name") if isinstance(index, dict) else None) != cls.__name__:
                 raise AtollError(f"{path / INDEX}: names the pipeline {named}; expected {cls.__name__}")
-        elif not (path / ENSEMBLE).is_file() and not (path / CARD).is_file():
+        elif not (path / ENSEMBLE_CARD).is_file() and not (path / CARD).is_file():
             raise AtollError(
-                f"{path}: no {INDEX}, no {ENSEMBLE} and no {CARD} in it; expected the local directory of a saved "
+                f"{path}: no {INDEX}, no {ENSEMBLE_CARD} and no {CARD} in it; expected the local directory of a saved "
                 "pipeline, an ensemble or an expert"
             )
         dtypes = [options.pop(name) for name in ("torch_dtype", "dtype") if name in options]
         if "ensemble" not in options:
-            options["ensemble"] = AtollEnsemble.from_pretrained(path / "ensemble" if saved else path, *dtypes[:1])
+            options["ensemble"] = AtollEnsemble.from_pretrained(path / ENSEMBLE if saved else path, *dtypes[:1])
         elif dtypes:
             raise AtollError("an ensemble and a dtype were both given; expected one of them: the ensemble has a dtype")
         if not saved:

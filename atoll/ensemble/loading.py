@@ -32,6 +32,7 @@ from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import CARD, WEIGHTS, check_card, read_card, read_json, read_tensors, sha256_file
+from atoll.storage.layout import ENSEMBLE_CARD
 
 FROZEN = "frozen"  # beside ensemble.json: text encoders and codec, where somebody has put them there
 
@@ -122,13 +123,13 @@ def load_ensemble(
     check_weights(weights)
     store = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
     with also_found_in(path / FROZEN):
-        if (path / "ensemble.json").is_file():
+        if (path / ENSEMBLE_CARD).is_file():
             loaded = _assembled(path, routing, alignment, strict, device, replicas, weights, store)
         elif (path / CARD).is_file():
             loaded = _alone(path, alignment, device, weights, store)
         else:
             raise AtollError(
-                f"{path}: no ensemble.json and no {CARD} in it; expected an ensemble's or an expert's directory"
+                f"{path}: no {ENSEMBLE_CARD} and no {CARD} in it; expected an ensemble's or an expert's directory"
             )
     warn_uncalibrated(loaded.ensemble)
     return loaded
@@ -155,8 +156,8 @@ def _assembled(
     store: ExpertCache | None,
 ) -> LoadedEnsemble:
     """What ensemble.json describes."""
-    card = check_card(read_json(path / "ensemble.json"), "ensemble", path / "ensemble.json")
-    _require(card, ("experts", "router", "codec", "latent_shape", "sampling"), path / "ensemble.json")
+    card = check_card(read_json(path / ENSEMBLE_CARD), "ensemble", path / ENSEMBLE_CARD)
+    _require(card, ("experts", "router", "codec", "latent_shape", "sampling"), path / ENSEMBLE_CARD)
     loaded = []
     for entry in card["experts"]:
         part = path / entry["url"]
@@ -211,7 +212,7 @@ def _stackings(path: Path, card: dict[str, Any], device: str | torch.device) -> 
     file = path / card["stackings"]["file"]
     _check_hash(file, card["stackings"]["sha256"])
     means = load(file.read_bytes())
-    with _sound(path / "ensemble.json"):
+    with _sound(path / ENSEMBLE_CARD):
         return [
             Stacking.load(config, means[f"mean.{number}"].to(device))
             for number, config in enumerate(card["stackings"]["weights"])

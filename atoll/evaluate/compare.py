@@ -21,6 +21,7 @@ from atoll.evaluate.metrics.image_metrics import Statistics, image_metrics, kind
 from atoll.evaluate.store import load_parts
 from atoll.evaluate.types import Space
 from atoll.storage.artifact import read_json
+from atoll.storage.layout import RunLayout
 
 GROUPS = 20  # of images; the jackknife leaves out one group at a time
 T_95 = 2.093  # Student's t at 97.5 %, with 19 degrees of freedom
@@ -110,7 +111,7 @@ def open_evaluated(named: str) -> EvaluatedVariant:
     """
     # The report.
     directory, _, variant = named.partition(":")
-    file = Path(directory) / "report.json"
+    file = RunLayout(Path(directory)).report_json
     if not file.is_file():
         raise AtollError(f"{file}: not found; run `atoll evaluate --run {directory}`")
     report = read_json(file)

@@ -33,12 +33,22 @@ from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import PATH
 from atoll.solver import sample
 from atoll.storage.artifact import CARD, read_json, sha256_file, write_bytes, write_json
-from atoll.storage.shards import Shards
+from atoll.storage.layout import (
+    CLUSTERS,
+    CLUSTERS_CARD,
+    ENCODED,
+    ENSEMBLE,
+    ENSEMBLE_CARD,
+    MONOLITH,
+    STUDENT,
+    RunLayout,
+    cluster_number,
+)
+from atoll.storage.shards import INDEX, Shards
 
 IMAGES_PER_CLUSTER = 24  # in the report
 ROWS_OF_GRID = 12  # variants in the report's images, at most
-STORE = "evaluation"
-DENSE = ("monolith", "student")  # models of one network
+DENSE = (MONOLITH, STUDENT)  # models of one network
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class OpenRun:
     """The content of a run's directory.
 
     Attributes:
-        path: of the run.
+        layout: paths of the run.
         encoded: the data.
         loaded: the ensemble.
         dense: "monolith" and "student", if there are any.
@@ -54,12 +64,16 @@ class OpenRun:
         clustering: content of clusters.json; may be empty.
     """
 
-    path: Path
+    layout: RunLayout
     encoded: Shards
     loaded: LoadedEnsemble
     dense: dict[str, LoadedEnsemble]
     clusters: tuple[Shards, ...]
     clustering: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.layout.root
 
     @property
     def reference(self) -> Reference:
@@ -104,7 +118,7 @@ def evaluate_run(
         variants, groups, alignment = variants_of(run.loaded.ensemble, dense)
     variants = with_identities(variants, dense, _parts(run))
     # Numbers, images, and diagnostics.
-    store = store or run.path / STORE
+    store = store or run.layout.evaluation
     results = evaluate(variants, run.reference, settings, progress=progress, device=device, store=store)
     grid, usages = draw_grid(run, groups=groups, variants=variants, settings=settings, store=store, device=device)
     diagnostics = _diagnose(run, settings, store, progress, device) if settings.diagnostic_samples else None
@@ -127,8 +141,8 @@ def evaluate_run(
         diagnostics=diagnostics,
     )
     # Write the numbers first, then the page.
-    html = run.path / "report.html"
-    write_json(run.path / "report.json", to_json(report))
+    html = run.layout.report_html
+    write_json(run.layout.report_json, to_json(report))
     write_bytes(html, to_html(report).encode())
     return html
 
@@ -140,8 +154,9 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
         AtollError: they are missing, or do not fit each other.
     """
     # Load the data and the ensemble.
-    encoded = Shards(path / "encoded")
-    loaded = load_ensemble(path / "ensemble", device=device)
+    layout = RunLayout(path)
+    encoded = Shards(layout.encoded)
+    loaded = load_ensemble(layout.ensemble, device=device)
     # Numbers on other data would be meaningless.
     if encoded.shape("latent") != loaded.latent_shape:
         raise AtollError(
@@ -149,8 +164,8 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
             f"{list(encoded.shape('latent'))}; evaluate it on the data that it was trained on"
         )
     # The dense models, with the same encoder.
-    present = [name for name in DENSE if (path / name / CARD).is_file()]
-    dense = {name: load_ensemble(path / name, device=device) for name in present}
+    present = [name for name in DENSE if (layout.part(name) / CARD).is_file()]
+    dense = {name: load_ensemble(layout.part(name), device=device) for name in present}
     for name, model in dense.items():
         if not model.encoder.reads_like(loaded.encoder):
             raise AtollError(
@@ -158,9 +173,9 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
                 f"{loaded.encoder.configs()}; train both with one condition encoder"
             )
     # The clusters.
-    directories = sorted((path / "clusters").glob("cluster-*"))
-    clustering = read_json(path / "clusters" / "clusters.json") if directories else {}
-    return OpenRun(path, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
+    directories = layout.existing_clusters()
+    clustering = read_json(layout.clusters_card) if directories else {}
+    return OpenRun(layout, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
 
 
 def _diagnose(
@@ -294,29 +309,29 @@ def describe_clusters(run: OpenRun, seed: int) -> list[ClusterInfo]:
         rows = random_rows(len(cluster), IMAGES_PER_CLUSTER, cpu_generator(seed))
         images = run.loaded.codec.decode(cluster.read("latent", rows).float())
         words = distinctive_words(count_words(cluster.captions), len(cluster), overall, total)
-        number = int(cluster.path.name.removeprefix("cluster-"))
+        number = cluster_number(cluster.path.name)
         described.append(ClusterInfo(number, len(cluster), len(cluster) / total, images, words))
     return described
 
 
 def _parts(run: OpenRun) -> dict[str, str]:
     """Hashes of the cards that contain all hashes of the ensemble, the monolith and the student."""
-    parts = {"ensemble": sha256_file(run.path / "ensemble" / "ensemble.json")}
+    parts = {"ensemble": sha256_file(run.layout.ensemble_card)}
     # Cards of dense models contain the hash of their weights.
-    return parts | {name: sha256_file(run.path / name / CARD) for name in run.dense}
+    return parts | {name: sha256_file(run.layout.part(name) / CARD) for name in run.dense}
 
 
 def hashes_of(run: OpenRun, results: Results) -> tuple[tuple[str, str], ...]:
     """(file or space, sha256) of everything that the numbers depend on."""
     # Data and clusters.
-    hashes = [("encoded/index.json", run.encoded.sha256)]
+    hashes = [(f"{ENCODED}/{INDEX}", run.encoded.sha256)]
     if run.clusters:
-        hashes.append(("clusters/clusters.json", sha256_file(run.path / "clusters" / "clusters.json")))
+        hashes.append((f"{CLUSTERS}/{CLUSTERS_CARD}", sha256_file(run.layout.clusters_card)))
     # The models with their parts.
-    hashes.append(("ensemble/ensemble.json", sha256_file(run.path / "ensemble" / "ensemble.json")))
+    hashes.append((f"{ENSEMBLE}/{ENSEMBLE_CARD}", sha256_file(run.layout.ensemble_card)))
     parts = [*run.loaded.card["experts"], *([run.loaded.card["router"]] if run.loaded.card["router"] else [])]
     hashes += [(f"{Path(part['url']).name}/{CARD}", part["sha256"]) for part in parts]
-    hashes += [(f"{name}/{CARD}", sha256_file(run.path / name / CARD)) for name in run.dense]
+    hashes += [(f"{name}/{CARD}", sha256_file(run.layout.part(name) / CARD)) for name in run.dense]
     return (*hashes, *((f"feature space {space.name}", space.sha256) for space in results.spaces))
 
 

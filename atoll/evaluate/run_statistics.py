@@ -11,6 +11,7 @@ from atoll.evaluate.metrics.frechet import Moments
 from atoll.evaluate.metrics.gaussian import save_gaussian
 from atoll.evaluate.metrics.spaces import LABELS, build_space_feature, hash_of
 from atoll.manifest import Manifest
+from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 
 StatisticsProgress = Callable[[int, int], None]  # (images done, images in all)
@@ -40,7 +41,7 @@ def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Statistic
     features = [build_space_feature(space.feature) for space in manifest.evaluate.spaces]
     if not features:
         raise AtollError(f"{run}: evaluate.spaces is empty; name a feature, such as [{{feature: {{name: hog}}}}]")
-    encoded = Shards(run / "encoded")
+    encoded = Shards(RunLayout(run).encoded)
     rows = encoded.rows("train")
     if len(rows) < 2:
         raise AtollError(f"{encoded.path}: {len(rows)} training images; expected at least 2")

@@ -14,6 +14,7 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate.types import Variant
 from atoll.manifest import EVEN, SweepSettings
+from atoll.storage.layout import MONOLITH, STUDENT
 
 # How an expert's prediction is converted to the sampling path, and corrected. Text for the report.
 ALIGNMENTS = {
@@ -143,7 +144,7 @@ def _variant(name: str, ensemble: Ensemble, options: dict[str, Any], sampling: d
     return Variant(", ".join(words) or ensemble.routing, ensemble, axes=axes, **drawn)
 
 
-_DENSE = ("monolith", "student")
+_DENSE = (MONOLITH, STUDENT)
 _AXIS_TEXT = {"steps": "{} steps", "method": "{}", "grid": "{} grid", "guidance_scale": "guidance {:g}"}
 
 

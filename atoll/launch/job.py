@@ -19,11 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from atoll.manifest import Manifest
+from atoll.storage.layout import (
+    CARD,
+    EXIT_KILLED,
+    EXIT_USER_ERROR,
+    MONOLITH,
+    ROUTER,
+    STUDENT,
+    RunLayout,
+    TrainingLayout,
+)
 from atoll.storage.lock import try_lock
 
-OUTPUT, BEFORE, METRICS = "output.log", "output-before.log", "metrics.jsonl"
-LOCK, STARTS, STOP = "lock", "starts", "stop"
-EXIT_USER_ERROR = 2  # the exit code of an AtollError: the same would come again
 # Seconds after which a file server takes the lock from a machine that is gone (NFS: 90).
 PATIENCE = 120.0
 _OF_A_STEP = {"step", "loss", "images_per_s", "eta_s"}
@@ -31,13 +38,13 @@ _TAIL = 8192  # bytes of a file's end that are looked at
 
 # Runs a command in place of this process, which the kernel kills when its parent is gone, also by force. Whoever starts
 # the part again, perhaps on another machine, must not find the old process still writing.
-_WITH_PARENT = """
+_WITH_PARENT = f"""
 import os, sys
 if sys.platform == "linux":
     import ctypes, signal
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):  # gone before that
-    os._exit(137)
+    os._exit({EXIT_KILLED})
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
@@ -59,6 +66,11 @@ class Job:
     threads: int = 1
     gpus: int = 0
 
+    @property
+    def files(self) -> TrainingLayout:
+        """The files in its directory."""
+        return TrainingLayout(self.directory)
+
 
 @dataclass(frozen=True)
 class ExitStatus:
@@ -73,24 +85,26 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
     """Every training that the manifest names, the longest first; the student's, which needs what the others made, only
     where asked. gpus: of a part that may train on GPUs."""
     run = run.resolve()  # another machine has another working directory
-    parts: list[tuple[str, list[str], Path, Any]] = [
-        (e.full_name, ["train", "expert", e.full_name], run / "experts", e) for e in manifest.experts
+    layout = RunLayout(run)
+    parts: list[tuple[Path, list[str], Any]] = [
+        (layout.expert(e.full_name), ["train", "expert", e.full_name], e) for e in manifest.experts
     ]
-    parts.append(("router", ["train", "router"], run, manifest.router))
+    parts.append((layout.router, ["train", ROUTER], manifest.router))
     if manifest.monolith is not None:
-        parts.append(("monolith", ["train", "monolith"], run, manifest.monolith))
+        parts.append((layout.monolith, ["train", MONOLITH], manifest.monolith))
     if student and manifest.student is not None:
-        parts.append(("student", ["distil"], run, manifest.student))
+        parts.append((layout.student, ["distil"], manifest.student))
     jobs = []
-    for name, words, parent, part in parts:
+    for artifact, words, part in parts:
+        name = artifact.name
         settings = manifest.train_of(part)
         arguments = ("-m", "atoll", *words, "--run", str(run), "--resume", "--quiet")
-        mine = 0 if settings.device == "cpu" else min(gpus, 1) if name == "student" else gpus
+        mine = 0 if settings.device == "cpu" else min(gpus, 1) if name == STUDENT else gpus
         if mine > 1:
             arguments += ("--nproc", str(mine))
         work = float(settings.steps * settings.batch)
         job = Job(
-            name, arguments, parent / f".train-{name}", parent / name / "card.json", settings.steps, work,
+            name, arguments, TrainingLayout.of(artifact).root, artifact / CARD, settings.steps, work,
             settings.threads, mine,
         )  # fmt: skip
         jobs.append(job)
@@ -106,13 +120,13 @@ class Process:
     def __init__(self, job: Job, environment: Mapping[str, str] | None = None, patience: float = 0.0):
         self.job = job
         job.directory.mkdir(parents=True, exist_ok=True)
-        with (job.directory / LOCK).open("w") as lock:
+        with job.files.lock.open("w") as lock:
             self._held_elsewhere = not try_lock(lock.fileno(), patience)
             if self._held_elsewhere:
                 return
             with suppress(FileNotFoundError):
-                os.replace(job.directory / OUTPUT, job.directory / BEFORE)
-            with (job.directory / OUTPUT).open("wb") as output:
+                os.replace(job.files.output, job.files.output_before)
+            with job.files.output.open("wb") as output:
                 self._child = subprocess.Popen(
                     [sys.executable, "-ISc", _WITH_PARENT, str(os.getpid()), *job.arguments],
                     stdout=output,
@@ -126,7 +140,7 @@ class Process:
     def poll(self) -> ExitStatus | None:
         """None while it runs."""
         if self._held_elsewhere:
-            lock = self.job.directory / LOCK
+            lock = self.job.files.lock
             return ExitStatus(
                 EXIT_USER_ERROR, f"another process trains it: end that, or wait for it; is there none, remove {lock}"
             )
@@ -148,10 +162,10 @@ class Process:
 def attend(process: Process, token: str, rest: Callable[[float], None] = time.sleep) -> ExitStatus:
     """Waits for a job's process, on whatever machine, and stops it when its `stop` file is there."""
     job, stopped = process.job, False
-    with (job.directory / STARTS).open("a") as starts:
+    with job.files.starts.open("a") as starts:
         starts.write(f"{token}\n")
     while (ended := process.poll()) is None:
-        if not stopped and (job.directory / STOP).exists():
+        if not stopped and job.files.stop.exists():
             process.stop()
             stopped = True
         rest(0.2)
@@ -161,7 +175,7 @@ def attend(process: Process, token: str, rest: Callable[[float], None] = time.sl
 def starts_of(job: Job, token: str) -> int:
     """How often a job in a queue was started under this token."""
     try:
-        return (job.directory / STARTS).read_text().split().count(token)
+        return job.files.starts.read_text().split().count(token)
     except FileNotFoundError:
         return 0
 
@@ -169,22 +183,22 @@ def starts_of(job: Job, token: str) -> int:
 def ask_to_stop(job: Job) -> None:
     """Asks a job that runs elsewhere; see `attend`."""
     job.directory.mkdir(parents=True, exist_ok=True)
-    (job.directory / STOP).touch()
+    job.files.stop.touch()
 
 
 def clear_stop(job: Job) -> None:
-    (job.directory / STOP).unlink(missing_ok=True)
+    job.files.stop.unlink(missing_ok=True)
 
 
 def last_words(job: Job) -> str:
     """The last line of output.log that says something."""
-    lines = [text.strip() for text in _tail(job.directory / OUTPUT) if text.strip()]
+    lines = [text.strip() for text in _tail(job.files.output) if text.strip()]
     return lines[-1] if lines else ""
 
 
 def last_metrics(job: Job) -> dict[str, Any]:
     """The last whole line of metrics.jsonl that tells of a step; empty where there is none."""
-    for text in reversed(_tail(job.directory / METRICS)):
+    for text in reversed(_tail(job.files.metrics)):
         try:
             line = json.loads(text)
         except ValueError:  # cut, by a crash or by this reading

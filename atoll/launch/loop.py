@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Backend, JobHandle
-from atoll.launch.job import EXIT_USER_ERROR, ExitStatus, Job, last_metrics, name_of_signal
+from atoll.launch.job import ExitStatus, Job, last_metrics, name_of_signal
+from atoll.storage.layout import EXIT_USER_ERROR
 
 PartState = Literal["waiting", "running", "stopping", "done", "failed", "stopped"]
 _LONGEST_PAUSE = 60.0  # seconds before a restart

@@ -9,7 +9,8 @@ from atoll.launch.backend import Backend
 from atoll.launch.job import jobs_of
 from atoll.launch.loop import run_jobs
 from atoll.launch.progress import LaunchView
-from atoll.manifest import MANIFEST, load_manifest
+from atoll.manifest import load_manifest
+from atoll.storage.layout import MANIFEST, RunLayout, TrainingLayout
 
 
 def launch_run(
@@ -52,9 +53,10 @@ def launch_run(
             parts = run_jobs(todo, place, view.update, retries, jobs)
     failed = [part.job.name for part in parts if part.state == "failed"]
     if failed:
+        logs = TrainingLayout.of(RunLayout(run).root / "**" / "*").output
         raise AtollError(
             f"{len(failed)} of {len(parts)} parts failed ({', '.join(failed)}): why stands above, and in "
-            f"{run}/**/.train-*/output.log; once that is mended the same command trains what is missing"
+            f"{logs}; once that is mended the same command trains what is missing"
         )
     return all(part.state == "done" for part in parts)
 

@@ -12,7 +12,6 @@ from typing import Any
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
 from atoll.launch.job import (
-    EXIT_USER_ERROR,
     PATIENCE,
     ExitStatus,
     Job,
@@ -22,9 +21,8 @@ from atoll.launch.job import (
     clear_stop,
     starts_of,
 )
+from atoll.storage.layout import EXIT_USER_ERROR, RunLayout
 
-FOLDER = ".slurm"  # of the run: submitit's scripts, pickles and logs
-_ID = "slurm.json"  # of a part: its job in the queue
 _TIME = 24 * 60  # minutes, unless `time` is given
 _REQUEUES = 1000  # at the time limit: days of training are many jobs' time
 _SAVING = 180  # seconds before the time limit at which a job is told
@@ -63,7 +61,7 @@ class Slurm:
 
     def __init__(self, run: Path, gpus: int, options: Mapping[str, str], cluster: str = "slurm"):
         logging.getLogger("submitit").setLevel(logging.ERROR)
-        self.folder, self.gpus, self.cluster = run.resolve() / FOLDER, gpus, cluster
+        self.folder, self.gpus, self.cluster = RunLayout(run.resolve()).slurm, gpus, cluster
         self.minutes = _minutes(options.get("time", str(_TIME)))
         self.options = {key.replace("-", "_"): value for key, value in options.items() if key != "time"}
         self.asked = time.monotonic()
@@ -82,7 +80,7 @@ class Slurm:
         except (RuntimeError, OSError) as error:  # submitit's own are RuntimeErrors
             raise AtollError(f"Slurm refused it: {' '.join(str(error).split())}") from None
         job.directory.mkdir(parents=True, exist_ok=True)
-        write_json(job.directory / _ID, {"id": submitted.job_id})
+        write_json(job.files.slurm_job, {"id": submitted.job_id})
         return SlurmJob(self, job, submitted)
 
     def _executor(self, job: Job) -> Any:
@@ -189,7 +187,7 @@ def _number(job: Job) -> str | None:
     """Of the part's last job."""
     from atoll.storage.artifact import read_json
 
-    file = job.directory / _ID
+    file = job.files.slurm_job
     return str(read_json(file)["id"]) if file.exists() else None
 
 

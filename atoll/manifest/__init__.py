@@ -7,7 +7,6 @@ Paths of a run, all below the directory that holds atoll.yaml:
 from atoll.manifest.base import Section
 from atoll.manifest.evaluation import EVEN, DiversitySettings, EvaluateSettings, SpaceSettings, SweepSettings
 from atoll.manifest.run import (
-    MANIFEST,
     RECIPES,
     ClusterSettings,
     DataSettings,
@@ -28,7 +27,6 @@ from atoll.manifest.run import (
 
 __all__ = [
     "EVEN",
-    "MANIFEST",
     "RECIPES",
     "ClusterSettings",
     "DataSettings",

@@ -14,8 +14,8 @@ from atoll.choices import Method
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
 from atoll.manifest.evaluation import EvaluateSettings
+from atoll.storage.layout import MANIFEST, RunLayout
 
-MANIFEST = "atoll.yaml"
 # An installed package contains the recipes; in a checkout they are beside it.
 RECIPES = next(
     d for d in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes", Path()) if d.is_dir()
@@ -356,7 +356,7 @@ def load_manifest(run: Path) -> Manifest:
     Raises:
         AtollError: no such file, or an unknown key or bad value in it.
     """
-    file = run / MANIFEST if run.is_dir() else run
+    file = RunLayout(run).manifest if run.is_dir() else run
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from typing import Any
 from atoll.errors import AtollError
 from atoll.plan.cost import DiTSizes, training_flops
 from atoll.plan.recipe import Text, text_of
+from atoll.storage.layout import RunLayout
 
 MOST = 64  # samples of a measured step: more are no faster on a CPU, and may not fit a GPU
 
@@ -201,10 +202,11 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
     """
     from atoll.storage.artifact import CARD, read_card
 
-    cards = [read_card(file.parent, "expert") for file in sorted((run / "experts").glob(f"*/{CARD}"))]
+    experts = RunLayout(run).experts
+    cards = [read_card(file.parent, "expert") for file in sorted(experts.glob(f"*/{CARD}"))]
     cards = [card for card in cards if "conversion" not in card]  # of those that were converted and no more
     if not cards:
-        raise AtollError(f"{run / 'experts'}: no trained expert to compare with; train one (atoll train expert)")
+        raise AtollError(f"{experts}: no trained expert to compare with; train one (atoll train expert)")
     speeds: dict[tuple[DiTSizes, int, int, str], Speed] = {}
     found = []
     for card in cards:

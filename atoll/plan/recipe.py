@@ -11,6 +11,7 @@ from atoll.errors import AtollError
 from atoll.manifest import ExpertSettings, Manifest, TrainSettings
 from atoll.plan.cost import DiTSizes, RouterSizes
 from atoll.plan.fit import Switches
+from atoll.storage.layout import RunLayout
 
 CAPTION_BYTES = 120  # a web caption of some 20 words; captions are stored as text
 T5_WIDTHS = {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}  # of v1.1's encoders
@@ -150,8 +151,9 @@ def encoded(run: Path) -> Encoded | None:
         AtollError: an index that cannot be read.
     """
     from atoll.storage.artifact import read_json
+    from atoll.storage.shards import INDEX
 
-    index = run / "encoded" / "index.json"
+    index = RunLayout(run).encoded / INDEX
     if not index.is_file():
         return None
     content = read_json(index)

@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.storage.layout import CARD as CARD
+from atoll.storage.layout import WEIGHTS as WEIGHTS
 
 FORMAT = 1
-CARD = "card.json"
-WEIGHTS = "weights.safetensors"
 
 
 def sha256_file(path: Path) -> str:

@@ -10,8 +10,8 @@
     evaluation/                  results that later evaluations reuse
     report.html, report.json     the evaluation
 
-The names of files inside an artifact (`atoll.storage.artifact`) and inside shards (`atoll.storage.shards`) belong to
-those formats. Standard library only: the command line imports this file at start.
+The names of files inside a directory of shards belong to `atoll.storage.shards`. Standard library only: the command
+line imports this file at start.
 """
 
 import re
@@ -26,6 +26,8 @@ ENCODED, CLUSTERS, EXPERTS, ENSEMBLE, EVALUATION = "encoded", "clusters", "exper
 ROUTER, MONOLITH, STUDENT = "router", "monolith", "student"  # directories, and names of the parts trained in them
 
 # Files that one stage writes and another reads.
+CARD, WEIGHTS = "card.json", "weights.safetensors"  # in every artifact
+REPORT = "report.html"  # of a clustering in clusters/, of an evaluation in the run's root
 CLUSTERS_CARD, ASSIGNMENT = "clusters.json", "assignment.parquet"  # in clusters/
 ENSEMBLE_CARD, STACKINGS = "ensemble.json", "stackings.safetensors"  # in ensemble/
 
@@ -40,9 +42,12 @@ _TRAINING_PREFIX = ".train-"
 _PARTS_PER_RUN = 1000  # seeds of one run: experts count from 0 up, the other parts from the top down
 
 
+CLUSTER_PREFIX = "cluster-"  # of the directories below clusters/
+
+
 def cluster_name(number: int) -> str:
     """The name of one cluster's directory: 3 -> "cluster-003"."""
-    return f"cluster-{number:03d}"
+    return f"{CLUSTER_PREFIX}{number:03d}"
 
 
 def cluster_number(name: str) -> int:
@@ -51,7 +56,7 @@ def cluster_number(name: str) -> int:
     Raises:
         AtollError: `name` is not the name of a cluster's directory.
     """
-    match = re.fullmatch(r"cluster-([0-9]{3,})", name)
+    match = re.fullmatch(rf"{CLUSTER_PREFIX}([0-9]{{3,}})", name)
     if match is None or cluster_name(int(match[1])) != name:
         raise AtollError(f"{name!r} is not a cluster's directory; expected a name such as {cluster_name(0)}")
     return int(match[1])
@@ -60,6 +65,11 @@ def cluster_number(name: str) -> int:
 def cluster_path(clusters: Path, number: int) -> Path:
     """The directory of one cluster's shards, in a run's clusters/ or wherever its shards were copied."""
     return clusters / cluster_name(number)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file is written until it is complete and takes its place; one process at a time writes it."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def expert_seed(seed: int, number: int) -> int:
@@ -110,7 +120,7 @@ class RunLayout:
     ensemble = _Below(ENSEMBLE)
     ensemble_card = _Below(ENSEMBLE, ENSEMBLE_CARD)
     evaluation = _Below(EVALUATION)
-    report_html = _Below("report.html")
+    report_html = _Below(REPORT)
     report_json = _Below("report.json")
     samples = _Below("samples.png")  # the grid of images that `atoll demo` draws
     slurm = _Below(".slurm")  # submitit's scripts and logs
@@ -118,6 +128,14 @@ class RunLayout:
     def cluster(self, number: int) -> Path:
         """The shards of one cluster."""
         return cluster_path(self.clusters, number)
+
+    def existing_clusters(self) -> list[Path]:
+        """The directories of all clusters that exist, by number; AtollError for others called cluster-*."""
+        return sorted(self.clusters.glob(f"{CLUSTER_PREFIX}*"), key=lambda path: cluster_number(path.name))
+
+    def part(self, name: str) -> Path:
+        """The artifact of the router, the monolith or the student, by name."""
+        return {ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}[name]
 
     def expert(self, name: str) -> Path:
         """The artifact of one expert. name: its full name ("3-flow").
@@ -139,6 +157,7 @@ class TrainingLayout:
     checkpoint = _Below("checkpoint.safetensors")
     metrics = _Below("metrics.jsonl")
     summary = _Below("summary.json")
+    sharded_temporary = _Below(".checkpoint.dcp.tmp")
     tensorboard = _Below("tensorboard")
     ema = _Below("ema")
     # Written by `atoll launch`.
@@ -161,6 +180,10 @@ class TrainingLayout:
 
     def sharded_checkpoint(self, step: int, rollbacks: int) -> Path:
         return self.root / f"checkpoint-{step:09d}-{rollbacks}.dcp"
+
+    def sharded_checkpoints(self) -> list[Path]:
+        """Those that are complete, in no particular order."""
+        return list(self.root.glob("checkpoint-*.dcp"))
 
     def snapshot(self, step: int, profile: int) -> Path:
         """The EMA weights of one profile (its position in train.ema_profiles) at one step."""

@@ -19,6 +19,11 @@ from atoll.manifest import RECIPES, Manifest, ObjectiveSettings, Section, parse_
 STUDIES = RECIPES / "studies"
 
 
+def run_path(out: Path, seed: int, name: str) -> Path:
+    """The directory of one run of a study, below the study's directory `out`."""
+    return out / f"seed-{seed}" / name
+
+
 class StudyRun(Section):
     """One run of a study, made once per seed.
 

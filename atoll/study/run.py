@@ -14,9 +14,10 @@ from atoll.data.encode import encode_run
 from atoll.errors import AtollError
 from atoll.evaluate import evaluate_run
 from atoll.launch.run import launch_run
-from atoll.manifest import MANIFEST, Manifest, load_manifest
+from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import CARD, write_bytes, write_json
-from atoll.study.recipe import Study
+from atoll.storage.layout import CLUSTERS, ENCODED, EVALUATION, EXPERTS, MONOLITH, ROUTER, STUDENT, RunLayout
+from atoll.study.recipe import Study, run_path
 from atoll.study.table import write_results
 from atoll.synthesize import synthesize_run
 
@@ -56,7 +57,7 @@ def run_study(
             mark = {**_mark(manifest), "evaluate": manifest.evaluate.model_dump(mode="json")}
             if not _is_done(run / _EVALUATED, mark):
                 tell(f"seed {seed}, {name}: evaluating")
-                evaluate_run(run, manifest.evaluate, store=out / "evaluation")
+                evaluate_run(run, manifest.evaluate, store=out / EVALUATION)
                 write_json(run / _EVALUATED, mark)
                 write_results(study, out, seeds)
     return write_results(study, out, seeds)
@@ -64,25 +65,26 @@ def run_study(
 
 def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -> Path:
     """One run up to its ensemble; returns its directory."""
-    run, manifest = out / f"seed-{seed}" / name, study.manifest_of(name, seed)
+    run, manifest = run_path(out, seed, name), study.manifest_of(name, seed)
+    layout = RunLayout(run)
     run.mkdir(parents=True, exist_ok=True)
-    write_bytes(run / MANIFEST, yaml.safe_dump(study.content_of(name, seed), sort_keys=False).encode())
+    write_bytes(layout.manifest, yaml.safe_dump(study.content_of(name, seed), sort_keys=False).encode())
     manifest = load_manifest(run)
     like = study.runs[name].like
     if like is None:
-        _link(run / "encoded", encode_once(manifest, out) / "encoded")
+        _link(layout.encoded, RunLayout(encode_once(manifest, out)).encoded)
         cluster_run(run, manifest)
     else:
-        for part in ("encoded", "clusters", "experts"):
+        for part in (ENCODED, CLUSTERS, EXPERTS):
             _link(run / part, run.parent / like / part)
-        missing = [e.full_name for e in manifest.experts if not (run / "experts" / e.full_name / CARD).is_file()]
+        missing = [e.full_name for e in manifest.experts if not (layout.expert(e.full_name) / CARD).is_file()]
         if missing:
             raise AtollError(f"study {study.name}: run {like} has no expert {', '.join(missing)}, which {name} takes")
     drawn = study.runs[name].drawn
     mark = {**_mark(manifest), **({"drawn": drawn} if drawn else {})}
     if not _is_done(run / _TRAINED, mark):
         if drawn is None:
-            only = None if like is None else ["router", *(["monolith"] if manifest.monolith else [])]
+            only = None if like is None else [ROUTER, *([MONOLITH] if manifest.monolith else [])]
             _train(run, manifest, jobs, only)
         else:
             _train_on_draws(run, manifest, jobs, drawn)
@@ -94,7 +96,7 @@ def _train(run: Path, manifest: Manifest, jobs: int | None, only: Sequence[str] 
     _launch(run, jobs, only)
     assemble_run(run, manifest)
     if manifest.student is not None:
-        _launch(run, jobs, ["student"])
+        _launch(run, jobs, [STUDENT])
 
 
 def _launch(run: Path, jobs: int | None, only: Sequence[str] | None) -> None:
@@ -106,8 +108,8 @@ def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int
     """Router and student, below drawn/, on latents that the experts draw; they are linked beside the real data."""
     drawn = run / "drawn"
     synthesize_run(run, manifest, drawn, images=images, resume=True)
-    _train(drawn, manifest, jobs, ["router"])
-    for part in ("router", *(["student"] if manifest.student else [])):
+    _train(drawn, manifest, jobs, [ROUTER])
+    for part in (ROUTER, *([STUDENT] if manifest.student else [])):
         _link(run / part, drawn / part)
     assemble_run(run, manifest)
 
@@ -116,7 +118,7 @@ def encode_once(manifest: Manifest, out: Path) -> Path:
     """Encodes the manifest's data where no run of the study has; returns the directory that holds encoded/."""
     content = manifest.model_dump(mode="json", include=set(_OF_ENCODING))
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-    run = out / "encoded" / name
+    run = out / ENCODED / name
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "what.json", content)
     encode_run(run, manifest, resume=True)

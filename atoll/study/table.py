@@ -9,7 +9,8 @@ from typing import Any
 from atoll.evaluate.compare import likeness, open_evaluated
 from atoll.report.page import number
 from atoll.storage.artifact import read_json, write_bytes, write_json
-from atoll.study.recipe import Study
+from atoll.storage.layout import RunLayout
+from atoll.study.recipe import Study, run_path
 
 FORMAT = 1
 ERROR, LIKENESS = "denoising error", "likeness"
@@ -32,10 +33,11 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
     rows: dict[tuple[str, str], ResultRow] = {}
     for run in study.runs:
         for seed in seeds:
-            directory = out / f"seed-{seed}" / run
-            if not (directory / "report.json").is_file():
+            directory = run_path(out, seed, run)
+            report = RunLayout(directory).report_json
+            if not report.is_file():
                 continue
-            for score in read_json(directory / "report.json")["results"]["scores"]:
+            for score in read_json(report)["results"]["scores"]:
                 row = rows.setdefault((run, score["name"]), ResultRow(run, score["name"], score["axes"]))
                 named = {**score["metrics"], ERROR: score["denoising"]["mean"], "GFLOPs": score["gflops"]}
                 named[LIKENESS] = _likeness(study, out, seed, run, score["name"])
@@ -50,10 +52,10 @@ def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> flo
     if study.baseline is None:
         return None
     base, _, name = study.baseline.partition(":")
-    if not (out / f"seed-{seed}" / base / "report.json").is_file():
+    if not RunLayout(run_path(out, seed, base)).report_json.is_file():
         return None
-    a = open_evaluated(f"{out / f'seed-{seed}' / base}:{name.strip()}")
-    b = open_evaluated(f"{out / f'seed-{seed}' / run}:{variant}")
+    a = open_evaluated(f"{run_path(out, seed, base)}:{name.strip()}")
+    b = open_evaluated(f"{run_path(out, seed, run)}:{variant}")
     return likeness(a, b)[0] if a.bench == b.bench else None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from atoll.errors import AtollError
 from atoll.randomness import ShuffledPasses, cpu_generator, hashed_seed
 from atoll.storage.artifact import sha256_file
+from atoll.storage.layout import CLUSTER_PREFIX, cluster_name, cluster_path
 from atoll.storage.shards import INDEX, Shards
 
 
@@ -82,11 +83,11 @@ def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -
             cluster that does not exist; no captions given and none at hand.
     """
     if given is None:
-        found: list[Captions] = [_kept(clusters / f"cluster-{number:03d}", assignment) for number in range(k)]
+        found: list[Captions] = [_kept(cluster_path(clusters, number), assignment) for number in range(k)]
         told = "of the clusters' shards: captions shared, images not"
     elif given.is_dir():
-        names = [f"cluster-{number:03d}.txt" for number in range(k)]
-        if unknown := sorted({file.name for file in given.glob("cluster-*.txt")} - set(names)):
+        names = [f"{cluster_name(number)}.txt" for number in range(k)]
+        if unknown := sorted({file.name for file in given.glob(f"{CLUSTER_PREFIX}*.txt")} - set(names)):
             raise AtollError(f"{given / unknown[0]}: of no cluster; expected {names[0]} to {names[-1]}")
         found, told = [_listed(given / name) for name in names], "a list for each cluster"
     else:

@@ -11,9 +11,10 @@ from atoll.encoders.text import build_encoder
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
-from atoll.manifest import MANIFEST, Manifest
+from atoll.manifest import Manifest
 from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes
+from atoll.storage.layout import MANIFEST, RunLayout
 from atoll.storage.shards import refuse_foreign
 from atoll.synthesize.captions import CaptionOrder, load_captions
 from atoll.synthesize.draw import ClusterModel, Sampling
@@ -65,7 +66,7 @@ def synthesize_run(
             answers with NaN; `out` holds something else; as `load_expert`.
     """
     experts, card = _experts(run, manifest)
-    found, told = load_captions(captions, run / "clusters", manifest.clusters.k, card["assignment"])
+    found, told = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, card["assignment"])
     seed = manifest.seed if seed is None else seed
     default = manifest.sampling
     sampling = Sampling(default.steps if steps is None else steps, method or default.method, guidance, seed)
@@ -78,7 +79,7 @@ def synthesize_run(
         _claim(run, out, partial)
         partial.prepare(resume, force)
         for path in dict.fromkeys(path for paths in experts for path in paths):
-            link_expert(path, out / "experts" / path.name, force)
+            link_expert(path, RunLayout(out).expert(path.name), force)
         orders = [CaptionOrder(one, seed, cluster) for cluster, one in enumerate(found)]
         for cluster, paths in enumerate(experts):
             _draw(cluster, paths, orders[cluster], sampling, partial, progress)
@@ -92,7 +93,7 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], dict[str,
     Those that the manifest names; of a cluster the narrowest that cover it, as in an ensemble. Of experts that read
     captions differently, the condition is the manifest's.
     """
-    named = {run / "experts" / expert.full_name: expert for expert in manifest.experts}
+    named = {RunLayout(run).expert(expert.full_name): expert for expert in manifest.experts}
     cards = {path: read_card(path, "expert") for path in named if (path / CARD).is_file()}
     k, found = manifest.clusters.k, list[list[Path]]()
     for cluster in range(k):
@@ -153,8 +154,8 @@ def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
     """Puts the run's atoll.yaml into `out`. Raises AtollError if that is of something else."""
     if out.resolve() == run.resolve():
         return
-    mine, there = (run / MANIFEST).read_bytes(), out / MANIFEST
-    if partial.begun or (out / "encoded").exists():  # drawn here before: what was added to its atoll.yaml stays
+    mine, there = RunLayout(run).manifest.read_bytes(), RunLayout(out).manifest
+    if partial.begun or RunLayout(out).encoded.exists():  # drawn here before: what was added to its atoll.yaml stays
         return
     refuse_foreign(out, MANIFEST)
     if there.is_file() and there.read_bytes() != mine:

@@ -26,6 +26,7 @@ from atoll.storage.artifact import (
     write_bytes,
     write_json,
 )
+from atoll.storage.layout import ASSIGNMENT, CLUSTERS_CARD, RunLayout, cluster_path
 from atoll.storage.lock import hold
 from atoll.storage.shards import INDEX, SPLITS, Shards, ShardWriter
 from atoll.synthesize.captions import CaptionOrder
@@ -33,7 +34,6 @@ from atoll.synthesize.rows import Keys
 
 SOURCE = "experts"  # the source's name in the cards of what was drawn
 PLAN = "plan.json"
-CLUSTERS, ASSIGNMENT = "clusters.json", "assignment.parquet"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ def is_there(out: Path, plan: SynthesisPlan, force: bool) -> bool:
     Raises:
         AtollError: encoded/ or clusters/ is of something else. Where that was drawn too, `force` allows it.
     """
-    encoded, clusters = out / "encoded", out / "clusters"
+    layout = RunLayout(out)
+    encoded, clusters = layout.encoded, layout.clusters
     found = {
         encoded: read_json(encoded / INDEX).get("card") if (encoded / INDEX).is_file() else None,
-        clusters: read_json(clusters / CLUSTERS) if (clusters / CLUSTERS).is_file() else None,
+        clusters: read_json(layout.clusters_card) if layout.clusters_card.is_file() else None,
     }
     for path, card in found.items():
         source = card.get("source") if isinstance(card, dict) else None
@@ -85,7 +86,8 @@ class PartialSynthesis:
     """The directory of draws in the making, `out`/synthesized.partial; from `prepare` to the end nobody else's."""
 
     def __init__(self, out: Path, plan: SynthesisPlan):
-        self.out, self.path, self.plan = out, out / "synthesized.partial", plan
+        self.layout, self.plan = RunLayout(out), plan
+        self.path = self.layout.synthesized_partial
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> "PartialSynthesis":
@@ -149,9 +151,9 @@ class PartialSynthesis:
 
         keys, captions: of each cluster. Killed in between, it is done again.
         """
-        with whole_directory(self.out / "clusters") as directory:
+        with whole_directory(self.layout.clusters) as directory:
             self._write_clusters(directory, keys, captions)
-        with ShardWriter(self.out / "encoded", self.plan.card) as writer:
+        with ShardWriter(self.layout.encoded, self.plan.card) as writer:
             for cluster in range(self.plan.clusters):
                 self._adopt(writer, cluster, keys[cluster], captions[cluster])
         self.discard()
@@ -164,7 +166,7 @@ class PartialSynthesis:
         schema = pa.schema({"key": pa.string(), "cluster": pa.int32(), "split": pa.string()})
         with pq.ParquetWriter(directory / ASSIGNMENT, schema, compression="zstd") as table:
             for cluster in range(self.plan.clusters):
-                path = directory / f"cluster-{cluster:03d}"
+                path = cluster_path(directory, cluster)
                 with ShardWriter(path, {"cluster": cluster, **self.plan.card}) as writer:
                     self._adopt(writer, cluster, keys[cluster], captions[cluster])
                 for part in (shards := Shards(path)).parts():
@@ -172,7 +174,7 @@ class PartialSynthesis:
                     table.write_table(pa.table(rows, schema=schema), row_group_size=len(part))
                 counts.append({split: len(shards.rows(split)) for split in SPLITS})
         about = {"format": FORMAT, "kind": "clusters", "k": self.plan.clusters, **self.plan.card, "counts": counts}
-        write_json(directory / CLUSTERS, about)
+        write_json(directory / CLUSTERS_CARD, about)
 
     def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: CaptionOrder) -> None:
         """All rows of a cluster."""

@@ -14,6 +14,7 @@ from atoll.errors import AtollError
 from atoll.runtime.device import best_device
 from atoll.schedule import PATH
 from atoll.storage.artifact import read_card, read_tensors, save_artifact
+from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 from atoll.train.batches import CaptionedLatents, Rows
 from atoll.train.denoiser import CALIBRATION_ROWS, calibrate, split_holdout
@@ -76,10 +77,11 @@ def shards_of(path: Path) -> list[Path]:
         AtollError: it lies in no run, or the run has not all of them.
     """
     card = read_card(path, "expert")
-    run = next((place for place in path.resolve().parents[:2] if (place / "clusters").is_dir()), None)
+    layouts = (RunLayout(parent) for parent in path.resolve().parents[:2])
+    run = next((layout for layout in layouts if layout.clusters.is_dir()), None)
     if run is None:
         raise AtollError(f"{path}: lies in no run with clusters/; name the latents with --shards")
-    found = [run / "clusters" / f"cluster-{cluster:03d}" for cluster in card["clusters"]]
+    found = [run.cluster(cluster) for cluster in card["clusters"]]
     if missing := [place for place in found if not place.is_dir()]:
         raise AtollError(f"{missing[0]}: not found; name the latents with --shards")
     return found

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json, write_json
+from atoll.storage.layout import TrainingLayout, temporary_of
 from atoll.train.island import Island
 from atoll.train.state import Counters, State
 
-CHECKPOINT = "checkpoint.safetensors"
 NUMBERS = "numbers.json"
 
 
@@ -42,6 +42,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, mark: str, island: Island):
         self.directory, self.mark, self.island = directory, mark, island
+        self._files = TrainingLayout(directory)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -53,7 +54,7 @@ class Checkpoints:
 
     def exists(self) -> bool:
         """Whether there is one, the same answer in every process."""
-        found = (self.directory / CHECKPOINT).exists() or bool(self._sharded())
+        found = self._files.checkpoint.exists() or bool(self._sharded())
         self.island.barrier()  # before the first process writes one
         return found
 
@@ -61,7 +62,7 @@ class Checkpoints:
         """Throws all away; the others wait for the first process."""
         self.finish()
         if self.island.is_first:
-            self._remove([self.directory / CHECKPOINT, *self._sharded()])
+            self._remove([self._files.checkpoint, *self._sharded()])
         self.island.barrier()
 
     def save(self, state: State) -> None:
@@ -89,7 +90,7 @@ class Checkpoints:
         self.finish()
         self.island.barrier()  # the first process may have been writing until now
         sharded = self._sharded()
-        file = self.directory / CHECKPOINT
+        file = self._files.checkpoint
         if sharded and (not file.exists() or _age_of(sharded[-1]) > self._numbers(file).age):
             self._load_sharded(sharded[-1], state)
         else:
@@ -101,17 +102,17 @@ class Checkpoints:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        temporary = self.directory / f".{CHECKPOINT}.tmp"  # one that was cut short is written over
+        temporary = temporary_of(self._files.checkpoint)  # one that was cut short is written over
         try:
             save_file(tensors, temporary, numbers)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, self.directory / CHECKPOINT)
+            os.replace(temporary, self._files.checkpoint)
             self._remove(self._sharded())
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise AtollError(
-                f"{self.directory / CHECKPOINT}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+                f"{self._files.checkpoint}: cannot be written ({getattr(error, 'strerror', None) or error}); "
                 "the one before is untouched: make room and go on with --resume"
             ) from error
 
@@ -152,15 +153,15 @@ class Checkpoints:
 
     def _sharded(self) -> list[Path]:
         """The whole ones, the newest last."""
-        return sorted(self.directory.glob("checkpoint-*.dcp"), key=_age_of)
+        return sorted(self._files.sharded_checkpoints(), key=_age_of)
 
     def _save_sharded(self, state: State) -> None:
         from torch.distributed import checkpoint
         from torch.distributed.checkpoint.api import CheckpointException
 
         step, rollbacks = state.numbers.age
-        path = self.directory / f"checkpoint-{step:09d}-{rollbacks}.dcp"
-        temporary = self.directory / ".checkpoint.dcp.tmp"
+        path = self._files.sharded_checkpoint(step, rollbacks)
+        temporary = self._files.sharded_temporary
         if self.island.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         self.island.barrier()
@@ -170,7 +171,7 @@ class Checkpoints:
             raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
         self.island.barrier()
         if self.island.is_first:
-            older = [self.directory / CHECKPOINT, *self._sharded()]
+            older = [self._files.checkpoint, *self._sharded()]
             write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text()})
             os.replace(temporary, path)
             self._remove(older)

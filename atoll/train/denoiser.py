@@ -15,6 +15,7 @@ from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.storage.artifact import save_artifact
+from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.calibrate import measure_calibration
@@ -89,7 +90,7 @@ def train_denoiser(
     network = build_network(network_config)
     if start:
         network.load_state_dict(start.weights())
-    state = job.path.with_name(f".train-{job.name}")
+    state = TrainingLayout.of(job.path).root
     with Island.join(settings.device, settings.threads) as island:
         task = Denoising(network, objective, training, held_out, settings, job.seed, card["codec"])
         if teaching is not None:

@@ -22,11 +22,10 @@ from atoll.objective import Objective
 from atoll.schedule import PATH
 from atoll.shapes import per_sample
 from atoll.storage.artifact import read_json, sha256_file
+from atoll.storage.layout import ENSEMBLE_CARD, STUDENT, RunLayout, student_seed
 from atoll.storage.shards import Shards
 from atoll.train.denoiser import Teacher, TrainingSpec, train_denoiser
 from atoll.train.track import TrainProgress
-
-STUDENT, _SEED = "student", 998  # the seed's place beside the experts' and the monolith's
 
 
 def distil_run(
@@ -44,10 +43,10 @@ def distil_run(
     """
     if manifest.student is None:
         raise AtollError("atoll.yaml names no student; add a `student:` section with its objective")
-    clusters = tuple(range(manifest.clusters.k))
-    shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
-    job = TrainingSpec(run, run / STUDENT, STUDENT, manifest.student, clusters, manifest.seed * 1000 + _SEED)
-    teaching = _Teaching(run / "ensemble", manifest.student.teacher, shards[0].card["condition"])
+    clusters, layout = tuple(range(manifest.clusters.k)), RunLayout(run)
+    shards = [Shards(layout.cluster(k)) for k in clusters]
+    job = TrainingSpec(run, layout.student, STUDENT, manifest.student, clusters, student_seed(manifest.seed))
+    teaching = _Teaching(layout.ensemble, manifest.student.teacher, shards[0].card["condition"])
     return train_denoiser(job, manifest, shards, resume, restart, progress, teaching)
 
 
@@ -55,11 +54,11 @@ class _Teaching:
     """The run's ensemble, to be loaded where the student trains."""
 
     def __init__(self, path: Path, teacher: str, condition: dict[str, Any]):
-        if not (path / "ensemble.json").is_file():
+        if not (path / ENSEMBLE_CARD).is_file():
             raise AtollError(f"{path}: no ensemble to learn from; `atoll assemble` makes it")
-        read_json(path / "ensemble.json")
+        read_json(path / ENSEMBLE_CARD)
         self._path, self._teacher, self._encoder = path, teacher, PromptEncoder([build_encoder(condition)])
-        self.about = {"ensemble": sha256_file(path / "ensemble.json"), "by": teacher}
+        self.about = {"ensemble": sha256_file(path / ENSEMBLE_CARD), "by": teacher}
 
     def on(self, device: torch.device) -> Teacher:
         loaded = load_ensemble(self._path, device=device)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
+from atoll.storage.layout import MONOLITH, RunLayout, expert_seed, monolith_seed
 from atoll.storage.shards import Shards
 from atoll.train.denoiser import TrainingSpec, train_denoiser
 from atoll.train.track import TrainProgress
@@ -23,15 +24,15 @@ def train_expert(
         AtollError: no such expert, missing or damaged shards, NaN loss, a checkpoint in the way.
     """
     expert = manifest.find_expert(wanted)
-    shards = Shards(run / "clusters" / f"cluster-{expert.cluster:03d}")
+    shards = Shards(RunLayout(run).cluster(expert.cluster))
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
     job = TrainingSpec(
         run,
-        run / "experts" / expert.full_name,
+        RunLayout(run).expert(expert.full_name),
         expert.full_name,
         expert,
         (expert.cluster,),
-        manifest.seed * 1000 + number,
+        expert_seed(manifest.seed, number),
     )
     return train_denoiser(job, manifest, [shards], resume, restart, progress)
 
@@ -47,6 +48,7 @@ def train_monolith(
     if manifest.monolith is None:
         raise AtollError("atoll.yaml names no monolith; add a `monolith:` section with its objective")
     clusters = tuple(range(manifest.clusters.k))
-    shards = [Shards(run / "clusters" / f"cluster-{k:03d}") for k in clusters]
-    job = TrainingSpec(run, run / "monolith", "monolith", manifest.monolith, clusters, manifest.seed * 1000 + 999)
+    layout = RunLayout(run)
+    shards = [Shards(layout.cluster(k)) for k in clusters]
+    job = TrainingSpec(run, layout.monolith, MONOLITH, manifest.monolith, clusters, monolith_seed(manifest.seed))
     return train_denoiser(job, manifest, shards, resume, restart, progress)

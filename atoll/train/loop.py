@@ -18,6 +18,7 @@ from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.runtime.device import has_bf16
 from atoll.storage.artifact import CARD, read_card
+from atoll.storage.layout import TrainingLayout
 from atoll.train.checkpoint import Checkpoints, fingerprint
 from atoll.train.island import Island, gather
 from atoll.train.prefetch import Batch, Prefetcher
@@ -166,7 +167,7 @@ def _run(
             if _due(done, settings.validate_every, settings):
                 log.validated(done, _with_average(state, task.validate))
             if _due(done, settings.sample_every, settings):
-                image = directory / f"samples-{done:07d}.png" if island.is_first else None
+                image = TrainingLayout(directory).samples(done) if island.is_first else None
                 _with_average(state, partial(task.draw, file=image))
             if settings.ema_profiles and _due(done, settings.ema_snapshot_every, settings):
                 snapshots.save(state)

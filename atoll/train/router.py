@@ -15,6 +15,7 @@ from atoll.objective import Objective
 from atoll.randomness import Stream, random_rows, seeded
 from atoll.schedule import PATH, Schedule
 from atoll.storage.artifact import read_json, save_artifact
+from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
 from atoll.storage.shards import INDEX, SPLITS, Shards
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.island import Island, gathered_state
@@ -54,8 +55,7 @@ def train_router(
         "pooled_dim": encoder.pooled_dim if free.pooled else None,
         **free.model_dump(exclude={"pooled"}),
     }
-    seed = manifest.seed * 1000 + 998
-    path = run / "router"
+    seed, path = router_seed(manifest.seed), RunLayout(run).router
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
     mark = training_mark({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
@@ -66,7 +66,7 @@ def train_router(
     training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island:
         task = RouterTask(router, training, held_out, labels, settings, seed, paths)
-        trained = train(task, settings, path.with_name(".train-router"), mark, island, resume, restart, progress)
+        trained = train(task, settings, TrainingLayout.of(path).root, mark, island, resume, restart, progress)
         card = {
             "network": config,
             "clusters": clusters,
@@ -172,17 +172,17 @@ def _paths(manifest: Manifest, clusters: int) -> list[NoisePath]:
 
 def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
     """Latents, their clusters [n] int64, how many clusters there are, and the hash of the assignment."""
-    directory = run / "clusters"
-    if (directory / "router" / INDEX).is_file():
-        sample = Shards(directory / "router")
+    layout = RunLayout(run)
+    if (layout.router_sample / INDEX).is_file():
+        sample = Shards(layout.router_sample)
         return sample, sample.read("cluster", slice(None)), sample.card["clusters"], sample.card["assignment"]
-    encoded, card = Shards(run / "encoded"), read_json(directory / "clusters.json")
-    cluster_of = _assignment(directory / "assignment.parquet")
+    encoded, card = Shards(layout.encoded), read_json(layout.clusters_card)
+    cluster_of = _assignment(layout.assignment)
     try:
         labels = torch.tensor([cluster_of[key] for key in encoded.keys])
     except KeyError as error:
         raise AtollError(
-            f"{directory}: the assignment lacks the key {error}; it is of other data: run `atoll cluster --force`"
+            f"{layout.clusters}: the assignment lacks the key {error}; it is of other data: run `atoll cluster --force`"
         ) from None
     return encoded, labels, card["k"], card["assignment"]
 

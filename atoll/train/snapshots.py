@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
+from atoll.storage.layout import TrainingLayout
 from atoll.train.ema import gamma_of, solve
 from atoll.train.island import Island, gather
 from atoll.train.state import State
@@ -25,7 +26,7 @@ class Snapshots:
     """The snapshots of one training, in ema/ of its directory; those later than its state are dropped."""
 
     def __init__(self, directory: Path, mark: str, island: Island):
-        self.directory, self.mark, self.island = directory / "ema", mark, island
+        self.files, self.mark, self.island = TrainingLayout(directory), mark, island
 
     def save(self, state: "State") -> None:
         """Writes each width's average of now, whole or not at all; every process of the island must call this."""
@@ -34,14 +35,14 @@ class Snapshots:
         for number, (sigma_rel, average) in enumerate(zip(state.settings.ema_profiles, state.profiles, strict=True)):
             tensors = {name: gather(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
             if self.island.is_first:
-                self.directory.mkdir(exist_ok=True)
+                self.files.ema.mkdir(exist_ok=True)
                 told = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}
-                write_bytes(self.directory / f"{state.numbers.step:09d}-{number}.safetensors", save(tensors, told))
+                write_bytes(self.files.snapshot(state.numbers.step, number), save(tensors, told))
 
     def drop_after(self, step: int) -> None:
         """Removes those of later steps, which are to be done again."""
         if self.island.is_first:
-            for snapshot in snapshots_of(self.directory):
+            for snapshot in snapshots_of(self.files.ema):
                 if snapshot.step > step:
                     snapshot.file.unlink()
 
@@ -68,7 +69,7 @@ def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
     if out.exists():
         raise AtollError(f"{out}: exists already; choose another place, or remove it")
     card = read_card(expert, "expert")
-    directory = expert.resolve().parent / f".train-{expert.resolve().name}" / "ema"
+    directory = TrainingLayout.of(expert.resolve()).ema
     snapshots = snapshots_of(directory)
     if not snapshots:
         raise AtollError(f"{directory}: no snapshots; train with train.ema_profiles, such as [0.05, 0.1]")

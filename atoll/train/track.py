@@ -10,9 +10,8 @@ from typing import Any
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.storage.artifact import write_json
+from atoll.storage.layout import TrainingLayout, temporary_of
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 TrainProgress = Callable[[dict[str, Any]], None]
 
 
@@ -29,13 +28,13 @@ class Tracker:
         quiet: bool,
     ):
         """quiet: of another process than the first, which writes nothing."""
-        self.directory, self.settings, self.mark, self.quiet = directory, settings, mark, quiet
+        self.files, self.settings, self.mark, self.quiet = TrainingLayout(directory), settings, mark, quiet
         self.progress = None if quiet else progress
         kept = [line for line in read_metrics(directory) if line["step"] <= step]
         if not quiet:
-            temporary = directory / f".{METRICS}.tmp"
+            temporary = temporary_of(self.files.metrics)
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, directory / METRICS)
+            os.replace(temporary, self.files.metrics)
         steps = [line for line in kept if "loss" in line]
         self.last_line: dict[str, Any] = steps[-1] if steps else {}
         self.validation: dict[str, float] = next((line["val"] for line in reversed(kept) if "val" in line), {})
@@ -87,7 +86,7 @@ class Tracker:
             "skipped_batches": skipped,
         }
         if not self.quiet:
-            write_json(self.directory / SUMMARY, summary)
+            write_json(self.files.summary, summary)
         self.stop()
         return summary
 
@@ -99,7 +98,7 @@ class Tracker:
     def _write(self, line: dict[str, Any]) -> None:
         if self.quiet:
             return
-        with (self.directory / METRICS).open("a") as file:
+        with self.files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.writer is not None:
             numbers = {k: v for k, v in line.items() if isinstance(v, float)}
@@ -111,7 +110,7 @@ class _TensorBoard:
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
+        self._writer = SummaryWriter(str(TrainingLayout(directory).tensorboard))
 
     def add(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -125,7 +124,7 @@ class _Wandb:
     def __init__(self, directory: Path, settings: TrainSettings):
         import wandb
 
-        name = directory.name.removeprefix(".train-")
+        name = TrainingLayout(directory).name
         self._run = wandb.init(project="atoll", name=name, id=name, resume="allow", config=settings.model_dump())
 
     def add(self, numbers: dict[str, float], step: int) -> None:
@@ -151,7 +150,7 @@ def _writer(settings: TrainSettings, directory: Path) -> _TensorBoard | _Wandb |
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a line cut by a crash is left out."""
-    file = directory / METRICS
+    file = TrainingLayout(directory).metrics
     lines: list[dict[str, Any]] = []
     for text in file.read_text().splitlines() if file.exists() else ():
         try:

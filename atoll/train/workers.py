@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from atoll.errors import AtollError
+from atoll.storage.layout import EXIT_CRASH, EXIT_USER_ERROR
 
 _REPORT, _PARENT = "ATOLL_REPORT", "ATOLL_PARENT"  # the environment of a worker
 _GRACE = 10.0  # seconds that the others get to end by themselves once one has failed
@@ -93,7 +94,7 @@ def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) ->
     """Tells in one line what went wrong first: a mistake, else a process that was killed, else one that crashed."""
     count = len(codes)
     for rank, code in enumerate(codes):
-        if code == 2 and (lines := _lines(_report(reports, rank))):
+        if code == EXIT_USER_ERROR and (lines := _lines(_report(reports, rank))):
             raise AtollError(lines[-1])
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and code != -signal.SIGTERM:
@@ -111,7 +112,7 @@ def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) ->
 def _end(what: str) -> NoReturn:
     """No mistake of the user's, and perhaps gone at the next attempt: another exit code, as `atoll launch` reads it."""
     print(f"atoll: {what}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    sys.exit(EXIT_CRASH)
 
 
 def _report(reports: Path, rank: int) -> Path:
@@ -150,7 +151,7 @@ def reporting() -> Iterator[None]:
         mistake = isinstance(error, AtollError)
         with Path(os.environ[_REPORT]).open("a") as report:
             report.write(f"{error}\n" if mistake else traceback.format_exc())
-        _leave(2 if mistake else 1)
+        _leave(EXIT_USER_ERROR if mistake else EXIT_CRASH)
     _leave(0)
 
 
@@ -165,4 +166,4 @@ def _end_with(parent: int) -> None:
     """A worker whose parent was killed is killed too: whoever starts the training again must find nobody there."""
     while os.getppid() == parent:
         time.sleep(0.1)
-    os._exit(1)
+    os._exit(EXIT_CRASH)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from atoll.cluster import CLUSTERS, assign_only, cluster, load_assignment
+from atoll.cluster import assign_only, cluster, load_assignment
 from atoll.cluster import dedupe as present_module
 from atoll.cluster import report_rows as kept_module
 from atoll.cluster.sampling import draw, hash_keys
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json, write_json
+from atoll.storage.layout import CLUSTERS_CARD
 from atoll.storage.shards import Shards, ShardWriter
 
 K = 3
@@ -67,11 +68,11 @@ def refused(out: Path, encoded: Path, said: str) -> None:
 
 
 def test_new_images_join_the_old(tmp_path, out) -> None:
-    old, card = labels(out), read_json(out / CLUSTERS)
+    old, card = labels(out), read_json(out / CLUSTERS_CARD)
     nodes = {c: (out / f"cluster-00{c}" / "shard-00000.safetensors").stat().st_ino for c in range(K)}
     more = write(tmp_path / "more", range(90, 161), card={**CARD, "feature": {**CARD["feature"], "weights": "/there"}})
     assert "71 images added: 3 clusters of" in assign_only(out, more)
-    found, again = labels(out), read_json(out / CLUSTERS)
+    found, again = labels(out), read_json(out / CLUSTERS_CARD)
     assert list(found) == [f"k{i}" for i in range(161)]
     assert {key: found[key] for key in old} == old
     assert all(found[f"k{i}"] == found[f"k{i % 3}"] for i in range(161))
@@ -98,7 +99,7 @@ def test_what_the_report_shows_is_drawn_from_old_and_new(tmp_path, out, monkeypa
     monkeypatch.setattr(kept_module, "REPORT_IMAGES", 4)
     cluster(tmp_path / "encoded", out, K, fine=12, force=True)
     assign_only(out, write(tmp_path / "more", range(90, 150)))
-    found, assignment = labels(out), load_assignment(out, read_json(out / CLUSTERS))
+    found, assignment = labels(out), load_assignment(out, read_json(out / CLUSTERS_CARD))
     keys = list(found)
     drawn = dict(zip(keys, draw(hash_keys(keys), 0, "sample").tolist(), strict=True))
     assert Shards(out / "sample").keys == sorted(keys, key=drawn.get)[:20]
@@ -154,10 +155,10 @@ def test_no_clusters_or_damaged_ones(tmp_path, out) -> None:
     more = write(tmp_path / "more", range(90, 99))
     with pytest.raises(AtollError, match=r"clusters.json: not found"):
         assign_only(tmp_path / "nowhere", more)
-    card = read_json(out / CLUSTERS)
-    write_json(out / CLUSTERS, {**card, "assignment": "0" * 64})
+    card = read_json(out / CLUSTERS_CARD)
+    write_json(out / CLUSTERS_CARD, {**card, "assignment": "0" * 64})
     refused(out, more, "altered or damaged")
-    write_json(out / CLUSTERS, card)
+    write_json(out / CLUSTERS_CARD, card)
     (out / "centroids.safetensors").write_bytes(b"")
     refused(out, more, "cannot be read")
 

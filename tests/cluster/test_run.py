@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from atoll.cluster import CLUSTERS, cluster, cluster_run, load_assignment
+from atoll.cluster import cluster, cluster_run, load_assignment
 from atoll.cluster.balance import LARGEST, SMALLEST
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json
+from atoll.storage.layout import CLUSTERS_CARD
 from atoll.storage.shards import Shards, ShardWriter
 
 CARD = {
@@ -83,7 +84,7 @@ def test_equal_images_that_prevent_balance_are_named_with_advice_that_helps(tmp_
 def test_what_is_written(tmp_path, encoded) -> None:
     out = tmp_path / "out"
     cluster(encoded, out, 3, "free", fine=7, seed=5)
-    shards, card, found = Shards(encoded), read_json(out / CLUSTERS), labels(out)
+    shards, card, found = Shards(encoded), read_json(out / CLUSTERS_CARD), labels(out)
     assert {key: card[key] for key in ("format", "kind", "k", "method", "fine", "seed")} == {
         "format": 1, "kind": "clusters", "k": 3, "method": "free", "fine": 7, "seed": 5,
     }  # fmt: skip
@@ -109,7 +110,7 @@ def test_an_island_needs_its_directory_and_nothing_else(tmp_path, encoded) -> No
     found, whole = labels(out), Shards(encoded)
     rows = [i for i, key in enumerate(whole.keys) if found[key] == 1]
     expected = [[column[i] for i in rows] for column in (whole.keys, whole.captions, whole.splits)]
-    hashed = read_json(out / CLUSTERS)["assignment"]
+    hashed = read_json(out / CLUSTERS_CARD)["assignment"]
     island = shutil.move(out / "cluster-001", tmp_path / "island")
     shutil.rmtree(out)
     shutil.rmtree(encoded)
@@ -136,15 +137,15 @@ def test_balanced_keeps_the_bounds_where_free_does_not(tmp_path) -> None:
     with pytest.warns(UserWarning, match=r"cluster 0 holds 8.* times its fair share of 25.0%"):
         cluster(encoded, free, 4, "free")
     cluster(encoded, balanced, 4)
-    assert read_json(free / CLUSTERS)["largest_over_mean"] > 2
-    assert read_json(balanced / CLUSTERS)["largest_over_mean"] <= LARGEST
-    assert min(c["train"] for c in read_json(balanced / CLUSTERS)["counts"]) >= SMALLEST * 36 - 2
+    assert read_json(free / CLUSTERS_CARD)["largest_over_mean"] > 2
+    assert read_json(balanced / CLUSTERS_CARD)["largest_over_mean"] <= LARGEST
+    assert min(c["train"] for c in read_json(balanced / CLUSTERS_CARD)["counts"]) >= SMALLEST * 36 - 2
 
 
 def test_random_means_nothing_and_is_about_equal(tmp_path) -> None:
     encoded = write(tmp_path / "encoded", sizes=(200, 200, 200))
     cluster(encoded, tmp_path / "out", 4, "random")
-    sizes = [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS)["counts"]]
+    sizes = [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS_CARD)["counts"]]
     assert sum(sizes) == 480
     assert max(abs(size - 120) for size in sizes) < 4 * (120 * 0.75) ** 0.5  # four standard deviations
     assert len({(key[-1], number) for key, number in labels(tmp_path / "out").items()}) == 12
@@ -235,7 +236,7 @@ def test_impossible_numbers(tmp_path, encoded, k, fine, said) -> None:
 def test_as_many_clusters_as_images_and_one(tmp_path, method) -> None:
     encoded = write(tmp_path / "encoded", sizes=(6, 4))
     cluster(encoded, tmp_path / "out", 8, method)
-    assert [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS)["counts"]] == [1] * 8
+    assert [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS_CARD)["counts"]] == [1] * 8
     cluster(encoded, tmp_path / "one", 1, method)
     assert set(labels(tmp_path / "one").values()) == {0}
 
@@ -277,7 +278,7 @@ def test_the_clusters_of_a_run(run, manifest) -> None:
         writer.append(*everything, columns)
     assert "3 clusters of" in cluster_run(run, manifest)
     assert "there already" in cluster_run(run, manifest)
-    assert json.loads((run / "clusters" / CLUSTERS).read_text())["k"] == 3
+    assert json.loads((run / "clusters" / CLUSTERS_CARD).read_text())["k"] == 3
 
 
 def test_nothing_is_read_as_a_whole(tmp_path, encoded, monkeypatch) -> None:
@@ -302,19 +303,19 @@ def test_the_assignment_is_a_function_not_a_list(tmp_path, encoded) -> None:
     for name, change in (("a", {}), ("b", {"change_val": 2.0})):
         for method in ("free", "random"):
             cluster(write(tmp_path / f"encoded-{name}", **change), tmp_path / (name + method), 3, method)
-            hashes[name, method] = read_json(tmp_path / (name + method) / CLUSTERS)["assignment"]
+            hashes[name, method] = read_json(tmp_path / (name + method) / CLUSTERS_CARD)["assignment"]
     assert hashes["a", "free"] == hashes["b", "free"]
     assert hashes["a", "random"] == hashes["b", "random"]
     seen = set(hashes.values())
     for number, change in enumerate(({"seed": 1}, {"k": 2}, {"method": "balanced"}, {"method": "random", "seed": 4})):
         cluster(encoded, tmp_path / f"out-{number}", **{"k": 3, "method": "free", **change})
-        seen.add(read_json(tmp_path / f"out-{number}" / CLUSTERS)["assignment"])
+        seen.add(read_json(tmp_path / f"out-{number}" / CLUSTERS_CARD)["assignment"])
     assert len(seen) == 6
 
 
 def test_where_the_weights_lie_does_not_change_the_assignment(tmp_path, encoded) -> None:
     cluster(encoded, tmp_path / "out", 3)
-    assignment = load_assignment(tmp_path / "out", read_json(tmp_path / "out" / CLUSTERS))
+    assignment = load_assignment(tmp_path / "out", read_json(tmp_path / "out" / CLUSTERS_CARD))
     here = assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "a"})
     assert here == assignment.sha256({"name": "dinov2", "weights": "/there", "sha256": "a"})
     assert here != assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "b"})
@@ -329,7 +330,7 @@ def test_blank_images_stay_together(tmp_path) -> None:
     cluster(tmp_path / "encoded", tmp_path / "out", 3, "free")
     found = labels(tmp_path / "out")
     assert len({found[f"k{i:02d}"] for i in range(0, 60, 7)}) == 1
-    assert read_json(tmp_path / "out" / CLUSTERS)["blank"] == 9
+    assert read_json(tmp_path / "out" / CLUSTERS_CARD)["blank"] == 9
     assert "9 images have a zero vector" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -12,9 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.launch.job import (
-    BEFORE,
-    METRICS,
-    OUTPUT,
     ExitStatus,
     Process,
     ask_to_stop,
@@ -94,7 +91,7 @@ def test_a_job_says_how_it_ended(tmp_path) -> None:
 def test_what_a_job_said_before_it_was_restarted_is_kept(tmp_path) -> None:
     for said in ("first", "second", "third"):
         assert wait(Process(job(tmp_path, "a", f"print('{said}')"))).words == said
-    assert (tmp_path / "a" / BEFORE).read_text() == "second\n"
+    assert (tmp_path / "a" / "output-before.log").read_text() == "second\n"
 
 
 def test_threads_and_environment_are_the_jobs_own(tmp_path) -> None:
@@ -109,7 +106,7 @@ def test_what_is_sent_to_the_launch_is_not_sent_to_its_jobs(tmp_path) -> None:
 
 def test_a_killed_launch_leaves_no_process_behind(tmp_path) -> None:
     starter = subprocess.Popen([sys.executable, "-c", _STARTER, str(tmp_path)])
-    said = tmp_path / "a" / OUTPUT
+    said = tmp_path / "a" / "output.log"
     until(said, "\n")
     child = int(said.read_text())
     assert alive(child)
@@ -121,7 +118,7 @@ def test_a_killed_launch_leaves_no_process_behind(tmp_path) -> None:
 def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
     mine = job(tmp_path, "a", UNTIL_STOPPED)
     first = Process(mine)
-    until(tmp_path / "a" / OUTPUT, "ready")
+    until(tmp_path / "a" / "output.log", "ready")
     second = Process(mine)
     ended = second.poll()
     assert ended is not None
@@ -132,12 +129,12 @@ def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
     first.stop()
     assert wait(first) == ExitStatus(0, "saved")
     another = Process(mine)
-    until(tmp_path / "a" / OUTPUT, "ready")
+    until(tmp_path / "a" / "output.log", "ready")
     threading.Timer(0.1, another.stop).start()
     third = Process(mine, patience=SILENCE)  # it waits until the other has ended
-    assert (tmp_path / "a" / BEFORE).read_text() == "ready\nsaved\n"
+    assert (tmp_path / "a" / "output-before.log").read_text() == "ready\nsaved\n"
     assert third.poll() is None
-    until(tmp_path / "a" / OUTPUT, "ready")
+    until(tmp_path / "a" / "output.log", "ready")
     third.stop()
     third.wait()
     assert wait(third) == ExitStatus(0, "saved")
@@ -147,7 +144,7 @@ def test_who_attends_a_job_counts_its_start_and_hears_that_it_shall_stop(tmp_pat
     mine = job(tmp_path, "a", UNTIL_STOPPED)
 
     def rest(seconds: float) -> None:
-        until(tmp_path / "a" / OUTPUT, "ready")
+        until(tmp_path / "a" / "output.log", "ready")
         ask_to_stop(mine)
         time.sleep(0.02)
 
@@ -164,9 +161,9 @@ def test_the_last_step_is_read_past_what_is_cut_or_tells_of_something_else(tmp_p
     mine.directory.mkdir()
     step = {"step": 2, "loss": 1.5, "images_per_s": 9.0, "eta_s": 1.0}
     lines = [json.dumps({**step, "step": 1}), json.dumps(step), "7", '{"step": 2, "val": {}}', '{"step": 3, "lo']
-    (mine.directory / METRICS).write_text("\n".join(lines))
+    (mine.directory / "metrics.jsonl").write_text("\n".join(lines))
     assert last_metrics(mine) == step
-    (mine.directory / METRICS).write_text(f"{lines[0]}\n" * 1000 + lines[1] + "\n")
+    (mine.directory / "metrics.jsonl").write_text(f"{lines[0]}\n" * 1000 + lines[1] + "\n")
     assert last_metrics(mine) == step
 
 
@@ -174,8 +171,8 @@ def test_the_last_step_is_read_past_what_is_cut_or_tells_of_something_else(tmp_p
 def test_whatever_stands_in_the_files_is_no_error(tmp_path_factory, content) -> None:
     mine = job(tmp_path_factory.mktemp("foreign"), "a")
     mine.directory.mkdir()
-    (mine.directory / METRICS).write_bytes(content)
-    (mine.directory / OUTPUT).write_bytes(content)
+    (mine.directory / "metrics.jsonl").write_bytes(content)
+    (mine.directory / "output.log").write_bytes(content)
     assert isinstance(last_metrics(mine), dict)
     assert "\n" not in last_words(mine)
-    assert os.path.exists(mine.directory / OUTPUT)
+    assert os.path.exists(mine.directory / "output.log")

@@ -11,9 +11,9 @@ import pytest
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
-from atoll.launch.job import STARTS, ExitStatus
+from atoll.launch.job import ExitStatus
 from atoll.launch.loop import TrackedJob, run_jobs
-from atoll.launch.slurm import FOLDER, Slurm, SlurmJob, slurm_place
+from atoll.launch.slurm import Slurm, SlurmJob, slurm_place
 from tests.launch import slurm as fake
 from tests.launch.parts import Once, long_run, part_of, weights, whole_weights
 from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
@@ -96,7 +96,7 @@ def test_a_job_is_described_to_sbatch(queue, tmp_path) -> None:
     ):  # fmt: skip
         assert f"#SBATCH --{line}\n" in script
     assert script.count("cpus-per-task") == 1
-    assert (tmp_path / FOLDER).is_dir()
+    assert (tmp_path / ".slurm").is_dir()
 
 
 def test_preempted_killed_cancelled_refused(queue, tmp_path) -> None:
@@ -122,7 +122,7 @@ def test_preempted_killed_cancelled_refused(queue, tmp_path) -> None:
 def test_a_requeue_while_slurm_answers_is_counted(tmp_path) -> None:
     mine = job(tmp_path, "a")
     mine.directory.mkdir()
-    (mine.directory / STARTS).write_text("7\n")
+    (mine.directory / "starts").write_text("7\n")
 
     class Submitted:
         """Ends while `done` is answered, after a second start."""
@@ -130,7 +130,7 @@ def test_a_requeue_while_slurm_answers_is_counted(tmp_path) -> None:
         job_id, paths = "7", SimpleNamespace(result_pickle=tmp_path, stderr=tmp_path / "stderr")
 
         def done(self) -> bool:
-            (mine.directory / STARTS).write_text("7\n7\n")
+            (mine.directory / "starts").write_text("7\n7\n")
             return True
 
         state, exception = "COMPLETED", staticmethod(lambda: None)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from atoll.manifest import load_manifest
 from atoll.storage.artifact import WEIGHTS, read_card
-from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
@@ -155,7 +154,7 @@ def test_one_checkpoint_is_kept_in_the_form_of_the_last_writer(island) -> None:
     assert kept("shard-whole") == ["checkpoint-000000008-0.dcp"]
     assert kept("shard-poisoned") == ["checkpoint-000000008-1.dcp"]
     for run in ("shard-to-one", "shard-continued", "replicate-whole"):
-        assert kept(run) == [CHECKPOINT]
+        assert kept(run) == ["checkpoint.safetensors"]
     assert kept("replicate-continued") == ["checkpoint-000000008-0.dcp"]
 
 

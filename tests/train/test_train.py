@@ -17,7 +17,6 @@ from atoll.nn import build_network
 from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
-from atoll.train.checkpoint import CHECKPOINT
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
 from atoll.train.router import RouterTask, train_router
@@ -64,7 +63,7 @@ def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
 
 
 def test_the_artifact_holds_the_average_of_the_weights(trained_run) -> None:
-    state = load_file(trained_run / "experts" / f".train-{NAME}" / CHECKPOINT)
+    state = load_file(trained_run / "experts" / f".train-{NAME}" / "checkpoint.safetensors")
     saved = weights(trained_run)
     for name in ("final.weight", "embed.weight"):
         assert torch.equal(saved[f"network.{name}"], state[f"ema.{name}"])
@@ -171,7 +170,7 @@ def test_a_finished_expert_is_not_trained_again(run, manifest) -> None:
 def test_a_damaged_checkpoint_is_named(run, manifest) -> None:
     with pytest.raises(Stop):
         train_expert(run, manifest, "1", progress=stop_at(4))
-    file = run / f"experts/.train-{NAME}" / CHECKPOINT
+    file = run / f"experts/.train-{NAME}" / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(AtollError, match=r"damaged.*--restart"):
         train_expert(run, manifest, "1", resume=True)
@@ -223,7 +222,7 @@ def test_nan_again_and_again_gives_up_and_keeps_the_last_good_checkpoint(run, ma
     with pytest.raises(AtollError, match=r"is nan, after 3 returns to a checkpoint; the one of step 3 is whole"):
         train_expert(run, manifest, "1")
     assert not (run / "experts" / NAME).exists()
-    with __import__("safetensors").safe_open(run / f"experts/.train-{NAME}" / CHECKPOINT, "pt") as stored:
+    with __import__("safetensors").safe_open(run / f"experts/.train-{NAME}" / "checkpoint.safetensors", "pt") as stored:
         assert json.loads(stored.metadata()["numbers"])["step"] == 3
         assert all(torch.isfinite(stored.get_tensor(key)).all() for key in stored.keys())  # noqa: SIM118
 
