@@ -70,7 +70,9 @@ def _recalibrated(run: Path, opened: OpenRun, expert: Expert, count: int) -> Exp
     trained = card["training"]
     _, back, _ = split_holdout(shards, encoder, trained["calibration_holdout"])
     device = torch.device("cpu")
-    few = calibrate(expert.network, expert.objective, back, _mean(expert), trained["seed"], device, rows=count)
+    few = calibrate(
+        expert.network, expert.objective, back, mean=_mean(expert), seed=trained["seed"], device=device, rows=count
+    )
     return replace(expert, calibration=few)
 
 

@@ -109,7 +109,9 @@ class Training:
 
     def step(self, compiled: bool) -> None:
         module = self.compiled if compiled else self.eager
-        self.loss, _ = gradients(self.task, module, self.held, self.state, self.island, self.autocast)
+        self.loss, _ = gradients(
+            self.task, module, self.held, state=self.state, island=self.island, autocast=self.autocast
+        )
         self.state.update(learning_rate(self.state.numbers.step, self.settings))
 
 

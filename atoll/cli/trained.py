@@ -28,7 +28,9 @@ def calibrate(
     """Measure an expert's calibration on held-out latents and write it into its card."""
     from atoll.train import calibrate_expert as work
 
-    found = work.calibrate_expert(expert, shards or work.shards_of(expert), out, cast("Use", use), rows=rows, seed=seed)
+    found = work.calibrate_expert(
+        expert, shards or work.shards_of(expert), out=out, use=cast("Use", use), rows=rows, seed=seed
+    )
     typer.echo(work.table(found))
     if plot is not None:
         work.plot(found, plot, expert.name)

@@ -120,13 +120,13 @@ def launch(
     """
     from atoll.launch.run import launch_run
 
-    if not launch_run(where or run, on, jobs, gpus, retries, slurm or []):
+    if not launch_run(where or run, on=on, jobs=jobs, gpus=gpus, retries=retries, options=slurm or []):
         typer.echo("stopped; what was trained is saved, and the same command goes on", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
 def _trainer(part: str) -> Callable[..., Path]:
-    """What trains a part: (run, manifest, which one of several, resume, restart, progress) -> its directory."""
+    """What trains a part: (run, manifest, which one of several, resume=, restart=, progress=) -> its directory."""
     if part == "router":
         from atoll.train.router import train_router
 
@@ -162,7 +162,8 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
 
         try:
             part, *which = what
-            done = f"{_trainer(part)(run, load_manifest(run), *which, resume, restart, line)} written"
+            options = {"resume": resume, "restart": restart, "progress": line}
+            done = f"{_trainer(part)(run, load_manifest(run), *which, **options)} written"
         except Interrupted as stop:
             done = str(stop)
         if first:

@@ -40,6 +40,7 @@ def run_jobs(
     jobs: Iterable[Job],
     place: Backend,
     update: Callable[[list[TrackedJob]], None],
+    *,
     retries: int = 3,
     limit: int | None = None,
     interval: float = 0.5,

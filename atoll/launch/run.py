@@ -15,6 +15,7 @@ from atoll.storage.layout import MANIFEST, RunLayout, TrainingLayout
 
 def launch_run(
     run: Path,
+    *,
     on: str = "local",
     jobs: int | None = None,
     gpus: int | None = None,
@@ -42,7 +43,7 @@ def launch_run(
         run = run.parent
     manifest = load_manifest(run)
     threads = max(job.threads for job in jobs_of(run, manifest))
-    with open_place(on, run, jobs, gpus, threads, _pairs(options)) as place:
+    with open_place(on, run, jobs=jobs, gpus=gpus, threads=threads, options=_pairs(options)) as place:
         todo = jobs_of(run, manifest, place.gpus, student=only is not None)
         if only is not None:
             names = [job.name for job in todo]
@@ -50,7 +51,7 @@ def launch_run(
                 raise AtollError(f"{run}: no part {', '.join(unknown)}; expected some of {', '.join(names)}")
             todo = [job for job in todo if job.name in only]
         with LaunchView(manifest.name, place.slots) as view:
-            parts = run_jobs(todo, place, view.update, retries, jobs)
+            parts = run_jobs(todo, place, view.update, retries=retries, limit=jobs)
     failed = [part.job.name for part in parts if part.state == "failed"]
     if failed:
         logs = TrainingLayout.of(RunLayout(run).root / "**" / "*").output
@@ -70,7 +71,7 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
 
 
 def open_place(
-    on: str, run: Path, jobs: int | None, gpus: int | None, threads: int, options: Mapping[str, str]
+    on: str, run: Path, *, jobs: int | None, gpus: int | None, threads: int, options: Mapping[str, str]
 ) -> AbstractContextManager[Backend]:
     """The place called `on`; see `atoll.launch.run.launch_run`. threads: at most, of one part.
 

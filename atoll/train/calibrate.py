@@ -23,6 +23,7 @@ def measure_calibration(
     objective: Objective,
     latents: Tensor,
     condition: Condition | None,
+    *,
     mean: Tensor | None = None,
     seed: int = 0,
     samples: int = 256,

@@ -26,6 +26,7 @@ UNKNOWN = "unknown"  # the name of a converted expert's codec or condition that 
 def calibrate_expert(
     path: Path,
     shards: Sequence[Path],
+    *,
     out: Path | None = None,
     use: Use = "auto",
     rows: int = CALIBRATION_ROWS,
@@ -61,7 +62,9 @@ def calibrate_expert(
         _check(card, part)
     held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card["condition"]), path)
     seed = card.get("training", {}).get("seed", 0) if seed is None else seed
-    calibration = calibrate(expert.network, expert.objective, held_out, every.mean(), seed, device, rows)
+    calibration = calibrate(
+        expert.network, expert.objective, held_out, mean=every.mean(), seed=seed, device=device, rows=rows
+    )
     about = {"measured_on": measured_on, "rows": min(rows, len(held_out)), "seed": seed}
     tensors = {k: v for k, v in read_tensors(path, card).items() if not k.startswith("calibration.")}
     tensors |= {f"calibration.{name}": value for name, value in calibration.tensors().items()}

@@ -1,6 +1,7 @@
 """Trains one denoiser on shards: an expert, the monolith or a student."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,25 +35,26 @@ _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
 CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """What tells one training of a denoiser from another."""
+    """What distinguishes one training of a denoiser from another.
 
-    def __init__(
-        self,
-        run: Path,
-        path: Path,
-        name: str,
-        part: ExpertSettings | MonolithSettings,
-        clusters: tuple[int, ...],
-        seed: int,
-    ):
-        self.run, self.path, self.name, self.part, self.clusters, self.seed = run, path, name, part, clusters, seed
+    run: the run's directory. path: where the artifact is written. part: its section of atoll.yaml.
+    """
+
+    run: Path
+    path: Path
+    name: str
+    part: ExpertSettings | MonolithSettings
+    clusters: tuple[int, ...]
+    seed: int
 
 
 def train_denoiser(
     job: TrainingSpec,
     manifest: Manifest,
     shards: Sequence[Shards],
+    *,
     resume: bool,
     restart: bool,
     progress: TrainProgress | None,
@@ -92,11 +94,13 @@ def train_denoiser(
         network.load_state_dict(start.weights())
     state = TrainingLayout.of(job.path).root
     with Island.join(settings.device, settings.threads) as island:
-        task = Denoising(network, objective, training, held_out, settings, job.seed, card["codec"])
+        task = Denoising(network, objective, training, held_out, settings=settings, seed=job.seed, codec=card["codec"])
         if teaching is not None:
             task.teacher = teaching.on(island.device)
-        trained = train(task, settings, state, mark, island, resume, restart, progress)
-        calibration = calibrate(network, objective, held_out, training.rows.mean(), job.seed, island.device)
+        trained = train(task, settings, state, mark, island, resume=resume, restart=restart, progress=progress)
+        calibration = calibrate(
+            network, objective, held_out, mean=training.rows.mean(), seed=job.seed, device=island.device
+        )
         weights = {
             **{f"network.{name}": value for name, value in gathered_state(network).items()},
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
@@ -187,6 +191,7 @@ class Denoising(Task):
         objective: Objective,
         data: CaptionedLatents,
         held_out: CaptionedLatents,
+        *,
         settings: TrainSettings,
         seed: int,
         codec: dict[str, Any],
@@ -237,7 +242,7 @@ class Denoising(Task):
         """A grid of images by this expert alone, for captions that it was not trained on."""
         from atoll.train.draw import draw_grid
 
-        draw_grid(module, self.objective, self.held_out, self.codec, file, self.seed)
+        draw_grid(module, self.objective, self.held_out, codec=self.codec, file=file, seed=self.seed)
 
     def _null(self, device: torch.device) -> Condition:
         if self.null is None:
@@ -249,6 +254,7 @@ def calibrate(
     network: Callable[..., Tensor],
     objective: Objective,
     data: CaptionedLatents,
+    *,
     mean: Tensor,
     seed: int,
     device: torch.device,

@@ -31,6 +31,7 @@ from atoll.train.track import TrainProgress
 def distil_run(
     run: Path,
     manifest: Manifest,
+    *,
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
@@ -45,9 +46,16 @@ def distil_run(
         raise AtollError("atoll.yaml names no student; add a `student:` section with its objective")
     clusters, layout = tuple(range(manifest.clusters.k)), RunLayout(run)
     shards = [Shards(layout.cluster(k)) for k in clusters]
-    job = TrainingSpec(run, layout.student, STUDENT, manifest.student, clusters, student_seed(manifest.seed))
+    job = TrainingSpec(
+        run=run,
+        path=layout.student,
+        name=STUDENT,
+        part=manifest.student,
+        clusters=clusters,
+        seed=student_seed(manifest.seed),
+    )
     teaching = _Teaching(layout.ensemble, manifest.student.teacher, shards[0].card["condition"])
-    return train_denoiser(job, manifest, shards, resume, restart, progress, teaching)
+    return train_denoiser(job, manifest, shards, resume=resume, restart=restart, progress=progress, teaching=teaching)
 
 
 class _Teaching:

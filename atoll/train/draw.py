@@ -26,6 +26,7 @@ def draw_grid(
     module: Callable[..., Tensor],
     objective: Objective,
     data: CaptionedLatents,
+    *,
     codec: dict[str, Any],
     file: Path | None,
     seed: int,

@@ -14,6 +14,7 @@ def train_expert(
     run: Path,
     manifest: Manifest,
     wanted: str,
+    *,
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
@@ -27,19 +28,20 @@ def train_expert(
     shards = Shards(RunLayout(run).cluster(expert.cluster))
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
     job = TrainingSpec(
-        run,
-        RunLayout(run).expert(expert.full_name),
-        expert.full_name,
-        expert,
-        (expert.cluster,),
-        expert_seed(manifest.seed, number),
+        run=run,
+        path=RunLayout(run).expert(expert.full_name),
+        name=expert.full_name,
+        part=expert,
+        clusters=(expert.cluster,),
+        seed=expert_seed(manifest.seed, number),
     )
-    return train_denoiser(job, manifest, [shards], resume, restart, progress)
+    return train_denoiser(job, manifest, [shards], resume=resume, restart=restart, progress=progress)
 
 
 def train_monolith(
     run: Path,
     manifest: Manifest,
+    *,
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
@@ -50,5 +52,12 @@ def train_monolith(
     clusters = tuple(range(manifest.clusters.k))
     layout = RunLayout(run)
     shards = [Shards(layout.cluster(k)) for k in clusters]
-    job = TrainingSpec(run, layout.monolith, MONOLITH, manifest.monolith, clusters, monolith_seed(manifest.seed))
-    return train_denoiser(job, manifest, shards, resume, restart, progress)
+    job = TrainingSpec(
+        run=run,
+        path=layout.monolith,
+        name=MONOLITH,
+        part=manifest.monolith,
+        clusters=clusters,
+        seed=monolith_seed(manifest.seed),
+    )
+    return train_denoiser(job, manifest, shards, resume=resume, restart=restart, progress=progress)

@@ -97,6 +97,7 @@ def train(
     directory: Path,
     mark: str,
     island: Island,
+    *,
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
@@ -121,7 +122,18 @@ def train(
     module = island.wrap(prepared(task.module, settings), settings.sharding)
     state = State(task.module, settings)
     with Checkpoints(directory, mark, island) as checkpoints:
-        log = _run(task, module, state, checkpoints, settings, directory, island, resume, restart, progress)
+        log = _run(
+            task,
+            module,
+            state,
+            checkpoints,
+            settings=settings,
+            directory=directory,
+            island=island,
+            resume=resume,
+            restart=restart,
+            progress=progress,
+        )
     with torch.no_grad():
         for parameter, average in zip(state.parameters, state.ema, strict=True):
             parameter.copy_(average)
@@ -134,6 +146,7 @@ def _run(
     module: nn.Module,
     state: State,
     checkpoints: Checkpoints,
+    *,
     settings: TrainSettings,
     directory: Path,
     island: Island,
@@ -146,14 +159,16 @@ def _run(
     snapshots = Snapshots(directory, checkpoints.mark, island)
     _begin(state, checkpoints, snapshots, resume, restart)
     numbers = state.numbers
-    log = Tracker(directory, numbers.step, settings, checkpoints.mark, progress, quiet=not island.is_first)
+    log = Tracker(
+        directory, numbers.step, settings, mark=checkpoints.mark, progress=progress, quiet=not island.is_first
+    )
     autocast = autocast_of(settings.precision, island.device)
 
     module.train()
     with Prefetcher(lambda index: task.batch(index, share), island.device) as feed, _stop_signals() as stopped:
         while numbers.step < settings.steps:
             batch = feed.get(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
-            value, norm = gradients(task, module, batch, state, island, autocast)
+            value, norm = gradients(task, module, batch, state=state, island=island, autocast=autocast)
             if not _is_sound(value, norm, numbers, settings):
                 numbers = _roll_back(state, checkpoints, value, log)
                 snapshots.drop_after(numbers.step)
@@ -183,7 +198,7 @@ def _run(
 
 
 def gradients(
-    task: Task, module: nn.Module, batch: Batch, state: State, island: Island, autocast: Callable[[], Any]
+    task: Task, module: nn.Module, batch: Batch, *, state: State, island: Island, autocast: Callable[[], Any]
 ) -> tuple[float, float]:
     """Forward and backward, part by part: the batch's mean loss, and the norm of the gradients before clipping.
 

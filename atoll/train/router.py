@@ -31,6 +31,7 @@ _EVALUATED_ON = 2048  # held-out latents at most
 def train_router(
     run: Path,
     manifest: Manifest,
+    *,
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
@@ -65,8 +66,17 @@ def train_router(
     router = build_network(config)
     training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island:
-        task = RouterTask(router, training, held_out, labels, settings, seed, paths)
-        trained = train(task, settings, TrainingLayout.of(path).root, mark, island, resume, restart, progress)
+        task = RouterTask(router, training, held_out, labels, settings=settings, seed=seed, paths=paths)
+        trained = train(
+            task,
+            settings,
+            TrainingLayout.of(path).root,
+            mark,
+            island,
+            resume=resume,
+            restart=restart,
+            progress=progress,
+        )
         card = {
             "network": config,
             "clusters": clusters,
@@ -96,6 +106,7 @@ class RouterTask(Task):
         data: CaptionedLatents,
         held_out: CaptionedLatents,
         labels: Tensor,
+        *,
         settings: TrainSettings,
         seed: int,
         paths: Sequence[NoisePath] = (),

@@ -23,6 +23,7 @@ class Tracker:
         directory: Path,
         step: int,
         settings: TrainSettings,
+        *,
         mark: str,
         progress: TrainProgress | None,
         quiet: bool,

@@ -94,4 +94,4 @@ def test_mistakes_name_the_fix(run, tmp_path) -> None:
         with pytest.raises(AtollError, match="expected an option of sbatch and its value"):
             launch_run(run, on="slurm", options=[option])
     with pytest.raises(AtollError, match=r"no sbatch and srun|needs submitit"):
-        open_place("slurm", run, None, None, 1, {}).__enter__()
+        open_place("slurm", run, jobs=None, gpus=None, threads=1, options={}).__enter__()

@@ -57,7 +57,7 @@ def run_told(
 ) -> tuple[dict[str, TrackedJob], list[str]]:
     place = Told(ends)
     jobs = [job(tmp_path, name) for name in ends]
-    parts = run_jobs(jobs, place, lambda parts: None, retries, interval=0.0, pause=0.0)
+    parts = run_jobs(jobs, place, lambda parts: None, retries=retries, interval=0.0, pause=0.0)
     return {part.job.name: part for part in parts}, place.submitted
 
 

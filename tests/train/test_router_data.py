@@ -45,7 +45,7 @@ def test_each_row_is_noised_on_its_clusters_path(run) -> None:
     data = CaptionedLatents(Rows.of([Shards(run / "encoded")], "train"), HashEncoder(dim=8, length=4))
     paths = [(Cosine(), torch.tensor([0, 2])), (Linear(), torch.tensor([1]))]
     labels = torch.arange(len(data.rows.shards[0])) % 3
-    task = RouterTask(torch.nn.Identity(), data, data, labels, TrainSettings(batch=12), 0, paths)
+    task = RouterTask(torch.nn.Identity(), data, data, labels, settings=TrainSettings(batch=12), seed=0, paths=paths)
     batch, seen = task.batch(0, slice(0, 12)), []
 
     def module(x, t, pooled):

@@ -80,7 +80,7 @@ def test_a_router_with_pooled_reads_the_prompt(tmp_path) -> None:
     data = CaptionedLatents(Rows.of([Shards(tmp_path / "data")], "train"), encoder)
     config = {"name": "router", "size": [4, 8], "channels": 1, "patch": 2, "width": 16, "depth": 1, "heads": 2}
     router = build_network({**config, "clusters": 2, "pooled_dim": 8})
-    task = RouterTask(router, data, data, labels, TrainSettings(batch=20), seed=0)
+    task = RouterTask(router, data, data, labels, settings=TrainSettings(batch=20), seed=0)
     optimizer = torch.optim.AdamW(router.parameters(), lr=1e-2)
     for index in range(60):
         optimizer.zero_grad()
@@ -304,7 +304,7 @@ def test_a_batch_is_the_same_however_it_is_shared(tmp_path) -> None:
         columns = {"latent": latents, "latent_flip": -latents}
         writer.append([f"k{i}" for i in range(40)], captions, ["train"] * 40, columns)
     data = CaptionedLatents(Rows.of([Shards(tmp_path / "data")], "train"), HashEncoder(dim=8, length=4))
-    task = RouterTask(torch.nn.Identity(), data, data, torch.arange(40) % 2, TrainSettings(batch=12), seed=0)
+    task = RouterTask(torch.nn.Identity(), data, data, torch.arange(40) % 2, settings=TrainSettings(batch=12), seed=0)
     whole, parts = task.batch(2, slice(0, 12)), [task.batch(2, slice(i, i + 4)) for i in (0, 4, 8)]
     assert {bool(x) for x in whole["x0"][:, 0, 0, 0] < 0} == {True, False}
     for name, tensor in whole.items():
