@@ -121,7 +121,7 @@ def launch(
     from atoll.launch.run import launch_run
 
     if not launch_run(where or run, on=on, jobs=jobs, gpus=gpus, retries=retries, options=slurm or []):
-        typer.echo("stopped; what was trained is saved, and the same command goes on", err=True)
+        typer.echo("stopped; all progress is saved; run the same command to resume", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
 
 

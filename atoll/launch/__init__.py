@@ -1,8 +1,8 @@
-"""Trains what the manifest names, each part alone: in processes here, as tasks of Ray, or as jobs of Slurm.
+"""Trains every part that the manifest names, each alone: in local processes, as Ray tasks, or as Slurm jobs.
 
 job.py                      one part's training as a command line, and the process that runs it
-place.py                    what a place is; local.py, ray.py, slurm.py: the three there are
-loop.py                     submits, watches, restarts, stops
+backend.py                  the interface of a backend; local.py, ray.py and slurm.py implement it
+loop.py                     submits jobs, polls them, restarts and stops them
 progress.py                 the live table
-run.py                      all of that together
+run.py                      `atoll launch` as one function
 """

@@ -1,4 +1,4 @@
-"""What a place is: it takes jobs, and tells how they stand."""
+"""The interface of a backend: it accepts jobs and reports their status."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,28 +8,35 @@ from atoll.launch.job import ExitStatus, Job
 
 @dataclass(frozen=True)
 class Status:
-    """What a place knows of a job. started: not merely queued. restarts: those that the place made by itself."""
+    """What a backend knows about a job.
+
+    started: it runs or ran, rather than waits in a queue. exit_status: None while it runs or waits. restarts: those
+    that the backend made by itself.
+    """
 
     started: bool
-    ended: ExitStatus | None = None
+    exit_status: ExitStatus | None = None
     restarts: int = 0
 
 
 class JobHandle(Protocol):
-    """A job that a place has taken."""
+    """A submitted job."""
 
     def poll(self) -> Status: ...
 
     def stop(self) -> None:
-        """Asks it to save its state and to end, or takes it out of the queue; `poll` tells when it has."""
+        """Request that the job saves its state and exits, or cancel it in the queue; `poll` reports when it is done."""
 
 
 class Backend(Protocol):
-    """Where jobs run. slots: how many at a time; None: it has a queue of its own. gpus: of each part.
-    outlives: whether jobs go on when the launch itself was killed."""
+    """Where jobs run.
+
+    slots: how many run at a time; None: the backend has a queue of its own. gpus: per part. survives_launch: jobs go on
+    if the launching process is killed.
+    """
 
     slots: int | None
     gpus: int
-    outlives: bool
+    survives_launch: bool
 
     def submit(self, job: Job) -> JobHandle: ...

@@ -1,9 +1,10 @@
-"""One part's training as a command line, and as a process that ends with whoever started it.
+"""One part's training as a command line, and as a process that ends together with the process that started it.
 
-Beside a part's checkpoint and metrics.jsonl its directory holds, of a launch:
-    output.log   what its process said since the last start; output-before.log: until then
-    lock         held by the process while it lives: no second one trains the same part
-    starts       one line per start of a job in a queue; `stop`, while it exists, asks such a job to save and end
+In the training's directory a launch writes, beside the checkpoint and the metrics (`atoll.storage.layout`):
+    output.log   what the process printed since its last start; output-before.log: since the start before that
+    lock         held by the process while it lives, so that no second process trains the same part
+    starts       one line per start of a queued job
+    stop         while it exists, a queued job saves its state and exits
 """
 
 import json
@@ -31,19 +32,19 @@ from atoll.storage.layout import (
 )
 from atoll.storage.lock import try_lock
 
-# Seconds after which a file server takes the lock from a machine that is gone (NFS: 90).
-PATIENCE = 120.0
-_OF_A_STEP = {"step", "loss", "images_per_s", "eta_s"}
-_TAIL = 8192  # bytes of a file's end that are looked at
+# Seconds to wait for a lock that a lost machine may still hold: a file server releases it after a while (NFS: 90).
+LOCK_TIMEOUT = 120.0
+_STEP_KEYS = {"step", "loss", "images_per_s", "eta_s"}  # a line of metrics.jsonl with these describes a training step
+_TAIL = 8192  # bytes read from the end of a file
 
-# Runs a command in place of this process, which the kernel kills when its parent is gone, also by force. Whoever starts
-# the part again, perhaps on another machine, must not find the old process still writing.
+# Replaces itself by the command, after asking the kernel to kill it when its parent is gone, even if that was killed.
+# Otherwise a restarted part, perhaps on another machine, would find the old process still writing.
 _WITH_PARENT = f"""
 import os, sys
 if sys.platform == "linux":
     import ctypes, signal
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):  # gone before that
+if os.getppid() != int(sys.argv[1]):  # the parent ended before the line above
     os._exit({EXIT_KILLED})
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
@@ -51,10 +52,10 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 @dataclass(frozen=True)
 class Job:
-    """One part's training, which any machine that sees its directory can run.
+    """One part's training; any machine that sees its directory can run it.
 
-    arguments: after `python`. directory: of its checkpoint, metrics.jsonl and output.log. result: a file that is there
-    once it is done. steps and work: optimizer steps, and images in all. threads and gpus: what it is given.
+    arguments: what follows `python`. directory: where the training keeps its state. result: exists once the training is
+    complete. steps: optimizer steps. images: images seen in all of them. threads, gpus: resources of the process.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Job:
     directory: Path
     result: Path
     steps: int
-    work: float
+    images: float
     threads: int = 1
     gpus: int = 0
 
@@ -74,18 +75,26 @@ class Job:
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a job ended: its exit code (negative: the signal; None: nobody saw it, as its machine is gone), and its last
-    words."""
+    """How a job ended.
+
+    code: the exit code; negative: the signal that killed it; None: unknown, because its machine is gone. message: the
+    last line of its output, or the reason.
+    """
 
     code: int | None
-    words: str
+    message: str
 
 
 def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False) -> list[Job]:
-    """Every training that the manifest names, the longest first; the student's, which needs what the others made, only
-    where asked. gpus: of a part that may train on GPUs."""
-    run = run.resolve()  # another machine has another working directory
-    layout = RunLayout(run)
+    """List every training that the manifest names, the longest first.
+
+    Args:
+        run: the run's directory.
+        manifest: its atoll.yaml.
+        gpus: GPUs of each part that may train on GPUs.
+        student: include the student, which needs the ensemble that the other parts make.
+    """
+    layout = RunLayout(run.resolve())  # absolute, because another machine has another working directory
     parts: list[tuple[Path, list[str], Any]] = [
         (layout.expert(e.full_name), ["train", "expert", e.full_name], e) for e in manifest.experts
     ]
@@ -95,35 +104,44 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
     if student and manifest.student is not None:
         parts.append((layout.student, ["distil"], manifest.student))
     jobs = []
-    for artifact, words, part in parts:
-        name = artifact.name
+    for artifact, command, part in parts:
         settings = manifest.train_of(part)
-        arguments = ("-m", "atoll", *words, "--run", str(run), "--resume", "--quiet")
-        mine = 0 if settings.device == "cpu" else min(gpus, 1) if name == STUDENT else gpus
-        if mine > 1:
-            arguments += ("--nproc", str(mine))
-        work = float(settings.steps * settings.batch)
+        arguments = ("-m", "atoll", *command, "--run", str(layout.root), "--resume", "--quiet")
+        # The student trains on one GPU at most.
+        part_gpus = 0 if settings.device == "cpu" else min(gpus, 1) if artifact.name == STUDENT else gpus
+        if part_gpus > 1:
+            arguments += ("--nproc", str(part_gpus))
         job = Job(
-            name, arguments, TrainingLayout.of(artifact).root, artifact / CARD, settings.steps, work,
-            settings.threads, mine,
-        )  # fmt: skip
+            name=artifact.name,
+            arguments=arguments,
+            directory=TrainingLayout.of(artifact).root,
+            result=artifact / CARD,
+            steps=settings.steps,
+            images=float(settings.steps * settings.batch),
+            threads=settings.threads,
+            gpus=part_gpus,
+        )
         jobs.append(job)
-    return sorted(jobs, key=lambda job: -job.work)
+    return sorted(jobs, key=lambda job: -job.images)
 
 
 class Process:
-    """A job's process, a child of this one, started by `Process(job)`.
+    """A job's process, a child of this one; constructing it starts the process.
 
-    environment: beside what this process has. patience: seconds to wait for the lock, where another may hold it still.
+    Args:
+        job: what to run.
+        environment: variables to set beside those of this process.
+        lock_timeout: seconds to wait for the lock while another process may still hold it.
     """
 
-    def __init__(self, job: Job, environment: Mapping[str, str] | None = None, patience: float = 0.0):
+    def __init__(self, job: Job, environment: Mapping[str, str] | None = None, lock_timeout: float = 0.0):
         self.job = job
         job.directory.mkdir(parents=True, exist_ok=True)
         with job.files.lock.open("w") as lock:
-            self._held_elsewhere = not try_lock(lock.fileno(), patience)
+            self._held_elsewhere = not try_lock(lock.fileno(), lock_timeout)
             if self._held_elsewhere:
                 return
+            # Keep the output of the start before, which may explain why there is another one.
             with suppress(FileNotFoundError):
                 os.replace(job.files.output, job.files.output_before)
             with job.files.output.open("wb") as output:
@@ -133,82 +151,91 @@ class Process:
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, "OMP_NUM_THREADS": str(job.threads), **(environment or {})},
-                    pass_fds=[lock.fileno()],  # so the lock is the child's, until it ends
-                    start_new_session=True,  # what is sent to this process (Ctrl-C, Slurm's USR2) is not sent to it too
+                    pass_fds=[lock.fileno()],  # the child inherits the lock and holds it until it exits
+                    start_new_session=True,  # signals to this process (Ctrl-C, Slurm's USR2) do not reach the child
                 )
 
     def poll(self) -> ExitStatus | None:
-        """None while it runs."""
+        """Return how it ended, or None while it runs."""
         if self._held_elsewhere:
-            lock = self.job.files.lock
-            return ExitStatus(
-                EXIT_USER_ERROR, f"another process trains it: end that, or wait for it; is there none, remove {lock}"
-            )
+            message = f"another process trains it: stop it or wait; if none is running, remove {self.job.files.lock}"
+            return ExitStatus(EXIT_USER_ERROR, message)
         code = self._child.poll()
-        return None if code is None else ExitStatus(code, last_words(self.job))
+        return None if code is None else ExitStatus(code, last_output_line(self.job))
 
     def stop(self) -> None:
-        """Asks it to save its state and to end."""
+        """Request that it saves its state and exits."""
         if not self._held_elsewhere:
             self._child.terminate()
 
     def wait(self) -> None:
-        """Until it has ended; for a signal's handler, which must not wait as the code that it interrupted does."""
+        """Wait until it has exited.
+
+        Made for signal handlers: it takes none of the locks that the interrupted code may hold.
+        """
         if not self._held_elsewhere and self._child.returncode is None:
-            with suppress(ChildProcessError):  # somebody has asked already how it ended
+            with suppress(ChildProcessError):  # its exit code was read already
                 os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
 
 
-def attend(process: Process, token: str, rest: Callable[[float], None] = time.sleep) -> ExitStatus:
-    """Waits for a job's process, on whatever machine, and stops it when its `stop` file is there."""
-    job, stopped = process.job, False
-    with job.files.starts.open("a") as starts:
+def supervise(process: Process, token: str, sleep: Callable[[float], None] = time.sleep) -> ExitStatus:
+    """Wait for a queued job's process on the machine where it runs; stop it when its `stop` file appears.
+
+    Args:
+        process: the job's process.
+        token: identifies the submission; one line of it is added to `starts`.
+        sleep: waits for the given seconds.
+    """
+    files, stopping = process.job.files, False
+    with files.starts.open("a") as starts:
         starts.write(f"{token}\n")
-    while (ended := process.poll()) is None:
-        if not stopped and job.files.stop.exists():
+    while (exit_status := process.poll()) is None:
+        if not stopping and files.stop.exists():
             process.stop()
-            stopped = True
-        rest(0.2)
-    return ended
+            stopping = True
+        sleep(0.2)
+    return exit_status
 
 
-def starts_of(job: Job, token: str) -> int:
-    """How often a job in a queue was started under this token."""
+def count_starts(job: Job, token: str) -> int:
+    """Count how often a queued job was started under this token."""
     try:
         return job.files.starts.read_text().split().count(token)
     except FileNotFoundError:
         return 0
 
 
-def ask_to_stop(job: Job) -> None:
-    """Asks a job that runs elsewhere; see `attend`."""
+def request_stop(job: Job) -> None:
+    """Request that a job on another machine saves its state and exits; see `supervise`."""
     job.directory.mkdir(parents=True, exist_ok=True)
     job.files.stop.touch()
 
 
-def clear_stop(job: Job) -> None:
+def clear_stop_request(job: Job) -> None:
+    """Withdraw `request_stop`, before the job is submitted again."""
     job.files.stop.unlink(missing_ok=True)
 
 
-def last_words(job: Job) -> str:
-    """The last line of output.log that says something."""
+def last_output_line(job: Job) -> str:
+    """Return the last line of output.log that is not blank; "" if there is none."""
     lines = [text.strip() for text in _tail(job.files.output) if text.strip()]
     return lines[-1] if lines else ""
 
 
 def last_metrics(job: Job) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl that tells of a step; empty where there is none."""
+    """Return the last complete line of metrics.jsonl that describes a training step; {} if there is none."""
     for text in reversed(_tail(job.files.metrics)):
         try:
             line = json.loads(text)
-        except ValueError:  # cut, by a crash or by this reading
+        except ValueError:  # cut off, by a crash or because `_tail` starts in the middle of it
             continue
-        if isinstance(line, dict) and line.keys() >= _OF_A_STEP:  # others tell of a validation, or of an event
+        if isinstance(line, dict) and line.keys() >= _STEP_KEYS:  # other lines describe a validation or an event
             return line
     return {}
 
 
 def name_of_signal(number: int) -> str:
+    """SIGKILL for 9; "signal 99" for a number that has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -216,6 +243,7 @@ def name_of_signal(number: int) -> str:
 
 
 def _tail(file: Path) -> list[str]:
+    """Return the last lines of a file, of which the first may be cut off; [] if it cannot be read."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))

@@ -1,4 +1,4 @@
-"""Processes on this machine: each has GPUs of its own where there are GPUs, else its threads' share of the cores."""
+"""Local processes: each has GPUs of its own if the machine has GPUs, else its threads' share of the cores."""
 
 import os
 from collections.abc import Iterator
@@ -8,55 +8,62 @@ from atoll.errors import AtollError
 from atoll.launch.backend import Status
 from atoll.launch.job import Job, Process
 
-_GPUS = "CUDA_VISIBLE_DEVICES"
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Local:
-    """`slots` jobs at a time. devices: the GPUs there are, as CUDA_VISIBLE_DEVICES names them; each job gets `gpus`."""
+    """`slots` jobs at a time. devices: all GPUs, as CUDA_VISIBLE_DEVICES names them; each job gets `gpus` of them."""
 
-    outlives = False
+    survives_launch = False
 
     def __init__(self, slots: int, devices: list[str] | None = None, gpus: int = 0):
         self.slots: int | None = slots
         self.gpus = gpus
-        self.free = list(devices or [])
+        self.free_devices = list(devices or [])
 
     def submit(self, job: Job) -> "LocalJob":
         return LocalJob(self, job)
 
 
 class LocalJob:
-    """A process; its GPUs are free again when it has ended."""
+    """A local process; it returns its GPUs when it exits."""
 
-    def __init__(self, place: Local, job: Job):
-        self.place = place
-        self.devices, place.free = place.free[: job.gpus], place.free[job.gpus :]
-        self.process = Process(job, {_GPUS: ",".join(self.devices)} if place.gpus else None)
+    def __init__(self, backend: Local, job: Job):
+        self.backend = backend
+        self.devices, backend.free_devices = backend.free_devices[: job.gpus], backend.free_devices[job.gpus :]
+        self.process = Process(job, {_VISIBLE_GPUS: ",".join(self.devices)} if backend.gpus else None)
 
     def poll(self) -> Status:
-        ended = self.process.poll()
-        if ended is not None:
-            self.place.free += self.devices
+        exit_status = self.process.poll()
+        if exit_status is not None:
+            self.backend.free_devices += self.devices
             self.devices = []
-        return Status(started=True, ended=ended)
+        return Status(started=True, exit_status=exit_status)
 
     def stop(self) -> None:
         self.process.stop()
 
 
 @contextmanager
-def local_place(jobs: int | None, gpus: int | None, threads: int = 1) -> Iterator[Local]:
-    """This machine. jobs: at a time; None: one per GPU, or per `threads` cores. gpus: of each; None: one, if any.
+def local_backend(jobs: int | None, gpus: int | None, threads: int = 1) -> Iterator[Local]:
+    """Open this machine as a backend.
+
+    Args:
+        jobs: how many run at a time; None: one per GPU, or one per `threads` cores.
+        gpus: per job; None: one if the machine has any.
+        threads: per job, on a CPU.
 
     Raises:
-        AtollError: fewer GPUs than one job shall have.
+        AtollError: the machine has fewer GPUs than one job needs.
     """
     devices = _devices() if gpus != 0 else []
     if gpus and gpus > len(devices):
-        raise AtollError(f"--gpus {gpus}: this machine has {len(devices)}")
-    each = (gpus or 1) if devices else 0
-    most = len(devices) // each if each else jobs or max(1, len(os.sched_getaffinity(0)) // threads)
-    yield Local(min(most, jobs or most), devices, each)
+        raise AtollError(f"--gpus {gpus}: this machine has {len(devices)}; lower it")
+    gpus_per_job = (gpus or 1) if devices else 0
+    cores = len(os.sched_getaffinity(0))
+    # More jobs than cores are the user's choice; more jobs than GPUs are not possible.
+    max_jobs = len(devices) // gpus_per_job if gpus_per_job else jobs or max(1, cores // threads)
+    yield Local(min(max_jobs, jobs or max_jobs), devices, gpus_per_job)
 
 
 def _devices() -> list[str]:
@@ -64,5 +71,5 @@ def _devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    named = [name for name in os.environ.get(_GPUS, "").split(",") if name]
+    named = [name for name in os.environ.get(_VISIBLE_GPUS, "").split(",") if name]
     return named[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""The loop of a launch: submits every part to a place, watches, restarts what died, and stops all in order."""
+"""The launch loop: it submits every part to a backend, polls, restarts what crashed, and stops everything in order."""
 
 import signal
 import time
@@ -13,15 +13,17 @@ from atoll.launch.job import ExitStatus, Job, last_metrics, name_of_signal
 from atoll.storage.layout import EXIT_USER_ERROR
 
 PartState = Literal["waiting", "running", "stopping", "done", "failed", "stopped"]
-_LONGEST_PAUSE = 60.0  # seconds before a restart
+_MAX_PAUSE = 60.0  # seconds before a restart
 
 
 @dataclass
 class TrackedJob:
-    """A job in this launch, and how it stands.
+    """A job of this launch and its state.
 
-    restarts: since the launch began, by it or by the place. metrics: the last line that tells of a step; fresh: whether
-    of this start. deaths: what its retries are counted by. earlier: restarts before the present submission.
+    restarts: since the launch began, by the launch or by the backend. metrics: the last line that describes a training
+    step. fresh: whether that line is from the current start. error: why it failed, or why it is being restarted.
+    handle: None unless submitted. crashes: counted against the retries. earlier_restarts: those before the current
+    submission. restart_at: on the monotonic clock, after a crash.
     """
 
     job: Job
@@ -30,15 +32,15 @@ class TrackedJob:
     metrics: dict[str, Any] = field(default_factory=dict)
     fresh: bool = False
     error: str = ""
-    submitted: JobHandle | None = None
-    deaths: int = 0
-    earlier: int = 0
-    not_before: float = 0.0  # on the monotonic clock, after a death
+    handle: JobHandle | None = None
+    crashes: int = 0
+    earlier_restarts: int = 0
+    restart_at: float = 0.0
 
 
 def run_jobs(
     jobs: Iterable[Job],
-    place: Backend,
+    backend: Backend,
     update: Callable[[list[TrackedJob]], None],
     *,
     retries: int = 3,
@@ -46,25 +48,32 @@ def run_jobs(
     interval: float = 0.5,
     pause: float = 1.0,
 ) -> list[TrackedJob]:
-    """Runs all jobs; none waits for another's success. One that dies is restarted, one that makes a mistake is not.
+    """Run all jobs; none depends on another. One that crashes is restarted, one that ends with a user error is not.
 
-    Whatever ends this function early (Ctrl-C and SIGTERM too) asks the running jobs to save their state and waits for
-    them; a second Ctrl-C does not wait.
+    Whatever ends this function early, Ctrl-C and SIGTERM included, first stops the running jobs and waits until they
+    have saved their state; a second Ctrl-C does not wait.
 
     Args:
-        update: hears of all parts, each `interval` seconds.
-        limit: jobs at a time, beside what the place itself can hold.
+        jobs: what to run.
+        backend: where.
+        update: called with all parts, every `interval` seconds.
+        retries: restarts of a part after crashes.
+        limit: jobs at a time, if fewer than the backend has slots.
+        interval: seconds between polls.
         pause: seconds before the first restart of a job; doubled for each further one.
+
+    Returns:
+        The parts in their final states.
     """
     parts = [TrackedJob(job) for job in jobs]
-    slots = min(place.slots or len(parts), limit or len(parts))
-    with _signals_to_stop(place.outlives) as stopped:
+    slots = min(backend.slots or len(parts), limit or len(parts))
+    with _signals_to_stop(backend.survives_launch) as stopped:
         try:
             while not stopped() and any(part.state in ("waiting", "running") for part in parts):
-                for part in _next(parts, slots):
-                    _submit(part, place)
+                for part in _ready(parts, slots):
+                    _submit(part, backend)
                 for part in parts:
-                    _look(part, retries, pause)
+                    _poll(part, retries, pause)
                 update(parts)
                 time.sleep(interval)
         finally:
@@ -73,102 +82,105 @@ def run_jobs(
     return parts
 
 
-def _next(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
-    """Those to be submitted now."""
-    free = slots - sum(part.submitted is not None for part in parts)
+def _ready(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
+    """The waiting parts that fit into the free slots."""
+    free = slots - sum(part.handle is not None for part in parts)
     now = time.monotonic()
-    ready = [p for p in parts if p.state == "waiting" and p.submitted is None and p.not_before <= now]
+    ready = [p for p in parts if p.state == "waiting" and p.handle is None and p.restart_at <= now]
     return ready[: max(0, free)]
 
 
-def _submit(part: TrackedJob, place: Backend) -> None:
+def _submit(part: TrackedJob, backend: Backend) -> None:
     part.metrics, part.fresh = last_metrics(part.job), False
     try:
-        part.submitted = place.submit(part.job)
+        part.handle = backend.submit(part.job)
     except AtollError as error:
         part.state, part.error = "failed", str(error)
 
 
-def _look(part: TrackedJob, retries: int, pause: float) -> None:
-    """Learns how a submitted part stands, and decides what becomes of it if it has ended."""
-    if part.submitted is None:
+def _poll(part: TrackedJob, retries: int, pause: float) -> None:
+    """Update a submitted part's state; if it has ended, decide whether it is done, failed or to be restarted."""
+    if part.handle is None:
         return
-    status = part.submitted.poll()
+    # Take over what the backend and the metrics say.
+    status = part.handle.poll()
     part.state = "running" if status.started else "waiting"
-    part.restarts = part.earlier + status.restarts
+    part.restarts = part.earlier_restarts + status.restarts
     metrics = last_metrics(part.job)
     part.fresh = part.fresh or metrics != part.metrics
     part.metrics = metrics or part.metrics
-    if status.ended is None:
+    if status.exit_status is None:
         return
-    part.submitted = None
-    if status.ended.code == 0 and part.job.result.exists():
+    # It has ended: an exit code of 0 counts only if the artifact is there, as a stopped training exits with 0 too.
+    part.handle = None
+    if status.exit_status.code == 0 and part.job.result.exists():
         part.state = "done"
-    elif status.ended.code == EXIT_USER_ERROR or part.deaths >= retries:
-        part.state, part.error = "failed", _told(status.ended, part.deaths)
+    elif status.exit_status.code == EXIT_USER_ERROR or part.crashes >= retries:
+        part.state, part.error = "failed", _describe(status.exit_status, part.crashes)
     else:
-        part.state, part.error = "waiting", _told(status.ended, 0)
-        part.not_before = time.monotonic() + min(_LONGEST_PAUSE, pause * 2**part.deaths)
-        part.deaths += 1
-        part.restarts = part.earlier = part.restarts + 1
+        part.state, part.error = "waiting", _describe(status.exit_status, 0)
+        part.restart_at = time.monotonic() + min(_MAX_PAUSE, pause * 2**part.crashes)
+        part.crashes += 1
+        part.restarts = part.earlier_restarts = part.restarts + 1
 
 
-def _told(ended: ExitStatus, deaths: int) -> str:
-    """One line: what ended it, after how many deaths, and what it said last."""
-    if ended.code == EXIT_USER_ERROR:
-        return ended.words
-    how: list[str] = []
-    if ended.code == 0:
-        how.append("ended before it was done")
-    elif ended.code == -signal.SIGKILL:
-        how.append("ended by SIGKILL (out of memory?)")
-    elif ended.code is not None:
-        how.append(f"ended by {name_of_signal(-ended.code)}" if ended.code < 0 else f"ended with code {ended.code}")
-    if deaths:
-        how.append(f"after {deaths} restart{'s' if deaths > 1 else ''}")
-    return ": ".join(text for text in (", ".join(how), ended.words) if text)
+def _describe(exit_status: ExitStatus, crashes: int) -> str:
+    """One line: what ended the job, after how many restarts, and its last message."""
+    code = exit_status.code
+    if code == EXIT_USER_ERROR:
+        return exit_status.message
+    reason: list[str] = []
+    if code == 0:
+        reason.append("exited before it was done")
+    elif code == -signal.SIGKILL:
+        reason.append("killed by SIGKILL (out of memory?)")
+    elif code is not None:
+        reason.append(f"killed by {name_of_signal(-code)}" if code < 0 else f"exited with code {code}")
+    if crashes:
+        reason.append(f"after {crashes} restart{'s' if crashes > 1 else ''}")
+    return ": ".join(text for text in (", ".join(reason), exit_status.message) if text)
 
 
 def _stop(parts: list[TrackedJob], update: Callable[[list[TrackedJob]], None], interval: float) -> None:
-    """Asks all submitted parts to end, and waits until they have."""
-    running = [part for part in parts if part.submitted is not None]
+    """Stop all submitted parts, and wait until they have saved and exited."""
+    running = [part for part in parts if part.handle is not None]
     for part in running:
-        assert part.submitted is not None
-        part.submitted.stop()
+        assert part.handle is not None
+        part.handle.stop()
         part.state = "stopping"
     while running:
         for part in running:
-            assert part.submitted is not None
+            assert part.handle is not None
             part.metrics = last_metrics(part.job) or part.metrics
-            status = part.submitted.poll()
-            if status.ended is not None:
-                done = status.ended.code == 0 and part.job.result.exists()
+            status = part.handle.poll()
+            if status.exit_status is not None:
+                done = status.exit_status.code == 0 and part.job.result.exists()
                 part.state = "done" if done else "stopped" if status.started else "waiting"
-                part.submitted = None
-        running = [part for part in running if part.submitted is not None]
+                part.handle = None
+        running = [part for part in running if part.handle is not None]
         update(parts)
         time.sleep(min(interval, 0.1))
 
 
 @contextmanager
-def _signals_to_stop(outlives: bool) -> Iterator[Callable[[], bool]]:
-    """Within it the first SIGINT, SIGTERM or SIGHUP is noted; the second SIGINT is a KeyboardInterrupt again.
+def _signals_to_stop(survives_launch: bool) -> Iterator[Callable[[], bool]]:
+    """Within it, the first SIGINT, SIGTERM or SIGHUP is recorded; a second SIGINT raises KeyboardInterrupt as usual.
 
-    outlives: a closed terminal (SIGHUP) does not end the jobs. Nor does it where it is ignored, under nohup.
+    SIGHUP (a closed terminal) is left alone if the jobs survive the launch, and if it is ignored, as under nohup.
     """
-    seen: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, _: Any) -> None:
-        seen.append(number)
+    def record(number: int, _: Any) -> None:
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if not outlives and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if not survives_launch and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
-    previous = {number: signal.signal(number, note) for number in numbers}
+    previous = {number: signal.signal(number, record) for number in numbers}
     try:
-        yield lambda: bool(seen)
+        yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

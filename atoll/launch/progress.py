@@ -14,16 +14,22 @@ from atoll.launch.loop import TrackedJob
 
 _COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
 _COLOURS |= {"stopping": "yellow", "stopped": "yellow"}
-_ORDER = ["failed", "running", "stopping", "stopped", "waiting", "done"]  # of what is shown where not all can be
-_GAP, _BAR = 2, 16  # characters between columns, and of a progress bar
-_AROUND = 4  # lines beside those of the parts: the title, the header, what is left out, the cursor's
+_PRIORITY = ["failed", "running", "stopping", "stopped", "waiting", "done"]  # if not all parts fit on the screen
+_GAP, _BAR = 2, 16  # characters: between columns, and the width of a progress bar
+_OTHER_LINES = 4  # title, header, the parts left out, the cursor
+_LOG_EVERY = 10.0  # seconds, without a terminal
 
 
 class LaunchView:
-    """`with LaunchView("glyphs", slots) as view: run_jobs(jobs, place, view.update)`. slots: None in a queue.
+    """Shows a launch: `with LaunchView("glyphs", slots) as view: run_jobs(jobs, backend, view.update)`.
 
-    On a terminal a table that repaints itself; elsewhere (a log, CI) a line every ten seconds, and one for each part
-    that ends or is started again.
+    On a terminal it is a table that repaints itself; elsewhere (a log, CI) a line every ten seconds, and one for each
+    part that ends or restarts.
+
+    Args:
+        title: the run's name.
+        slots: jobs at a time; None: the backend has a queue of its own.
+        console: where it is shown; None: stderr.
     """
 
     def __init__(self, title: str, slots: int | None, console: Console | None = None):
@@ -31,7 +37,7 @@ class LaunchView:
         self.console = console or Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self.began = time.monotonic()
-        self.spoke = float("-inf")
+        self.last_log = float("-inf")
         self.seen: dict[str, tuple[str, int]] = {}
         self.parts: list[TrackedJob] = []
 
@@ -46,31 +52,33 @@ class LaunchView:
         if self.live:
             self.live.stop()
         elif self.parts:
-            self._say(self._summary(self.parts))
+            self._log(self._summary(self.parts))
 
     def update(self, parts: list[TrackedJob]) -> None:
+        """Show the parts as they are now."""
         self.parts = parts
         if self.live:
             self.live.update(self.table(parts))
             return
+        # Without a terminal: one line per event, and a summary now and then.
         for part in parts:
-            news = (part.state, part.restarts)
             before = self.seen.get(part.job.name, ("waiting", 0))
             if part.state in ("done", "failed", "stopped") and part.state != before[0]:
-                self._say(f"{part.job.name} {part.state}" + (f": {part.error}" if part.state == "failed" else ""))
+                self._log(f"{part.job.name} {part.state}" + (f": {part.error}" if part.state == "failed" else ""))
             elif part.restarts > before[1]:
-                self._say(f"{part.job.name} is started again: {part.error or 'by its queue'}")
-            self.seen[part.job.name] = news
-        if time.monotonic() - self.spoke >= 10:
-            self.spoke = time.monotonic()
-            running = ", ".join(_in_words(part) for part in parts if part.state == "running")
-            self._say(f"{self._summary(parts)}; {running or 'none running'}")
+                self._log(f"{part.job.name} restarts: {part.error or 'requeued'}")
+            self.seen[part.job.name] = (part.state, part.restarts)
+        if time.monotonic() - self.last_log >= _LOG_EVERY:
+            self.last_log = time.monotonic()
+            running = ", ".join(_log_text(part) for part in parts if part.state == "running")
+            self._log(f"{self._summary(parts)}; {running or 'none running'}")
 
     def table(self, parts: list[TrackedJob]) -> Group:
+        """The summary, a row per part, and the errors; fits the console's width and height."""
         shown = self._shown(parts)
         heads = ("part", "state", "step", "loss", "images/s", "left", "restarts")
         rows = [_cells(part) for part in shown]
-        # Numbers are shown whole; a name is cut, and the bar left out, where there is no room for them.
+        # Numbers are never cut. If the console is narrow, the progress bar is left out and names are cut.
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         room = self.console.width - sum(width + _GAP for width in widths[1:])
         with_bar = room - widths[0] >= _BAR + _GAP
@@ -84,43 +92,45 @@ class LaunchView:
         for part, (name, state, *numbers) in zip(shown, rows, strict=True):
             bar = [ProgressBar(total=part.job.steps, completed=_step(part))] if with_bar else []
             table.add_row(name, Text(state, style=_COLOURS[part.state]), *bar, *numbers)
+        # Below the rows: how many parts are not shown, and the errors.
         left_out = Counter(part.state for part in parts) - Counter(part.state for part in shown)
         more = [f"and {', '.join(f'{n} {state}' for state, n in left_out.items())}"] if left_out else []
         errors = [Text(f"{p.job.name}: {p.error}", style=_COLOURS[p.state]) for p in parts if _has_error(p)]
         return Group(Text(self._summary(parts), style="bold"), table, *more, *errors)
 
     def _shown(self, parts: list[TrackedJob]) -> list[TrackedJob]:
-        """All parts in their order; where the terminal is too low, the first in the order of interest."""
+        """All parts in their order; if the console is too low for all, those of highest priority."""
         errors = sum(1 + len(p.error) // self.console.width for p in parts if _has_error(p))
-        room = max(3, self.console.height - _AROUND - errors)
+        room = max(3, self.console.height - _OTHER_LINES - errors)
         if len(parts) <= room:
             return parts
-        wanted = sorted(parts, key=lambda part: _ORDER.index(part.state))[:room]
-        return [part for part in parts if part in wanted]
+        top = sorted(parts, key=lambda part: _PRIORITY.index(part.state))[:room]
+        return [part for part in parts if part in top]
 
     def _summary(self, parts: list[TrackedJob]) -> str:
         done = sum(part.state == "done" for part in parts)
         failed = sum(part.state == "failed" for part in parts)
         words = [f"{done} of {len(parts)} done", *([f"{failed} failed"] if failed else [])]
         left = seconds_left(parts, self.slots)
-        words.append(f"{_clock(time.monotonic() - self.began)} gone")
+        words.append(f"{_clock(time.monotonic() - self.began)} elapsed")
         if left != 0 and not any(part.state in ("stopping", "stopped") for part in parts):
-            words.append(f"about {_clock(left)} left" if left else "time left not known yet")
+            words.append(f"about {_clock(left)} left" if left else "time left unknown")
         return f"{self.title}: {', '.join(words)}"
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _cells(part: TrackedJob) -> list[str]:
-    m, new = part.metrics, part.fresh and part.state == "running"
+    # A rate from before a restart says nothing about this start.
+    m, has_rate = part.metrics, part.fresh and part.state == "running"
     return [
         part.job.name,
         _state(part),
         f"{_step(part)}/{part.job.steps}",
         f"{m['loss']:.4f}" if m else "",
-        f"{m['images_per_s']:.0f}" if new else "",
-        _clock(m["eta_s"]) if new else "",
+        f"{m['images_per_s']:.0f}" if has_rate else "",
+        _clock(m["eta_s"]) if has_rate else "",
         str(part.restarts) if part.restarts else "",
     ]
 
@@ -131,13 +141,13 @@ def _step(part: TrackedJob) -> int:
 
 
 def _has_error(part: TrackedJob) -> bool:
-    """Whether the part failed, or is still to be started again; of one that runs again the count is enough."""
+    """Whether to show the part's error: it failed or waits for its restart. If it runs again, the count is enough."""
     return bool(part.error) and part.state in ("failed", "waiting")
 
 
 def _state(part: TrackedJob) -> str:
-    """The state, and what can be told of a start that has no step yet, and of an end that is near."""
-    if part.state == "waiting" and part.submitted is None and part.restarts:
+    """The state; "running" is refined by the steps: "starting" before the first, "finishing" after the last."""
+    if part.state == "waiting" and part.handle is None and part.restarts:
         return "restarting"
     if part.state != "running":
         return part.state
@@ -146,7 +156,7 @@ def _state(part: TrackedJob) -> str:
     return "finishing" if part.metrics.get("step") == part.job.steps else "running"
 
 
-def _in_words(part: TrackedJob) -> str:
+def _log_text(part: TrackedJob) -> str:
     m = part.metrics
     if not part.fresh:
         return f"{part.job.name} starting"
@@ -154,22 +164,30 @@ def _in_words(part: TrackedJob) -> str:
 
 
 def seconds_left(parts: list[TrackedJob], slots: int | None) -> float | None:
-    """An estimate from the running parts' rates: all images still to come, over the images per second of all slots.
+    """Estimate the seconds until all parts are done: the images left, over the images per second of all slots.
 
-    slots: None: as many as run now. None is returned where nothing is known yet.
+    Args:
+        parts: all parts of the launch.
+        slots: jobs at a time; None: as many as run now.
+
+    Returns:
+        Seconds; None if no running part has a rate yet.
     """
+    # Parts without a rate of their own are assumed to run at the mean rate.
     running = [part for part in parts if part.state == "running" and part.fresh]
     waiting = [part for part in parts if part.state == "waiting" or (part.state == "running" and not part.fresh)]
     if not running:
         return None if waiting else 0.0
     rate = sum(part.metrics["images_per_s"] for part in running) / len(running)
-    remaining = [float(part.metrics["eta_s"]) for part in running] + [part.job.work / rate for part in waiting]
+    remaining = [float(part.metrics["eta_s"]) for part in running] + [part.job.images / rate for part in waiting]
+    # The longest part is a lower bound, however many slots there are.
     slots = slots or sum(part.state == "running" for part in parts)
     value: float | None = max(max(remaining), sum(remaining) / slots)
     return value
 
 
 def _clock(seconds: float | None) -> str:
+    """1:05, 2:03:04 or 2d 7:33; "?" for None."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

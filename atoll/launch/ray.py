@@ -1,4 +1,4 @@
-"""Tasks of a Ray cluster, one per part: what was on a machine that is lost goes on elsewhere, from its checkpoint."""
+"""Tasks of a Ray cluster, one per part: if a machine is lost, its parts resume elsewhere from their checkpoints."""
 
 import logging
 import uuid
@@ -8,19 +8,28 @@ from typing import Any
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
-from atoll.launch.job import PATIENCE, ExitStatus, Job, Process, ask_to_stop, attend, clear_stop, starts_of
+from atoll.launch.job import (
+    LOCK_TIMEOUT,
+    ExitStatus,
+    Job,
+    Process,
+    clear_stop_request,
+    count_starts,
+    request_stop,
+    supervise,
+)
 
 
 def _task(job: Job, token: str) -> ExitStatus:
-    """What a worker of Ray does. The job's process dies with it."""
-    return attend(Process(job, patience=PATIENCE), token)
+    """Run a job in a Ray worker. The job's process ends with the worker."""
+    return supervise(Process(job, lock_timeout=LOCK_TIMEOUT), token)
 
 
 class Ray:
-    """The cluster that Ray is connected to. gpus: of each part."""
+    """The cluster that Ray is connected to. gpus: per part."""
 
     slots: int | None = None
-    outlives = False
+    survives_launch = False
 
     def __init__(self, gpus: int):
         self.gpus = gpus
@@ -30,12 +39,12 @@ class Ray:
 
 
 class RayJob:
-    """A task. Ray does not retry it by itself: the launch does, after a pause, and counts."""
+    """A Ray task. Ray itself does not retry it: the launch does, after a pause, and counts the restarts."""
 
     def __init__(self, job: Job):
         import ray
 
-        clear_stop(job)
+        clear_stop_request(job)
         self.job, self.token = job, uuid.uuid4().hex
         remote = ray.remote(num_cpus=job.threads, num_gpus=job.gpus, max_retries=0)(_task)
         self.reference: Any = remote.options(name=job.name).remote(job, self.token)
@@ -43,51 +52,55 @@ class RayJob:
     def poll(self) -> Status:
         import ray
 
-        started = starts_of(self.job, self.token) > 0
+        started = count_starts(self.job, self.token) > 0
         done, _ = ray.wait([self.reference], timeout=0)
         if not done:
             return Status(started)
         try:
             return Status(started, ray.get(self.reference))
         except ray.exceptions.RayError as error:
-            return Status(started, ExitStatus(None, _in_words(error)))
+            return Status(started, ExitStatus(None, _first_line(error)))
 
     def stop(self) -> None:
         import ray
 
-        ask_to_stop(self.job)
-        if not starts_of(self.job, self.token):
+        request_stop(self.job)
+        if not count_starts(self.job, self.token):
             ray.cancel(self.reference)
 
 
 @contextmanager
-def ray_place(gpus: int | None) -> Iterator[Ray]:
-    """The cluster that RAY_ADDRESS names, else a local one. gpus: of each part; None: one, if the cluster has any.
+def ray_backend(gpus: int | None) -> Iterator[Ray]:
+    """Connect to the cluster that RAY_ADDRESS names, or start a local one.
 
-    All its machines must see the run under the same path, and have atoll installed.
+    All machines of the cluster must see the run under the same path and have atoll installed.
+
+    Args:
+        gpus: per part; None: one if the cluster has any.
 
     Raises:
-        AtollError: no ray, or no such cluster.
+        AtollError: Ray is not installed, or there is no such cluster.
     """
     try:
         import ray
     except ImportError:
         raise AtollError("--on ray needs Ray: pip install 'atoll[ray]'") from None
-    own = not ray.is_initialized()
-    if own:
+    starts_ray = not ray.is_initialized()
+    if starts_ray:
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise AtollError(f"Ray: no cluster ({str(error).strip().splitlines()[0]}); look at RAY_ADDRESS") from None
+            reason = str(error).strip().splitlines()[0]
+            raise AtollError(f"Ray: cannot connect to a cluster ({reason}); check RAY_ADDRESS") from None
     try:
-        there = int(ray.cluster_resources().get("GPU", 0))
-        yield Ray(gpus if gpus is not None else min(1, there))
+        cluster_gpus = int(ray.cluster_resources().get("GPU", 0))
+        yield Ray(gpus if gpus is not None else min(1, cluster_gpus))
     finally:
-        if own:
+        if starts_ray:
             ray.shutdown()
 
 
-def _in_words(error: BaseException) -> str:
-    """The first line of what Ray says, and which kind of error it is."""
+def _first_line(error: BaseException) -> str:
+    """The type of an error of Ray's, and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

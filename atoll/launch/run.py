@@ -1,4 +1,4 @@
-"""The whole of `atoll launch`."""
+"""`atoll launch` as one function."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,41 +23,44 @@ def launch_run(
     options: Sequence[str] = (),
     only: Sequence[str] | None = None,
 ) -> bool:
-    """Trains all parts that the manifest of `run` names and shows how they stand; whether it was not stopped before.
+    """Train all parts that the manifest of a run names, and show their progress.
 
     Args:
-        run: the directory, or the atoll.yaml in it.
-        on: local, ray or slurm.
-        jobs: parts at a time; None: as many as there is room for.
-        gpus: of each part; None: one where there are GPUs.
-        retries: restarts of a part that died of something else than a mistake.
-        options: of sbatch: "partition=gpu".
-        only: names of parts ("3-flow-linear", "router"), instead of all; "student" is trained only where it is named.
+        run: the run's directory, or its atoll.yaml.
+        on: "local", "ray" or "slurm".
+        jobs: parts at a time; None: as many as fit.
+        gpus: per part; None: one if there are any.
+        retries: restarts of a part that crashed or was killed.
+        options: of sbatch, such as "partition=gpu".
+        only: names of the parts to train ("3-flow-linear", "router"); None: all but the student.
+
+    Returns:
+        Whether all parts are done; False if the launch was stopped before.
 
     Raises:
-        AtollError: a mistake in any of that; or, when all others are done, parts that failed for good.
+        AtollError: an argument is not valid; or, once all other parts are done, some failed.
     """
     if run.is_file():
         if run.name != MANIFEST:
-            raise AtollError(f"{run}: the manifest of a run is called {MANIFEST}; give that, or the run's directory")
+            raise AtollError(f"{run}: expected a file called {MANIFEST}; name that, or the run's directory")
         run = run.parent
     manifest = load_manifest(run)
     threads = max(job.threads for job in jobs_of(run, manifest))
-    with open_place(on, run, jobs=jobs, gpus=gpus, threads=threads, options=_pairs(options)) as place:
-        todo = jobs_of(run, manifest, place.gpus, student=only is not None)
+    with open_backend(on, run, jobs=jobs, gpus=gpus, threads=threads, options=_pairs(options)) as backend:
+        todo = jobs_of(run, manifest, backend.gpus, student=only is not None)
         if only is not None:
             names = [job.name for job in todo]
             if unknown := [name for name in only if name not in names]:
                 raise AtollError(f"{run}: no part {', '.join(unknown)}; expected some of {', '.join(names)}")
             todo = [job for job in todo if job.name in only]
-        with LaunchView(manifest.name, place.slots) as view:
-            parts = run_jobs(todo, place, view.update, retries=retries, limit=jobs)
+        with LaunchView(manifest.name, backend.slots) as view:
+            parts = run_jobs(todo, backend, view.update, retries=retries, limit=jobs)
     failed = [part.job.name for part in parts if part.state == "failed"]
     if failed:
         logs = TrainingLayout.of(RunLayout(run).root / "**" / "*").output
         raise AtollError(
-            f"{len(failed)} of {len(parts)} parts failed ({', '.join(failed)}): why stands above, and in "
-            f"{logs}; once that is mended the same command trains what is missing"
+            f"{len(failed)} of {len(parts)} parts failed ({', '.join(failed)}): see above and {logs}; fix the "
+            "cause and run the same command again, which trains what is missing"
         )
     return all(part.state == "done" for part in parts)
 
@@ -70,25 +73,34 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
     return {key.removeprefix("--"): value for key, _, value in pairs}
 
 
-def open_place(
+def open_backend(
     on: str, run: Path, *, jobs: int | None, gpus: int | None, threads: int, options: Mapping[str, str]
 ) -> AbstractContextManager[Backend]:
-    """The place called `on`; see `atoll.launch.run.launch_run`. threads: at most, of one part.
+    """Open a backend by name.
 
-    Raises AtollError for an unknown place, options that it does not have, or a package that is not installed.
+    Args:
+        on: "local", "ray" or "slurm".
+        run: the run's directory.
+        jobs: parts at a time; None: as many as fit.
+        gpus: per part; None: one if there are any.
+        threads: the most that one part uses.
+        options: of sbatch.
+
+    Raises:
+        AtollError: the backend is unknown, does not take these options, or its package is not installed.
     """
     if options and on != "slurm":
         raise AtollError(f"--slurm {next(iter(options))}=...: only with --on slurm, got --on {on}")
     if on == "local":
-        from atoll.launch.local import local_place
+        from atoll.launch.local import local_backend
 
-        return local_place(jobs, gpus, threads)
+        return local_backend(jobs, gpus, threads)
     if on == "ray":
-        from atoll.launch.ray import ray_place
+        from atoll.launch.ray import ray_backend
 
-        return ray_place(gpus)
+        return ray_backend(gpus)
     if on == "slurm":
-        from atoll.launch.slurm import slurm_place
+        from atoll.launch.slurm import slurm_backend
 
-        return slurm_place(run, gpus, options)
+        return slurm_backend(run, gpus, options)
     raise AtollError(f"--on {on}: expected local, ray or slurm")

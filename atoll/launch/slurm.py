@@ -1,4 +1,4 @@
-"""Jobs of Slurm through submitit, one per part: preempted or out of time, a job saves, is requeued, and goes on."""
+"""Slurm jobs through submitit, one per part: a job that is preempted or out of time saves, is requeued, and resumes."""
 
 import logging
 import shutil
@@ -12,26 +12,26 @@ from typing import Any
 from atoll.errors import AtollError
 from atoll.launch.backend import Status
 from atoll.launch.job import (
-    PATIENCE,
+    LOCK_TIMEOUT,
     ExitStatus,
     Job,
     Process,
-    ask_to_stop,
-    attend,
-    clear_stop,
-    starts_of,
+    clear_stop_request,
+    count_starts,
+    request_stop,
+    supervise,
 )
 from atoll.storage.layout import EXIT_USER_ERROR, RunLayout
 
-_TIME = 24 * 60  # minutes, unless `time` is given
-_REQUEUES = 1000  # at the time limit: days of training are many jobs' time
-_SAVING = 180  # seconds before the time limit at which a job is told
-_SACCT = 30.0  # seconds between two questions to Slurm's accounting
-_GRACE = 30.0  # seconds in which a shared file system shows what an ended job wrote
+_TIME = 24 * 60  # minutes: the default time limit of one job
+_REQUEUES = 1000  # at the time limit; a training of days takes many jobs
+_SAVING = 180  # seconds before the time limit at which Slurm signals a job
+_SACCT = 30.0  # seconds between two queries of Slurm's accounting
+_GRACE = 30.0  # seconds until a shared file system shows what a job wrote before it ended
 
 
 class Training:
-    """What is run in the queue: a callable that submitit pickles, and asks for a checkpoint before it requeues it."""
+    """What a queued job runs: a callable that submitit pickles, and whose `checkpoint` it calls before a requeue."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -40,11 +40,11 @@ class Training:
     def __call__(self) -> ExitStatus:
         import submitit
 
-        self.process = Process(self.job, patience=PATIENCE)
-        return attend(self.process, submitit.JobEnvironment().job_id)
+        self.process = Process(self.job, lock_timeout=LOCK_TIMEOUT)
+        return supervise(self.process, submitit.JobEnvironment().job_id)
 
     def checkpoint(self) -> Any:
-        """Called on Slurm's signal (SIGUSR2): saves, and says what is to be run when the job's turn comes again."""
+        """Save the state on Slurm's signal (SIGUSR2), and return what the requeued job runs."""
         from submitit.helpers import DelayedSubmission
 
         if self.process is not None:
@@ -54,34 +54,41 @@ class Training:
 
 
 class Slurm:
-    """A queue. cluster: "slurm", or "local" (submitit's own processes here, for tests). options: of sbatch."""
+    """A Slurm queue.
+
+    Args:
+        run: the run's directory, which all nodes see.
+        gpus: per part.
+        options: of sbatch; `time` is in minutes.
+        cluster: "slurm", or "local" (submitit's own local processes, for tests).
+    """
 
     slots: int | None = None
-    outlives = True
+    survives_launch = True
 
     def __init__(self, run: Path, gpus: int, options: Mapping[str, str], cluster: str = "slurm"):
         logging.getLogger("submitit").setLevel(logging.ERROR)
         self.folder, self.gpus, self.cluster = RunLayout(run.resolve()).slurm, gpus, cluster
         self.minutes = _minutes(options.get("time", str(_TIME)))
         self.options = {key.replace("-", "_"): value for key, value in options.items() if key != "time"}
-        self.asked = time.monotonic()
+        self.last_refresh = time.monotonic()
 
     def submit(self, job: Job) -> "SlurmJob":
-        """A job that an earlier launch left in the queue is taken over."""
+        """Submit a job, or adopt the one that an earlier launch left in the queue."""
         import submitit
 
-        from atoll.storage.artifact import write_json  # not above: torch is too much for a task that only waits
+        from atoll.storage.artifact import write_json  # imported late: a task that only waits does not need torch
 
-        if self.cluster == "slurm" and (number := _number(job)) and _state_in_queue(number):
+        if self.cluster == "slurm" and (number := _last_number(job)) and _state_in_queue(number):
             return SlurmJob(self, job, submitit.SlurmJob(self.folder, number))
-        clear_stop(job)
+        clear_stop_request(job)
         try:
-            submitted = self._executor(job).submit(Training(job))
-        except (RuntimeError, OSError) as error:  # submitit's own are RuntimeErrors
-            raise AtollError(f"Slurm refused it: {' '.join(str(error).split())}") from None
+            submission = self._executor(job).submit(Training(job))
+        except (RuntimeError, OSError) as error:  # submitit's errors are RuntimeErrors
+            raise AtollError(f"Slurm refused the job: {' '.join(str(error).split())}") from None
         job.directory.mkdir(parents=True, exist_ok=True)
-        write_json(job.files.slurm_job, {"id": submitted.job_id})
-        return SlurmJob(self, job, submitted)
+        write_json(job.files.slurm_job, {"id": submission.job_id})
+        return SlurmJob(self, job, submission)
 
     def _executor(self, job: Job) -> Any:
         import submitit
@@ -100,73 +107,79 @@ class Slurm:
         )
         return executor
 
-    def ask(self) -> None:
-        """Lets submitit ask sacct for the state of all jobs, now and then."""
-        if self.cluster == "slurm" and time.monotonic() - self.asked > _SACCT:
+    def refresh(self) -> None:
+        """Let submitit query sacct for the states of all jobs, at most every `_SACCT` seconds."""
+        if self.cluster == "slurm" and time.monotonic() - self.last_refresh > _SACCT:
             import submitit
 
             submitit.SlurmJob.watcher.update()
-            self.asked = time.monotonic()
+            self.last_refresh = time.monotonic()
 
 
 class SlurmJob:
-    """A job in the queue. submitted: submitit's."""
+    """A job in the queue. submission: submitit's handle of it."""
 
-    def __init__(self, place: Slurm, job: Job, submitted: Any):
-        self.place, self.job, self.submitted = place, job, submitted
-        self.ended_at: float | None = None
+    def __init__(self, backend: Slurm, job: Job, submission: Any):
+        self.backend, self.job, self.submission = backend, job, submission
+        self.seen_ended_at: float | None = None
         self.cancelled = False
 
     def poll(self) -> Status:
-        self.place.ask()
-        ended = None
+        self.backend.refresh()
+        exit_status = None
         if self.cancelled:
-            ended = ExitStatus(EXIT_USER_ERROR, "cancelled")
-        elif self.submitted.done() and self._is_certain():
-            ended = self._ended()
-        # Read last: the job may have been requeued and have ended while Slurm was asked.
-        starts = starts_of(self.job, self.submitted.job_id)
-        return Status(starts > 0, ended, max(0, starts - 1))
+            exit_status = ExitStatus(EXIT_USER_ERROR, "cancelled")
+        elif self.submission.done() and self._has_surely_ended():
+            exit_status = self._exit_status()
+        # Read last: the job may have been requeued, and have ended, while Slurm answered.
+        starts = count_starts(self.job, self.submission.job_id)
+        return Status(starts > 0, exit_status, max(0, starts - 1))
 
-    def _is_certain(self) -> bool:
-        """Whether a job that Slurm says has ended is not about to be requeued, nor its result about to be seen."""
-        if self.submitted.paths.result_pickle.exists() or self.place.cluster != "slurm":
+    def _has_surely_ended(self) -> bool:
+        """Whether a job that Slurm reports as ended will neither be requeued nor show its result a moment later."""
+        if self.submission.paths.result_pickle.exists() or self.backend.cluster != "slurm":
             return True
-        self.ended_at = self.ended_at or time.monotonic()
-        return time.monotonic() - self.ended_at > _GRACE and not _state_in_queue(self.submitted.job_id)
+        self.seen_ended_at = self.seen_ended_at or time.monotonic()
+        return time.monotonic() - self.seen_ended_at > _GRACE and not _state_in_queue(self.submission.job_id)
 
-    def _ended(self) -> ExitStatus:
-        state, log = self.submitted.state, self.submitted.paths.stderr
-        if not self.submitted.paths.result_pickle.exists():
+    def _exit_status(self) -> ExitStatus:
+        state, log = self.submission.state, self.submission.paths.stderr
+        # No result: the task itself was killed, or a person cancelled the job, which must not be restarted.
+        if not self.submission.paths.result_pickle.exists():
             code = EXIT_USER_ERROR if state.startswith("CANCELLED") else None
-            return ExitStatus(code, f"Slurm job {self.submitted.job_id} is {state}; see {log}")
-        error = self.submitted.exception()
+            return ExitStatus(code, f"Slurm job {self.submission.job_id} is {state}; see {log}")
+        error = self.submission.exception()
         if error is None:
-            ended: ExitStatus = self.submitted.result()
-            return ended
+            exit_status: ExitStatus = self.submission.result()
+            return exit_status
         lines = [line for line in str(error).splitlines() if "Error" in line]
-        return ExitStatus(
-            None, f"Slurm job {self.submitted.job_id}: {lines[-1].strip() if lines else 'failed'}; see {log}"
-        )
+        reason = lines[-1].strip() if lines else "failed"
+        return ExitStatus(None, f"Slurm job {self.submission.job_id}: {reason}; see {log}")
 
     def stop(self) -> None:
-        ask_to_stop(self.job)
-        number = self.submitted.job_id
-        if self.place.cluster == "slurm":
-            runs = _state_in_queue(number) == "RUNNING"  # and no requeued one that waits
+        request_stop(self.job)
+        number = self.submission.job_id
+        # Of a requeued job, an earlier start says nothing: only the queue knows whether it runs now.
+        if self.backend.cluster == "slurm":
+            runs = _state_in_queue(number) == "RUNNING"
         else:
-            runs = starts_of(self.job, number) > 0
+            runs = count_starts(self.job, number) > 0
         if not runs:
-            self.submitted.cancel(check=False)
+            self.submission.cancel(check=False)
             self.cancelled = True
 
 
 @contextmanager
-def slurm_place(run: Path, gpus: int | None, options: Mapping[str, str]) -> Iterator[Slurm]:
-    """The cluster that this machine submits to. gpus: of each part; None: one.
+def slurm_backend(run: Path, gpus: int | None, options: Mapping[str, str]) -> Iterator[Slurm]:
+    """Open the cluster that this machine submits to.
+
+    Args:
+        run: the run's directory.
+        gpus: per part; None: one.
+        options: of sbatch.
 
     Raises:
-        AtollError: no submitit, no Slurm, or options that it does not take.
+        AtollError: submitit or Slurm is missing, or an option is not valid.
     """
     try:
         import submitit  # noqa: F401
@@ -183,8 +196,8 @@ def _minutes(text: str) -> int:
     return int(text)
 
 
-def _number(job: Job) -> str | None:
-    """Of the part's last job."""
+def _last_number(job: Job) -> str | None:
+    """The number of the part's last job in the queue."""
     from atoll.storage.artifact import read_json
 
     file = job.files.slurm_job
@@ -192,6 +205,6 @@ def _number(job: Job) -> str | None:
 
 
 def _state_in_queue(number: str) -> str:
-    """PENDING, RUNNING, ...; empty for a job that is not in the queue any more."""
+    """Return PENDING, RUNNING, ...; "" for a job that has left the queue."""
     listed = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True)
     return listed.stdout.strip()

@@ -1,4 +1,4 @@
-"""One real part, small enough for a test and long enough to be killed in the middle."""
+"""A real training, small enough for a test and long enough to be killed in the middle."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from atoll.manifest import load_manifest
 from tests.conftest import write_run
 
 NAME = "0-eps-cosine"
-ENOUGH = 24  # steps, of which checkpoints were written
+ENOUGH = 24  # steps, after which there are checkpoints
 
 
 def long_run(path: Path) -> Path:
@@ -31,11 +31,11 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 class Once:
-    """An update for `run_jobs` that does something to the first part, once, in the middle of its training."""
+    """An `update` for `run_jobs` that calls `act` on the first part once, in the middle of its training."""
 
     def __init__(self, act) -> None:  # type: ignore[no-untyped-def]
         self.act, self.at = act, 0
-        self.after: list[int] = []  # the steps seen since
+        self.after: list[int] = []  # the steps seen after that
 
     def __call__(self, parts: list[TrackedJob]) -> None:
         part = parts[0]
@@ -46,14 +46,14 @@ class Once:
         elif self.at and part.fresh and part.restarts:
             self.after.append(step)
 
-    def went_on(self) -> bool:
-        """Whether the part went on from a checkpoint near the step at which it was stopped, and not from the start."""
+    def resumed(self) -> bool:
+        """Whether the part resumed from a checkpoint near the step at which it was stopped, not from the start."""
         return bool(self.after) and min(self.after) >= self.at - 6
 
 
 @pytest.fixture(scope="session")
 def whole_weights(tmp_path_factory) -> dict[str, bytes]:
-    """Of a training that nothing ever disturbed."""
+    """The weights of a training that was never interrupted."""
     from atoll.train.expert import train_expert
 
     run = long_run(tmp_path_factory.mktemp("whole") / "run")

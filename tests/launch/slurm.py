@@ -1,8 +1,8 @@
-"""Enough of Slurm to run what submitit submits: sbatch, srun, squeue, sacct, scancel and scontrol, as processes here.
+"""A fake Slurm that runs what submitit submits: sbatch, srun, squeue, sacct, scancel, scontrol as local processes.
 
-It is one script under six names. Of each job the directory FAKE_SLURM has `<id>.sh`, `<id>.state` and, once its task
-runs, `<id>.pid`; in `<id>.requeue` and `<id>.cancel` other commands ask for something. While `hold` is there, nothing
-starts; while `refuse` is there, nothing is taken.
+It is one script under six names. The directory FAKE_SLURM holds for each job `<id>.sh`, `<id>.state` and, once its task
+runs, `<id>.pid`; other commands write requests to `<id>.requeue` and `<id>.cancel`. While the file `hold` exists, no
+job starts; while `refuse` exists, no job is accepted.
 """
 
 import os
@@ -17,14 +17,14 @@ NAMES = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
 
 
 def install(directory: Path) -> Path:
-    """The commands, in `bin` of the directory, to be put before PATH; returns that."""
-    place = directory / "bin"
-    place.mkdir(parents=True)
+    """Write the commands into `bin` of the directory; returns that, to be put before PATH."""
+    bin_directory = directory / "bin"
+    bin_directory.mkdir(parents=True)
     for name in NAMES:
-        command = place / name
+        command = bin_directory / name
         command.write_text(f"#!{sys.executable}\n{Path(__file__).read_text()}")
         command.chmod(0o755)
-    return place
+    return bin_directory
 
 
 def sbatch(here: Path, arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Jobs that train nothing: a line of Python each, in a directory of its own."""
+"""Jobs that train nothing: a few lines of Python each, in a directory of its own."""
 
 import textwrap
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from atoll.launch.job import Job
 
 DONE = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"  # the result
-# Goes on until it is asked to save; then says so.
+# Runs until it is stopped; then prints that it saved.
 UNTIL_STOPPED = """
     import signal, sys, time
     def save(*_):
@@ -16,8 +16,8 @@ UNTIL_STOPPED = """
     print("ready", flush=True)
     time.sleep(3600)
 """
-# What its first start does is given before it; every start is counted in the file `count`.
-SECOND_TIME = """
+# Runs `first` in its first `times` starts, then makes the result; the file `count` counts the starts.
+CRASHES_FIRST = """
     import os, pathlib, signal, sys, time
     count = pathlib.Path(sys.argv[1]).with_name("count")
     before = len(count.read_text()) if count.exists() else 0
@@ -28,13 +28,13 @@ SECOND_TIME = """
 """
 
 
-def job(directory: Path, name: str, code: str = DONE, work: float = 100.0, gpus: int = 0) -> Job:
+def job(directory: Path, name: str, code: str = DONE, images: float = 100.0, gpus: int = 0) -> Job:
     result = directory / name / "result"
-    return Job(name, ("-c", textwrap.dedent(code), str(result)), directory / name, result, 10, work, gpus=gpus)
+    return Job(name, ("-c", textwrap.dedent(code), str(result)), directory / name, result, 10, images, gpus=gpus)
 
 
-def dies(directory: Path, name: str, first: str, times: int = 1) -> Job:
-    return job(directory, name, SECOND_TIME.format(first=first, times=times))
+def crashes(directory: Path, name: str, first: str, times: int = 1) -> Job:
+    return job(directory, name, CRASHES_FIRST.format(first=first, times=times))
 
 
 def starts(directory: Path, name: str) -> int:

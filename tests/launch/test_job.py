@@ -1,4 +1,4 @@
-"""A job's process: it has its lock, ends with whoever started it, and is read from the end of its files."""
+"""A job's process: it holds its lock and ends with its parent; its state is read from the end of its files."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from atoll.launch.job import (
     ExitStatus,
     Process,
-    ask_to_stop,
-    attend,
-    clear_stop,
+    clear_stop_request,
+    count_starts,
     jobs_of,
     last_metrics,
-    last_words,
-    starts_of,
+    last_output_line,
+    request_stop,
+    supervise,
 )
 from atoll.manifest import load_manifest
 from tests.launch.stub import UNTIL_STOPPED, job
@@ -41,8 +41,8 @@ def wait(process: Process) -> ExitStatus:
     return process.poll()
 
 
-def until(said: Path, words: str) -> None:
-    wait_until(lambda: words in (said.read_text() if said.exists() else ""))
+def wait_for(output: Path, words: str) -> None:
+    wait_until(lambda: words in (output.read_text() if output.exists() else ""))
 
 
 def alive(pid: int) -> bool:
@@ -50,15 +50,15 @@ def alive(pid: int) -> bool:
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_every_part_is_a_job_the_longest_first(run, manifest) -> None:
+def test_every_part_becomes_a_job_longest_first(run, manifest) -> None:
     jobs = jobs_of(run, manifest)
     assert {j.name for j in jobs} == {"0-eps-cosine", "1-flow-linear", "2-x0-linear-beta", "router", "monolith"}
-    assert [j.work for j in jobs] == sorted((j.work for j in jobs), reverse=True)
+    assert [j.images for j in jobs] == sorted((j.images for j in jobs), reverse=True)
     assert all("--resume" in j.arguments and "--nproc" not in j.arguments for j in jobs)
     assert {str(j.result.parent.relative_to(run)) for j in jobs} >= {"experts/0-eps-cosine", "router", "monolith"}
 
 
-def test_the_students_training_is_a_job_where_it_is_asked_for(run) -> None:
+def test_student_job_is_included_on_request(run) -> None:
     text = (run / "atoll.yaml").read_text()
     objective = "{prediction: flow, schedule: linear}"
     (run / "atoll.yaml").write_text(f"{text}\nstudent: {{objective: {objective}, train: {{steps: 5, batch: 4}}}}\n")
@@ -66,11 +66,11 @@ def test_the_students_training_is_a_job_where_it_is_asked_for(run) -> None:
     assert "student" not in [job.name for job in jobs_of(run, manifest)]
     (job,) = [job for job in jobs_of(run, manifest, gpus=4, student=True) if job.name == "student"]
     assert job.arguments == ("-m", "atoll", "distil", "--run", str(run.resolve()), "--resume", "--quiet")
-    assert (job.steps, job.work, job.gpus) == (5, 20, 1)  # it has no --nproc
+    assert (job.steps, job.images, job.gpus) == (5, 20, 1)  # it has no --nproc
     assert job.result == run.resolve() / "student" / "card.json"
 
 
-def test_gpus_are_of_parts_that_may_use_them(run) -> None:
+def test_only_parts_that_may_use_gpus_get_them(run) -> None:
     text = (run / "atoll.yaml").read_text().replace("router:", "router:\n  train: {device: cpu}")
     (run / "atoll.yaml").write_text(text)
     jobs = {j.name: j for j in jobs_of(run, load_manifest(run), gpus=4)}
@@ -80,7 +80,7 @@ def test_gpus_are_of_parts_that_may_use_them(run) -> None:
     assert "--nproc" not in jobs["router"].arguments
 
 
-def test_a_job_says_how_it_ended(tmp_path) -> None:
+def test_exit_status_has_code_and_last_line(tmp_path) -> None:
     assert wait(Process(job(tmp_path, "good", "print('all well')"))) == ExitStatus(0, "all well")
     assert wait(Process(job(tmp_path, "bad", "import sys; sys.exit('atoll: no data')"))) == ExitStatus(
         1, "atoll: no data"
@@ -88,27 +88,27 @@ def test_a_job_says_how_it_ended(tmp_path) -> None:
     assert wait(Process(job(tmp_path, "dead", "import os; os.kill(os.getpid(), 9)"))) == ExitStatus(-9, "")
 
 
-def test_what_a_job_said_before_it_was_restarted_is_kept(tmp_path) -> None:
-    for said in ("first", "second", "third"):
-        assert wait(Process(job(tmp_path, "a", f"print('{said}')"))).words == said
+def test_output_of_the_previous_start_is_kept(tmp_path) -> None:
+    for output in ("first", "second", "third"):
+        assert wait(Process(job(tmp_path, "a", f"print('{output}')"))).message == output
     assert (tmp_path / "a" / "output-before.log").read_text() == "second\n"
 
 
-def test_threads_and_environment_are_the_jobs_own(tmp_path) -> None:
+def test_process_gets_its_own_threads_and_environment(tmp_path) -> None:
     code = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'])"
-    assert wait(Process(job(tmp_path, "a", code), {"CUDA_VISIBLE_DEVICES": "3"})).words == "1 3"
+    assert wait(Process(job(tmp_path, "a", code), {"CUDA_VISIBLE_DEVICES": "3"})).message == "1 3"
 
 
-def test_what_is_sent_to_the_launch_is_not_sent_to_its_jobs(tmp_path) -> None:
+def test_signals_to_the_launch_do_not_reach_its_jobs(tmp_path) -> None:
     code = "import os; print(os.getsid(0) == os.getpgid(0) == os.getpid())"
-    assert wait(Process(job(tmp_path, "a", code))).words == "True"
+    assert wait(Process(job(tmp_path, "a", code))).message == "True"
 
 
 def test_a_killed_launch_leaves_no_process_behind(tmp_path) -> None:
     starter = subprocess.Popen([sys.executable, "-c", _STARTER, str(tmp_path)])
-    said = tmp_path / "a" / "output.log"
-    until(said, "\n")
-    child = int(said.read_text())
+    output = tmp_path / "a" / "output.log"
+    wait_for(output, "\n")
+    child = int(output.read_text())
     assert alive(child)
     starter.kill()
     starter.wait()
@@ -118,44 +118,44 @@ def test_a_killed_launch_leaves_no_process_behind(tmp_path) -> None:
 def test_two_launches_do_not_train_the_same_part(tmp_path) -> None:
     mine = job(tmp_path, "a", UNTIL_STOPPED)
     first = Process(mine)
-    until(tmp_path / "a" / "output.log", "ready")
+    wait_for(tmp_path / "a" / "output.log", "ready")
     second = Process(mine)
-    ended = second.poll()
-    assert ended is not None
-    assert ended.code == 2
-    assert "another process" in ended.words
-    second.stop()  # not the other's process
+    exit_status = second.poll()
+    assert exit_status is not None
+    assert exit_status.code == 2
+    assert "another process" in exit_status.message
+    second.stop()  # does not stop the first process
     assert first.poll() is None
     first.stop()
     assert wait(first) == ExitStatus(0, "saved")
     another = Process(mine)
-    until(tmp_path / "a" / "output.log", "ready")
+    wait_for(tmp_path / "a" / "output.log", "ready")
     threading.Timer(0.1, another.stop).start()
-    third = Process(mine, patience=SILENCE)  # it waits until the other has ended
+    third = Process(mine, lock_timeout=SILENCE)  # waits until the other has exited
     assert (tmp_path / "a" / "output-before.log").read_text() == "ready\nsaved\n"
     assert third.poll() is None
-    until(tmp_path / "a" / "output.log", "ready")
+    wait_for(tmp_path / "a" / "output.log", "ready")
     third.stop()
     third.wait()
     assert wait(third) == ExitStatus(0, "saved")
 
 
-def test_who_attends_a_job_counts_its_start_and_hears_that_it_shall_stop(tmp_path) -> None:
+def test_supervise_counts_starts_and_obeys_stop_requests(tmp_path) -> None:
     mine = job(tmp_path, "a", UNTIL_STOPPED)
 
     def rest(seconds: float) -> None:
-        until(tmp_path / "a" / "output.log", "ready")
-        ask_to_stop(mine)
+        wait_for(tmp_path / "a" / "output.log", "ready")
+        request_stop(mine)
         time.sleep(0.02)
 
-    assert starts_of(mine, "one") == 0
-    assert attend(Process(mine), "one", rest) == ExitStatus(0, "saved")
-    clear_stop(mine)
-    assert attend(Process(mine), "one", rest) == ExitStatus(0, "saved")
-    assert (starts_of(mine, "one"), starts_of(mine, "on")) == (2, 0)
+    assert count_starts(mine, "one") == 0
+    assert supervise(Process(mine), "one", rest) == ExitStatus(0, "saved")
+    clear_stop_request(mine)
+    assert supervise(Process(mine), "one", rest) == ExitStatus(0, "saved")
+    assert (count_starts(mine, "one"), count_starts(mine, "on")) == (2, 0)
 
 
-def test_the_last_step_is_read_past_what_is_cut_or_tells_of_something_else(tmp_path) -> None:
+def test_last_metrics_skips_cut_lines_and_other_events(tmp_path) -> None:
     mine = job(tmp_path, "a")
     assert last_metrics(mine) == {}
     mine.directory.mkdir()
@@ -168,11 +168,11 @@ def test_the_last_step_is_read_past_what_is_cut_or_tells_of_something_else(tmp_p
 
 
 @given(st.binary(max_size=200))
-def test_whatever_stands_in_the_files_is_no_error(tmp_path_factory, content) -> None:
+def test_arbitrary_bytes_in_the_files_are_no_error(tmp_path_factory, content) -> None:
     mine = job(tmp_path_factory.mktemp("foreign"), "a")
     mine.directory.mkdir()
     (mine.directory / "metrics.jsonl").write_bytes(content)
     (mine.directory / "output.log").write_bytes(content)
     assert isinstance(last_metrics(mine), dict)
-    assert "\n" not in last_words(mine)
+    assert "\n" not in last_output_line(mine)
     assert os.path.exists(mine.directory / "output.log")

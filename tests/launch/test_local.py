@@ -1,4 +1,4 @@
-"""`atoll launch` on this machine, as a user starts it, kills it, and goes on."""
+"""`atoll launch` on this machine: slots, GPUs, Ctrl-C and user errors."""
 
 import os
 import signal
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from atoll.errors import AtollError
-from atoll.launch.local import Local, local_place
+from atoll.launch.local import Local, local_backend
 from atoll.launch.loop import run_jobs
-from atoll.launch.run import launch_run, open_place
+from atoll.launch.run import launch_run, open_backend
 from tests.launch.stub import UNTIL_STOPPED, job
 from tests.waiting import communicate, wait_until
 
@@ -22,46 +22,46 @@ def shown(directory: Path, name: str) -> str:
     return (directory / name / "output.log").read_text().strip()
 
 
-def test_each_part_has_gpus_of_its_own_and_gives_them_back(tmp_path) -> None:
-    place = Local(2, ["4", "5", "6", "7"], gpus=2)
+def test_each_part_gets_its_own_gpus_and_returns_them(tmp_path) -> None:
+    backend = Local(2, ["4", "5", "6", "7"], gpus=2)
     names = "abcdef"
     jobs = [job(tmp_path, name, SHOW, gpus=2) for name in names]
     jobs.append(job(tmp_path, "cpu", SHOW))
-    parts = run_jobs(jobs, place, lambda parts: None, interval=0.02)
+    parts = run_jobs(jobs, backend, lambda parts: None, interval=0.02)
     assert {part.state for part in parts} == {"done"}
     assert {shown(tmp_path, name) for name in names} == {"4,5", "6,7"}
     assert shown(tmp_path, "cpu") == ""  # a part that trains on the CPU sees none
-    assert sorted(place.free) == ["4", "5", "6", "7"]
+    assert sorted(backend.free_devices) == ["4", "5", "6", "7"]
 
 
-def test_two_at_a_time_never_share_a_gpu(tmp_path) -> None:
-    place = Local(2, ["0", "1"], gpus=1)
-    first, second = (place.submit(job(tmp_path, name, UNTIL_STOPPED, gpus=1)) for name in "ab")
-    assert (first.devices, second.devices, place.free) == (["0"], ["1"], [])
+def test_concurrent_parts_never_share_a_gpu(tmp_path) -> None:
+    backend = Local(2, ["0", "1"], gpus=1)
+    first, second = (backend.submit(job(tmp_path, name, UNTIL_STOPPED, gpus=1)) for name in "ab")
+    assert (first.devices, second.devices, backend.free_devices) == (["0"], ["1"], [])
     for one in (first, second):
         one.stop()
-        wait_until(lambda job=one: job.poll().ended is not None)
-    assert place.free == ["0", "1"]
+        wait_until(lambda job=one: job.poll().exit_status is not None)
+    assert backend.free_devices == ["0", "1"]
 
 
-def test_without_gpus_each_part_has_its_threads_share_of_the_cores(monkeypatch) -> None:
+def test_without_gpus_slots_are_cores_over_threads(monkeypatch) -> None:
     monkeypatch.setattr("atoll.launch.local._devices", lambda: [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     for jobs, threads, slots in ((None, 1, 12), (None, 4, 3), (None, 16, 1), (5, 4, 5)):
-        with local_place(jobs, None, threads) as place:
-            assert (place.slots, place.gpus) == (slots, 0)
-    with pytest.raises(AtollError, match="this machine has 0"), local_place(None, 1):
+        with local_backend(jobs, None, threads) as backend:
+            assert (backend.slots, backend.gpus) == (slots, 0)
+    with pytest.raises(AtollError, match="this machine has 0"), local_backend(None, 1):
         pass
 
 
-def test_with_gpus_each_part_has_one_or_what_is_asked(monkeypatch) -> None:
+def test_with_gpus_each_part_gets_one_unless_requested(monkeypatch) -> None:
     monkeypatch.setattr("atoll.launch.local._devices", lambda: ["0", "1", "2", "3"])
     for jobs, gpus, slots, each in ((None, None, 4, 1), (2, None, 2, 1), (None, 2, 2, 2), (9, 1, 4, 1)):
-        with local_place(jobs, gpus) as place:
-            assert (place.slots, place.gpus) == (slots, each)
+        with local_backend(jobs, gpus) as backend:
+            assert (backend.slots, backend.gpus) == (slots, each)
 
 
-def test_ctrl_c_saves_and_stops_all_and_the_next_launch_goes_on(run) -> None:
+def test_ctrl_c_saves_and_stops_all_parts(run) -> None:
     text = (run / "atoll.yaml").read_text().replace("steps: 8", "steps: 100000").replace("every: 3", "every: 100000")
     (run / "atoll.yaml").write_text(text)
     command = [sys.executable, "-m", "atoll", "launch", str(run / "atoll.yaml"), "--jobs", "2"]
@@ -70,9 +70,9 @@ def test_ctrl_c_saves_and_stops_all_and_the_next_launch_goes_on(run) -> None:
     metrics = [directory / "metrics.jsonl" for directory in running]
     wait_until(lambda: all(file.exists() and file.stat().st_size for file in metrics), process=process)
     process.send_signal(signal.SIGINT)
-    _, said = communicate(process)
+    _, stderr = communicate(process)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "stopped; what was trained is saved, and the same command goes on"
+    assert stderr.splitlines()[-1] == "stopped; all progress is saved; run the same command to resume"
     assert all((d / "checkpoint.safetensors").is_file() for d in running)
     for directory in running:
         assert "--resume goes on from there" in (directory / "output.log").read_text()
@@ -80,9 +80,9 @@ def test_ctrl_c_saves_and_stops_all_and_the_next_launch_goes_on(run) -> None:
     assert [pid for pid in left if int(pid) != os.getpid()] == []
 
 
-def test_mistakes_name_the_fix(run, tmp_path) -> None:
+def test_user_errors_name_the_fix(run, tmp_path) -> None:
     (tmp_path / "other.yaml").write_text("")
-    with pytest.raises(AtollError, match=r"called atoll\.yaml"):
+    with pytest.raises(AtollError, match=r"expected a file called atoll\.yaml"):
         launch_run(tmp_path / "other.yaml")
     with pytest.raises(AtollError, match="expected local, ray or slurm"):
         launch_run(run, on="moon")
@@ -94,4 +94,4 @@ def test_mistakes_name_the_fix(run, tmp_path) -> None:
         with pytest.raises(AtollError, match="expected an option of sbatch and its value"):
             launch_run(run, on="slurm", options=[option])
     with pytest.raises(AtollError, match=r"no sbatch and srun|needs submitit"):
-        open_place("slurm", run, jobs=None, gpus=None, threads=1, options={}).__enter__()
+        open_backend("slurm", run, jobs=None, gpus=None, threads=1, options={}).__enter__()

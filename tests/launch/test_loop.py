@@ -1,4 +1,4 @@
-"""The loop, with a place whose jobs end as they are told, and with real processes that train nothing."""
+"""The launch loop, with a scripted backend and with real processes that train nothing."""
 
 import os
 import signal
@@ -15,27 +15,27 @@ from atoll.launch.backend import Status
 from atoll.launch.job import ExitStatus, Job
 from atoll.launch.local import Local
 from atoll.launch.loop import TrackedJob, run_jobs
-from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
+from tests.launch.stub import UNTIL_STOPPED, crashes, job, starts
 
 
-class Told:
-    """A place whose jobs end, at each start, as `ends` says; "result" makes the result and ends with 0."""
+class ScriptedBackend:
+    """A backend whose jobs end, at each start, as `ends` says; "result" makes the result and exits with 0."""
 
     slots: int | None = None
     gpus = 0
-    outlives = False
+    survives_launch = False
 
     def __init__(self, ends: dict[str, list[ExitStatus | str]], requeued: int = 0):
-        self.requeued = requeued  # each job, by the place itself
+        self.requeued = requeued  # restarts of each job by the backend
         self.ends: dict[str, Iterator[ExitStatus | str]] = {name: iter(each) for name, each in ends.items()}
         self.submitted: list[str] = []
 
-    def submit(self, job: Job) -> "Told.One":
+    def submit(self, job: Job) -> "ScriptedBackend.One":
         self.submitted.append(job.name)
         end = next(self.ends[job.name])
         if end == "refused":
             raise AtollError("the queue is full")
-        return Told.One(job, end, self.requeued)
+        return ScriptedBackend.One(job, end, self.requeued)
 
     class One:
         def __init__(self, job: Job, end: ExitStatus | str, requeued: int):
@@ -52,18 +52,18 @@ class Told:
             raise AssertionError("nothing is to be stopped")
 
 
-def run_told(
+def run_scripted(
     tmp_path: Path, ends: dict[str, list[ExitStatus | str]], retries: int = 3
 ) -> tuple[dict[str, TrackedJob], list[str]]:
-    place = Told(ends)
+    backend = ScriptedBackend(ends)
     jobs = [job(tmp_path, name) for name in ends]
-    parts = run_jobs(jobs, place, lambda parts: None, retries=retries, interval=0.0, pause=0.0)
-    return {part.job.name: part for part in parts}, place.submitted
+    parts = run_jobs(jobs, backend, lambda parts: None, retries=retries, interval=0.0, pause=0.0)
+    return {part.job.name: part for part in parts}, backend.submitted
 
 
-def test_a_mistake_is_not_tried_again_and_the_others_finish(tmp_path) -> None:
-    mistake = ExitStatus(2, "atoll: no shards")
-    parts, submitted = run_told(tmp_path, {"a": [mistake], "b": ["result"], "c": ["refused"]})
+def test_user_error_is_not_retried_and_others_finish(tmp_path) -> None:
+    user_error = ExitStatus(2, "atoll: no shards")
+    parts, submitted = run_scripted(tmp_path, {"a": [user_error], "b": ["result"], "c": ["refused"]})
     assert (parts["a"].state, parts["a"].error, parts["a"].restarts) == ("failed", "atoll: no shards", 0)
     assert (parts["c"].state, parts["c"].error) == ("failed", "the queue is full")
     assert parts["b"].state == "done"
@@ -71,7 +71,7 @@ def test_a_mistake_is_not_tried_again_and_the_others_finish(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "death",
+    "crash",
     [
         ExitStatus(-9, ""),
         ExitStatus(-11, ""),
@@ -80,80 +80,80 @@ def test_a_mistake_is_not_tried_again_and_the_others_finish(tmp_path) -> None:
         ExitStatus(0, "stopped"),
     ],
 )
-def test_what_died_is_restarted_and_counted(tmp_path, death) -> None:
-    parts, submitted = run_told(tmp_path, {"a": [death, death, "result"]})
+def test_crashed_job_is_restarted_and_counted(tmp_path, crash) -> None:
+    parts, submitted = run_scripted(tmp_path, {"a": [crash, crash, "result"]})
     assert (parts["a"].state, parts["a"].restarts, submitted) == ("done", 2, ["a"] * 3)
 
 
-def test_one_that_always_dies_fails_with_what_killed_it(tmp_path) -> None:
-    parts, submitted = run_told(tmp_path, {"a": [ExitStatus(-9, "step 7")] * 9, "b": ["result"]}, retries=2)
+def test_job_that_always_crashes_fails_with_the_reason(tmp_path) -> None:
+    parts, submitted = run_scripted(tmp_path, {"a": [ExitStatus(-9, "step 7")] * 9, "b": ["result"]}, retries=2)
     assert submitted.count("a") == 3
     assert parts["a"].state == "failed"
-    assert parts["a"].error == "ended by SIGKILL (out of memory?), after 2 restarts: step 7"
+    assert parts["a"].error == "killed by SIGKILL (out of memory?), after 2 restarts: step 7"
     assert parts["b"].state == "done"
 
 
 @pytest.mark.parametrize(
-    ("ended", "words"),
+    ("exit_status", "message"),
     [
-        (ExitStatus(0, "stopped at step 3"), "ended before it was done, after 1 restart: stopped at step 3"),
-        (ExitStatus(-11, ""), "ended by SIGSEGV, after 1 restart"),
-        (ExitStatus(-99, ""), "ended by signal 99, after 1 restart"),
-        (ExitStatus(1, "KeyError: 'a'"), "ended with code 1, after 1 restart: KeyError: 'a'"),
+        (ExitStatus(0, "stopped at step 3"), "exited before it was done, after 1 restart: stopped at step 3"),
+        (ExitStatus(-11, ""), "killed by SIGSEGV, after 1 restart"),
+        (ExitStatus(-99, ""), "killed by signal 99, after 1 restart"),
+        (ExitStatus(1, "KeyError: 'a'"), "exited with code 1, after 1 restart: KeyError: 'a'"),
         (ExitStatus(None, "its machine is gone"), "after 1 restart: its machine is gone"),
         (ExitStatus(2, "atoll: no shards"), "atoll: no shards"),
     ],
 )
-def test_an_end_is_told_in_one_line(tmp_path, ended, words) -> None:
-    parts, _ = run_told(tmp_path, {"a": [ended, ended]}, retries=1)
-    assert parts["a"].error == words
+def test_exit_is_described_in_one_line(tmp_path, exit_status, message) -> None:
+    parts, _ = run_scripted(tmp_path, {"a": [exit_status, exit_status]}, retries=1)
+    assert parts["a"].error == message
 
 
-def test_what_the_place_restarts_by_itself_is_counted_and_is_no_death(tmp_path) -> None:
-    place = Told({"a": [ExitStatus(-9, ""), ExitStatus(-9, ""), "result"]}, requeued=5)
-    parts = run_jobs([job(tmp_path, "a")], place, lambda parts: None, retries=2, interval=0.0, pause=0.0)
+def test_backend_restarts_are_counted_but_use_no_retries(tmp_path) -> None:
+    backend = ScriptedBackend({"a": [ExitStatus(-9, ""), ExitStatus(-9, ""), "result"]}, requeued=5)
+    parts = run_jobs([job(tmp_path, "a")], backend, lambda parts: None, retries=2, interval=0.0, pause=0.0)
     assert (parts[0].state, parts[0].restarts) == ("done", 17)
 
 
-def test_each_pause_is_twice_the_last(tmp_path, monkeypatch) -> None:
+def test_each_pause_doubles(tmp_path, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    place = Told({"a": [ExitStatus(-9, "")] * 3 + ["result"]})
+    backend = ScriptedBackend({"a": [ExitStatus(-9, "")] * 3 + ["result"]})
     at = []
-    submit = place.submit
-    place.submit = lambda job: at.append(now[0]) or submit(job)  # type: ignore[method-assign]
-    run_jobs([job(tmp_path, "a")], place, lambda parts: None, interval=1.0, pause=8.0)
+    submit = backend.submit
+    backend.submit = lambda job: at.append(now[0]) or submit(job)  # type: ignore[method-assign]
+    run_jobs([job(tmp_path, "a")], backend, lambda parts: None, interval=1.0, pause=8.0)
     assert [later - earlier for earlier, later in pairwise(at)] == [8.0, 16.0, 32.0]
 
 
-def test_a_process_that_was_killed_is_started_again(tmp_path) -> None:
-    jobs = [dies(tmp_path, "a", "os.kill(os.getpid(), 9)", times=2), job(tmp_path, "b")]
+def test_killed_process_is_restarted(tmp_path) -> None:
+    jobs = [crashes(tmp_path, "a", "os.kill(os.getpid(), 9)", times=2), job(tmp_path, "b")]
     parts = run_jobs(jobs, Local(2), lambda parts: None, interval=0.02, pause=0.01)
     assert [part.state for part in parts] == ["done", "done"]
     assert [part.restarts for part in parts] == [2, 0]
     assert starts(tmp_path, "a") == 3
 
 
-def test_never_more_than_the_slots_run(tmp_path) -> None:
-    most = []
+def test_no_more_jobs_run_than_slots(tmp_path) -> None:
+    running_counts = []
     jobs = [
         job(tmp_path, name, "import time; time.sleep(0.1)\nopen(__import__('sys').argv[1], 'w')") for name in "abcd"
     ]
 
     def update(parts: list[TrackedJob]) -> None:
-        most.append(sum(part.submitted is not None for part in parts))
+        running_counts.append(sum(part.handle is not None for part in parts))
 
     assert {part.state for part in run_jobs(jobs, Local(3), update, interval=0.02)} == {"done"}
-    assert max(most) == 3
-    most.clear()
+    assert max(running_counts) == 3
+    running_counts.clear()
     again = [replace(one, directory=one.directory / "again") for one in jobs]
     run_jobs(again, Local(3), update, limit=2, interval=0.02)
-    assert max(most) == 2
+    assert max(running_counts) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_all_and_all_save(tmp_path, number) -> None:
+def test_signal_stops_all_jobs_and_all_save(tmp_path, number) -> None:
     jobs = [job(tmp_path, name, UNTIL_STOPPED) for name in "abc"]
     before = signal.getsignal(number)
 
@@ -170,16 +170,18 @@ def test_a_signal_stops_all_and_all_save(tmp_path, number) -> None:
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("outlives", [True, False])
-def test_a_closed_terminal_ends_what_would_not_outlive_it(tmp_path, outlives) -> None:
+@pytest.mark.parametrize("survives_launch", [True, False])
+def test_closed_terminal_stops_only_jobs_that_need_the_launch(tmp_path, survives_launch) -> None:
     handlers = []
-    place = Told({"a": ["result"]})
-    place.outlives = outlives
-    run_jobs([job(tmp_path, "a")], place, lambda parts: handlers.append(signal.getsignal(signal.SIGHUP)), interval=0.0)
-    assert (handlers[0] is signal.SIG_DFL) == outlives
+    backend = ScriptedBackend({"a": ["result"]})
+    backend.survives_launch = survives_launch
+    run_jobs(
+        [job(tmp_path, "a")], backend, lambda parts: handlers.append(signal.getsignal(signal.SIGHUP)), interval=0.0
+    )
+    assert (handlers[0] is signal.SIG_DFL) == survives_launch
 
 
-def test_an_error_of_the_launch_itself_stops_all_too(tmp_path) -> None:
+def test_error_in_the_launch_stops_all_jobs(tmp_path) -> None:
     broken: list[bool] = []
 
     def once(parts: list[TrackedJob]) -> None:

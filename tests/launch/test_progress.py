@@ -1,4 +1,4 @@
-"""What a user sees of a launch."""
+"""The table and the log of a launch."""
 
 import io
 from dataclasses import replace
@@ -13,8 +13,8 @@ from tests.launch.stub import job
 STEP = {"step": 4, "loss": 0.25, "images_per_s": 10.0, "eta_s": 65.0}
 
 
-def part(tmp_path, name: str, state: str = "waiting", work: float = 100.0, **more) -> TrackedJob:
-    return TrackedJob(job(tmp_path, name, work=work), state, **more)  # type: ignore[arg-type]
+def part(tmp_path, name: str, state: str = "waiting", images: float = 100.0, **more) -> TrackedJob:
+    return TrackedJob(job(tmp_path, name, images=images), state, **more)  # type: ignore[arg-type]
 
 
 def running(tmp_path, name: str, **more) -> TrackedJob:
@@ -27,7 +27,7 @@ def table(parts: list[TrackedJob], width: int, height: int = 40, slots: int | No
     return console.export_text().splitlines()
 
 
-def test_time_left_counts_what_waits(tmp_path) -> None:
+def test_time_left_includes_waiting_parts(tmp_path) -> None:
     parts = [running(tmp_path, "a", eta_s=4.0), part(tmp_path, "b")]
     assert seconds_left(parts, slots=1) == 14.0
     assert seconds_left(parts, slots=2) == 10.0  # not less than the longest part takes alone
@@ -37,8 +37,8 @@ def test_time_left_counts_what_waits(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
-def test_a_line_for_each_part_tells_how_it_stands(tmp_path, width) -> None:
-    died = part(tmp_path, "2-flow-linear", restarts=1, error="ended by SIGKILL")
+def test_table_has_a_row_per_part_with_its_state(tmp_path, width) -> None:
+    died = part(tmp_path, "2-flow-linear", restarts=1, error="killed by SIGKILL")
     failed = part(tmp_path, "3-flow-linear", "failed", error="atoll: no shards")
     parts = [
         running(tmp_path, "0-eps-cosine"), part(tmp_path, "1-x0-linear-beta", "running", restarts=2), died, failed,
@@ -46,7 +46,7 @@ def test_a_line_for_each_part_tells_how_it_stands(tmp_path, width) -> None:
     ]  # fmt: skip
     lines = table(parts, width)
     assert max(map(len, lines)) <= width
-    assert lines[0].startswith("glyphs: 1 of 6 done, 1 failed, 0:00 gone, about ")
+    assert lines[0].startswith("glyphs: 1 of 6 done, 1 failed, 0:00 elapsed, about ")
     assert lines[1].split() == ["part", "state", "step", "loss", "images/s", "left", "restarts"]
     cells = [[cell for cell in line.split() if "━" not in cell and "╺" not in cell] for line in lines[2:]]
     assert cells[0] == ["0-eps-cosine", "running", "4/10", "0.2500", "10", "1:05"]
@@ -55,12 +55,12 @@ def test_a_line_for_each_part_tells_how_it_stands(tmp_path, width) -> None:
     assert cells[3] == ["3-flow-linear", "failed", "0/10"]
     assert cells[4] == ["router", "waiting", "0/10"]
     assert cells[5] == ["monolith", "done", "10/10", "0.2500"]
-    assert lines[8] == "2-flow-linear: ended by SIGKILL"
+    assert lines[8] == "2-flow-linear: killed by SIGKILL"
     assert lines[9] == "3-flow-linear: atoll: no shards"
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_numbers_of_a_long_training_are_shown_whole(tmp_path, width) -> None:
+def test_large_numbers_are_never_cut(tmp_path, width) -> None:
     one = running(tmp_path, "12-a-name-that-somebody-chose", step=123456, eta_s=200_000.0)
     one.restarts, one.job = 12, replace(one.job, steps=800_000)
     cells = table([one], width)[2].split()
@@ -69,13 +69,13 @@ def test_numbers_of_a_long_training_are_shown_whole(tmp_path, width) -> None:
     ]  # fmt: skip
 
 
-def test_old_metrics_tell_no_speed(tmp_path) -> None:
+def test_metrics_from_before_a_restart_show_no_rate(tmp_path) -> None:
     again = part(tmp_path, "a", "running", metrics=STEP)
     assert table([again], 100)[2].split()[:2] == ["a", "starting"]
     assert "1:05" not in "".join(table([again], 100))
 
 
-def test_of_more_parts_than_lines_the_interesting_ones_are_shown(tmp_path) -> None:
+def test_low_console_shows_parts_of_highest_priority(tmp_path) -> None:
     parts = [part(tmp_path, f"{n}-done", "done") for n in range(20)]
     parts += [running(tmp_path, f"{n}-run") for n in range(20, 24)]
     parts += [part(tmp_path, f"{n}-wait") for n in range(24, 60)]
@@ -87,7 +87,7 @@ def test_of_more_parts_than_lines_the_interesting_ones_are_shown(tmp_path) -> No
     assert lines[-1] == "60-bad: no shards"
 
 
-def test_without_a_terminal_events_and_a_line_now_and_then(tmp_path, monkeypatch) -> None:
+def test_without_a_terminal_events_and_summaries_are_logged(tmp_path, monkeypatch) -> None:
     text, now = io.StringIO(), [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     one, two = running(tmp_path, "one"), part(tmp_path, "two")
@@ -96,22 +96,22 @@ def test_without_a_terminal_events_and_a_line_now_and_then(tmp_path, monkeypatch
             now[0] += 4
             view.update([one, two])
         one.state = "done"
-        two.state, two.restarts, two.error = "waiting", 1, "ended by SIGSEGV: [red]words"
+        two.state, two.restarts, two.error = "waiting", 1, "killed by SIGSEGV: [red]words"
         view.update([one, two])
         two.state, two.error = "failed", "atoll: no shards"
         view.update([one, two])
     lines = text.getvalue().splitlines()
     assert lines[0].endswith("one 4/10 loss 0.2500 10 images/s")
-    assert lines[1].startswith("glyphs: 0 of 2 done, 0:16 gone")
+    assert lines[1].startswith("glyphs: 0 of 2 done, 0:16 elapsed")
     assert lines[2:] == [
         "one done",
-        "two is started again: ended by SIGSEGV: [red]words",
+        "two restarts: killed by SIGSEGV: [red]words",
         "two failed: atoll: no shards",
-        "glyphs: 1 of 2 done, 1 failed, 0:16 gone",
+        "glyphs: 1 of 2 done, 1 failed, 0:16 elapsed",
     ]
 
 
-def test_on_a_terminal_the_table_repaints_itself(tmp_path) -> None:
+def test_table_repaints_itself_on_a_terminal(tmp_path) -> None:
     text = io.StringIO()
     with LaunchView("glyphs", 2, Console(file=text, force_terminal=True, width=100)) as view:
         view.update([running(tmp_path, "one")])

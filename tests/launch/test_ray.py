@@ -1,4 +1,4 @@
-"""`--on ray`, on a local Ray of two workers: one that is killed costs a part nothing but time."""
+"""`--on ray`, on a local Ray cluster of two workers."""
 
 import logging
 import os
@@ -10,9 +10,9 @@ import pytest
 
 from atoll.errors import AtollError
 from atoll.launch.loop import TrackedJob, run_jobs
-from atoll.launch.ray import Ray, ray_place
+from atoll.launch.ray import Ray, ray_backend
 from tests.launch.parts import Once, long_run, part_of, weights, whole_weights
-from tests.launch.stub import UNTIL_STOPPED, dies, job, starts
+from tests.launch.stub import UNTIL_STOPPED, crashes, job, starts
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 __all__ = ["whole_weights"]
@@ -21,14 +21,14 @@ __all__ = ["whole_weights"]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Ray]:
     ray.init(num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
-    with ray_place(None) as place:
-        yield place
-    assert ray.is_initialized()  # it was not the launch's own
+    with ray_backend(None) as backend:
+        yield backend
+    assert ray.is_initialized()  # the launch did not start it
     ray.shutdown()
 
 
 def worker_of(part: TrackedJob) -> int:
-    """The process of Ray that attends the part's training."""
+    """The Ray process that supervises the part's training."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().decode().split("\0")
@@ -41,19 +41,19 @@ def worker_of(part: TrackedJob) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing_but_time(cluster, tmp_path, whole_weights) -> None:
+def test_killed_worker_resumes_with_identical_weights(cluster, tmp_path, whole_weights) -> None:
     run = long_run(tmp_path / "run")
     kill = Once(lambda part: os.kill(worker_of(part), signal.SIGKILL))
     parts = run_jobs([part_of(run)], cluster, kill, interval=0.05, pause=0.1)
     assert (parts[0].state, parts[0].restarts) == ("done", 1)
-    assert kill.went_on()
+    assert kill.resumed()
     assert weights(run) == whole_weights
 
 
-def test_what_dies_with_its_worker_or_without_is_restarted_and_the_rest_finish(cluster, tmp_path) -> None:
+def test_crashed_tasks_are_restarted_and_the_rest_finish(cluster, tmp_path) -> None:
     jobs = [
-        dies(tmp_path, "worker", "os.kill(os.getppid(), signal.SIGKILL); time.sleep(3600)"),
-        dies(tmp_path, "process", "os.kill(os.getpid(), signal.SIGSEGV)", times=9),
+        crashes(tmp_path, "worker", "os.kill(os.getppid(), signal.SIGKILL); time.sleep(3600)"),
+        crashes(tmp_path, "process", "os.kill(os.getpid(), signal.SIGSEGV)", times=9),
         job(tmp_path, "mistake", "import sys; print('atoll: no shards'); sys.exit(2)"),
         job(tmp_path, "good"),
     ]
@@ -61,11 +61,11 @@ def test_what_dies_with_its_worker_or_without_is_restarted_and_the_rest_finish(c
     assert [part.state for part in parts] == ["done", "failed", "failed", "done"]
     assert [part.restarts for part in parts] == [1, 1, 0, 0]
     assert [starts(tmp_path, name) for name in ("worker", "process")] == [2, 2]
-    assert parts[1].error == "ended by SIGSEGV, after 1 restart"
+    assert parts[1].error == "killed by SIGSEGV, after 1 restart"
     assert parts[2].error == "atoll: no shards"
 
 
-def test_ctrl_c_saves_what_runs_and_takes_the_rest_out_of_the_queue(cluster, tmp_path) -> None:
+def test_ctrl_c_saves_running_tasks_and_cancels_queued_ones(cluster, tmp_path) -> None:
     jobs = [job(tmp_path, name, UNTIL_STOPPED) for name in "abc"]
     logs = [tmp_path / name / "output.log" for name in "abc"]
 
@@ -81,7 +81,7 @@ def test_ctrl_c_saves_what_runs_and_takes_the_rest_out_of_the_queue(cluster, tmp
     assert sorted(log.read_text() if log.exists() else "" for log in logs) == ["", "ready\nsaved\n", "ready\nsaved\n"]
 
 
-def test_a_part_that_fits_nowhere_waits_and_can_be_stopped(cluster, tmp_path) -> None:
+def test_part_too_large_for_the_cluster_waits_and_can_be_stopped(cluster, tmp_path) -> None:
     def update(parts: list[TrackedJob]) -> None:
         assert parts[0].state in ("waiting", "stopping")
         if parts[1].state == "done" and not sent:
@@ -93,7 +93,7 @@ def test_a_part_that_fits_nowhere_waits_and_can_be_stopped(cluster, tmp_path) ->
     assert [part.state for part in run_jobs(jobs, cluster, update, interval=0.05)] == ["waiting", "done"]
 
 
-def test_without_ray_the_error_names_the_extra(monkeypatch) -> None:
+def test_missing_ray_names_the_extra(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(AtollError, match=r"pip install 'atoll\[ray\]'"), ray_place(None):
+    with pytest.raises(AtollError, match=r"pip install 'atoll\[ray\]'"), ray_backend(None):
         pass
