@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from atoll.study.table import difference, say
+from atoll.study.table import difference, mean_and_spread
 
 BLOCK = re.compile(r"(<!-- table (\{.*?\}) -->\n).*?(<!-- end -->)", re.DOTALL)
 Values = dict[str, dict[str, float]]
@@ -42,7 +42,7 @@ def table(rows: list[dict[str, Any]], asked: dict[str, Any]) -> str:
     lines = [head, ["---"] * len(head)]
     for name, values in chosen.items():
         cells = [name.partition(":")[2] if asked.get("short") else name.replace(":", ": ", 1)]
-        cells += [say(_by_seed(values, metric)) for metric in metrics]
+        cells += [mean_and_spread(_by_seed(values, metric)) for metric in metrics]
         if base is not None:
             same = name == asked["less"]
             cells.append("" if same else difference(_by_seed(values, metrics[0]), _by_seed(base, metrics[0])))

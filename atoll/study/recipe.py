@@ -1,9 +1,10 @@
-"""What a study is: one base manifest, the runs that differ from it, and the seeds.
+"""The recipe of a study: one base manifest, the runs that differ from it, and the seeds.
 
-On the disk, below the study's directory:
-    encoded/<hash>/          each data set as some run needs it, once
-    seed-<n>/<run>/          a run like any other: atoll.yaml, clusters/, experts/, router/, ..., report.html
-    results.json, results.md every variant of every run: mean and spread over the seeds
+The study's directory holds:
+    encoded/<hash>/            one run per encoding that some run of the study needs
+    evaluation/                results that later evaluations reuse
+    seed-<n>/<run>/            an ordinary run: atoll.yaml, clusters/, experts/, router/, ..., report.html
+    results.json, results.md   every variant of every run: mean and spread over the seeds
 """
 
 import copy
@@ -20,21 +21,21 @@ STUDIES = RECIPES / "studies"
 
 
 def run_path(out: Path, seed: int, name: str) -> Path:
-    """The directory of one run of a study, below the study's directory `out`."""
+    """Return the directory of one run of a study, below the study's directory `out`."""
     return out / f"seed-{seed}" / name
 
 
 class StudyRun(Section):
-    """One run of a study, made once per seed.
+    """One run of a study, repeated for every seed.
 
-    experts: names of the study's objectives, of which every cluster gets one expert each (replicas, if there are
-    several). Or by cluster: {all: flow, 0: [flow, eps-cosine]}.
-    like: another run, whose clusters and experts are taken as they are; of `experts` those that are to be assembled.
-    drawn: so many latents of each cluster, drawn by these experts, are what router and student train on (DDM: private
-    data); what is measured is measured against the real data. With `like` only.
-    changes: what differs from the study's manifest, key by key.
-    monolith: its objective's name; None: none is trained.
-    student: as the `student` section of atoll.yaml, but for its objective, which is a name; None: none is trained.
+    experts: names of the study's objectives; every cluster gets one expert per name (several are replicas). Or by
+    cluster: {all: flow, 0: [flow, eps-cosine]}.
+    like: another run, whose clusters and experts this run reuses; `experts` then selects those to assemble.
+    drawn: latents per cluster that the experts draw, and that router and student train on instead of the real data
+    (DDM: private data); the evaluation still uses the real data. Only with `like`.
+    changes: overrides of the study's manifest, key by key.
+    monolith: the name of its objective; None: no monolith.
+    student: the `student` section of atoll.yaml, with the name of an objective; None: no student.
     """
 
     experts: tuple[str, ...] | dict[int | str, str | tuple[str, ...]] = ("flow",)
@@ -43,7 +44,7 @@ class StudyRun(Section):
     changes: dict[str, Any] = Field(default_factory=dict)
     monolith: str | None = None
     student: dict[str, Any] | None = None
-    evaluate: dict[str, Any] = Field(default_factory=dict)  # instead of the study manifest's `evaluate`, key by key
+    evaluate: dict[str, Any] = Field(default_factory=dict)  # overrides of the manifest's `evaluate`, key by key
 
     @field_validator("experts")
     @classmethod
@@ -51,35 +52,36 @@ class StudyRun(Section):
         if isinstance(experts, dict):
             for cluster in experts:
                 if not isinstance(cluster, int) and cluster != "all":
-                    raise ValueError(f"{cluster!r}; expected the number of a cluster, or all")
+                    raise ValueError(f"{cluster!r}; expected a cluster's number, or all")
         elif not experts:
             raise ValueError("an empty list; expected at least one objective's name")
         return experts
 
     def objectives(self, k: int) -> list[tuple[int, str]]:
-        """(cluster, objective's name) of every expert, of k clusters."""
+        """List (cluster, name of the objective) for every expert of a run with k clusters."""
         if not isinstance(self.experts, dict):
             return [(cluster, name) for name in self.experts for cluster in range(k)]
-        everywhere = self.experts.get("all", ())
-        chosen = {cluster: _several(self.experts.get(cluster, everywhere)) for cluster in range(k)}
-        names = dict.fromkeys(name for several in chosen.values() for name in several)
-        return [(cluster, name) for name in names for cluster in range(k) if name in chosen[cluster]]
+        default = self.experts.get("all", ())
+        names_of = {cluster: _as_tuple(self.experts.get(cluster, default)) for cluster in range(k)}
+        # By objective first, then by cluster, in the order in which the objectives appear.
+        names = dict.fromkeys(name for cluster_names in names_of.values() for name in cluster_names)
+        return [(cluster, name) for name in names for cluster in range(k) if name in names_of[cluster]]
 
     @property
-    def named(self) -> list[str]:
-        """The objectives' names."""
+    def objective_names(self) -> list[str]:
+        """The names in `experts`."""
         if not isinstance(self.experts, dict):
             return list(self.experts)
-        return [name for several in self.experts.values() for name in _several(several)]
+        return [name for names in self.experts.values() for name in _as_tuple(names)]
 
 
 class Study(Section):
-    """The whole of a study's yaml file.
+    """A study's yaml file.
 
-    manifest: what all runs share; its train.batch is the whole model's, of which an expert gets the K-th part, so that
-    ensemble and monolith train on equally many images (DDM and HDDM: equal total FLOPs).
+    manifest: what all runs share. Its train.batch is the batch of the whole model; an expert of K clusters gets 1/K of
+    it, so that ensemble and monolith train on equally many images (DDM and HDDM: equal total FLOPs).
     baseline: the variant that all others are compared with, as RUN:VARIANT.
-    columns: of results.md: how the names of the metrics begin that it shows; none: all.
+    columns: the metrics in results.md, by the beginnings of their names; empty: all.
     """
 
     name: str = Field(pattern=r"^[\w.-]+$")
@@ -93,42 +95,50 @@ class Study(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise ValueError(f"seeds: {list(self.seeds)}; expected at least one, and none twice")
-        done: set[str] = set()
+            raise ValueError(f"seeds: {list(self.seeds)}; expected at least one, without repetition")
+        earlier: set[str] = set()
         for name, run in self.runs.items():
             if run.student is not None and "objective" not in run.student:
                 raise ValueError(f"runs.{name}.student: has no objective; expected one of {', '.join(self.objectives)}")
             dense = [run.monolith, run.student["objective"] if run.student else None]
-            for objective in (*run.named, *(one for one in dense if one is not None)):
+            for objective in (*run.objective_names, *(name for name in dense if name is not None)):
                 if objective not in self.objectives:
                     known = ", ".join(self.objectives)
                     raise ValueError(f"runs.{name}: no objective {objective!r}; expected one of {known}")
-            if run.like is not None and run.like not in done:
-                raise ValueError(f"runs.{name}.like: {run.like!r}; expected a run that stands before it")
+            if run.like is not None and run.like not in earlier:
+                raise ValueError(f"runs.{name}.like: {run.like!r}; expected an earlier run of this file")
             if run.drawn is not None and run.like is None:
-                raise ValueError(f"runs.{name}.drawn: by which experts? name their run in `like`")
-            done.add(name)
+                raise ValueError(f"runs.{name}.drawn: {run.drawn} without `like`; name the run whose experts draw")
+            earlier.add(name)
         if self.baseline is not None and self.baseline.partition(":")[0] not in self.runs:
             raise ValueError(f"baseline: {self.baseline!r}; expected RUN:VARIANT, of {', '.join(self.runs)}")
         return self
 
     def manifest_of(self, name: str, seed: int) -> Manifest:
-        """The atoll.yaml of one run. Raises AtollError where it is not valid, or k does not divide the batch."""
+        """Build the manifest of one run.
+
+        Raises:
+            AtollError: it is not valid, or k does not divide the batch.
+        """
         return parse_manifest(yaml.safe_dump(self.content_of(name, seed)), f"study {self.name}, run {name}")
 
     def content_of(self, name: str, seed: int) -> dict[str, Any]:
-        """What `manifest_of` parses, as plain values."""
+        """Build the content of a run's atoll.yaml, as plain values; raises as `manifest_of`."""
         run = self.runs[name]
         content = merged(self.manifest, run.changes)
         content["evaluate"] = merged(content.get("evaluate", {}), run.evaluate)
+
+        # An expert trains on 1/k of the batch, router and monolith on all of it.
         k = content.setdefault("clusters", {}).setdefault("k", 4)
         train = content.setdefault("train", {})
         batch = train.setdefault("batch", 64)
         if batch % k:
-            raise AtollError(f"study {self.name}, run {name}: batch {batch} is no multiple of its {k} clusters")
+            raise AtollError(f"study {self.name}, run {name}: batch {batch} is not a multiple of its {k} clusters")
         train["batch"] = batch // k
         router = content.setdefault("router", {})
         router["train"] = {"batch": batch, **router.get("train", {})}
+
+        # Names of objectives become objectives.
         plain = {key: objective.model_dump(exclude_defaults=True) for key, objective in self.objectives.items()}
         content["experts"] = [
             {"cluster": cluster, "name": objective, "objective": plain[objective]}
@@ -142,31 +152,31 @@ class Study(Section):
             content.pop("monolith", None)
         if run.student is not None:
             content["student"] = {**run.student, "objective": plain[run.student["objective"]]}
-        return copy.deepcopy({**content, "name": f"{self.name}-{name}", "seed": seed})  # no aliases in the yaml
+        return copy.deepcopy({**content, "name": f"{self.name}-{name}", "seed": seed})  # copied: no aliases in the yaml
 
 
-def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the changes, mapping by mapping; neither is altered.
+    """Return `base` with the changes, merged mapping by mapping; neither argument is altered.
 
-    A mapping that names another thing ({name: pixels} for {name: mobilenetv2, size: 128}) takes its place as a whole.
+    A mapping with another `name` ({name: pixels} for {name: mobilenetv2, size: 128}) replaces the old one as a whole.
     """
     out = copy.deepcopy(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        both = both and value.get("name", out[key].get("name")) == out[key].get("name")
-        out[key] = merged(out[key], value) if both else copy.deepcopy(value)
+        mergeable = isinstance(value, dict) and isinstance(out.get(key), dict)
+        mergeable = mergeable and value.get("name", out[key].get("name")) == out[key].get("name")
+        out[key] = merged(out[key], value) if mergeable else copy.deepcopy(value)
     return out
 
 
 def load_study(name: str) -> Study:
-    """A built-in study by name ("eurosat"), or a path to one.
+    """Load a built-in study by name ("eurosat"), or a yaml file by path.
 
     Raises:
-        AtollError: no such file, or anything in it that is unknown or out of range.
+        AtollError: there is no such file, or something in it is unknown or out of range.
     """
     file = next((f for f in (STUDIES / f"{name}.yaml", Path(name)) if f.is_file()), None)
     if file is None:
@@ -175,11 +185,11 @@ def load_study(name: str) -> Study:
     try:
         study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise AtollError(f"{file}: is no study ({' '.join(str(error).split())})") from None
+        raise AtollError(f"{file}: not a study ({' '.join(str(error).split())})") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the study"
         raise AtollError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
-    for run in study.runs:  # all of them, before the first is trained
+    for run in study.runs:  # validate all of them before the first is trained
         study.manifest_of(run, study.seeds[0])
     return study

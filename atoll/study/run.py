@@ -1,4 +1,4 @@
-"""The whole of `atoll study`: every run of every seed, from images to a report."""
+"""`atoll study` as one function: every run of every seed, from images to a report."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ from atoll.study.recipe import Study, run_path
 from atoll.study.table import write_results
 from atoll.synthesize import synthesize_run
 
-# What a run was trained and measured for: where that has not changed, it need not be looked at again.
+# In a run's directory: the settings it was trained and evaluated with. While they are the same, the work is skipped.
 _TRAINED, _EVALUATED = ".trained.json", ".evaluated.json"
-_OF_ENCODING = ("data", "codec", "condition", "feature")
+_ENCODING_SECTIONS = ("data", "codec", "condition", "feature")
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def run_study(
@@ -33,43 +33,58 @@ def run_study(
     out: Path,
     seeds: Sequence[int] | None = None,
     jobs: int | None = None,
-    tell: Tell = lambda what: None,
+    log: Log = lambda line: None,
 ) -> Path:
-    """Trains and measures every run of every seed, seed by seed; returns the path of the table.
-
-    What is done is not done again, what was interrupted goes on.
+    """Train and evaluate every run of every seed, seed by seed. Completed work is skipped, interrupted work resumes.
 
     Args:
+        study: from `load_study`.
         out: the study's directory; see `atoll.study.recipe`.
-        seeds: instead of the study's.
-        jobs: trainings at a time; None: as many as this machine has room for.
-        tell: hears in a line what is done next.
+        seeds: None: the study's.
+        jobs: trainings at a time; None: as many as fit on this machine.
+        log: called with a line before each step.
+
+    Returns:
+        The path of the table.
 
     Raises:
-        AtollError: as the stages; or `launch` was stopped.
+        AtollError: a stage failed, or the launch was stopped.
     """
     seeds = tuple(seeds or study.seeds)
     for seed in seeds:
         for name in study.runs:
-            tell(f"seed {seed}, {name}: training")
+            log(f"seed {seed}, {name}: training")
             run = train_one(study, name, seed, out, jobs)
             manifest = load_manifest(run)
-            mark = {**_mark(manifest), "evaluate": manifest.evaluate.model_dump(mode="json")}
-            if not _is_done(run / _EVALUATED, mark):
-                tell(f"seed {seed}, {name}: evaluating")
+            settings = {**_training_settings(manifest), "evaluate": manifest.evaluate.model_dump(mode="json")}
+            if not _is_done(run / _EVALUATED, settings):
+                log(f"seed {seed}, {name}: evaluating")
                 evaluate_run(run, manifest.evaluate, store=out / EVALUATION)
-                write_json(run / _EVALUATED, mark)
+                write_json(run / _EVALUATED, settings)
                 write_results(study, out, seeds)
     return write_results(study, out, seeds)
 
 
 def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -> Path:
-    """One run up to its ensemble; returns its directory."""
+    """Make one run up to its ensemble, and return its directory.
+
+    Args:
+        study: from `load_study`.
+        name: which run of it.
+        seed: of the run.
+        out: the study's directory.
+        jobs: trainings at a time; None: as many as fit on this machine.
+
+    Raises:
+        AtollError: a stage failed, or the launch was stopped.
+    """
     run, manifest = run_path(out, seed, name), study.manifest_of(name, seed)
     layout = RunLayout(run)
     run.mkdir(parents=True, exist_ok=True)
     write_bytes(layout.manifest, yaml.safe_dump(study.content_of(name, seed), sort_keys=False).encode())
     manifest = load_manifest(run)
+
+    # Data, clusters and experts: its own, or those of the run that it is like.
     like = study.runs[name].like
     if like is None:
         _link(layout.encoded, RunLayout(encode_once(manifest, out)).encoded)
@@ -79,16 +94,20 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
             _link(run / part, run.parent / like / part)
         missing = [e.full_name for e in manifest.experts if not (layout.expert(e.full_name) / CARD).is_file()]
         if missing:
-            raise AtollError(f"study {study.name}: run {like} has no expert {', '.join(missing)}, which {name} takes")
+            raise AtollError(
+                f"study {study.name}: run {like} has no expert {', '.join(missing)}, which run {name} needs"
+            )
+
+    # Train what is left, unless these very settings are trained already.
     drawn = study.runs[name].drawn
-    mark = {**_mark(manifest), **({"drawn": drawn} if drawn else {})}
-    if not _is_done(run / _TRAINED, mark):
+    settings = {**_training_settings(manifest), **({"drawn": drawn} if drawn else {})}
+    if not _is_done(run / _TRAINED, settings):
         if drawn is None:
             only = None if like is None else [ROUTER, *([MONOLITH] if manifest.monolith else [])]
             _train(run, manifest, jobs, only)
         else:
             _train_on_draws(run, manifest, jobs, drawn)
-        write_json(run / _TRAINED, mark)
+        write_json(run / _TRAINED, settings)
     return run
 
 
@@ -101,11 +120,11 @@ def _train(run: Path, manifest: Manifest, jobs: int | None, only: Sequence[str] 
 
 def _launch(run: Path, jobs: int | None, only: Sequence[str] | None) -> None:
     if not launch_run(run, jobs=jobs, only=only):
-        raise AtollError(f"{run}: stopped; what was trained is saved, and the same command goes on")
+        raise AtollError(f"{run}: stopped; all progress is saved; run the same command to resume")
 
 
 def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int) -> None:
-    """Router and student, below drawn/, on latents that the experts draw; they are linked beside the real data."""
+    """Train router and student in drawn/, on latents that the experts draw; link them beside the real data."""
     drawn = run / "drawn"
     synthesize_run(run, manifest, drawn, images=images, resume=True)
     _train(drawn, manifest, jobs, [ROUTER])
@@ -115,8 +134,8 @@ def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int
 
 
 def encode_once(manifest: Manifest, out: Path) -> Path:
-    """Encodes the manifest's data where no run of the study has; returns the directory that holds encoded/."""
-    content = manifest.model_dump(mode="json", include=set(_OF_ENCODING))
+    """Encode the manifest's data unless another run of the study did; return the run that holds encoded/."""
+    content = manifest.model_dump(mode="json", include=set(_ENCODING_SECTIONS))
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     run = out / ENCODED / name
     run.mkdir(parents=True, exist_ok=True)
@@ -125,22 +144,22 @@ def encode_once(manifest: Manifest, out: Path) -> Path:
     return run
 
 
-def _mark(manifest: Manifest) -> dict[str, object]:
-    """All of a manifest that its training and assembly depend on."""
+def _training_settings(manifest: Manifest) -> dict[str, object]:
+    """Everything in a manifest that training and assembly depend on."""
     return manifest.model_dump(mode="json", exclude={"name", "evaluate"})
 
 
-def _is_done(file: Path, mark: dict[str, object]) -> bool:
-    return file.is_file() and json.loads(file.read_text()) == mark
+def _is_done(file: Path, settings: dict[str, object]) -> bool:
+    return file.is_file() and json.loads(file.read_text()) == settings
 
 
 def _link(link: Path, target: Path) -> None:
-    """A relative link, so that the study may be moved as a whole."""
+    """Make a link, relative, so that the study may be moved as a whole."""
     relative = os.path.relpath(target, link.parent)
     if link.is_symlink() and os.readlink(link) == relative:
         return
     if link.is_symlink() or link.exists():
         raise AtollError(
-            f"{link}: is not the link to {relative} that the study makes; remove it, or name another --out"
+            f"{link}: exists, and is not the study's link to {relative}; remove it, or choose another --out"
         )
     link.symlink_to(relative, target_is_directory=True)

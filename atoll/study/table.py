@@ -1,4 +1,4 @@
-"""What a study found: every variant of every run, mean and spread over the seeds, and what it is better than."""
+"""The results of a study: every variant of every run, with mean and spread over the seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,13 +14,14 @@ from atoll.study.recipe import Study, run_path
 
 FORMAT = 1
 ERROR, LIKENESS = "denoising error", "likeness"
-# Student's t at 97.5 %, of 1 to 9 degrees of freedom; the normal distribution's beyond.
+# Quantiles at 97.5 % of Student's t, for 1 to 9 degrees of freedom, and of the normal distribution for more.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_NORMAL = 1.96
 
 
 @dataclass
 class ResultRow:
-    """One variant of one run. values: by the metric's whole name, one per seed that has it."""
+    """One variant of one run. values: by the metric's full name, then by seed."""
 
     run: str
     variant: str
@@ -29,7 +30,7 @@ class ResultRow:
 
 
 def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
-    """From the reports of all runs that are evaluated, in the order of the study."""
+    """Read the reports of all evaluated runs, in the order of the study."""
     rows: dict[tuple[str, str], ResultRow] = {}
     for run in study.runs:
         for seed in seeds:
@@ -39,28 +40,30 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
                 continue
             for score in read_json(report)["results"]["scores"]:
                 row = rows.setdefault((run, score["name"]), ResultRow(run, score["name"], score["axes"]))
-                named = {**score["metrics"], ERROR: score["denoising"]["mean"], "GFLOPs": score["gflops"]}
-                named[LIKENESS] = _likeness(study, out, seed, run, score["name"])
-                for name, value in named.items():
+                metrics = {**score["metrics"], ERROR: score["denoising"]["mean"], "GFLOPs": score["gflops"]}
+                metrics[LIKENESS] = _likeness(study, out, seed, run, score["name"])
+                for name, value in metrics.items():
                     if value is not None:
                         row.values.setdefault(name, {})[seed] = value
     return list(rows.values())
 
 
 def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> float | None:
-    """To the baseline's images from the same noise; None where they were not measured alike."""
+    """How alike a variant's images and the baseline's are, from the same noise; None if they cannot be compared."""
     if study.baseline is None:
         return None
-    base, _, name = study.baseline.partition(":")
-    if not RunLayout(run_path(out, seed, base)).report_json.is_file():
+    base_run, _, base_variant = study.baseline.partition(":")
+    base_path = run_path(out, seed, base_run)
+    if not RunLayout(base_path).report_json.is_file():
         return None
-    a = open_evaluated(f"{run_path(out, seed, base)}:{name.strip()}")
-    b = open_evaluated(f"{run_path(out, seed, run)}:{variant}")
-    return likeness(a, b)[0] if a.bench == b.bench else None
+    base = open_evaluated(f"{base_path}:{base_variant.strip()}")
+    other = open_evaluated(f"{run_path(out, seed, run)}:{variant}")
+    # The same bench: the same prompts, noise and settings.
+    return likeness(base, other)[0] if base.bench == other.bench else None
 
 
 def write_results(study: Study, out: Path, seeds: Sequence[int]) -> Path:
-    """Writes results.json (every number of every seed) and results.md (the table); returns the latter's path."""
+    """Write results.json (every number of every seed) and results.md (the table); return the path of the table."""
     rows = collect(study, out, seeds)
     content = {
         "format": FORMAT,
@@ -75,41 +78,41 @@ def write_results(study: Study, out: Path, seeds: Sequence[int]) -> Path:
 
 
 def markdown(study: Study, rows: Sequence[ResultRow]) -> str:
-    """One table: mean ± standard deviation over the seeds, and the paired difference to the baseline, with interval."""
+    """Format one table: mean ± standard deviation over the seeds, and the paired difference to the baseline."""
     if not rows:
-        return "Nothing is evaluated yet.\n"
-    names = [name for name in dict.fromkeys(n for row in rows for n in row.values) if _is_asked(study, name)]
+        return "No run is evaluated yet.\n"
+    names = [name for name in dict.fromkeys(n for row in rows for n in row.values) if _is_column(study, name)]
     base = next((row for row in rows if f"{row.run}:{row.variant}" == study.baseline), None)
-    head = ["run", "variant", *names, *([f"{names[0]} less the baseline's"] if base and names else [])]
+    head = ["run", "variant", *names, *([f"{names[0]} minus the baseline's"] if base and names else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = [row.run, row.variant, *(say(row.values.get(name, {})) for name in names)]
+        cells = [row.run, row.variant, *(mean_and_spread(row.values.get(name, {})) for name in names)]
         if base and names:
             cells.append("" if row is base else difference(row.values.get(names[0], {}), base.values.get(names[0], {})))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _is_asked(study: Study, name: str) -> bool:
+def _is_column(study: Study, name: str) -> bool:
     return not study.columns or any(name.startswith(prefix) for prefix in study.columns)
 
 
-def say(values: dict[int, float]) -> str:
-    """mean ± standard deviation; of one seed, its number."""
-    found = list(values.values())
-    if len(found) < 2:
-        return number(found[0]) if found else ""
-    return f"{number(statistics.mean(found))} ± {number(statistics.stdev(found), 2)}"
+def mean_and_spread(values: dict[int, float]) -> str:
+    """Format the values of all seeds as mean ± standard deviation; of one seed, as its value; of none, as ""."""
+    numbers = list(values.values())
+    if len(numbers) < 2:
+        return number(numbers[0]) if numbers else ""
+    return f"{number(statistics.mean(numbers))} ± {number(statistics.stdev(numbers), 2)}"
 
 
 def difference(values: dict[int, float], base: dict[int, float]) -> str:
-    """The mean of the paired differences over the seeds that both have, with its 95 % interval (Student's)."""
+    """Format the mean of the paired differences over common seeds, with its 95 % interval (Student's t)."""
     paired = [values[seed] - base[seed] for seed in values if seed in base]
     if not paired:
         return ""
     mean = statistics.mean(paired)
-    said = f"{'+' if mean > 0 else ''}{number(mean)}"
+    text = f"{'+' if mean > 0 else ''}{number(mean)}"
     if len(paired) < 2:
-        return said
-    t = _T[len(paired) - 2] if len(paired) - 2 < len(_T) else 1.96
-    return f"{said} ± {number(t * statistics.stdev(paired) / len(paired) ** 0.5, 2)}"
+        return text
+    t = _T[len(paired) - 2] if len(paired) - 2 < len(_T) else _NORMAL
+    return f"{text} ± {number(t * statistics.stdev(paired) / len(paired) ** 0.5, 2)}"

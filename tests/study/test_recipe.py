@@ -1,4 +1,4 @@
-"""A study's yaml: what it makes of every run's manifest, and what it refuses before anything is trained."""
+"""A study's yaml: the manifests of its runs, and the errors raised before anything is trained."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def study(**changes: Any) -> Study:
     return Study(**merged(CONTENT, changes))
 
 
-def test_an_expert_gets_its_part_of_the_batch_and_the_monolith_all() -> None:
+def test_expert_gets_its_fraction_of_the_batch_monolith_all() -> None:
     whole, two = study().manifest_of("whole", 5), study().manifest_of("two", 3)
     assert (whole.seed, whole.name) == (5, "small-whole")
     assert [whole.train_of(expert).batch for expert in whole.experts] == [6] * 8
@@ -42,7 +42,7 @@ def test_an_expert_gets_its_part_of_the_batch_and_the_monolith_all() -> None:
     assert whole.train.steps == 7
 
 
-def test_experts_of_every_cluster_or_by_cluster() -> None:
+def test_experts_are_named_for_all_clusters_or_by_cluster() -> None:
     names = [expert.full_name for expert in study().manifest_of("whole", 3).experts]
     assert names == ["0-flow", "1-flow", "2-flow", "3-flow", "0-eps", "1-eps", "2-eps", "3-eps"]
     mixed = study().manifest_of("mixed", 3)
@@ -54,14 +54,14 @@ def test_experts_of_every_cluster_or_by_cluster() -> None:
     assert study().manifest_of("some", 3).evaluate.images == 9
 
 
-def test_a_student_has_an_objective_of_the_study() -> None:
+def test_student_takes_an_objective_of_the_study() -> None:
     runs = {"two": {"student": {"objective": "eps", "teacher": "ensemble", "train": {"batch": 6}}}}
     student = study(runs=runs).manifest_of("two", 3).student
     assert student is not None
     assert (student.objective.prediction, student.teacher, student.train) == ("eps", "ensemble", {"batch": 6})
 
 
-def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
+def test_changes_merge_by_key_unless_the_name_differs() -> None:
     base = {"a": {"b": 1, "c": {"d": 2}}, "feature": {"name": "mobilenetv2", "weights": "w"}}
     assert merged(base, {"a": {"c": {"e": 3}}})["a"] == {"b": 1, "c": {"d": 2, "e": 3}}
     assert merged(base, {"feature": {"size": 64}})["feature"] == {"name": "mobilenetv2", "weights": "w", "size": 64}
@@ -70,17 +70,20 @@ def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"seeds": [1, 1]}, "seeds: .*none twice"),
+        ({"seeds": [1, 1]}, "seeds: .*without repetition"),
         ({"seeds": []}, "seeds: .*at least one"),
         ({"name": "a/b"}, "name: "),
         ({"runs": {"whole": {"experts": ["x0"]}}}, "runs.whole: no objective 'x0'; expected one of flow, eps"),
         ({"runs": {"whole": {"monolith": "x0"}}}, "no objective 'x0'"),
         ({"runs": {"whole": {"experts": []}}}, "runs.whole.experts.*at least one objective"),
-        ({"runs": {"mixed": {"like": "later"}}}, "runs.mixed.like: 'later'; expected a run that stands before it"),
-        ({"runs": {"mixed": {"experts": {"every": "flow"}}}}, "'every'; expected the number of a cluster, or all"),
-        ({"runs": {"two": {"changes": {"clusters": {"k": 5}}}}}, "run two: batch 24 is no multiple of its 5 clusters"),
+        ({"runs": {"mixed": {"like": "later"}}}, "runs.mixed.like: 'later'; expected an earlier run of this file"),
+        ({"runs": {"mixed": {"experts": {"every": "flow"}}}}, "'every'; expected a cluster's number, or all"),
+        (
+            {"runs": {"two": {"changes": {"clusters": {"k": 5}}}}},
+            "run two: batch 24 is not a multiple of its 5 clusters",
+        ),
         ({"runs": {"two": {"changes": {"train": {"step": 5}}}}}, "run two: unknown key train.step"),
         ({"baseline": "three:monolith"}, "baseline: 'three:monolith'; expected RUN:VARIANT, of whole, two"),
         ({"runs": {"two": {"twice": 1}}}, "runs.two.twice"),
@@ -90,28 +93,28 @@ def test_changes_go_key_by_key_but_another_thing_replaces() -> None:
         ),
         ({"runs": {"two": {"student": {"objective": "x0"}}}}, "runs.two: no objective 'x0'"),
         ({"runs": {"two": {"student": {"objective": "eps", "teach": 1}}}}, "run two: unknown key student.teach"),
-        ({"runs": {"two": {"drawn": 5}}}, "runs.two.drawn: by which experts"),
+        ({"runs": {"two": {"drawn": 5}}}, "runs.two.drawn: 5 without `like`"),
         ({"objectives": {"flow": {"prediction": "noise"}}}, "objectives.flow"),
     ],
 )
-def test_a_mistake_is_named_before_anything_is_trained(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_errors_are_raised_before_anything_is_trained(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(merged(CONTENT, changes), sort_keys=False))
-    with pytest.raises(AtollError, match=said) as caught:
+    with pytest.raises(AtollError, match=message) as caught:
         load_study(str(file))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "name: {", "7", ""])
-def test_no_study_at_all(tmp_path: Path, text: str) -> None:
+def test_other_yaml_files_are_not_studies(tmp_path: Path, text: str) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(text)
-    with pytest.raises(AtollError, match=r"study.yaml: is no study|study.yaml: .*[Ff]ield required") as caught:
+    with pytest.raises(AtollError, match=r"study.yaml: not a study|study.yaml: .*[Ff]ield required") as caught:
         load_study(str(file))
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_name_tells_the_known_ones() -> None:
+def test_unknown_name_lists_the_built_in_studies() -> None:
     with pytest.raises(AtollError, match=r"no study 'mars'; expected one of .*eurosat"):
         load_study("mars")
 

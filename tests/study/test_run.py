@@ -1,4 +1,4 @@
-"""A whole study in small, with the trainings' processes replaced by trainings in this one."""
+"""A small study, with the trainings in this process instead of launched ones."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from atoll.manifest import load_manifest
 from atoll.storage.artifact import sha256_file
 from atoll.study import load_study, run_study
 from atoll.study import run as run_module
-from atoll.study.table import difference, say
+from atoll.study.table import difference, mean_and_spread
 from atoll.train.distil import distil_run
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.router import train_router
@@ -63,11 +63,11 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Sequence[str] | None]]:
-    """`atoll launch` without processes; what it was asked for."""
-    asked: list[tuple[str, Sequence[str] | None]] = []
+    """Train in this process instead of launching; record the calls as (run, only)."""
+    calls: list[tuple[str, Sequence[str] | None]] = []
 
     def launch(run: Path, jobs: int | None = None, only: Sequence[str] | None = None) -> bool:
-        asked.append((str(run.relative_to(tmp_path / "out")), only))
+        calls.append((str(run.relative_to(tmp_path / "out")), only))
         manifest = load_manifest(run)
         if only == ["student"]:
             distil_run(run, manifest, resume=True)
@@ -81,15 +81,15 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
         return True
 
     monkeypatch.setattr(run_module, "launch_run", launch)
-    return asked
+    return calls
 
 
-def test_a_study_from_images_to_its_table(recipe, launched, tmp_path) -> None:
-    study, out, told = load_study(recipe), tmp_path / "out", []
-    table = run_study(study, out, tell=told.append).read_text()
+def test_study_from_images_to_its_table(recipe, launched, tmp_path) -> None:
+    study, out, logged = load_study(recipe), tmp_path / "out", []
+    table = run_study(study, out, log=logged.append).read_text()
     trained = [("k2", None), ("pooled", ["router"]), ("private/drawn", ["router"]), ("private/drawn", ["student"])]
     assert launched == [(f"seed-{seed}/{run}", only) for seed in (0, 1) for run, only in trained]
-    assert told[:2] == ["seed 0, k2: training", "seed 0, k2: evaluating"]
+    assert logged[:2] == ["seed 0, k2: training", "seed 0, k2: evaluating"]
     assert len(list((out / "encoded").iterdir())) == 1  # once for all runs of all seeds
     assert not os.path.isabs(os.readlink(out / "seed-1" / "k2" / "encoded"))
     assert sorted(p.name for p in (out / "seed-0/pooled/experts").iterdir() if p.name[0] != ".") == [
@@ -110,13 +110,13 @@ def test_a_study_from_images_to_its_table(recipe, launched, tmp_path) -> None:
     assert drawn["rows"] == 2 * 20
     assert json.loads((private / "report.json").read_text())["hashes"]["encoded/index.json"] == sha256_file(
         out / "seed-1" / "k2" / "encoded" / "index.json"
-    )  # judged by the real images
+    )  # evaluated on the real images
     value = json.loads((out / "results.json").read_text())
     monolith = value["rows"][0]
     assert set(monolith["values"]["denoising error"]) == {"0", "1"}
     assert monolith["values"]["likeness"] == {"0": pytest.approx(1), "1": pytest.approx(1)}
 
-    # Again: nothing is trained; with other settings of the evaluation only that is done.
+    # Again: nothing is trained.
     launched.clear()
     assert run_study(study, out).read_text() == table
     assert launched == []
@@ -124,24 +124,24 @@ def test_a_study_from_images_to_its_table(recipe, launched, tmp_path) -> None:
     assert launched == []
 
 
-def test_a_link_that_is_something_else_is_not_replaced(recipe, launched, tmp_path) -> None:
-    place = tmp_path / "out" / "seed-0" / "k2" / "encoded"
-    place.mkdir(parents=True)
-    with pytest.raises(AtollError, match=r"encoded: is not the link to .* remove it"):
+def test_directory_in_place_of_a_link_is_not_replaced(recipe, launched, tmp_path) -> None:
+    link = tmp_path / "out" / "seed-0" / "k2" / "encoded"
+    link.mkdir(parents=True)
+    with pytest.raises(AtollError, match=r"encoded: exists, and is not the study's link to .* remove it"):
         run_study(load_study(recipe), tmp_path / "out")
     assert launched == []
 
 
-def test_a_stopped_launch_stops_the_study(recipe, monkeypatch, tmp_path) -> None:
+def test_stopped_launch_stops_the_study(recipe, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(run_module, "launch_run", lambda *_, **__: False)
-    with pytest.raises(AtollError, match="k2: stopped; what was trained is saved"):
+    with pytest.raises(AtollError, match="k2: stopped; all progress is saved"):
         run_study(load_study(recipe), tmp_path / "out")
 
 
-def test_numbers_of_several_seeds() -> None:
-    assert say({0: 1.0, 1: 2.0, 2: 3.0}) == "2.00 ± 1.0"
-    assert say({1: 0.25}) == "0.250"
-    assert say({}) == ""
+def test_mean_spread_and_paired_difference_over_seeds() -> None:
+    assert mean_and_spread({0: 1.0, 1: 2.0, 2: 3.0}) == "2.00 ± 1.0"
+    assert mean_and_spread({1: 0.25}) == "0.250"
+    assert mean_and_spread({}) == ""
     # differences 1, 2, 3: mean 2, deviation 1, t of two degrees of freedom 4.303
     assert difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0, 3: 9.0}) == "+2.00 ± 2.5"
     assert difference({0: 1.0}, {0: 1.5}) == "-0.500"
