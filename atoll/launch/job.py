@@ -103,6 +103,8 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
         parts.append((layout.monolith, ["train", MONOLITH], manifest.monolith))
     if student and manifest.student is not None:
         parts.append((layout.student, ["distil"], manifest.student))
+
+    # Each becomes a command line that resumes, so that a restart needs no other one.
     jobs = []
     for artifact, command, part in parts:
         settings = manifest.train_of(part)
@@ -122,6 +124,7 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
             gpus=part_gpus,
         )
         jobs.append(job)
+    # The longest first: the last one to finish then started as early as possible.
     return sorted(jobs, key=lambda job: -job.images)
 
 
@@ -145,6 +148,7 @@ class Process:
             with suppress(FileNotFoundError):
                 os.replace(job.files.output, job.files.output_before)
             with job.files.output.open("wb") as output:
+                # -I and -S make the small script start fast; the command that replaces it has the usual environment.
                 self._child = subprocess.Popen(
                     [sys.executable, "-ISc", _WITH_PARENT, str(os.getpid()), *job.arguments],
                     stdout=output,
@@ -165,6 +169,7 @@ class Process:
 
     def stop(self) -> None:
         """Request that it saves its state and exits."""
+        # Never stop a process of another launch.
         if not self._held_elsewhere:
             self._child.terminate()
 
@@ -187,6 +192,7 @@ def supervise(process: Process, token: str, sleep: Callable[[float], None] = tim
         sleep: waits for the given seconds.
     """
     files, stopping = process.job.files, False
+    # The launch, perhaps on another machine, sees by this line that the job has started.
     with files.starts.open("a") as starts:
         starts.write(f"{token}\n")
     while (exit_status := process.poll()) is None:
@@ -224,6 +230,7 @@ def last_output_line(job: Job) -> str:
 
 def last_metrics(job: Job) -> dict[str, Any]:
     """Return the last complete line of metrics.jsonl that describes a training step; {} if there is none."""
+    # From the end, because a validation or a cut line may come last.
     for text in reversed(_tail(job.files.metrics)):
         try:
             line = json.loads(text)

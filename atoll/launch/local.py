@@ -30,12 +30,14 @@ class LocalJob:
 
     def __init__(self, backend: Local, job: Job):
         self.backend = backend
+        # Take GPUs from the free ones. A job that trains on the CPU takes none, and sees none.
         self.devices, backend.free_devices = backend.free_devices[: job.gpus], backend.free_devices[job.gpus :]
         self.process = Process(job, {_VISIBLE_GPUS: ",".join(self.devices)} if backend.gpus else None)
 
     def poll(self) -> Status:
         exit_status = self.process.poll()
         if exit_status is not None:
+            # Return them once, however often it is polled.
             self.backend.free_devices += self.devices
             self.devices = []
         return Status(started=True, exit_status=exit_status)
@@ -71,5 +73,6 @@ def _devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
+    # Respect a restriction by the user or by a scheduler, whose names may be UUIDs.
     named = [name for name in os.environ.get(_VISIBLE_GPUS, "").split(",") if name]
     return named[: torch.cuda.device_count()] or [str(i) for i in range(torch.cuda.device_count())]

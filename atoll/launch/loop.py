@@ -69,14 +69,18 @@ def run_jobs(
     slots = min(backend.slots or len(parts), limit or len(parts))
     with _signals_to_stop(backend.survives_launch) as stopped:
         try:
+            # Until all parts are done or failed, or a signal arrives.
             while not stopped() and any(part.state in ("waiting", "running") for part in parts):
+                # Fill the free slots; restarts wait in the same queue.
                 for part in _ready(parts, slots):
                     _submit(part, backend)
+                # Collect progress and exits.
                 for part in parts:
                     _poll(part, retries, pause)
                 update(parts)
                 time.sleep(interval)
         finally:
+            # Errors of the launch itself, such as a broken view, stop the jobs too.
             _stop(parts, update, interval)
     update(parts)
     return parts
@@ -84,6 +88,7 @@ def run_jobs(
 
 def _ready(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
     """The waiting parts that fit into the free slots."""
+    # A submitted part holds its slot even while it waits in the backend's own queue.
     free = slots - sum(part.handle is not None for part in parts)
     now = time.monotonic()
     ready = [p for p in parts if p.state == "waiting" and p.handle is None and p.restart_at <= now]
@@ -91,6 +96,7 @@ def _ready(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
 
 
 def _submit(part: TrackedJob, backend: Backend) -> None:
+    # Metrics of an earlier start give the step to show, but no rate.
     part.metrics, part.fresh = last_metrics(part.job), False
     try:
         part.handle = backend.submit(part.job)
@@ -115,8 +121,10 @@ def _poll(part: TrackedJob, retries: int, pause: float) -> None:
     part.handle = None
     if status.exit_status.code == 0 and part.job.result.exists():
         part.state = "done"
+    # A user error would repeat itself: it is not retried.
     elif status.exit_status.code == EXIT_USER_ERROR or part.crashes >= retries:
         part.state, part.error = "failed", _describe(status.exit_status, part.crashes)
+    # Everything else may be the machine's fault: wait, twice as long each time, and restart from the checkpoint.
     else:
         part.state, part.error = "waiting", _describe(status.exit_status, 0)
         part.restart_at = time.monotonic() + min(_MAX_PAUSE, pause * 2**part.crashes)
@@ -129,6 +137,7 @@ def _describe(exit_status: ExitStatus, crashes: int) -> str:
     code = exit_status.code
     if code == EXIT_USER_ERROR:
         return exit_status.message
+    # Negative codes are signals, None is a lost machine, whose message says so.
     reason: list[str] = []
     if code == 0:
         reason.append("exited before it was done")
@@ -143,11 +152,13 @@ def _describe(exit_status: ExitStatus, crashes: int) -> str:
 
 def _stop(parts: list[TrackedJob], update: Callable[[list[TrackedJob]], None], interval: float) -> None:
     """Stop all submitted parts, and wait until they have saved and exited."""
+    # Request it from all of them first, so that they save at the same time.
     running = [part for part in parts if part.handle is not None]
     for part in running:
         assert part.handle is not None
         part.handle.stop()
         part.state = "stopping"
+    # Then wait, and keep the view up to date.
     while running:
         for part in running:
             assert part.handle is not None
@@ -172,6 +183,7 @@ def _signals_to_stop(survives_launch: bool) -> Iterator[Callable[[], bool]]:
 
     def record(number: int, _: Any) -> None:
         received.append(number)
+        # An impatient user gets Python's own handler back.
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -100,6 +100,7 @@ class LaunchView:
 
     def _shown(self, parts: list[TrackedJob]) -> list[TrackedJob]:
         """All parts in their order; if the console is too low for all, those of highest priority."""
+        # An error may wrap over several lines.
         errors = sum(1 + len(p.error) // self.console.width for p in parts if _has_error(p))
         room = max(3, self.console.height - _OTHER_LINES - errors)
         if len(parts) <= room:
@@ -111,6 +112,7 @@ class LaunchView:
         done = sum(part.state == "done" for part in parts)
         failed = sum(part.state == "failed" for part in parts)
         words = [f"{done} of {len(parts)} done", *([f"{failed} failed"] if failed else [])]
+        # The estimate is left out once nothing is left, and while the launch stops.
         left = seconds_left(parts, self.slots)
         words.append(f"{_clock(time.monotonic() - self.began)} elapsed")
         if left != 0 and not any(part.state in ("stopping", "stopped") for part in parts):

@@ -46,6 +46,7 @@ class RayJob:
 
         clear_stop_request(job)
         self.job, self.token = job, uuid.uuid4().hex
+        # Ray places the task by these numbers; they do not limit it.
         remote = ray.remote(num_cpus=job.threads, num_gpus=job.gpus, max_retries=0)(_task)
         self.reference: Any = remote.options(name=job.name).remote(job, self.token)
 
@@ -53,17 +54,20 @@ class RayJob:
         import ray
 
         started = count_starts(self.job, self.token) > 0
+        # timeout=0 makes it a poll.
         done, _ = ray.wait([self.reference], timeout=0)
         if not done:
             return Status(started)
         try:
             return Status(started, ray.get(self.reference))
+        # The worker died, or its machine is gone: no exit code.
         except ray.exceptions.RayError as error:
             return Status(started, ExitStatus(None, _first_line(error)))
 
     def stop(self) -> None:
         import ray
 
+        # A started task stops by the file, which lets it save; a queued one has nothing to save.
         request_stop(self.job)
         if not count_starts(self.job, self.token):
             ray.cancel(self.reference)
@@ -85,6 +89,7 @@ def ray_backend(gpus: int | None) -> Iterator[Ray]:
         import ray
     except ImportError:
         raise AtollError("--on ray needs Ray: pip install 'atoll[ray]'") from None
+    # A caller that uses Ray itself keeps its connection.
     starts_ray = not ray.is_initialized()
     if starts_ray:
         try:

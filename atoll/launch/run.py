@@ -40,21 +40,29 @@ def launch_run(
     Raises:
         AtollError: an argument is not valid; or, once all other parts are done, some failed.
     """
+    # The run may be named by its manifest.
     if run.is_file():
         if run.name != MANIFEST:
             raise AtollError(f"{run}: expected a file called {MANIFEST}; name that, or the run's directory")
         run = run.parent
+
+    # Local slots depend on the threads of the most demanding part.
     manifest = load_manifest(run)
     threads = max(job.threads for job in jobs_of(run, manifest))
     with open_backend(on, run, jobs=jobs, gpus=gpus, threads=threads, options=_pairs(options)) as backend:
+        # The student needs the assembled ensemble, so it is trained only if named.
         todo = jobs_of(run, manifest, backend.gpus, student=only is not None)
         if only is not None:
             names = [job.name for job in todo]
             if unknown := [name for name in only if name not in names]:
                 raise AtollError(f"{run}: no part {', '.join(unknown)}; expected some of {', '.join(names)}")
             todo = [job for job in todo if job.name in only]
+
+        # Run them; the view follows.
         with LaunchView(manifest.name, backend.slots) as view:
             parts = run_jobs(todo, backend, view.update, retries=retries, limit=jobs)
+
+    # Failures are reported once all others are done.
     failed = [part.job.name for part in parts if part.state == "failed"]
     if failed:
         logs = TrainingLayout.of(RunLayout(run).root / "**" / "*").output
@@ -70,6 +78,7 @@ def _pairs(options: Sequence[str]) -> dict[str, str]:
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise AtollError(f"--slurm {key}{equals}{value}: expected an option of sbatch and its value: partition=gpu")
+    # Both "partition=gpu" and "--partition=gpu" are accepted.
     return {key.removeprefix("--"): value for key, _, value in pairs}
 
 
@@ -91,6 +100,7 @@ def open_backend(
     """
     if options and on != "slurm":
         raise AtollError(f"--slurm {next(iter(options))}=...: only with --on slurm, got --on {on}")
+    # Imported late: Ray and submitit are optional.
     if on == "local":
         from atoll.launch.local import local_backend
 

@@ -47,6 +47,7 @@ class Training:
         """Save the state on Slurm's signal (SIGUSR2), and return what the requeued job runs."""
         from submitit.helpers import DelayedSubmission
 
+        # The requeued job resumes from what is saved here.
         if self.process is not None:
             self.process.stop()
             self.process.wait()
@@ -79,8 +80,11 @@ class Slurm:
 
         from atoll.storage.artifact import write_json  # imported late: a task that only waits does not need torch
 
+        # Slurm jobs survive the launch: the last one of this part may still wait or run.
         if self.cluster == "slurm" and (number := _last_number(job)) and _state_in_queue(number):
             return SlurmJob(self, job, submitit.SlurmJob(self.folder, number))
+
+        # None is left: submit a new one, and remember its number for the next launch.
         clear_stop_request(job)
         try:
             submission = self._executor(job).submit(Training(job))
@@ -95,6 +99,7 @@ class Slurm:
 
         timeouts = {f"{self.cluster}_max_num_timeout": _REQUEUES}
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **timeouts)
+        # One task on one node per part: an island is one node at most.
         executor.update_parameters(
             name=f"atoll-{job.name}",
             timeout_min=self.minutes,
@@ -139,6 +144,7 @@ class SlurmJob:
         """Whether a job that Slurm reports as ended will neither be requeued nor show its result a moment later."""
         if self.submission.paths.result_pickle.exists() or self.backend.cluster != "slurm":
             return True
+        # Between two runs of a requeued job, sacct reports it as ended for a moment.
         self.seen_ended_at = self.seen_ended_at or time.monotonic()
         return time.monotonic() - self.seen_ended_at > _GRACE and not _state_in_queue(self.submission.job_id)
 
@@ -152,6 +158,7 @@ class SlurmJob:
         if error is None:
             exit_status: ExitStatus = self.submission.result()
             return exit_status
+        # submitit's message is the traceback of the task: its last error line says what happened.
         lines = [line for line in str(error).splitlines() if "Error" in line]
         reason = lines[-1].strip() if lines else "failed"
         return ExitStatus(None, f"Slurm job {self.submission.job_id}: {reason}; see {log}")

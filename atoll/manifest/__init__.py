@@ -1,7 +1,6 @@
 """The run's atoll.yaml: every choice of one collective model, validated before anything is computed.
 
-Paths of a run, all below the directory that holds atoll.yaml:
-    encoded/  clusters/  experts/<cluster>-<name>/  router/  monolith/  ensemble/  student/  report.html
+The paths of a run are in `atoll.storage.layout`.
 """
 
 from atoll.manifest.base import Section

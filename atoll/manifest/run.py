@@ -1,8 +1,4 @@
-"""The run's atoll.yaml: every choice of one collective model, validated before anything is computed.
-
-Paths of a run, all below the directory that holds atoll.yaml:
-    encoded/  clusters/  experts/<cluster>-<name>/  router/  monolith/  ensemble/  student/  report.html
-"""
+"""The run's atoll.yaml: every choice of one collective model, validated before anything is computed."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal

@@ -98,6 +98,7 @@ class Study(Section):
             raise ValueError(f"seeds: {list(self.seeds)}; expected at least one, without repetition")
         earlier: set[str] = set()
         for name, run in self.runs.items():
+            # Dense models name an objective of the study, as experts do.
             if run.student is not None and "objective" not in run.student:
                 raise ValueError(f"runs.{name}.student: has no objective; expected one of {', '.join(self.objectives)}")
             dense = [run.monolith, run.student["objective"] if run.student else None]
@@ -105,6 +106,7 @@ class Study(Section):
                 if objective not in self.objectives:
                     known = ", ".join(self.objectives)
                     raise ValueError(f"runs.{name}: no objective {objective!r}; expected one of {known}")
+            # Runs are made in order, so a run can only reuse an earlier one.
             if run.like is not None and run.like not in earlier:
                 raise ValueError(f"runs.{name}.like: {run.like!r}; expected an earlier run of this file")
             if run.drawn is not None and run.like is None:
@@ -125,6 +127,7 @@ class Study(Section):
     def content_of(self, name: str, seed: int) -> dict[str, Any]:
         """Build the content of a run's atoll.yaml, as plain values; raises as `manifest_of`."""
         run = self.runs[name]
+        # The base manifest with the run's overrides.
         content = merged(self.manifest, run.changes)
         content["evaluate"] = merged(content.get("evaluate", {}), run.evaluate)
 
@@ -187,6 +190,7 @@ def load_study(name: str) -> Study:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         raise AtollError(f"{file}: not a study ({' '.join(str(error).split())})") from None
     except ValidationError as error:
+        # One line, the first problem: the rest often follows from it.
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the study"
         raise AtollError(f"{file}: {key}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -53,9 +53,12 @@ def run_study(
     seeds = tuple(seeds or study.seeds)
     for seed in seeds:
         for name in study.runs:
+            # Train up to the ensemble; what is trained already is skipped.
             log(f"seed {seed}, {name}: training")
             run = train_one(study, name, seed, out, jobs)
             manifest = load_manifest(run)
+
+            # Evaluate, unless these very settings are evaluated already; the table grows with every run.
             settings = {**_training_settings(manifest), "evaluate": manifest.evaluate.model_dump(mode="json")}
             if not _is_done(run / _EVALUATED, settings):
                 log(f"seed {seed}, {name}: evaluating")
@@ -80,6 +83,7 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
     """
     run, manifest = run_path(out, seed, name), study.manifest_of(name, seed)
     layout = RunLayout(run)
+    # The recipe may have changed since the last time: its manifest is written anew.
     run.mkdir(parents=True, exist_ok=True)
     write_bytes(layout.manifest, yaml.safe_dump(study.content_of(name, seed), sort_keys=False).encode())
     manifest = load_manifest(run)
@@ -103,6 +107,7 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
     settings = {**_training_settings(manifest), **({"drawn": drawn} if drawn else {})}
     if not _is_done(run / _TRAINED, settings):
         if drawn is None:
+            # A run that is like another has its experts already.
             only = None if like is None else [ROUTER, *([MONOLITH] if manifest.monolith else [])]
             _train(run, manifest, jobs, only)
         else:
@@ -114,6 +119,7 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
 def _train(run: Path, manifest: Manifest, jobs: int | None, only: Sequence[str] | None) -> None:
     _launch(run, jobs, only)
     assemble_run(run, manifest)
+    # The student learns from the ensemble, which exists only now.
     if manifest.student is not None:
         _launch(run, jobs, [STUDENT])
 
@@ -125,9 +131,11 @@ def _launch(run: Path, jobs: int | None, only: Sequence[str] | None) -> None:
 
 def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int) -> None:
     """Train router and student in drawn/, on latents that the experts draw; link them beside the real data."""
+    # drawn/ is a run of its own, whose experts are linked to this run's.
     drawn = run / "drawn"
     synthesize_run(run, manifest, drawn, images=images, resume=True)
     _train(drawn, manifest, jobs, [ROUTER])
+    # Assemble once more beside the real data, which the evaluation needs.
     for part in (ROUTER, *([STUDENT] if manifest.student else [])):
         _link(run / part, drawn / part)
     assemble_run(run, manifest)
@@ -136,6 +144,7 @@ def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int
 def encode_once(manifest: Manifest, out: Path) -> Path:
     """Encode the manifest's data unless another run of the study did; return the run that holds encoded/."""
     content = manifest.model_dump(mode="json", include=set(_ENCODING_SECTIONS))
+    # Runs that agree in these sections share one encoding, across seeds.
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     run = out / ENCODED / name
     run.mkdir(parents=True, exist_ok=True)
@@ -158,6 +167,7 @@ def _link(link: Path, target: Path) -> None:
     relative = os.path.relpath(target, link.parent)
     if link.is_symlink() and os.readlink(link) == relative:
         return
+    # Never replace data: a directory here was not made by a study.
     if link.is_symlink() or link.exists():
         raise AtollError(
             f"{link}: exists, and is not the study's link to {relative}; remove it, or choose another --out"

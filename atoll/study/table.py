@@ -39,6 +39,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
             if not report.is_file():
                 continue
             for score in read_json(report)["results"]["scores"]:
+                # One row per variant, one value per seed and metric.
                 row = rows.setdefault((run, score["name"]), ResultRow(run, score["name"], score["axes"]))
                 metrics = {**score["metrics"], ERROR: score["denoising"]["mean"], "GFLOPs": score["gflops"]}
                 metrics[LIKENESS] = _likeness(study, out, seed, run, score["name"])
@@ -81,10 +82,12 @@ def markdown(study: Study, rows: Sequence[ResultRow]) -> str:
     """Format one table: mean ± standard deviation over the seeds, and the paired difference to the baseline."""
     if not rows:
         return "No run is evaluated yet.\n"
+    # Columns: the requested metrics in the order in which they appear, and the difference in the first of them.
     names = [name for name in dict.fromkeys(n for row in rows for n in row.values) if _is_column(study, name)]
     base = next((row for row in rows if f"{row.run}:{row.variant}" == study.baseline), None)
     head = ["run", "variant", *names, *([f"{names[0]} minus the baseline's"] if base and names else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    # A row per variant; the baseline has no difference to itself.
     for row in rows:
         cells = [row.run, row.variant, *(mean_and_spread(row.values.get(name, {})) for name in names)]
         if base and names:
@@ -110,6 +113,7 @@ def difference(values: dict[int, float], base: dict[int, float]) -> str:
     paired = [values[seed] - base[seed] for seed in values if seed in base]
     if not paired:
         return ""
+    # Paired by seed, which removes what a seed changes in both.
     mean = statistics.mean(paired)
     text = f"{'+' if mean > 0 else ''}{number(mean)}"
     if len(paired) < 2:
