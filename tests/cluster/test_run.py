@@ -69,7 +69,7 @@ def test_free_finds_the_blobs(tmp_path, encoded) -> None:
 def test_few_images_are_balanced_as_well_as_they_can_be(tmp_path, count) -> None:
     rows = next(n for n in range(20) if n - n // 5 == count)  # a fifth is held out
     cluster(write(tmp_path / "encoded", (rows,)), tmp_path / "out", 4)
-    sizes = [count["train"] for count in read_json(tmp_path / "out" / CLUSTERS)["counts"]]
+    sizes = [count["train"] for count in read_json(tmp_path / "out" / CLUSTERS_CARD)["counts"]]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1
 
