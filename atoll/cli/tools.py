@@ -91,13 +91,13 @@ def convert(
 ) -> None:
     """A foreign checkpoint into an expert: `atoll convert DiT-XL-2-256x256.pt -o start --run . --expert 3`."""
     from atoll.convert import convert as work
-    from atoll.convert.arguments import arguments_of_run, frozen_network, objective_of, size_of, summary
+    from atoll.convert.arguments import arguments_of_run, codec_of, frozen_network, objective_of, size_of, summary
     from atoll.convert.foreign import keep as keep_as_it_is
     from atoll.convert.paris import is_paris
 
     source, kind = (source, kind) if directory is None else (directory, str(source))
     encoder = frozen_network("condition", condition) if condition else None
-    decoder = frozen_network("codec", codec) if codec else None
+    decoder = codec_of(codec) if codec else None
     options = {
         "objective": objective, "schedule": schedule, "cluster": cluster, "of": of, "size": size, "run": run,
         "expert": expert, "modulation": modulation, "condition": condition, "codec": codec, "heads": heads,

@@ -23,6 +23,7 @@ paris.py            Paris's directory, experts and router, as an ensemble's part
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -46,7 +47,7 @@ from atoll.convert.pixart import from_pixart
 from atoll.convert.pixart_original import as_diffusers, is_original
 from atoll.convert.read import Checkpoint, read_checkpoint
 from atoll.convert.sit import reversed_time, unscaled
-from atoll.encoders.codec import build_codec
+from atoll.encoders.codec import Codec, build_codec
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.nn import DiT, DiTConfig, Foreign, build_network
@@ -87,7 +88,11 @@ class Destination:
     @property
     def factor(self) -> int:
         """Pixels of an image per latent pixel, each way."""
-        return build_codec(self.codec).factor if self.codec else FACTOR
+        return FACTOR if self._codec is None else self._codec.factor
+
+    @cached_property
+    def _codec(self) -> Codec | None:
+        return build_codec(self.codec) if self.codec else None
 
     def write(
         self,
@@ -106,9 +111,9 @@ class Destination:
         Raises:
             AtollError: the codec has latents of another number of channels, so that no loader could decode them.
         """
-        if self.codec and (channels := build_codec(self.codec).channels) != latent_shape[0]:
+        if self._codec is not None and self._codec.channels != latent_shape[0]:
             raise AtollError(
-                f"codec: {self.codec.get('name')!r} has latents of {channels} channels, the network's have "
+                f"codec: {self._codec.name!r} has latents of {self._codec.channels} channels, the network's have "
                 f"{latent_shape[0]}; name the codec that the network was trained with"
             )
         card = {

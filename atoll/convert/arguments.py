@@ -96,6 +96,15 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
     return dict(zip(keys, values, strict=True))
 
 
+def codec_of(words: str) -> dict[str, Any]:
+    """Parse `--codec` into the entry that the cards of a run's experts have, hash included.
+
+    Raises:
+        AtollError: as `frozen_network` and `build_codec` raise it.
+    """
+    return build_codec(frozen_network("codec", words)).config()
+
+
 def size_of(words: str) -> ImageSize:
     """Parse "32x48", height and width, or "32", a square. Raises AtollError for anything else."""
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)

@@ -9,6 +9,7 @@ from typing import Literal
 FileContent = Literal["torch", "pickle", "npz", "npy", "safetensors", "pointer", "page", "archive", "empty", "unknown"]
 
 _ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf", b"Rar!")
+_LONGEST_HEADER = 10**8  # bytes of a safetensors file's header, the limit of its library
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TAR_MAGIC = slice(257, 262)
 
@@ -34,7 +35,7 @@ def content_of(file: Path) -> FileContent:
         return "page"
     if head.startswith(_ARCHIVES) or head[_TAR_MAGIC] == b"ustar":
         return "archive"
-    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size:
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
         return "safetensors"
     return "pickle" if head[:1] == b"\x80" else "unknown"
 
@@ -91,13 +92,15 @@ def _head(file: Path) -> bytes:
 
 def is_cut_off(file: Path) -> str:
     """How much of a safetensors file is there, in words; "" if all of it, or if its header cannot be read."""
+    held = os.path.getsize(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if held < 8 + length:
+            return f"{held:,} of more than {8 + length:,} bytes"
         try:
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
             size = 8 + length + max(ends, default=0)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return ""
-    held = os.path.getsize(file)
     return f"{held:,} of {size:,} bytes" if held < size else ""

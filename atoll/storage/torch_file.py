@@ -86,6 +86,11 @@ def _text_bytes(text: str, encoding: str = "latin-1") -> bytes:
     return text.encode(encoding)
 
 
+def _byte_array(data: bytes | str = b"", *encoding: str) -> bytearray:
+    """A bytearray of data that is in the file; never of a length that it asks for."""
+    return bytearray(_text_bytes(data, *encoding) if isinstance(data, str) else bytes(memoryview(data)))
+
+
 def _empty_array(*_: Any) -> np.ndarray:
     """numpy's `_reconstruct`: an empty array, whose shape and data follow; never of the shape that a file asks for."""
     return np.empty(0)
@@ -95,7 +100,8 @@ def _empty_array(*_: Any) -> np.ndarray:
 _BUILT: dict[str, Any] = {
     **{f"collections.{kind.__name__}": kind for kind in (collections.OrderedDict, collections.Counter)},
     **{f"collections.{kind.__name__}": kind for kind in (collections.defaultdict, collections.deque)},
-    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, bytearray, complex)},
+    **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, complex)},
+    "builtins.bytearray": _byte_array,
     "_codecs.encode": _text_bytes,
     "torch.Size": torch.Size,
     "torch.device": torch.device,
@@ -112,7 +118,6 @@ _BUILT: dict[str, Any] = {
         )
     },
     "numpy.dtype": np.dtype,
-    "numpy.ndarray": np.ndarray,
     **{
         f"numpy.{package}.{name}": function
         for package in ("core", "_core")  # before and after numpy 2
