@@ -44,6 +44,7 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         AtollError: an unknown name or key, a missing or wrong value, or sizes that do not fit each other.
     """
+    # A fixed list of classes: a card never names one by import path.
     name = config.get("name")
     try:
         if name == "dit":
@@ -57,6 +58,7 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
         if name == "diffusers":
             return Foreign(ForeignConfig.model_validate(dict(config)))
     except ValidationError as error:
+        # All problems in one line.
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {describe(e)}" for e in error.errors())
         raise AtollError(f"network {name!r}: {problems}; correct these keys") from None
     foreign = "or one made elsewhere: 'paris', 'paris-router' or 'diffusers'"

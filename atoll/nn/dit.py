@@ -83,6 +83,7 @@ class DiTConfig(BaseModel):
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """[B,C,H,W] -> [B,N,p*p*C], row by row; inside a token (p,p,C), the order of DiT's output."""
+    # Split both sides into patches, then make the patch the last axis.
     B, C, H, W = x.shape
     x = x.reshape(B, C, H // patch, patch, W // patch, patch)  # [B,C,H/p,p,W/p,p]
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)  # [B,N,p*p*C]

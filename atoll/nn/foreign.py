@@ -69,6 +69,7 @@ class Foreign(nn.Module):
     def __init__(self, config: ForeignConfig) -> None:
         super().__init__()
         self.config = config
+        # The network, and what it expects.
         self.network = _build(config)
         own = self.network.config
         self.channels, self.size = own.in_channels, (own.sample_size, own.sample_size)
@@ -79,6 +80,7 @@ class Foreign(nn.Module):
                 f"{config.cls}: {outputs} channels out, {own.in_channels} in; expected as many, or twice as many "
                 "(with a variance)"
             )
+        # A PixArt of 1024 px cannot run without the size of the images.
         if self._reads_pixels() and config.pixels is None:
             raise AtollError(f"{config.cls}: this network reads the image's size; set pixels: [height, width]")
         _place_positions(self.network)
@@ -96,6 +98,7 @@ class Foreign(nn.Module):
         return own.caption_channels or own.cross_attention_dim
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+        # diffusers' networks do not cast their input.
         check_input(x, time, self.channels, self.size)
         x_cast = x.to(compute_dtype(self.network.pos_embed.proj.weight))  # [B,C,H,W]
         if self.config.cls == "DiTTransformer2DModel":
@@ -109,10 +112,12 @@ class Foreign(nn.Module):
                 added_cond_kwargs=self._image_size(len(x), x.device),
                 encoder_attention_mask=condition.mask,  # [B,L]
             ).sample  # [B,C or 2C,H,W]
+        # A predicted variance is in the second half of the channels: drop it.
         return output[:, : self.channels].to(x.dtype)  # [B,C,H,W]
 
     def _labels(self, condition: Condition | None, rows: int) -> Tensor:
         """Class numbers [B] int64; the null class is the last plus one."""
+        # The encoder "label" makes the vector one-hot, zeros for no class.
         classes = self.condition_width
         pooled = None if condition is None else condition.pooled
         if pooled is None or pooled.shape != (rows, classes):

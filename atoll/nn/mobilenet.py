@@ -34,6 +34,7 @@ class Conv(nn.Conv2d):
         super().__init__(inputs, outputs, side, stride, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        # A pointwise convolution needs no padding.
         side, stride = self.kernel_size[0], self.stride[0]
         if side == 1 and stride == 1:
             return super().forward(x)
@@ -43,6 +44,7 @@ class Conv(nn.Conv2d):
         if height % 2 == 0 and width % 2 == 0:
             pad = (height // 2, width // 2)
             return F.conv2d(x, self.weight, self.bias, stride, pad, groups=self.groups)
+        # Odd padding: pad by hand.
         x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
         return super().forward(x)
 
@@ -87,10 +89,10 @@ class MobileNetV2(nn.Module):
 
 
 def load_mobilenet(arrays: Mapping[str, np.ndarray], where: str) -> MobileNetV2:
-    """The network with a file's weights: q0, q1, ... int8, s0, ... their scales, b0, ... biases, in order of use.
+    """Build the network from a file: q0, q1, ... int8 weights, s0, ... their scales, b0, ... biases, in order of use.
 
     Raises:
-        AtollError: an array is missing, or not of the shape that the network needs; `where` says whose.
+        AtollError: an array is missing or has another shape; the message begins with `where`.
     """
     network = MobileNetV2()
     convolutions = [module for module in network.modules() if isinstance(module, Conv)]
@@ -100,12 +102,14 @@ def load_mobilenet(arrays: Mapping[str, np.ndarray], where: str) -> MobileNetV2:
                 quantised, scale, bias = arrays[f"q{i}"], arrays[f"s{i}"], arrays[f"b{i}"]
             except KeyError as error:
                 raise AtollError(f"{where}: no array {error}; give mobilenetv2_tf_int8.npz") from None
+            # Check shapes before anything is copied.
             expected, outputs = tuple(convolution.weight.shape), (len(convolution.weight),)
             if quantised.shape != expected or scale.shape != outputs or bias.shape != outputs:
                 raise AtollError(
                     f"{where}: q{i}, s{i}, b{i} are {quantised.shape}, {scale.shape}, {bias.shape}; "
                     f"expected {expected}, {outputs}, {outputs}; give mobilenetv2_tf_int8.npz"
                 )
+            # Dequantise: one scale per output channel.
             weight = quantised.astype(np.float32) * scale.astype(np.float32).reshape(-1, 1, 1, 1)
             convolution.weight.copy_(torch.from_numpy(weight))
             assert convolution.bias is not None

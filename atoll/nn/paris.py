@@ -101,9 +101,11 @@ class ExpertBlock(nn.Module):
 
     def forward(self, x: Tensor, prepared: Tensor, states: Tensor | None, keys_values: Tensor | None = None) -> Tensor:
         """Return x [B,N,D] after the block. keys_values [B,L,2D]: those of the states, if already computed."""
+        # AdaLN-Single: this block's table plus the shared projection.
         vectors = (self.scale_shift_table + prepared).to(x.dtype).unsqueeze(2)  # [B,6,1,D] from [B,6,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
         x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1, EPS)))  # [B,N,D]
+        # Cross-attention to the text, without a norm or gate.
         keys_values = self.cross_attn.kv(states) if keys_values is None else keys_values  # [B,L,2D]
         x = x + self.cross_attn(x, keys_values)  # [B,N,D]
         return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, EPS)))  # [B,N,D]
@@ -120,6 +122,7 @@ class RouterBlock(nn.Module):
         self.mlp = mlp(D, config.mlp_ratio)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        # adaLN-Zero: this block's own projection of the conditioning vector.
         vectors = self.adaLN_modulation(c).unflatten(1, (6, 1, -1)).to(x.dtype)  # [B,6,1,D] from [B,D]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.unbind(1)  # [B,1,D] each
         x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1, EPS)))  # [B,1+N,D]
@@ -172,6 +175,7 @@ class _Tokens(nn.Module):
                 nn.init.zeros_(parameter)
             elif name.endswith("weight") and parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter.flatten(1))
+        # Positions are parameters in the release; they start as DiT's fixed ones.
         rows, columns = (side // config.patch for side in config.size)
         self.pos_embed.data = sincos_positions(rows, columns, config.width)[None].to(self.pos_embed.device)
 
@@ -198,6 +202,7 @@ class Paris(_Tokens):
 
     def initialize(self) -> None:
         """Initialise with zero gates, zero cross-attention output and zero network output."""
+        # Like DiT, every block starts as the identity.
         self.initialize_tokens(self.config)
         for module in (self.t_block, self.final_layer):
             zero(module)
@@ -281,9 +286,11 @@ class ParisRouter(_Tokens):
 
 def require_condition(condition: Condition | None, rows: int, states_dim: int) -> Condition:
     """Return the condition. Raise AtollError unless it has `rows` rows and states as wide as `states_dim`."""
+    # One row per sample.
     if condition is None or len(condition) != rows:
         got = "none" if condition is None else f"{len(condition)} rows"
         raise AtollError(f"condition: got {got}, expected {rows} rows; no prompt is encoder.null({rows})")
+    # States of the width that the network was trained with.
     if condition.states.shape[2] != states_dim:
         raise AtollError(
             f"condition states: got {condition.states.shape[2]} wide, expected {states_dim}; "

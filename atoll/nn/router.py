@@ -73,6 +73,7 @@ class Router(nn.Module):
         (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
         self.embed = nn.Linear(p * p * config.channels, D)
         self.register_buffer("positions", sincos_positions(H // p, W // p, D))  # persistent, as in DiT
+        # One learnt token in front; the head reads its last state.
         self.cls = nn.Parameter(torch.empty(1, 1, D))
         self.conditioner = Conditioner(D, config.pooled_dim, kind)
         self.blocks = nn.ModuleList(
@@ -103,4 +104,5 @@ class Router(nn.Module):
         # Classify from the CLS token.
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         logits = self.head(modulate(tokens[:, :1], shift, scale)).squeeze(1)  # [B,K]
+        # float32 at least: router probabilities weigh velocities.
         return F.log_softmax(logits, dim=1, dtype=torch.promote_types(dtype, torch.float32))  # [B,K]

@@ -91,6 +91,7 @@ def load_squeezenet(arrays: Mapping[str, np.ndarray], where: str) -> SqueezeNet:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             module, kind = name.rsplit(".", 1)
+            # Caffe's name of the parameter.
             key = f"{module.replace('.', '_')}__{kind[0]}"  # fire2.squeeze1x1.weight: fire2_squeeze1x1__w
             if key not in arrays:
                 raise AtollError(f"{where}: no array {key!r}; give squeezenet11_caffe_fp16.npz")

@@ -14,9 +14,9 @@ from atoll.errors import AtollError
 
 
 class Context(nn.Module):
-    """What a block adds before its convolutions where receptive fields must be wide: statistics of the whole image.
+    """A block's extra branch for wide receptive fields: statistics of the whole image.
 
-    The group norm over all of the image is the only way in which distant pixels see each other.
+    The group norm over the whole image is the only connection between distant pixels.
     """
 
     def __init__(self, width: int):
@@ -31,7 +31,7 @@ class Context(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Three convolutions around a skip, after the context of the whole image where `context` says so."""
+    """Three convolutions around a skip, after the whole image's context if `context` is set."""
 
     def __init__(self, width: int, context: bool = False):
         super().__init__()
@@ -116,7 +116,7 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-# How the parts of a block are called in a file.
+# The names of a block's parts in a file.
 _PARTS = {
     "conv.0": "conv1",
     "conv.2": "conv2",
@@ -128,7 +128,8 @@ _PARTS = {
 
 
 def our_name(key: str, layers: Sequence[str]) -> str:
-    """A file's "11.pool.1.bias" as the module's "blocks8.0.context.norm.bias". Raises KeyError for one it cannot be."""
+    """Translate a file's "11.pool.1.bias" to "blocks8.0.context.norm.bias". Raises KeyError for an unknown name."""
+    # layer number, perhaps a part of a block, and weight or bias.
     number, *part, kind = key.split(".")
     if not number.isdecimal() or int(number) >= len(layers) or not layers[int(number)]:
         raise KeyError(key)
@@ -136,11 +137,12 @@ def our_name(key: str, layers: Sequence[str]) -> str:
 
 
 def load_encoder(tensors: Mapping[str, Tensor], where: str) -> TAEF2Encoder:
-    """The encoder with the weights of a file, as float32.
+    """Build the encoder with the weights of a file, in float32.
 
     Raises:
-        AtollError: they are not those of a TAEF2 encoder; `where` says whose.
+        AtollError: the tensors are not those of a TAEF2 encoder; the message begins with `where`.
     """
+    # The sizes follow from the weights; a wrong guess is reported when they are loaded.
     head = tensors.get("14.weight")
     channels = 32 if head is None else len(head)
     encoder = TAEF2Encoder(_width(tensors, "0.weight"), channels)
@@ -149,7 +151,7 @@ def load_encoder(tensors: Mapping[str, Tensor], where: str) -> TAEF2Encoder:
 
 
 def load_decoder(tensors: Mapping[str, Tensor], where: str) -> TAEF2Decoder:
-    """As `load_encoder`."""
+    """Build the decoder with the weights of a file; see `load_encoder`."""
     stem = tensors.get("1.weight")
     channels = 32 if stem is None or stem.ndim != 4 else stem.shape[1]
     decoder = TAEF2Decoder(_width(tensors, "1.weight"), channels)
@@ -158,11 +160,12 @@ def load_decoder(tensors: Mapping[str, Tensor], where: str) -> TAEF2Decoder:
 
 
 def _width(tensors: Mapping[str, Tensor], stem: str) -> int:
-    """The width that the stem's weights say; anything where there are none: loading tells what is missing."""
+    """The width of the stem's weights; an arbitrary one if there are none, since loading reports what is missing."""
     return len(tensors[stem]) if stem in tensors else 64
 
 
 def _load(module: nn.Module, layers: Sequence[str], tensors: Mapping[str, Tensor], where: str) -> None:
+    # Report a foreign or damaged file by what does not fit.
     kind = type(module).__name__.lower().removeprefix("taef2")
     try:
         module.load_state_dict({our_name(key, layers): tensor.float() for key, tensor in tensors.items()})

@@ -106,11 +106,13 @@ def parameters(n: DiTSizes) -> int:
 
 def forward_flops(n: DiTSizes) -> int:
     """FLOPs of one image's forward pass: two per multiplication of the matrix products; nothing else counts."""
+    # The blocks.
     N, T, D, F = n.image_tokens, n.tokens, n.width, n.hidden
     # Self-attention, cross-attention, its keys and values, MLP; then the scores of both attentions.
     products = N * 4 * D * D + N * 2 * D * D + T * 2 * D * D + N * 2 * D * F
     scores = 2 * N * N * D + 2 * N * T * D
     block = products + scores + (6 * D * D if n.modulation == "per-block" else 0)
+    # Conditioning, text projection, patch embedding and final layer.
     conditioner = TIME_FEATURES * D + D * D + (n.pooled_dim or 0) * D
     conditioner += 6 * D * D if n.modulation == "single" else 0
     text = T * D * (n.states_dim + (n.text_layers - 1) * D)
@@ -149,6 +151,7 @@ FP32 = Rules(compute=4, norm=4, fused=True)
 
 def _scores(n: DiTSizes, keys: int, r: Rules) -> int:
     """Bytes of attention weights that one attention over `keys` tokens saves."""
+    # A fused kernel saves one logarithm per row; otherwise the weights, and their float32 copy if rows are short.
     rows = n.heads * n.image_tokens
     if r.fused:
         return rows * 4
@@ -209,6 +212,7 @@ def activation_bytes(n: DiTSizes, r: Rules, checkpointing: Checkpointing = "none
 
 def fixed_bytes(n: DiTSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same") -> float:
     """Bytes that do not depend on the batch: weights, gradients, AdamW's two moments, EMA, autocast's copies."""
+    # Weights and gradients are float32; the rest depends on the switches.
     count = parameters(n)
     moments = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / BLOCK_8BIT)}[optimizer_state]
     ema = 4 if ema_device == "same" else 0
@@ -233,6 +237,7 @@ class RouterSizes:
 
 def router_parameters(n: RouterSizes) -> int:
     """Parameters of `atoll.nn.router.Router`, exactly."""
+    # As `parameters`, without cross-attention and with a CLS token and a head.
     D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"
     block = _linear(D, 3 * D) + _linear(D, D) + _linear(D, F) + _linear(F, D) + (6 * D if single else _linear(D, 6 * D))
     conditioner = _linear(TIME_FEATURES, D) + _linear(D, D) + (_linear(n.pooled_dim, D) if n.pooled_dim else 0)
@@ -244,6 +249,7 @@ def router_parameters(n: RouterSizes) -> int:
 def router_flops(n: RouterSizes) -> int:
     """FLOPs of one latent's forward pass through the router."""
     D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"
+    # One token more than patches: CLS.
     patches = n.size[0] // n.patch * (n.size[1] // n.patch)
     N = patches + 1
     block = N * 4 * D * D + N * 2 * D * F + 2 * N * N * D + (0 if single else 6 * D * D)

@@ -51,6 +51,7 @@ class Switches:
         return 2 * state + (self.ema_device == "cpu") + get_args(Checkpointing).index(self.checkpointing)
 
     def __str__(self) -> str:
+        # Only what departs from plain training.
         words = ["compile"] if self.compile else []
         words += [f"{self.checkpointing} checkpointing"] if self.checkpointing != "none" else []
         words += [f"{self.optimizer_state} state"] if self.optimizer_state != "fp32" else []
@@ -81,6 +82,7 @@ def all_switches(compiles: bool = True) -> Iterator[Switches]:
 
 def needed_bytes(network: DiTSizes, rules: Rules, switches: Switches, batch: int) -> float:
     """Device bytes of training with (micro-)batches of this size, reserve included."""
+    # Activations grow with the batch; weights, moments and EMA do not.
     per_sample = activation_bytes(network, rules, switches.checkpointing, switches.compile)
     fixed = fixed_bytes(network, rules, switches.optimizer_state, switches.ema_device)
     return (fixed + batch * per_sample + RESERVED) / (1 - FRAGMENTS)
@@ -88,6 +90,7 @@ def needed_bytes(network: DiTSizes, rules: Rules, switches: Switches, batch: int
 
 def largest_batch(network: DiTSizes, rules: Rules, switches: Switches, memory: float) -> int:
     """The largest batch that fits into `memory` bytes; 0 if not even one sample does."""
+    # The need is linear in the batch.
     none = needed_bytes(network, rules, switches, 0)
     each = needed_bytes(network, rules, switches, 1) - none
     return max(0, int((memory - none) // each))
@@ -153,9 +156,11 @@ def fastest(
         compiles: whether torch.compile is worth it there.
     """
     fits = []
+    # Try everything: there are a few dozen combinations.
     for switches in all_switches(compiles):
         largest = largest_batch(network, rules, switches, memory)
         if largest:
+            # The fewest micro-batches that fit.
             parts = accumulation(batch, largest)
             seconds = step_seconds(network, batch, parts, switches, flops, EAGER if compiles else 1.0)
             fits.append(Fit(switches, largest, parts, batch // parts, seconds))

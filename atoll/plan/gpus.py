@@ -64,6 +64,7 @@ def find_gpu(name: str) -> GPU:
     plain = re.sub(r"^(nvidia[ -]*)?(geforce[ -]*)?(rtx[ -]*)?", "", name.strip().lower())
     if plain in GPUS:
         return GPUS[plain]
+    # A size without a name has no known speed.
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*gb?", plain)
     if size and float(size[1]) > 0:
         return GPU(f"{float(size[1]):g}GB", float(size[1]) * 1e9, None)

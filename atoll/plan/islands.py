@@ -154,6 +154,7 @@ def assign(works: Sequence[Work], islands: Sequence[SimulatedIsland]) -> WorkAss
     Raises:
         AtollError: an expert that no island can or may train.
     """
+    # Machine hours assigned to each island so far, and its queue.
     load = {island.settings.name: 0.0 for island in islands}
     queue: dict[str, list[Work]] = {name: [] for name in load}
 
@@ -168,6 +169,7 @@ def assign(works: Sequence[Work], islands: Sequence[SimulatedIsland]) -> WorkAss
 
     for work in sorted(works, key=longest_first):
         able = [island for island in islands if work.name in island.images_per_s]
+        # The island that would finish it first, nights included.
         best = min(
             able,
             key=lambda i: (i.calendar_hours(load[i.settings.name] + i.running_hours(work)), i.settings.name),
@@ -215,10 +217,12 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
         done = 0.0
         # Failures before the expert is finished: fall back to the last checkpoint, repair or replace, go on.
         while clock + (work.images - done) / per_hour > next_failure:
+            # Train up to the failure, then fall back to the last checkpoint.
             progress = (next_failure - clock) * per_hour
             done, trained, hours = done + progress, trained + progress, hours + next_failure - clock
             saved = done // work.interval * work.interval
             lost, done, clock = lost + done - saved, saved, next_failure
+            # Which of the two was it?
             if chance.random() * rate < s.dropouts_per_day:
                 dropouts, away = dropouts + 1, away + s.replace_days * DAY
                 hours += island.download_hours(work)

@@ -55,6 +55,7 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
 
     from atoll.runtime.device import best_device
 
+    # Matrices large enough to reach the ceiling.
     device, dtype = best_device(), torch.bfloat16 if uses_bf16(precision) else torch.float32
     size = size or (8192 if device.type == "cuda" else 1024)
     before = torch.get_num_threads()
@@ -63,6 +64,7 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         best, end = math.inf, time.monotonic() + seconds
         rounds = 0
+        # At least three timed rounds; the fastest counts.
         while rounds < 4 or time.monotonic() < end:
             start = time.perf_counter()
             torch.mm(a, b)
@@ -138,6 +140,7 @@ class Speed:
 
 def speed_here(network: DiTSizes, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
     """Measure this machine, and training steps of `network` on it, for some seconds. Arguments as in `train`."""
+    # First the ceiling, then real training steps: their ratio is the MFU.
     config = {key: value for key, value in asdict(network).items() if key != "tokens"}
     flops = measured_flops(threads, precision)
     rate = measured_rate({"name": "dit", **config}, network.tokens, min(batch, MOST), threads, precision)
@@ -207,6 +210,7 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
     cards = [card for card in cards if "conversion" not in card]  # of those that were converted and no more
     if not cards:
         raise AtollError(f"{experts}: no trained expert to compare with; train one (atoll train expert)")
+    # Measure each distinct network once.
     speeds: dict[tuple[DiTSizes, int, int, str], Speed] = {}
     found = []
     for card in cards:

@@ -191,12 +191,14 @@ def plan_run(
         raise AtollError(f"--mfu {mfu:g}: expected a fraction of the GPU's speed, above 0 and at most 1")
     if images is not None and images < 1:
         raise AtollError(f"--images {images}: expected at least 1")
+    # Load the manifest; a run that is encoded knows its images and their shape.
     directory = Path(recipe)
     is_run = directory.is_dir()
     manifest = load_manifest(directory if is_run else recipe_path(str(recipe)))
     done = encoded(directory) if is_run else None
     latent = done.latent if done else latent_shape(manifest)
     images = images or (done.rows if done else None)
+    # The GPU to plan for, if one is named.
     named = [_here(manifest, text, latent)] if gpu == "here" else [find_gpu(gpu)] if gpu else []
     return plan(manifest, named, mfu, images, text, latent, load_islands(islands) if islands else (), trials, seed)
 
@@ -285,6 +287,7 @@ def _batches(
     experts: Sequence[PlannedExpert], rules: Rules, more: Sequence[float]
 ) -> dict[str, dict[str, dict[float, int]]]:
     """The largest batch of every distinct network, for every row of the ladder and every memory."""
+    # Replicas and experts of one size share a row.
     distinct: dict[DiTSizes, str] = {}
     for expert in experts:
         distinct.setdefault(expert.network, expert.name)
@@ -306,6 +309,7 @@ def _simulation(
 ) -> Simulation:
     """Simulate the collective: which islands may train which experts, and how fast."""
     works = [Work(e.name, e.images, min(e.images, e.checkpoint_every * e.batch), download) for e in experts]
+    # Which experts may each island train, and how fast?
     clusters = {part.full_name: str(part.cluster) for part in manifest.experts}
     known = {*clusters, *clusters.values()}
     ready = []
@@ -328,6 +332,7 @@ def _island_rate(
         gpu = find_gpu(settings.gpu)
     else:
         gpu = GPU(settings.name, (settings.memory_gb or 0) * 1e9, settings.tflops, settings.tflops)
+    # The GPUs of an island share each batch.
     precision = manifest.train.precision
     flops = _flops(gpu, settings.mfu or mfu, precision)
     if flops is None:

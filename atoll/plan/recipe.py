@@ -53,6 +53,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
     Raises:
         AtollError: the widths are known only once the encoder is loaded.
     """
+    # Each encoder states its widths in another way.
     name = condition.get("name")
     if name == "hash":
         dim = int(condition.get("dim", 64))
@@ -70,6 +71,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
         dim = len(read_labels(labels if isinstance(labels, str) else tuple(labels)))
         return Text(1, dim, dim)
     if name == "t5":
+        # T5's width follows from its size's name, unless a config.json is here.
         size = re.search(r"(small|base|large|xxl|xl)", str(condition.get("weights", "")).lower())
         width = _local_config(condition).get("d_model") or (T5_WIDTHS[size[1]] if size else None)
         if width:
@@ -83,6 +85,7 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
     Raises:
         AtollError: an unknown codec, or its factor does not divide the size.
     """
+    # Channels of the latent, and pixels per latent pixel.
     codec, size = manifest.codec, manifest.data.size
     name, local = codec.get("name"), _local_config(codec)
     if name == "pixels":
@@ -104,6 +107,7 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
 
 def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> DiTSizes:
     """The network that one expert trains."""
+    # The sizes of the manifest, completed by those of the data.
     settings = manifest.network_of(part).model_dump()
     pooled = settings.pop("pooled")
     channels, height, width = latent
@@ -166,6 +170,7 @@ def encoded(run: Path) -> Encoded | None:
 
 def cluster_bytes(manifest: Manifest, latent: tuple[int, int, int], images: int) -> float:
     """Bytes that an island downloads: an even part of the float16 latents (twice with flips) and of the captions."""
+    # float16 latents, and the caption as text.
     channels, height, width = latent
     row = channels * height * width * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES
     return images / manifest.clusters.k * row

@@ -20,6 +20,7 @@ UNITS = (("days", 1), ("hours", 24), ("minutes", 1440))  # with their number per
 
 def as_json(plan: Plan, start: date | None = None) -> dict[str, Any]:
     """Plain values; with finishing dates if islands were simulated, from `start` (default today)."""
+    # Dataclasses and pydantic models as plain values; keys become strings.
     value = {**asdict(plan), "islands": [island.model_dump(mode="json") for island in plan.islands]}
     value["batches"] = {
         name: {
@@ -41,6 +42,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
+    # Networks, batches, time and price, data, islands.
     parts: list[Any] = []
     for table in _networks(plan):
         parts += [table, Text()]
@@ -85,6 +87,7 @@ def _networks(plan: Plan) -> list["Table"]:
     groups = _groups(plan)
     tables = []
     for start in range(0, len(groups), COLUMNS):
+        # The router stands in the last table.
         shown = groups[start : start + COLUMNS]
         router = start + COLUMNS >= len(groups)
         title = f"{plan.name}: the networks ({plan.precision})"
@@ -135,6 +138,7 @@ def _time(plan: Plan) -> "Table":
     columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert", "in all", "router", "USD")
     table = _table("Time and price", columns)
     for m in plan.machines:
+        # Experts of different cost show as a range.
         rates, days = sorted(m.images_per_s.values()), sorted(m.gpu_days.values())
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
@@ -181,6 +185,7 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
 def _data(plan: Plan) -> str:
     if plan.images is None or plan.download_bytes is None:
         return "Download: state the number of images with --images."
+    # How often each image is seen, over all experts.
     epochs = sum(e.images for e in plan.experts) / plan.images
     weights = 4 * max(e.parameters for e in plan.experts)
     return (
@@ -227,6 +232,7 @@ def _islands(plan: Plan) -> "Table":
 def _finish(plan: Plan, start: date | None) -> str:
     s = plan.simulation
     assert s is not None
+    # The island that most often finishes last.
     last = max(s.decides, key=lambda name: s.decides[name])
     return (
         f"Done on {_day(s.median_days, start)} ({s.median_days:.1f} days; in nine of ten trials by "

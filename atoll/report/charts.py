@@ -44,6 +44,7 @@ def line_chart(
     ticks = _log_ticks(values) if log_y else _ticks(*_extent(values))
     low, high = (math.log(ticks[0]), math.log(ticks[-1])) if log_y else (ticks[0], ticks[-1])
 
+    # From values to SVG coordinates.
     def at_x(x: float) -> float:
         return LEFT + (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT)
 
@@ -106,6 +107,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(values: Sequence[float]) -> list[float]:
     """1, 2, 5 of each decade (or whole decades, if many) that enclose the values."""
+    # Candidates: 1, 2, 5 of each decade, or decades only.
     low, high = _extent(values or [1.0, 10.0])
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 4 else (1,)

@@ -28,11 +28,13 @@ def quiet(name: str) -> Iterator[ModuleType]:
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING))
     try:
+        # The library's own verbosity and progress bars.
         library = import_library(name)
         settings = import_module(f"{name}.utils.logging")
         level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
         settings.set_verbosity_error()
         settings.disable_progress_bar()
+        # Restore them even if the block raises.
         try:
             yield library
         finally:

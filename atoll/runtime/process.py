@@ -43,6 +43,7 @@ class Remote:
             Crashed: the process died at one of them; the results of the others are lost.
             AtollError: no process can be started.
         """
+        # Start lazily, and again after a crash.
         process = self._process = self._process or self._start()
         try:
             answers: list[Any] = _ask(process, pickle.dumps(arguments, pickle.HIGHEST_PROTOCOL))
@@ -59,6 +60,7 @@ class Remote:
             _end(process)
 
     def _start(self) -> "subprocess.Popen[bytes]":
+        # The child sees the same modules as this process.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
             [sys.executable, "-c", _CHILD],
