@@ -44,6 +44,9 @@ def encode(
     max_skipped: Annotated[
         float | None, typer.Option(min=0, max=1, help="The share of images that may fail; default: atoll.yaml's.")
     ] = None,
+    allow_uncaptioned: Annotated[
+        bool, typer.Option("--allow-uncaptioned", help="Go on where captions lie beside images and none is read.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Images and captions -> encoded/: shards of latents, captions and features."""
@@ -61,6 +64,7 @@ def encode(
             on=cast("EncodeBackend", on),
             workers=workers,
             max_skipped=max_skipped,
+            allow_uncaptioned=allow_uncaptioned or None,
             progress=tell,
         )
     typer.echo(done)

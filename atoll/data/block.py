@@ -1,6 +1,7 @@
 """One block of a source -> one shard of an encoding: the same code in this process and on Ray's machines."""
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -34,7 +35,7 @@ class Frozen:
 
     @staticmethod
     def build(manifest: Manifest, device: torch.device | None = None) -> "Frozen":
-        """What the manifest asks for. Raises AtollError as `build_codec` and `build_feature` do."""
+        """The networks that the manifest names. Raises AtollError as `build_codec` and `build_feature` do."""
         data, device = manifest.data, device or best_device()
         bf16 = data.precision == "bf16" or (data.precision == "auto" and has_bf16(device))
         codec, feature = build_codec(manifest.codec), build_feature(manifest.feature)
@@ -59,6 +60,7 @@ class _Good:
 
     text: dict[str, list[str]] = field(default_factory=lambda: {"key": [], "caption": [], "split": []})
     pixels: list[bytes] = field(default_factory=list)  # hashes
+    notes: list[str] = field(default_factory=list)
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, samples: list[Framed], columns: dict[str, Tensor], rows: Tensor) -> None:
@@ -66,6 +68,7 @@ class _Good:
             for name in self.text:
                 self.text[name].append(getattr(samples[i], name))
             self.pixels.append(samples[i].sha)
+            self.notes += samples[i].notes
         for name, column in columns.items():
             self.columns.setdefault(name, []).append(column[rows])
 
@@ -79,28 +82,40 @@ def encode_block(
     partial: PartialEncoding,
     tell: Callable[[int, int], None] = lambda good, skipped: None,
 ) -> None:
-    """Reads, decodes and encodes a block, and writes its shard into `partial`. tell: hears of each batch's samples.
+    """Read, decode and encode a block, and write its shard into `partial`.
 
     Batches never reach over a block's end, so a block's bytes do not depend on who encodes it, or when. A sample
     whose latent or feature is not finite is skipped.
+
+    Args:
+        number: of the block.
+        block: what to encode.
+        source: reads it.
+        frozen: the networks.
+        decoders: the processes that decode.
+        partial: the encoding in the making.
+        tell: called with the good and the failed samples of each batch.
     """
     good, skipped = _Good(), []
-    for batch in _batches(decoders.frames(source.read(block)), _BATCH.get(frozen.device.type, 8)):
-        samples = [sample for sample in batch if isinstance(sample, Framed)]
-        bad = [sample for sample in batch if isinstance(sample, Skipped)]
-        if samples:
-            with torch.inference_mode():
-                columns = frozen(np.stack([sample.pixels for sample in samples]))
-            finite = torch.stack([column.flatten(1).isfinite().all(1) for column in columns.values()]).all(0)
-            bad += [
-                Skipped(samples[i].key, "not finite: its latent or feature; mind the codec's shift and scale")
-                for i in (~finite).nonzero().flatten().tolist()
-            ]
-            good.add(samples, columns, finite.nonzero().flatten())
-        skipped += bad
-        tell(len(batch) - len(bad), len(bad))
-    columns = {name: torch.cat(parts) for name, parts in good.columns.items()}
-    partial.write(number, good.text, good.pixels, columns, skipped)
+    # The files are hashed meanwhile: what is read once is in the page cache for the other reader.
+    with ThreadPoolExecutor(1) as hashing:
+        files = hashing.submit(source.record, block)
+        for batch in _batches(decoders.frames(source.read(block)), _BATCH.get(frozen.device.type, 8)):
+            samples = [sample for sample in batch if isinstance(sample, Framed)]
+            bad = [sample for sample in batch if isinstance(sample, Skipped)]
+            if samples:
+                with torch.inference_mode():
+                    columns = frozen(np.stack([sample.pixels for sample in samples]))
+                finite = torch.stack([column.flatten(1).isfinite().all(1) for column in columns.values()]).all(0)
+                bad += [
+                    Skipped(samples[i].key, "not finite: its latent or feature; mind the codec's shift and scale")
+                    for i in (~finite).nonzero().flatten().tolist()
+                ]
+                good.add(samples, columns, finite.nonzero().flatten())
+            skipped += bad
+            tell(len(batch) - len(bad), sum(sample.failed for sample in bad))
+        columns = {name: torch.cat(parts) for name, parts in good.columns.items()}
+        partial.write(number, good.text, good.pixels, columns, skipped, good.notes, files.result())
 
 
 def _batches(items: Iterable[Framed | Skipped], size: int) -> Iterator[list[Framed | Skipped]]:

@@ -1,16 +1,20 @@
 """Images and captions -> encoded/: shards of latents and features, the captions beside them: `atoll encode`."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from atoll.data.block import Frozen, encode_block
-from atoll.data.partial import PartialEncoding, Tally
+from atoll.data.fingerprint import SOURCE_FILES, changes, read_records
+from atoll.data.lengths import CutCaptions, cut_line
+from atoll.data.partial import PartialEncoding
 from atoll.data.pool import Decoders
 from atoll.data.sources import build_source
+from atoll.data.tally import Tally
 from atoll.data.types import Block, Source
+from atoll.data.watch import EncodeProgress, Watch
 from atoll.encoders.text import build_encoder
+from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -18,10 +22,7 @@ from atoll.runtime.device import cores
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import INDEX, Shards, refuse_foreign
 
-EncodeProgress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
 EncodeBackend = Literal["local", "ray"]
-
-_ENOUGH = 1000  # samples after which too many failures stop the work, instead of its end
 
 
 def encode_run(
@@ -33,36 +34,49 @@ def encode_run(
     on: EncodeBackend = "local",
     workers: int | None = None,
     max_skipped: float | None = None,
+    allow_uncaptioned: bool | None = None,
     progress: EncodeProgress | None = None,
 ) -> str:
-    """Encodes the manifest's data into `run`/encoded and says in a line or two what was done.
+    """Encode the manifest's data into `run`/encoded.
 
-    What is finished already is not done again. The directory appears whole; until then all lies in
-    `run`/encoded.partial, where an interrupted encoding goes on with `resume`, losing the blocks that were under way.
-    The index's card tells source, framing, codec, condition encoder and feature. Twice gives equal bytes on one kind of
-    machine, wherever it was interrupted and however many workers there are.
+    Finished blocks are not encoded again. The directory appears as a whole; until then everything lies in
+    `run`/encoded.partial, where `resume` continues an interrupted encoding and loses only the blocks under way.
+    The index's card holds source, framing, codec, condition encoder and feature. The same data give equal bytes on one
+    kind of machine, wherever encoding was interrupted and however many workers there are.
 
     Args:
+        run: the run's directory.
+        manifest: its settings.
         force: replace another encoding; throw away one that was interrupted.
+        resume: continue an interrupted encoding.
         on: "local", or "ray": every node of a Ray cluster, over a file system that all of them share.
-        workers: processes that decode (local; 0: none but this one) or encode (ray). None: what the machine has.
+        workers: processes that decode (local; 0: this one alone) or encode (ray). None: what the machine has.
         max_skipped: instead of the manifest's.
+        allow_uncaptioned: instead of the manifest's.
+        progress: called with images done, images in all if known, and a note.
+
+    Returns:
+        What was done, and what a person should know of the data, a line each.
 
     Raises:
-        AtollError: `run`/encoded holds another encoding, an interrupted one is there and neither resume nor force was
-            asked for, too many samples failed, or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
+        AtollError: `run`/encoded holds another encoding, or the data were edited since; an interrupted encoding is
+            there and neither resume nor force is set; too many samples failed; captions lie there and none is read;
+            or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
     """
+    given = {"max_skipped": max_skipped, "allow_uncaptioned": allow_uncaptioned}
+    changed = {name: value for name, value in given.items() if value is not None}
+    manifest = manifest.model_copy(update={"data": manifest.data.model_copy(update=changed)})
     out = RunLayout(run).encoded
     source, frozen = build_source(manifest.data), Frozen.build(manifest)
-    card = card_of(source, frozen, manifest)
-    if not force and _is_there(out, card, manifest):
+    encoder = build_encoder(manifest.condition)
+    card = card_of(source, frozen, encoder, manifest)
+    if not force and _is_there(out, card, source, manifest):
         return f"{out} is there already: {len(Shards(out)):,} images"
     refuse_foreign(out, INDEX)
-    blocks = source.blocks()
+    blocks, listing = source.blocks(), source.listing()
     with PartialEncoding(RunLayout(run).encoded_partial) as partial:
-        partial.prepare(card, blocks, resume, restart=force and not resume)
-        limit = manifest.data.max_skipped if max_skipped is None else max_skipped
-        watch = _Watch(partial, blocks, limit, progress)
+        partial.prepare(card, blocks, listing, resume, restart=force and not resume)
+        watch = Watch(partial, blocks, manifest.data, progress)
         todo = [(number, block) for number, block in enumerate(blocks) if not partial.is_done(number)]
         if on == "ray":
             from atoll.data.ray import encode_blocks
@@ -71,11 +85,13 @@ def encode_run(
         else:
             _encode_here(todo, source, frozen, partial, workers, watch)
         watch.check(final=True)
-        tally = partial.seal(out, card, len(blocks), watch.tally, manifest.data.skips_duplicates)
-    return _say(out, tally)
+        cut = CutCaptions(encoder, watch.tally.good)
+        skips = manifest.data.skips_duplicates
+        tally = partial.seal(out, card, len(blocks), watch.tally, skips, listing, cut)
+    return _say(out, source, tally, cut, encoder.length)
 
 
-def card_of(source: Source, frozen: Frozen, manifest: Manifest) -> dict[str, Any]:
+def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> dict[str, Any]:
     """What makes two encodings the same."""
     data = manifest.data
     return {
@@ -88,17 +104,24 @@ def card_of(source: Source, frozen: Frozen, manifest: Manifest) -> dict[str, Any
             "flips": data.flips,
         },
         "codec": frozen.codec.config(),
-        "condition": build_encoder(manifest.condition).config(),
+        "condition": encoder.config(),
         "feature": frozen.feature.config(),
         "precision": frozen.precision,
     }
 
 
-def _is_there(out: Path, card: dict[str, Any], manifest: Manifest) -> bool:
-    """Whether `out` holds shards with this card. Raises AtollError if it holds shards with another."""
+def _is_there(out: Path, card: dict[str, Any], source: Source, manifest: Manifest) -> bool:
+    """Whether `out` holds shards with this card, of the data as they are.
+
+    Raises:
+        AtollError: it holds shards with another card, or the data changed since they were encoded.
+    """
     if not (out / INDEX).is_file():
         return False
     found = Shards(out).card
+    before, now = found.get("source"), card["source"]
+    if _without_hash(before) == _without_hash(now):
+        _refuse_changes(out, source, contents=before != now)
     for key in card.keys() - ({"precision"} if manifest.data.precision == "auto" else set()):
         if not same(found.get(key), card[key]):
             raise AtollError(
@@ -108,18 +131,43 @@ def _is_there(out: Path, card: dict[str, Any], manifest: Manifest) -> bool:
     return True
 
 
+def _without_hash(source: Any) -> Any:
+    return {**source, "sha256": None} if isinstance(source, dict) else source
+
+
+def _refuse_changes(out: Path, source: Source, contents: bool) -> None:
+    """Raise AtollError, with their names, if files came, went or were edited since they were encoded.
+
+    Args:
+        out: the shards.
+        source: the data as they are.
+        contents: compare all contents where names, sizes and times are the same.
+    """
+    listing, records = source.listing(), read_records(out / SOURCE_FILES)
+    if listing is None or records is None:
+        return
+    differences = changes(listing, records)
+    if contents and not differences:
+        differences = changes(listing, records, contents=True)
+    if differences:
+        raise AtollError(
+            f"{out}: the data changed since they were encoded ({differences}); encode them again with --force, or "
+            "name another run"
+        )
+
+
 def _encode_here(
     todo: Sequence[tuple[int, Block]],
     source: Source,
     frozen: Frozen,
     partial: PartialEncoding,
     workers: int | None,
-    watch: "_Watch",
+    watch: Watch,
 ) -> None:
     with Decoders(frozen.framing, _decoders(frozen) if workers is None else workers) as decoders:
         for number, block in todo:
-            encode_block(number, block, source, frozen, decoders, partial, watch.tell)
-            watch.finished(number)
+            encode_block(number, block, source, frozen, decoders, partial, watch.advance)
+            watch.finish(number)
 
 
 def _decoders(frozen: Frozen) -> int:
@@ -127,70 +175,15 @@ def _decoders(frozen: Frozen) -> int:
     return cores() if frozen.device.type != "cpu" else max(1, cores() // 2)
 
 
-class _Watch:
-    """Counts what is done, tells the progress, and stops the work when too much fails."""
-
-    def __init__(
-        self, partial: PartialEncoding, blocks: Sequence[Block], limit: float, progress: EncodeProgress | None
-    ):
-        self.partial, self.blocks, self.limit, self.progress = partial, blocks, limit, progress
-        self.tally, self.done = Tally(), 0  # of finished blocks
-        for number in range(len(blocks)):
-            if partial.is_done(number):
-                self._count(number)
-        self.under_way = [0, 0]  # good and skipped of the block that is being encoded
-        self.before, self.start = self.tally.read, time.perf_counter()
-
-    def tell(self, good: int, skipped: int) -> None:
-        """Hears of some samples of a block that is not finished yet."""
-        self.under_way[0] += good
-        self.under_way[1] += skipped
-        self._report()
-
-    def finished(self, number: int) -> None:
-        """Hears of a block that is finished. Raises AtollError if too many samples failed."""
-        self.under_way = [0, 0]
-        self._count(number)
-        self._report()
-        self.check(final=False)
-
-    def check(self, final: bool) -> None:
-        """Raises AtollError if more samples failed than may, or if at the end there is none."""
-        failed, read = self.tally.skipped.total(), self.tally.read
-        if failed > self.limit * read and (final or read >= _ENOUGH):
-            listed = self.partial.list_skipped(len(self.blocks))
-            raise AtollError(
-                f"{failed:,} of {read:,} images cannot be used ({failed / read:.1%}; {self.limit:.1%} may fail): "
-                f"{self.tally.reasons()}; {listed} lists them; mend the source, or go on with --resume --max-skipped "
-                f"{min(1.0, failed / read + 0.01):.2f}"
-            )
-        if final and not self.tally.good:
-            raise AtollError("the source holds no images that can be used; check data.path")
-
-    def _count(self, number: int) -> None:
-        self.tally.add(self.partial.tally(number))
-        self.done += 1
-
-    def _report(self) -> None:
-        if self.progress is None:
-            return
-        read = self.tally.read + sum(self.under_way)
-        known = [block.samples for block in self.blocks]
-        total = None
-        if all(samples is not None for samples in known):
-            total = sum(samples for samples in known if samples is not None)
-        elif self.done:
-            total = max(
-                read, round(self.tally.read / self.done * len(self.blocks))
-            )  # the blocks to come are like these
-        rate = (read - self.before) / (time.perf_counter() - self.start)
-        self.progress(read, total, f"{rate:,.0f} images/s, {self.tally.skipped.total() + self.under_way[1]:,} skipped")
-
-
-def _say(out: Path, tally: Tally) -> str:
+def _say(out: Path, source: Source, tally: Tally, cut: CutCaptions, length: int) -> str:
+    """What was written, and what a person should know of the data."""
     lines = [f"{out} written: {tally.good:,} images"]
     if tally.skipped:
         lines.append(f"skipped: {tally.reasons()}; {out / 'skipped.jsonl'} lists them")
+    lines += [f"not counted as failures: {line}" for line in tally.apart_lines()]
+    lines += [*source.notes(), *tally.note_lines()]
     if tally.uncaptioned:
         lines.append(f"{tally.uncaptioned:,} images have no caption: they train the model without one")
+    if (counts := cut.counts()) is not None:
+        lines.append(cut_line(counts, length))
     return "\n".join(lines)

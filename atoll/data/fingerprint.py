@@ -140,13 +140,14 @@ def sealed_records(listing: Listing, records: Iterable[FileRecord]) -> list[File
     return sealed
 
 
-def changes(listing: Listing, records: Iterable[FileRecord], complete: bool = True) -> Changes:
-    """How the files of a source differ from records of them. Only files whose size or stamp differ are read.
+def changes(listing: Listing, records: Iterable[FileRecord], complete: bool = True, contents: bool = False) -> Changes:
+    """How the files of a source differ from records of them. Only files whose stamp differs are read.
 
     Args:
         listing: the files as they are now.
         records: the files as they were.
         complete: whether the records cover all files; else only the recorded ones are compared.
+        contents: read all files that have a recorded hash, whatever their stamps.
     """
     differences, seen, suspects = Changes(), set(), []
     for record in records:
@@ -156,7 +157,7 @@ def changes(listing: Listing, records: Iterable[FileRecord], complete: bool = Tr
             differences.removed.append(record.name)
         elif size != record.size:
             differences.edited.append(record.name)
-        elif listing.stamps.get(record.name, "") != record.stamp:
+        elif listing.stamps.get(record.name, "") != record.stamp or (contents and record.sha256):
             suspects.append(record)
     if complete:
         differences.added += [name for name in listing.sizes if name not in seen]

@@ -36,7 +36,7 @@ Gaps = Literal["refuse", "skip"]
 # Settings that decide which samples a source gives. The first ones stand in every card, the others where they differ
 # from their defaults.
 _ALWAYS = ("path", "image", "caption", "key", "split", "validation", "encoding")
-_WHERE_SET = ("metadata", "file_name", "companions", "splits", "links", "key_until", "missing_shards")
+_WHERE_SET = ("metadata", "file_name", "companions", "splits", "links", "key_until", "missing_shards", "fingerprint")
 
 
 class _Entry(NamedTuple):

@@ -3,22 +3,35 @@
 plan.json           the card of the encoding and its blocks: whoever goes on must want the same
 00012.safetensors   the columns of block 12's good samples, if it has any
 00012.jsonl         what was skipped in it, and why
+00012.notes         what was left out of its good samples, or changed; if there is anything
+00012.files         size, time and hash of the files it was read from; if there are any
+source.parquet      size and time of all files of the source, if it has any, when the encoding was begun
 00012.parquet       key, caption, split, pixels (a hash of them); written last: a block is done if it is there
 """
 
 import hashlib
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from atoll.data.fingerprint import (
+    SOURCE_FILES,
+    FileRecord,
+    Listing,
+    changes,
+    read_records,
+    sealed_records,
+    write_records,
+)
+from atoll.data.lengths import CutCaptions
+from atoll.data.tally import Tally, count_notes, tally_of
 from atoll.data.types import Block, Skipped
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
@@ -29,32 +42,6 @@ from atoll.storage.shards import ShardWriter, repeats
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
 TEXT = ("key", "caption", "split")
-
-
-@dataclass
-class Tally:
-    """How many samples were good, and how many of them have no caption; the others by the kind of their reason."""
-
-    good: int = 0
-    uncaptioned: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def read(self) -> int:
-        return self.good + self.skipped.total()
-
-    def add(self, other: "Tally") -> None:
-        self.good, self.uncaptioned = self.good + other.good, self.uncaptioned + other.uncaptioned
-        self.skipped += other.skipped
-
-    def reasons(self) -> str:
-        """The reasons in a line, the commonest first: "12 too small, 3 truncated"."""
-        return ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
-
-
-def kind_of(reason: str) -> str:
-    """What reasons of one kind share: the words before the particulars."""
-    return re.split(r"[:(]", reason, maxsplit=1)[0].strip()
 
 
 class PartialEncoding:
@@ -71,7 +58,9 @@ class PartialEncoding:
         if self._lock is not None:
             self._lock.close()
 
-    def prepare(self, card: dict[str, Any], blocks: Sequence[Block], resume: bool, restart: bool) -> None:
+    def prepare(
+        self, card: dict[str, Any], blocks: Sequence[Block], listing: Listing | None, resume: bool, restart: bool
+    ) -> None:
         """Makes the directory, or opens that of an interrupted encoding, and keeps others out.
 
         Raises:
@@ -93,12 +82,16 @@ class PartialEncoding:
                     f"{self.path}: an unfinished encoding; go on with --resume, or start anew with --force"
                 )
             else:
-                self._compare(plan)
+                self._compare(plan, listing)
                 return
+        if listing is not None:
+            write_records(self.path / SOURCE_FILES, sealed_records(listing, []))
         write_json(self.path / PLAN, plan)
 
-    def _compare(self, plan: dict[str, Any]) -> None:
+    def _compare(self, plan: dict[str, Any], listing: Listing | None) -> None:
+        """Raise AtollError unless the unfinished encoding is of the same plan, and of files that have not changed."""
         found = check_card(read_json(self.path / PLAN), "partial", self.path / PLAN)
+        self._compare_files(found["blocks"], listing)
         for key, value in plan["card"].items():
             if not same(got := found["card"].get(key), value):
                 raise AtollError(
@@ -106,6 +99,18 @@ class PartialEncoding:
                 )
         if {**found, "card": 0} != {**plan, "card": 0}:
             raise AtollError(f"{self.path}: the source's blocks are others than when it was begun; use --force")
+
+    def _compare_files(self, blocks: int, listing: Listing | None) -> None:
+        """Files that came, went or changed size count everywhere, other edits only in blocks that are encoded."""
+        begun = read_records(self.path / SOURCE_FILES)
+        if listing is None or begun is None:
+            return
+        names = changes(listing, [record._replace(stamp=listing.stamps.get(record.name, "")) for record in begun])
+        encoded = (self._file(number, "files") for number in range(blocks) if self.is_done(number))
+        records = [record for file in encoded if file.is_file() for record in read_records(file) or ()]
+        edited = changes(listing, records, complete=False)
+        if names or edited:
+            raise AtollError(f"{self.path}: the data changed since it was begun ({names or edited}); use --force")
 
     def is_done(self, number: int) -> bool:
         return self._file(number, "parquet").is_file()
@@ -117,14 +122,30 @@ class PartialEncoding:
         pixels: list[bytes],
         columns: dict[str, Tensor],
         skipped: list[Skipped],
+        notes: Sequence[str] = (),
+        files: Sequence[FileRecord] = (),
     ) -> None:
-        """Writes a block's result; it counts from the moment the last of its files is there."""
+        """Write a block's result; it counts from the moment the last of its files is there.
+
+        Args:
+            number: of the block.
+            text: key, caption and split of its good samples.
+            pixels: hashes of their pixels.
+            columns: their tensors [rows, ...].
+            skipped: the other samples.
+            notes: of the good samples.
+            files: records of the files that were read.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
         from safetensors.torch import save
 
-        lines = [json.dumps({"key": s.key, "reason": s.reason}, ensure_ascii=False) + "\n" for s in skipped]
+        lines = [_line(sample) for sample in skipped]
         write_bytes(self._file(number, "jsonl"), "".join(lines).encode())
+        if notes:
+            write_json(self._file(number, "notes"), count_notes(notes))
+        if files:
+            write_records(self._file(number, "files"), files)
         if pixels:
             write_bytes(self._file(number, "safetensors"), save(columns))
         arrays = {name: pa.array(text[name], pa.string()) for name in TEXT}
@@ -135,14 +156,35 @@ class PartialEncoding:
     def tally(self, number: int) -> Tally:
         """What a finished block holds."""
         captions = self._read(number, ("caption",))["caption"]
-        kinds = Counter(kind_of(entry["reason"]) for entry in self._skipped(number))
-        return Tally(len(captions), captions.count(""), kinds)
+        notes = self._file(number, "notes")
+        return tally_of(captions, self._skipped(number), read_json(notes) if notes.is_file() else [])
 
-    def seal(self, out: Path, card: dict[str, Any], blocks: int, tally: Tally, skip_duplicates: bool) -> Tally:
-        """Makes `out` of the finished blocks, in their order, and removes the directory. Returns the final tally.
+    def seal(
+        self,
+        out: Path,
+        card: dict[str, Any],
+        blocks: int,
+        tally: Tally,
+        skip_duplicates: bool,
+        listing: Listing | None,
+        cut: CutCaptions,
+    ) -> Tally:
+        """Make `out` of the finished blocks, in their order, and remove the directory.
 
         Samples whose key stood before are dropped, and with `skip_duplicates` those whose pixels stood before.
         Memory does not grow with the number of samples, but for those that are dropped.
+
+        Args:
+            out: the directory to make.
+            card: of the shards; its counts are added.
+            blocks: how many there are.
+            tally: of all blocks.
+            skip_duplicates: whether equal pixels are dropped.
+            listing: the files of the source, whose record is kept beside the shards.
+            cut: looks at all captions.
+
+        Returns:
+            The final tally.
         """
         rows = tally.good
         dropped = {
@@ -152,7 +194,7 @@ class PartialEncoding:
             same = repeats(lambda: self._column("pixels", blocks, set(dropped)), rows)
             dropped.update({row: ("duplicate", first) for row, first in same.items()})
         names = self._keys_of(blocks, {first for _, first in dropped.values()})
-        final = Tally(tally.good, tally.uncaptioned, Counter(tally.skipped))
+        final = replace(tally, skipped=Counter(tally.skipped))
         with ShardWriter(out, {}) as writer, (self.path / SKIPPED).open("w", encoding="utf-8") as listed:
             start = 0
             for number in range(blocks):
@@ -168,6 +210,7 @@ class PartialEncoding:
                     final.good -= 1
                     final.uncaptioned -= text["caption"][i] == ""
                 self._add(writer, number, text, set(gone))
+                cut.add([caption for i, caption in enumerate(text["caption"]) if start + i not in dropped])
                 start += len(text["key"])
             listed.close()
             writer.attach(self.path / SKIPPED)
@@ -177,8 +220,13 @@ class PartialEncoding:
                     "good": final.good,
                     "uncaptioned": final.uncaptioned,
                     "skipped": dict(sorted(final.skipped.items())),
+                    **_more_counts(final, cut),
                 },
             }
+        if listing is not None:
+            files = (self._file(number, "files") for number in range(blocks))
+            records = [record for file in files if file.is_file() for record in read_records(file) or ()]
+            write_records(out / SOURCE_FILES, sealed_records(listing, records))
         shutil.rmtree(self.path)
         return final
 
@@ -240,3 +288,15 @@ class PartialEncoding:
         with self._file(number, "jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def _line(sample: Skipped) -> str:
+    apart = {} if sample.failed else {"failed": False}
+    return json.dumps({"key": sample.key, "reason": sample.reason, **apart}, ensure_ascii=False) + "\n"
+
+
+def _more_counts(tally: Tally, cut: CutCaptions) -> dict[str, Any]:
+    """Counts that are rarely there: what is no failure and what is noted, by kind, and captions that are cut."""
+    apart = {kind: details.total() for kind, details in sorted(tally.apart_by_kind().items())}
+    counts = {"apart": apart, "notes": dict(sorted(tally.notes.items())), "cut": cut.counts()}
+    return {name: value for name, value in counts.items() if value}

@@ -39,6 +39,7 @@ class Framed:
     split: Split
     pixels: np.ndarray
     sha: bytes
+    notes: tuple[str, ...] = ()
 
 
 class Decoders:
@@ -142,7 +143,7 @@ class Decoders:
                 "choose the source's size, and a codec that takes its channels"
             )
         sha = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
-        return Framed(raw.key, raw.caption, raw.split, pixels, sha)
+        return Framed(raw.key, raw.caption, raw.split, pixels, sha, raw.notes)
 
     def _kill(self) -> None:
         for remote in self._remotes:

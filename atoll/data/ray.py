@@ -81,7 +81,7 @@ def encode_blocks(
                 raise AtollError(
                     f"{partial.path}: block {number} was written elsewhere; let all machines share this path"
                 )
-            watch.finished(number)
+            watch.finish(number)
     except ray.exceptions.RayError as error:
         raise _plain(error) from error
     finally:

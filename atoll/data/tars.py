@@ -30,7 +30,10 @@ from atoll.manifest import DataSettings
 from atoll.storage.shards import Split, split_by_hash
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_DOT = "dot: a dot in the name ends its key, by WebDataset's rule; data.key_until: last-dot reads such names"
+_DOT = (
+    "a dot in the name: by WebDataset's rule it ends the sample's key, so that several images are one sample; "
+    "data.key_until: last-dot reads such names"
+)
 
 
 @dataclass

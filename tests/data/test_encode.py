@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from atoll.data import encode as stage
+from atoll.data import watch
 from atoll.data.block import Frozen
 from atoll.data.encode import encode_run
 from atoll.data.types import Block, Raw, Skipped, Source
@@ -241,7 +242,7 @@ def test_too_many_failures_stop_and_nothing_is_lost(tmp_path, encode) -> None:
 
 
 def test_failures_stop_the_work_early_where_they_are_many(encode, monkeypatch) -> None:
-    monkeypatch.setattr(stage, "_ENOUGH", 5)
+    monkeypatch.setattr(watch, "ENOUGH", 5)
     source = Noise(changed={4: Skipped("k4", "too small: 3 x 3 pixels")})
     with pytest.raises(AtollError, match="1 of 7"):
         encode(source)

@@ -1,0 +1,123 @@
+"""What became of the samples of an encoding: counts, reasons and notes, and the sentences about them."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from atoll.data.types import UNREAD_CAPTIONS
+
+
+@dataclass
+class Tally:
+    """Counts of samples.
+
+    Attributes:
+        good: samples that are encoded.
+        uncaptioned: those of them without a caption.
+        skipped: failures by the kind of their reason.
+        apart: dead links, masks and others that are no failures, by their reason.
+        notes: what was left out of good samples, or changed, by kind.
+        examples: a kind of failure or note -> its first text.
+    """
+
+    good: int = 0
+    uncaptioned: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    apart: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def read(self) -> int:
+        """Samples that are good or failed."""
+        return self.good + self.skipped.total()
+
+    def add(self, other: "Tally") -> None:
+        """Add the counts of another tally."""
+        self.good, self.uncaptioned = self.good + other.good, self.uncaptioned + other.uncaptioned
+        self.skipped += other.skipped
+        self.apart += other.apart
+        self.notes += other.notes
+        self.examples = {**other.examples, **self.examples}
+
+    def skip(self, reason: str, failed: bool) -> None:
+        """Count a sample that is not encoded."""
+        if failed:
+            self.skipped[kind_of(reason)] += 1
+            self.examples.setdefault(kind_of(reason), reason)
+        else:
+            self.apart[reason] += 1
+
+    def reasons(self) -> str:
+        """The reasons in a line, the commonest first: "12 too small, 3 truncated"."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
+
+    def apart_by_kind(self) -> dict[str, Counter[str]]:
+        """Dead links and others by kind, each with the particulars of its reasons."""
+        kinds: dict[str, Counter[str]] = {}
+        for reason, count in self.apart.items():
+            kind = kind_of(reason)
+            kinds.setdefault(kind, Counter())[reason.removeprefix(kind).lstrip(":; ").strip()] += count
+        return kinds
+
+    def apart_lines(self) -> list[str]:
+        """A line for each kind of what is no failure: "1,203 dead link (HTTP Error 404: Not Found: 800, ...)"."""
+        lines = []
+        for kind, details in self.apart_by_kind().items():
+            most = ", ".join(f"{count:,} of {detail}" for detail, count in details.most_common(3))
+            more = ", ..." if len(details) > 3 else ""
+            what = next(iter(details)) if len(details) == 1 else f"{most}{more}"
+            lines.append(f"{details.total():,} {kind} ({what})")
+        return lines
+
+    def note_lines(self) -> list[str]:
+        """A line for each kind of note, with its first text."""
+        return [f"{count:,} images: {self.examples.get(kind, kind)}" for kind, count in self.notes.most_common()]
+
+    def unread_captions(self) -> str:
+        """The note on captions that lie beside images and are not read, if no image has a caption; else ""."""
+        nothing_read = self.good > 0 and self.uncaptioned == self.good
+        return self.examples.get(UNREAD_CAPTIONS, "") if nothing_read and self.notes[UNREAD_CAPTIONS] else ""
+
+    def failure(self, limit: float) -> str:
+        """What to say of too many failures: the reasons, and the one of all where there is but one."""
+        failed, read = self.skipped.total(), self.read
+        if self.good == 0 and len(self.skipped) == 1:
+            (kind,) = self.skipped
+            return f"none of {read:,} images can be used, all for one reason: {self.examples.get(kind, kind)}"
+        what = f"{failed:,} of {read:,} images cannot be used ({failed / read:.1%}; {limit:.1%} may fail)"
+        first = self.examples.get(self.skipped.most_common(1)[0][0], "")
+        return f"{what}: {self.reasons()}; the first of the commonest: {first}"
+
+
+def kind_of(reason: str) -> str:
+    """What reasons of one kind share: the words before the particulars."""
+    return re.split(r"[:(]", reason, maxsplit=1)[0].strip()
+
+
+def count_notes(notes: Iterable[str]) -> list[dict[str, Any]]:
+    """Notes of samples as plain values: each kind once, with its count and first text."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for note in notes:
+        entry = kinds.setdefault(kind_of(note), {"note": note, "count": 0})
+        entry["count"] += 1
+    return list(kinds.values())
+
+
+def tally_of(captions: list[str], skipped: Iterable[Mapping[str, Any]], notes: Iterable[Mapping[str, Any]]) -> Tally:
+    """The tally of a finished block.
+
+    Args:
+        captions: of its good samples.
+        skipped: lines with key, reason and, where it is no failure, failed = False.
+        notes: as `count_notes` returns them.
+    """
+    tally = Tally(len(captions), captions.count(""))
+    for entry in skipped:
+        tally.skip(entry["reason"], entry.get("failed", True))
+    for entry in notes:
+        tally.notes[kind_of(entry["note"])] += entry["count"]
+        tally.examples.setdefault(kind_of(entry["note"]), entry["note"])
+    return tally
