@@ -141,6 +141,7 @@ def convert(
     kind: CheckpointKind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,
     modulation: Modulation | None = None,
+    *,
     condition: Mapping[str, Any] | None = None,
     codec: Mapping[str, Any] | None = None,
     name: str = "",
@@ -191,15 +192,16 @@ def convert(
     required = dict(network or {})
     own_layout = kind in DIT_LAYOUT or (kind == "pixart" and is_original(checkpoint))  # without config.json
     heads = heads or (required.get("heads") if own_layout else None)
-    native = _native(checkpoint, kind, size, heads, classes, destination.factor)
+    native = _native(checkpoint, kind, size=size, heads=heads, classes=classes, factor=destination.factor)
     chosen = _modulation(kind, modulation, required)
     if chosen in ("fit", "reinit"):
         native = share(native, fit=chosen == "fit")
     _check(native, required, source)
     texts, pooled_dim = _text_widths(native, condition, pooled)
     built = _network(native, texts, pooled_dim, seed)
+    # Gigabytes that are not needed while the artifact is written.
     files, notes = checkpoint.files, native.notes | ({"weights": checkpoint.key} if checkpoint.key else {})
-    del checkpoint, native  # gigabytes that are not needed while the artifact is written
+    del checkpoint, native
     return destination.write(
         built,
         (built.config.channels, *built.config.size),
@@ -226,12 +228,14 @@ def _aim(kind: CheckpointKind, checkpoint: Checkpoint, objective: Mapping[str, A
 def _native(
     checkpoint: Checkpoint,
     kind: CheckpointKind,
+    *,
     size: ImageSize | None,
     heads: int | None,
     classes: int | None,
     factor: int,
 ) -> Native:
     """The checkpoint's network in our conventions, with its own modulation."""
+    # DiT's layout, in three conventions of time and velocity.
     if kind in DIT_LAYOUT:
         native = from_dit(checkpoint, size, heads, classes)
         if "null" in native.notes:
@@ -244,6 +248,7 @@ def _native(
         return unscaled(native) if kind == "repa" else native
     if classes is not None:
         raise AtollError(f"classes {classes}: only a DiT in its own layout needs them; leave --classes out")
+    # PixArt's own layout has no config.json; the two of diffusers do.
     if kind == "pixart" and is_original(checkpoint):
         return from_pixart(as_diffusers(checkpoint, size, heads), size, factor)
     if heads is not None:
@@ -294,8 +299,9 @@ def _network(native: Native, states_dim: int, pooled_dim: int | None, seed: int)
         torch.manual_seed(seed)
         network = build_network({"name": "dit", **native.config, "states_dim": states_dim, "pooled_dim": pooled_dim})
     assert isinstance(network, DiT)
+    # The layer for the pooled vector is zero, so that the network still computes what the checkpoint did.
     weights: dict[str, Tensor] = {}
-    if pooled_dim:  # zero, so that the network still computes what the checkpoint did
+    if pooled_dim:
         weights = {k: torch.zeros_like(v) for k, v in network.state_dict().items() if ".pooled." in k}
     network.load_state_dict(weights | native.weights, strict=False)
     return network

@@ -31,10 +31,13 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
     Raises:
         AtollError: no run, no such expert, damaged shards, a frozen network that is not found.
     """
+    # What the run says of this expert.
     manifest = load_manifest(run)
     part = manifest.find_expert(wanted)
+    # What its data is, by the shards themselves if they are here.
     shards = RunLayout(run).cluster(part.cluster)
     card = Shards(shards).card if shards.is_dir() else _card_of(manifest)
+    # What its network must be. Whether it reads the pooled vector depends on the encoder, too.
     channels, height, width = card["latent_shape"]
     network = manifest.network_of(part).model_dump(exclude={"pooled"})
     reads_pooled = manifest.network_of(part).pooled and build_encoder(card["condition"]).pooled_dim is not None
@@ -83,12 +86,14 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
     Raises:
         AtollError: a value without a key, a key twice, no name.
     """
+    # The first word is the name, unless it has a key.
     first, *others = words.split(",")
     pairs = [part.split("=", 1) for part in ([first] if "=" in first else [f"name={first}"]) + others]
     keys = [pair[0].strip() for pair in pairs]
     whole = all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs)
     if not whole or "name" not in keys or len({*keys}) < len(keys):
         raise AtollError(f"--{option} {words!r}: expected a name, and keys with values: NAME,KEY=VALUE,...")
+    # Values are YAML's, so that 77 is a number and "77" a text.
     try:
         values = [yaml.safe_load(pair[1]) for pair in pairs]
     except yaml.YAMLError:
@@ -115,6 +120,7 @@ def size_of(words: str) -> ImageSize:
 
 def summary(expert: Path) -> str:
     """One line about a converted expert: its source, its objective, and what became of its modulation."""
+    # How exact the conversion is, is what a reader needs to know first.
     card = read_card(expert, "expert")
     conversion, objective = card["conversion"], card["objective"]
     modulation = conversion["modulation"]

@@ -28,7 +28,8 @@ from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, TIME_FEATURES, TIME_PERIOD
 
 ImageSize = tuple[int, int]
-ROUND_CLASSES = (2, 10, 20, 50, 100, 200, 500, 1000, 10000)  # of data sets: so many embeddings leave no null class
+# Usual numbers of classes. As many embeddings leave no row for a null class, or one class fewer than usual.
+ROUND_CLASSES = (2, 10, 20, 50, 100, 200, 500, 1000, 10000)
 
 
 def from_dit(
@@ -118,20 +119,22 @@ def count_classes(checkpoint: Checkpoint, rows: int, classes: int | None) -> int
     Raises:
         AtollError: another number, or a number of rows that is usual for classes without a null class.
     """
-    given = checkpoint.args.get("num_classes")
-    told = classes if classes is not None else given if isinstance(given, int) else None
-    if told is None and rows in ROUND_CLASSES:
+    # The caller knows best, then the training script.
+    saved = checkpoint.args.get("num_classes")
+    count = classes if classes is not None else saved if isinstance(saved, int) else None
+    if count is None and rows in ROUND_CLASSES:
         raise AtollError(
             f"{checkpoint.where}: {rows} class embeddings: {rows} classes and no null class, or {rows - 1} and one? "
             f"Say --classes {rows} (their mean takes the null class's place) or --classes {rows - 1}"
         )
-    told = rows - 1 if told is None else told
-    if told not in (rows - 1, rows):
+    # Label dropout is DiT's default.
+    count = rows - 1 if count is None else count
+    if count not in (rows - 1, rows):
         raise AtollError(
-            f"{checkpoint.where}: {rows} class embeddings, {told} classes; expected {rows - 1} and a null class, or "
+            f"{checkpoint.where}: {rows} class embeddings, {count} classes; expected {rows - 1} and a null class, or "
             f"{rows} without one: correct --classes"
         )
-    return told
+    return count
 
 
 def check_outputs(checkpoint: Checkpoint, outputs: int, patch: int, channels: int) -> None:
@@ -215,6 +218,7 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) ->
     fill(weights, "final_modulation.linear", taker.linear("proj_out_1", 2 * width, width))
     fill(weights, "final", keep_channels(taker.linear("proj_out_2", config.outputs, width), patch, channels))
     taker.done()
+    # A native network has one time embedder, so those of all blocks must be the same.
     for i, embedder in enumerate(embedders):
         if any(not torch.equal(embedder[name], embedders[0][name]) for name in embedder):
             raise AtollError(
@@ -251,12 +255,14 @@ def embedding(
             are no prediction.
     """
     taker, weights = Taker(checkpoint), dict[str, Tensor]()
+    # Sizes are checked before anything of their size is computed.
     patch, channels, width = config.patch_size, config.in_channels, config.width
     check_sizes(taker, config.num_layers, (width, channels, patch, patch))
     check_outputs(checkpoint, config.outputs, patch, channels)
     kernel = taker.take("pos_embed.proj.weight", width, channels, patch, patch)
     fill(weights, "embed", patch_kernel(kernel, taker.take("pos_embed.proj.bias", width)))
-    taker.drop("pos_embed.pos_embed")  # older versions stored it; it follows from the config
+    # Older versions of diffusers stored the positions, which follow from the config.
+    taker.drop("pos_embed.pos_embed")
     weights["positions"] = positions(size, patch, width, base)
     return taker, weights
 
@@ -283,6 +289,7 @@ def _embedder(taker: Taker, name: str, width: int, classes: int) -> dict[str, Te
 
 def attention(taker: Taker, weights: dict[str, Tensor], block: str, ours: str, width: int, bias: bool) -> None:
     """Convert self-attention and MLP of a BasicTransformerBlock of diffusers."""
+    # q, k and v are three layers there and one here.
     parts = [taker.linear(f"{block}.attn1.to_{part}", width, width, bias) for part in "qkv"]
     fill(weights, f"{ours}.attention.qkv", stacked(*parts))
     fill(weights, f"{ours}.attention.out", taker.linear(f"{block}.attn1.to_out.0", width, width))

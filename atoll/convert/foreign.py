@@ -32,6 +32,7 @@ def keep(
     out: Path,
     kind: CheckpointKind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,
+    *,
     condition: Mapping[str, Any] | None = None,
     codec: Mapping[str, Any] | None = None,
     name: str = "",
@@ -56,12 +57,14 @@ def keep(
         AtollError: another kind of checkpoint, no config.json, one that diffusers does not build, tensors missing,
             misshapen or unknown, a condition encoder that does not fit, or something at `out` already.
     """
+    # What it is, and what it was trained with.
     destination = Destination(out, name, clusters, k, codec, assignment)
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint) if kind == "auto" else check_kind(checkpoint, kind)
     aim = Objective(**(original_objective(kind, checkpoint) if objective is None else dict(objective)))
     if kind == "pixart" and is_original(checkpoint):
         checkpoint = as_diffusers(checkpoint, size)
+    # The network, which keeps its size.
     network = _network(checkpoint, kind, destination.factor)
     if size not in (None, network.size):
         raise AtollError(
@@ -81,6 +84,7 @@ def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
     """Build diffusers' network with the checkpoint's weights."""
     if kind not in CLASSES:
         raise AtollError(f"{checkpoint.where}: a {kind!r} cannot be kept, only one of {', '.join(CLASSES)}: convert it")
+    # The network without memory, then the checkpoint's tensors in place of its own.
     cls = CLASSES[kind]
     config = _config(checkpoint, cls)
     side = config.get("sample_size", 128)
@@ -103,6 +107,7 @@ def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
             f"{checkpoint.where}: no config.json beside it, which tells the network's sizes; put the one that "
             "diffusers wrote with these weights there"
         )
+    # An unknown key with a value may change the network; one that switches nothing on does not.
     known = arguments_of(cls)
     for key, value in checkpoint.config.items():
         if key not in known and not key.startswith("_") and value not in (None, False):
@@ -112,6 +117,7 @@ def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
 
 def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[str, Any]:
     """The card's entry for the condition encoder. Raises AtollError unless the encoder fits the network."""
+    # PixArt reads the states of its own text encoder, DiT a class by its number.
     needed = network.condition_width
     labels = network.config.cls == "DiTTransformer2DModel"
     expected = (
@@ -126,4 +132,5 @@ def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[st
         raise AtollError(
             f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; expected {expected}"
         )
-    return encoder.config()  # complete, as in the cards of trained experts; labels by name, not by file
+    # Complete, as in the cards of trained experts; labels by name, not by file.
+    return encoder.config()

@@ -69,10 +69,10 @@ def check_kind(checkpoint: Checkpoint, kind: str) -> CheckpointKind:
     """
     if kind not in KINDS:
         raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
-    told = _kind_of_arguments(checkpoint)
-    if kind in DIT_LAYOUT and told not in (None, kind):
+    trained = _kind_of_arguments(checkpoint)
+    if kind in DIT_LAYOUT and trained not in (None, kind):
         warnings.warn(
-            f"{checkpoint.where}: read as a {kind!r}, as requested; its training arguments are those of a {told!r}",
+            f"{checkpoint.where}: read as a {kind!r}, as requested; its training arguments are those of a {trained!r}",
             stacklevel=4,
         )
     return kind
@@ -85,8 +85,10 @@ def original_objective(kind: CheckpointKind, checkpoint: Checkpoint) -> dict[str
         AtollError: its training arguments name a path or a prediction that no objective of ours expresses.
     """
     time_scale = TIME_SCALES[kind]
+    # DiT and PixArt follow DDPM, and have no choice in their training scripts.
     if kind not in PATHS:
         return {"prediction": "eps", "schedule": "linear-beta", "time_scale": time_scale}
+    # SiT's and REPA's scripts have a choice; their defaults come first in the tables.
     path = str(checkpoint.args.get("path_type", next(iter(PATHS[kind]))))
     prediction = str(checkpoint.args.get("prediction", next(iter(PREDICTIONS[kind]))))
     if path not in PATHS[kind] or prediction not in PREDICTIONS[kind]:
@@ -109,12 +111,14 @@ def predicts_velocity(checkpoint: Checkpoint) -> bool:
 
 def _of_dit_layout(checkpoint: Checkpoint, objective: Mapping[str, Any]) -> CheckpointKind:
     """Which of the three kinds with DiT's tensors. Raises AtollError if nothing tells, and it looks like no DiT."""
-    if told := _kind_of_arguments(checkpoint):
-        return told
+    # What decides: the training script, REPA's own layers, the caller's convention.
+    if (trained := _kind_of_arguments(checkpoint)) is not None:
+        return trained
     if any(name.startswith(PROJECTORS) for name in checkpoint.tensors):
         return "repa"
     if objective.get("prediction") == "flow" and objective.get("time_scale") == 1.0:
-        return "repa"  # the caller names the convention, and it is ours: t = 1 at noise, unscaled
+        return "repa"  # t = 1 at noise, unscaled
+    # What only suggests: a name, and outputs that DiT trains by default.
     choose = "say which it is: --kind dit, sit or repa"
     named = _kind_of_name(checkpoint.where)
     if named == "dit":

@@ -40,6 +40,7 @@ class DiffusersConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "DiffusersConfig":
+        # Old versions of diffusers wrote many keys that switch nothing on.
         extra = {k: v for k, v in (self.model_extra or {}).items() if not k.startswith("_") and v not in (None, False)}
         for key, value in extra.items():
             raise ValueError(f"got {key} {value!r}, which no conversion knows")
@@ -51,6 +52,7 @@ DiffusersConfigT = TypeVar("DiffusersConfigT", bound=DiffusersConfig)
 
 def foreign_config(checkpoint: Checkpoint, kind: type[DiffusersConfigT]) -> DiffusersConfigT:
     """The checkpoint's config.json, checked. Raises AtollError if there is none, or one that cannot be converted."""
+    # Neither heads nor patch positions follow from the tensors of diffusers' layout.
     if checkpoint.config is None:
         raise AtollError(
             f"{checkpoint.where}: no config.json beside it, which tells the number of heads; put the one that "
@@ -85,6 +87,7 @@ def keep_channels(layer: tuple[Tensor, Tensor], patch: int, channels: int) -> tu
 
     Rows of weight [p*p*out, D] and bias [p*p*out] are in (p, p, out) order; the result's in (p, p, channels) order.
     """
+    # The channels are the fastest axis, so a slice of the last one.
     weight, bias = (values.unflatten(0, (patch * patch, -1))[:, :channels].flatten(0, 1) for values in layer)
     return weight, bias
 

@@ -120,6 +120,7 @@ def _router_file(source: Path) -> Path:
 
 def _experts(source: Path, clusters: int) -> list[int]:
     """The numbers of the experts in `source`, ascending."""
+    # expert_00 and expert_x are no numbers of this release.
     names = {path.name.removeprefix("expert_") for path in source.glob("expert_*") if path.is_dir()}
     numbers = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
     if not numbers:
@@ -150,6 +151,7 @@ def _router(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], 
 
 def _sizes(checkpoint: Checkpoint, taker: Taker, heads: int | None) -> dict[str, Any]:
     """The sizes that the tensors determine, of an expert and of the router alike."""
+    # The latent is a square: no tensor tells its sides, only their product.
     width, channels, patch, _ = taker.shape("patch_embed.weight", 4)
     tokens = taker.shape("pos_embed", 3)[1]
     side, depth = math.isqrt(tokens) * patch, taker.count("layers")
@@ -170,6 +172,7 @@ def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     """The network's complete configuration, and its tensors under an artifact's names."""
     with torch.device("meta"):
         network: nn.Module = build_network(config)
+    # The release has torch's names of attention: q, k and v in one tensor, or q before k and v.
     weights: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
         part, _, end = name.rpartition(".")

@@ -69,8 +69,9 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
     weights["final_modulation.table"] = taker.take("scale_shift_table", 2, width)
     fill(weights, "final", keep_channels(taker.linear("proj_out", config.outputs, width), patch, channels))
     fill(weights, "conditioner.shared", taker.linear("adaln_single.linear", 6 * width, width))
+    # diffusers' default: networks for 1024 px read the resolution.
     reads = config.use_additional_conditions
-    reads = config.sample_size == 128 if reads is None else reads  # as diffusers decides
+    reads = config.sample_size == 128 if reads is None else reads
     pixels = (size[0] * factor, size[1] * factor) if reads else None
     _time(taker, weights, width, pixels)
     text = _text(taker, weights, config, width)
@@ -96,6 +97,7 @@ def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSiz
     name = "adaln_single.emb"
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
+    # A native network has one size, so what it would read of it is a constant.
     if pixels is not None:
         height, wide = pixels
         resolution = _embedded(
@@ -119,6 +121,7 @@ def _text(taker: Taker, weights: dict[str, Tensor], config: PixArt, width: int) 
             f"{taker.where}: cross_attention_dim {config.cross_attention_dim}, the network is {width} wide; "
             "expected both to be equal, as in PixArt: this cannot be converted"
         )
+    # Without a projection the states go into cross-attention as they are.
     if config.caption_channels is None:
         fill(weights, "embed_states", (torch.eye(width), torch.zeros(width)))
         return {"states_dim": width, "text_layers": 1}

@@ -63,6 +63,7 @@ def as_diffusers(checkpoint: Checkpoint, size: ImageSize | None = None, heads: i
     Raises:
         AtollError: sizes that nothing tells.
     """
+    # Sizes from the shapes; what shapes do not tell from the published sizes or the caller.
     taker = Taker(checkpoint)
     width, channels, patch, _ = taker.shape("x_embedder.proj.weight", 4)
     depth = taker.count("blocks")
@@ -94,13 +95,16 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by diffusers' names; those without one keep their own, so that they are named as unknown."""
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
+        # The positions follow from the config.
         if name == "pos_embed":
-            continue  # it follows from the config
+            continue
+        # blocks.3.attn.qkv.weight: its block, its layer and its end.
         block = _BLOCK.fullmatch(name)
         inner = block[2] if block else name
         stem, end = (inner, "") if inner in RENAMED or inner in IN_BLOCK else inner.rpartition(".")[::2]
         end, table = f".{end}" if end else "", IN_BLOCK if block else RENAMED
         start = f"transformer_blocks.{block[1]}." if block else ""
+        # A fused layer's rows are those of its parts, one after the other.
         parts = SPLIT.get(stem, ()) if block else ()
         if parts and len(value) % len(parts) == 0:
             for part, rows in zip(parts, value.chunk(len(parts)), strict=True):
@@ -128,7 +132,8 @@ def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tu
         raise AtollError(
             f"{checkpoint.where}: pos_embed's tokens are {step:.3g} apart; expected PixArt's positions, 0.25 to 2 apart"
         )
-    scale, eighth = 1 / step, round(8 / step) / 8  # published ones are 0.5, 1, 2, 4
+    # The published scales are 0.5, 1, 2 and 4; half-precision positions are a little off.
+    scale, eighth = 1 / step, round(8 / step) / 8
     return side, eighth if abs(eighth - scale) < 2e-3 * scale else scale
 
 

@@ -93,19 +93,20 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _files_of(directory: Path) -> list[Path]:
     """The weights in a diffusers directory, in order."""
-    found = weight_files(directory, STEM, "index", (".safetensors", ".bin"))
-    if found is None:
+    weights = weight_files(directory, STEM, "index", (".safetensors", ".bin"))
+    if weights is None:
         names = ", ".join(sorted(path.name for path in directory.iterdir())[:6]) or "nothing"
         raise AtollError(
             f"{directory}: holds {names}; expected {STEM}.safetensors (or its shards and their index), or name the file"
         )
-    if found.other is not None and found.index is not None:
+    # Two saves into one directory leave both forms, perhaps of two networks.
+    if weights.other is not None and weights.index is not None:
         warnings.warn(
-            f"{directory}: holds {found.index.name} and {found.other.name}; reading the shards of the index, as "
+            f"{directory}: holds {weights.index.name} and {weights.other.name}; reading the shards of the index, as "
             "diffusers does: to read the other, name that file",
             stacklevel=4,
         )
-    return list(found.files)
+    return list(weights.files)
 
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -114,6 +115,7 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         content = content_of(file)
     except OSError as error:
         raise AtollError(f"{file}: {advice(file, error)}") from None
+    # The content decides, the suffix only where the content tells nothing.
     if content == "safetensors" or (content not in ("torch", "pickle") and file.suffix == ".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -135,8 +137,8 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any
     keys: list[str] = []
     while isinstance(content, Mapping):
         for name in ARGUMENTS:
-            given = plain(content.get(name))
-            args = args or (given if isinstance(given, dict) else {})
+            saved = plain(content.get(name))
+            args = args or (saved if isinstance(saved, dict) else {})
         key = next((key for key in NESTED if _holds_weights(file, key, content.get(key))), None)
         if key is None:
             break
@@ -159,10 +161,12 @@ def _holds_weights(file: Path, key: str, value: Any) -> bool:
         AtollError: it holds averaged weights in a form without names; another entry would be other weights.
     """
     if isinstance(value, Mapping):
+        # Tensors here, or further down.
         if any(isinstance(entry, Tensor) for entry in value.values()):
             return True
         if any(_holds_weights(file, inner, value.get(inner)) for inner in NESTED):
             return True
+        # diffusers' and torch-ema's averages, in the order of a module's parameters.
         if key in AVERAGED and "shadow_params" in value:
             raise AtollError(
                 f"{file}: {key} holds shadow_params, tensors without names; save the averaged network's state_dict()"
@@ -207,7 +211,8 @@ class Taker:
             return tensor.float()
         got = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         self._wrong.append(f"{name}: {got}, expected {list(shape)}")
-        return torch.zeros(()).expand(shape)  # takes no memory, whatever sizes a stranger's config names
+        # Expanded, it takes no memory, whatever sizes a stranger's config names.
+        return torch.zeros(()).expand(shape)
 
     def shape(self, name: str, dimensions: int) -> torch.Size:
         """Return the shape of a tensor that determines sizes.

@@ -38,6 +38,7 @@ def reversed_time(native: Native, negate: bool) -> Native:
 
 def reversed_columns(weight: Tensor, period: float) -> Tensor:
     """The weight [D, 256] of the layer that reads the time features at t, from that of the layer that reads 1 - t."""
+    # In float64, as the sum of two rotated columns is rounded once.
     half = TIME_FEATURES // 2
     frequency = period ** -(torch.arange(half, dtype=torch.float64) / half)  # [128]
     cosine, sine = weight.double().split(half, dim=1)  # [D, 128] each

@@ -50,6 +50,7 @@ def weight_files(
     Raises:
         AtollError: several variants and no plain weights, a damaged index, or a shard that is missing or elsewhere.
     """
+    # All files by kind, variant and form; then the first that is preferred.
     forms = {end: _forms(directory, stem, end) for end in ends}
     # A plain .bin is preferred to a half-precision .safetensors, as its values are exact.
     plain = next((by_variant[None] for by_variant in forms.values() if None in by_variant), None)
@@ -65,6 +66,7 @@ def weight_files(
 
 def _forms(directory: Path, stem: str, end: str) -> dict[str | None, dict[Form, Path]]:
     """Variant -> form -> file, for the files of one kind."""
+    # A shard of a variant, STEM.fp16-00001-of-00002, looks like a whole file of another variant.
     name, suffix = re.escape(stem), re.escape(end)
     patterns: dict[Form, re.Pattern[str]] = {
         "index": re.compile(rf"{name}{suffix}\.index(?:\.([\w-]+))?\.json"),

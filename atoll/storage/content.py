@@ -22,6 +22,7 @@ def content_of(file: Path) -> FileContent:
     """
     with file.open("rb") as stream:
         head = stream.read(512)
+    # What has a mark of its own, then what only looks like one thing.
     text = head.lstrip().lower()
     if not head:
         return "empty"
@@ -46,6 +47,7 @@ def advice(file: Path, error: object) -> str:
         content = content_of(file)
     except OSError as refused:
         return f"cannot be read ({refused.strerror}); check the path and its permissions"
+    # Something else came instead of the file.
     if content == "empty":
         return "is empty; download or copy it again, and check that the disk is not full"
     if content == "pointer":
@@ -54,6 +56,7 @@ def advice(file: Path, error: object) -> str:
         return "is a web page, not the file itself; open it to see why, and download the file from its direct link"
     if content == "archive":
         return "is an archive; unpack it and name the file in it"
+    # The file is what it should be.
     if is_out_of_memory(error):
         return f"does not fit into memory ({os.path.getsize(file):,} bytes); use a machine with more, or free some"
     if content == "safetensors" and (missing := is_cut_off(file)):
@@ -97,6 +100,7 @@ def is_cut_off(file: Path) -> str:
         length = int.from_bytes(stream.read(8), "little")
         if held < 8 + length:
             return f"{held:,} of more than {8 + length:,} bytes"
+        # The header says where each tensor ends.
         try:
             header = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]

@@ -148,7 +148,8 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo takes no mor
     proto: int
 
     def find_class(self, module: str, name: str) -> Any:
-        if self.proto < 3:  # such pickles call modules by their names in Python 2
+        # Pickles before protocol 3 call modules by their names in Python 2.
+        if self.proto < 3:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if full in _BUILT:
@@ -166,6 +167,7 @@ def read_torch(file: Path) -> Any:
     Raises:
         AtollError: no PyTorch file, a damaged one, or one whose pickle could run code. Nothing of it was run.
     """
+    # A reader of damaged or hostile bytes can raise anything; all of it becomes one line.
     try:
         content = content_of(file)
         _check_sizes(file, content)
@@ -225,6 +227,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     """
     if depth > _DEPTH:
         return "..."
+    # Stand-ins first, then what is plain already.
     deeper = partial(plain, depth=depth + 1)
     if isinstance(value, Opaque):
         if value.type_name.startswith("pathlib"):

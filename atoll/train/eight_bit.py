@@ -49,12 +49,14 @@ def adamw_8bit(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError:
         raise AtollError("train.optimizer_state: 8bit needs torchao: pip install 'atoll[lowbit]'") from None
+    # The moments exist from the start, in blocks of ours instead of torchao's.
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **options)
 
     def moment(parameter: Tensor, signed: bool) -> Tensor:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # The whole tensor's shape decides. A process may have no row of a short tensor.
         block = block_size(parameter.shape)
-        if block is None or not local.numel():  # a process may have no row of a short tensor
+        if block is None or not local.numel():
             value = torch.zeros_like(local)
         else:
             value = OptimState8bit.zeros(local.shape, signed, block, local.device, dtype=local.dtype)
@@ -90,12 +92,14 @@ def moment_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
     block = block_size(value.shape)
     if block is None:
         return {name: value.detach()}
+    # This process's codes and scales, one row of scales for each row of codes.
     local: Any = value.to_local() if isinstance(value, DTensor) else value
     per_row = math.prod(value.shape[1:]) // block
     if local.numel():
         codes, scale, qmap = local.codes, local.scale.view(-1, per_row), {f"{name}#qmap": local.qmap}
     else:  # a process without rows of this tensor takes part with empty shards
         codes, scale, qmap = local.to(torch.uint8), local.new_zeros(0, per_row), {}
+    # Both are sharded as the moment is.
     if isinstance(value, DTensor):
         codes = _sharded_as(value, codes, value.shape)
         scale = _sharded_as(value, scale, (value.shape[0], per_row))

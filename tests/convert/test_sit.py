@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from atoll.convert import convert
-from atoll.convert.sit import reversed_columns
+from atoll.convert.dit import from_dit
+from atoll.convert.modulation import TIMES as TIMES_FITTED
+from atoll.convert.modulation import activations
+from atoll.convert.read import Checkpoint
+from atoll.convert.sit import reversed_columns, reversed_time
 from atoll.encoders.text import HashEncoder
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
@@ -178,8 +183,16 @@ def test_times_of_another_range_are_refused(weights, tmp_path, kind, scale, rang
         converted(saved(tmp_path, weights), tmp_path, kind=kind, objective=objective)
 
 
-def test_sit_is_fitted_over_its_own_times(weights, tmp_path) -> None:
-    """Blocks whose modulations are proportional lose nothing, if the fit looks at the times 0..1."""
+def test_the_fit_looks_at_sits_own_times(weights) -> None:
+    native = reversed_time(from_dit(Checkpoint(weights, None, {}, "here"), heads=HEADS, classes=CLASSES), negate=True)
+    w = {name: value.double() for name, value in weights.items()}
+    hidden = time_features(1 - torch.linspace(0, 1, TIMES_FITTED, dtype=torch.float64)) @ w["t_embedder.mlp.0.weight"].T
+    hidden = F.silu(hidden + w["t_embedder.mlp.0.bias"]) @ w["t_embedder.mlp.2.weight"].T + w["t_embedder.mlp.2.bias"]
+    expected = F.silu(hidden + w["y_embedder.embedding_table.weight"][-1])
+    torch.testing.assert_close(activations(native), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fit_of_proportional_blocks_is_exact(weights, tmp_path) -> None:
     first = {part: weights[f"blocks.0.adaLN_modulation.1.{part}"] for part in ("weight", "bias")}
     for i in range(3):
         weights |= {f"blocks.{i}.adaLN_modulation.1.{part}": value for part, value in first.items()}

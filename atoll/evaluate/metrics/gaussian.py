@@ -96,6 +96,7 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
         raise AtollError(
             f"{file}: not found; expected reference statistics (.safetensors of `atoll statistics`, or .npz)"
         )
+    # What the file holds, and of what it says that it is.
     mean, covariance, metadata = _read(file)
     try:
         count = float(metadata.get("count", "inf"))
@@ -109,14 +110,15 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
             f"{file}: a mean of {list(sizes[0])} and a covariance of {list(sizes[1])}, the feature {feature.name!r} "
             f"has {feature.dim} dimensions; name the statistics of this network, or the network of these statistics"
         )
+    # A covariance that is none would make the distance a wrong number, not an error.
     sha256 = sha256_file(file)
-    found = Gaussian(f"{file.stem} [{sha256[:8]}]", sha256, mean.double(), covariance.double(), count)
-    scale = float(found.covariance.abs().max())
-    if not found.finite or float((found.covariance - found.covariance.T).abs().max()) > 1e-6 * scale:
+    gaussian = Gaussian(f"{file.stem} [{sha256[:8]}]", sha256, mean.double(), covariance.double(), count)
+    scale = float(gaussian.covariance.abs().max())
+    if not gaussian.finite or float((gaussian.covariance - gaussian.covariance.T).abs().max()) > 1e-6 * scale:
         raise AtollError(
             f"{file}: its covariance is not finite and symmetric; compute it again in float64, from two images or more"
         )
-    return found
+    return gaussian
 
 
 def _read(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
