@@ -117,9 +117,7 @@ class AtollPipeline(DiffusionPipeline):
                 raise
             except Exception as error:  # diffusers raises whatever it meets in an index or a scheduler's config
                 reason = " ".join(str(error).split())[:200]
-                raise AtollError(
-                    f"{path}: cannot be loaded ({reason}); save it again with this version of diffusers"
-                ) from None
+                raise AtollError(f"{path}: cannot be loaded ({reason}); save it again with this diffusers") from None
 
     @torch.no_grad()
     def __call__(

@@ -128,7 +128,7 @@ class Sampler:
         excluded = ensemble.excluded | {index}
         if len(excluded) == len(ensemble.experts) or ensemble.rule.over_experts:
             raise AtollError(
-                f"{name} {_NON_FINITE}, and there is no other; sample with weights in fp32, or train or convert it again"
+                f"{name} {_NON_FINITE}, and there is no other; sample in fp32, or train or convert it again"
             )
         warnings.warn(f"{name} {_NON_FINITE}; sampling goes on without it", stacklevel=4)
         self.ensemble = replace(ensemble, excluded=excluded)
