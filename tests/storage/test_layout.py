@@ -65,6 +65,11 @@ def test_every_part_of_a_run_has_its_own_seed() -> None:
     assert len(set(seeds)) == len(seeds)
 
 
+def test_seeds_are_those_of_the_recorded_results() -> None:
+    assert [layout.expert_seed(2, number) for number in range(3)] == [2000, 2001, 2002]
+    assert (layout.monolith_seed(2), layout.router_seed(2), layout.student_seed(2)) == (2999, 2998, 2997)
+
+
 # What no other file spells: names of files and directories, clusters' names, seeds and exit codes.
 
 
