@@ -1,6 +1,6 @@
-"""The command line: one verb per stage, no logic. Heavy imports stand inside the verbs: `atoll --help` is instant.
+"""The command line: one command per stage, no logic. Heavy imports are inside the commands: `atoll --help` is instant.
 
-app.py       the application, the options that verbs share, how a mistake is told
+app.py       the application, options that commands share, error messages
 stages.py    from images to a report: init, encode, cluster, assemble, sample, evaluate, demo
 training.py  train, launch, distil, synthesize
 tools.py     plan, convert

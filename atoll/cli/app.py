@@ -1,4 +1,4 @@
-"""The application itself: the options that verbs share, the progress bar, and how a mistake is told."""
+"""The application: options that commands share, the progress bar, and error messages."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,14 +12,16 @@ import typer.core
 from atoll.errors import AtollError
 from atoll.storage.layout import EXIT_USER_ERROR
 
+# The order of a run's stages, for `atoll --help`.
 ORDER = ["init", "plan", "encode", "cluster", "train", "launch", "calibrate", "ema", "convert", "assemble", "sample"]
 ORDER += ["evaluate", "compare", "statistics", "study", "distil", "synthesize", "demo"]
 
 
 class _InOrder(typer.core.TyperGroup):
-    """Lists the verbs in the order of a run's life."""
+    """Lists the commands in the order of a run's stages."""
 
     def list_commands(self, ctx: Any) -> list[str]:
+        """All commands, in `ORDER`."""
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
 
@@ -31,22 +33,23 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="One diffusion model, trained on many machines that never talk to each other.\n\n"
     "A run is a directory with an atoll.yaml. Its stages, in order: **init**, **encode**, **cluster**, **train** "
-    "(each expert alone, on any machine; **launch** trains all of them here), **assemble**, **sample**, **evaluate**. "
-    "**demo** does all of it on an embedded data set.",
+    "(one expert, on any machine; **launch** trains all parts), **assemble**, **sample**, **evaluate**. "
+    "**demo** runs all of them on a built-in data set.",
 )
-RunOption = Annotated[Path, typer.Option("--run", "-r", help="The run's directory, which holds atoll.yaml.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, bit for bit.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Throw an existing checkpoint or artifact away.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+RunOption = Annotated[Path, typer.Option("--run", "-r", help="Directory of the run, with atoll.yaml.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard an existing checkpoint or artifact.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 
 
 @contextmanager
 def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
-    """A progress bar on the terminal, told by (done, total, note); silent where there is none."""
+    """Show a progress bar on the terminal, and yield its update function (done, total, note); silent without one."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    # On stderr, so that a pipe gets the results only.
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
@@ -55,30 +58,32 @@ def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(what, total=None, note="")
 
-        def tell(done: int, total: int | None, note: str = "") -> None:
+        def update(done: int, total: int | None, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
 
-        yield tell
+        yield update
 
 
 def main() -> None:
-    """The entry point: a mistake is one line and exit code 2, a warning is one line."""
+    """The entry point: an AtollError is one line and exit code 2, a warning is one line."""
     import os
     import warnings
 
-    # OpenMP's threads otherwise spin while they wait; on shared cores that made small networks ten times slower.
+    # By default, OpenMP's threads spin while they wait; on shared cores that made small networks ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    def say(message: Warning | str, *_: object) -> None:
+    # Warnings as single lines, without the source code.
+    def show(message: Warning | str, *_: object) -> None:
         typer.secho(f"atoll: warning: {message}", fg="yellow", err=True)
 
-    warnings.showwarning = say  # type: ignore[assignment]
+    warnings.showwarning = show  # type: ignore[assignment]
+    # Mistakes as single lines, without a traceback.
     try:
         app()
     except AtollError as error:
         typer.secho(f"atoll: {error}", fg="red", err=True)
         sys.exit(EXIT_USER_ERROR)
-    except OSError as error:  # a path that cannot be read or written, and that no stage could say more about
+    except OSError as error:  # a path that cannot be read or written, without a better message from a stage
         typer.secho(f"atoll: {error.filename or 'input or output'}: {error.strerror or error}", fg="red", err=True)
         sys.exit(EXIT_USER_ERROR)
 

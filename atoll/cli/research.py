@@ -1,4 +1,4 @@
-"""The verbs of those who measure: compare two models, study a question over several seeds, hand statistics on."""
+"""Commands for measuring: compare two models, run a study over several seeds, share statistics."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,23 +10,24 @@ from atoll.cli.app import Quiet, RunOption, app, bar
 
 @app.command(rich_help_panel="Tools")
 def compare(
-    a: Annotated[str, typer.Argument(help="An evaluated run's directory, or RUN:VARIANT (runs/demo:top-1).")],
-    b: Annotated[str, typer.Argument(help="The other: runs/demo:monolith.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; its numbers go beside it, as .json.")] = (
+    a: Annotated[str, typer.Argument(help="An evaluated run, or RUN:VARIANT, such as runs/demo:top-1.")],
+    b: Annotated[str, typer.Argument(help="The other one, such as runs/demo:monolith.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; its numbers go into a .json file.")] = (
         Path("compare.html")
     ),
 ) -> None:
-    """Two evaluated models side by side: each number's paired difference and its confidence interval."""
+    """Compare two evaluated models: the paired difference of each number, with its confidence interval."""
     from rich.console import Console
     from rich.table import Table
 
     from atoll.evaluate.pages.compare_page import compare_runs, lines
 
-    found = compare_runs(a, b, out)
+    numbers = compare_runs(a, b, out)
+    # The same numbers in the terminal.
     table = Table("", a, b, "difference (95 %)")
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in lines(found):
+    for row in lines(numbers):
         table.add_row(*row)
     Console().print(table)
     typer.echo(f"{out} written; open it in a browser")
@@ -34,31 +35,33 @@ def compare(
 
 @app.command(rich_help_panel="Tools")
 def study(
-    recipe: Annotated[str, typer.Argument(help="A built-in study (eurosat), or a yaml file.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Its directory; default: studies/NAME.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Instead of the recipe's; may be repeated.")] = None,
+    recipe: Annotated[str, typer.Argument(help="A built-in study, such as eurosat, or a yaml file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output directory; default: studies/NAME.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Replaces the recipe's seeds; repeatable.")] = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = None,
 ) -> None:
-    """Many runs over several seeds: trained, measured, put into one table with the spread. Goes on where it stopped."""
+    """Train and evaluate many runs over several seeds, and write one table. If interrupted, run again to resume."""
     from atoll.study import load_study, run_study
 
     loaded = load_study(recipe)
-    place = out or Path("studies") / loaded.name
-    done = run_study(loaded, place, seeds or loaded.seeds, jobs, lambda what: typer.secho(what, bold=True, err=True))
+    directory = out or Path("studies") / loaded.name
+    done = run_study(
+        loaded, directory, seeds or loaded.seeds, jobs, lambda what: typer.secho(what, bold=True, err=True)
+    )
     typer.echo(f"{done} written")
 
 
 @app.command(rich_help_panel="Tools")
 def statistics(
     run: RunOption = Path(),
-    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to write to.")] = Path("statistics"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")] = Path("statistics"),
     quiet: Quiet = False,
 ) -> None:
-    """Mean and covariance of a run's images in every feature space, for those who have not the images."""
+    """Write mean and covariance of a run's images in every feature space, for others to compare with."""
     from atoll.evaluate.run_statistics import statistics_run
     from atoll.manifest import load_manifest
 
-    with bar("statistics", "images", quiet) as tell:
-        written = statistics_run(run, load_manifest(run), out, tell)
+    with bar("statistics", "images", quiet) as update:
+        written = statistics_run(run, load_manifest(run), out, update)
     for file in written:
-        typer.echo(f"{file} written; name it as `statistics` of that feature's space")
+        typer.echo(f"{file} written; set it as `statistics` of that feature's space")

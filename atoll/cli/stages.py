@@ -35,21 +35,21 @@ def init(
 @app.command(rich_help_panel="Stages")
 def encode(
     run: RunOption = Path(),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an encoding that was interrupted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted encoding.")] = False,
     force: Force = False,
-    on: Annotated[str, typer.Option(help="local, or ray: all machines of a Ray cluster.")] = "local",
+    on: Annotated[str, typer.Option(help="local, or ray for all machines of a Ray cluster.")] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode (local), machines' workers (ray).")
+        int | None, typer.Option(min=0, help="Processes that decode (local), or workers of the machines (ray).")
     ] = None,
     max_skipped: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The share of images that may fail; default: atoll.yaml's.")
+        float | None, typer.Option(min=0, max=1, help="Fraction of images that may fail; default: atoll.yaml's.")
     ] = None,
     allow_uncaptioned: Annotated[
         bool, typer.Option("--allow-uncaptioned", help="Go on where captions lie beside images and none is read.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Images and captions -> encoded/: shards of latents, captions and features."""
+    """Encode images and captions -> encoded/: shards of latents, captions and features."""
     from atoll.data.encode import encode_run
     from atoll.manifest import load_manifest
 
@@ -75,25 +75,25 @@ def cluster(
     run: RunOption = Path(),
     force: Force = False,
     router_fraction: Annotated[
-        float | None, typer.Option(help="The share of images set apart for the router; default: atoll.yaml's.")
+        float | None, typer.Option(help="Fraction of images for the router; default: atoll.yaml's.")
     ] = None,
     assign_only: Annotated[
-        bool, typer.Option("--assign-only", help="Put new images into the clusters that are there.")
+        bool, typer.Option("--assign-only", help="Assign new images to the existing clusters.")
     ] = False,
     encoded: Annotated[
-        Path | None, typer.Option(help="With --assign-only: what `atoll encode` wrote; default: the run's encoded/.")
+        Path | None, typer.Option(help="With --assign-only: output of `atoll encode`; default: the run's encoded/.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Features -> clusters/: K clusters, each with the shards its expert needs, and report.html."""
+    """Cluster the features -> clusters/: the shards of each cluster's expert, and report.html."""
     from atoll.cluster import assign_only as assign
     from atoll.cluster import cluster_run
     from atoll.manifest import load_manifest
 
     if encoded is not None and not assign_only:
-        raise AtollError("--encoded names images to add: use it with --assign-only")
+        raise AtollError("--encoded names new images; use it with --assign-only")
     if assign_only and (force or router_fraction is not None):
-        raise AtollError("--assign-only adds to the clusters as they are: leave --force and --router-fraction out")
+        raise AtollError("--assign-only does not change the clusters; leave --force and --router-fraction out")
     with bar("cluster", "images", quiet) as tell:
         if assign_only:
             done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell)
@@ -104,7 +104,7 @@ def cluster(
 
 @app.command(rich_help_panel="Stages")
 def assemble(run: RunOption = Path()) -> None:
-    """Experts + router -> ensemble/ensemble.json, which names its parts and their hashes."""
+    """Combine experts and router -> ensemble/ensemble.json, with the hash of every part."""
     from atoll.assemble import assemble_run
     from atoll.manifest import load_manifest
 
@@ -115,8 +115,8 @@ def assemble(run: RunOption = Path()) -> None:
 def sample(
     ensemble: Annotated[Path, typer.Argument(help="An ensemble's directory (or one expert's).")],
     prompts: Annotated[list[str], typer.Argument(help="One image per prompt.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The image to write (a grid of all).")] = Path("out.png"),
-    seed: Annotated[int, typer.Option(help="Of the first image; the next ones count on.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image file; several images form a grid.")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default: the ensemble's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the ensemble's.")] = None,
     routing: Annotated[
@@ -127,38 +127,39 @@ def sample(
     ] = None,
     method: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m; default: the ensemble's.")] = None,
     alignment: Annotated[str, typer.Option(help="snr (exact) or native (HDDM's formulas).")] = "snr",
-    strict: Annotated[bool, typer.Option("--strict", help="A missing expert is an error.")] = False,
-    side: Annotated[int, typer.Option(help="Images are enlarged to at least so many pixels.")] = 128,
-    trace: Annotated[Path | None, typer.Option(help="A .json file to write of who was asked when, and a page.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if an expert is missing.")] = False,
+    side: Annotated[int, typer.Option(help="Enlarge images to at least this many pixels.")] = 128,
+    trace: Annotated[Path | None, typer.Option(help="Write the routing trace to this .json file, and a page.")] = None,
     memory_budget: Annotated[
-        str | None, typer.Option(help="6GB: of experts and router, no more is held at a time; the rest as it is asked.")
+        str | None, typer.Option(help="Limit of weights on the device, such as 6GB; others load on demand.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as they are stored.")] = None,
+    weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as stored.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw images: `atoll sample runs/demo/ensemble "latin capital letter a, serif bold" -o out.png`."""
+    """Sample images: `atoll sample runs/demo/ensemble "digit seven, sans bold" -o out.png`."""
     from atoll.pipeline import sample_to_file
 
-    with bar("sample", "steps", quiet) as tell:
+    with bar("sample", "steps", quiet) as update:
         dropped = sample_to_file(
             ensemble,
             prompts,
             out,
-            seed,
-            steps,
-            guidance,
-            routing,
-            cast("Method | None", method),
-            cast("Alignment", alignment),
-            strict,
-            side,
-            replicas,
-            trace,
-            tell,
-            memory_budget,
-            cast("WeightDtype | None", weights),
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            routing=routing,
+            method=cast("Method | None", method),
+            alignment=cast("Alignment", alignment),
+            strict=strict,
+            side=side,
+            replicas=replicas,
+            trace=trace,
+            progress=update,
+            memory_budget=memory_budget,
+            weights=cast("WeightDtype | None", weights),
         )
     typer.echo(f"{out} written")
+    # Experts that failed are left out: the image exists, but the exit code reports it.
     if dropped:
         typer.echo(f"without {', '.join(f'{name}, which {why}' for name, why in dropped.items())}", err=True)
         raise typer.Exit(EXIT_DEGRADED)
@@ -169,14 +170,14 @@ def evaluate(
     run: RunOption = Path(),
     sweep: Annotated[
         list[str] | None,
-        typer.Option(help="An axis and its values: routing=top-1,top-2; repeated, every combination. Or: monolith."),
+        typer.Option(help="An axis with values, such as routing=top-1,top-2, or monolith; repeat to combine."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt per line, for the report's images.")
+        Path | None, typer.Option(help="Text file with one prompt per line, for the report's images.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Ensemble against monolith -> report.html and report.json. Interrupted, it goes on where it stopped."""
+    """Compare the ensemble with the monolith -> report.html, report.json. If interrupted, run again to resume."""
     from atoll.evaluate.run import evaluate_run
     from atoll.evaluate.sweep import parse_sweep, read_prompts
     from atoll.manifest import load_manifest
@@ -193,12 +194,12 @@ def evaluate(
 
 @app.command()
 def demo(
-    run: Annotated[Path, typer.Argument(help="The directory to make or to go on with.")] = Path("runs/demo"),
+    run: Annotated[Path, typer.Argument(help="Directory to create or to continue.")] = Path("runs/demo"),
     recipe: Recipe = None,
     data: Data = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = None,
 ) -> None:
-    """Everything, on the embedded data set or on yours: encode, cluster, train, assemble, sample, report."""
+    """Run everything, on built-in or your own data: encode, cluster, train, assemble, sample, evaluate."""
     from atoll.data.init import init_run
     from atoll.manifest import load_manifest
 
@@ -213,7 +214,8 @@ def demo(
         ("sample", lambda: sample(layout.ensemble, prompts, layout.samples)),
         ("evaluate", lambda: evaluate(run)),
     ]
-    if not prompts:  # the report draws captions of held-out images then
+    # Without prompts there is nothing to sample; the report uses held-out captions.
+    if not prompts:
         stages = [(name, stage) for name, stage in stages if name != "sample"]
     for number, (name, stage) in enumerate(stages, start=1):
         typer.secho(f"[{number}/{len(stages)}] {name}", bold=True, err=True)

@@ -1,4 +1,4 @@
-"""Verbs that stand beside the stages: plan, before one begins; convert, to begin from what exists."""
+"""Commands beside the stages: plan a run before it starts, and convert existing checkpoints."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str, typer.Argument(help="A built-in recipe, a yaml file, or a run's directory.")],
     gpu: Annotated[
-        str | None, typer.Option(help="a40, a100, h100, h200, 4090, ..., a memory such as 24GB, or here: measured.")
+        str | None, typer.Option(help="a40, a100, h100, h200, 4090, ...; a memory such as 24GB; or here, to measure.")
     ] = None,
-    islands: Annotated[Path | None, typer.Option(help="A yaml list of machines: simulates them to a date.")] = None,
-    mfu: Annotated[float | None, typer.Option(help="The share of the GPU's speed that training reaches.")] = None,
-    images: Annotated[int | None, typer.Option(help="Of the data set; default: as many as the run encoded.")] = None,
-    text: Annotated[str | None, typer.Option(help="Tokens x width of a caption, where the recipe hides it.")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Of the simulated islands.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the simulated islands' luck.")] = 0,
+    islands: Annotated[Path | None, typer.Option(help="A yaml list of machines; simulates when they finish.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Fraction of the GPU's speed that training reaches.")] = None,
+    images: Annotated[int | None, typer.Option(help="Size of the data set; default: as encoded.")] = None,
+    text: Annotated[str | None, typer.Option(help="Tokens x width of a caption, if the recipe lacks them.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trials of the simulation.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Hold the run's trained experts against the plan.")
+        bool, typer.Option("--compare", help="Compare the run's trained experts with the plan.")
     ] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write all of it there too.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
 ) -> None:
-    """What a run costs, before anything is spent: batches that fit, images/s, GPU-days, price, the day of its end."""
+    """Compute what a run costs before it starts: batches, images/s, GPU-days, price, finishing date."""
     from rich.console import Console
 
     from atoll.plan import as_json, compare_run, comparison_lines, plan_run, render
     from atoll.plan.recipe import parse_text
     from atoll.storage.artifact import write_json
 
+    # Compare finished experts, or plan.
     caption = parse_text(text) if text else None
     if compare:
         if gpu not in (None, "here") or islands or mfu is not None:
             raise AtollError("--compare measures this machine: leave --gpu, --islands and --mfu out")
-        found = compare_run(Path(recipe), caption)
-        typer.echo(comparison_lines(found))
-        value: Any = [c.as_json() for c in found]
+        comparisons = compare_run(Path(recipe), caption)
+        typer.echo(comparison_lines(comparisons))
+        value: Any = [c.as_json() for c in comparisons]
     else:
-        planned = plan_run(recipe, gpu, islands, mfu, images, caption, trials, seed)
+        planned = plan_run(recipe, gpu, islands=islands, mfu=mfu, images=images, text=caption, trials=trials, seed=seed)
         Console().print(render(planned))
         value = as_json(planned)
     if json:
@@ -52,63 +53,73 @@ def plan(
         typer.echo(f"{json} written")
 
 
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory of the new expert, or of Paris's ensemble.")]
+KindOption = Annotated[
+    str, typer.Option(help="dit, sit, repa, pixart, diffusers-dit, paris; auto detects it from the file.")
+]
+KeepOption = Annotated[
+    bool, typer.Option("--keep", help="Keep diffusers' PixArt or DiT as it is; diffusers computes it.")
+]
+RunForOption = Annotated[
+    Path | None, typer.Option("--run", "-r", help="The run to convert for; it determines the expert's settings.")
+]
+ScheduleOption = Annotated[
+    str | None, typer.Option(help="linear, cosine, linear-beta, ...; default: linear for flow, else linear-beta.")
+]
+ModulationOption = Annotated[
+    str | None, typer.Option(help="DiT's adaLN: fit (default), reinit, or per-block (exact; 36 % more weights).")
+]
+ClusterOption = Annotated[
+    list[int] | None, typer.Option(help="Cluster(s) covered; repeat for a generalist. Default: 0.")
+]
+ClassesOption = Annotated[
+    int | None, typer.Option(min=1, help="Classes of a DiT, without the null class; default: as its file says.")
+]
+
+
 @app.command(rich_help_panel="Tools")
 def convert(
-    source: Annotated[Path, typer.Argument(help="A .pt or safetensors file, diffusers' directory, or Paris's.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The directory to make: an expert's, or Paris's ensemble's.")
-    ],
-    directory: Annotated[Path | None, typer.Argument(help="After a kind: `atoll convert paris DIR`.")] = None,
-    kind: Annotated[
-        str, typer.Option(help="dit, sit, repa, pixart, diffusers-dit, paris; auto: by the names and arguments in it.")
-    ] = "auto",
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Leave diffusers' PixArt or DiT what it is: its own class computes it.")
-    ] = False,
-    run: Annotated[
-        Path | None, typer.Option("--run", "-r", help="The run it is for: tells all that --expert is to be.")
-    ] = None,
-    expert: Annotated[str | None, typer.Option(help="With --run: its cluster's number, or its name: 3-flow.")] = None,
-    objective: Annotated[str | None, typer.Option(help="eps (default: what it was trained with), flow, x0, v.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="linear, cosine, linear-beta, ...; default: linear for flow, else linear-beta.")
-    ] = None,
-    modulation: Annotated[
-        str | None, typer.Option(help="Of DiT's adaLN: fit (default), reinit, per-block (exact; 36 % more weights).")
-    ] = None,
-    condition: Annotated[str | None, typer.Option(help="NAME,KEY=VALUE,...: clip,weights=DIR or hash,dim=64.")] = None,
-    codec: Annotated[str | None, typer.Option(help="NAME,KEY=VALUE,...: kl,weights=DIR.")] = None,
-    cluster: Annotated[list[int] | None, typer.Option(help="That it is of; several: a generalist. Default: 0.")] = None,
-    of: Annotated[int | None, typer.Option(help="How many clusters there are.")] = None,
-    size: Annotated[str | None, typer.Option(help="Of the latent, 32x48; default: the original's.")] = None,
-    pooled: Annotated[bool, typer.Option("--pooled", help="It reads the caption's pooled vector too.")] = False,
-    heads: Annotated[int | None, typer.Option(min=1, help="Of a DiT of none of the published sizes.")] = None,
-    classes: Annotated[
-        int | None, typer.Option(min=1, help="A DiT's classes without the null class; default: as its arguments say.")
-    ] = None,
-    name: Annotated[str, typer.Option(help="The expert's name; default: that of its directory.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the weights that the checkpoint does not have.")] = 0,
+    source: Annotated[Path, typer.Argument(help="A .pt or safetensors file, or diffusers' or Paris's directory.")],
+    out: OutOption,
+    directory: Annotated[Path | None, typer.Argument(help="After a kind, as in `atoll convert paris DIR`.")] = None,
+    kind: KindOption = "auto",
+    keep: KeepOption = False,
+    run: RunForOption = None,
+    expert: Annotated[str | None, typer.Option(help="With --run: the cluster or name, such as 3 or 3-flow.")] = None,
+    objective: Annotated[str | None, typer.Option(help="eps, x0, v or flow; default: as the original.")] = None,
+    schedule: ScheduleOption = None,
+    modulation: ModulationOption = None,
+    condition: Annotated[str | None, typer.Option(help="NAME,KEY=VALUE,..., such as clip,weights=DIR.")] = None,
+    codec: Annotated[str | None, typer.Option(help="NAME,KEY=VALUE,..., such as kl,weights=DIR.")] = None,
+    cluster: ClusterOption = None,
+    of: Annotated[int | None, typer.Option(help="Number of clusters.")] = None,
+    size: Annotated[str | None, typer.Option(help="Size of the latent, such as 32x48; default: original.")] = None,
+    pooled: Annotated[bool, typer.Option("--pooled", help="Also read the caption's pooled vector.")] = False,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads of a DiT that has no published size.")] = None,
+    classes: ClassesOption = None,
+    name: Annotated[str, typer.Option(help="Name of the expert; default: that of its directory.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of weights that the checkpoint lacks.")] = 0,
 ) -> None:
-    """A foreign checkpoint into an expert: `atoll convert DiT-XL-2-256x256.pt -o start --run . --expert 3`."""
-    from atoll.convert import convert as work
-    from atoll.convert.arguments import arguments_of_run, codec_of, frozen_network, objective_of, size_of, summary
-    from atoll.convert.foreign import keep as keep_as_it_is
+    """Convert a checkpoint into an expert: `atoll convert DiT-XL-2-256x256.pt -o start --run . --expert 3`."""
+    from atoll.convert.arguments import arguments_of_run, codec_of, frozen_network, objective_of, size_of
     from atoll.convert.paris import is_paris
 
+    # `atoll convert KIND DIR` is short for `atoll convert DIR --kind KIND`.
     source, kind = (source, kind) if directory is None else (directory, str(source))
     encoder = frozen_network("condition", condition) if condition else None
     decoder = codec_of(codec) if codec else None
+    # Refuse options that contradict each other.
     options = {
         "objective": objective, "schedule": schedule, "cluster": cluster, "of": of, "size": size, "run": run,
         "expert": expert, "modulation": modulation, "condition": condition, "codec": codec, "heads": heads,
-        "classes": classes,
-        "keep": keep or None, "pooled": pooled or None, "name": name or None,
+        "classes": classes, "keep": keep or None, "pooled": pooled or None, "name": name or None,
     }  # fmt: skip
     paris = kind == "paris" or (kind == "auto" and is_paris(source))
     _check_options({option for option, value in options.items() if value is not None}, paris)
     if paris:
         _convert_paris(source, out, encoder, decoder, heads)
         return
+    # The new expert: as the run describes it, or as the options do.
     if run is not None and expert is not None:
         arguments = arguments_of_run(run, expert)
     else:
@@ -122,47 +133,57 @@ def convert(
             "pooled": pooled,
             "name": name,
         }
-    chosen = cast('CheckpointKind | Literal["auto"]', kind)
     if keep:
-        kept = {key: value for key, value in arguments.items() if key not in ("network", "pooled")}
-        typer.echo(summary(keep_as_it_is(source, out, chosen, **kept | ({"condition": encoder} if encoder else {}))))
-        return
-    typer.echo(
-        summary(
-            work(
-                source,
-                out,
-                chosen,
-                modulation=cast("Modulation", modulation),
-                heads=heads,
-                seed=seed,
-                classes=classes,
-                **arguments,
-            )
-        )
-    )
+        _keep(source, out, kind, arguments | ({"condition": encoder} if encoder else {}))
+    else:
+        more = {"modulation": modulation, "heads": heads, "seed": seed, "classes": classes}
+        _convert(source, out, kind, arguments | more)
 
 
-def _check_options(given: set[str], paris: bool) -> None:
-    """Raises AtollError where options of `atoll convert` do not go together; given: the names of those in use."""
+def _convert(source: Path, out: Path, kind: str, arguments: dict[str, Any]) -> None:
+    """Convert a checkpoint into an expert with a network of Atoll's, and print a summary."""
+    from atoll.convert import convert as work
+    from atoll.convert.arguments import summary
+
+    modulation = cast("Modulation", arguments.pop("modulation"))
+    typer.echo(summary(work(source, out, _kind(kind), modulation=modulation, **arguments)))
+
+
+def _keep(source: Path, out: Path, kind: str, arguments: dict[str, Any]) -> None:
+    """Make an expert of a checkpoint whose own class computes it, and print a summary."""
+    from atoll.convert.arguments import summary
+    from atoll.convert.foreign import keep
+
+    own = {key: value for key, value in arguments.items() if key not in ("network", "pooled")}
+    typer.echo(summary(keep(source, out, _kind(kind), **own)))
+
+
+def _kind(kind: str) -> 'CheckpointKind | Literal["auto"]':
+    return cast('CheckpointKind | Literal["auto"]', kind)
+
+
+def _check_options(used: set[str], paris: bool) -> None:
+    """Raise AtollError for options of `atoll convert` that contradict each other. used: their names."""
     of_run = {"objective", "schedule", "cluster", "of", "size", "pooled", "name"}
-    if paris and given & {*of_run, "run", "expert", "modulation", "keep", "classes"}:
-        raise AtollError("Paris's release tells all but --condition, --codec and --heads: leave the others out")
-    if "keep" in given and given & {"modulation", "pooled", "heads", "classes"}:
-        raise AtollError("--keep does not convert: leave --modulation, --pooled, --heads and --classes out")
-    if ("run" in given) != ("expert" in given):
-        raise AtollError("--run and --expert belong together: which expert of which run is it to become?")
-    frozen = {"codec"} if "keep" in given else {"codec", "condition"}  # what is kept still has to name its encoder
-    if "run" in given and given & (of_run | frozen):
+    # Paris's release determines everything but its frozen networks.
+    if paris and used & {*of_run, "run", "expert", "modulation", "keep", "classes"}:
+        raise AtollError("Paris needs only --condition, --codec and --heads; leave the other options out")
+    if "keep" in used and used & {"modulation", "pooled", "heads", "classes"}:
+        raise AtollError("--keep does not convert; leave --modulation, --pooled, --heads and --classes out")
+    if ("run" in used) != ("expert" in used):
+        raise AtollError("--run and --expert belong together; name both the run and its expert")
+    # A kept network has its own encoder, which must be named even with a run.
+    frozen = {"codec"} if "keep" in used else {"codec", "condition"}
+    if "run" in used and used & (of_run | frozen):
         raise AtollError(
-            "--run tells objective, schedule, condition, codec, clusters, size, pooled and name: leave them out"
+            "--run sets objective, schedule, condition, codec, clusters, size, pooled and name; leave them out"
         )
 
 
 def _convert_paris(
     source: Path, out: Path, condition: dict[str, Any] | None, codec: dict[str, Any] | None, heads: int | None
 ) -> None:
-    """Paris's directory into an ensemble's."""
+    """Convert Paris's directory into an ensemble."""
     from atoll.assemble import assemble
     from atoll.convert.paris import SAMPLING, convert_paris
 

@@ -1,4 +1,4 @@
-"""The verbs that train: one part, or all of them; and the one that makes data for it where there are none."""
+"""The commands that train: one part, or all of them; and synthesize, which generates training data without images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from atoll.choices import Method
 
 train_app = typer.Typer(
-    no_args_is_help=True, help="Train one part, alone. Reads its own shards, writes its own artifact."
+    no_args_is_help=True, help="Train one part. It reads its own shards and writes its own artifact."
 )
 app.add_typer(train_app, name="train", rich_help_panel="Stages")
 Nproc = Annotated[
-    int, typer.Option("--nproc", min=1, help="Processes that share each batch: one per GPU of this node.")
+    int, typer.Option("--nproc", min=1, help="Processes that share each batch, one per GPU of this node.")
 ]
 
 
 @train_app.command("expert")
 def train_expert(
-    expert: Annotated[str, typer.Argument(help="Its cluster's number, or its name: 3, or 3-eps-cosine.")],
+    expert: Annotated[str, typer.Argument(help="Its cluster or its name, such as 3 or 3-eps-cosine.")],
     run: RunOption = Path(),
     resume: Resume = False,
     restart: Restart = False,
     nproc: Nproc = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Train one expert on its cluster's shards and nothing else -> experts/."""
+    """Train one expert on the shards of its cluster -> experts/."""
     _train(["expert", expert], run, resume, restart, nproc, quiet)
 
 
-def _verb(part: str, told: str) -> Callable[..., None]:
-    """The verb that trains a part of which a run has one; told: its help."""
+def _command(part: str, text: str) -> Callable[..., None]:
+    """The command that trains a part which a run has once. text: its help."""
 
     def train(
         run: RunOption = Path(),
@@ -46,41 +46,39 @@ def _verb(part: str, told: str) -> Callable[..., None]:
     ) -> None:
         _train([part], run, resume, restart, nproc, quiet)
 
-    return train_app.command(part, help=told)(train)
+    return train_app.command(part, help=text)(train)
 
 
-train_router = _verb("router", "Train the router on all latents and their clusters -> router/.")
-train_monolith = _verb("monolith", "Train the dense model to compare with, on everything -> monolith/.")
-train_student = _verb(
-    "student", "Train the dense model that learns from the ensemble -> student/; the same as `atoll distil`."
-)
-app.command("distil", rich_help_panel="Stages", help="One dense model that learns from the ensemble -> student/.")(
+train_router = _command("router", "Train the router on latents of all clusters -> router/.")
+train_monolith = _command("monolith", "Train one dense model on all data, to compare with -> monolith/.")
+train_student = _command("student", "Distil the ensemble into one dense model -> student/; same as `atoll distil`.")
+app.command("distil", rich_help_panel="Stages", help="Distil the ensemble into one dense model -> student/.")(
     train_student
 )
 
 
 @app.command(rich_help_panel="Stages")
 def synthesize(
-    out: Annotated[Path, typer.Argument(help="The run to make, or --run itself where that has no data.")],
+    out: Annotated[Path, typer.Argument(help="The run to create, or --run itself if that has no data.")],
     run: RunOption = Path(),
-    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Latents of each cluster.")] = 4096,
+    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Latents per cluster.")] = 4096,
     captions: Annotated[
         Path | None,
-        typer.Option(help="A text file, one caption per line, or a directory with one per cluster (cluster-000.txt)."),
+        typer.Option(help="A text file with one caption per line, or a directory with one file per cluster."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default: atoll.yaml's.")] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 draws what the experts learned.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 samples what the experts learned.")] = 1.0,
     method: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m; default: atoll.yaml's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default: atoll.yaml's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with draws that were interrupted.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace other draws; data are never replaced.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted generation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace generated latents; never real data.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Without images: experts draw what router and student train on -> OUT/encoded/ and OUT/clusters/."""
+    """Generate training data for router and student with the experts, without images -> OUT/."""
     from atoll.manifest import load_manifest
     from atoll.synthesize import synthesize_run
 
-    with bar("synthesize", "latents", quiet) as tell:
+    with bar("synthesize", "latents", quiet) as update:
         done = synthesize_run(
             run,
             load_manifest(run),
@@ -93,7 +91,7 @@ def synthesize(
             seed=seed,
             resume=resume,
             force=force,
-            progress=tell,
+            progress=update,
         )
     typer.echo(done)
 
@@ -101,22 +99,22 @@ def synthesize(
 @app.command(rich_help_panel="Stages")
 def launch(
     where: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="The run's directory, or its atoll.yaml; as --run.")
+        Path | None, typer.Argument(metavar="RUN", help="Directory of the run, or its atoll.yaml; like --run.")
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", min=1, help="Parts at a time; default: all there is room for.")
+        int | None, typer.Option("--jobs", "-j", min=1, help="Parts at a time; default: as many as fit.")
     ] = None,
     run: RunOption = Path(),
-    on: Annotated[str, typer.Option(help="local (processes here), ray or slurm (a cluster).")] = "local",
-    gpus: Annotated[int | None, typer.Option(min=0, help="Of each part; default: 1 where there are any.")] = None,
+    on: Annotated[str, typer.Option(help="local (processes here), ray or slurm.")] = "local",
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs per part; default: 1 if there are any.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="Restarts of a part that was killed or crashed.")] = 3,
     slurm: Annotated[
-        list[str] | None, typer.Option(help="An option of sbatch, such as partition=gpu; may be repeated.")
+        list[str] | None, typer.Option(help="An option for sbatch, such as partition=gpu; repeatable.")
     ] = None,
 ) -> None:
-    """Train every expert, the router and the monolith that atoll.yaml names, each alone.
+    """Train every expert, the router and the monolith of atoll.yaml.
 
-    What is done is not done again, what was interrupted goes on. Ctrl-C saves and stops all.
+    Skips what is trained and resumes what was interrupted. Ctrl-C saves and stops all parts.
     """
     from atoll.launch.run import launch_run
 
@@ -126,7 +124,7 @@ def launch(
 
 
 def _trainer(part: str) -> Callable[..., Path]:
-    """What trains a part: (run, manifest, which one of several, resume=, restart=, progress=) -> its directory."""
+    """The function that trains a part: (run, manifest[, name], resume=, restart=, progress=) -> its directory."""
     if part == "router":
         from atoll.train.router import train_router
 
@@ -141,28 +139,33 @@ def _trainer(part: str) -> Callable[..., Path]:
 
 
 def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, quiet: bool) -> None:
-    """Runs one training behind a progress bar; a signal that stopped it in order is no error.
+    """Run one training with a progress bar; a signal that stops it in order is no error.
 
-    what: the part, and which one where there are several: what stands behind `atoll train`.
+    Args:
+        what: the arguments of `atoll train`: the part, and its name if there are several.
+        run, resume, restart, quiet: options of the command.
+        nproc: processes that share each batch.
     """
     from atoll.train.workers import is_first_process, reporting, train_together
 
+    # Several processes: start this command in each.
     if nproc > 1:
         flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
         train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
         return
+    # One process, or one of several: only the first one prints.
     first = is_first_process()
-    with reporting(), bar(what[0], "steps", quiet or not first) as tell:
+    with reporting(), bar(what[0], "steps", quiet or not first) as update:
         from atoll.manifest import load_manifest
         from atoll.train.loop import Interrupted
 
-        def line(metrics: dict[str, Any]) -> None:
+        def show(metrics: dict[str, Any]) -> None:
             note = f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.0f} images/s"
-            tell(metrics["step"], metrics["steps"], note)
+            update(metrics["step"], metrics["steps"], note)
 
         try:
             part, *which = what
-            options = {"resume": resume, "restart": restart, "progress": line}
+            options = {"resume": resume, "restart": restart, "progress": show}
             done = f"{_trainer(part)(run, load_manifest(run), *which, **options)} written"
         except Interrupted as stop:
             done = str(stop)

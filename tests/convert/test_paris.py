@@ -237,7 +237,7 @@ def test_heads_are_asked_for_where_no_tensor_tells_them(paris, tmp_path) -> None
 def test_what_the_release_tells_is_not_to_be_told(atoll, paris, flags) -> None:
     code, text, error = atoll("convert", paris, "-o", "out", *flags)
     assert (code, text) == (2, "")
-    assert "Paris's release tells all but --condition, --codec and --heads" in error
+    assert "Paris needs only --condition, --codec and --heads" in error
     assert not Path("out").exists()
 
 
