@@ -1,4 +1,4 @@
-"""Which rows of new shards are in the clusters already: found in bounded memory, whatever the number of either."""
+"""Finds the rows of new shards that are in the clusters already, in bounded memory."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,11 +18,17 @@ Hashes = Callable[[], Iterable[np.ndarray]]
 
 
 def already_there(new: Shards, out: Path, k: int) -> np.ndarray:
-    """[n] bool: which of new's rows are in the clusters/ directory `out`, a byte per row.
+    """Return which rows of `new` are in the clusters/ directory `out`, [n] bool.
+
+    Args:
+        new: shards to add.
+        out: a finished clusters/ directory.
+        k: its number of clusters.
 
     Raises:
-        AtollError: a key is there with another content (caption, split, latent).
+        AtollError: a key is there with another caption, split or latent.
     """
+    # Compare the keys, then the contents of those with equal keys.
     there = _among(lambda: _assigned_hashes(out / ASSIGNMENT), lambda: (hash_keys(p.keys) for p in new.parts()))
     if not there.any():
         return there
@@ -37,23 +43,23 @@ def already_there(new: Shards, out: Path, k: int) -> np.ndarray:
         key = next(part.keys[row - part.start] for part in new.parts() if row < part.start + len(part))
         raise AtollError(
             f"{new.path}: image {key!r} is in {out} already with another caption, split or latent; give it another "
-            "key, or make the clusters again with --force"
+            "key, or cluster again with --force"
         )
     return there
 
 
 def _among(old: Hashes, new: Hashes) -> np.ndarray:
-    """[n] bool: which of the new hashes are among the old; both are gone through once per pass over a part of them."""
+    """Which of the new hashes are among the old ones, [n] bool; each pass reads both and compares a part of them."""
     passes = max(1, -(-sum(map(len, old())) // _PASS))
-    found = np.zeros(sum(map(len, new())), bool)
+    is_old = np.zeros(sum(map(len, new())), bool)
     for number in range(passes):
         chosen = [hashes[hashes % np.uint64(passes) == number] for hashes in old()]
         known, start = np.unique(np.concatenate(chosen)), 0
         for hashes in new():
-            place = np.searchsorted(known, hashes).clip(max=max(0, len(known) - 1))
-            found[start : start + len(hashes)] |= known[place] == hashes if len(known) else False
+            position = np.searchsorted(known, hashes).clip(max=max(0, len(known) - 1))
+            is_old[start : start + len(hashes)] |= known[position] == hashes if len(known) else False
             start += len(hashes)
-    return found
+    return is_old
 
 
 def _assigned_hashes(file: Path) -> Iterator[np.ndarray]:
@@ -65,7 +71,7 @@ def _assigned_hashes(file: Path) -> Iterator[np.ndarray]:
 
 
 def _content(part: Shard, columns: Sequence[str]) -> np.ndarray:
-    """A hash [n] uint64 of all that is kept of each row: key, caption, split and the given columns."""
+    """Hashes [n] uint64 of the rows' contents: key, caption, split and the given columns."""
     values = [part.columns[name].contiguous().view(torch.uint8).flatten(1).numpy() for name in columns]
     digests = []
     for row, text in enumerate(zip(part.keys, part.captions, part.splits, strict=True)):

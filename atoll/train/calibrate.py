@@ -1,4 +1,4 @@
-"""Measures an expert's calibration on held-out latents of its cluster (DESIGN: Calibration)."""
+"""Measures an expert's calibration on held-out latents of its cluster, see `atoll.calibration`."""
 
 from typing import Protocol
 
@@ -29,20 +29,26 @@ def measure_calibration(
     samples: int = 256,
     batch: int = 256,
 ) -> Calibration:
-    """The least-squares slope through the origin from (x0_hat - m) to (x0 - m) at each of `NODES`, and the errors left.
+    """Measure the least-squares slope through the origin from (x0_hat - m) to (x0 - m) at each of `NODES`.
 
     Args:
-        network: network(x, time, condition).
+        network: network(x [B, ...], time [B], condition) -> [B, ...].
         objective: what it was trained with.
         latents: held-out latents [n, ...] of the expert's cluster.
-        condition: their captions' encoding, n rows; None for an unconditional network.
-        mean: the cluster's mean latent [...]; the mean of `latents` by default.
-        samples: noisy latents per node; held-out latents are used again with fresh noise until there are so many.
+        condition: the encoding of their captions, n rows; None for an unconditional network.
+        mean: the cluster's mean latent m [...]; default the mean of `latents`.
+        seed: of the noise.
+        samples: noisy latents per node; held-out latents are reused with fresh noise.
+        batch: noisy latents per call of the network.
+
+    Returns:
+        The slopes, and the mean squared errors of x0 with and without them.
     """
     mean = latents.mean(0) if mean is None else mean.to(latents)
     log_snr = PATH.log_snr(torch.tensor(NODES, dtype=torch.float64))
-    sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per number
-    raw = Calibration.identity(mean)
+    sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per latent value
+    identity = Calibration.identity(mean)
+    # Accumulate the products of estimate and truth at each node.
     for node, time in enumerate(NODES):
         for start in range(0, samples, batch):
             count = min(batch, samples - start)
@@ -54,15 +60,15 @@ def measure_calibration(
             x = PATH.diffuse(x0, eps, t)
             rows_condition = None if condition is None else condition.index(rows)
 
-            def predict(asked: Tensor, at: Tensor, given: Condition | None = rows_condition) -> Tensor:
-                return network(asked, at, given)
+            def predict(x: Tensor, time: Tensor, condition: Condition | None = rows_condition) -> Tensor:
+                return network(x, time, condition)
 
-            estimate = (snr_x0_eps(predict, objective, x, t, raw)[0] - mean).double()
+            estimate = (snr_x0_eps(predict, objective, x, t, identity)[0] - mean).double()
             truth = (x0 - mean).double()
             products = torch.stack([estimate * estimate, estimate * truth, truth * truth])
             sums[node] += products.flatten(1).sum(1) / (samples * mean.numel())
     hat_hat, hat_true, true_true = sums.unbind(1)
-    # A slope above 1 would amplify an estimate, one below 0 turn it round: neither is what a correction is for.
+    # A correction may shrink an estimate: a slope above 1 would amplify it, one below 0 would reverse it.
     slope = (hat_true / hat_hat.clamp(min=1e-12)).clamp(0, 1)
     order = log_snr.argsort()
     return Calibration(

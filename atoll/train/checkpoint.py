@@ -1,10 +1,10 @@
-"""Training states on disk, from which training goes on bit for bit; the last one stays whole until the next one is.
+"""Checkpoints, from which training resumes bit for bit; the last one stays valid until the next one is complete.
 
-    checkpoint.safetensors       all tensors, and the numbers as its metadata: of one process, or of replicas
-    checkpoint-000300-0.dcp/     torch.distributed.checkpoint's parts, and numbers.json: of sharded weights, at step
-                                 300 after no rollback
+    checkpoint.safetensors       all tensors, the counters as metadata; written by one process, or by replicas
+    checkpoint-000300-0.dcp/     torch.distributed.checkpoint's files and numbers.json; written by sharded processes,
+                                 here at step 300 after no rollback
 
-Either is read by any number of processes, replicated or sharded.
+Any number of processes, replicated or sharded, reads either of them.
 """
 
 import hashlib
@@ -30,14 +30,19 @@ NUMBERS = "numbers.json"
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """A hash of what must not change between a run and its continuation."""
+    """Return a hash of the settings that must not change when a training is resumed."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Checkpoints:
-    """The checkpoints of one training, in its directory. mark: of what must not change, see `fingerprint`.
+    """The checkpoints of one training; a context manager.
 
     Random numbers need no state: every batch is a function of (seed, index) alone.
+
+    Args:
+        directory: the training's.
+        mark: of the settings that must not change, see `fingerprint`.
+        island: the processes that train together; each calls all methods.
     """
 
     def __init__(self, directory: Path, mark: str, island: Island):
@@ -50,23 +55,23 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()  # a checkpoint that is being written becomes whole, whatever ended the training
+        self._thread.shutdown()  # completes a checkpoint that is being written, however the training ended
 
     def exists(self) -> bool:
-        """Whether there is one, the same answer in every process."""
-        found = self._files.checkpoint.exists() or bool(self._sharded())
+        """Return whether there is a checkpoint, the same answer in every process."""
+        exists = self._files.checkpoint.exists() or bool(self._sharded())
         self.island.barrier()  # before the first process writes one
-        return found
+        return exists
 
     def clear(self) -> None:
-        """Throws all away; the others wait for the first process."""
+        """Remove all checkpoints; the other processes wait for the first one."""
         self.finish()
         if self.island.is_first:
             self._remove([self._files.checkpoint, *self._sharded()])
         self.island.barrier()
 
     def save(self, state: State) -> None:
-        """Copies the state, and writes the copy while training goes on. Raises as `finish` does."""
+        """Copy the state and write the copy in the background; raises like `finish`."""
         self.finish()
         if self.island.world > 1 and state.settings.sharding == "shard":
             self._save_sharded(state)
@@ -76,19 +81,19 @@ class Checkpoints:
             self._writing = self._thread.submit(self._write, copy, numbers)
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is on the disk. Raises AtollError if it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises AtollError if it could not be written."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
 
     def load(self, state: State) -> None:
-        """Puts the last checkpoint into the state, in place.
+        """Load the last checkpoint into the state, in place.
 
         Raises:
             AtollError: the file is damaged, or was written under other settings.
         """
         self.finish()
-        self.island.barrier()  # the first process may have been writing until now
+        self.island.barrier()  # the first process may just have finished writing
         sharded = self._sharded()
         file = self._files.checkpoint
         if sharded and (not file.exists() or _age_of(sharded[-1]) > self._numbers(file).age):
@@ -96,13 +101,13 @@ class Checkpoints:
         else:
             state.numbers = self._numbers(file)
             self._read(file, state.tensors())
-        self.island.barrier()  # the first process may write the next one only now
+        self.island.barrier()  # only then may the first process write the next one
 
     def _write(self, tensors: dict[str, Tensor], numbers: dict[str, str]) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        temporary = temporary_of(self._files.checkpoint)  # one that was cut short is written over
+        temporary = temporary_of(self._files.checkpoint)  # overwrites one that a crash left incomplete
         try:
             save_file(tensors, temporary, numbers)
             with temporary.open("rb+") as file:
@@ -113,7 +118,7 @@ class Checkpoints:
             temporary.unlink(missing_ok=True)
             raise AtollError(
                 f"{self._files.checkpoint}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-                "the one before is untouched: make room and go on with --resume"
+                "the one before is untouched: free disk space, then --resume"
             ) from error
 
     def _numbers(self, file: Path) -> Counters:
@@ -125,12 +130,12 @@ class Checkpoints:
             self._check(file, metadata.get("mark"))
             return Counters(**json.loads(metadata["numbers"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise AtollError(f"{file}: damaged ({error}); start again with --restart") from None
+            raise AtollError(f"{file}: damaged ({error}); train again with --restart") from None
 
     def _check(self, file: Path, mark: str | None) -> None:
         if mark != self.mark:
             raise AtollError(
-                f"{file}: was written under other settings or other data; restore them, or start again with --restart"
+                f"{file}: was written with other settings or data; restore them, or train again with --restart"
             )
 
     @torch.no_grad()
@@ -149,10 +154,10 @@ class Checkpoints:
                         )
                     tensor.copy_(value)
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise AtollError(f"{file}: damaged ({error}); start again with --restart") from None
+            raise AtollError(f"{file}: damaged ({error}); train again with --restart") from None
 
     def _sharded(self) -> list[Path]:
-        """The whole ones, the newest last."""
+        """The complete sharded checkpoints, the newest last."""
         return sorted(self._files.sharded_checkpoints(), key=_age_of)
 
     def _save_sharded(self, state: State) -> None:
@@ -188,15 +193,15 @@ class Checkpoints:
         from torch.distributed import checkpoint
         from torch.distributed.checkpoint.api import CheckpointException
 
-        found = read_json(path / NUMBERS)
-        self._check(path, found.get("mark"))
+        record = read_json(path / NUMBERS)
+        self._check(path, record.get("mark"))
         try:
-            state.numbers = Counters(**found["numbers"])
+            state.numbers = Counters(**record["numbers"])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
                 checkpoint.load(dict(state.tensors()), checkpoint_id=path)
         except (OSError, KeyError, TypeError, CheckpointException) as error:
-            raise AtollError(f"{path}: damaged ({_last_line(error)}); start again with --restart") from None
+            raise AtollError(f"{path}: damaged ({_last_line(error)}); train again with --restart") from None
 
 
 def _age_of(path: Path) -> tuple[int, ...]:

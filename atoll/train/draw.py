@@ -1,4 +1,4 @@
-"""What an expert draws while it is trained: a grid of images, by itself alone."""
+"""The sample grid that an expert draws during training, by itself alone."""
 
 import io
 import math
@@ -31,13 +31,22 @@ def draw_grid(
     file: Path | None,
     seed: int,
 ) -> None:
-    """Writes a PNG of up to 16 images for captions of `data`, of equal noise at every call. file None: draws only."""
+    """Sample up to 16 images for captions of `data` and write them as a PNG.
+
+    Args:
+        module: the expert's network.
+        objective: what it is trained with.
+        data: held-out latents; their captions and shape are used.
+        codec: the codec's card entry.
+        file: where the PNG is written; None to sample only, in all processes but the first.
+        seed: of captions and noise, the same at every call.
+    """
     device = next(module.parameters()).device  # type: ignore[attr-defined]
     x0, condition = data.some(_IMAGES, seed)
     condition = condition.to(device)
 
-    def float_module(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
-        return module(x, time, given).float()
+    def float_module(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
+        return module(x, time, rows).float()
 
     null = data.encoder.null(1).to(device)
     # It has no calibration yet; until then its x0 is clamped.
@@ -52,7 +61,7 @@ def draw_grid(
 
 
 def _png(images: Tensor) -> bytes:
-    """A square grid, enlarged to at least 64 pixels an image, white between."""
+    """A square grid of images [n, c, h, w] in [0, 1], each enlarged to at least 64 pixels, with white between."""
     images = images.expand(-1, 3, -1, -1)
     scale = max(1, math.ceil(64 / images.shape[-1]))
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)

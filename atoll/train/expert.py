@@ -1,4 +1,4 @@
-"""Trains one expert on one cluster's shards and nothing else: `atoll train expert 3`."""
+"""Trains one expert on its cluster's shards and nothing else, or the monolith on all: `atoll train expert 3`."""
 
 from pathlib import Path
 
@@ -13,21 +13,32 @@ from atoll.train.track import TrainProgress
 def train_expert(
     run: Path,
     manifest: Manifest,
-    wanted: str,
+    name: str,
     *,
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
 ) -> Path:
-    """Trains the expert `wanted` (cluster or full name) of the run and returns its artifact's directory.
+    """Train one expert of the run.
+
+    Args:
+        run: the run's directory.
+        manifest: its atoll.yaml.
+        name: the expert's cluster or full name.
+        resume: continue from the checkpoint if there is one.
+        restart: discard a checkpoint or a finished expert.
+        progress: called with each line of metrics.jsonl that reports a step.
+
+    Returns:
+        The directory of its artifact.
 
     Raises:
-        AtollError: no such expert, missing or damaged shards, NaN loss, a checkpoint in the way.
+        AtollError: no such expert, missing or damaged shards, NaN loss, or an existing checkpoint or expert.
     """
-    expert = manifest.find_expert(wanted)
+    expert = manifest.find_expert(name)
     shards = Shards(RunLayout(run).cluster(expert.cluster))
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
-    job = TrainingSpec(
+    spec = TrainingSpec(
         run=run,
         path=RunLayout(run).expert(expert.full_name),
         name=expert.full_name,
@@ -35,7 +46,7 @@ def train_expert(
         clusters=(expert.cluster,),
         seed=expert_seed(manifest.seed, number),
     )
-    return train_denoiser(job, manifest, [shards], resume=resume, restart=restart, progress=progress)
+    return train_denoiser(spec, manifest, [shards], resume=resume, restart=restart, progress=progress)
 
 
 def train_monolith(
@@ -46,13 +57,13 @@ def train_monolith(
     restart: bool = False,
     progress: TrainProgress | None = None,
 ) -> Path:
-    """Trains the dense model of the comparison on all clusters and returns its artifact's directory."""
+    """Train the monolith, the dense model to compare with, on all clusters; see `train_expert`."""
     if manifest.monolith is None:
         raise AtollError("atoll.yaml names no monolith; add a `monolith:` section with its objective")
     clusters = tuple(range(manifest.clusters.k))
     layout = RunLayout(run)
     shards = [Shards(layout.cluster(k)) for k in clusters]
-    job = TrainingSpec(
+    spec = TrainingSpec(
         run=run,
         path=layout.monolith,
         name=MONOLITH,
@@ -60,4 +71,4 @@ def train_monolith(
         clusters=clusters,
         seed=monolith_seed(manifest.seed),
     )
-    return train_denoiser(job, manifest, shards, resume=resume, restart=restart, progress=progress)
+    return train_denoiser(spec, manifest, shards, resume=resume, restart=restart, progress=progress)

@@ -1,4 +1,4 @@
-"""What is told of a training: metrics.jsonl always, TensorBoard or W&B where asked, the progress line, summary.json."""
+"""Tracking: metrics.jsonl always, TensorBoard or W&B if chosen, the progress line, and summary.json."""
 
 import json
 import os
@@ -16,7 +16,16 @@ TrainProgress = Callable[[dict[str, Any]], None]
 
 
 class Tracker:
-    """Writes a line each `log_every` steps. A continued run rewrites what came after its checkpoint."""
+    """Accumulates every step and logs every `log_every` steps; a resumed run drops the lines after its checkpoint.
+
+    Args:
+        directory: the training's.
+        step: steps done so far.
+        settings: of the training.
+        mark: of the training, for its summary.
+        progress: called with each line that reports a step.
+        quiet: this process writes nothing; set it in all processes of an island but the first.
+    """
 
     def __init__(
         self,
@@ -28,29 +37,36 @@ class Tracker:
         progress: TrainProgress | None,
         quiet: bool,
     ):
-        """quiet: of another process than the first, which writes nothing."""
         self.files, self.settings, self.mark, self.quiet = TrainingLayout(directory), settings, mark, quiet
         self.progress = None if quiet else progress
-        kept = [line for line in read_metrics(directory) if line["step"] <= step]
+        # Lines after the checkpoint belong to steps that are done again.
+        earlier = [line for line in read_metrics(directory) if line["step"] <= step]
         if not quiet:
             temporary = temporary_of(self.files.metrics)
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in earlier))
             os.replace(temporary, self.files.metrics)
-        steps = [line for line in kept if "loss" in line]
+        steps = [line for line in earlier if "loss" in line]
         self.last_line: dict[str, Any] = steps[-1] if steps else {}
-        self.validation: dict[str, float] = next((line["val"] for line in reversed(kept) if "val" in line), {})
+        self.validation: dict[str, float] = next((line["val"] for line in reversed(earlier) if "val" in line), {})
         self.seconds_before = self.last_line.get("seconds", 0.0)
-        self.began = self.last = time.monotonic()
+        self.start_time = self.last_time = time.monotonic()
         self.losses: list[float] = []
         self.writer = None if quiet else _writer(settings, directory)
 
     def step(self, done: int, loss: float, norm: float, lr: float) -> None:
-        """Hears of every step; tells of some."""
+        """Accumulate a step; log the mean of the steps since the last line if one is due.
+
+        Args:
+            done: steps done, this one included.
+            loss: mean over the batch.
+            norm: of the gradients before clipping.
+            lr: learning rate.
+        """
         self.losses.append(loss)
         if done % self.settings.log_every and done != self.settings.steps:
             return
         now = time.monotonic()
-        rate = len(self.losses) / max(now - self.last, 1e-9)
+        rate = len(self.losses) / max(now - self.last_time, 1e-9)
         line = {
             "step": done,
             "steps": self.settings.steps,
@@ -58,24 +74,25 @@ class Tracker:
             "grad_norm": norm,
             "lr": lr,
             "images_per_s": rate * self.settings.batch,
-            "seconds": self.seconds_before + now - self.began,
+            "seconds": self.seconds_before + now - self.start_time,
             "eta_s": (self.settings.steps - done) / rate,
         }
-        self.last_line, self.losses, self.last = line, [], now
+        self.last_line, self.losses, self.last_time = line, [], now
         self._write(line)
         if self.progress is not None:
             self.progress(line)
 
     def validated(self, done: int, losses: dict[str, float]) -> None:
+        """Log the validation losses after `done` steps."""
         self.validation = losses
         self._write({"step": done, "val": losses})
 
-    def event(self, done: int, what: str) -> None:
-        """Something that should not happen: a line of its own."""
-        self._write({"step": done, "event": what})
+    def event(self, done: int, message: str) -> None:
+        """Log an irregularity, such as a rollback, on a line of its own."""
+        self._write({"step": done, "event": message})
 
     def close(self, rollbacks: int, skipped: int) -> dict[str, Any]:
-        """Writes summary.json, and returns what the card tells of the training."""
+        """Write summary.json, and return it for the card."""
         summary = {
             "mark": self.mark,
             "settings": self.settings.model_dump(),
@@ -92,7 +109,7 @@ class Tracker:
         return summary
 
     def stop(self) -> None:
-        """What the trackers hold in memory is written."""
+        """Flush and close the trackers."""
         if self.writer is not None:
             self.writer.close()
 
@@ -136,7 +153,7 @@ class _Wandb:
 
 
 def _writer(settings: TrainSettings, directory: Path) -> _TensorBoard | _Wandb | None:
-    """Raises AtollError if the package that `track` names is not installed."""
+    """The tracker that `track` names, None for none. Raises AtollError if its package is not installed."""
     if settings.track == "none":
         return None
     try:
@@ -150,7 +167,7 @@ def _writer(settings: TrainSettings, directory: Path) -> _TensorBoard | _Wandb |
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a line cut by a crash is left out."""
+    """Return the lines of metrics.jsonl up to the first incomplete one, which a crash may leave."""
     file = TrainingLayout(directory).metrics
     lines: list[dict[str, Any]] = []
     for text in file.read_text().splitlines() if file.exists() else ():

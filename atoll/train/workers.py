@@ -1,7 +1,7 @@
-"""The processes of one island, started and watched from one: `atoll train expert 3 --nproc 8`.
+"""Starts and supervises the processes of one island: `atoll train expert 3 --nproc 8`.
 
-They learn of each other as torchrun would tell them, and torchrun can start them as well. It is not used here because
-it kills what has not saved within 30 seconds, and tells of a mistake in forty lines.
+The processes read the same environment variables as under torchrun, and torchrun can start them as well. It is not used
+here because it kills processes that have not saved within 30 seconds, and prints forty lines for a user's mistake.
 """
 
 import os
@@ -21,44 +21,48 @@ from atoll.errors import AtollError
 from atoll.storage.layout import EXIT_CRASH, EXIT_USER_ERROR
 
 _REPORT, _PARENT = "ATOLL_REPORT", "ATOLL_PARENT"  # the environment of a worker
-_GRACE = 10.0  # seconds that the others get to end by themselves once one has failed
+_GRACE = 10.0  # seconds for the others to exit by themselves after one has failed
 Worker = subprocess.Popen[bytes]
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for its island: the only one, or torchrun's rank 0."""
+    """Return whether this process prints for its island: the only process, or rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def train_together(arguments: Sequence[str], count: int) -> None:
-    """Runs `python -m atoll ARGUMENTS` in `count` processes that train together, and waits for their end.
+    """Run `python -m atoll ARGUMENTS` in `count` processes that train together, and wait until they exit.
 
-    SIGTERM and SIGINT are passed on: the workers save and end, and so does this function; at the second one they are
-    killed. The first worker has the terminal, the others are silent. Workers end with this process, however it ends.
+    SIGTERM and SIGINT are forwarded: the workers save and exit, and this function returns; a second signal kills them.
+    The first worker prints to the terminal, the others are silent. Workers exit with this process, however it exits.
+
+    Args:
+        arguments: of the command line.
+        count: number of processes.
 
     Raises:
-        AtollError: the mistake that a worker told.
-        SystemExit: 1, after a line about it, where a worker crashed or was killed.
+        AtollError: a worker reported a user's mistake.
+        SystemExit: 1, after one line on stderr, if a worker crashed or was killed.
     """
     from torch.distributed import TCPStore
 
-    # This process holds the store that they meet at, so that no port is chosen that another one takes meanwhile.
+    # This process hosts the store where they rendezvous: a free port, chosen earlier, could be taken meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     workers: list[Worker] = []
-    with tempfile.TemporaryDirectory(prefix="atoll-") as directory, _counted_signals() as asked:
+    with tempfile.TemporaryDirectory(prefix="atoll-") as directory, _counted_signals() as stop_requests:
         reports = Path(directory)
         try:
             for rank in range(count):
                 ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-                workers.append(_start(arguments, {**os.environ, **meeting, **ranks}, reports, rank))
-            codes = _watch(workers, asked)
+                workers.append(_start(arguments, {**os.environ, **rendezvous, **ranks}, reports, rank))
+            codes = _watch(workers, stop_requests)
         finally:
             for worker in workers:
-                worker.kill()  # nothing to one that has ended
+                worker.kill()  # does nothing to a worker that has exited
                 worker.wait()
         if any(code != 0 for code in codes):
-            _raise_failure(codes, reports, stopped=asked() > 0)
+            _raise_failure(codes, reports, stopped=stop_requests() > 0)
 
 
 def _start(arguments: Sequence[str], environment: dict[str, str], reports: Path, rank: int) -> Worker:
@@ -72,46 +76,47 @@ def _start(arguments: Sequence[str], environment: dict[str, str], reports: Path,
         )
 
 
-def _watch(workers: Sequence[Worker], asked: Callable[[], int]) -> list[int | None]:
-    """Waits until all have ended, or one has failed and the others had their time, or a stop was asked for twice.
+def _watch(workers: Sequence[Worker], stop_requests: Callable[[], int]) -> list[int | None]:
+    """Wait until all workers have exited, or `_GRACE` after one failed, or until the second stop request.
 
-    Returns the exit codes, None of one that is to be killed.
+    Returns:
+        The exit codes, None for a worker that is still running and must be killed.
     """
     stopping, deadline = False, float("inf")
-    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline and asked() < 2:
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline and stop_requests() < 2:
         failed = any(worker.returncode for worker in workers)
-        if (failed or asked()) and not stopping:
+        if (failed or stop_requests()) and not stopping:
             stopping = True
             for worker in workers:
                 worker.send_signal(signal.SIGTERM)
         if failed:
-            deadline = min(deadline, time.monotonic() + _GRACE)  # those that wait for the failed one wait in vain
+            deadline = min(deadline, time.monotonic() + _GRACE)  # they may wait forever for the failed one
         time.sleep(0.05)
     return [worker.poll() for worker in workers]
 
 
 def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) -> None:
-    """Tells in one line what went wrong first: a mistake, else a process that was killed, else one that crashed."""
+    """Report the first cause in one line: a user's mistake, else a killed process, else a crashed one."""
     count = len(codes)
     for rank, code in enumerate(codes):
         if code == EXIT_USER_ERROR and (lines := _lines(_report(reports, rank))):
             raise AtollError(lines[-1])
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and code != -signal.SIGTERM:
-            _end(f"process {rank} of {count} was ended by signal {-code}; --resume goes on from where it saved")
-    if stopped:  # while the network was built, or after the last step: there is nothing new to save
-        print("stopped outside of the training steps; --resume goes on from where it saved", flush=True)
+            _end(f"process {rank} of {count} was killed by signal {-code}; --resume continues from the last checkpoint")
+    if stopped:  # before the first or after the last step: there is nothing new to save
+        print("stopped outside of the training steps; --resume continues from the last checkpoint", flush=True)
         return
     for rank, code in enumerate(codes):
         if code is not None and code > 0:
-            lines = _lines(_report(reports, rank)) or ["it told nothing"]
-            _end(f"process {rank} of {count} ended with code {code}: {lines[-1]}")
-    _end(f"one of {count} processes was ended by SIGTERM; --resume goes on from where it saved")
+            lines = _lines(_report(reports, rank)) or ["no message"]
+            _end(f"process {rank} of {count} exited with code {code}: {lines[-1]}")
+    _end(f"one of {count} processes was ended by SIGTERM; --resume continues from the last checkpoint")
 
 
-def _end(what: str) -> NoReturn:
-    """No mistake of the user's, and perhaps gone at the next attempt: another exit code, as `atoll launch` reads it."""
-    print(f"atoll: {what}", file=sys.stderr, flush=True)
+def _end(message: str) -> NoReturn:
+    """Exit with the code of a crash, which `atoll launch` tries again, unlike a user's mistake."""
+    print(f"atoll: {message}", file=sys.stderr, flush=True)
     sys.exit(EXIT_CRASH)
 
 
@@ -126,7 +131,7 @@ def _lines(file: Path) -> list[str]:
 
 @contextmanager
 def _counted_signals() -> Iterator[Callable[[], int]]:
-    """Within it, SIGTERM and SIGINT are counted and do nothing else."""
+    """Within it, SIGTERM and SIGINT are only counted; yields a function that returns the count."""
     seen: list[int] = []
     stops = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, lambda signum, _: seen.append(signum)) for number in stops}
@@ -139,12 +144,12 @@ def _counted_signals() -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """In a worker, what ends the training is told to the process that started it; elsewhere this does nothing."""
+    """In a worker, report why the training ended to the process that started it; does nothing elsewhere."""
     if _REPORT not in os.environ:
         yield
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes on what is meant
-    threading.Thread(target=_end_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent forwards it
+    threading.Thread(target=_exit_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
     try:
         yield
     except Exception as error:
@@ -156,14 +161,14 @@ def reporting() -> Iterator[None]:
 
 
 def _leave(code: int) -> None:
-    """Ends without tearing down what torch has running in other threads: that aborts now and then."""
+    """Exit without stopping torch's other threads, which aborts occasionally."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed is killed too: whoever starts the training again must find nobody there."""
+def _exit_with(parent: int) -> None:
+    """Exit when the parent is gone, so that no worker is left when the training is started again."""
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(EXIT_CRASH)

@@ -1,4 +1,4 @@
-"""`atoll train expert 1 --nproc 2` as a user meets it: one line per mistake, signals, and kills."""
+"""`atoll train expert 1 --nproc 2`: one line per mistake, signals, and kills."""
 
 import os
 import random
@@ -63,7 +63,7 @@ def assert_equal(a: Path, b: Path) -> None:
         assert torch.equal(mine[name], other[name]), name
 
 
-def test_a_mistake_is_one_line_of_one_process(run) -> None:
+def test_a_mistake_is_reported_in_one_line(run) -> None:
     (run / "atoll.yaml").write_text((run / "atoll.yaml").read_text().replace("batch: 6", "batch: 6\n  accumulate: 2"))
     done = call(run, "--nproc", 2)
     assert done.returncode == 2
@@ -77,7 +77,7 @@ def test_a_mistake_is_one_line_of_one_process(run) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_ends_with_0_and_a_killed_worker_is_told(tmp_path, number) -> None:
+def test_a_signal_saves_and_a_killed_worker_is_reported(tmp_path, number) -> None:
     run = make(tmp_path / "run", 100_000, every=100_000)
     process = start(run, "--nproc", 2)
     wait_for_steps(run, process)
@@ -93,27 +93,27 @@ def test_a_signal_saves_and_ends_with_0_and_a_killed_worker_is_told(tmp_path, nu
     wait_for_steps(run, process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     out, err = communicate(process)
-    assert process.returncode == 1  # no mistake: `atoll launch` tries again
-    assert err == "atoll: process 1 of 2 was ended by signal 9; --resume goes on from where it saved\n"
+    assert process.returncode == 1  # a crash, not a mistake: `atoll launch` tries again
+    assert err == "atoll: process 1 of 2 was killed by signal 9; --resume continues from the last checkpoint\n"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-def test_workers_end_with_a_parent_that_was_killed(tmp_path) -> None:
+def test_workers_exit_when_their_parent_is_killed(tmp_path) -> None:
     run = make(tmp_path / "run", 100_000, every=100_000)
     process = start(run, "--nproc", 2)
     wait_for_steps(run, process)
     workers = workers_of(process)
     assert len(workers) == 2
     process.kill()
-    communicate(process)  # both ends of the pipes close with the last of them
+    communicate(process)  # the pipes close when the last of them exits
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
 def run_killed(run: Path, kills: int, flags: list[object], seconds: float, seed: int) -> int:
-    """Starts and kills the training `kills` times, group and all; returns how many died writing a checkpoint.
+    """Start the training and kill its process group `kills` times; return how many died writing a checkpoint.
 
-    Every other one dies at a random moment, the others where the next checkpoint is being written.
+    Every other one is killed at a random moment, the others while a checkpoint is being written.
     """
     moments, writing = random.Random(seed), 0
     for kill in range(kills):
@@ -137,18 +137,18 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def partly_written(run: Path, since: float = 0.0) -> list[Path]:
-    """The checkpoints that are being written, or that a kill left half-written, begun after `since`."""
-    found = []
+    """The checkpoints that are being written, or that a kill left incomplete, started after `since`."""
+    incomplete = []
     for path in state(run).glob(".checkpoint*.tmp"):
         try:
             if path.stat().st_mtime > since:
-                found.append(path)
-        except FileNotFoundError:  # it has just become whole
+                incomplete.append(path)
+        except FileNotFoundError:  # it is complete by now
             continue
-    return found
+    return incomplete
 
 
-def test_killed_twice_the_weights_are_those_of_the_run_never_killed(tmp_path) -> None:
+def test_resume_is_bit_exact_after_two_kills(tmp_path) -> None:
     run, whole = (make(tmp_path / name, 60, every=1) for name in ("killed", "whole"))
     train_expert(whole, load_manifest(whole), "1")
     run_killed(run, 2, [], 3, seed=0)
@@ -158,7 +158,7 @@ def test_killed_twice_the_weights_are_those_of_the_run_never_killed(tmp_path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--nproc", 2], ["--nproc", 2, "shard"]], ids=["one", "two", "two-sharded"])
-def test_killed_at_twenty_random_moments(tmp_path, flags) -> None:
+def test_resume_is_bit_exact_after_twenty_kills(tmp_path, flags) -> None:
     run, whole = (make(tmp_path / name, 4000, every=20) for name in ("killed", "whole"))
     if "shard" in flags:
         flags = flags[:-1]
