@@ -16,7 +16,18 @@ from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.randomness import cpu_generator, random_rows
 from atoll.runtime.device import best_device
-from atoll.storage.artifact import CARD, FORMAT, read_card, sha256_file, write_bytes, write_json
+from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes, write_card
+from atoll.storage.cards import (
+    ClusterShardsCard,
+    EnsembleCard,
+    ExpertCard,
+    ExpertEntry,
+    RouterCard,
+    RouterEntry,
+    SamplingDefaults,
+    StackingsEntry,
+    parse_record,
+)
 from atoll.storage.layout import ENSEMBLE_CARD, STACKINGS, RunLayout, cluster_path
 from atoll.storage.shards import Shards, is_held_out
 
@@ -47,38 +58,40 @@ def assemble(
     """
     if not experts:
         raise AtollError("no experts to assemble; train one with `atoll train expert 0`")
-    cards = {path: read_card(path, "expert") for path in experts}
-    if router is not None:
-        cards[router] = read_card(router, "router")
+    cards = {path: read_card(path, ExpertCard) for path in experts}
+    routing = None if router is None else read_card(router, RouterCard)
     first = experts[0]
-    for path, card in cards.items():
+    parts: dict[Path, ExpertCard | RouterCard] = {**cards}
+    if router is not None and routing is not None:
+        parts[router] = routing
+    for path, part in parts.items():
         for key in _SHARED:
-            mine, theirs = card.get(key), cards[first].get(key)
+            mine, theirs = part.plain().get(key), cards[first].plain().get(key)
             if not same(mine, theirs):
                 raise AtollError(
                     f"{path}: its {key} is {mine}, that of {first} is {theirs}; "
                     "parts of one ensemble must come from the same clusters"
                 )
-    known = None if router is None else cards[router].get("clusters")
-    for path in experts:
-        if known is not None and cards[path].get("k") != known:
+    for path, card in cards.items():
+        if routing is not None and card.k != routing.clusters:
             raise AtollError(
-                f"{router}: knows {known} clusters, {path} is of {cards[path].get('k')}; take the router trained on its"
+                f"{router}: knows {routing.clusters} clusters, {path} is of {card.k}; take the router trained on its"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        out / ENSEMBLE_CARD,
-        {
-            "format": FORMAT,
-            "kind": "ensemble",
-            "experts": [_entry(path, cards[path], out) for path in experts],
-            "router": None if router is None else _entry(router, cards[router], out),
-            "clusters": cards[first]["k"],
-            **{key: cards[first][key] for key in _SHARED},
-            **({"stackings": _write_stackings(out, stackings)} if stackings else {}),
-            "sampling": sampling or {},
-        },
+    shared = cards[first]
+    ensemble = EnsembleCard(
+        experts=[
+            ExpertEntry(name=card.name, clusters=card.clusters, **_place(path, out)) for path, card in cards.items()
+        ],
+        router=None if router is None else RouterEntry(**_place(router, out)),
+        clusters=shared.k,
+        assignment=shared.assignment,
+        latent_shape=shared.latent_shape,
+        codec=shared.codec,
+        **({"stackings": _write_stackings(out, stackings)} if stackings else {}),
+        sampling=parse_record(SamplingDefaults, sampling or {}, "sampling"),
     )
+    write_card(out / ENSEMBLE_CARD, ensemble)
     return out
 
 
@@ -110,7 +123,7 @@ def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
     """
     groups: dict[tuple[int, ...], list[Path]] = {}
     for path in experts:
-        groups.setdefault(tuple(read_card(path, "expert")["clusters"]), []).append(path)
+        groups.setdefault(read_card(path, ExpertCard).clusters, []).append(path)
     stackings = []
     for covered, replicas in groups.items():
         places = [cluster_path(clusters, cluster) for cluster in covered]
@@ -131,10 +144,10 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
     loaded = [load_expert(path, device) for path in replicas]
     for part in shards:
         for path, one in zip(replicas, loaded, strict=True):
-            if part.card.get("assignment") != one.card["assignment"]:
+            if part.card(ClusterShardsCard).assignment != one.card.assignment:
                 raise AtollError(f"{path}: was trained on another assignment than {part.path} is of; train it again")
     # Rows that none of them was trained on: what all held back, or the val split.
-    share = min(one.card.get("training", {}).get("calibration_holdout", 0) for one in loaded)
+    share = min(one.card.training.calibration_holdout if one.card.training else 0.0 for one in loaded)
     val = torch.cat([part.rows("val") + start for part, start in _starts(shards)])
     rows = is_held_out(shards, share).nonzero().flatten() if share > 0 else val
     if not len(rows):
@@ -144,7 +157,7 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
         )
     rows = rows[random_rows(len(rows), _ROWS, cpu_generator(0))].sort().values
     latents, captions = _read(shards, rows)
-    conditions = [build_encoder(one.card["condition"])(captions) for one in loaded]
+    conditions = [build_encoder(one.card.condition)(captions) for one in loaded]
     means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]
     mean = means[0] if means else latents.mean(0)
     experts = [one.expert for one in loaded]
@@ -166,16 +179,15 @@ def _read(shards: list[Shards], rows: torch.Tensor) -> tuple[torch.Tensor, list[
     return torch.cat(latents), captions
 
 
-def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> dict[str, Any]:
+def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry:
     from safetensors.torch import save
 
     data = save({f"mean.{number}": stacking.mean.contiguous() for number, stacking in enumerate(stackings)})
     write_bytes(out / STACKINGS, data)
     weights = [stacking.config() for stacking in stackings]
-    return {"file": STACKINGS, "sha256": sha256_file(out / STACKINGS), "weights": weights}
+    return StackingsEntry(file=STACKINGS, sha256=sha256_file(out / STACKINGS), weights=weights)
 
 
-def _entry(path: Path, card: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One part: where it is, and the hash of its card (which holds that of its weights)."""
-    entry = {"url": Path(os.path.relpath(path, out)).as_posix(), "sha256": sha256_file(path / CARD)}
-    return entry if "name" not in card else {"name": card["name"], "clusters": card["clusters"], **entry}
+def _place(path: Path, out: Path) -> dict[str, str]:
+    """Where a part is, and the hash of its card (which holds that of its weights)."""
+    return {"url": Path(os.path.relpath(path, out)).as_posix(), "sha256": sha256_file(path / CARD)}

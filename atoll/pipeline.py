@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -126,10 +126,10 @@ class Pipeline:
         if clusters is not None and len(clusters) != len(prompts):
             raise AtollError(f"{len(clusters)} clusters for {len(prompts)} prompts; expected one cluster per prompt")
         self._warn_of_unread(prompts)
-        defaults = self.loaded.card["sampling"]
-        steps = num_inference_steps if num_inference_steps is not None else defaults.get("steps", 50)
-        scale = guidance_scale if guidance_scale is not None else defaults.get("guidance_scale", 1.0)
-        method = method or defaults.get("method", "euler")
+        defaults = self.loaded.sampling
+        steps = defaults.steps_or(50) if num_inference_steps is None else num_inference_steps
+        scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
+        method = method or cast(Method, defaults.method or "euler")
         sampler = self.sampler
         if routing is not None:
             sampler = Sampler(replace(self.loaded.ensemble, routing=routing))

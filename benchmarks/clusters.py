@@ -31,11 +31,12 @@ from atoll.cluster.assign import Assignment
 from atoll.cluster.fit import ROWS_PER_CENTROID, _count, _read_sample, kmeans, survey
 from atoll.cluster.nearest import Workers, nearest
 from atoll.cluster.write import ClustersWriter
+from atoll.storage.cards import ClusterShardsCard
 from atoll.storage.shards import Shard, Shards, ShardWriter
 
 SHARD = 4096
 ROUNDS = 25
-CARD = {"feature": {"name": "synthetic"}, "codec": {"name": "pixels"}, "condition": {}, "source": {}}
+CARD = {"feature": {"name": "synthetic"}}
 
 
 def write_shards(path: Path, rows: int, dim: int) -> None:
@@ -123,7 +124,8 @@ def stream(rows: int, dim: int, fine: int, folder: str | None) -> dict[str, Any]
     g = torch.Generator().manual_seed(1)
     points = F.normalize(torch.randn(fine, dim, generator=g))
     assignment = Assignment("free", 8, 0, points, torch.arange(fine) % 8, points[:8])
-    card = {"clusters": 8, "assignment": "0" * 64}
+    frozen = {"codec": {"name": "pixels"}, "condition": {}, "source": {}}
+    card = ClusterShardsCard(clusters=8, assignment="0" * 64, latent_shape=(1, 2, 2), **frozen)
     memory: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=folder) as directory:
         root = Path(directory)

@@ -233,7 +233,7 @@ def convert_all(dit: Path, original: ClassDiT, test: Images, seeds: int, out: Pa
             if seed == 0:
                 loaded = load_expert(path)
                 error = distance(loaded.expert.network, original, test)
-                found[modulation] = {"eps_error": error, "residual": loaded.card["conversion"].get("residual")}
+                found[modulation] = {"eps_error": error, "residual": loaded.card.plain()["conversion"].get("residual")}
     print("relative error of eps at step 0:", {k: f"{v['eps_error']:.2g}" for k, v in found.items()}, flush=True)
     return found
 

@@ -50,7 +50,7 @@ def write_run(path: Path, size: str, train: dict[str, Any]) -> Path:
     (path / "atoll.yaml").write_text(yaml.safe_dump(manifest))
     latents = torch.randn(ROWS, *SHAPE, generator=torch.Generator().manual_seed(0)).half()
     captions = [" ".join([*WORDS[i % 3 :], str(i)]) for i in range(ROWS)]
-    card = {**frozen, "latent_shape": list(SHAPE), "assignment": "none", "cluster": 0, "clusters": 1}
+    card = {**frozen, "latent_shape": list(SHAPE), "assignment": "none", "cluster": 0, "clusters": 1, "source": {}}
     with ShardWriter(path / "clusters" / "cluster-000", card) as writer:
         splits = ["val" if i < 8 else "train" for i in range(ROWS)]
         writer.append([f"{i:05d}" for i in range(ROWS)], captions, splits, {"latent": latents})

@@ -34,6 +34,7 @@ from atoll.ensemble.offload import read_weights
 from atoll.nn import build_network
 from atoll.nn.dit import SIZES, DiTConfig
 from atoll.storage.artifact import WEIGHTS, save_artifact
+from atoll.storage.cards import ExpertCard
 
 BASE = "torch.load"
 
@@ -49,11 +50,12 @@ def write(path: Path, size: str) -> None:
         "network": network,
         "objective": {"prediction": "flow", "schedule": "linear"},
         "clusters": [0],
+        "k": 1,
         "codec": {"name": "pixels", "channels": 4},
         "condition": {"name": "hash", "dim": 768, "length": 77},
         "latent_shape": [4, 32, 32],
     }
-    save_artifact(path / "expert", "expert", card, {f"network.{name}": value for name, value in state.items()})
+    save_artifact(path / "expert", ExpertCard(**card), {f"network.{name}": value for name, value in state.items()})
     torch.save(state, path / "weights.pt")
 
 

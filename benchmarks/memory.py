@@ -29,6 +29,7 @@ from atoll.nn import build_network
 from atoll.nn.dit import SIZES
 from atoll.pipeline import Pipeline
 from atoll.storage.artifact import WEIGHTS, read_card, save_artifact, write_json
+from atoll.storage.cards import ExpertCard, RouterCard
 
 EXPERTS = 8
 SHARED = {
@@ -47,13 +48,13 @@ def write(path: Path, size: str) -> int:
     for k in range(EXPERTS):
         card = {"network": expert, **SHARED, **about, "name": f"expert-{k}", "clusters": [k]}
         if k == 0:
-            save_artifact(path / "0", "expert", card, random_weights(expert))
+            save_artifact(path / "0", ExpertCard(**card), random_weights(expert))
             continue
         (path / str(k)).mkdir()
         os.link(path / "0" / WEIGHTS, path / str(k) / WEIGHTS)
-        first = read_card(path / "0", "expert")
+        first = read_card(path / "0", ExpertCard).plain()
         write_json(path / str(k) / "card.json", {**first, "name": f"expert-{k}", "clusters": [k]})
-    save_artifact(path / "router", "router", {"network": router, **SHARED, "clusters": EXPERTS}, random_weights(router))
+    save_artifact(path / "router", RouterCard(network=router, **SHARED, clusters=EXPERTS), random_weights(router))
     assemble([path / str(k) for k in range(EXPERTS)], path / "router", path / "ensemble", {"guidance_scale": 4.0})
     return (path / "0" / WEIGHTS).stat().st_size
 

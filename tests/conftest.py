@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import write_json
 from atoll.storage.shards import ShardWriter
+from tests.cards import cluster_shards_card, clusters_card, encoded_card
 
 # `make test` tries the same examples every time: it is green or red by the code alone. `make test-all` draws new
 # ones. Neither depends on speed. Several examples share a test's `tmp_path` on purpose.
@@ -61,17 +62,17 @@ def write_run(path: Path, rows: int = 60, shape: tuple[int, ...] = SHAPE) -> Pat
     captions = [f"{WORDS[i % 4]} {WORDS[i // 4 % 4]}" for i in range(rows)]
     splits = ["val" if i % 10 >= 7 else "train" for i in range(rows)]
     frozen = {"codec": {"name": "pixels", "channels": 1}, "condition": RUN["condition"]}
-    with ShardWriter(path / "encoded", {**frozen, "latent_shape": list(shape)}) as writer:
+    with ShardWriter(path / "encoded", encoded_card(**frozen)) as writer:
         writer.append(keys, captions, splits, {"latent": latents, "feature": latents.float().flatten(1)})
     assignment = hashlib.sha256(b"tiny").hexdigest()
     for k in range(K):
         mine = [i for i in range(rows) if cluster[i] == k]
-        card = {**frozen, "latent_shape": list(shape), "assignment": assignment, "cluster": k, "clusters": K}
+        card = cluster_shards_card(**frozen, latent_shape=list(shape), assignment=assignment, cluster=k, clusters=K)
         with ShardWriter(path / "clusters" / f"cluster-{k:03d}", card) as writer:
             writer.append(
                 *([column[i] for i in mine] for column in (keys, captions, splits)), {"latent": latents[mine]}
             )
-    write_json(path / "clusters" / "clusters.json", {"k": K, "assignment": assignment})
+    write_json(path / "clusters" / "clusters.json", clusters_card(K, assignment=assignment))
     table = pa.table({"key": keys, "cluster": cluster.numpy(), "split": splits})
     pq.write_table(table, path / "clusters" / "assignment.parquet")
     return path

@@ -14,6 +14,7 @@ from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.pipeline import Pipeline, sample_to_file
 from atoll.storage.artifact import CARD, read_card, read_tensors, save_artifact
+from atoll.storage.cards import ExpertCard
 from atoll.train.expert import train_expert
 from tests.conftest import RUN, write_run
 
@@ -39,10 +40,10 @@ def replicated(tmp_path_factory, trained_run):
 
 
 def changed(path, **values):
-    card = read_card(path, "expert")
-    tensors = dict(read_tensors(path, card))
+    card = read_card(path, ExpertCard).plain()
+    tensors = dict(read_tensors(path, read_card(path, ExpertCard)))
     plain = {key: value for key, value in card.items() if key not in ("format", "kind", "weights")}
-    save_artifact(path, "expert", {**plain, **values}, tensors)
+    save_artifact(path, ExpertCard(**{**plain, **values}), tensors)
 
 
 def test_replicas_are_stacked_on_rows_that_both_held_back(replicated) -> None:
@@ -136,13 +137,12 @@ def test_the_trace_tells_who_was_asked(replicated, tmp_path) -> None:
 def test_an_expert_of_nan_is_told_at_the_end(trained_run, tmp_path) -> None:
     shutil.copytree(trained_run, tmp_path / "run")
     path = tmp_path / "run" / "experts" / "0-eps-cosine"
-    card = read_card(path, "expert")
     broken = {
         key: torch.full_like(v, torch.nan) if v.is_floating_point() else v
-        for key, v in read_tensors(path, card).items()
+        for key, v in read_tensors(path, read_card(path, ExpertCard)).items()
     }
     broken["calibration.mean"] = torch.zeros(1, 4, 8)
-    save_artifact(path, "expert", {k: v for k, v in card.items() if k not in ("format", "kind", "weights")}, broken)
+    save_artifact(path, read_card(path, ExpertCard), broken)
     experts = sorted((tmp_path / "run" / "experts").iterdir())
     assemble([e for e in experts if (e / CARD).is_file()], tmp_path / "run" / "router", tmp_path / "run" / "ensemble")
     with pytest.warns(UserWarning, match="0-eps-cosine answered with NaN"):

@@ -30,4 +30,6 @@ def test_every_public_type_name_has_one_home() -> None:
 
 
 def test_an_image_is_called_an_image() -> None:
-    assert [str(file) for file in FILES if re.search("picture", file.read_text(), re.IGNORECASE)] == []
+    renamed = re.compile(r"^    renamed: .*$", re.MULTILINE)  # what names the keys of earlier formats
+    texts = {str(file): renamed.sub("", file.read_text()) for file in FILES}
+    assert [file for file, text in texts.items() if re.search("picture", text, re.IGNORECASE)] == []

@@ -15,6 +15,7 @@ from atoll.cluster.sampling import draw, hash_keys
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import write_bytes
+from atoll.storage.cards import ClustersCard
 from atoll.storage.shards import Shard
 
 ClusterMethod = Literal["balanced", "free", "random"]
@@ -82,7 +83,7 @@ class Assignment:
         write_bytes(directory / CENTROIDS, save({name: t for name, t in named.items() if t is not None}))
 
 
-def load_assignment(directory: Path, card: Mapping[str, Any]) -> Assignment:
+def load_assignment(directory: Path, card: ClustersCard) -> Assignment:
     """The assignment of a clusters/ directory with this card.
 
     Raises:
@@ -93,12 +94,12 @@ def load_assignment(directory: Path, card: Mapping[str, Any]) -> Assignment:
 
     file = directory / CENTROIDS
     try:
-        assignment = Assignment(card["method"], card["k"], card["seed"], **load_file(file))
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        assignment = Assignment(card.method, card.k, card.seed, **load_file(file))
+    except (OSError, SafetensorError, TypeError) as error:
         raise AtollError(f"{file}: cannot be read ({error}); `atoll cluster --force` makes {directory} again") from None
-    if (found := assignment.sha256(card["feature"])) != card["assignment"]:
+    if (found := assignment.sha256(card.feature)) != card.assignment:
         raise AtollError(
-            f"{file}: gives the assignment {found[:12]}..., {directory}'s card says {card['assignment'][:12]}...; "
+            f"{file}: gives the assignment {found[:12]}..., {directory}'s card says {card.assignment[:12]}...; "
             "the file was altered or damaged: `atoll cluster --force` makes it again"
         )
     return assignment

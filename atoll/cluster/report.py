@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from atoll.encoders.codec import Codec, build_codec
 from atoll.errors import AtollError
 from atoll.report.page import colour, document, image_sheet, number, table
 from atoll.runtime.device import best_device
+from atoll.storage.cards import ClustersCard
 
 FAIR = 2.0  # times its fair share: what is more than that is warned of
 _SIDE = 64  # pixels of the longer side of an image on the page, at most
@@ -21,9 +21,9 @@ _LOSSLESS = 32  # pixels; smaller images are drawings, larger ones photographs
 _COLUMNS = 8
 
 
-def imbalance(card: dict[str, Any]) -> str | None:
+def imbalance(card: ClustersCard) -> str | None:
     """A sentence if a cluster holds more than `FAIR` times its share of the training images, else None."""
-    counts = [count["train"] for count in card["counts"]]
+    counts = [count.train for count in card.counts]
     largest, total = max(range(len(counts)), key=counts.__getitem__), sum(counts)
     times = counts[largest] * len(counts) / total
     if times <= FAIR:
@@ -34,16 +34,16 @@ def imbalance(card: dict[str, Any]) -> str | None:
     )
 
 
-def to_html(card: dict[str, Any], kept: ReportRows, workers: Workers, progress: Callable[[str], None]) -> str:
+def to_html(card: ClustersCard, kept: ReportRows, workers: Workers, progress: Callable[[str], None]) -> str:
     """The page of a clustering with this card (clusters.json) and these rows kept."""
     progress("decoding images for the report")
-    nearest = [rows.rows() if card["method"] != "random" else [] for rows in kept.nearest]
+    nearest = [rows.rows() if card.method != "random" else [] for rows in kept.nearest]
     random = [rows.rows() for rows in kept.random]
     try:
-        draw, why = _drawer(build_codec(card["codec"]), workers), ""
+        draw, why = _drawer(build_codec(card.codec), workers), ""
     except AtollError as error:
         draw, why = None, f"<p><b>No images:</b> {escape(str(error))}</p>"
-    cards = (_cluster(card, number, nearest[number], random[number], draw) for number in range(card["k"]))
+    cards = (_cluster(card, number, nearest[number], random[number], draw) for number in range(card.k))
     warning = imbalance(card)
     lead = _lead(card) + (f'<p class="card"><b>Warning:</b> {escape(warning)}.</p>' if warning else "")
     sections = [
@@ -52,37 +52,37 @@ def to_html(card: dict[str, Any], kept: ReportRows, workers: Workers, progress: 
         ("What is in them", why + _explained(card) + "\n".join(cards)),
         ("How this was made", _made(card)),
     ]
-    return document(f"{card['k']} clusters", lead, sections)
+    return document(f"{card.k} clusters", lead, sections)
 
 
-def _lead(card: dict[str, Any]) -> str:
-    images = sum(sum(count.values()) for count in card["counts"])
+def _lead(card: ClustersCard) -> str:
+    images = sum(count.train + count.val for count in card.counts)
     how = {
-        "balanced": f"by {card['fine']} fine centroids, none above 1.25 times the mean, or an even share, when made",
-        "free": f"by {card['fine']} fine centroids, as large as they come",
+        "balanced": f"by {card.fine} fine centroids, none above 1.25 times the mean, or an even share, when made",
+        "free": f"by {card.fine} fine centroids, as large as they come",
         "random": "at random, by a hash of the key: they mean nothing, and are equal in expectation only",
-    }[card["method"]]
+    }[card.method]
     return (
-        f"<p>{images:,} images in {card['k']} clusters, {how}. The largest holds {card['largest_over_mean']:.2f} times "
+        f"<p>{images:,} images in {card.k} clusters, {how}. The largest holds {card.largest_over_mean:.2f} times "
         "the mean.</p>"
     )
 
 
-def _shares(card: dict[str, Any]) -> str:
+def _shares(card: ClustersCard) -> str:
     """A bar for each cluster's share of the training images; the rule is the fair share."""
-    counts, rows = card["counts"], []
-    total = sum(count["train"] for count in counts)
-    largest = max(count["train"] for count in counts) / total
+    counts, rows = card.counts, []
+    total = sum(count.train for count in counts)
+    largest = max(count.train for count in counts) / total
     scale = 100 / max(largest, 1 / len(counts))
     for c, count in enumerate(counts):
-        share = count["train"] / total
+        share = count.train / total
         bar = (
             f'<svg class="strip" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
             f'aria-label="cluster {c}: {share:.1%}"><rect width="{share * scale:.2f}" height="10" fill="{colour(c)}"/>'
             f'<rect x="{scale / len(counts) - 0.2:.2f}" width="0.4" height="10" fill="currentColor"/></svg>'
         )
         rows.append(
-            f"<tr><th scope=row>cluster {c}</th><td>{count['train']:,}</td><td>{count['val']:,}</td>"
+            f"<tr><th scope=row>cluster {c}</th><td>{count.train:,}</td><td>{count.val:,}</td>"
             f"<td>{share:.1%}</td><td>{share * len(counts):.2f}</td><td>{bar}</td></tr>"
         )
     head = "<th></th><th>training images</th><th>held out</th><th>share</th><th>times fair</th><th></th>"
@@ -90,31 +90,31 @@ def _shares(card: dict[str, Any]) -> str:
     return f"{shares}\n<p>Shares of the training images; the rule is the fair share, {1 / len(counts):.1%}.</p>"
 
 
-def _quality(card: dict[str, Any]) -> str:
-    quality, blank = card["quality"], card["blank"]
+def _quality(card: ClustersCard) -> str:
+    quality, blank = card.quality, card.blank
     zero = f"<p>{blank:,} images have a zero vector for a feature; they are in one cluster together.</p>"
     return (
-        f"<p><b>Silhouette {_score(quality['silhouette'])}</b> on {quality['silhouette_rows']:,} images drawn "
+        f"<p><b>Silhouette {_score(quality.silhouette)}</b> on {quality.silhouette_rows:,} images drawn "
         "uniformly (1: every image is far nearer to its own cluster than to any other; 0: it is between two; below 0: "
-        f"nearer to another). <b>Davies–Bouldin {_score(quality['davies_bouldin'])}</b> on {quality['rows']:,} (the "
+        f"nearer to another). <b>Davies–Bouldin {_score(quality.davies_bouldin)}</b> on {quality.rows:,} (the "
         "spread of two clusters over the distance of their means, for each cluster's worst neighbour; small is good). "
         f"Both on features at unit length.</p>{zero if blank else ''}"
     )
 
 
-def _explained(card: dict[str, Any]) -> str:
-    nearest = "" if card["method"] == "random" else "First the images nearest the centroid, then some "
+def _explained(card: ClustersCard) -> str:
+    nearest = "" if card.method == "random" else "First the images nearest the centroid, then some "
     return (
         f"<p>{nearest or 'Images '}drawn uniformly. Words by p log(p / q), p being the share of the cluster's "
-        f"captions that have the word and q the share of all; from {card['quality']['rows']:,} captions.</p>"
+        f"captions that have the word and q the share of all; from {card.quality.rows:,} captions.</p>"
     )
 
 
 def _cluster(
-    card: dict[str, Any], number: int, nearest: Sequence[ReportRow], random: Sequence[ReportRow], draw: "Drawer | None"
+    card: ClustersCard, number: int, nearest: Sequence[ReportRow], random: Sequence[ReportRow], draw: "Drawer | None"
 ) -> str:
-    described, count = card["quality"]["clusters"][number], card["counts"][number]
-    words = ", ".join(f"{escape(w)} ({p:.0%}, overall {q:.0%})" for w, p, q in described["words"]) or "none"
+    described, count = card.quality.clusters[number], card.counts[number]
+    words = ", ".join(f"{escape(w)} ({p:.0%}, overall {q:.0%})" for w, p, q in described.words) or "none"
     sheets = []
     if draw is not None:
         for what, rows in (("nearest the centroid", nearest), ("at random", random)):
@@ -128,20 +128,20 @@ def _cluster(
                     "</figcaption></figure>"
                 )
     return (
-        f'<h3><i style="background:{colour(number)}"></i>Cluster {number}: {sum(count.values()):,} images, silhouette '
-        f"{_score(described['silhouette'])}</h3>\n<p>Words: {words}</p>\n"
+        f'<h3><i style="background:{colour(number)}"></i>Cluster {number}: {count.train + count.val:,} images, '
+        f"silhouette {_score(described.silhouette)}</h3>\n<p>Words: {words}</p>\n"
         f'<div class="pair">{"".join(sheets)}</div>'
     )
 
 
-def _made(card: dict[str, Any]) -> str:
-    feature = ", ".join(f"{key} {value}" for key, value in card["feature"].items())
+def _made(card: ClustersCard) -> str:
+    feature = ", ".join(f"{key} {value}" for key, value in card.feature.items())
     rows = {
-        "method": card["method"],
+        "method": card.method,
         "feature": feature,
-        "seed": card["seed"],
-        "assignment": card["assignment"],
-        "encoded": ", ".join(card["encoded"]),
+        "seed": card.seed,
+        "assignment": card.assignment,
+        "encoded": ", ".join(card.encoded),
     }
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items()) + "</dl>"
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll.cluster.assign import Assigned
 from atoll.cluster.sampling import draw, hash_keys
+from atoll.storage.cards import ReportRowsCard
 from atoll.storage.shards import Shard, Shards, ShardWriter, Split
 
 SAMPLE, IMAGES = "sample", "images"
@@ -121,7 +122,7 @@ def _stored(part: Shard, scores: np.ndarray, column: str) -> Iterator[ReportRow]
 
 
 def _write(directory: Path, column: str, rows: list[ReportRow]) -> None:
-    with ShardWriter(directory, {"kept": directory.name}) as writer:
+    with ShardWriter(directory, ReportRowsCard(kept=directory.name)) as writer:
         writer.append(
             [row.key for row in rows],
             [row.caption for row in rows],

@@ -2,7 +2,6 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
 
 from atoll.cluster.assign import Assignment, ClusterMethod
 from atoll.cluster.describe import describe
@@ -12,7 +11,8 @@ from atoll.cluster.report import imbalance, to_html
 from atoll.cluster.write import ClustersWriter
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
-from atoll.storage.artifact import FORMAT, check_card, read_json, whole_directory, write_bytes, write_json
+from atoll.storage.artifact import load_card, load_clusters, whole_directory, write_bytes, write_card
+from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, DrawnClustersCard, EncodedCard
 from atoll.storage.layout import CLUSTERS_CARD, REPORT, RunLayout
 from atoll.storage.shards import Shards, refuse_foreign
 
@@ -37,7 +37,7 @@ def cluster_run(
     out = layout.clusters
     fraction = asked.router_fraction if router_fraction is None else router_fraction
     written = cluster(layout.encoded, out, asked.k, asked.method, asked.fine, manifest.seed, force, fraction, progress)
-    return f"{out} {'written' if written else 'is there already'}: {say_counts(read_json(out / CLUSTERS_CARD))}"
+    return f"{out} {'written' if written else 'is there already'}: {say_counts(load_clusters(out / CLUSTERS_CARD))}"
 
 
 def cluster(
@@ -77,13 +77,14 @@ def cluster(
     tell(0, len(shards), "drawing the sample")
     found = survey(shards, seed, ROWS_PER_CENTROID * (fine or max(16 * k, _FINE)))
     fine = _check(encoded, found, k, fine)
+    described = shards.card(EncodedCard)
     asked = {
         "k": k,
         "method": method,
         "fine": fine if method != "random" else None,
         "seed": seed,
         "router_fraction": router_fraction,
-        "feature": shards.card["feature"],
+        "feature": described.feature,
     }
     if not force and _is_there(out, {"encoded": [shards.sha256], **asked}):
         return False
@@ -95,7 +96,12 @@ def cluster(
             assignment = two_stages(
                 shards, found, k=k, method=method, fine=fine, seed=seed, workers=workers, progress=tell
             )
-        card = _card(asked, shards, assignment)
+        card = ClusteringCard(
+            **asked,
+            codec=described.codec,
+            assignment=assignment.sha256(described.feature),
+            encoded=[shards.sha256],
+        )
         with ClustersWriter(directory, shards, island_card(card, shards), seed, router_fraction) as output:
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
                 output.add(assigned)
@@ -112,53 +118,49 @@ def open_encoded(path: Path) -> Shards:
     return shards
 
 
-def island_card(card: dict[str, Any], shards: Shards) -> dict[str, Any]:
-    """The card of every directory of shards, but for a cluster's number."""
-    return {
-        "clusters": card["k"],
-        "assignment": card["assignment"],
-        "latent_shape": list(shards.shape("latent")),
-        **{key: shards.card[key] for key in ("codec", "condition", "source")},
-    }
+def island_card(card: ClusteringCard, shards: Shards) -> ClusterShardsCard:
+    """The card of every directory of shards, without a cluster's number."""
+    described = shards.card(EncodedCard)
+    return ClusterShardsCard(
+        clusters=card.k,
+        assignment=card.assignment,
+        latent_shape=shards.shape("latent"),
+        codec=described.codec,
+        condition=described.condition,
+        source=described.source,
+    )
 
 
 def finish(
     directory: Path,
-    card: dict[str, Any],
+    clustering: ClusteringCard,
     assignment: Assignment,
     output: ClustersWriter,
     workers: Workers,
     tell: ClusterProgress,
-) -> None:
-    """What is written when all rows are: centroids, the card with its counts and quality, the page."""
+) -> ClustersCard:
+    """Write what needs all rows: centroids, the card with its counts and quality, the page. Returns the card."""
     assignment.save(directory)
     train = [count["train"] for count in output.counts]
-    card["counts"], card["blank"] = output.counts, output.blank
-    card["largest_over_mean"] = round(max(train) * len(train) / sum(train), 4)
-    card["quality"] = describe(output.kept.sample.rows(), card["k"])
+    measured = {
+        "counts": output.counts,
+        "blank": output.blank,
+        "largest_over_mean": round(max(train) * len(train) / sum(train), 4),
+        "quality": describe(output.kept.sample.rows(), clustering.k),
+    }
+    card = ClustersCard(**clustering.plain(), **measured)
     rows = sum(map(sum, (count.values() for count in output.counts)))
     write_bytes(directory / REPORT, to_html(card, output.kept, workers, lambda note: tell(rows, rows, note)).encode())
-    write_json(directory / CLUSTERS_CARD, card)
+    write_card(directory / CLUSTERS_CARD, card)
     if warning := imbalance(card):
         warnings.warn(warning, stacklevel=3)
+    return card
 
 
-def say_counts(card: dict[str, Any]) -> str:
+def say_counts(card: ClustersCard | DrawnClustersCard) -> str:
     """4 clusters of 570, 571, 560, 587 images"""
-    counts = ", ".join(f"{count['train'] + count['val']:,}" for count in card["counts"])
-    return f"{card['k']} clusters of {counts} images"
-
-
-def _card(asked: dict[str, Any], shards: Shards, assignment: Assignment) -> dict[str, Any]:
-    """What clusters.json says before any row is assigned; `finish` adds the rest."""
-    return {
-        "format": FORMAT,
-        "kind": "clusters",
-        **asked,
-        "codec": shards.card["codec"],
-        "assignment": assignment.sha256(shards.card["feature"]),
-        "encoded": [shards.sha256],
-    }
+    counts = ", ".join(f"{count.train + count.val:,}" for count in card.counts)
+    return f"{card.k} clusters of {counts} images"
 
 
 def _check(encoded: Path, found: Survey, k: int, fine: int | None) -> int:
@@ -176,16 +178,16 @@ def _check(encoded: Path, found: Survey, k: int, fine: int | None) -> int:
     return fine
 
 
-def _is_there(out: Path, wanted: dict[str, Any]) -> bool:
+def _is_there(out: Path, wanted: dict[str, object]) -> bool:
     """Whether `out` is this very clustering (data may have been added to it). Raises AtollError if it is another."""
     if not (out / CLUSTERS_CARD).is_file():
         return False
-    found = check_card(read_json(out / CLUSTERS_CARD), "clusters", out / CLUSTERS_CARD)
-    found["encoded"] = list(found.get("encoded", ()))[:1]
+    card = load_card(out / CLUSTERS_CARD, ClustersCard)
+    there = {**card.plain(), "encoded": [card.encoded[0]]}
     for key, value in wanted.items():
-        if found.get(key) != value:
+        if there.get(key) != value:
             raise AtollError(
-                f"{out}: was made with {key} {found.get(key)}, asked for is {value}; "
+                f"{out}: was made with {key} {there.get(key)}, asked for is {value}; "
                 "replace it with --force, or name another run"
             )
     return True

@@ -13,6 +13,7 @@ from atoll.cluster.assign import Assigned
 from atoll.cluster.report_rows import ReportRows
 from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
+from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
 from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter
 
@@ -29,15 +30,16 @@ class ClustersWriter:
     """
 
     def __init__(
-        self, directory: Path, shards: Shards, card: dict[str, Any], seed: int, router_fraction: float | None = None
+        self, directory: Path, shards: Shards, card: ClusterShardsCard, seed: int, router_fraction: float | None = None
     ):
         """
         directory: where it is written; that it appears as a whole is the caller's affair.
         shards: whose columns, all but `feature`, are carried over.
-        card: of every directory of shards; k stands in it as "clusters".
+        card: of every directory of shards; a cluster's number is set here.
         router_fraction: the share of all rows in router/; None: no such directory.
         """
-        k, self._directory, self._seed, self._fraction = card["clusters"], directory, seed, router_fraction
+        k, self._directory, self._seed, self._fraction = card.clusters, directory, seed, router_fraction
+        shared = ClusterShardsCard(**{key: value for key, value in card.plain().items() if key != "cluster"})
         self._columns = [name for name in shards.columns if name != "feature"]
         self.counts = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
         self.blank = 0
@@ -47,12 +49,12 @@ class ClustersWriter:
         self._stack = ExitStack()
         with self._stack:  # closes those opened if one cannot be
             self._writers = [
-                self._stack.enter_context(ShardWriter(path, {"cluster": c, **card}, rows))
+                self._stack.enter_context(ShardWriter(path, card.model_copy(update={"cluster": c}), rows))
                 for c, path in enumerate(paths)
             ]
             self._router = None
             if router_fraction is not None:
-                self._router = self._stack.enter_context(ShardWriter(directory / ROUTER, card, rows))
+                self._router = self._stack.enter_context(ShardWriter(directory / ROUTER, shared, rows))
             self._stack = self._stack.pop_all()
         self._routed = 0
         self._table: Any = None  # a pyarrow ParquetWriter, from the first rows on
@@ -84,7 +86,7 @@ class ClustersWriter:
             self._routed += len(chosen)
         self.kept.offer(assigned, rows, hashes)
 
-    def adopt(self, old: Path, card: dict[str, Any]) -> None:
+    def adopt(self, old: Path, card: ClustersCard) -> None:
         """Takes over all of a finished clusters/ directory with this card before anything is added.
 
         Its shards are linked, not written again, where the file system can.
@@ -98,7 +100,7 @@ class ClustersWriter:
         with pq.ParquetFile(old / ASSIGNMENT) as file:
             for number in range(file.num_row_groups):
                 self._write_table(file.read_row_group(number))
-        self.counts, self.blank = [dict(count) for count in card["counts"]], card["blank"]
+        self.counts, self.blank = [{"train": count.train, "val": count.val} for count in card.counts], card.blank
         self.kept.adopt(old)
 
     def close(self) -> None:

@@ -53,6 +53,7 @@ from atoll.errors import AtollError
 from atoll.nn import DiT, DiTConfig, Foreign, build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import save_artifact
+from atoll.storage.cards import CONVERTED, ConversionRecord, ExpertCard, TrainingRecord
 
 __all__ = ["KINDS", "MODULATIONS", "CheckpointKind", "Modulation", "convert", "detect"]
 
@@ -116,22 +117,22 @@ class Destination:
                 f"codec: {self._codec.name!r} has latents of {self._codec.channels} channels, the network's have "
                 f"{latent_shape[0]}; name the codec that the network was trained with"
             )
-        card = {
-            "name": self.name or self.out.name,
-            "clusters": list(self.clusters),
-            "k": self.k or max(self.clusters) + 1,
-            "objective": objective.config(),
-            "network": network.config.model_dump(mode="json"),
-            "latent_shape": list(latent_shape),
-            "codec": dict(self.codec) if self.codec else {"name": "unknown"},
-            "condition": dict(condition),
-            "assignment": self.assignment,
-            "calibration": None,
-            "training": {"mark": "converted", "steps": 0},
-            "conversion": dict(conversion),
-        }
+        card = ExpertCard(
+            name=self.name or self.out.name,
+            clusters=self.clusters,
+            k=self.k or max(self.clusters) + 1,
+            objective=objective.config(),
+            network=network.config.model_dump(mode="json"),
+            latent_shape=latent_shape,
+            codec=dict(self.codec) if self.codec else {"name": "unknown"},
+            condition=dict(condition),
+            assignment=self.assignment,
+            calibration=None,
+            training=TrainingRecord(mark=CONVERTED, steps=0),
+            conversion=ConversionRecord(**conversion),
+        )
         weights = {f"network.{key}": value for key, value in network.state_dict().items()}
-        save_artifact(self.out, "expert", card, weights)
+        save_artifact(self.out, card, weights)
         return self.out
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ClusterShardsCard, ExpertCard
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 
@@ -36,33 +38,46 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
     part = manifest.find_expert(wanted)
     # What its data is, by the shards themselves if they are here.
     shards = RunLayout(run).cluster(part.cluster)
-    card = Shards(shards).card if shards.is_dir() else _card_of(manifest)
+    data = _data_of(Shards(shards).card(ClusterShardsCard)) if shards.is_dir() else _planned(manifest)
     # What its network must be. Whether it reads the pooled vector depends on the encoder, too.
-    channels, height, width = card["latent_shape"]
+    channels, height, width = data.latent_shape
     network = manifest.network_of(part).model_dump(exclude={"pooled"})
-    reads_pooled = manifest.network_of(part).pooled and build_encoder(card["condition"]).pooled_dim is not None
+    reads_pooled = manifest.network_of(part).pooled and build_encoder(data.condition).pooled_dim is not None
     return {
         "objective": part.objective.model_dump(),
-        "condition": card["condition"],
-        "codec": card["codec"],
+        "condition": data.condition,
+        "codec": data.codec,
         "name": part.full_name,
         "clusters": (part.cluster,),
         "k": manifest.clusters.k,
-        "assignment": card["assignment"],
+        "assignment": data.assignment,
         "network": {"channels": channels, **network},
         "size": (height, width),
         "pooled": reads_pooled,
     }
 
 
-def _card_of(manifest: Manifest) -> dict[str, Any]:
-    """The entries that the card of the run's shards will have."""
+@dataclass(frozen=True)
+class _Data:
+    """What an expert must fit; assignment: None before there are clusters."""
+
+    codec: dict[str, Any]
+    condition: dict[str, Any]
+    latent_shape: tuple[int, int, int]
+    assignment: str | None
+
+
+def _data_of(card: ClusterShardsCard) -> _Data:
+    return _Data(card.codec, card.condition, card.latent_shape, card.assignment)
+
+
+def _planned(manifest: Manifest) -> _Data:
+    """The data that the manifest describes, before it is encoded."""
     codec, side = build_codec(manifest.codec), manifest.data.size
     if side % codec.factor:
         raise AtollError(f"data.size {side}: a latent pixel is {codec.factor} pixels; set a multiple of that")
-    shape = [codec.channels, side // codec.factor, side // codec.factor]
-    condition = build_encoder(manifest.condition).config()
-    return {"codec": codec.config(), "condition": condition, "latent_shape": shape, "assignment": None}
+    shape = (codec.channels, side // codec.factor, side // codec.factor)
+    return _Data(codec.config(), build_encoder(manifest.condition).config(), shape, None)
 
 
 def objective_of(prediction: str | None, schedule: str | None) -> dict[str, Any] | None:
@@ -121,17 +136,19 @@ def size_of(words: str) -> ImageSize:
 def summary(expert: Path) -> str:
     """One line about a converted expert: its source, its objective, and what became of its modulation."""
     # How exact the conversion is, is what a reader needs to know first.
-    card = read_card(expert, "expert")
-    conversion, objective = card["conversion"], card["objective"]
-    modulation = conversion["modulation"]
-    if residual := conversion.get("residual"):
+    card = read_card(expert, ExpertCard)
+    conversion, objective = card.conversion, card.objective
+    if conversion is None:
+        raise AtollError(f"{expert}: was trained, not converted")
+    modulation = conversion.modulation
+    if residual := conversion.residual:
         modulation += f" (off by {min(residual):.2g} to {max(residual):.2g} of a block's)"
     elif modulation == "reinit":
         modulation += " (new, to be trained)"
-    elif null := conversion.get("null"):
-        modulation += f" (exact, but for the null class: {null})"
+    elif conversion.null:
+        modulation += f" (exact, but for the null class: {conversion.null})"
     else:
         modulation += " (exact)"
-    kind = conversion["kind"] + (f" ({conversion['weights']})" if "weights" in conversion else "")
+    kind = conversion.kind + (f" ({conversion.weights})" if conversion.weights else "")
     schedule: Mapping[str, Any] = objective["schedule"]
     return f"{expert} written: from {kind}, {objective['prediction']} on {schedule['name']}, {modulation}"

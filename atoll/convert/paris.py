@@ -27,6 +27,7 @@ from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import save_artifact, whole_directory
+from atoll.storage.cards import CONVERTED, ConversionRecord, ExpertCard, RouterCard, TrainingRecord
 from atoll.storage.layout import RunLayout
 
 OBJECTIVE = Objective("flow", "linear", time_scale=1000.0)
@@ -79,35 +80,35 @@ def convert_paris(
         "codec": dict(CODEC) if decoder is None else decoder.config(),
         "condition": dict(CONDITION) if encoder is None else encoder.config(),
         "assignment": next(iter(checkpoint.files.values())),  # only this router defines the clusters
-        "training": {"mark": "converted", "steps": 0},
+        "training": TrainingRecord(mark=CONVERTED, steps=0),
     }
     # The router, then one expert after the other.
     with whole_directory(out) as directory:
-        card = {"network": router, "clusters": router["clusters"], **common, "conversion": _conversion(checkpoint)}
-        save_artifact(RunLayout(directory).router, "router", card, router_weights)
+        routing = RouterCard(network=router, clusters=router["clusters"], **common, conversion=_conversion(checkpoint))
+        save_artifact(RunLayout(directory).router, routing, router_weights)
         del checkpoint, router_weights
         for number in numbers:
             checkpoint = read_checkpoint(source / f"expert_{number}")
             network, weights = _expert(checkpoint, heads)
             _check(checkpoint, network, router, None if encoder is None else encoder.dim)
-            card = {
-                "name": f"paris-{number}",
-                "clusters": [number],
-                "k": router["clusters"],
-                "objective": OBJECTIVE.config(),
-                "network": network,
+            card = ExpertCard(
+                name=f"paris-{number}",
+                clusters=[number],
+                k=router["clusters"],
+                objective=OBJECTIVE.config(),
+                network=network,
                 **common,
-                "calibration": None,
-                "conversion": _conversion(checkpoint),
-            }
-            save_artifact(RunLayout(directory).expert(str(number)), "expert", card, weights)
+                calibration=None,
+                conversion=_conversion(checkpoint),
+            )
+            save_artifact(RunLayout(directory).expert(str(number)), card, weights)
             del checkpoint, weights  # before the next one is read
     return [RunLayout(out).expert(str(number)) for number in numbers], RunLayout(out).router
 
 
-def _conversion(checkpoint: Checkpoint) -> dict[str, Any]:
+def _conversion(checkpoint: Checkpoint) -> ConversionRecord:
     """The card's entry for the conversion."""
-    return {"kind": "paris", "modulation": "kept", "source": checkpoint.files}
+    return ConversionRecord(kind="paris", modulation="kept", source=checkpoint.files)
 
 
 def _router_file(source: Path) -> Path:

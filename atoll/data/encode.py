@@ -19,6 +19,7 @@ from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.runtime.device import cores
+from atoll.storage.cards import EncodedCard, ImagesRecord
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import INDEX, Shards, refuse_foreign
 
@@ -91,26 +92,26 @@ def encode_run(
     return _say(out, source, tally, cut, encoder.length)
 
 
-def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> dict[str, Any]:
+def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> EncodedCard:
     """What makes two encodings the same."""
     data = manifest.data
-    return {
-        "source": {**source.config(), "sha256": source.fingerprint()},
-        "images": {
-            "size": data.size,
-            "channels": frozen.framing.channels,
-            "smallest_side": data.smallest_side,
-            "duplicates": "skip" if data.skips_duplicates else "keep",
-            "flips": data.flips,
-        },
-        "codec": frozen.codec.config(),
-        "condition": encoder.config(),
-        "feature": frozen.feature.config(),
-        "precision": frozen.precision,
-    }
+    return EncodedCard(
+        source={**source.config(), "sha256": source.fingerprint()},
+        images=ImagesRecord(
+            size=data.size,
+            channels=frozen.framing.channels,
+            smallest_side=data.smallest_side,
+            duplicates="skip" if data.skips_duplicates else "keep",
+            flips=data.flips,
+        ),
+        codec=frozen.codec.config(),
+        condition=encoder.config(),
+        feature=frozen.feature.config(),
+        precision=frozen.precision,
+    )
 
 
-def _is_there(out: Path, card: dict[str, Any], source: Source, manifest: Manifest) -> bool:
+def _is_there(out: Path, card: EncodedCard, source: Source, manifest: Manifest) -> bool:
     """Whether `out` holds shards with this card, of the data as they are.
 
     Raises:
@@ -118,14 +119,16 @@ def _is_there(out: Path, card: dict[str, Any], source: Source, manifest: Manifes
     """
     if not (out / INDEX).is_file():
         return False
-    found = Shards(out).card
-    before, now = found.get("source"), card["source"]
-    if _without_hash(before) == _without_hash(now):
-        _refuse_changes(out, source, contents=before != now)
-    for key in card.keys() - ({"precision"} if manifest.data.precision == "auto" else set()):
-        if not same(found.get(key), card[key]):
+    there = Shards(out).data_card
+    if _without_hash(there.source) == _without_hash(card.source):
+        _refuse_changes(out, source, contents=there.source != card.source)
+    found = there.plain()
+    for key, wanted in card.plain().items():
+        if key == "precision" and manifest.data.precision == "auto":
+            continue
+        if not same(found.get(key), wanted):
             raise AtollError(
-                f"{out}: was encoded with {key} {found.get(key)}, asked for is {card[key]}; "
+                f"{out}: was encoded with {key} {found.get(key)}, atoll.yaml names {wanted}; "
                 "replace it with --force, or name another run"
             )
     return True

@@ -35,7 +35,8 @@ from atoll.data.tally import Tally, count_notes, tally_of
 from atoll.data.types import Block, Skipped
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
-from atoll.storage.artifact import check_card, read_json, write_bytes, write_json
+from atoll.storage.artifact import load_card, read_json, write_bytes, write_card, write_json
+from atoll.storage.cards import EncodedCard, EncodedCounts, EncodingPlan
 from atoll.storage.lock import hold
 from atoll.storage.shards import ShardWriter, repeats
 
@@ -59,7 +60,7 @@ class PartialEncoding:
             self._lock.close()
 
     def prepare(
-        self, card: dict[str, Any], blocks: Sequence[Block], listing: Listing | None, resume: bool, restart: bool
+        self, card: EncodedCard, blocks: Sequence[Block], listing: Listing | None, resume: bool, restart: bool
     ) -> None:
         """Makes the directory, or opens that of an interrupted encoding, and keeps others out.
 
@@ -68,7 +69,7 @@ class PartialEncoding:
                 asked for; or it is of another encoding.
         """
         names = hashlib.sha256(json.dumps([block.name for block in blocks]).encode()).hexdigest()
-        plan = {"format": 1, "kind": "partial", "card": card, "blocks": len(blocks), "names_sha256": names}
+        plan = EncodingPlan(card=card, blocks=len(blocks), names_sha256=names)
         if self.path.exists() and not (self.path / PLAN).is_file() and any(self.path.glob("[!.]*")):
             raise AtollError(f"{self.path}: exists and is no unfinished encoding (it has no {PLAN}); move it away")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -86,18 +87,19 @@ class PartialEncoding:
                 return
         if listing is not None:
             write_records(self.path / SOURCE_FILES, sealed_records(listing, []))
-        write_json(self.path / PLAN, plan)
+        write_card(self.path / PLAN, plan)
 
-    def _compare(self, plan: dict[str, Any], listing: Listing | None) -> None:
+    def _compare(self, plan: EncodingPlan, listing: Listing | None) -> None:
         """Raise AtollError unless the unfinished encoding is of the same plan, and of files that have not changed."""
-        found = check_card(read_json(self.path / PLAN), "partial", self.path / PLAN)
-        self._compare_files(found["blocks"], listing)
-        for key, value in plan["card"].items():
-            if not same(got := found["card"].get(key), value):
+        there = load_card(self.path / PLAN, EncodingPlan)
+        self._compare_files(there.blocks, listing)
+        begun = there.card.plain()
+        for key, wanted in plan.card.plain().items():
+            if not same(got := begun.get(key), wanted):
                 raise AtollError(
-                    f"{self.path}: was begun with {key} {got}, asked for is {value}; start anew with --force"
+                    f"{self.path}: was begun with {key} {got}, atoll.yaml names {wanted}; start anew with --force"
                 )
-        if {**found, "card": 0} != {**plan, "card": 0}:
+        if (there.blocks, there.names_sha256) != (plan.blocks, plan.names_sha256):
             raise AtollError(f"{self.path}: the source's blocks are others than when it was begun; use --force")
 
     def _compare_files(self, blocks: int, listing: Listing | None) -> None:
@@ -162,7 +164,7 @@ class PartialEncoding:
     def seal(
         self,
         out: Path,
-        card: dict[str, Any],
+        card: EncodedCard,
         blocks: int,
         tally: Tally,
         skip_duplicates: bool,
@@ -195,7 +197,7 @@ class PartialEncoding:
             dropped.update({row: ("duplicate", first) for row, first in same.items()})
         names = self._keys_of(blocks, {first for _, first in dropped.values()})
         final = replace(tally, skipped=Counter(tally.skipped))
-        with ShardWriter(out, {}) as writer, (self.path / SKIPPED).open("w", encoding="utf-8") as listed:
+        with ShardWriter(out, card) as writer, (self.path / SKIPPED).open("w", encoding="utf-8") as listed:
             start = 0
             for number in range(blocks):
                 text = self._read(number, TEXT)
@@ -214,15 +216,13 @@ class PartialEncoding:
                 start += len(text["key"])
             listed.close()
             writer.attach(self.path / SKIPPED)
-            writer.card = {
-                **card,
-                "counts": {
-                    "good": final.good,
-                    "uncaptioned": final.uncaptioned,
-                    "skipped": dict(sorted(final.skipped.items())),
-                    **_more_counts(final, cut),
-                },
-            }
+            counts = EncodedCounts(
+                good=final.good,
+                uncaptioned=final.uncaptioned,
+                skipped=dict(sorted(final.skipped.items())),
+                **_more_counts(final, cut),
+            )
+            writer.card = card.model_copy(update={"counts": counts})
         if listing is not None:
             files = (self._file(number, "files") for number in range(blocks))
             records = [record for file in files if file.is_file() for record in read_records(file) or ()]

@@ -16,7 +16,8 @@ from atoll.ensemble.offload import WeightDtype
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
-from atoll.storage.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_json
+from atoll.storage.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_card
+from atoll.storage.cards import EnsembleCard, ExpertEntry, RouterEntry
 from atoll.storage.layout import ENSEMBLE_CARD, EXPERTS, ROUTER, STACKINGS
 
 with quiet("diffusers"):
@@ -122,28 +123,29 @@ class AtollEnsemble(ModelMixin):
             AtollError: a part is gone or was changed since it was loaded, frozen weights that are pickled, a full disk.
         """
         with whole_directory(Path(save_directory)) as directory:
-            if (self.path / ENSEMBLE_CARD).is_file():
-                self._copy_ensemble(directory)
+            if isinstance(self.loaded.card, EnsembleCard):
+                self._copy_ensemble(self.loaded.card, directory)
             else:
                 _copy_part(self.path, directory)
             self._copy_frozen(directory / FROZEN)
 
-    def _copy_ensemble(self, directory: Path) -> None:
-        card = dict(self.loaded.card)
-        there = [entry for entry in card["experts"] if (self.path / entry["url"] / CARD).is_file()]
-        card["experts"] = [{**entry, "url": f"{EXPERTS}/{number:03d}"} for number, entry in enumerate(there)]
-        parts = list(zip(there, card["experts"], strict=True))
-        if card["router"] is not None:
-            parts.append((card["router"], {**card["router"], "url": ROUTER}))
-            card["router"] = parts[-1][1]
+    def _copy_ensemble(self, card: EnsembleCard, directory: Path) -> None:
+        """Copy the parts that are there into the directory, and write the card that names them."""
+        there = [entry for entry in card.experts if (self.path / entry.url / CARD).is_file()]
+        experts = [entry.model_copy(update={"url": f"{EXPERTS}/{number:03d}"}) for number, entry in enumerate(there)]
+        changes: dict[str, Any] = {"experts": tuple(experts)}
+        parts: list[tuple[ExpertEntry | RouterEntry, ExpertEntry | RouterEntry]] = [*zip(there, experts, strict=True)]
+        if card.router is not None:
+            changes["router"] = card.router.model_copy(update={"url": ROUTER})
+            parts.append((card.router, changes["router"]))
         for old, new in parts:
-            _copy_part(self.path / old["url"], directory / new["url"])
-            if sha256_file(directory / new["url"] / CARD) != old["sha256"]:
-                raise AtollError(f"{self.path / old['url'] / CARD}: was changed since it was loaded; load it again")
-        if card.get("stackings"):
-            _copy_file(self.path / card["stackings"]["file"], directory / STACKINGS)
-            card["stackings"] = {**card["stackings"], "file": STACKINGS}
-        write_json(directory / ENSEMBLE_CARD, card)
+            _copy_part(self.path / old.url, directory / new.url)
+            if sha256_file(directory / new.url / CARD) != old.sha256:
+                raise AtollError(f"{self.path / old.url / CARD}: was changed since it was loaded; load it again")
+        if card.stackings is not None:
+            _copy_file(self.path / card.stackings.file, directory / STACKINGS)
+            changes["stackings"] = card.stackings.model_copy(update={"file": STACKINGS})
+        write_card(directory / ENSEMBLE_CARD, card.model_copy(update=changes))
 
     def _copy_frozen(self, directory: Path) -> None:
         """The weights of the text encoders and the codec, each under the last part of the name that cards call it."""

@@ -156,9 +156,9 @@ class AtollPipeline(DiffusionPipeline):
                 `Ensemble.velocity` does.
         """
         prompts, loaded, device = _texts("prompt", prompt), self.ensemble.loaded, self._execution_device
-        defaults = loaded.card["sampling"]
-        steps = defaults.get("steps", 50) if num_inference_steps is None else num_inference_steps
-        scale = defaults.get("guidance_scale", 1.0) if guidance_scale is None else guidance_scale
+        defaults = loaded.sampling
+        steps = defaults.steps_or(50) if num_inference_steps is None else num_inference_steps
+        scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
         _check(steps, scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         owners = [number for number in range(len(prompts)) for _ in range(num_images_per_prompt)]  # of B images
         conditions = move_to(loaded.encoder(prompts), device)

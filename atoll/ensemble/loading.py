@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from atoll.calibration import Calibration
@@ -31,7 +32,8 @@ from atoll.ensemble.replicas import Stacking
 from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.objective import Objective
-from atoll.storage.artifact import CARD, WEIGHTS, check_card, read_card, read_json, read_tensors, sha256_file
+from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_tensors, sha256_file
+from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard, SamplingDefaults
 from atoll.storage.layout import ENSEMBLE_CARD
 
 FROZEN = "frozen"  # beside ensemble.json: text encoders and codec, where somebody has put them there
@@ -40,7 +42,7 @@ FROZEN = "frozen"  # beside ensemble.json: text encoders and codec, where somebo
 @dataclass(frozen=True)
 class LoadedExpert:
     expert: Expert
-    card: dict[str, Any]
+    card: ExpertCard
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class LoadedEnsemble:
     encoder: PromptEncoder
     codec: Codec
     latent_shape: tuple[int, ...]  # (C, H, W)
-    card: dict[str, Any]
+    card: EnsembleCard | ExpertCard  # of an expert that is an ensemble of its own
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """How it is sampled where the caller does not say."""
+        return self.card.sampling if isinstance(self.card, EnsembleCard) else SamplingDefaults()
 
 
 def load_expert(
@@ -70,16 +77,15 @@ def load_expert(
         AtollError: missing, altered, of another format, weights that do not fit the card's network, or unknown weights.
     """
     path = Path(path)
-    card = read_card(path, "expert")
-    _require(card, ("name", "network", "objective", "clusters", "codec", "condition", "latent_shape"), path / CARD)
+    card = read_card(path, ExpertCard)
     tensors = read_tensors(path, card)
     with _sound(path / CARD):
         network = _network(path, card, tensors, "meta" if store or weights else device)  # after the weights' check
         calibration = None
-        if card.get("calibration"):
-            curves = {key: card["calibration"][key] for key in ("log_snr", "slope", "x0_mse", "x0_mse_raw")}
-            calibration = Calibration.load(curves, tensors["calibration.mean"].to(device, copy=True))
-        expert = Expert(network, Objective(**card["objective"]), tuple(card["clusters"]), calibration, card["name"])
+        if card.calibration is not None:
+            mean = _mean(tensors["calibration.mean"], card.latent_shape).to(device, copy=True)
+            calibration = Calibration.load(card.calibration.model_dump(), mean)
+        expert = Expert(network, Objective(**card.objective), card.clusters, calibration, card.name)
     if store or weights:
         fetch = partial(_fetched, path, card, weights, _state(path / WEIGHTS))
         size = bytes_of(cast_weights(network, weights))
@@ -90,8 +96,7 @@ def load_expert(
 def load_router(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The router artifact at `path`. Raises AtollError as `load_expert` does."""
     path = Path(path)
-    card = read_card(path, "router")
-    _require(card, ("network",), path / CARD)
+    card = read_card(path, RouterCard)
     return _network(path, card, read_tensors(path, card), device)
 
 
@@ -156,45 +161,46 @@ def _assembled(
     store: ExpertCache | None,
 ) -> LoadedEnsemble:
     """What ensemble.json describes."""
-    card = check_card(read_json(path / ENSEMBLE_CARD), "ensemble", path / ENSEMBLE_CARD)
-    _require(card, ("experts", "router", "codec", "latent_shape", "sampling"), path / ENSEMBLE_CARD)
+    card = load_card(path / ENSEMBLE_CARD, EnsembleCard)
     loaded = []
-    for entry in card["experts"]:
-        part = path / entry["url"]
+    for entry in card.experts:
+        part = path / entry.url
         if not (part / CARD).is_file():
             if strict:
-                raise AtollError(f"{part}: the expert {entry['name']} is missing, and --strict asks for all of them")
-            warnings.warn(f"the expert {entry['name']} is missing ({part}); sampling without it", stacklevel=3)
+                raise AtollError(f"{part}: the expert {entry.name} is missing, and --strict asks for all of them")
+            warnings.warn(f"the expert {entry.name} is missing ({part}); sampling without it", stacklevel=3)
             continue
-        _check_hash(part / CARD, entry["sha256"])
+        _check_hash(part / CARD, entry.sha256)
         loaded.append(load_expert(part, device, weights, store))
     if not loaded:
-        raise AtollError(f"{path}: none of its {len(card['experts'])} experts is there; fetch at least one")
+        raise AtollError(f"{path}: none of its {len(card.experts)} experts is there; fetch at least one")
     router, router_card = _router_of(path, card, device)
     if store is not None:
         store.reserve(bytes_of(router))
-    kinds, which = _kinds([one.card["condition"] for one in loaded])
+    kinds, which = _kinds([one.card.condition for one in loaded])
     encoder = PromptEncoder([build_encoder(config) for config in kinds])
     ensemble = Ensemble(
         [replace(one.expert, encoder=number) for one, number in zip(loaded, which, strict=True)],
         router,
-        routing or card["sampling"].get("routing", "top-2"),
+        routing or card.sampling.routing or "top-2",
         alignment,
         null=move_to(encoder.null(1), device),
         stackings=_stackings(path, card, device),
-        replicas=replicas or card["sampling"].get("replicas", "stacked"),
+        replicas=replicas or card.sampling.replicas or "stacked",
         router_encoder=_encoder_of(router_card, kinds),
     )
-    return LoadedEnsemble(ensemble, encoder, build_codec(card["codec"]), tuple(card["latent_shape"]), card)
+    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec), card.latent_shape, card)
 
 
-def _router_of(path: Path, card: dict[str, Any], device: str | torch.device) -> tuple[nn.Module | None, dict[str, Any]]:
-    """The router that the ensemble at `path` names, and its card; None and {} of one without."""
-    if card["router"] is None:
-        return None, {}
-    part = path / card["router"]["url"]
-    _check_hash(part / CARD, card["router"]["sha256"])
-    return load_router(part, device), read_card(part, "router")
+def _router_of(
+    path: Path, card: EnsembleCard, device: str | torch.device
+) -> tuple[nn.Module | None, RouterCard | None]:
+    """The router that the ensemble at `path` names, and its card; None if it has none."""
+    if card.router is None:
+        return None, None
+    part = path / card.router.url
+    _check_hash(part / CARD, card.router.sha256)
+    return load_router(part, device), read_card(part, RouterCard)
 
 
 def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -203,26 +209,32 @@ def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
     return kinds, [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in configs]
 
 
-def _stackings(path: Path, card: dict[str, Any], device: str | torch.device) -> list[Stacking]:
+def _stackings(path: Path, card: EnsembleCard, device: str | torch.device) -> list[Stacking]:
     """The weights of replicas that the ensemble at `path` was assembled with."""
-    if not card.get("stackings"):
+    if card.stackings is None:
         return []
     from safetensors.torch import load
 
-    file = path / card["stackings"]["file"]
-    _check_hash(file, card["stackings"]["sha256"])
-    means = load(file.read_bytes())
-    with _sound(path / ENSEMBLE_CARD):
+    file = path / card.stackings.file
+    _check_hash(file, card.stackings.sha256)
+    with _sound(file):
+        means = load(file.read_bytes())
         return [
-            Stacking.load(config, means[f"mean.{number}"].to(device))
-            for number, config in enumerate(card["stackings"]["weights"])
+            Stacking.load(stacking.model_dump(), _mean(means[f"mean.{number}"], card.latent_shape).to(device))
+            for number, stacking in enumerate(card.stackings.weights)
         ]
 
 
-def _encoder_of(router: dict[str, Any], kinds: list[dict[str, Any]]) -> int:
-    """Which encoder's pooled vector the router was trained with; the first, where its card does not say."""
-    config = router.get("condition")
-    return next((i for i, kind in enumerate(kinds) if config is not None and same(kind, config)), 0)
+def _mean(mean: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
+    """A mean latent, after a check of its shape (C, H, W)."""
+    if tuple(mean.shape) != latent_shape:
+        raise ValueError(f"a mean latent of shape {list(mean.shape)}, expected {list(latent_shape)}")
+    return mean
+
+
+def _encoder_of(router: RouterCard | None, kinds: list[dict[str, Any]]) -> int:
+    """The number of the encoder whose pooled vector the router was trained with; 0 if there is none."""
+    return next((i for i, kind in enumerate(kinds) if router is not None and same(kind, router.condition)), 0)
 
 
 def _alone(
@@ -232,10 +244,10 @@ def _alone(
     loaded = load_expert(path, device, weights, store)
     if store is not None:
         store.reserve(0)
-    encoder = PromptEncoder([build_encoder(loaded.card["condition"])])
+    encoder = PromptEncoder([build_encoder(loaded.card.condition)])
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=move_to(encoder.null(1), device))
-    card = {**loaded.card, "sampling": {}}
-    return LoadedEnsemble(ensemble, encoder, build_codec(card["codec"]), tuple(card["latent_shape"]), card)
+    card = loaded.card
+    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec), card.latent_shape, card)
 
 
 @contextmanager
@@ -243,13 +255,8 @@ def _sound(card: Path) -> Iterator[None]:
     """Cards come from strangers: whatever in one cannot be read is a mistake of the card, told in one line."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
         raise AtollError(f"{card}: cannot be read ({type(error).__name__}: {error}); get a fresh copy of it") from None
-
-
-def _require(card: dict[str, Any], keys: tuple[str, ...], where: Path) -> None:
-    if missing := [key for key in keys if key not in card]:
-        raise AtollError(f"{where}: lacks {', '.join(missing)}; get a fresh copy of it")
 
 
 def _check_hash(card: Path, wanted: str) -> None:
@@ -261,10 +268,12 @@ def _check_hash(card: Path, wanted: str) -> None:
         )
 
 
-def _network(path: Path, card: dict[str, Any], tensors: dict[str, Tensor], device: str | torch.device) -> nn.Module:
+def _network(
+    path: Path, card: ExpertCard | RouterCard, tensors: dict[str, Tensor], device: str | torch.device
+) -> nn.Module:
     """The card's network with the artifact's weights, in inference mode."""
     with torch.device("meta"):
-        network = build_network(card["network"])
+        network = build_network(card.network)
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
     try:
         network.load_state_dict(weights, strict=True, assign=True)
@@ -281,7 +290,7 @@ def _state(file: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _fetched(path: Path, card: dict[str, Any], weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
+def _fetched(path: Path, card: ExpertCard, weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
     """The network of an artifact whose hash was checked when it was in the state `checked`."""
     if not (path / WEIGHTS).is_file() or _state(path / WEIGHTS) != checked:
         raise AtollError(f"{path / WEIGHTS}: changed while it was in use; load the ensemble again")

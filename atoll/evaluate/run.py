@@ -32,7 +32,8 @@ from atoll.randomness import cpu_generator, random_rows, seeded_noise
 from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import PATH
 from atoll.solver import sample
-from atoll.storage.artifact import CARD, read_json, sha256_file, write_bytes, write_json
+from atoll.storage.artifact import CARD, load_clusters, sha256_file, write_bytes, write_json
+from atoll.storage.cards import ClustersCard, DrawnClustersCard, EnsembleCard, ExpertEntry, RouterEntry
 from atoll.storage.layout import (
     CLUSTERS,
     CLUSTERS_CARD,
@@ -69,7 +70,7 @@ class OpenRun:
     loaded: LoadedEnsemble
     dense: dict[str, LoadedEnsemble]
     clusters: tuple[Shards, ...]
-    clustering: dict[str, Any]
+    clustering: ClustersCard | DrawnClustersCard | None
 
     @property
     def path(self) -> Path:
@@ -174,7 +175,7 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
             )
     # The clusters.
     directories = layout.existing_clusters()
-    clustering = read_json(layout.clusters_card) if directories else {}
+    clustering = load_clusters(layout.clusters_card) if directories else None
     return OpenRun(layout, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
 
 
@@ -221,7 +222,8 @@ def draw_grid(
         The images of the first `ROWS_OF_GRID` variants, and the routing traces of top-1 and full.
     """
     # Prompts and noise: the same for all variants.
-    defaults = {"steps": 50, "method": "euler", "guidance_scale": 1.0, **run.loaded.card["sampling"]}
+    own = run.loaded.sampling.model_dump(exclude_none=True)
+    defaults = {"steps": 50, "method": "euler", "guidance_scale": 1.0, **own}
     prompts = settings.prompts or _spread_out(run.reference.captions(run.reference.held_out(settings)))
     seeds = tuple(range(settings.seed, settings.seed + settings.seeds))
     tokens = run.loaded.encoder.tokenize([prompt for prompt in prompts for _ in seeds])
@@ -329,22 +331,24 @@ def hashes_of(run: OpenRun, results: Results) -> tuple[tuple[str, str], ...]:
         hashes.append((f"{CLUSTERS}/{CLUSTERS_CARD}", sha256_file(run.layout.clusters_card)))
     # The models with their parts.
     hashes.append((f"{ENSEMBLE}/{ENSEMBLE_CARD}", sha256_file(run.layout.ensemble_card)))
-    parts = [*run.loaded.card["experts"], *([run.loaded.card["router"]] if run.loaded.card["router"] else [])]
-    hashes += [(f"{Path(part['url']).name}/{CARD}", part["sha256"]) for part in parts]
+    card = run.loaded.card
+    if isinstance(card, EnsembleCard):
+        parts: list[ExpertEntry | RouterEntry] = [*card.experts, *([card.router] if card.router else [])]
+        hashes += [(f"{Path(part.url).name}/{CARD}", part.sha256) for part in parts]
     hashes += [(f"{name}/{CARD}", sha256_file(run.layout.part(name) / CARD)) for name in run.dense]
     return (*hashes, *((f"feature space {space.name}", space.sha256) for space in results.spaces))
 
 
-def _clustered_by(clustering: dict[str, Any]) -> str:
+def _clustered_by(clustering: ClustersCard | DrawnClustersCard | None) -> str:
     """The clustering as a sentence: "Clustered by hog (bins 4, grid 8), balanced: the largest holds 1.05 times ..."."""
-    if "feature" not in clustering:
+    if not isinstance(clustering, ClustersCard):
         return ""
     # The feature's name and its options, as in atoll.yaml.
-    feature = dict(clustering["feature"])
+    feature = dict(clustering.feature)
     name = feature.pop("name")
     details = ", ".join(f"{key} {value}" for key, value in feature.items())
-    largest = f": the largest holds {clustering['largest_over_mean']:.2f} times the mean"
-    return f"Clustered by {name}{f' ({details})' if details else ''}, {clustering['method']}{largest}."
+    largest = f": the largest holds {clustering.largest_over_mean:.2f} times the mean"
+    return f"Clustered by {name}{f' ({details})' if details else ''}, {clustering.method}{largest}."
 
 
 def _provenance(device: str | torch.device, seconds: float) -> dict[str, Any]:

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AtollError
 from atoll.plan.cost import DiTSizes, training_flops
 from atoll.plan.recipe import Text, text_of
 from atoll.storage.layout import RunLayout
+
+if TYPE_CHECKING:
+    from atoll.storage.cards import ExpertCard
 
 MOST = 64  # samples of a measured step: more are no faster on a CPU, and may not fit a GPU
 
@@ -169,7 +172,7 @@ class Comparison:
         return {**asdict(self), "ratio": self.ratio}
 
 
-def compare(card: Mapping[str, Any], tokens: int, flops: float, mfu: float) -> Comparison:
+def compare(card: "ExpertCard", tokens: int, flops: float, mfu: float) -> Comparison:
     """An expert's card against the prediction at `flops` a second and this share of them.
 
     Args:
@@ -179,11 +182,12 @@ def compare(card: Mapping[str, Any], tokens: int, flops: float, mfu: float) -> C
     Raises:
         AtollError: the card does not say how long the training took.
     """
-    name = card.get("name", "?")
+    name, training = card.name, card.training
     try:
-        training = card["training"]
-        steps, batch, seconds = int(training["steps"]), int(training["settings"]["batch"]), float(training["seconds"])
-        network = DiTSizes.from_config(card["network"], tokens)
+        if training is None or training.settings is None or training.seconds is None:
+            raise ValueError("no training")
+        steps, batch, seconds = training.steps, int(training.settings["batch"]), training.seconds
+        network = DiTSizes.from_config(card.network, tokens)
     except (KeyError, TypeError, ValueError):
         raise AtollError(
             f"expert {name}: its card has no training with steps, batch and seconds; train it again"
@@ -204,20 +208,21 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
         AtollError: no expert in it is trained, or a card does not say how.
     """
     from atoll.storage.artifact import CARD, read_card
+    from atoll.storage.cards import ExpertCard
 
     experts = RunLayout(run).experts
-    cards = [read_card(file.parent, "expert") for file in sorted(experts.glob(f"*/{CARD}"))]
-    cards = [card for card in cards if "conversion" not in card]  # of those that were converted and no more
+    cards = [read_card(file.parent, ExpertCard) for file in sorted(experts.glob(f"*/{CARD}"))]
+    cards = [card for card in cards if card.conversion is None]  # of those that were converted and no more
     if not cards:
         raise AtollError(f"{experts}: no trained expert to compare with; train one (atoll train expert)")
     # Measure each distinct network once.
     speeds: dict[tuple[DiTSizes, int, int, str], Speed] = {}
     found = []
     for card in cards:
-        tokens = (text or text_of(card["condition"])).tokens
+        tokens = (text or text_of(card.condition)).tokens
         compare(card, tokens, 1.0, 1.0)  # says what is wrong with a card before anything is measured
-        settings = card["training"]["settings"]
-        network = DiTSizes.from_config(card["network"], tokens)
+        settings = card.training.settings if card.training and card.training.settings else {}
+        network = DiTSizes.from_config(card.network, tokens)
         kind = network, settings["batch"], settings.get("threads", 1), settings.get("precision", "auto")
         if kind not in speeds:
             speeds[kind] = speed_here(*kind)

@@ -13,7 +13,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,20 @@ from typing import Any
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.storage.bounds import CARD_BYTES, JSON_BYTES
+from atoll.storage.cards import (
+    ArtifactCard,
+    ArtifactT,
+    Card,
+    CardT,
+    ClustersCard,
+    DrawnClustersCard,
+    WeightsEntry,
+    clusters_kind,
+    parse_card,
+)
 from atoll.storage.layout import CARD as CARD
 from atoll.storage.layout import WEIGHTS as WEIGHTS
-
-FORMAT = 1
 
 
 def sha256_file(path: Path) -> str:
@@ -67,14 +77,61 @@ def finite(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """Raises AtollError where the file is missing or no JSON."""
+def read_json(path: Path, most: int = JSON_BYTES) -> Any:
+    """Read a JSON file; NaN and infinity are refused.
+
+    Args:
+        most: bytes that the file may have.
+
+    Raises:
+        AtollError: the file is missing, too large, no regular file or no JSON.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise AtollError(f"{path}: is no regular file; expected a JSON file")
+        if (size := path.stat().st_size) > most:
+            raise AtollError(f"{path}: has {size:,} bytes; expected JSON of at most {most:,}")
+        return json.loads(path.read_text(encoding="utf-8"), parse_float=_finite_float, parse_constant=_no_constant)
     except FileNotFoundError:
         raise AtollError(f"{path}: not found") from None
-    except (ValueError, OSError) as error:
+    except RecursionError:
+        raise AtollError(f"{path}: not readable JSON (lists and objects are nested too deeply)") from None
+    except OSError as error:
+        raise AtollError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise AtollError(f"{path}: not readable JSON ({error}); get a fresh copy of it") from None
+
+
+def _finite_float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text:.20} is not finite")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+def load_card(file: Path, kind: type[CardT]) -> CardT:
+    """Read a card's file. Raises AtollError as `read_json` and `parse_card` do."""
+    return parse_card(kind, read_json(file, JSON_BYTES if kind.many_files else CARD_BYTES), str(file))
+
+
+def load_clusters(file: Path) -> ClustersCard | DrawnClustersCard:
+    """Read a clusters.json, whichever stage wrote it. Raises AtollError as `load_card` does."""
+    content = read_json(file, CARD_BYTES)
+    return parse_card(clusters_kind(content), content, str(file))
+
+
+def write_card(file: Path, card: Card) -> None:
+    """Write a card's file, whole or not at all.
+
+    Raises:
+        AtollError: a value out of bounds, a full disk.
+    """
+    values = card.plain()
+    parse_card(type(card), values, f"the card for {file}")  # what is written can be read
+    write_json(file, values)
 
 
 @contextmanager
@@ -121,38 +178,40 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def save_artifact(path: Path, kind: str, card: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes the artifact as a whole or not at all. `card` gains the format, the kind and the weights' hash."""
+def save_artifact(path: Path, card: ArtifactCard, tensors: Mapping[str, Tensor]) -> None:
+    """Write an artifact, whole or not at all.
+
+    Args:
+        path: its directory; one that exists is replaced.
+        card: what it is; the entry of the weights is filled in.
+        tensors: by flat names.
+
+    Raises:
+        AtollError: a value of the card is out of bounds, or the disk is full.
+    """
     from safetensors.torch import save
 
     with whole_directory(path) as directory:
         data = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
         write_bytes(directory / WEIGHTS, data)
-        weights = {"file": WEIGHTS, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        write_json(directory / CARD, {"format": FORMAT, "kind": kind, **card, "weights": weights})
+        weights = WeightsEntry(file=WEIGHTS, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        write_card(directory / CARD, card.model_copy(update={"weights": weights}))
 
 
-def check_card(card: Any, kind: str, where: Path) -> dict[str, Any]:
-    """Raises AtollError unless `card` is one of this format and kind."""
-    if not isinstance(card, dict) or "format" not in card or "kind" not in card:
-        raise AtollError(f"{where}: not a card of Atoll; expected a JSON object with format and kind")
-    if card["format"] != FORMAT:
-        raise AtollError(
-            f"{where}: format {card['format']}, this version of atoll reads format {FORMAT}; "
-            f"{'update atoll' if isinstance(card['format'], int) and card['format'] > FORMAT else 'export it again'}"
-        )
-    if card["kind"] != kind:
-        raise AtollError(f"{where}: this is a card of kind {card['kind']!r}; expected {kind!r}")
+def read_card(path: Path, kind: type[ArtifactT]) -> ArtifactT:
+    """Read the card of the artifact at `path`. Raises AtollError as `load_card` does."""
+    card = load_card(path / CARD, kind)
+    if card.weights is None:
+        raise AtollError(f"{path / CARD}: lacks weights, the sha256 of {WEIGHTS}; {card.remedy}")
     return card
 
 
-def read_card(path: Path, kind: str) -> dict[str, Any]:
-    """The card of the artifact at `path`, its format and kind checked."""
-    return check_card(read_json(path / CARD), kind, path / CARD)
+def read_tensors(path: Path, card: ArtifactCard) -> dict[str, Tensor]:
+    """Map an artifact's tensors into memory, after a check of their hash.
 
-
-def read_tensors(path: Path, card: dict[str, Any]) -> dict[str, Tensor]:
-    """The artifact's tensors, memory-mapped, after its sha256 was found to be the card's.
+    Args:
+        path: the artifact's directory.
+        card: its card.
 
     Raises:
         AtollError: the file is missing, altered or unreadable.
@@ -160,17 +219,13 @@ def read_tensors(path: Path, card: dict[str, Any]) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    weights = card.get("weights")
-    # The name is fixed, so that no card can point outside its own directory.
-    if not isinstance(weights, dict) or weights.get("file") != WEIGHTS or not isinstance(weights.get("sha256"), str):
-        raise AtollError(f"{path / CARD}: its weights entry is {weights}; expected the sha256 of {WEIGHTS}")
     file = path / WEIGHTS
     if not file.is_file():
         raise AtollError(f"{file}: not found, though {path / CARD} names it; get a whole copy of the artifact")
-    found = sha256_file(file)
-    if found != weights["sha256"]:
+    actual = sha256_file(file)
+    if actual != card.weights_sha256:
         raise AtollError(
-            f"{file}: sha256 is {found[:12]}..., the card says {card['weights']['sha256'][:12]}...; "
+            f"{file}: sha256 is {actual[:12]}..., the card says {card.weights_sha256[:12]}...; "
             "the file was altered or damaged, get a fresh copy"
         )
     try:

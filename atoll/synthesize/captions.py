@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.randomness import ShuffledPasses, cpu_generator, hashed_seed
 from atoll.storage.artifact import sha256_file
+from atoll.storage.cards import ClusterShardsCard, DrawnCaptions
 from atoll.storage.layout import CLUSTER_PREFIX, cluster_name, cluster_path
 from atoll.storage.shards import INDEX, Shards
 
@@ -67,7 +68,7 @@ class CaptionOrder:
         return self._captions.at(self._passes.items(rows.start, rows.stop))
 
 
-def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -> tuple[list[Captions], dict[str, Any]]:
+def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -> tuple[list[Captions], DrawnCaptions]:
     """Each cluster's captions, and what a card tells of where they come from.
 
     Args:
@@ -92,7 +93,7 @@ def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -
         found, told = [_listed(given / name) for name in names], "a list for each cluster"
     else:
         found, told = [_listed(given)] * k, "one list for all clusters"
-    about = {"from": told, "counts": [len(one) for one in found], "sha256": [one.sha256 for one in found]}
+    about = DrawnCaptions(origin=told, counts=[len(one) for one in found], sha256=[one.sha256 for one in found])
     return found, about
 
 
@@ -118,7 +119,7 @@ def _kept(directory: Path, assignment: str) -> ClusterCaptions:
             "or a directory with one per cluster (cluster-000.txt)"
         )
     shards = Shards(directory)
-    if (found := shards.card.get("assignment")) != assignment:
+    if (found := shards.card(ClusterShardsCard).assignment) != assignment:
         raise AtollError(
             f"{directory}: its assignment is {found}, the experts' is {assignment}; name the captions with --captions"
         )

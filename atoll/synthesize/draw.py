@@ -55,14 +55,14 @@ class ClusterModel:
 
     def __init__(self, cluster: int, experts: Sequence[LoadedExpert], device: str | torch.device = "cpu"):
         self.cluster, self._device = cluster, device
-        self.shape = tuple(experts[0].card["latent_shape"])
+        self.shape = experts[0].card.latent_shape
         self._names = ", ".join(one.expert.name for one in experts)
         kinds: list[dict[str, Any]] = []  # of encoders, without repetition
         for one in experts:
-            if not any(same(one.card["condition"], kind) for kind in kinds):
-                kinds.append(one.card["condition"])
+            if not any(same(one.card.condition, kind) for kind in kinds):
+                kinds.append(one.card.condition)
         self._encoder = PromptEncoder([build_encoder(kind) for kind in kinds])
-        which = [next(i for i, kind in enumerate(kinds) if same(one.card["condition"], kind)) for one in experts]
+        which = [next(i for i, kind in enumerate(kinds) if same(one.card.condition, kind)) for one in experts]
         ensemble = Ensemble(
             [replace(one.expert, encoder=number) for one, number in zip(experts, which, strict=True)],
             None,

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes
+from atoll.storage.cards import DrawingExpert, DrawnCaptions, DrawnCard, DrawnSource, ExpertCard
 from atoll.storage.layout import MANIFEST, RunLayout
 from atoll.storage.shards import refuse_foreign
 from atoll.synthesize.captions import CaptionOrder, load_captions
 from atoll.synthesize.draw import ClusterModel, Sampling
 from atoll.synthesize.rows import Keys
-from atoll.synthesize.write import SOURCE, PartialSynthesis, SynthesisPlan, is_there, link_expert
+from atoll.synthesize.write import PartialSynthesis, SynthesisPlan, is_there, link_expert
 
 SynthesizeProgress = Callable[[int, int, str], None]  # (latents done, latents in all, a note)
 
@@ -65,12 +67,12 @@ def synthesize_run(
         AtollError: a cluster without an expert; experts of different data; captions as `load_captions`; an expert that
             answers with NaN; `out` holds something else; as `load_expert`.
     """
-    experts, card = _experts(run, manifest)
-    found, told = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, card["assignment"])
+    experts, shared = _experts(run, manifest)
+    found, told = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, shared.assignment)
     seed = manifest.seed if seed is None else seed
     default = manifest.sampling
     sampling = Sampling(default.steps if steps is None else steps, method or default.method, guidance, seed)
-    plan = _plan(manifest, card, experts, told, sampling, images, shard_rows)
+    plan = _plan(manifest, shared, experts, told, sampling, images, shard_rows)
     keys = [Keys(seed, cluster, images, manifest.data.validation) for cluster in range(plan.clusters)]
     with PartialSynthesis(out, plan) as partial:
         if is_there(out, plan, force):
@@ -87,17 +89,17 @@ def synthesize_run(
     return f"{out} written: {_say(plan)}"
 
 
-def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], dict[str, Any]]:
+def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"]:
     """The experts that draw each cluster, and what they share: codec, latent_shape, assignment, condition.
 
     Those that the manifest names; of a cluster the narrowest that cover it, as in an ensemble. Of experts that read
     captions differently, the condition is the manifest's.
     """
     named = {RunLayout(run).expert(expert.full_name): expert for expert in manifest.experts}
-    cards = {path: read_card(path, "expert") for path in named if (path / CARD).is_file()}
+    cards = {path: read_card(path, ExpertCard) for path in named if (path / CARD).is_file()}
     k, found = manifest.clusters.k, list[list[Path]]()
     for cluster in range(k):
-        breadth = {path: len(card["clusters"]) for path, card in cards.items() if cluster in card.get("clusters", ())}
+        breadth = {path: len(card.clusters) for path, card in cards.items() if cluster in card.clusters}
         if not breadth:
             wanted = [str(path) for path, expert in named.items() if expert.cluster == cluster]
             fix = f"put it at {' or '.join(wanted)}" if wanted else f"name one in {MANIFEST}"
@@ -108,46 +110,58 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], dict[str,
     first, *others = cards
     for path in others:
         for key in ("assignment", "latent_shape", "codec", "k"):
-            if not same(mine := cards[path].get(key), theirs := cards[first].get(key)):
+            if not same(mine := cards[path].plain().get(key), theirs := cards[first].plain().get(key)):
                 raise AtollError(
                     f"{path}: its {key} is {mine}, that of {first} is {theirs}; expected experts of one run"
                 )
-    if cards[first].get("k") != k:
-        raise AtollError(f"{first}: is of {cards[first].get('k')} clusters, {MANIFEST} says clusters.k {k}; mend that")
-    shared = {key: cards[first][key] for key in ("codec", "latent_shape", "assignment")}
-    alike = all(same(card["condition"], cards[first]["condition"]) for card in cards.values())
-    condition = cards[first]["condition"] if alike else build_encoder(manifest.condition).config()
-    return found, {**shared, "condition": condition}
+    card = cards[first]
+    if card.k != k:
+        raise AtollError(f"{first}: is of {card.k} clusters, {MANIFEST} says clusters.k {k}; mend that")
+    if card.assignment is None:
+        raise AtollError(f"{first}: its card names no assignment, so what it draws fits no clusters; convert it again")
+    alike = all(same(other.condition, card.condition) for other in cards.values())
+    condition = card.condition if alike else build_encoder(manifest.condition).config()
+    return found, _Shared(card.codec, card.latent_shape, card.assignment, condition)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the cards of all drawn rows say."""
+
+    codec: dict[str, Any]
+    latent_shape: tuple[int, int, int]
+    assignment: str
+    condition: dict[str, Any]
 
 
 def _plan(
     manifest: Manifest,
-    card: dict[str, Any],
+    shared: _Shared,
     experts: list[list[Path]],
-    captions: dict[str, Any],
+    captions: DrawnCaptions,
     sampling: Sampling,
     images: int,
     shard_rows: int,
 ) -> SynthesisPlan:
     drawing = [
-        {
-            "name": path.name,
-            "draws": [k for k, those in enumerate(experts) if path in those],
-            "sha256": sha256_file(path / CARD),
-        }
+        DrawingExpert(
+            name=path.name,
+            draws=[k for k, those in enumerate(experts) if path in those],
+            sha256=sha256_file(path / CARD),
+        )
         for path in dict.fromkeys(path for paths in experts for path in paths)
     ]
-    rows = max(1, min(shard_rows, _SHARD_BYTES // (2 * math.prod(card["latent_shape"]))))
-    source = {
-        "name": SOURCE,
-        "experts": drawing,
-        "captions": captions,
-        "images": images,
+    rows = max(1, min(shard_rows, _SHARD_BYTES // (2 * math.prod(shared.latent_shape))))
+    source = DrawnSource(
+        name="experts",
+        experts=drawing,
+        captions=captions,
+        images=images,
         **sampling.config(),
-        "validation": manifest.data.validation,
-        "shard_rows": rows,
-    }
-    return SynthesisPlan({**card, "clusters": manifest.clusters.k, "source": source}, images, rows)
+        validation=manifest.data.validation,
+        shard_rows=rows,
+    )
+    return SynthesisPlan(DrawnCard(**asdict(shared), clusters=manifest.clusters.k, source=source))
 
 
 def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
@@ -191,7 +205,7 @@ def _draw(
 
 def _say(plan: SynthesisPlan) -> str:
     """3 clusters of 4,096 latents each, drawn by 4 experts"""
-    experts = len(plan.card["source"]["experts"])
+    experts = len(plan.card.source.experts)
     by = f"{experts} expert{'s' if experts > 1 else ''}"
-    told = plan.card["source"]["captions"]["from"]
+    told = plan.card.source.captions.origin
     return f"{plan.clusters} clusters of {plan.images:,} latents each, drawn by {by}; captions: {told}"

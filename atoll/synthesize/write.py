@@ -17,22 +17,21 @@ from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.storage.artifact import (
     CARD,
-    FORMAT,
     WEIGHTS,
-    check_card,
-    read_json,
+    load_card,
+    load_clusters,
     sha256_file,
     whole_directory,
     write_bytes,
-    write_json,
+    write_card,
 )
+from atoll.storage.cards import ClusterShardsCard, DrawingPlan, DrawnCard, DrawnClustersCard, ShardsIndex
 from atoll.storage.layout import ASSIGNMENT, CLUSTERS_CARD, RunLayout, cluster_path
 from atoll.storage.lock import hold
 from atoll.storage.shards import INDEX, SPLITS, Shards, ShardWriter
 from atoll.synthesize.captions import CaptionOrder
 from atoll.synthesize.rows import Keys
 
-SOURCE = "experts"  # the source's name in the cards of what was drawn
 PLAN = "plan.json"
 
 
@@ -41,18 +40,29 @@ class SynthesisPlan:
     """All that the bytes depend on.
 
     Attributes:
-        card: of every directory of shards; "clusters" in it is their number, "source" what draws, and how.
-        images: rows of each cluster.
-        shard_rows: of a shard, at most.
+        card: what stands in the card of every directory of shards.
     """
 
-    card: Mapping[str, Any]
-    images: int
-    shard_rows: int
+    card: DrawnCard
 
     @property
     def clusters(self) -> int:
-        return int(self.card["clusters"])
+        return self.card.clusters
+
+    @property
+    def images(self) -> int:
+        """Rows of each cluster."""
+        return self.card.source.images
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard, at most."""
+        return self.card.source.shard_rows
+
+    def shards_card(self, cluster: int | None = None) -> ClusterShardsCard:
+        """The card of one cluster's shards; None: of all rows."""
+        only = {} if cluster is None else {"cluster": cluster}
+        return ClusterShardsCard(**only, **self.card.plain())
 
     def shards(self, cluster: int) -> Iterator[tuple[int, range]]:
         """(number of the shard, its rows) of a cluster, in order."""
@@ -69,17 +79,28 @@ def is_there(out: Path, plan: SynthesisPlan, force: bool) -> bool:
     """
     layout = RunLayout(out)
     encoded, clusters = layout.encoded, layout.clusters
-    found = {
-        encoded: read_json(encoded / INDEX).get("card") if (encoded / INDEX).is_file() else None,
-        clusters: read_json(layout.clusters_card) if layout.clusters_card.is_file() else None,
+    cards = {
+        encoded: _drawn_shards(encoded) if (encoded / INDEX).is_file() else None,
+        clusters: _drawn_clusters(layout.clusters_card) if layout.clusters_card.is_file() else None,
     }
-    for path, card in found.items():
-        source = card.get("source") if isinstance(card, dict) else None
-        if path.exists() and not (isinstance(source, dict) and source.get("name") == SOURCE):
+    for path, card in cards.items():
+        if path.exists() and card is None:
             raise AtollError(f"{path}: exists and was not made by `atoll synthesize`; name another directory")
         if card is not None and not force:
-            _compare(card, plan.card, path)
-    return not force and None not in found.values() and len(Shards(encoded)) > 0  # which looks for its files
+            _compare(card, plan.card.plain(), path)
+    return not force and None not in cards.values() and len(Shards(encoded)) > 0  # which looks for its files
+
+
+def _drawn_shards(path: Path) -> dict[str, Any] | None:
+    """The card of shards that experts drew; None of others."""
+    index = load_card(path / INDEX, ShardsIndex)
+    return index.card if index.is_drawn else None
+
+
+def _drawn_clusters(file: Path) -> dict[str, Any] | None:
+    """The card of clusters that experts drew; None of others."""
+    card = load_clusters(file)
+    return card.plain() if isinstance(card, DrawnClustersCard) else None
 
 
 class PartialSynthesis:
@@ -114,10 +135,11 @@ class PartialSynthesis:
         if self.begun and (resume or not force):
             if not resume:
                 raise AtollError(f"{self.path}: unfinished draws; go on with --resume, or start anew with --force")
-            _compare(check_card(read_json(self.path / PLAN), "partial", self.path / PLAN), self.plan.card, self.path)
+            begun = load_card(self.path / PLAN, DrawingPlan)
+            _compare(begun.plain(), self.plan.card.plain(), self.path)
             return
         self._empty()
-        write_json(self.path / PLAN, {"format": FORMAT, "kind": "partial", **self.plan.card})
+        write_card(self.path / PLAN, DrawingPlan(**self.plan.card.plain()))
 
     def discard(self) -> None:
         """Removes it. Raises AtollError if it is something else."""
@@ -153,7 +175,7 @@ class PartialSynthesis:
         """
         with whole_directory(self.layout.clusters) as directory:
             self._write_clusters(directory, keys, captions)
-        with ShardWriter(self.layout.encoded, self.plan.card) as writer:
+        with ShardWriter(self.layout.encoded, self.plan.shards_card()) as writer:
             for cluster in range(self.plan.clusters):
                 self._adopt(writer, cluster, keys[cluster], captions[cluster])
         self.discard()
@@ -167,14 +189,14 @@ class PartialSynthesis:
         with pq.ParquetWriter(directory / ASSIGNMENT, schema, compression="zstd") as table:
             for cluster in range(self.plan.clusters):
                 path = cluster_path(directory, cluster)
-                with ShardWriter(path, {"cluster": cluster, **self.plan.card}) as writer:
+                with ShardWriter(path, self.plan.shards_card(cluster)) as writer:
                     self._adopt(writer, cluster, keys[cluster], captions[cluster])
                 for part in (shards := Shards(path)).parts():
                     rows = {"key": part.keys, "cluster": [cluster] * len(part), "split": part.splits}
                     table.write_table(pa.table(rows, schema=schema), row_group_size=len(part))
                 counts.append({split: len(shards.rows(split)) for split in SPLITS})
-        about = {"format": FORMAT, "kind": "clusters", "k": self.plan.clusters, **self.plan.card, "counts": counts}
-        write_json(directory / CLUSTERS_CARD, about)
+        card = DrawnClustersCard(**self.plan.card.plain(), k=self.plan.clusters, counts=counts)
+        write_card(directory / CLUSTERS_CARD, card)
 
     def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: CaptionOrder) -> None:
         """All rows of a cluster."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text import TextEncoder
 from atoll.randomness import ShuffledPasses, Stream, random_rows, seeded
+from atoll.storage.cards import ClusterShardsCard
 from atoll.storage.shards import Shards, Split
 from atoll.train.prefetch import Batch
 
@@ -49,7 +50,7 @@ class Rows:
 
     def clusters(self, rows: Tensor) -> Tensor:
         """The clusters [b] int64 that the given rows' directories are of."""
-        known = torch.tensor([part.card["cluster"] for part in self.shards])
+        known = torch.tensor([part.card(ClusterShardsCard).cluster for part in self.shards])
         return known[torch.searchsorted(self._ends, self.numbers[rows], right=True)]
 
     def captions(self, rows: Tensor) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from atoll.errors import AtollError
 from atoll.runtime.device import best_device
 from atoll.schedule import PATH
 from atoll.storage.artifact import read_card, read_tensors, save_artifact
+from atoll.storage.cards import CalibrationRecord, ExpertCard
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 from atoll.train.batches import CaptionedLatents, Rows
@@ -52,24 +53,26 @@ def calibrate_expert(
         raise AtollError(f"--use {use}: expected one of {', '.join(get_args(Use))}")
     if out is not None and out.exists():
         raise AtollError(f"{out}: exists already; choose another place, or leave --out away to replace the old one")
-    card = read_card(path, "expert")
-    if card.get("condition", {}).get("name") == UNKNOWN:
+    card = read_card(path, ExpertCard)
+    if card.condition.get("name") == UNKNOWN:
         raise AtollError(f"{path}: nothing says what encodes its captions; convert it again with its condition")
     device = device or best_device()
     loaded = load_expert(path, device)
     expert, parts = loaded.expert, [Shards(place) for place in shards]
     for part in parts:
         _check(card, part)
-    held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card["condition"]), path)
-    seed = card.get("training", {}).get("seed", 0) if seed is None else seed
+    held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card.condition), path)
+    if seed is None:
+        seed = card.training.seed if card.training else 0
     calibration = calibrate(
         expert.network, expert.objective, held_out, mean=every.mean(), seed=seed, device=device, rows=rows
     )
-    about = {"measured_on": measured_on, "rows": min(rows, len(held_out)), "seed": seed}
+    record = CalibrationRecord(
+        **calibration.config(), measured_on=measured_on, rows=min(rows, len(held_out)), seed=seed
+    )
     tensors = {k: v for k, v in read_tensors(path, card).items() if not k.startswith("calibration.")}
     tensors |= {f"calibration.{name}": value for name, value in calibration.tensors().items()}
-    plain = {key: value for key, value in card.items() if key not in ("format", "kind", "weights")}
-    save_artifact(out or path, "expert", {**plain, "calibration": {**calibration.config(), **about}}, tensors)
+    save_artifact(out or path, card.model_copy(update={"calibration": record}), tensors)
     return calibration
 
 
@@ -79,21 +82,21 @@ def shards_of(path: Path) -> list[Path]:
     Raises:
         AtollError: it lies in no run, or the run has not all of them.
     """
-    card = read_card(path, "expert")
+    card = read_card(path, ExpertCard)
     layouts = (RunLayout(parent) for parent in path.resolve().parents[:2])
     run = next((layout for layout in layouts if layout.clusters.is_dir()), None)
     if run is None:
         raise AtollError(f"{path}: lies in no run with clusters/; name the latents with --shards")
-    found = [run.cluster(cluster) for cluster in card["clusters"]]
+    found = [run.cluster(cluster) for cluster in card.clusters]
     if missing := [place for place in found if not place.is_dir()]:
         raise AtollError(f"{missing[0]}: not found; name the latents with --shards")
     return found
 
 
-def _check(card: dict[str, Any], shards: Shards) -> None:
+def _check(card: ExpertCard, shards: Shards) -> None:
     """Raises AtollError unless the shards hold latents that the expert could have been trained on."""
-    found = {**shards.card, "latent_shape": list(shards.shape("latent"))}
-    expected = {key: card.get(key) for key in ("latent_shape", "codec", "assignment")}
+    found = {**shards.data_card.plain(), "latent_shape": list(shards.shape("latent"))}
+    expected = {key: card.plain().get(key) for key in ("latent_shape", "codec", "assignment")}
     for key, value in expected.items():
         if value is None or (isinstance(value, dict) and value.get("name") == UNKNOWN):
             continue
@@ -101,24 +104,24 @@ def _check(card: dict[str, Any], shards: Shards) -> None:
             raise AtollError(
                 f"{shards.path}: its {key} is {found.get(key)}, the expert's {value}; name shards of the expert's data"
             )
-    if (cluster := found.get("cluster")) is not None and cluster not in card["clusters"]:
-        raise AtollError(f"{shards.path}: is cluster {cluster}, the expert is of {card['clusters']}; name its own")
+    if (cluster := found.get("cluster")) is not None and cluster not in card.clusters:
+        raise AtollError(f"{shards.path}: is cluster {cluster}, the expert is of {list(card.clusters)}; name its own")
 
 
 def _held_out(
-    card: dict[str, Any], shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
+    card: ExpertCard, shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
 ) -> tuple[CaptionedLatents, Rows, str]:
     """(latents to measure on, the cluster's training rows, what the former are)."""
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
-    training = card.get("training", {})
+    training = card.training
     if use == "all":
         rows = Rows(shards, torch.arange(sum(map(len, shards))))
         return CaptionedLatents(rows, encoder), rows, "all"
-    if use == "auto" and (share := training.get("calibration_holdout")):
-        trained, back, measured_on = split_holdout(shards, encoder, share)
-        if len(trained) != training["rows"]:
+    if use == "auto" and training is not None and training.calibration_holdout:
+        trained, back, measured_on = split_holdout(shards, encoder, training.calibration_holdout)
+        if len(trained) != training.rows:
             raise AtollError(
-                f"{path}: was trained on {training['rows']:,} rows, of these shards it would be {len(trained):,}: "
+                f"{path}: was trained on {training.rows:,} rows, of these shards it would be {len(trained):,}: "
                 "which of them it never saw cannot be told; take --use val, or other shards and --use all"
             )
         return back, trained.rows, measured_on

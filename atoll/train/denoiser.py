@@ -16,6 +16,7 @@ from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.storage.artifact import save_artifact
+from atoll.storage.cards import CalibrationRecord, ClusterShardsCard, ExpertCard, TeacherRecord, TrainingRecord
 from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
@@ -67,26 +68,29 @@ def train_denoiser(
     Raises:
         AtollError: as `train_expert`.
     """
-    card = shards[0].card
-    encoder = build_encoder(card["condition"])
+    data = shards[0].card(ClusterShardsCard)
+    encoder = build_encoder(data.condition)
     objective = Objective(**job.part.objective.model_dump())
     settings = manifest.train_of(job.part)
-    network_config = dit_config(manifest.network_of(job.part), card["latent_shape"], encoder.dim, encoder.pooled_dim)
+    network_config = dit_config(manifest.network_of(job.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
     start = InitWeights(job.run / settings.init) if settings.init else None
-    began = {**({"init": start.about} if start else {}), **({"teacher": teaching.about} if teaching else {})}
-    network_config = start.config(network_config, card) if start else network_config
+    began = {
+        **({"init": start.about.plain()} if start else {}),
+        **({"teacher": teaching.about.plain()} if teaching else {}),
+    }
+    network_config = start.config(network_config, data) if start else network_config
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
 
     identity = {
         "network": network_config,
         "objective": objective.config(),
-        "assignment": card["assignment"],
+        "assignment": data.assignment,
         "clusters": list(job.clusters),
         "seed": job.seed,
         **began,
     }
     mark = training_mark(identity, settings)
-    if finished(job.path, "expert", mark, resume, restart):
+    if finished(job.path, ExpertCard, mark, resume, restart):
         return job.path
     torch.manual_seed(job.seed)
     network = build_network(network_config)
@@ -94,7 +98,7 @@ def train_denoiser(
         network.load_state_dict(start.weights())
     state = TrainingLayout.of(job.path).root
     with Island.join(settings.device, settings.threads) as island:
-        task = Denoising(network, objective, training, held_out, settings=settings, seed=job.seed, codec=card["codec"])
+        task = Denoising(network, objective, training, held_out, settings=settings, seed=job.seed, codec=data.codec)
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         trained = train(task, settings, state, mark, island, resume=resume, restart=restart, progress=progress)
@@ -106,33 +110,29 @@ def train_denoiser(
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
         if island.is_first:
-            measured = {**calibration.config(), "measured_on": measured_on}
-            summary = {
+            record = TrainingRecord(
                 **trained.summary,
                 **began,
-                "rows": len(training),
-                "calibration_holdout": settings.calibration_holdout,
-            }
-            save_artifact(job.path, "expert", _card(job, identity, card, measured, summary), weights)
+                rows=len(training),
+                calibration_holdout=settings.calibration_holdout,
+                seed=job.seed,
+                torch=torch.__version__,
+            )
+            card = ExpertCard(
+                name=job.name,
+                k=data.clusters,
+                clusters=job.clusters,
+                objective=objective.config(),
+                network=network_config,
+                assignment=data.assignment,
+                latent_shape=data.latent_shape,
+                codec=data.codec,
+                condition=data.condition,
+                calibration=CalibrationRecord(**calibration.config(), measured_on=measured_on),
+                training=record,
+            )
+            save_artifact(job.path, card, weights)
     return job.path
-
-
-def _card(
-    job: TrainingSpec,
-    identity: dict[str, Any],
-    data: dict[str, Any],
-    calibration: dict[str, Any],
-    training: dict[str, Any],
-) -> dict[str, Any]:
-    """The expert's card; data: the card of its shards, calibration and training: what was measured and done."""
-    return {
-        "name": job.name,
-        "k": data["clusters"],
-        **{key: identity[key] for key in ("clusters", "objective", "network", "assignment")},
-        **{key: data[key] for key in ("latent_shape", "codec", "condition")},
-        "calibration": calibration,
-        "training": {**training, "seed": job.seed, "torch": torch.__version__},
-    }
 
 
 def split_holdout(
@@ -177,7 +177,7 @@ Teacher = Callable[[Objective, Tensor, Tensor, Condition, Tensor], tuple[Tensor,
 class Teaching(Protocol):
     """A teacher that is not loaded yet; about: what the card tells of it, and the training's mark depends on."""
 
-    about: dict[str, Any]
+    about: TeacherRecord
 
     def on(self, device: torch.device) -> Teacher: ...
 

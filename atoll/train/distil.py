@@ -22,6 +22,7 @@ from atoll.objective import Objective
 from atoll.schedule import PATH
 from atoll.shapes import per_sample
 from atoll.storage.artifact import read_json, sha256_file
+from atoll.storage.cards import ClusterShardsCard, TeacherRecord
 from atoll.storage.layout import ENSEMBLE_CARD, STUDENT, RunLayout, student_seed
 from atoll.storage.shards import Shards
 from atoll.train.denoiser import Teacher, TrainingSpec, train_denoiser
@@ -54,7 +55,7 @@ def distil_run(
         clusters=clusters,
         seed=student_seed(manifest.seed),
     )
-    teaching = _Teaching(layout.ensemble, manifest.student.teacher, shards[0].card["condition"])
+    teaching = _Teaching(layout.ensemble, manifest.student.teacher, shards[0].card(ClusterShardsCard).condition)
     return train_denoiser(job, manifest, shards, resume=resume, restart=restart, progress=progress, teaching=teaching)
 
 
@@ -66,7 +67,7 @@ class _Teaching:
             raise AtollError(f"{path}: no ensemble to learn from; `atoll assemble` makes it")
         read_json(path / ENSEMBLE_CARD)
         self._path, self._teacher, self._encoder = path, teacher, PromptEncoder([build_encoder(condition)])
-        self.about = {"ensemble": sha256_file(path / ENSEMBLE_CARD), "by": teacher}
+        self.about = TeacherRecord(ensemble=sha256_file(path / ENSEMBLE_CARD), by=teacher)
 
     def on(self, device: torch.device) -> Teacher:
         loaded = load_ensemble(self._path, device=device)

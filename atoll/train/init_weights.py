@@ -10,6 +10,7 @@ from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.nn import DiTConfig
 from atoll.storage.artifact import CARD, read_card, read_tensors
+from atoll.storage.cards import ClusterShardsCard, ExpertCard, InitRecord
 
 _FOREIGN = ("final", "text_layers", "mlp_eps", "time_period")  # what atoll.yaml cannot say: the expert's own
 
@@ -22,19 +23,19 @@ class InitWeights:
     """
 
     def __init__(self, path: Path):
-        card = read_card(path, "expert")
-        self.path, self.about = path, {"name": card["name"], "sha256": card["weights"]["sha256"]}
-        self._card, self._is_kept = card, card["network"].get("name") != "dit"
+        card = read_card(path, ExpertCard)
+        self.path, self.about = path, InitRecord(name=card.name, sha256=card.weights_sha256)
+        self._card, self._is_kept = card, card.network.get("name") != "dit"
         if self._is_kept:
             return
         try:
-            self._config = DiTConfig.model_validate(card["network"]).model_dump(mode="json")
+            self._config = DiTConfig.model_validate(card.network).model_dump(mode="json")
         except ValidationError as error:
             raise AtollError(
                 f"{path / CARD}: network: {error.errors()[0]['msg']}; update atoll, or convert it again"
             ) from None
 
-    def config(self, wanted: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    def config(self, wanted: dict[str, Any], data: ClusterShardsCard) -> dict[str, Any]:
         """The config `wanted`, with what only weights from elsewhere have; of a network that is kept as it came
         (`atoll convert --keep`), its own, whatever is wanted.
 
@@ -46,12 +47,12 @@ class InitWeights:
         """
         if self._is_kept:
             for key in ("latent_shape", "condition"):
-                if not same(self._card.get(key), data[key]):
+                if not same(mine := self._card.plain()[key], theirs := data.plain()[key]):
                     raise AtollError(
-                        f"train.init: {self.path} has {key} {self._card.get(key)}, the data {data[key]}; "
+                        f"train.init: {self.path} has {key} {mine}, the data {theirs}; "
                         "convert it for this run, or leave it out"
                     )
-            return dict(self._card["network"])
+            return dict(self._card.network)
         merged = {**wanted, **{key: self._config[key] for key in _FOREIGN}}
         whole = DiTConfig.model_validate(merged).model_dump(mode="json")
         other = [f"{key} {self._config[key]} (here {whole[key]})" for key in whole if whole[key] != self._config[key]]

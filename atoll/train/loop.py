@@ -18,6 +18,7 @@ from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.runtime.device import has_bf16
 from atoll.storage.artifact import CARD, read_card
+from atoll.storage.cards import ExpertCard, RouterCard
 from atoll.storage.layout import TrainingLayout
 from atoll.train.checkpoint import Checkpoints, fingerprint
 from atoll.train.island import Island, gather
@@ -68,7 +69,7 @@ def training_mark(identity: dict[str, Any], settings: TrainSettings) -> str:
     return fingerprint({**identity, "train": settings.model_dump(exclude=_MAY_CHANGE)})
 
 
-def finished(path: Path, kind: str, mark: str, resume: bool, restart: bool) -> bool:
+def finished(path: Path, kind: type[ExpertCard | RouterCard], mark: str, resume: bool, restart: bool) -> bool:
     """Whether the artifact at `path` is already what a training of this mark would make.
 
     Raises:
@@ -76,8 +77,8 @@ def finished(path: Path, kind: str, mark: str, resume: bool, restart: bool) -> b
     """
     if restart or not (path / CARD).exists():
         return False
-    trained = read_card(path, kind)["training"]["mark"]
-    if trained != mark:
+    training = read_card(path, kind).training
+    if training is None or training.mark != mark:
         raise AtollError(f"{path} was trained under other settings or on other data; add --restart to replace it")
     if not resume:
         raise AtollError(f"{path} is already trained; add --restart to train it again")

@@ -14,7 +14,8 @@ from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.randomness import Stream, random_rows, seeded
 from atoll.schedule import PATH, Schedule
-from atoll.storage.artifact import read_json, save_artifact
+from atoll.storage.artifact import load_clusters, save_artifact
+from atoll.storage.cards import ClusterShardsCard, RouterCard, TrainingRecord
 from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
 from atoll.storage.shards import INDEX, SPLITS, Shards
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
@@ -46,7 +47,7 @@ def train_router(
     encoded, labels, clusters, assignment = _data_set(run)
     settings = manifest.train_of(manifest.router)
     free = manifest.router.network
-    encoder = build_encoder(encoded.card["condition"])
+    encoder = build_encoder(encoded.data_card.condition)
     latent_shape = list(encoded.shape("latent"))
     config = {
         "name": "router",
@@ -60,7 +61,7 @@ def train_router(
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
     mark = training_mark({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
-    if finished(path, "router", mark, resume, restart):
+    if finished(path, RouterCard, mark, resume, restart):
         return path
     torch.manual_seed(seed)
     router = build_network(config)
@@ -77,20 +78,20 @@ def train_router(
             restart=restart,
             progress=progress,
         )
-        card = {
-            "network": config,
-            "clusters": clusters,
-            "latent_shape": latent_shape,
-            "codec": encoded.card["codec"],
-            "condition": encoded.card["condition"],
-            "assignment": assignment,
+        card = RouterCard(
+            network=config,
+            clusters=clusters,
+            latent_shape=latent_shape,
+            codec=encoded.data_card.codec,
+            condition=encoded.data_card.condition,
+            assignment=assignment,
             **about,
-            "accuracy_at_t": task.accuracy(router),
-            "training": {**trained.summary, "rows": len(training), "seed": seed, "torch": torch.__version__},
-        }
+            accuracy_at_t=task.accuracy(router),
+            training=TrainingRecord(**trained.summary, rows=len(training), seed=seed, torch=torch.__version__),
+        )
         weights = {f"network.{name}": value for name, value in gathered_state(router).items()}
         if island.is_first:
-            save_artifact(path, "router", card, weights)
+            save_artifact(path, card, weights)
     return path
 
 
@@ -186,8 +187,9 @@ def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
     layout = RunLayout(run)
     if (layout.router_sample / INDEX).is_file():
         sample = Shards(layout.router_sample)
-        return sample, sample.read("cluster", slice(None)), sample.card["clusters"], sample.card["assignment"]
-    encoded, card = Shards(layout.encoded), read_json(layout.clusters_card)
+        described = sample.card(ClusterShardsCard)
+        return sample, sample.read("cluster", slice(None)), described.clusters, described.assignment
+    encoded, card = Shards(layout.encoded), load_clusters(layout.clusters_card)
     cluster_of = _assignment(layout.assignment)
     try:
         labels = torch.tensor([cluster_of[key] for key in encoded.keys])
@@ -195,7 +197,7 @@ def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
         raise AtollError(
             f"{layout.clusters}: the assignment lacks the key {error}; it is of other data: run `atoll cluster --force`"
         ) from None
-    return encoded, labels, card["k"], card["assignment"]
+    return encoded, labels, card.k, card.assignment
 
 
 def _assignment(file: Path) -> dict[str, int]:

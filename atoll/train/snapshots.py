@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
+from atoll.storage.cards import EmaRecord, ExpertCard
 from atoll.storage.layout import TrainingLayout
 from atoll.train.ema import gamma_of, solve
 from atoll.train.island import Island, gather
@@ -68,19 +69,22 @@ def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
     gamma = gamma_of(sigma_rel)
     if out.exists():
         raise AtollError(f"{out}: exists already; choose another place, or remove it")
-    card = read_card(expert, "expert")
+    card = read_card(expert, ExpertCard)
+    training = card.training
+    if training is None:
+        raise AtollError(f"{expert}: its card has no training; name an expert that was trained here")
     directory = TrainingLayout.of(expert.resolve()).ema
     snapshots = snapshots_of(directory)
     if not snapshots:
         raise AtollError(f"{directory}: no snapshots; train with train.ema_profiles, such as [0.05, 0.1]")
     tensors = read_tensors(expert, card)
-    widths = [_width(snapshot, card["training"]["mark"]) for snapshot in snapshots]
+    widths = [_width(snapshot, training.mark) for snapshot in snapshots]
     gammas = [gamma_of(width) for width in widths]
-    factors = solve([s.step for s in snapshots], gammas, card["training"]["steps"], gamma)
+    factors = solve([s.step for s in snapshots], gammas, training.steps, gamma)
     average = _weighted(snapshots, factors, {k: v for k, v in tensors.items() if k.startswith("network.")})
-    told = {"sigma_rel": sigma_rel, "snapshots": len(snapshots), "widths": sorted(set(widths))}
-    card["training"] = {**card["training"], "ema": {**told, "of": card["weights"]["sha256"]}}
-    save_artifact(out, "expert", {**card, "calibration": None}, average)
+    ema = EmaRecord(sigma_rel=sigma_rel, snapshots=len(snapshots), widths=sorted(set(widths)), of=card.weights_sha256)
+    changes = {"training": training.model_copy(update={"ema": ema}), "calibration": None}
+    save_artifact(out, card.model_copy(update=changes), average)
     return out
 
 

@@ -13,17 +13,14 @@ from atoll.cluster import dedupe as present_module
 from atoll.cluster import report_rows as kept_module
 from atoll.cluster.sampling import draw, hash_keys
 from atoll.errors import AtollError
-from atoll.storage.artifact import read_json, write_json
+from atoll.storage.artifact import load_card, read_json, write_json
+from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import CLUSTERS_CARD
 from atoll.storage.shards import Shards, ShardWriter
+from tests.cards import encoded_card
 
 K = 3
-CARD = {
-    "codec": {"name": "pixels", "channels": 1},
-    "condition": {"name": "hash"},
-    "feature": {"name": "blobs", "weights": "/here", "sha256": "a"},
-    "source": {"name": "blobs"},
-}
+CARD = encoded_card(feature={"name": "blobs", "weights": "/here", "sha256": "a"}, source={"name": "blobs"})
 
 
 def write(path: Path, numbers: range, blobs=None, card=CARD, shape=(1, 2, 3), flip=True, shard_rows=32) -> Path:
@@ -76,7 +73,11 @@ def test_new_images_join_the_old(tmp_path, out) -> None:
     assert list(found) == [f"k{i}" for i in range(161)]
     assert {key: found[key] for key in old} == old
     assert all(found[f"k{i}"] == found[f"k{i % 3}"] for i in range(161))
-    assert again["assignment"] == card["assignment"] == load_assignment(out, again).sha256(CARD["feature"])
+    assert (
+        again["assignment"]
+        == card["assignment"]
+        == load_assignment(out, load_card(out / CLUSTERS_CARD, ClustersCard)).sha256(CARD["feature"])
+    )
     assert again["encoded"] == [*card["encoded"], Shards(more).sha256]
     for c in range(K):
         shards = Shards(out / f"cluster-00{c}", verify=True)
@@ -86,7 +87,7 @@ def test_new_images_join_the_old(tmp_path, out) -> None:
         assert shards.captions == [f"caption {i}" for i in mine]
         assert shards.read("latent", slice(None))[:, 0, 0, 0].tolist() == [i % 100 for i in mine]
         assert shards.read("latent_flip", slice(None))[:, 0, 0, 0].tolist() == [i % 100 + 1 for i in mine]
-        assert shards.card["assignment"] == card["assignment"]
+        assert shards.card(ClusterShardsCard).assignment == card["assignment"]
         counts = {split: shards.splits.count(split) for split in ("train", "val")}
         assert again["counts"][c] == counts
     assert "161 images in 3 clusters" in (out / "report.html").read_text()
@@ -99,7 +100,7 @@ def test_what_the_report_shows_is_drawn_from_old_and_new(tmp_path, out, monkeypa
     monkeypatch.setattr(kept_module, "REPORT_IMAGES", 4)
     cluster(tmp_path / "encoded", out, K, fine=12, force=True)
     assign_only(out, write(tmp_path / "more", range(90, 150)))
-    found, assignment = labels(out), load_assignment(out, read_json(out / CLUSTERS_CARD))
+    found, assignment = labels(out), load_assignment(out, load_card(out / CLUSTERS_CARD, ClustersCard))
     keys = list(found)
     drawn = dict(zip(keys, draw(hash_keys(keys), 0, "sample").tolist(), strict=True))
     assert Shards(out / "sample").keys == sorted(keys, key=drawn.get)[:20]

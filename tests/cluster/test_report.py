@@ -8,19 +8,25 @@ from atoll.cluster import report
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import imbalance, to_html
 from atoll.cluster.report_rows import ReportRow, ReportRows
+from atoll.storage.cards import ClustersCard, parse_card
+from tests.cards import clusters_card
 
 EVIL = "<script>alert(1)</script>"
 
 
-def card(counts=(30, 10), method="free", codec=None) -> dict:
+def card(counts=(30, 10), method="free", codec=None) -> ClustersCard:
     clusters = [{"silhouette": 0.5, "words": [[EVIL, 0.5, 0.1]]}, {"silhouette": None, "words": []}]
     scores = {"rows": 40, "silhouette": 0.25, "silhouette_rows": 40, "davies_bouldin": None}
-    return {
-        "k": 2, "method": method, "fine": 16, "seed": 0, "counts": [{"train": n, "val": 1} for n in counts], "blank": 3,
-        "largest_over_mean": 2 * max(counts) / sum(counts), "feature": {"name": "hog"}, "encoded": ["0" * 64],
-        "codec": codec or {"name": "pixels", "channels": 3}, "assignment": "1" * 64,
-        "quality": {**scores, "clusters": clusters},
-    }  # fmt: skip
+    values = clusters_card(
+        2,
+        method=method,
+        counts=[{"train": n, "val": 1} for n in counts],
+        blank=3,
+        largest_over_mean=2 * max(counts) / sum(counts),
+        codec=codec or {"name": "pixels", "channels": 3},
+        quality={**scores, "clusters": clusters},
+    )
+    return parse_card(ClustersCard, values, "clusters.json")
 
 
 def kept(side: int = 8) -> ReportRows:
@@ -32,7 +38,7 @@ def kept(side: int = 8) -> ReportRows:
     return rows
 
 
-def page(card: dict, rows: ReportRows) -> str:
+def page(card: ClustersCard, rows: ReportRows) -> str:
     with Workers() as workers:
         return to_html(card, rows, workers, lambda note: None)
 
@@ -71,7 +77,8 @@ def test_a_codec_that_cannot_be_found_is_told(tmp_path) -> None:
 
 @pytest.mark.parametrize(("counts", "warned"), [((30, 10), False), ((100, 0), False), ((95, 3, 2), True)])
 def test_more_than_twice_the_fair_share_is_warned_of(counts, warned) -> None:
-    found = imbalance({"counts": [{"train": n, "val": 99} for n in counts]})
+    rows = [{"train": n, "val": 99} for n in counts]
+    found = imbalance(parse_card(ClustersCard, clusters_card(len(counts), counts=rows), "clusters.json"))
     assert bool(found) == warned
     if found:
         assert "cluster 0 holds 95.0% of the training images, 2.9 times its fair share of 33.3%" in found

@@ -12,16 +12,13 @@ from torch.nn import functional as F
 from atoll.cluster import cluster, cluster_run, load_assignment
 from atoll.cluster.balance import LARGEST, SMALLEST
 from atoll.errors import AtollError
-from atoll.storage.artifact import read_json
+from atoll.storage.artifact import load_card, read_json
+from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import CLUSTERS_CARD
 from atoll.storage.shards import Shards, ShardWriter
+from tests.cards import encoded_card
 
-CARD = {
-    "codec": {"name": "pixels"},
-    "condition": {"name": "hash"},
-    "feature": {"name": "blobs"},
-    "source": {"name": "blobs"},
-}
+CARD = encoded_card(codec={"name": "pixels"}, feature={"name": "blobs"}, source={"name": "blobs"})
 
 
 def write(path: Path, sizes=(40, 30, 20), change_val=0.0, spread=0.1) -> Path:
@@ -89,7 +86,9 @@ def test_what_is_written(tmp_path, encoded) -> None:
         "format": 1, "kind": "clusters", "k": 3, "method": "free", "fine": 7, "seed": 5,
     }  # fmt: skip
     assert (card["encoded"], card["feature"]) == ([shards.sha256], {"name": "blobs"})
-    assert card["assignment"] == load_assignment(out, card).sha256({"name": "blobs"})
+    assert card["assignment"] == load_assignment(out, load_card(out / CLUSTERS_CARD, ClustersCard)).sha256(
+        {"name": "blobs"}
+    )
     assert list(found) == shards.keys
     centroids = load_file(out / "centroids.safetensors")
     assert {name: tuple(c.shape) for name, c in centroids.items()} == {
@@ -118,7 +117,7 @@ def test_an_island_needs_its_directory_and_nothing_else(tmp_path, encoded) -> No
     assert [mine.keys, mine.captions, mine.splits] == expected
     assert mine.columns == ("latent",)
     assert mine.read("latent", slice(None))[:, 0, 0, 0].tolist() == rows
-    assert mine.card == {
+    assert mine.card(ClusterShardsCard).plain() == {
         "cluster": 1, "clusters": 3, "assignment": hashed, "latent_shape": [1, 2, 3],
         "codec": CARD["codec"], "condition": CARD["condition"], "source": CARD["source"],
     }  # fmt: skip
@@ -274,7 +273,7 @@ def test_the_clusters_of_a_run(run, manifest) -> None:
     encoded = Shards(run / "encoded")
     everything = [getattr(encoded, name) for name in ("keys", "captions", "splits")]
     columns = {name: encoded.read(name, slice(None)) for name in encoded.columns}
-    with ShardWriter(run / "encoded", {**encoded.card, **CARD}) as writer:
+    with ShardWriter(run / "encoded", CARD) as writer:
         writer.append(*everything, columns)
     assert "3 clusters of" in cluster_run(run, manifest)
     assert "there already" in cluster_run(run, manifest)
@@ -315,7 +314,7 @@ def test_the_assignment_is_a_function_not_a_list(tmp_path, encoded) -> None:
 
 def test_where_the_weights_lie_does_not_change_the_assignment(tmp_path, encoded) -> None:
     cluster(encoded, tmp_path / "out", 3)
-    assignment = load_assignment(tmp_path / "out", read_json(tmp_path / "out" / CLUSTERS_CARD))
+    assignment = load_assignment(tmp_path / "out", load_card(tmp_path / "out" / CLUSTERS_CARD, ClustersCard))
     here = assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "a"})
     assert here == assignment.sha256({"name": "dinov2", "weights": "/there", "sha256": "a"})
     assert here != assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "b"})

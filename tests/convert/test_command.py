@@ -14,6 +14,7 @@ from atoll.convert.arguments import arguments_of_run, frozen_network, objective_
 from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
 from tests.convert.conftest import random_weights
 
 FLAGS = ("--heads", "4", "--condition", "hash,dim=10,length=4")
@@ -32,7 +33,7 @@ def test_flags_say_what_it_becomes(atoll, checkpoint) -> None:
     )  # fmt: skip
     assert code == 0, error
     assert text == "e written: from dit, flow on linear, per-block (exact)\n"
-    card = read_card(Path("e"), "expert")
+    card = read_card(Path("e"), ExpertCard).plain()
     assert (card["name"], card["clusters"], card["k"], card["latent_shape"]) == ("moss", [2], 5, [3, 8, 12])
     assert card["objective"]["schedule"] == {"name": "linear"}
     assert card["condition"] == {"name": "hash", "dim": 10, "length": 4, "seed": 0}
@@ -43,7 +44,7 @@ def test_without_an_objective_it_is_the_originals(atoll, checkpoint) -> None:
     code, text, _ = atoll("convert", checkpoint, "-o", "e", *FLAGS)
     assert code == 0
     assert "eps on linear-beta, fit (off by " in text
-    assert read_card(Path("e"), "expert")["objective"]["prediction"] == "eps"
+    assert read_card(Path("e"), ExpertCard).objective["prediction"] == "eps"
     assert "reinit (new, to be trained)" in atoll("convert", checkpoint, "-o", "f", *FLAGS, "--modulation", "reinit")[1]
 
 
@@ -52,7 +53,7 @@ def test_for_an_expert_of_a_run(atoll, dit_of_the_run, trained_run, tmp_path) ->
     torch.save(dit_of_the_run, tmp_path / "dit.pt")
     code, _, error = atoll("convert", "dit.pt", "-o", "e", "--run", trained_run, "--expert", "1")
     assert code == 0, error
-    card, trained = (read_card(p, "expert") for p in (Path("e"), trained_run / "experts" / "1-flow-linear"))
+    card, trained = (read_card(p, ExpertCard).plain() for p in (Path("e"), trained_run / "experts" / "1-flow-linear"))
     same = ("name", "clusters", "k", "objective", "codec", "condition", "latent_shape", "assignment")
     assert {key: card[key] for key in same} == {key: trained[key] for key in same}
     assert card["network"]["pooled_dim"] == trained["network"]["pooled_dim"] == 8
@@ -102,7 +103,7 @@ def test_a_sit_for_a_run_needs_the_runs_objective_to_read_its_times(atoll, dit_o
     manifest["experts"][1]["train"] = {"init": "start", "steps": 2, "lr": 1e-9}
     (run / "atoll.yaml").write_text(yaml.safe_dump(manifest))
     assert atoll("train", "expert", "1", "--run", run)[0] == 0
-    assert read_card(run / "experts" / "1-flow-linear", "expert")["objective"]["time_scale"] == 1
+    assert read_card(run / "experts" / "1-flow-linear", ExpertCard).plain()["objective"]["time_scale"] == 1
 
 
 def test_the_manifest_alone_tells_as_much(run) -> None:
@@ -193,5 +194,5 @@ def test_a_new_dit_that_modulates_nothing_is_fitted_exactly(dit, tmp_path) -> No
     zero = {name: torch.zeros_like(value) if "adaLN" in name else value for name, value in dit.items()}
     torch.save(zero, tmp_path / "dit.pt")
     out = convert(tmp_path / "dit.pt", tmp_path / "e", condition={"name": "hash"}, heads=4)
-    assert read_card(out, "expert")["conversion"]["residual"] == [0, 0, 0]
+    assert read_card(out, ExpertCard).plain()["conversion"]["residual"] == [0, 0, 0]
     assert all(value.isfinite().all() for value in load_expert(out).expert.network.state_dict().values())

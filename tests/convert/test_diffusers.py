@@ -18,6 +18,7 @@ from atoll.encoders.text import HashEncoder
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -74,7 +75,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def pixart_error(theirs: nn.Module, out: Path, size: tuple[int, int] = (8, 8), told: Any = None) -> float:
-    x, time, condition = inputs(*size, text=load_expert(out).card["network"]["states_dim"])
+    x, time, condition = inputs(*size, text=load_expert(out).card.network["states_dim"])
     expected = theirs(
         x,
         encoder_hidden_states=condition.states,
@@ -127,7 +128,7 @@ def test_what_older_versions_stored_besides_is_left_out(tmp_path) -> None:
 def test_pixart_of_another_size(tmp_path, size) -> None:
     theirs = pixart(interpolation_scale=2)
     out = convert(saved(theirs, tmp_path / "p"), tmp_path / "e", size=size)
-    assert load_expert(out).card["latent_shape"] == [C, *size]
+    assert load_expert(out).card.plain()["latent_shape"] == [C, *size]
     assert pixart_error(theirs, out, size) < 1e-4
 
 
@@ -141,7 +142,7 @@ def test_pixart_that_is_told_the_resolution(tmp_path) -> None:
         told = {"resolution": pixels, "aspect_ratio": torch.full((B, 1), 0.5)}
         assert pixart_error(theirs, out, (8, 16), told) < 1e-4
         assert pixart_error(theirs, out, (8, 16), told | {"resolution": 2 * pixels}) > 1e-3
-        assert read_card(out, "expert")["conversion"]["resolution"] == [8 * factor, 16 * factor]
+        assert read_card(out, ExpertCard).plain()["conversion"]["resolution"] == [8 * factor, 16 * factor]
 
 
 def dit_error(theirs: nn.Module, out: Path) -> float:
@@ -165,7 +166,7 @@ def dit_error(theirs: nn.Module, out: Path) -> float:
 def test_dit_equals_diffusers(tmp_path, changes) -> None:
     theirs = dit(**changes)
     out = convert(saved(theirs, tmp_path / "d"), tmp_path / "e", modulation="per-block", condition=HASH)
-    assert read_card(out, "expert")["conversion"]["kind"] == "diffusers-dit"
+    assert read_card(out, ExpertCard).plain()["conversion"]["kind"] == "diffusers-dit"
     assert dit_error(theirs, out) < 1e-4
 
 
@@ -256,6 +257,6 @@ def test_the_condition_must_be_as_wide_as_the_checkpoints(tmp_path) -> None:
 
 
 def test_without_a_condition_the_card_says_so(tmp_path) -> None:
-    card = read_card(convert(saved(pixart(), tmp_path / "p"), tmp_path / "e"), "expert")
+    card = read_card(convert(saved(pixart(), tmp_path / "p"), tmp_path / "e"), ExpertCard).plain()
     assert card["condition"] == {"name": "unknown", "dim": TEXT}
     assert card["codec"] == {"name": "unknown"}

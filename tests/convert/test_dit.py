@@ -14,6 +14,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.nn import DiT
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
 from tests.convert.conftest import random_weights
 
 HASH = {"name": "hash", "dim": 10, "length": 4}
@@ -145,7 +146,7 @@ def test_the_card_tells_what_it_is(tmp_path) -> None:
         k=5,
         heads=HEADS,
     )
-    card = read_card(out, "expert")
+    card = read_card(out, ExpertCard).plain()
     assert (card["name"], card["clusters"], card["k"], card["codec"]) == ("moss", [2], 5, codec)
     assert card["objective"]["prediction"] == "flow"
     assert card["latent_shape"] == [3, 8, 8]
@@ -178,7 +179,7 @@ def test_another_size_stretches_the_positions(dit, tmp_path) -> None:
     positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1)
     expected = published(dit, x, index, CLASSES, positions)[:, :CHANNELS]
     assert relative_error(network_of(out)(x, index, HashEncoder(dim=10, length=4).null(B)), expected) < 1e-5
-    assert read_card(out, "expert")["conversion"]["positions"] == "stretched from 16"
+    assert read_card(out, ExpertCard).plain()["conversion"]["positions"] == "stretched from 16"
 
 
 def test_published_sizes_need_no_heads(dit, tmp_path) -> None:

@@ -19,6 +19,7 @@ from atoll.ensemble.loading import load_ensemble, load_expert
 from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.storage.artifact import read_card, save_artifact
+from atoll.storage.cards import ExpertCard, RouterCard
 from tests.nn import test_foreign as direct
 from tests.nn.test_foreign import LABELS
 
@@ -65,7 +66,7 @@ def native(out: Path, number: int) -> Path:
         "network": network.config.model_dump(mode="json"), "latent_shape": [C, SIDE, SIDE], "codec": PIXELS,
         "condition": HASH, "assignment": "these", "calibration": None,
     }  # fmt: skip
-    save_artifact(out, "expert", card, {f"network.{k}": v for k, v in network.state_dict().items()})
+    save_artifact(out, ExpertCard(**card), {f"network.{k}": v for k, v in network.state_dict().items()})
     return out
 
 
@@ -76,7 +77,7 @@ def router(out: Path) -> Path:
         "network": network.config.model_dump(mode="json"), "clusters": K, "latent_shape": [C, SIDE, SIDE],
         "codec": PIXELS, "condition": HASH, "assignment": "these",
     }  # fmt: skip
-    save_artifact(out, "router", card, {f"network.{k}": v for k, v in network.state_dict().items()})
+    save_artifact(out, RouterCard(**card), {f"network.{k}": v for k, v in network.state_dict().items()})
     return out
 
 
@@ -108,7 +109,9 @@ def test_a_kept_dit_is_diffusers(dit, tmp_path) -> None:
 
 
 def test_its_card_says_what_it_is(pixart, tmp_path) -> None:
-    card = read_card(keep(pixart[1], tmp_path / "e", condition=HASH, clusters=(1, 2), k=4, name="moss"), "expert")
+    card = read_card(
+        keep(pixart[1], tmp_path / "e", condition=HASH, clusters=(1, 2), k=4, name="moss"), ExpertCard
+    ).plain()
     assert (card["name"], card["clusters"], card["k"]) == ("moss", [1, 2], 4)
     assert card["network"]["name"] == "diffusers"
     assert card["network"]["class"] == "PixArtTransformer2DModel"
@@ -179,11 +182,11 @@ def test_the_command(atoll, pixart, dit) -> None:
     flags = ("--codec", "pixels,channels=3", "--condition")
     code, text, error = atoll("convert", pixart[1], "--keep", "-o", "e", *flags, "hash,dim=10,length=5", "--of", 3)
     assert (code, text, error) == (0, "e written: from pixart, eps on linear-beta, kept (exact)\n", "")
-    assert load_expert("e").card["k"] == 3
+    assert load_expert("e").card.k == 3
     Path("classes.txt").write_text("\n".join(LABELS))
     code, text, error = atoll("convert", dit[1], "--keep", "-o", "d", *flags, "label,labels=classes.txt")
     assert (code, error) == (0, "")
-    assert read_card(Path("d"), "expert")["condition"] == LABEL  # the names, not their file
+    assert read_card(Path("d"), ExpertCard).condition == LABEL  # the names, not their file
     flags = (*flags, "hash,dim=10,length=5", "--objective", "flow")
     code, text, _ = atoll("convert", pixart[1], "--keep", "-o", "f", *flags)
     assert (code, text) == (0, "f written: from pixart, flow on linear, kept (exact)\n")
@@ -200,13 +203,13 @@ def test_for_an_expert_of_a_run(atoll, run) -> None:
     shutil.rmtree(run / "clusters")
     told = arguments_of_run(run, "0")
     assert atoll(*arguments, "e")[0] == 0
-    card = read_card(Path("e"), "expert")
+    card = read_card(Path("e"), ExpertCard).plain()
     same = ("name", "k", "codec", "assignment")
     assert {key: card[key] for key in same} == {key: told[key] for key in same}
     assert build_encoder(card["condition"]).config() == build_encoder(told["condition"]).config()
     assert (card["clusters"], card["objective"]["schedule"]["name"]) == ([0], "cosine")
     assert atoll(*arguments, "f", "--condition", "hash,dim=8,length=9")[0] == 0
-    assert build_encoder(read_card(Path("f"), "expert")["condition"]).length == 9
+    assert build_encoder(read_card(Path("f"), ExpertCard).condition).length == 9
     assert "leave them out" in atoll(*arguments, "g", "--codec", "pixels")[2]
 
 
@@ -269,14 +272,17 @@ def test_keys_that_switch_nothing_on_are_passed_over(pixart, tmp_path) -> None:
     file = pixart[1] / "config.json"
     old = {"double_self_attention": False, "num_vector_embeds": None, "use_linear_projection": False}
     file.write_text(json.dumps(json.loads(file.read_text()) | old))
-    assert "num_vector_embeds" not in read_card(keep(pixart[1], tmp_path / "e", condition=HASH), "expert")["network"]
+    assert "num_vector_embeds" not in read_card(keep(pixart[1], tmp_path / "e", condition=HASH), ExpertCard).network
 
 
 def test_a_pixart_that_is_told_the_images_size(tmp_path) -> None:
     theirs, source = saved(tmp_path / "pixart", **PIXART | {"use_additional_conditions": True})
     out = keep(source, tmp_path / "e", condition=HASH)
-    assert read_card(out, "expert")["network"]["pixels"] == [8 * SIDE, 8 * SIDE]  # of an autoencoder of factor 8
-    assert read_card(keep(source, tmp_path / "f", condition=HASH, codec=PIXELS), "expert")["network"]["pixels"] == [
+    assert read_card(out, ExpertCard).network["pixels"] == [
+        8 * SIDE,
+        8 * SIDE,
+    ]  # of an autoencoder of factor 8
+    assert read_card(keep(source, tmp_path / "f", condition=HASH, codec=PIXELS), ExpertCard).network["pixels"] == [
         8,
         8,
     ]

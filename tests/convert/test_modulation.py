@@ -12,6 +12,7 @@ from atoll.convert.native import Native
 from atoll.ensemble.loading import load_expert
 from atoll.nn import build_network
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
 
 HASH = {"name": "hash", "dim": 10, "length": 4}
 B, C, D, DEPTH = 3, 2, 16, 5
@@ -110,12 +111,12 @@ def test_reinitialised_is_a_new_networks(dit, tmp_path) -> None:
     state = load_expert(out).expert.network.state_dict()
     assert all(value.abs().max() == 0 for name, value in state.items() if "shared" in name or "modulation" in name)
     torch.testing.assert_close(state["blocks.1.mlp.0.weight"], dit["blocks.1.mlp.fc1.weight"])
-    assert "residual" not in read_card(out, "expert")["conversion"]
+    assert "residual" not in read_card(out, ExpertCard).plain()["conversion"]
 
 
 def test_the_card_tells_the_fits_residual(dit, tmp_path) -> None:
     torch.save(dit, tmp_path / "dit.pt")
-    card = read_card(convert(tmp_path / "dit.pt", tmp_path / "e", condition=HASH, heads=4), "expert")
+    card = read_card(convert(tmp_path / "dit.pt", tmp_path / "e", condition=HASH, heads=4), ExpertCard).plain()
     assert card["conversion"]["modulation"] == "fit"
     assert len(card["conversion"]["residual"]) == 3
     assert all(0 < value < 1.5 for value in card["conversion"]["residual"])

@@ -16,6 +16,7 @@ from atoll.convert.paris import CODEC, CONDITION, convert_paris, is_paris
 from atoll.ensemble.loading import load_ensemble, load_expert, load_router
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard, RouterCard
 from tests.nn.test_paris import layout, released_expert, released_router, router_layout
 
 B, C, SIDE, L, STATES, K, HEADS = 3, 3, 8, 5, 10, 4, 3
@@ -106,7 +107,7 @@ def test_the_scheduler_of_diffusers_walks_the_same_path(paris, tmp_path) -> None
 def test_cards_say_what_the_release_was_trained_with(paris, tmp_path) -> None:
     """Neither CLIP nor the autoencoder is loaded: their names go into the cards."""
     experts, router = convert_paris(paris, tmp_path / "out", heads=HEADS)
-    card, routing = read_card(experts[3], "expert"), read_card(router, "router")
+    card, routing = read_card(experts[3], ExpertCard).plain(), read_card(router, RouterCard).plain()
     assert (card["name"], card["clusters"], card["k"], routing["clusters"]) == ("paris-3", [3], K, K)
     objective = card["objective"]
     assert (objective["prediction"], objective["schedule"], objective["time_scale"]) == (
@@ -130,7 +131,7 @@ def test_the_command_makes_an_ensemble_that_samples(atoll, paris, words) -> None
     assert text == "out written: an ensemble of Paris's 4 experts and its router\n"
     assert sorted(path.name for path in Path("out").iterdir()) == ["ensemble.json", "experts", "router"]
     loaded = load_ensemble("out", strict=True)
-    assert loaded.card["sampling"]["guidance_scale"] == 7.5
+    assert loaded.card.plain()["sampling"]["guidance_scale"] == 7.5
     assert loaded.ensemble.routing == "top-2"
     x, t, _ = inputs()
     u = loaded.ensemble.velocity(x, t, loaded.encoder(["", "moss", "rain"]), guidance_scale=7.5)

@@ -16,6 +16,7 @@ from atoll.convert.foreign import keep
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
 from tests.convert.test_diffusers import HASH, PIXART, TEXT, C, diffusers, inputs, pixart, pixart_error, relative_error
 
 HEADS = PIXART["num_attention_heads"]
@@ -74,7 +75,7 @@ def test_the_release_is_diffusers_network(tmp_path, name, kind) -> None:
         warnings.simplefilter("error")
         out = convert(saved(tmp_path / name, released(theirs)), tmp_path / "e", kind, heads=HEADS)
     assert pixart_error(theirs, out) < 1e-5
-    card = read_card(out, "expert")
+    card = read_card(out, ExpertCard).plain()
     assert (card["conversion"]["kind"], card["conversion"]["weights"]) == ("pixart", "state_dict_ema")
     assert card["objective"]["schedule"]["name"] == "linear-beta"
 

@@ -23,6 +23,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.nn.dit import TIME_PERIOD, time_features
 from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
 from tests.convert.conftest import random_weights
 from tests.convert.test_dit import CHANNELS, CLASSES, HASH, HEADS, published
 
@@ -73,7 +74,7 @@ def test_sit_is_its_velocity_with_time_and_sign_reversed(weights, tmp_path, kind
     x = latents()
     expected = -published(weights, x, 1 - TIMES, CLASSES)[:, :CHANNELS]
     assert error(velocity(out, x, TIMES), expected) < 1e-6
-    card = read_card(out, "expert")
+    card = read_card(out, ExpertCard).plain()
     assert (card["conversion"]["kind"], card["conversion"]["weights"]) == ("sit", "ema")
     objective = card["objective"]
     assert (objective["prediction"], objective["schedule"], objective["time_scale"]) == ("flow", {"name": "linear"}, 1)
@@ -96,7 +97,7 @@ def test_repa_is_its_velocity_as_it_is(weights, tmp_path) -> None:
     ):
         out = convert(source, tmp_path / str(number), condition=HASH, heads=HEADS, modulation="per-block", **options)
         assert error(velocity(out, x, TIMES), expected) < 1e-6
-        assert read_card(out, "expert")["conversion"]["kind"] == "repa"
+        assert read_card(out, ExpertCard).plain()["conversion"]["kind"] == "repa"
 
 
 def test_gvp_and_noise_are_other_objectives(weights, tmp_path) -> None:
@@ -108,7 +109,7 @@ def test_gvp_and_noise_are_other_objectives(weights, tmp_path) -> None:
     torch.testing.assert_close(expert.objective.schedule.sigma(t), torch.sin(torch.pi * t / 2), rtol=1e-6, atol=1e-7)
     args = argparse.Namespace(path_type="Linear", prediction="noise")
     out = convert(saved(tmp_path, weights, args), tmp_path / "n", condition=HASH, heads=HEADS, modulation="per-block")
-    assert read_card(out, "expert")["objective"]["prediction"] == "eps"
+    assert read_card(out, ExpertCard).objective["prediction"] == "eps"
     x = latents()
     assert error(velocity(out, x, TIMES), published(weights, x, 1 - TIMES, CLASSES)[:, :CHANNELS]) < 1e-6
 
@@ -121,7 +122,7 @@ def test_the_training_arguments_decide(weights, tmp_path, args, kind) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is left to guess
         out = converted(source, tmp_path, objective={"prediction": "flow", "schedule": "linear"})
-    assert read_card(out, "expert")["conversion"]["kind"] == kind
+    assert read_card(out, ExpertCard).plain()["conversion"]["kind"] == kind
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_what_could_be_either_is_said_and_the_kind_asked_for(weights, tmp_path) 
     # With variance outputs it is what DiT is by default, and a warning says what it could be as well.
     with pytest.warns(UserWarning, match=r"read as a DiT; a SiT has the same tensors.*--kind sit"):
         out = converted(saved(tmp_path, weights), tmp_path)
-    assert read_card(out, "expert")["conversion"]["kind"] == "dit"
+    assert read_card(out, ExpertCard).plain()["conversion"]["kind"] == "dit"
     # Nothing looks like a DiT here.
     never = {name: value.clone() for name, value in weights.items()}
     for part in ("weight", "bias"):
@@ -197,7 +198,7 @@ def test_a_fit_of_proportional_blocks_is_exact(weights, tmp_path) -> None:
     for i in range(3):
         weights |= {f"blocks.{i}.adaLN_modulation.1.{part}": value for part, value in first.items()}
     out = converted(saved(tmp_path, weights), tmp_path, kind="sit", modulation="fit")
-    assert max(read_card(out, "expert")["conversion"]["residual"]) < 1e-6
+    assert max(read_card(out, ExpertCard).plain()["conversion"]["residual"]) < 1e-6
     x = latents()
     assert error(velocity(out, x, TIMES), -published(weights, x, 1 - TIMES, CLASSES)[:, :CHANNELS]) < 1e-5
 
@@ -229,7 +230,7 @@ def test_without_a_null_class_the_mean_of_the_classes_takes_its_place(weights, t
     x = latents()
     expected = published(weights | {"y_embedder.embedding_table.weight": mean}, x, 999 * TIMES, 0)[:, :CHANNELS]
     assert error(velocity(out, x, TIMES), expected) < 1e-6
-    conversion = read_card(out, "expert")["conversion"]
+    conversion = read_card(out, ExpertCard).plain()["conversion"]
     assert (conversion["classes"], conversion["null"]) == (10, "the mean of 10 classes")
 
 
@@ -240,7 +241,7 @@ def test_as_many_embeddings_as_usual_classes_are_asked_about(weights, tmp_path) 
     ):
         converted(saved(tmp_path, weights), tmp_path, kind="dit")
     out = converted(saved(tmp_path, weights), tmp_path, kind="dit", classes=9)
-    assert "null" not in read_card(out, "expert")["conversion"]
+    assert "null" not in read_card(out, ExpertCard).plain()["conversion"]
     x = latents()
     assert error(velocity(out, x, TIMES), published(weights, x, 999 * TIMES, 9)[:, :CHANNELS]) < 1e-6
 

@@ -15,6 +15,7 @@ from atoll.encoders.codec import PixelCodec
 from atoll.encoders.feature import Hog
 from atoll.errors import AtollError
 from atoll.manifest import parse_manifest
+from atoll.storage.cards import EncodedCard
 from atoll.storage.shards import Shards
 
 SIZES = (7, 0, 9, 3)  # samples of the blocks
@@ -96,7 +97,7 @@ def test_what_is_written(tmp_path, encode) -> None:
     torch.testing.assert_close(PixelCodec(1, 0.0, 2.0).decode(latent.float()), images, rtol=0, atol=1e-3)
     torch.testing.assert_close(feature, Hog(3, 2)(images))
     assert [len(part) for part in shards.parts()] == [7, 9, 3]
-    card = shards.card
+    card = shards.card(EncodedCard).plain()
     assert card["source"] == {"name": "noise", "sha256": "0"}
     assert card["feature"] == {"name": "hog", "bins": 3, "grid": 2}
     assert card["counts"] == {"good": COUNT, "uncaptioned": 0, "skipped": {}}
@@ -218,7 +219,7 @@ def test_what_cannot_be_used_is_listed_and_the_rest_kept(tmp_path, encode) -> No
     rows = torch.tensor([shards.keys.index("k0"), shards.keys.index("k10")])
     torch.testing.assert_close(shards.read("feature", rows), Hog(3, 2)(images))
     counts = {"good": COUNT - 3, "uncaptioned": 1, "skipped": {"duplicate": 1, "repeated key": 1, "truncated": 1}}
-    assert shards.card["counts"] == counts
+    assert shards.card(EncodedCard).plain()["counts"] == counts
     assert "16 images" in said
     assert "1 truncated" in said
     assert "1 images have no caption" in said
@@ -275,7 +276,7 @@ def test_the_embedded_data_set_of_a_run(tmp_path, manifest) -> None:
     assert "2,288" in encode_run(tmp_path, manifest, progress=lambda *news: told.append(news))
     shards = Shards(tmp_path / "encoded")
     assert shards.shape("latent") == (1, 16, 16)
-    assert shards.card["source"]["subset"] == "demo"
+    assert shards.card(EncodedCard).source["subset"] == "demo"
     assert told[-1][:2] == (2288, 2288)
     assert "there already" in encode_run(tmp_path, manifest)
 

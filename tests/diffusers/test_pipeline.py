@@ -19,6 +19,7 @@ from atoll.nn import build_network
 from atoll.pipeline import Pipeline
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import CARD, WEIGHTS, save_artifact
+from atoll.storage.cards import ExpertCard
 
 with quiet("diffusers"):
     import diffusers
@@ -186,12 +187,13 @@ def write_expert(path: Path, frozen: Path) -> Path:
         "network": {"name": "dit", **sizes},
         "objective": {"prediction": "flow", "schedule": "linear", "time_scale": 999.0},
         "clusters": [0],
+        "k": 1,
         "codec": {"name": "tiny", "weights": str(frozen), "subfolder": "vae"},
         "condition": {"name": "clip", "weights": str(frozen), "subfolder": "text_encoder", "tokenizer": "tokenizer"},
         "latent_shape": [4, 4, 6],
     }
     state = build_network(card["network"]).state_dict()
-    save_artifact(path, "expert", card, {f"network.{k}": 0.1 * torch.randn(v.shape) for k, v in state.items()})
+    save_artifact(path, ExpertCard(**card), {f"network.{k}": 0.1 * torch.randn(v.shape) for k, v in state.items()})
     return path
 
 

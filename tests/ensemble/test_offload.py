@@ -36,6 +36,7 @@ from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.pipeline import Pipeline
 from atoll.storage.artifact import WEIGHTS, save_artifact
+from atoll.storage.cards import ExpertCard, RouterCard
 
 K, LATENT = 8, [1, 4, 6]
 FLOW = Objective("flow", "linear", time_scale=1.0)
@@ -56,7 +57,8 @@ def write_ensemble(path: Path, width: int, depth: int) -> Path:
     def write(part: Path, kind: str, network: dict, **more) -> Path:
         state = build_network(network).state_dict()
         weights = {f"network.{k}": 0.1 * torch.randn(v.shape, generator=g) for k, v in state.items()}
-        save_artifact(part, kind, {"network": network, **shared, **more}, weights)
+        card = {"expert": ExpertCard, "router": RouterCard}[kind](network=network, **shared, **more)
+        save_artifact(part, card, weights)
         return part
 
     experts = []

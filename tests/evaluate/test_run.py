@@ -30,8 +30,10 @@ from atoll.objective import Objective
 from atoll.schedule import Cosine, Linear
 from atoll.solver import times_of
 from atoll.storage.artifact import save_artifact, write_json
+from atoll.storage.cards import ExpertCard, RouterCard
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.testing import GaussianMixture
+from tests.cards import clusters_card
 
 SHAPE = (1, 4, 6)
 SMALL = EvaluateSettings(
@@ -231,9 +233,8 @@ def save_network(
     torch.manual_seed(len(path.name))
     network = build_network(config)
     weights = {name: value + 0.05 * torch.randn_like(value) for name, value in network.state_dict().items()}
-    save_artifact(
-        path, kind, {"network": config, **card}, {**{f"network.{n}": w for n, w in weights.items()}, **tensors}
-    )
+    described = {"expert": ExpertCard, "router": RouterCard}[kind](network=config, **card)
+    save_artifact(path, described, {**{f"network.{n}": w for n, w in weights.items()}, **tensors})
 
 
 def make_run(path: Path) -> Path:
@@ -245,7 +246,7 @@ def make_run(path: Path) -> Path:
         write_shards(path / "clusters" / f"cluster-{k:03d}", x0[clusters == k], clusters[clusters == k], f"k{k}-")
     write_json(
         path / "clusters" / "clusters.json",
-        {"feature": {"name": "hog", "grid": 8}, "method": "balanced", "largest_over_mean": 1.05},
+        clusters_card(2, feature={"name": "hog", "grid": 8}, method="balanced", largest_over_mean=1.05),
     )
     sizes = {"size": [4, 6], "channels": 1, "patch": 2, "width": 8, "depth": 1, "heads": 2}
     shared = {
@@ -267,7 +268,8 @@ def make_run(path: Path) -> Path:
         name = place.removeprefix("experts/")
         card = {"name": name, "clusters": covered, "objective": objective.config(), "calibration": curve.config()}
         save_network(path / place, "expert", dit, {**card, **shared}, {"calibration.mean": curve.mean})
-    save_network(path / "router", "router", {"name": "router", **sizes, "clusters": 2}, shared, {})
+    routing = {"clusters": shared.pop("k"), **shared}
+    save_network(path / "router", "router", {"name": "router", **sizes, "clusters": 2}, routing, {})
     experts = [path / place for place in parts if place != "monolith"]
     sampling = {"steps": 4, "guidance_scale": 2.0, "method": "euler", "routing": "top-2"}
     assemble(experts, path / "router", path / "ensemble", sampling)

@@ -19,8 +19,10 @@ from atoll.plan.gpus import find_gpu
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
 from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
 from atoll.plan.report import comparison_lines
+from atoll.storage.cards import ExpertCard
 from atoll.train import state
 from atoll.train.denoiser import dit_config
+from tests.cards import expert_card
 
 ISLANDS = """
 - {name: anna, gpu: 4090, hours_per_day: 12, failures_per_day: 0.2, download_mbit: 100, experts: [1, 5-flow-linear]}
@@ -223,16 +225,17 @@ def test_average_on_the_cpu_is_updated_as_training_does() -> None:
 def test_a_finished_run_against_its_plan() -> None:
     network = DiTSizes((8, 12), 1, 4, 32, 2, 2, 4.0, states_dim=16, tokens=5)
     config = {key: value for key, value in asdict(network).items() if key != "tokens"}
-    training = {"steps": 100, "seconds": 20.0, "settings": {"batch": 16}}
-    c = compare({"name": "0-x", "network": config, "training": training}, tokens=5, flops=1e9, mfu=0.5)
+    training = {"mark": "x", "steps": 100, "seconds": 20.0, "settings": {"batch": 16}}
+    c = compare(ExpertCard(**expert_card(network=config, training=training)), tokens=5, flops=1e9, mfu=0.5)
     assert c.images == 1600
     assert c.predicted_seconds == pytest.approx(1600 * training_flops(network) / 0.5e9)
     assert c.mfu == pytest.approx(1600 * training_flops(network) / 20 / 1e9)
     assert c.ratio == pytest.approx(20 / c.predicted_seconds)
     assert "measured / predicted" in comparison_lines([c])
-    for broken in ({}, {"training": {**training, "seconds": 0}, "network": config}, {"training": 3, "network": config}):
+    for broken in ({"seconds": 0.0}, {"seconds": None}, {"settings": {}}, {"settings": {"batch": "many"}}):
+        card = ExpertCard(**expert_card(network=config, training={**training, **broken}))
         with pytest.raises(AtollError, match="its card"):
-            compare(broken, 5, 1e9, 0.5)
+            compare(card, 5, 1e9, 0.5)
 
 
 def test_this_machine_is_measured() -> None:

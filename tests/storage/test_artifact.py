@@ -11,7 +11,6 @@ import torch
 from atoll.errors import AtollError
 from atoll.storage.artifact import (
     CARD,
-    FORMAT,
     WEIGHTS,
     read_card,
     read_tensors,
@@ -19,26 +18,33 @@ from atoll.storage.artifact import (
     whole_directory,
     write_bytes,
 )
+from atoll.storage.cards import FORMAT, ExpertCard, RouterCard, TrainingRecord
+from tests.cards import expert_card
+
+
+def expert(name: str, **changes) -> ExpertCard:
+    card = ExpertCard(**expert_card(name=name))
+    return card.model_copy(update={"weights": None, **changes})
 
 
 @pytest.fixture
 def artifact(tmp_path):
     path = tmp_path / "parts" / "one"
-    save_artifact(path, "expert", {"name": "one"}, {"a": torch.arange(6.0).reshape(2, 3).T})
+    save_artifact(path, expert("one"), {"a": torch.arange(6.0).reshape(2, 3).T})
     return path
 
 
 def test_round_trip(artifact) -> None:
-    card = read_card(artifact, "expert")
-    assert card["name"] == "one"
+    card = read_card(artifact, ExpertCard)
+    assert card.name == "one"
     torch.testing.assert_close(read_tensors(artifact, card)["a"], torch.arange(6.0).reshape(2, 3).T)
     assert sorted(os.listdir(artifact.parent)) == ["one"]
 
 
 def test_saving_again_replaces_the_whole(artifact) -> None:
-    save_artifact(artifact, "expert", {"name": "two"}, {"b": torch.zeros(1)})
-    card = read_card(artifact, "expert")
-    assert (card["name"], list(read_tensors(artifact, card))) == ("two", ["b"])
+    save_artifact(artifact, expert("two"), {"b": torch.zeros(1)})
+    card = read_card(artifact, ExpertCard)
+    assert (card.name, list(read_tensors(artifact, card))) == ("two", ["b"])
 
 
 @pytest.mark.parametrize("position", [0, 8, -1])
@@ -47,13 +53,13 @@ def test_a_tampered_weight_file_is_refused(artifact, position) -> None:
     data[position] ^= 1
     (artifact / WEIGHTS).write_bytes(data)
     with pytest.raises(AtollError, match="sha256"):
-        read_tensors(artifact, read_card(artifact, "expert"))
+        read_tensors(artifact, read_card(artifact, ExpertCard))
 
 
 def test_a_missing_weight_file_is_named(artifact) -> None:
     (artifact / WEIGHTS).unlink()
     with pytest.raises(AtollError, match=WEIGHTS):
-        read_tensors(artifact, read_card(artifact, "expert"))
+        read_tensors(artifact, read_card(artifact, ExpertCard))
 
 
 def edit(artifact, **changes) -> None:
@@ -63,24 +69,24 @@ def edit(artifact, **changes) -> None:
 
 def test_a_card_of_another_format_or_kind_is_refused(artifact) -> None:
     with pytest.raises(AtollError, match="kind 'expert'; expected 'router'"):
-        read_card(artifact, "router")
+        read_card(artifact, RouterCard)
     edit(artifact, format=FORMAT + 1)
     with pytest.raises(AtollError, match=f"format {FORMAT + 1}.*update atoll"):
-        read_card(artifact, "expert")
+        read_card(artifact, ExpertCard)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"card"', "{}", '{"format": 1}'])
 def test_a_damaged_card_is_refused(artifact, text) -> None:
     (artifact / CARD).write_text(text)
     with pytest.raises(AtollError, match=r"card\.json"):
-        read_card(artifact, "expert")
+        read_card(artifact, ExpertCard)
 
 
 @pytest.mark.parametrize("weights", [None, {}, "x", {"file": WEIGHTS}, {"file": "../../etc/passwd", "sha256": "0"}])
 def test_a_card_without_sound_weights_is_refused(artifact, weights) -> None:
     edit(artifact, weights=weights)
     with pytest.raises(AtollError, match="weights"):
-        read_tensors(artifact, read_card(artifact, "expert"))
+        read_tensors(artifact, read_card(artifact, ExpertCard))
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch) -> None:
@@ -103,13 +109,14 @@ def test_a_failure_while_saving_leaves_nothing_half_written(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(AtollError, match="No space left"):
-        save_artifact(tmp_path / "one", "expert", {}, {"a": torch.zeros(3)})
+        save_artifact(tmp_path / "one", expert("one"), {"a": torch.zeros(3)})
     assert os.listdir(tmp_path) == []
 
 
 def test_nan_does_not_go_into_a_card(tmp_path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        save_artifact(tmp_path / "one", "expert", {"loss": float("nan")}, {})
+    loss = TrainingRecord(mark="x", steps=1).model_copy(update={"loss": float("nan")})
+    with pytest.raises(AtollError, match=r"training\.loss: got nan"):
+        save_artifact(tmp_path / "one", expert("one", training=loss), {})
     assert os.listdir(tmp_path) == []
 
 

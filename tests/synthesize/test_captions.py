@@ -23,17 +23,17 @@ def test_one_list_for_all_or_one_for_each(tmp_path) -> None:
     write(tmp_path / "lists", cluster_000="moss\n", cluster_001="sand\nrain\n", cluster_002="rust", notes="")
     each, about = load_captions(tmp_path / "lists", tmp_path, 3, HERE)
     assert [list(one.lines) for one in each] == [["moss"], ["sand", "rain"], ["rust"]]
-    assert about["counts"] == [1, 2, 1]
-    assert len(set(about["sha256"])) == 3
+    assert about.counts == (1, 2, 1)
+    assert len(set(about.sha256)) == 3
     alike, about = load_captions(tmp_path / "lists" / "cluster-001.txt", tmp_path, 3, HERE)
     assert [list(one.lines) for one in alike] == [["sand", "rain"]] * 3
-    assert len(set(about["sha256"])) == 1
+    assert len(set(about.sha256)) == 1
 
 
 def test_captions_of_shards_are_those_of_training_rows(run) -> None:
     found, about = load_captions(None, run / "clusters", 3, HERE)
-    assert about["from"] == "of the clusters' shards: captions shared, images not"
-    assert about["counts"] == [len(one) for one in found] == [14, 14, 14]
+    assert about.origin == "of the clusters' shards: captions shared, images not"
+    assert about.counts == tuple(len(one) for one in found) == (14, 14, 14)
     rows = [i for i in range(60) if i % 3 == 1 and i % 10 < 7]
     words = ("moss", "sand", "rain", "rust")
     drawn = CaptionOrder(found[1], 0, 1)(range(14))

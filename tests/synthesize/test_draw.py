@@ -13,9 +13,11 @@ from atoll.ensemble.loading import LoadedExpert
 from atoll.errors import AtollError
 from atoll.objective import Objective
 from atoll.solver import sample
+from atoll.storage.cards import ExpertCard
 from atoll.synthesize.draw import ClusterModel, Sampling
 from atoll.synthesize.rows import noise
 from atoll.testing import GaussianMixture
+from tests.cards import expert_card
 
 SHAPE = (2, 3, 1)
 HASH = {"name": "hash", "dim": 8, "length": 4, "seed": 0}
@@ -35,7 +37,7 @@ def exact(cluster, name="exact", condition=HASH, mixture=MIXTURE, shape=SHAPE) -
     objective = OBJECTIVES[cluster]
     nothing = Calibration.identity(torch.zeros(shape))
     expert = Expert(mixture.network(objective, cluster), objective, (cluster,), nothing, name)
-    return LoadedExpert(expert, {"latent_shape": list(shape), "condition": condition})
+    return LoadedExpert(expert, ExpertCard(**expert_card(latent_shape=shape, condition=condition)))
 
 
 def failing(loaded, value, above=0.5) -> LoadedExpert:
@@ -105,7 +107,7 @@ def test_captions_and_guidance_reach_the_expert() -> None:
         return (x - x0) / (time / 999).reshape(-1, 1, 1, 1)  # the flow from any x to x0
 
     expert = Expert(network, Objective("flow", "linear"), (0,), Calibration.identity(torch.zeros(SHAPE)), "told")
-    model = ClusterModel(0, [LoadedExpert(expert, {"latent_shape": list(SHAPE), "condition": HASH})])
+    model = ClusterModel(0, [LoadedExpert(expert, ExpertCard(**expert_card(latent_shape=SHAPE, condition=HASH)))])
     captions = ["moss", "sand", "rain", "rust"]
     told, null = encoder(captions).pooled[:, 0], encoder.null(1).pooled[0, 0]
     assert len({*told.tolist(), float(null)}) == 5

@@ -21,6 +21,7 @@ from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.objective import Objective
 from atoll.storage.artifact import CARD, read_card, sha256_file
+from atoll.storage.cards import ClusterShardsCard, ExpertCard, RouterCard
 from atoll.storage.shards import Shards
 from atoll.synthesize import synthesize_run
 from atoll.testing import GaussianMixture
@@ -48,13 +49,13 @@ def test_what_is_written_is_a_run(private, listed, tmp_path) -> None:
     )
     assert encoded.shape("latent") == SHAPE
     about = json.loads((drawn / "clusters" / "clusters.json").read_text())
-    expert = read_card(private / "experts" / "0-eps-cosine", "expert")
-    for card in (about, encoded.card, *(part.card for part in clusters)):
+    expert = read_card(private / "experts" / "0-eps-cosine", ExpertCard).plain()
+    for card in (about, *(part.card(ClusterShardsCard).plain() for part in (encoded, *clusters))):
         for key in ("assignment", "codec", "condition", "latent_shape"):
             assert card[key] == expert[key]
     table = pq.read_table(drawn / "clusters" / "assignment.parquet").to_pydict()
     assert dict(zip(table["key"], table["cluster"], strict=True)) == {
-        key: part.card["cluster"] for part in clusters for key in part.keys
+        key: part.card(ClusterShardsCard).cluster for part in clusters for key in part.keys
     }
     assert table["split"] == encoded.splits
     for part, counts in zip(clusters, about["counts"], strict=True):
@@ -64,7 +65,7 @@ def test_what_is_written_is_a_run(private, listed, tmp_path) -> None:
 
 def test_the_card_says_what_made_it(private, listed, tmp_path) -> None:
     synthesize(private, tmp_path / "drawn", listed, seed=3, guidance=1.5, method="heun")
-    source = Shards(tmp_path / "drawn" / "encoded").card["source"]
+    source = Shards(tmp_path / "drawn" / "encoded").card(ClusterShardsCard).source
     told = {"steps": 2, "method": "heun", "guidance_scale": 1.5, "seed": 3, "images": 22, "name": "experts"}
     assert told.items() <= source.items()
     assert source["captions"]["sha256"] == [sha256_file(listed)] * K
@@ -77,15 +78,15 @@ def test_the_card_says_what_made_it(private, listed, tmp_path) -> None:
 
 def test_defaults_are_the_manifests_but_unguided(private, listed, tmp_path) -> None:
     synthesize_run(private, load_manifest(private), tmp_path / "drawn", images=4, captions=listed)
-    source = Shards(tmp_path / "drawn" / "encoded").card["source"]
+    source = Shards(tmp_path / "drawn" / "encoded").card(ClusterShardsCard).source
     assert (source["steps"], source["method"], source["seed"], source["guidance_scale"]) == (3, "euler", 0, 1.0)
 
 
 def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
     (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "student": STUDENT}))
     manifest = load_manifest(drawn)
-    router = read_card(train_router(drawn, manifest), "router")
-    assert router["assignment"] == read_card(drawn / "experts" / "1-flow-linear", "expert")["assignment"]
+    router = read_card(train_router(drawn, manifest), RouterCard).plain()
+    assert router["assignment"] == read_card(drawn / "experts" / "1-flow-linear", ExpertCard).assignment
     assert len(router["accuracy_at_t"]) == 5
     loaded = load_ensemble(assemble_run(drawn, manifest))
     x, condition = torch.randn(2, *SHAPE), build_encoder(RUN["condition"])(["moss"] * 2)
@@ -93,7 +94,7 @@ def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
     shutil.copytree(drawn / "router", private / "router")
     assemble_run(private, load_manifest(private))  # the router fits where the experts came from too
     student = distil_run(drawn, manifest)
-    assert read_card(student, "expert")["training"]["rows"] == 14 * K
+    assert read_card(student, ExpertCard).training.rows == 14 * K
     of_all = manifest.model_copy(update={"student": manifest.student.model_copy(update={"teacher": "ensemble"})})
     distil_run(drawn, of_all, restart=True)
     assert load_ensemble(student).ensemble.velocity(x, torch.rand(2), condition).isfinite().all()
@@ -101,7 +102,7 @@ def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
 
 def test_a_routers_paths_are_the_experts(drawn) -> None:
     (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "router": {**RUN["router"], "path": "experts"}}))
-    assert len(read_card(train_router(drawn, load_manifest(drawn)), "router")["path"]) == K
+    assert len(read_card(train_router(drawn, load_manifest(drawn)), RouterCard).path) == K
 
 
 def test_each_cluster_is_drawn_by_its_own_exact_expert(private, listed, tmp_path, monkeypatch) -> None:
@@ -109,8 +110,8 @@ def test_each_cluster_is_drawn_by_its_own_exact_expert(private, listed, tmp_path
     mixture = GaussianMixture(mixture.means.float(), mixture.scales.float(), mixture.weights.float(), mixture.clusters)
 
     def load(path, device):
-        card = read_card(path, "expert")
-        objective, (cluster,) = Objective(**card["objective"]), card["clusters"]
+        card = read_card(path, ExpertCard)
+        objective, (cluster,) = Objective(**card.objective), card.clusters
         nothing = Calibration.identity(torch.zeros(SHAPE))
         return LoadedExpert(
             Expert(mixture.network(objective, cluster), objective, (cluster,), nothing, path.name), card
@@ -133,7 +134,7 @@ def test_replicas_draw_together_and_are_stacked_on_what_they_drew(trained_run, l
     train_expert(run, load_manifest(run), "0-second")
     private = keep_private(run, tmp_path / "private")
     synthesize(private, tmp_path / "both", listed)
-    source = Shards(tmp_path / "both" / "encoded").card["source"]
+    source = Shards(tmp_path / "both" / "encoded").card(ClusterShardsCard).source
     assert [(e["name"], e["draws"]) for e in source["experts"]][:2] == [("0-eps-cosine", [0]), ("0-second", [0])]
     manifest = load_manifest(tmp_path / "both")
     train_router(tmp_path / "both", manifest)
@@ -191,7 +192,7 @@ def test_other_draws_are_refused_or_replaced(drawn, private, listed, tmp_path) -
     with pytest.raises(AtollError, match="drawn with steps 2, asked for is 3"):
         synthesize(private, out, listed, steps=3, resume=True)
     synthesize(private, out, listed, steps=3, force=True)
-    assert Shards(out / "encoded").card["source"]["steps"] == 3
+    assert Shards(out / "encoded").card(ClusterShardsCard).source["steps"] == 3
 
 
 def test_what_is_something_else_is_never_touched(trained_run, private, listed, tmp_path) -> None:
@@ -256,7 +257,9 @@ def test_a_generalist_draws_the_clusters_that_have_none_of_their_own(trained_run
     everything = {"cluster": 2, "name": "all", "objective": {"prediction": "flow", "schedule": "linear"}}
     (private / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "experts": [*RUN["experts"][:2], everything]}))
     synthesize(private, tmp_path / "out", listed)
-    draws = {e["name"]: e["draws"] for e in Shards(tmp_path / "out" / "encoded").card["source"]["experts"]}
+    draws = {
+        e["name"]: e["draws"] for e in Shards(tmp_path / "out" / "encoded").card(ClusterShardsCard).source["experts"]
+    }
     assert draws == {"0-eps-cosine": [0], "1-flow-linear": [1], "2-all": [2]}
 
 
@@ -302,5 +305,5 @@ def test_the_command(private, listed, tmp_path) -> None:
     done = run_to_end([*command, *options])
     assert done.returncode == 0, done.stderr
     assert "3 clusters of 4 latents each, drawn by 3 experts; captions: one list for all clusters" in done.stdout
-    source = Shards(tmp_path / "out" / "encoded").card["source"]
+    source = Shards(tmp_path / "out" / "encoded").card(ClusterShardsCard).source
     assert (source["seed"], source["guidance_scale"], source["steps"]) == (2, 2.0, 1)

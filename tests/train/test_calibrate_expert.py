@@ -8,6 +8,7 @@ import torch
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import CARD, read_card, read_tensors, save_artifact
+from atoll.storage.cards import ExpertCard
 from atoll.train.calibrate_expert import calibrate_expert, plot, table
 
 
@@ -23,18 +24,19 @@ def shards(trained_run):
 
 def changed(path, **values):
     """The expert with another card."""
-    card = read_card(path, "expert")
-    tensors = read_tensors(path, card)
+    card = read_card(path, ExpertCard).plain()
+    tensors = read_tensors(path, read_card(path, ExpertCard))
     card = {key: value for key, value in card.items() if key not in ("format", "kind", "weights")}
-    save_artifact(path, "expert", {**card, **values}, dict(tensors))
+    save_artifact(path, ExpertCard(**{**card, **values}), dict(tensors))
 
 
 def without(path) -> None:
     """The expert as it would come from elsewhere: with no calibration and no word about its training."""
-    card = read_card(path, "expert")
-    tensors = {k: v for k, v in read_tensors(path, card).items() if k.startswith("network.")}
+    card = read_card(path, ExpertCard).plain()
+    tensors = {k: v for k, v in read_tensors(path, read_card(path, ExpertCard)).items() if k.startswith("network.")}
     plain = {k: v for k, v in card.items() if k not in ("format", "kind", "weights")}
-    save_artifact(path, "expert", {**plain, "calibration": None, "training": {}, "assignment": None}, tensors)
+    elsewhere = {**plain, "calibration": None, "training": None, "assignment": None}
+    save_artifact(path, ExpertCard(**elsewhere), tensors)
 
 
 def test_it_measures_again_what_the_training_measured(expert, shards) -> None:
@@ -44,11 +46,11 @@ def test_it_measures_again_what_the_training_measured(expert, shards) -> None:
     for name in ("mean", "log_snr", "slope", "x0_mse", "x0_mse_raw"):
         one, other = (getattr(e.expert.calibration, name) for e in (before, after))
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
-    assert after.card["calibration"]["measured_on"] == before.card["calibration"]["measured_on"]
+    assert after.card.plain()["calibration"]["measured_on"] == before.card.plain()["calibration"]["measured_on"]
     weights = [dict(e.expert.network.state_dict()) for e in (before, after)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1])
-    assert {k: v for k, v in after.card.items() if k not in ("calibration", "weights")} == {
-        k: v for k, v in before.card.items() if k not in ("calibration", "weights")
+    assert {k: v for k, v in after.card.plain().items() if k not in ("calibration", "weights")} == {
+        k: v for k, v in before.card.plain().items() if k not in ("calibration", "weights")
     }
 
 
@@ -58,9 +60,9 @@ def test_a_foreign_expert_gains_one(expert, shards, tmp_path) -> None:
     assert load_expert(expert).expert.calibration is None
     loaded = load_expert(tmp_path / "calibrated")
     torch.testing.assert_close(loaded.expert.calibration.slope, found.slope.float())
-    assert loaded.card["calibration"]["measured_on"] == "val"
-    assert loaded.card["calibration"]["rows"] == 5
-    assert len(loaded.card["calibration"]["velocity_mse"]) == len(found.log_snr)
+    assert loaded.card.plain()["calibration"]["measured_on"] == "val"
+    assert loaded.card.plain()["calibration"]["rows"] == 5
+    assert len(loaded.card.plain()["calibration"]["velocity_mse"]) == len(found.log_snr)
 
 
 def test_the_velocity_error_is_that_of_the_velocity(expert, shards) -> None:
@@ -73,7 +75,7 @@ def test_the_velocity_error_is_that_of_the_velocity(expert, shards) -> None:
 @pytest.mark.parametrize(
     ("card", "message"),
     [
-        ({"latent_shape": [1, 4, 6]}, r"latent_shape is \[1, 4, 8\], the expert's \[1, 4, 6\]"),
+        ({"latent_shape": [1, 4, 6], "calibration": None}, r"latent_shape is \[1, 4, 8\], the expert's \[1, 4, 6\]"),
         (
             {"codec": {"name": "pixels", "channels": 3}},
             "its codec is .*'channels': 1.*name shards of",
@@ -82,7 +84,7 @@ def test_the_velocity_error_is_that_of_the_velocity(expert, shards) -> None:
         ({"clusters": [1]}, r"is cluster 0, the expert is of \[1\]; name its own"),
         ({"condition": {"name": "unknown", "dim": 8}}, "nothing says what encodes its captions"),
         (
-            {"training": {"calibration_holdout": 0.25, "seed": 0, "rows": 3}},
+            {"training": {"mark": "elsewhere", "steps": 8, "calibration_holdout": 0.25, "seed": 0, "rows": 3}},
             "was trained on 3 rows, of these shards it would be",
         ),
     ],
@@ -101,10 +103,10 @@ def test_rows_that_were_held_back_are_found_again(run, manifest) -> None:
     settings = replace_train(manifest, calibration_holdout=0.3)
     path = train_expert(run, settings, "0")
     before = load_expert(path)
-    assert before.card["calibration"]["measured_on"] == "held back"
+    assert before.card.plain()["calibration"]["measured_on"] == "held back"
     calibrate_expert(path, [run / "clusters" / "cluster-000"])
     after = load_expert(path)
-    assert after.card["calibration"]["measured_on"] == "held back"
+    assert after.card.plain()["calibration"]["measured_on"] == "held back"
     torch.testing.assert_close(after.expert.calibration.slope, before.expert.calibration.slope, rtol=2e-5, atol=2e-6)
     other = calibrate_expert(path, [run / "clusters" / "cluster-000"], use="val")
     assert not torch.allclose(other.x0_mse.float(), before.expert.calibration.x0_mse, rtol=1e-3)

@@ -16,6 +16,7 @@ from atoll.manifest import load_manifest
 from atoll.objective import Objective
 from atoll.schedule import Cosine, Linear, LinearBeta, TableSchedule
 from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.storage.cards import ExpertCard
 from atoll.testing import GaussianMixture
 from atoll.train.distil import distil_run, teacher_of
 from tests.conftest import RUN
@@ -65,7 +66,7 @@ def run(trained_run, tmp_path):
 
 def test_the_student_is_an_expert_of_everything_that_is_sampled_alone(run) -> None:
     path = distil_run(run, with_student(run))
-    card = read_card(path, "expert")
+    card = read_card(path, ExpertCard).plain()
     assert (card["clusters"], card["objective"]["prediction"]) == ([0, 1, 2], "v")
     assert card["training"]["teacher"]["by"] == "owner"
     alone = load_ensemble(path).ensemble

@@ -14,6 +14,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.storage.cards import ExpertCard
 from atoll.train.ema import WIDEST, decay, gamma_of, products, solve
 from atoll.train.expert import train_expert
 from atoll.train.snapshots import reconstruct_expert, snapshots_of
@@ -100,7 +101,7 @@ def test_atoll_ema_makes_an_expert_of_another_width(run, tmp_path) -> None:
     assert last.keys() == dict(load_expert(out).expert.network.named_parameters()).keys()
     for name, tensor in last.items():
         torch.testing.assert_close(mine[f"network.{name}"], tensor, rtol=1e-5, atol=1e-7)
-    card = read_card(out, "expert")
+    card = read_card(out, ExpertCard).plain()
     assert card["calibration"] is None
     assert card["training"]["ema"]["sigma_rel"] == WIDTHS[0]
     other = load_file(reconstruct_expert(expert, 0.1, tmp_path / "other") / WEIGHTS)

@@ -11,6 +11,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.storage.cards import ExpertCard
 from atoll.train.expert import train_expert
 from tests.conftest import RUN, write_run
 
@@ -29,8 +30,11 @@ def test_training_begins_with_the_weights_and_the_card_says_whose(run, trained_r
     for name in other:
         if name.startswith("network."):
             torch.testing.assert_close(mine[name], other[name], rtol=0, atol=1e-10)
-    told = read_card(path, "expert")["training"]["init"]
-    assert told == {"name": "0-eps-cosine", "sha256": read_card(run / "foreign", "expert")["weights"]["sha256"]}
+    told = read_card(path, ExpertCard).plain()["training"]["init"]
+    assert told == {
+        "name": "0-eps-cosine",
+        "sha256": read_card(run / "foreign", ExpertCard).weights_sha256,
+    }
 
 
 def test_other_weights_at_the_same_place_are_another_training(run, trained_run) -> None:
@@ -79,8 +83,8 @@ def test_a_network_that_is_kept_as_it_came_is_trained_on(tmp_path) -> None:
     small_pixart(run)
     begin_from(run, "start")
     path = train_expert(run, load_manifest(run), "1")
-    card = read_card(path, "expert")
-    assert card["network"] == read_card(run / "start", "expert")["network"]
+    card = read_card(path, ExpertCard).plain()
+    assert card["network"] == read_card(run / "start", ExpertCard).network
     assert card["objective"]["prediction"] == "flow"
     assert len(card["calibration"]["slope"]) == 19
     mine, began = load_file(path / WEIGHTS), load_file(run / "start" / WEIGHTS)

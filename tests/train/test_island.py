@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from atoll.manifest import load_manifest
 from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.storage.cards import ExpertCard
 from atoll.train.expert import train_expert
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
@@ -142,7 +143,7 @@ def test_they_validate_and_draw_what_one_would(island, sharding, tmp_path) -> No
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_nan_in_an_island_rolls_all_its_processes_back(island, sharding) -> None:
     run = island / f"{sharding}-poisoned"
-    told = read_card(run / "experts" / NAME, "expert")["training"]
+    told = read_card(run / "experts" / NAME, ExpertCard).plain()["training"]
     assert (told["rollbacks"], told["skipped_batches"]) == (1, 2)
     assert all(torch.isfinite(value).all() for value in tensors(run).values())
 

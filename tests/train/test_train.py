@@ -14,11 +14,13 @@ from atoll.encoders.text import HashEncoder
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn import build_network
+from atoll.objective import Objective
 from atoll.storage.artifact import WEIGHTS, read_card
+from atoll.storage.cards import ExpertCard
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
 from atoll.train.expert import train_expert, train_monolith
-from atoll.train.loop import Interrupted
+from atoll.train.loop import Interrupted, training_mark
 from atoll.train.router import RouterTask, train_router
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
@@ -51,7 +53,7 @@ def stop_at(step: int):
 
 
 def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
-    card = read_card(trained_run / "experts" / NAME, "expert")
+    card = read_card(trained_run / "experts" / NAME, ExpertCard).plain()
     assert card["objective"]["prediction"] == "flow"
     assert card["clusters"] == [1]
     assert card["assignment"] == json.loads((trained_run / "clusters" / "clusters.json").read_text())["assignment"]
@@ -195,7 +197,7 @@ def poison(monkeypatch, *indices, value=float("nan")):
 def test_nan_rolls_back_and_skips_the_batches_since(run, trained_run, manifest, monkeypatch) -> None:
     poison(monkeypatch, 4)
     path = train_expert(run, manifest, "1")
-    told = read_card(path, "expert")["training"]
+    told = read_card(path, ExpertCard).plain()["training"]
     assert (told["rollbacks"], told["skipped_batches"]) == (1, 2)  # batches 3 and 4: the checkpoint is of step 3
     with pytest.raises(AssertionError):
         assert_equal(weights(run), weights(trained_run))
@@ -232,7 +234,7 @@ def test_a_leap_of_the_loss_rolls_back(run, manifest, monkeypatch) -> None:
     monkeypatch.setattr(atoll.train.loop, "_CALM", 3)
     poison(monkeypatch, 5, value=1e6)
     path = train_expert(run, manifest, "1")
-    assert read_card(path, "expert")["training"]["rollbacks"] == 1
+    assert read_card(path, ExpertCard).training.rollbacks == 1
 
 
 def test_parts_of_a_batch_give_the_same_step(run, trained_run) -> None:
@@ -309,3 +311,18 @@ def test_a_batch_is_the_same_however_it_is_shared(tmp_path) -> None:
     assert {bool(x) for x in whole["x0"][:, 0, 0, 0] < 0} == {True, False}
     for name, tensor in whole.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
+
+
+def test_the_mark_of_a_training_keeps_its_value() -> None:
+    """A mark names a training across versions: checkpoints and artifacts are matched by it."""
+    identity = {
+        "network": {
+            "name": "dit", "patch": 2, "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 4.0, "modulation": "single",
+            "channels": 1, "size": [4, 8], "states_dim": 8, "pooled_dim": 8,
+        },
+        "objective": Objective("eps", "cosine").config(),
+        "assignment": "0" * 64,
+        "clusters": [1],
+        "seed": 1,
+    }  # fmt: skip
+    assert training_mark(identity, TrainSettings()) == "258b5c79162b01da"

@@ -1,11 +1,12 @@
 """What writer and reader of shards agree on."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from atoll.errors import AtollError
+from atoll.storage.cards import ColumnEntry
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -20,6 +21,6 @@ def refuse_foreign(path: Path, marker: str) -> None:
         raise AtollError(f"{path}: exists and is no former result (it has no {marker}); name an empty or new directory")
 
 
-def describe(column: Tensor) -> dict[str, Any]:
-    """dtype and shape of one row."""
-    return {"dtype": str(column.dtype).removeprefix("torch."), "shape": list(column.shape[1:])}
+def describe(column: Tensor) -> ColumnEntry:
+    """The dtype and shape of one row of a column [rows, ...]."""
+    return ColumnEntry(dtype=str(column.dtype).removeprefix("torch."), shape=column.shape[1:])

@@ -1,6 +1,6 @@
 """Opens a directory of shards for reading."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.storage.artifact import check_card, read_json, sha256_file
+from atoll.storage.artifact import load_card, sha256_file
+from atoll.storage.cards import (
+    CardRecord,
+    ClusterShardsCard,
+    EncodedCard,
+    FileEntry,
+    RecordT,
+    ShardEntry,
+    ShardsIndex,
+    parse_record,
+)
 from atoll.storage.content import is_out_of_memory
 from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe
 
@@ -39,27 +49,40 @@ class Shards:
     Raises AtollError, naming the file and the first key it holds, if a file is missing, cut or of another
     format; with `verify=True` also if any byte differs from what was written (this reads everything once).
 
-    card: what the writer put there. columns: their names. keys, captions, splits: lists of one str per row.
+    columns: their names. keys, captions, splits: lists of one str per row.
     """
 
     def __init__(self, directory: str | Path, verify: bool = False):
         self.path = Path(directory)
         self._index = _read_index(self.path)
-        self.card: dict[str, Any] = self._index["card"]
-        self.columns: tuple[str, ...] = tuple(sorted(self._index["columns"]))
-        self._files: list[dict[str, Any]] = self._index["shards"]
-        if wrong := _wrong(self.path / MANIFEST, self._index["manifest"], verify):
+        self.columns: tuple[str, ...] = tuple(sorted(self._index.columns))
+        self._files: tuple[ShardEntry, ...] = self._index.shards
+        if wrong := _wrong(self.path / MANIFEST, self._index.manifest, verify):
             raise _broken(self.path / MANIFEST, "", wrong)
-        self._manifest = _open_manifest(self.path / MANIFEST, [file["rows"] for file in self._files])
+        self._manifest = _open_manifest(self.path / MANIFEST, [file.rows for file in self._files])
         # ends[i] is the first row that no longer lies in shard i
-        self._ends = torch.tensor([file["rows"] for file in self._files]).cumsum(0)
+        self._ends = torch.tensor([file.rows for file in self._files]).cumsum(0)
         for number, file in enumerate(self._files):
-            if wrong := _wrong(self.path / file["file"], file, verify):
-                raise _broken(self.path / file["file"], self._first_key(number), wrong)
+            if wrong := _wrong(self.path / file.file, file, verify):
+                raise _broken(self.path / file.file, self._first_key(number), wrong)
         self._open: dict[int, dict[str, Tensor]] = {}
+        self._cards: dict[type[CardRecord], CardRecord] = {}
 
     def __len__(self) -> int:
-        return int(self._index["rows"])
+        return self._index.rows
+
+    def card(self, kind: type[RecordT]) -> RecordT:
+        """The writer's card as `kind`. Raises AtollError where it is another one, or a value is out of bounds."""
+        card = self._cards.get(kind)
+        if not isinstance(card, kind):
+            card = parse_record(kind, self._index.card, f"{self.path / INDEX}: card", self._index.remedy)
+            self._cards[kind] = card
+        return card
+
+    @property
+    def data_card(self) -> EncodedCard | ClusterShardsCard:
+        """The card of rows that can be trained on: encoded images, or rows whose clusters are known."""
+        return self.card(ClusterShardsCard) if "assignment" in self._index.card else self.card(EncodedCard)
 
     @cached_property
     def keys(self) -> list[str]:
@@ -91,7 +114,7 @@ class Shards:
 
     def shape(self, column: str) -> tuple[int, ...]:
         """The shape of one row of a column."""
-        return tuple(self._index["columns"][self._known(column)]["shape"])
+        return self._index.columns[self._known(column)].shape
 
     def rows(self, split: Split) -> Tensor:
         """The row numbers of a split [n] int64, ascending."""
@@ -113,8 +136,8 @@ class Shards:
         used = shard.unique().tolist()
         if len(used) == 1:
             return self._shard(used[0])[column][rows - self._start(used[0])]
-        what = self._index["columns"][column]
-        result = torch.empty(len(rows), *what["shape"], dtype=getattr(torch, what["dtype"]))
+        what = self._index.columns[column]
+        result = torch.empty(len(rows), *what.shape, dtype=getattr(torch, what.dtype))
         for number in used:
             here = (shard == number).nonzero().flatten()
             result[here] = self._shard(number)[column][rows[here] - self._start(number)]
@@ -132,7 +155,7 @@ class Shards:
         return column
 
     def _start(self, number: int) -> int:
-        return int(self._ends[number]) - int(self._files[number]["rows"])
+        return int(self._ends[number]) - self._files[number].rows
 
     def _first_key(self, number: int) -> str:
         return str(self._group(number, ("key",))["key"][0])
@@ -164,28 +187,24 @@ class Shards:
     def _map(self, number: int) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
 
-        file = self.path / self._files[number]["file"]
+        file = self.path / self._files[number].file
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in self.columns}
             found = {name: describe(tensor) for name, tensor in tensors.items()}
-        except (OSError, SafetensorError) as error:
-            raise _broken(file, self._first_key(number), str(error)) from error
-        if found != self._index["columns"]:
-            raise _broken(file, self._first_key(number), f"its columns are {found}")
+        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a dtype that no column has
+            raise _broken(file, self._first_key(number), " ".join(str(error).split())) from error
+        if found != self._index.columns:
+            described = ", ".join(f"{name} {what.dtype} {list(what.shape)}" for name, what in found.items())
+            raise _broken(file, self._first_key(number), f"its columns are {described}")
         return tensors
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
+def _read_index(directory: Path) -> ShardsIndex:
     path = directory / INDEX
     if not path.is_file():
         raise AtollError(f"{directory} is not a directory of shards: it has no {INDEX}")
-    index = check_card(read_json(path), "shards", path)
-    if missing := {"rows", "columns", "shards", "manifest", "card"} - index.keys():
-        raise AtollError(f"{path}: lacks {', '.join(sorted(missing))}; {AGAIN}")
-    if index["rows"] != sum(file["rows"] for file in index["shards"]):
-        raise AtollError(f"{path}: its shards do not add up to its {index['rows']} rows; {AGAIN}")
-    return index
+    return load_card(path, ShardsIndex)
 
 
 def _open_manifest(path: Path, rows: list[int]) -> Any:
@@ -203,13 +222,13 @@ def _open_manifest(path: Path, rows: list[int]) -> Any:
     return file
 
 
-def _wrong(path: Path, file: Mapping[str, Any], verify: bool) -> str:
+def _wrong(path: Path, file: FileEntry, verify: bool) -> str:
     """What tells a file from its line in the index: that it is missing, its size or, if asked, its hash. "" if none."""
     if not path.is_file():
         return "it is missing"
-    if path.stat().st_size != file["bytes"]:
-        return f"it has {path.stat().st_size} bytes instead of {file['bytes']}"
-    return "its sha256 is not the one in the index" if verify and sha256_file(path) != file["sha256"] else ""
+    if path.stat().st_size != file.bytes:
+        return f"it has {path.stat().st_size} bytes instead of {file.bytes}"
+    return "its sha256 is not the one in the index" if verify and sha256_file(path) != file.sha256 else ""
 
 
 def _broken(path: Path, first_key: str, why: str) -> AtollError:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.storage.artifact import FORMAT, sha256_file, whole_directory, write_bytes, write_json
+from atoll.storage.artifact import sha256_file, whole_directory, write_bytes, write_card
+from atoll.storage.cards import CardRecord, ColumnEntry, FileEntry, ShardEntry, ShardsIndex, SplitCounts
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, refuse_foreign
 from atoll.storage.shards.repeated import repeats
 
@@ -20,23 +21,23 @@ from atoll.storage.shards.repeated import repeats
 class ShardWriter:
     """Writes rows into a directory, which appears when it is closed; a context manager, gone after an error.
 
-    card: what `Shards.card` will be; it may change until the end.
+    card: what `Shards.card` will read; it may change until the end.
 
     Holds at most `shard_rows` rows in memory, and what one call adds. An existing directory is replaced only if it
     holds shards or nothing; anything else is an AtollError.
     """
 
-    def __init__(self, directory: str | Path, card: Mapping[str, Any], shard_rows: int = 4096):
-        self.card, self._shard_rows = dict(card), shard_rows
+    def __init__(self, directory: str | Path, card: CardRecord | Mapping[str, Any], shard_rows: int = 4096):
+        self.card, self._shard_rows = card, shard_rows
         refuse_foreign(Path(directory), INDEX)
         self._whole = whole_directory(Path(directory))
         self._path = self._whole.__enter__()
         self._waiting: dict[str, list[Tensor]] = {}  # rows of the next shard, by column
         self._text: dict[str, list[str]] = {name: [] for name in TEXT}  # of the same rows
-        self._columns: dict[str, dict[str, Any]] = {}
+        self._columns: dict[str, ColumnEntry] = {}
         self._splits = dict.fromkeys(SPLITS, 0)
-        self._files: list[dict[str, Any]] = []
-        self._attached: list[dict[str, Any]] = []
+        self._files: list[ShardEntry] = []
+        self._attached: list[FileEntry] = []
         self._manifest: Any = None  # a pyarrow ParquetWriter, from the first shard on
 
     def append(
@@ -86,9 +87,9 @@ class ShardWriter:
         """Takes a copy of a file along, under its own name; the index lists it with its hash."""
         place = self._path / file.name
         shutil.copyfile(file, place)
-        self._attached.append({"file": place.name, "bytes": place.stat().st_size, "sha256": sha256_file(place)})
+        self._attached.append(_entry(place))
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> ShardsIndex:
         """Writes what is left, the manifest and the index; the directory takes its place. Returns the index.
 
         Raises AtollError if there are no rows, or if two have the same key.
@@ -119,7 +120,7 @@ class ShardWriter:
             self._manifest.close()
         self._whole.__exit__(type(error), error, error.__traceback__)
 
-    def _fit(self, described: dict[str, dict[str, Any]]) -> None:
+    def _fit(self, described: dict[str, ColumnEntry]) -> None:
         self._columns = self._columns or described
         if described != self._columns:
             raise ValueError(f"these columns are {described}, the first ones were {self._columns}")
@@ -153,7 +154,7 @@ class ShardWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._files.append({"file": file.name, "bytes": size, "sha256": sha256, "rows": len(text[0])})
+        self._files.append(ShardEntry(file=file.name, bytes=size, sha256=sha256, rows=len(text[0])))
         for split in SPLITS:
             self._splits[split] += list(text[2]).count(split)
         table = pa.table({name: pa.array(rows, pa.string()) for name, rows in zip(TEXT, text, strict=True)})
@@ -161,26 +162,28 @@ class ShardWriter:
             self._manifest = pq.ParquetWriter(self._path / MANIFEST, table.schema, compression="zstd")
         self._manifest.write_table(table, row_group_size=len(table))
 
-    def _write_index(self) -> dict[str, Any]:
+    def _write_index(self) -> ShardsIndex:
         if not self._files:
             raise AtollError("there are no rows to write: the source holds no images")
         self._manifest.close()
-        manifest, rows = self._path / MANIFEST, sum(file["rows"] for file in self._files)
+        manifest, rows = self._path / MANIFEST, sum(file.rows for file in self._files)
         _refuse_repeated_keys(manifest, rows)
-        index = {
-            "format": FORMAT,
-            "kind": "shards",
-            "rows": rows,
-            "splits": self._splits,
-            "columns": dict(sorted(self._columns.items())),
-            "shards": self._files,
-            "manifest": {"file": MANIFEST, "bytes": manifest.stat().st_size, "sha256": sha256_file(manifest)},
-            "attached": self._attached,
-            "card": self.card,
-        }
-        write_json(self._path / INDEX, index)
+        index = ShardsIndex(
+            rows=rows,
+            splits=SplitCounts(**self._splits),
+            columns=dict(sorted(self._columns.items())),
+            shards=self._files,
+            manifest=_entry(manifest),
+            attached=self._attached,
+            card=self.card.plain() if isinstance(self.card, CardRecord) else dict(self.card),
+        )
+        write_card(self._path / INDEX, index)
         self._path.chmod(0o755)  # a temporary directory is its owner's alone
         return index
+
+
+def _entry(file: Path) -> FileEntry:
+    return FileEntry(file=file.name, bytes=file.stat().st_size, sha256=sha256_file(file))
 
 
 def _refuse_repeated_keys(manifest: Path, rows: int) -> None:

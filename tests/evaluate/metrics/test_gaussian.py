@@ -28,6 +28,7 @@ from atoll.evaluate.reference import ReferenceData
 from atoll.evaluate.run_statistics import statistics_run
 from atoll.manifest import Manifest, SpaceSettings
 from atoll.storage.shards import Shards, ShardWriter
+from tests.cards import encoded_card
 from tests.waiting import run_to_end
 
 SIDE = 8
@@ -65,7 +66,7 @@ def file(tmp_path: Path) -> Path:
 def encoded(path: Path, count: int = 90, seed: int = 3) -> Path:
     latents = (images(count, seed) * 2 - 1).half()
     splits = ["val" if i % 10 == 0 else "train" for i in range(count)]
-    with ShardWriter(path / "encoded", {"codec": CODEC.config()}) as writer:
+    with ShardWriter(path / "encoded", encoded_card(codec=CODEC.config())) as writer:
         writer.append([f"p{i}" for i in range(count)], ["a dot"] * count, splits, {"latent": latents})
     return path
 

@@ -1,0 +1,201 @@
+"""Cards of what is trained: experts and routers."""
+
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, Field, model_validator
+
+from atoll.storage import bounds
+from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
+from atoll.storage.cards.record import Card, CardRecord, refuse_renamed
+from atoll.storage.layout import WEIGHTS
+
+CONVERTED: Final = "converted"  # the mark of a training that was a conversion
+
+
+def _weights(name: str) -> str:
+    if name != WEIGHTS:
+        raise ValueError(f"got {name!r:.60}, expected {WEIGHTS}")
+    return name
+
+
+class WeightsEntry(CardRecord):
+    """The file with an artifact's tensors. Its name is fixed, so that no card can point outside its directory."""
+
+    file: Annotated[str, AfterValidator(_weights)]
+    sha256: Sha256
+    bytes: Count
+
+
+class CalibrationRecord(CardRecord):
+    """An expert's calibration curves at increasing log-SNR nodes, and the latents that they were measured on."""
+
+    log_snr: bounds.Nodes
+    slope: tuple[bounds.Fraction, ...]
+    x0_mse: tuple[bounds.SquaredError, ...]
+    x0_mse_raw: tuple[bounds.SquaredError, ...]
+    velocity_mse: tuple[bounds.SquaredError, ...]
+    measured_on: Literal["held back", "val", "train", "all"] | None = None
+    rows: Count | None = None
+    seed: bounds.Seed | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("slope", "x0_mse", "x0_mse_raw", "velocity_mse"):
+            if (count := len(getattr(self, name))) != len(self.log_snr):
+                raise ValueError(f"{name} has {count} values, expected one for each of {len(self.log_snr)} nodes")
+        return self
+
+
+class InitRecord(CardRecord):
+    """The expert whose weights a training started from."""
+
+    name: Name
+    sha256: Sha256
+
+
+class TeacherRecord(CardRecord):
+    """The ensemble that a student learned from: its card's hash, and who answered."""
+
+    ensemble: Sha256
+    by: Literal["owner", "ensemble"]
+
+
+class EmaRecord(CardRecord):
+    """The width that weights were averaged with afterwards. of: the hash of the weights that training wrote."""
+
+    sigma_rel: bounds.Fraction
+    snapshots: PositiveCount
+    widths: tuple[bounds.Fraction, ...]
+    of: Sha256
+
+
+class TrainingRecord(CardRecord):
+    """How an artifact was trained. What a conversion wrote has steps 0 and the mark "converted".
+
+    Attributes:
+        mark: the hash of all that the result depends on; see `atoll.train.loop.training_mark`.
+        settings: the `train` section of atoll.yaml, whole.
+        loss: the last logged one. validation: losses by name.
+        skipped_batches, rollbacks: after losses that were not finite, or leapt.
+        rows: latents that were trained on.
+        calibration_holdout: the fraction of the training rows that was kept for calibration.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {"hold_back": "calibration_holdout"}
+
+    mark: Name
+    settings: Plain | None = None
+    steps: Count
+    loss: bounds.Number | None = None
+    validation: dict[Name, bounds.Number] | None = None
+    seconds: bounds.Seconds | None = None
+    rollbacks: Count | None = None
+    skipped_batches: Count | None = None
+    init: InitRecord | None = None
+    teacher: TeacherRecord | None = None
+    rows: Count | None = None
+    calibration_holdout: bounds.Fraction = 0.0
+    seed: bounds.Seed = 0
+    torch: Name | None = None
+    ema: EmaRecord | None = None
+
+    @model_validator(mode="after")
+    def _refuse_old_settings(self) -> Self:
+        refuse_renamed(self.settings, self.renamed)
+        return self
+
+
+class ConversionRecord(CardRecord):
+    """What a foreign checkpoint was, and how it was converted.
+
+    Attributes:
+        source: sha256 by file name.
+        classes: labels of a class-conditional network. null: what stands in for a null class that it lacks.
+        positions: where the positions come from. resolution: (height, width) in pixels that they are made for.
+        weights: which of a training file's weights were taken.
+        residual: the relative error of each block's modulation.
+    """
+
+    kind: Name
+    modulation: Name
+    source: dict[Name, Sha256]
+    seed: bounds.Seed | None = None
+    classes: Count | None = None
+    positions: Name | None = None
+    null: Name | None = None
+    resolution: tuple[PositiveCount, PositiveCount] | None = None
+    weights: Name | None = None
+    residual: tuple[bounds.Number, ...] | None = Field(None, max_length=bounds.MAX_DEPTH)
+
+
+class ArtifactCard(Card):
+    """card.json. weights: None until the artifact is written."""
+
+    weights: WeightsEntry | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        """The hash of the weights, which names the artifact."""
+        assert self.weights is not None, "the card is not written yet"
+        return self.weights.sha256
+
+    def plain(self) -> dict[str, Any]:
+        """Return what JSON holds; the weights stand last."""
+        values = super().plain()
+        weights = values.pop("weights", None)
+        return values if weights is None else {**values, "weights": weights}
+
+
+class ExpertCard(ArtifactCard):
+    """An expert's card.json.
+
+    Attributes:
+        k: how many clusters there are. clusters: those that it covers; several: a generalist, all: a monolith.
+        assignment: the hash of what assigns an image to its cluster; None: not known, as of foreign checkpoints.
+        calibration: None: not measured.
+    """
+
+    kind: Literal["expert"] = "expert"
+    name: Name
+    k: bounds.ClusterCount
+    clusters: bounds.Clusters
+    objective: Plain
+    network: Plain
+    assignment: Name | None = None
+    latent_shape: bounds.LatentShape
+    codec: Plain
+    condition: Plain
+    calibration: CalibrationRecord | None = None
+    training: TrainingRecord | None = None
+    conversion: ConversionRecord | None = None
+
+    @model_validator(mode="after")
+    def _numbered(self) -> Self:
+        if max(self.clusters) >= self.k or len(set(self.clusters)) < len(self.clusters):
+            raise ValueError(f"clusters {list(self.clusters)}, expected different ones from 0 to k - 1 = {self.k - 1}")
+        return self
+
+
+class RouterCard(ArtifactCard):
+    """A router's card.json.
+
+    Attributes:
+        clusters: how many it knows.
+        path: (schedule, clusters that are noised by it), where training did not follow the linear path.
+        accuracy_at_t: top-1 accuracy on held-out latents, by the time.
+    """
+
+    kind: Literal["router"] = "router"
+    network: Plain
+    clusters: bounds.ClusterCount
+    latent_shape: bounds.LatentShape
+    codec: Plain
+    condition: Plain
+    assignment: Name | None = None
+    path: tuple[tuple[Plain, bounds.Clusters], ...] | None = Field(None, max_length=bounds.MAX_CLUSTERS)
+    accuracy_at_t: dict[Name, bounds.Fraction] | None = None
+    training: TrainingRecord | None = None
+    conversion: ConversionRecord | None = None
+
+
+ArtifactT = TypeVar("ArtifactT", bound=ArtifactCard)

@@ -1,0 +1,272 @@
+"""Cards of data: shards of latents, clusters, and what is in the making."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from atoll.storage import bounds
+from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
+from atoll.storage.cards.record import Card, CardRecord
+
+
+class FileEntry(CardRecord):
+    """A file beside the index."""
+
+    file: bounds.FileName
+    bytes: Count
+    sha256: Sha256
+
+
+class ShardEntry(FileEntry):
+    rows: PositiveCount
+
+
+class ColumnEntry(CardRecord):
+    """One tensor per row: its dtype, and its shape without the rows."""
+
+    dtype: Literal["float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"]
+    shape: bounds.RowShape
+
+
+class SplitCounts(CardRecord):
+    """Rows of each split."""
+
+    train: Count
+    val: Count
+
+
+class ShardsIndex(Card):
+    """index.json of a directory of shards. card: what their writer tells of them."""
+
+    many_files: ClassVar[bool] = True
+    remedy: ClassVar[str] = "write the directory again"
+    kind: Literal["shards"] = "shards"
+    rows: PositiveCount
+    splits: SplitCounts
+    columns: dict[Name, ColumnEntry] = Field(min_length=1, max_length=64)  # Atoll writes five at most
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+    manifest: FileEntry
+    attached: tuple[FileEntry, ...]
+    card: Plain
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.rows != sum(shard.rows for shard in self.shards):
+            raise ValueError(f"the shards do not add up to {self.rows} rows")
+        return self
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether experts drew the rows; see `DrawnSource`."""
+        source = self.card.get("source")
+        return isinstance(source, dict) and source.get("name") == "experts"
+
+
+class ImagesRecord(CardRecord):
+    """How images were framed. size, smallest_side: pixels."""
+
+    size: PositiveCount
+    channels: Literal[1, 3]
+    smallest_side: PositiveCount
+    duplicates: Literal["skip", "keep"]
+    flips: bool
+
+
+class CutRecord(CardRecord):
+    """Captions that are cut, and the fraction of their text that is not read."""
+
+    captions: PositiveCount
+    fraction: bounds.Fraction
+
+
+class EncodedCounts(CardRecord):
+    """Samples of a source.
+
+    Attributes:
+        good: those that are used. uncaptioned: those of them without a caption.
+        skipped: the others, by the reason. apart: those of them that are no failures.
+        notes: what is noted of good samples, by kind.
+        cut: captions that are longer than the text encoder reads.
+    """
+
+    good: Count
+    uncaptioned: Count
+    skipped: dict[Name, Count]
+    apart: dict[Name, Count] | None = None
+    notes: dict[Name, Count] | None = None
+    cut: CutRecord | None = None
+
+
+class EncodedCard(CardRecord):
+    """What encoded/ was made from, and by which frozen networks. counts: None while it is being made."""
+
+    renamed: ClassVar[dict[str, str]] = {"pictures": "images"}
+
+    source: Plain
+    images: ImagesRecord
+    codec: Plain
+    condition: Plain
+    feature: Plain
+    precision: Name
+    counts: EncodedCounts | None = None
+
+
+class ClusterShardsCard(CardRecord):
+    """Shards whose clusters are known. cluster: the only one in them; None: all are.
+
+    clusters: how many there are. assignment: the hash of what assigns an image to its cluster.
+    """
+
+    cluster: bounds.ClusterNumber | None = None
+    clusters: bounds.ClusterCount
+    assignment: Name
+    latent_shape: bounds.LatentShape
+    codec: Plain
+    condition: Plain
+    source: Plain
+
+
+class ReportRowsCard(CardRecord):
+    kept: Literal["sample", "images"]
+
+
+class EncodingPlan(Card):
+    """plan.json of encoded.partial/: what is encoded, in how many blocks, and the hash of the blocks' names."""
+
+    remedy: ClassVar[str] = "start anew with --force"
+    kind: Literal["partial"] = "partial"
+    card: EncodedCard
+    blocks: Count
+    names_sha256: Sha256
+
+
+class ClusterWords(CardRecord):
+    """A cluster's silhouette, and its words: (word, share of its captions, share of all)."""
+
+    silhouette: bounds.Number | None
+    words: tuple[tuple[bounds.FreeText, bounds.Fraction, bounds.Fraction], ...]
+
+
+class ClusterQuality(CardRecord):
+    """How good clusters are, measured on a sample of `rows` rows; None where a score is not defined."""
+
+    rows: Count
+    silhouette: bounds.Number | None
+    silhouette_rows: Count
+    davies_bouldin: bounds.Number | None
+    clusters: tuple[ClusterWords, ...] = Field(max_length=bounds.MAX_CLUSTERS)
+
+
+class ClusteringCard(Card):
+    """What determines clusters, before any row is assigned.
+
+    Attributes:
+        k: how many clusters there are.
+        fine: fine centroids; None for random clusters.
+        router_fraction: the fraction of all rows in router/; None: there is no such directory.
+        assignment: the hash of what assigns an image to its cluster.
+        encoded: the hashes of the encoded/ directories that were clustered, the first one first.
+    """
+
+    remedy: ClassVar[str] = "run `atoll cluster` again"
+    kind: Literal["clusters"] = "clusters"
+    k: bounds.ClusterCount
+    method: Literal["balanced", "free", "random"]
+    fine: PositiveCount | None
+    seed: bounds.Seed
+    router_fraction: bounds.Fraction | None
+    feature: Plain
+    codec: Plain
+    assignment: Name
+    encoded: tuple[Sha256, ...] = Field(min_length=1)
+
+
+class ClustersCard(ClusteringCard):
+    """clusters.json of clustered data.
+
+    Attributes:
+        counts: rows of each cluster. blank: rows whose feature is a zero vector.
+        largest_over_mean: training rows of the largest cluster over the mean.
+    """
+
+    counts: tuple[SplitCounts, ...]
+    blank: Count
+    largest_over_mean: bounds.Ratio
+    quality: ClusterQuality
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, values in (("counts", self.counts), ("quality.clusters", self.quality.clusters)):
+            if len(values) != self.k:
+                raise ValueError(f"{name} has {len(values)} entries, expected k = {self.k}, one for each cluster")
+        return self
+
+
+class DrawingExpert(CardRecord):
+    """An expert that draws, the clusters that it draws, and the hash of its card."""
+
+    name: Name
+    draws: tuple[bounds.ClusterNumber, ...] = Field(max_length=bounds.MAX_CLUSTERS)
+    sha256: Sha256
+
+
+class DrawnCaptions(CardRecord):
+    """Where the captions of drawn rows come from: in words, how many each cluster has, and their files' hashes."""
+
+    origin: Name = Field(alias="from")
+    counts: tuple[Count, ...] = Field(max_length=bounds.MAX_CLUSTERS)
+    sha256: tuple[Sha256, ...] = Field(max_length=bounds.MAX_CLUSTERS)
+
+
+class DrawnSource(CardRecord):
+    """The source of rows that experts drew.
+
+    Attributes:
+        images: rows of each cluster.
+        steps, method, guidance_scale, seed: how they were sampled.
+        validation: the fraction that is held out.
+        shard_rows: of a shard, at most.
+    """
+
+    name: Literal["experts"] = "experts"
+    experts: tuple[DrawingExpert, ...] = Field(min_length=1, max_length=bounds.MAX_EXPERTS)
+    captions: DrawnCaptions
+    images: PositiveCount
+    steps: bounds.Steps
+    method: Name
+    guidance_scale: bounds.Guidance
+    seed: bounds.Seed
+    validation: bounds.Fraction
+    shard_rows: PositiveCount
+
+
+class DrawnCard(CardRecord):
+    """What stands in every card of rows that experts drew; clusters: how many there are."""
+
+    codec: Plain
+    latent_shape: bounds.LatentShape
+    assignment: Name
+    condition: Plain
+    clusters: bounds.ClusterCount
+    source: DrawnSource
+
+
+class DrawingPlan(DrawnCard, Card):
+    """plan.json of synthesized.partial/: what is drawn."""
+
+    remedy: ClassVar[str] = "start anew with --force"
+    kind: Literal["partial"] = "partial"
+
+
+class DrawnClustersCard(DrawnCard, Card):
+    """clusters.json of rows that experts drew."""
+
+    remedy: ClassVar[str] = "run `atoll synthesize` again"
+    kind: Literal["clusters"] = "clusters"
+    k: bounds.ClusterCount
+    counts: tuple[SplitCounts, ...] = Field(max_length=bounds.MAX_CLUSTERS)
+
+
+def clusters_kind(content: Any) -> type[ClustersCard | DrawnClustersCard]:
+    """The class of a clusters.json with this content."""
+    return DrawnClustersCard if isinstance(content, dict) and "source" in content else ClustersCard
