@@ -11,7 +11,7 @@ from typing import Any
 
 from atoll.data.limits import MAX_CAPTION_BYTES
 from atoll.data.names import clean, message_of, printable
-from atoll.data.types import Unfit
+from atoll.data.types import Oversized, Unfit
 from atoll.errors import AtollError
 from atoll.storage.shards import Split
 
@@ -73,6 +73,8 @@ def lines_of(value: object, encoding: str) -> list[str]:
     """
     if value is None:
         return []
+    if isinstance(value, Oversized):
+        raise _too_long(value)
     if isinstance(value, bytes):
         _check_length(len(value))
         codec = encoding_of(value, encoding)
@@ -101,14 +103,13 @@ def caption_of(value: object, encoding: str) -> str:
     return " ".join(lines_of(value, encoding))
 
 
-def refuse_length(size: int) -> Unfit:
-    """The reason against a caption of `size` bytes."""
+def _too_long(size: int) -> Unfit:
     return Unfit(f"caption: {size:,} bytes, expected at most {MAX_CAPTION_BYTES:,}")
 
 
 def _check_length(size: int) -> None:
     if size > MAX_CAPTION_BYTES:
-        raise refuse_length(size)
+        raise _too_long(size)
 
 
 def _not_text(encoding: str, what: str) -> Unfit:
@@ -148,7 +149,7 @@ def caption_from_name(name: str, what: str) -> str:
 
 def key_of(value: object) -> str:
     """The key in a cell: text as it is, a whole number in digits. Raises Unfit for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool | Oversized):
         return str(value)
     if not isinstance(value, str) or value == "" or printable(value) != value or len(value) > _MAX_KEY:
         raise Unfit(f"key: is {clean(repr(value))}, expected text or a whole number")

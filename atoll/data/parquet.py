@@ -10,7 +10,6 @@ from atoll.data.captions import (
     caption_of,
     check_encoding,
     key_of,
-    refuse_length,
     split_of,
 )
 from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
@@ -19,7 +18,7 @@ from atoll.data.locate import Files, config_of, locate
 from atoll.data.names import clean, listed, message_of, printable
 from atoll.data.opening import open_file
 from atoll.data.parquet_columns import Columns, find_columns, split_name, split_range, unread_notes
-from atoll.data.parquet_rows import Oversized, batches, values
+from atoll.data.parquet_rows import batches, values
 from atoll.data.splits import HELD_OUT, TRAIN, NamedSplits, named_splits
 from atoll.data.types import Block, Damaged, Raw, Skipped, Source, Unfit
 from atoll.errors import AtollError
@@ -223,8 +222,6 @@ class Parquet(Source):
                 return _without_image(key, cells)
             if len(cells.image) > MAX_IMAGE_BYTES:
                 raise Unfit(f"too large: {len(cells.image):,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
-            if isinstance(cells.caption, Oversized):
-                raise refuse_length(cells.caption)
             caption = caption_of(cells.caption, self._data.encoding)
             split = part.split
             if part.columns is not None and part.columns.split is not None:

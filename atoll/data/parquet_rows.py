@@ -16,7 +16,7 @@ from atoll.data.limits import (
 )
 from atoll.data.names import clean, message_of
 from atoll.data.opening import is_local, open_file
-from atoll.data.types import Damaged
+from atoll.data.types import Damaged, Oversized
 from atoll.errors import AtollError
 
 _ROWS = 32  # that are decoded together
@@ -24,10 +24,6 @@ _BUFFER = 1 << 20  # bytes of a column that are read at a time
 _DICTIONARY_PAGE = 2  # parquet-format, enum PageType
 # Thrift compact protocol: types of a field.
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
-
-
-class Oversized(int):
-    """In place of a text that is too long for a caption: its length in bytes."""
 
 
 def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text: Sequence[str]) -> Iterator[Any]:

@@ -79,14 +79,16 @@ def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str])
         with open_file(url) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else all headers of the tar stay in memory
-                if member.offset_data + member.size > most and not member.issparse():
-                    raise Damaged(f"{size:,} bytes unpack to {member.offset_data + member.size:,} or more")
                 base = posixpath.basename(member.name)
                 # As webdataset: __name__ holds facts about the tar, and a dot begins the names of hidden files.
                 if member.isdir() or base.startswith(".") or re.match(r"__[^/]*__($|/)", member.name):
                     continue
                 match = rule.fullmatch(member.name.removeprefix("./"))
                 key, extension = match.groups() if match else (member.name.removeprefix("./"), "")
+                end = member.offset_data + member.size
+                if end > most and not member.issparse():
+                    yield Member(key, extension.lower(), None)  # its header shows that the sample before is complete
+                    raise Damaged(f"{size:,} bytes unpack to {end:,} or more")
                 yield _member(tar, member, key, extension.lower(), wanted)
             while rest := tar.fileobj.read(1 << 16):
                 if rest.strip(b"\0"):

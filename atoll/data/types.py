@@ -22,6 +22,10 @@ class Damaged(Exception):
     """A file that cannot be read further; the text is the reason."""
 
 
+class Oversized(int):
+    """In place of a text that is too long for a caption: its length in bytes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Raw:
     """One sample as its source holds it.
