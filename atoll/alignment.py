@@ -90,7 +90,7 @@ def native_velocity(predict: Predict, objective: Objective, x: Tensor, t: Tensor
     A flow expert's output is its velocity. For the others x0 is solved with alpha >= 0.01 and clamped to +-20, and
     u = alpha' x0 + sigma' eps with the derivatives of the expert's own schedule. Above t = 0.85 the velocity is
     damped; the paper names the threshold, the factor, which falls linearly to one half at t = 1, is ours. The result
-    is wrong unless the expert's schedule is the linear one.
+    is exact for flow experts of the linear path only.
 
     Args:
         predict: the expert's network.

@@ -127,8 +127,7 @@ class Sampler:
         self.dropped[name] = _NON_FINITE
         excluded = ensemble.excluded | {index}
         if len(excluded) == len(ensemble.experts) or ensemble.rule.over_experts:
-            raise AtollError(
-                f"{name} {_NON_FINITE}, and there is no other; sample in fp32, or train or convert it again"
-            )
+            reason = "the routing names it" if ensemble.rule.over_experts else "there is no other"
+            raise AtollError(f"{name} {_NON_FINITE}, and {reason}; sample in fp32, or train or convert it again")
         warnings.warn(f"{name} {_NON_FINITE}; sampling goes on without it", stacklevel=4)
         self.ensemble = replace(ensemble, excluded=excluded)
