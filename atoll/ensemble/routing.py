@@ -13,8 +13,8 @@
 | `time-switch-0.5:A:B` | expert A at t >= 0.5, expert B below, without a router (HDDM section 4.3) |
 
 To add a routing: derive a frozen dataclass from `Routing` (`examples`, `needs_router`, `parse`, `weights`) and add one
-line to `ROUTINGS` at the end of this file. `parse_routing`, atoll.yaml, the command line and the error texts follow; the
-table above, the help of `atoll sample --routing` and `NAMES` in tests/ensemble/test_routing.py are written by hand.
+line to `ROUTINGS` at the end of this file. `parse_routing`, atoll.yaml, the command line and the error texts follow;
+the table above, the help of `atoll sample --routing` and `NAMES` in tests/ensemble/test_routing.py are written by hand.
 """
 
 import hashlib
