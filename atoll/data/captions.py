@@ -1,4 +1,4 @@
-"""What a caption is: the names under which it is looked for, in order of preference, and the text it becomes.
+"""Caption conventions: the column names to look for, in order of preference, and how values become text.
 
 The same order holds for the columns of tables, the fields of JSON files and the columns of parquet. docs/data.md lists
 the conventions of other projects that it covers.
@@ -25,35 +25,38 @@ SIDECARS = ("txt", "caption", "captions", "text", "prompt", "tags", "json")
 # Values of data.caption that stand for names instead of a column: the file's ("red_fox_2.jpg"), or its directory's.
 FROM_FILE, FROM_FOLDER = "@file", "@folder"
 
+# Words in a column name that suggest captions; used only for notes, never to choose a column.
 _CAPTION_WORDS = {"caption", "captions", "prompt", "prompts", "text", "texts", "description", "descriptions"}
 _MAX_KEY = 4096  # characters: as many as a path has
 
 
 def caption_columns(names: Iterable[str]) -> list[str]:
-    """The names that usually hold captions, the preferred ones first; an exact name before one in other letters."""
+    """Return the names that usually hold captions, preferred first; exact case comes before other cases."""
+    # False sorts before True, so "caption" precedes "Caption". The name itself makes the order total.
     by_rank = sorted((COLUMNS.index(name.lower()), name not in COLUMNS, name) for name in names if is_usual(name))
     return [name for _, _, name in by_rank]
 
 
 def is_usual(name: str) -> bool:
-    """Whether a column or field of this name is read as captions where the settings name none."""
+    """Return whether a column of this name is read as captions when the settings name none."""
     return name.lower() in COLUMNS
 
 
 def like_captions(names: Iterable[str]) -> list[str]:
-    """The names that speak of captions without being usual ones, such as blip_caption or prompt_en."""
+    """Return the names that suggest captions but are not usual ones, such as blip_caption or prompt_en."""
     return [name for name in names if not is_usual(name) and _CAPTION_WORDS & set(_words(name))]
 
 
 def _words(name: str) -> list[str]:
-    """blip_caption -> blip, caption; promptEn -> prompt, en."""
+    """Split a name into lower-case words: blip_caption -> blip, caption; promptEn -> prompt, en."""
     return [word.lower() for word in re.split(r"[\W_]+|(?<=[a-z])(?=[A-Z])", name)]
 
 
 def field_of(record: Mapping[str, Any], column: str | None) -> Any:
-    """The caption in a record: the field `column`, else the preferred one of the usual fields that is not null."""
+    """Return the caption of a record: the field `column`, else the first usual field that is not null."""
     if column is not None:
         return record.get(column)
+    # A null in the preferred column falls through to the next one.
     for name in caption_columns(record):
         value = record[name]
         if name.lower() == "tags" and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
@@ -64,12 +67,12 @@ def field_of(record: Mapping[str, Any], column: str | None) -> Any:
 
 
 def lines_of(value: object, encoding: str) -> list[str]:
-    """The lines of text that a cell or a file holds, stripped, without empty ones; none for None.
+    """Return the stripped, non-empty lines of text in a cell or a file; no lines for None.
 
     Bytes are decoded with `encoding`, unless they start with a byte order mark of utf-8 or utf-16.
 
     Raises:
-        Unfit: more bytes than a caption may have, several captions, or no text; the first bad byte is named.
+        Unfit: the value is too long, is a list of captions, or is not text; the message names the first bad byte.
     """
     if value is None:
         return []
@@ -77,19 +80,23 @@ def lines_of(value: object, encoding: str) -> list[str]:
         raise _too_long(value)
     if isinstance(value, bytes):
         _check_length(len(value))
+        # A byte order mark is evidence; the setting is only a default.
         codec = encoding_of(value, encoding)
         try:
             value = value.decode(codec)
         except UnicodeDecodeError as error:
             raise _not_text(codec, f"byte 0x{error.object[error.start]:02x} at {error.start}") from None
+        # Codecs such as utf-16 and punycode raise the plain UnicodeError, which has no byte position.
         except UnicodeError as error:
             raise _not_text(codec, message_of(error)) from None
+    # Choosing one of several captions at random would make the encoding depend on a seed, so lists are refused.
     if isinstance(value, list | tuple):
         raise Unfit("caption: is list, expected text; several captions of one image are not supported, choose one")
     if not isinstance(value, str):
         raise Unfit(f"caption: is {type(value).__name__}, expected text")
     _check_length(len(value))
     try:
+        # Python strings may hold lone surrogates, which no file format can store.
         value.encode()
     except UnicodeEncodeError as error:
         code = ord(value[error.start])  # U+DC80 to U+DCFF stand for bytes, see PEP 383
@@ -99,7 +106,7 @@ def lines_of(value: object, encoding: str) -> list[str]:
 
 
 def caption_of(value: object, encoding: str) -> str:
-    """The caption that a cell or a file holds, in one line; "" for None. Raises Unfit as `lines_of`."""
+    """Return the caption of a cell or a file as one line; "" for None. Raises Unfit as `lines_of`."""
     return " ".join(lines_of(value, encoding))
 
 
@@ -117,7 +124,7 @@ def _not_text(encoding: str, what: str) -> Unfit:
 
 
 def encoding_of(start: bytes, encoding: str) -> str:
-    """The encoding of bytes that start so: `encoding`, unless a byte order mark says otherwise."""
+    """Return the encoding of a text by its first bytes: that of the byte order mark, else `encoding`."""
     if start.startswith(BOM_UTF8):
         return "utf-8-sig"
     return "utf-16" if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else encoding
@@ -134,13 +141,14 @@ def check_encoding(encoding: str) -> None:
 
 
 def caption_from_name(name: str, what: str) -> str:
-    """The caption in a path, as kohya's class tokens and the filename strategies of OneTrainer and SimpleTuner.
+    """Return the caption in a path, like kohya's class tokens and the file name modes of OneTrainer and SimpleTuner.
 
     Args:
         name: the path of the image, with slashes.
         what: `FROM_FILE`: the file's name, or `FROM_FOLDER`: its directory's, without kohya's number of repeats
             ("20_sks dog"). Underscores become spaces.
     """
+    # kohya names folders "<repeats>_<text>", such as "20_sks dog".
     *folders, file = name.split("/")
     folder = re.sub(r"^\d+_", "", folders[-1]) if folders else ""
     text = file.rsplit(".", 1)[0] if what == FROM_FILE else folder
@@ -148,15 +156,18 @@ def caption_from_name(name: str, what: str) -> str:
 
 
 def key_of(value: object) -> str:
-    """The key in a cell: text as it is, a whole number in digits. Raises Unfit for anything else."""
+    """Return the key in a cell: text unchanged, a whole number as digits. Raises Unfit for anything else."""
+    # bool and Oversized are kinds of int, but no keys.
     if isinstance(value, int) and not isinstance(value, bool | Oversized):
         return str(value)
+    # Keys appear in reports and file lists, so they must print as they are.
     if not isinstance(value, str) or value == "" or printable(value) != value or len(value) > _MAX_KEY:
         raise Unfit(f"key: is {clean(repr(value))}, expected text or a whole number")
     return value
 
 
 def split_of(value: object) -> Split:
-    """The split that a cell names: "train" trains, anything else is held out."""
+    """Return the split that a cell names: "train" or "training" trains, anything else is held out."""
+    # A bad byte gives an unknown word, which holds the sample out: the safe side.
     word = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return "train" if isinstance(word, str) and word.strip().lower() in ("train", "training") else "val"

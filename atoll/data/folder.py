@@ -1,4 +1,4 @@
-"""A folder of images, with captions in text files beside them or in tables."""
+"""Source for a folder of images, with captions in text files beside them or in tables."""
 
 import json
 from collections.abc import Iterator
@@ -24,23 +24,24 @@ from atoll.data.types import UNREAD_CAPTIONS, Block, Raw, Skipped, Source, Unfit
 from atoll.manifest import DataSettings
 from atoll.storage.shards import split_by_hash
 
-_THREADS = 16  # that fetch remote files
+_THREADS = 16  # threads that fetch remote files
 
 
 class Folder(Source):
-    """The images in a folder and below, in the order of their relative paths, which are their keys.
+    """Read the images in a folder and below, sorted by relative path; the relative path is the key.
 
     Captions come from tables (metadata.jsonl, .csv, .tsv, .json or .parquet, in the folder or below, whose rows name
     images relative to themselves) and from text files beside the images. `data.caption` names a column, the extension
     of the text files, or "@file" or "@folder" for names. docs/data.md lists what is read, in order.
 
     Masks and other companions of images are left out, folders called test or validation are held out, and files whose
-    name begins with a dot are not looked at.
+    name begins with a dot are ignored.
 
-    Skipped are, first, rows of tables that cannot be read; then, among the others, images that a row names and that
-    are not there.
+    Table rows that cannot be read are skipped and come first. Images that a row names but that do not exist are skipped
+    in their place among the others.
 
-    Raises AtollError if there are no images, a table lacks a column, or captions lie there that are not read.
+    Raises:
+        AtollError: there are no images, a table lacks a column, or the folder has captions that are not read.
     """
 
     name = "folder"
@@ -53,14 +54,17 @@ class Folder(Source):
         self._scan = FolderScan(files, data)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the list of files: a block tells a worker all that it needs."""
+        """Drop the list of files: a block carries all that a worker needs."""
         return {"_data": self._data, "root": self.root}
 
     def blocks(self) -> list[Block]:
         size, entries, blocks = self._data.block, self._scan.entries, []
         for start in range(0, len(entries), size):
             part = entries[start : start + size]
+            # A row may name a file that does not exist. Such a file has no size to record, and its entry is skipped
+            # later.
             files = [name for entry in part for name in (entry.file, *entry.sidecars) if name in self._scan.files.sizes]
+            # The tables are read once for the whole folder, so the first block records them.
             tables = [] if start else [name for name in self._scan.tables if name in self._scan.files.sizes]
             blocks.append(
                 Block(f"{start:09d}-{start + len(part):09d}", len(part), part, (*tables, *dict.fromkeys(files)))
@@ -68,6 +72,7 @@ class Folder(Source):
         return blocks
 
     def read(self, block: Block) -> Iterator[Raw | Skipped]:
+        # Local reads are fast enough in sequence; remote ones wait for the network and overlap.
         near = self.root is not None and is_local(self.root)
         yield from map(self._read, block.content) if near else ahead(self._read, block.content, _THREADS)
 
@@ -75,8 +80,9 @@ class Folder(Source):
         return config_of(self.name, self._data)
 
     def fingerprint(self) -> str:
-        """The sha256 over the relative name and the size of every image, sidecar and table."""
+        """Return the sha256 over the relative name and the size of every image, sidecar and table."""
         listing = self.listing()
+        # The default is cheap (names and sizes); hashing all contents has to be requested.
         if self._data.fingerprint == "content":
             return content_fingerprint(listing.root, list(listing.sizes))
         return fingerprint(listing.sizes.items())
@@ -88,28 +94,34 @@ class Folder(Source):
         return self._scan.notes
 
     def _read(self, entry: Entry) -> Raw | Skipped:
+        # The scan has already found this entry unreadable, for example a bad row or a missing file.
         if entry.reason:
             return Skipped(entry.key, entry.reason)
         try:
             caption, notes = self._caption(entry)
+            # A split named by a table or folder wins over the hash of the key.
             split = entry.split or split_by_hash(entry.key, self._data.validation)
             return Raw(entry.key, self._bytes(entry.file, MAX_IMAGE_BYTES), caption, split, notes)
         except Unfit as error:
             return Skipped(entry.key, str(error))
 
     def _caption(self, entry: Entry) -> tuple[str, tuple[str, ...]]:
-        """The caption of an image, and notes. The first text file that is not empty counts."""
+        """Return the caption of an image, and notes. The first text file that is not empty wins."""
+        # A caption from names needs no file.
         if self._data.caption in (FROM_FILE, FROM_FOLDER):
             return caption_from_name(entry.file, self._data.caption), ()
+        # A table row wins over the text files beside the image.
         if entry.caption is not None:
             return caption_of(entry.caption, self._data.encoding), ()
         notes: list[str] = []
+        # The scan sorted the sidecars by preference.
         for name in entry.sidecars:
             value: object = self._bytes(name, MAX_SIDECAR_BYTES)
             if name.lower().endswith(".json"):
                 value, note = self._field(name, value)
                 notes += [note] if note else []
             lines = lines_of(value, self._data.encoding)
+            # This note replaces those of earlier files: only the file that is used matters.
             if len(lines) > 1:
                 notes = [f"captions of several lines, joined into one ({clean(name)})"]
             if lines:
@@ -117,16 +129,19 @@ class Folder(Source):
         return "", tuple(notes)
 
     def _field(self, name: str, data: object) -> tuple[Any, str]:
-        """The caption in a JSON file beside an image, and a note if there is none."""
+        """Return the caption in a JSON file beside an image, and a note if there is none."""
         assert isinstance(data, bytes)
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise Unfit(f"json: {clean(name)} cannot be parsed ({message_of(error)})") from None
+        # A bare string is the caption itself. A list goes to `lines_of`, which refuses it with the reason.
         if not isinstance(content, dict):
             return content if isinstance(content, str | list) else None, ""
+        # A value with a leading dot is a file extension, not the name of a field.
         column = self._data.caption if not (self._data.caption or ".").startswith(".") else None
         value = field_of(content, column if column in content else None)
+        # Report fields that look like captions, so that a wrong setting does not train without captions unnoticed.
         if value is None and (others := like_captions(content)):
             return None, f"{UNREAD_CAPTIONS}: .json files have {listed(others)}; data.caption names one"
         return value, ""

@@ -1,13 +1,13 @@
-"""Image files into arrays of one size: decoded whole, turned upright, put on white, cropped to a square, resized.
+"""Decode image files to arrays of one size: upright, opaque on white, cropped to a square and resized.
 
 Imports numpy and Pillow alone: it runs in worker processes, which must start fast and need no torch.
 
-A damaged file is refused, never half decoded. Detected are: any file cut short; in a PNG any changed byte (chunks and
-pixels carry checksums); in a JPEG or GIF a structure that no longer fits (markers, restart markers, blocks), or coded
-data that end early; whatever the decoders themselves object to. Not detected: JPEG, WebP, AVIF, GIF, BMP and most TIFF
-files carry no checksum of their pixels, so a changed byte there that still decodes gives a changed image.
+A damaged file is refused, never half decoded. Detected: any truncated file; any changed byte in a PNG (its chunks and
+pixels have checksums); a broken structure (markers, restart markers, blocks) or coded data that end early in a JPEG or
+GIF; anything the decoders reject. Not detected: JPEG, WebP, AVIF, GIF, BMP and most TIFF files have no checksum of
+their pixels, so a changed byte that still decodes gives a changed image.
 
-Colours are taken as the file stores them: ICC profiles are ignored, as in the pipelines of the published models (the
+Colours are used as stored: ICC profiles are ignored, as in the pipelines of the published models (the
 result would otherwise depend on the version of a colour engine). CMYK is converted without a profile, too.
 """
 
@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from atoll.data.containers import MAX_PIXELS, Unusable, check_container, container_of, refuse_giants
 
 _WHITE = (255, 255, 255)
-_ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A: how the stored image must be turned to stand upright
+_ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A: the rotation that turns the stored image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,7 +35,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Tags of TIFF 6.0, sections 8 and 19, that say how numbers become light.
+# Tags of TIFF 6.0, sections 8 and 19, that define how numbers map to intensity.
 _BITS, _PHOTOMETRIC, _MAX_VALUE, _SAMPLE_FORMAT = 258, 262, 281, 339
 _WHITE_IS_ZERO = 0
 _DARK = 4096  # of 65535: 32-bit numbers that stay below it are more likely of 8 or 12 bits than of a nearly black image
@@ -45,9 +45,12 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Pillow logs t
 
 @dataclass(frozen=True)
 class Framing:
-    """What every image becomes. size: pixels of a side. channels: 3 (RGB) or 1 (grey: ITU-R 601-2 luma).
+    """Format of every decoded image.
 
-    smallest_side: pixels; images whose shorter side has fewer are refused. Those between it and `size` are enlarged.
+    Attributes:
+        size: side in pixels.
+        channels: 3 (RGB) or 1 (grey: ITU-R 601-2 luma).
+        smallest_side: pixels; images with a shorter side are refused, those between it and `size` are enlarged.
     """
 
     size: int
@@ -60,16 +63,25 @@ class Framing:
 
 
 def frame(data: bytes, framing: Framing) -> np.ndarray:
-    """Decode the image in the bytes of a file to [C,size,size] uint8.
+    """Decode the bytes of an image file.
 
-    Formats: JPEG (of a phone's MPO the first image), PNG, WebP, AVIF, GIF, BMP and TIFF.
+    Formats: JPEG (the first image of a phone's MPO), PNG, WebP, AVIF, GIF, BMP and TIFF.
+
+    Args:
+        data: the file.
+        framing: the format of the result.
+
+    Returns:
+        Pixels [C, size, size], uint8.
 
     Raises:
-        Unusable: no bytes, no image, a damaged, too small, too large or animated one, or pixels of a kind that has no
+        Unusable: the file is empty, is no image, is damaged, too small, too large or animated, or its pixels have no
             agreed meaning as an image (floating point, signed or 32-bit numbers).
     """
+    # The first bytes decide the format; the extension of a file is not reliable.
     container = container_of(data)
     with warnings.catch_warnings():
+        # Pillow warns about odd metadata; what matters is raised.
         warnings.simplefilter("ignore")
         try:
             image = _decode(check_container(container, data), container, framing)
@@ -86,40 +98,48 @@ def frame(data: bytes, framing: Framing) -> np.ndarray:
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """The central square, resized to `size` pixels of a side, as ADM and DiT prepare ImageNet.
+    """Crop the central square and resize it to `size` pixels, as ADM and DiT prepare ImageNet.
 
-    Halved by averaging (box filter) while the shorter side is at least twice `size`, resized bicubically until it is
-    `size`, then cropped. Source: the description in Dhariwal & Nichol, 2021 (arXiv 2105.05233) and Peebles & Xie, 2023
+    Halve by averaging (box filter) while the shorter side is at least twice `size`, resize bicubically until it is
+    `size`, then crop. Source: the description in Dhariwal & Nichol, 2021 (arXiv 2105.05233) and Peebles & Xie, 2023
     (arXiv 2212.09748).
 
     Raises:
         Unusable: the enlarged image would have more than `MAX_PIXELS` pixels.
     """
+    # The box filter averages out detail that bicubic resizing would alias.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    # Resize the shorter side to `size` exactly.
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
+    # Only enlarging can get here: a narrow strip grows with the square of the scale.
     if width * height > MAX_PIXELS:
         raise Unusable(f"{image.width} x {image.height} pixels: too long and narrow to be enlarged to {size}")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # Crop the longer side around the centre.
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def _decode(data: bytes, container: str, framing: Framing) -> Image.Image:
-    """The image upright, all its pixels read. The header is checked first. Raises what Pillow raises."""
+    """Decode all pixels and turn the image upright; check the header first. Raises what Pillow raises."""
     try:
+        # Only the detected format is tried, so that no other decoder sees the bytes.
         image: Image.Image = Image.open(io.BytesIO(data), formats=[container])
     except UnidentifiedImageError:
         raise Unusable(f"damaged: its header is not that of a {container} file that Pillow can read") from None
     except Image.DecompressionBombError:
         raise Unusable(f"more than the {MAX_PIXELS // 10**6} million pixels that are allowed") from None
+    # Check the dimensions in the header before any pixel is decoded.
     width, height = image.size
     refuse_giants(width, height)
     if min(width, height) < framing.smallest_side:
         raise Unusable(f"{width} x {height} pixels; expected at least {framing.smallest_side} on the shorter side")
+    # An MPO is a JPEG with further images, such as a preview or the other eye; only the first one counts.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise Unusable("an animation, or several pages; a single image is expected")
+    # libtiff writes to the descriptor itself, so redirecting sys.stderr would not help.
     with _silent_stderr() if container == "TIFF" else nullcontext():
         image.load()
     turn = _turn(image)  # read first: what converts an image drops its EXIF data
@@ -130,7 +150,7 @@ def _decode(data: bytes, container: str, framing: Framing) -> Image.Image:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Silence libtiff, which prints every complaint to the terminal; those that matter come as exceptions, too."""
+    """Silence libtiff, which prints every complaint to the terminal; those that matter are raised as exceptions too."""
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
@@ -142,15 +162,16 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _tiff_in_8_bits(image: Image.Image) -> Image.Image:
-    """A TIFF with its tags applied: Pillow leaves grey of 12 and 16 bits as the bare numbers that are stored.
+    """Apply the tags of a TIFF: Pillow leaves 12-bit and 16-bit grey as the stored numbers.
 
     Full scale is the largest number of `BitsPerSample` bits. A `MaxSampleValue` of 2^n - 1 that no pixel exceeds is the
     scale of a camera with fewer bits in a 16-bit file; any other value is a statistic (TIFF 6.0, section 8).
 
     Raises:
-        Unusable: numbers whose scale no tag defines.
+        Unusable: no tag defines the scale of the numbers.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
+    # Leave all that Pillow already scales, and refuse what has no defined scale.
     bits, kind = _first(tags.get(_BITS, 1)), _first(tags.get(_SAMPLE_FORMAT, 1))
     if image.mode == "F" or bits not in (8, 12, 16, 32):
         return image  # floats are refused by `_plain`; Pillow scales fewer bits itself
@@ -160,17 +181,21 @@ def _tiff_in_8_bits(image: Image.Image) -> Image.Image:
         if 0 < (high := int(np.asarray(image).max())) < _DARK:
             raise Unusable(f"its 32-bit pixels reach up to {high}, and no tag defines white; save it with 8 or 16 bits")
         return image
+    # Full scale is 2^bits - 1, unless MaxSampleValue is a smaller 2^n - 1.
     full = 2**bits - 1
     white = _first(tags.get(_MAX_VALUE, full))
     smaller = white < full and white > 0 and white & (white + 1) == 0
     if image.mode == "L" or image.mode.startswith("I;16"):
+        # 32 bits hold 65535 * 255 without overflow.
         values = np.asarray(image).astype(np.uint32)  # [H,W]
         inverted = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO
         if inverted and image.mode == "L":
             values = full - values  # Pillow has inverted 8 bits already: back to the numbers that are stored
+        # A pixel above MaxSampleValue disproves it as the scale.
         scale = white if smaller and int(values.max()) <= white else full
         if image.mode == "L" and scale == full:
             return image
+        # Integer division with half the divisor added rounds to nearest.
         grey = (values * 255 + scale // 2) // scale
         return Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
     # Pillow has kept the upper 8 bits of each channel: with a smaller scale almost nothing is left of the image.
@@ -180,13 +205,13 @@ def _tiff_in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _first(value: object) -> int:
-    """The value of a tag, or the first of several."""
+    """Return the value of a tag, or the first of several; 1 if it is no number."""
     number = value[0] if isinstance(value, tuple) and value else value
     return int(number) if isinstance(number, int | float) else 1
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How the EXIF data turn the image. Where these cannot be read, the image is taken as it is."""
+    """Return the rotation in the EXIF data; None if there is none or it cannot be read."""
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # as many kinds as there are broken EXIF writers
@@ -194,21 +219,23 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:
-    """Opaque on white, 8 bits a channel, RGB or grey."""
+    """Convert to 8 bits per channel, RGB or grey, opaque on white."""
     if image.mode == "F":
         raise Unusable("its pixels are floating-point numbers, whose range nothing tells; save it with 8 or 16 bits")
+    # Order matters: reduce to 8 bits first, then remove transparency, then convert the channels.
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
     if image.has_transparency_data:
         transparent = image.convert("RGBA")
         image = Image.new("RGB", image.size, _WHITE)
+        # Transparent pixels have arbitrary colours; white is the background of a page.
         image.paste(transparent, mask=transparent.getchannel("A"))
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)  # convert would copy it
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey in 0..65535 (modes I;16, I;16B, I) as 8 bits, rounded; `convert("L")` would clip all above 255 to white."""
+    """Round grey in 0..65535 (modes I;16, I;16B, I) to 8 bits; `convert("L")` would clip above 255 to white."""
     values = np.asarray(image)  # [H,W]
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
@@ -220,5 +247,5 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _line(error: Exception) -> str:
-    """The message of an error in a single short line; its kind if it has none."""
+    """Return the message of an error as one short line; its type if it has none."""
     return " ".join(str(error).split())[:160] or type(error).__name__
