@@ -1,4 +1,4 @@
-"""Parquet files with a column of image files, such as Hugging Face data sets with an Image feature."""
+"""Source for parquet files with a column of image files, such as Hugging Face data sets with an Image feature."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from atoll.manifest import DataSettings
 from atoll.storage.shards import Split, split_by_hash
 
 SUFFIXES = (".parquet", ".parq", ".pq")
-# `Dataset.to_parquet` of an imagefolder writes paths; pushing to the hub, or this, writes the bytes.
+# `Dataset.to_parquet` of an imagefolder writes paths; pushing to the hub, or the advice below, writes the bytes.
 EMBED = (
     'embed the files with datasets: ds.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
     ".to_parquet(...); or name the folder of images itself as data.path, with data.source: folder"
@@ -35,13 +35,13 @@ EMBED = (
 
 @dataclass(frozen=True)
 class _Footer:
-    """What the end of a parquet file says.
+    """Facts from the footer of a parquet file.
 
     Attributes:
         schema: a pyarrow.Schema.
         groups: rows of each row group.
-        splits: the least and the greatest value of a column called split; empty if unknown.
-        damage: why there is nothing else.
+        splits: smallest and greatest value of a column called split; empty if unknown.
+        damage: why the footer cannot be used; "" if it can.
     """
 
     schema: Any = None
@@ -52,9 +52,18 @@ class _Footer:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows `start` to `stop` of a file, which are those of some whole row groups, or lie within one.
+    """Rows `start` to `stop` of a file: some whole row groups, or a part of one.
 
-    before: rows of the first of the row groups that come before `start`. split: what the file's name tells.
+    Attributes:
+        url: path or URL of the file.
+        name: relative to the root.
+        groups: numbers of the row groups to read.
+        before: rows of the first row group to drop before `start`.
+        start: first row.
+        stop: row after the last.
+        columns: the columns to read.
+        damage: why the file is not opened; "" if it is.
+        split: split that the file's name implies, if any.
     """
 
     url: str
@@ -69,21 +78,22 @@ class _Part:
 
 
 class Parquet(Source):
-    """Parquet files; a block is at most `data.block` rows: some row groups, or a part of one.
+    """Read parquet files; a block is at most `data.block` rows: some row groups, or a part of one.
 
-    A row group that is larger than a block is decoded from its start for each of its blocks; write groups of some
-    thousand rows at most. In memory is one page of each column, which as a rule holds at most 1,024 rows.
+    A row group that is larger than a block is decoded from its start for each of its blocks; write groups of a
+    few thousand rows at most. One page of each column is in memory; it usually holds at most 1,024 rows.
 
     Images: the column `data.image`, else the only one that holds bytes, or a struct with `bytes` (as the Hugging Face
     Image feature). Captions: `data.caption`, else the usual names in their order. Keys: `data.key`, else
     "<relative path>:<row>". Splits: `data.split`, else a column called split, else names of folders and files such as
     test-00000-of-00001.parquet, else a hash of the key.
 
-    Skipped are rows whose image is null, and what cannot be read of a damaged file. A null beside a status (as
-    img2dataset writes it for a dead link) counts as absent.
+    Rows whose image is null and the unreadable rest of a damaged file are skipped. A null beside a status (as
+    img2dataset writes it for a dead link) is not a failure.
 
-    Raises AtollError if there are no files, a column is not there, holds something else or differs between files, or
-    captions lie in columns that are not read.
+    Raises:
+        AtollError: there are no files; a column is missing, has the wrong type or differs between files; or columns
+            with captions are not read.
     """
 
     name = "parquet"
@@ -95,11 +105,13 @@ class Parquet(Source):
         self.root = self._files.root
         self._notes: list[str] = []
         names = list(self._files.sizes)
+        # Footers are small; on a remote store the latency dominates, so they are read in parallel.
         with ThreadPoolExecutor(16) as pool:
             footers = list(pool.map(self._footer, names))
         columns = self._columns(names, footers)
         if columns is not None and columns.split is None:
             columns = self._split_column(columns, footers)
+        # Names of files imply splits only if neither the settings nor a column decide.
         splits: NamedSplits = NamedSplits({})
         if columns is not None and columns.split is None and data.splits == "auto":
             splits = named_splits(names, "files")
@@ -109,11 +121,12 @@ class Parquet(Source):
                 f"{len(self._files.missing):,} files of a range are not there: {listed(list(self._files.missing))}"
             )
         self._blocks = list(self._cut(names, footers, columns, splits.splits))
+        # A link or pipe still gets a block, so that it is reported as skipped.
         for name, reason in self._files.unopened.items():
             self._blocks.append(Block(name, None, _Part(self._files.url(name), name, damage=f"it is {reason}")))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the list of files: a block tells a worker all that it needs."""
+        """Drop the list of files: a block carries all that a worker needs."""
         return {"_data": self._data, "root": self.root}
 
     def blocks(self) -> list[Block]:
@@ -128,9 +141,11 @@ class Parquet(Source):
         try:
             if part.damage:
                 raise Damaged(part.damage)
+            # Parts of one large row group decode it from its start and drop the rows of earlier parts.
             for cells in islice(_rows(part), part.before, part.before + part.stop - part.start):
                 yield self._decode(part, row, cells)
                 row += 1
+            # Fewer rows than the footer claims: the file was cut or its footer is wrong.
             if row < part.stop:
                 raise Damaged("the rows end too early")
         except Damaged as error:
@@ -142,7 +157,7 @@ class Parquet(Source):
         return config_of(self.name, self._data)
 
     def fingerprint(self) -> str:
-        """The sha256 over the relative name and the size of every file."""
+        """Return the sha256 over the relative name and the size of every file."""
         if self._data.fingerprint == "content":
             return content_fingerprint(self.root, list(self._files.sizes))
         return fingerprint(self._files.sizes.items())
@@ -162,22 +177,24 @@ class Parquet(Source):
             raise
         except Exception as error:  # Arrow raises several kinds over damaged bytes
             return _Footer(damage=message_of(error))
-        # A row of images takes a bit at the very least; a footer that says otherwise would give endless blocks.
+        # A row with an image takes at least a bit; a footer that claims more rows would yield endless blocks.
         if min(groups, default=0) < 0 or sum(groups) > 8 * self._files.sizes[name]:
             return _Footer(damage=f"its footer claims {sum(groups):,} rows in {self._files.sizes[name]:,} bytes")
         return _Footer(schema, groups, splits)
 
     def _columns(self, names: Sequence[str], footers: Sequence[_Footer]) -> Columns | None:
-        """The columns of all files. None if no file can be read."""
+        """Return the columns of all files; None if no file can be read."""
         columns: Columns | None = None
         first = ""
         for name, footer in zip(names, footers, strict=True):
             if footer.damage:
                 continue
+            # The first readable file decides; all others must agree with it.
             if columns is None:
                 columns, first, schema = find_columns(footer.schema, self._data, name), name, footer.schema
                 self._notes += unread_notes(schema, columns, self._data)
             for column in filter(None, columns):
+                # Only the columns that are read are compared; others may differ.
                 here = footer.schema.field(column).type if column in footer.schema.names else "missing"
                 if here != schema.field(column).type:
                     raise AtollError(
@@ -188,9 +205,11 @@ class Parquet(Source):
         return columns
 
     def _split_column(self, columns: Columns, footers: Sequence[_Footer]) -> Columns:
-        """The columns with one called split, if its least and greatest values say that it holds splits."""
+        """Add the column called split, if its smallest and greatest values are names of splits."""
+        # The statistics in the footers decide without reading any row.
         good = [footer for footer in footers if not footer.damage]
         ends = {value.lower() for footer in good for value in footer.splits}
+        # Both ends must be known words, in all files, and some rows must train and some be held out.
         known = ends <= {*TRAIN, *HELD_OUT} and all(footer.splits for footer in good if footer.groups)
         if self._data.splits != "auto" or not known or not ends & set(HELD_OUT) or not ends & set(TRAIN):
             return columns
@@ -209,6 +228,7 @@ class Parquet(Source):
             for groups, before, start, stop in cut(footer.groups, self._data.block):
                 part = _Part(url, name, groups, before, start, stop, columns, split=splits.get(name))
                 yield Block(f"{name}:{start}-{stop}", stop - start, part, files)
+                # Only the first block of a file records it, so that its content is hashed once.
                 files = ()
 
     def _decode(self, part: _Part, row: int, cells: "_Cells") -> Raw | Skipped:
@@ -216,6 +236,7 @@ class Parquet(Source):
         try:
             if printable(key) != key:
                 raise Unfit("key: the file's name is not utf-8; rename it")
+            # Resolve the key first: all reasons for skipping are reported under it.
             if self._data.key is not None:
                 key = key_of(_text(cells.key))
             if not isinstance(cells.image, bytes):
@@ -223,6 +244,7 @@ class Parquet(Source):
             if len(cells.image) > MAX_IMAGE_BYTES:
                 raise Unfit(f"too large: {len(cells.image):,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
             caption = caption_of(cells.caption, self._data.encoding)
+            # A column beats the name of the file, and a hash of the key decides for the rest.
             split = part.split
             if part.columns is not None and part.columns.split is not None:
                 split = split_of(cells.split)
@@ -232,7 +254,7 @@ class Parquet(Source):
 
 
 class _Cells(NamedTuple):
-    """One row. path: of an image that is not in the file. Text comes as bytes, as not all of it is utf-8."""
+    """One row. Text is bytes, because not all of it is utf-8; `path` is set for an image outside the file."""
 
     image: Any
     path: str | None
@@ -244,7 +266,7 @@ class _Cells(NamedTuple):
 
 
 def _without_image(key: str, cells: _Cells) -> Skipped:
-    """What a row without an image is: a dead link by its status, a path, or damage."""
+    """Return the reason for a row without an image: a dead link by its status, a path, or a null."""
     status = _text(cells.status)
     if cells.path is not None:
         return Skipped(printable(key), f"image: a path ({cells.path}), no bytes; {EMBED}")
@@ -257,34 +279,44 @@ def _without_image(key: str, cells: _Cells) -> Skipped:
 def cut(groups: Sequence[int], block: int) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
     """Cut a file at its row groups, and row groups of more than `block` rows within.
 
-    Yields (row groups, rows of the first one to leave out, first row, row after the last) for each part.
+    Args:
+        groups: rows of each row group.
+        block: most rows of a part.
+
+    Yields:
+        (row groups, rows of the first one to leave out, first row, row after the last) for each part.
     """
     together: list[int] = []
     start, rows = 0, 0
+    # The final None flushes the last part.
     for number, count in enumerate([*groups, None]):
         if together and (count is None or rows + count > block):
             yield tuple(together), 0, start, start + rows
             start, together, rows = start + rows, [], 0
+        # A row group larger than a block is cut by rows.
         if count is not None and count > block:
             for before in range(0, count, block):
                 yield (number,), before, start + before, start + min(before + block, count)
             start += count
+        # Small row groups are joined until a block is full.
         elif count:
             together, rows = [*together, number], rows + count
 
 
 def _rows(part: _Part) -> Iterator[_Cells]:
-    """The rows of the row groups of a part. Raises Damaged where they cannot be read further."""
+    """Yield the rows of the row groups of a part. Raises Damaged where they cannot be read further."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     columns = part.columns
     assert columns is not None
+    # Columns may coincide, for example key and caption; each is read once.
     text = list(dict.fromkeys(name for name in columns[1:] if name is not None and name != columns.image))
     for batch in batches(part.url, part.groups, list(dict.fromkeys((columns.image, *text))), text):
         try:
             none = [None] * len(batch)
             image, paths = batch.column(columns.image), none
+            # Hugging Face's Image feature is a struct with the fields bytes and path.
             if pa.types.is_struct(image.type):
                 fields = {field.name for field in image.type}
                 paths = values(pc.struct_field(image, "path")) if "path" in fields else none

@@ -1,12 +1,12 @@
-"""The encoding in the making: encoded.partial/, one shard per finished block, until all are there and it is sealed.
+"""An unfinished encoding: encoded.partial/ holds one shard per finished block until all are done and it is sealed.
 
-plan.json           the card of the encoding and its blocks: whoever goes on must want the same
+plan.json           the card of the encoding and its blocks; a resumed encoding must match it
 00012.safetensors   the columns of block 12's good samples, if it has any
-00012.jsonl         what was skipped in it, and why
-00012.notes         what was left out of its good samples, or changed; if there is anything
-00012.files         size, time and hash of the files it was read from; if there are any
-source.parquet      size and time of all files of the source, if it has any, when the encoding was begun
-00012.parquet       key, caption, split, pixels (a hash of them); written last: a block is done if it is there
+00012.jsonl         its skipped samples, with reasons
+00012.notes         parts of its good samples that were left out or changed, if any
+00012.files         size, time and hash of the files it was read from, if any
+source.parquet      size and time of all files of the source, if any, when the encoding started
+00012.parquet       key, caption, split, pixels (a hash of them); written last: a block with this file is done
 """
 
 import hashlib
@@ -46,7 +46,7 @@ TEXT = ("key", "caption", "split")
 
 
 class PartialEncoding:
-    """The directory of an encoding in the making. One process at a time plans and seals; any number write blocks."""
+    """The directory of an unfinished encoding. One process at a time plans and seals; any number write blocks."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,20 +62,31 @@ class PartialEncoding:
     def prepare(
         self, card: EncodedCard, blocks: Sequence[Block], listing: Listing | None, resume: bool, restart: bool
     ) -> None:
-        """Makes the directory, or opens that of an interrupted encoding, and keeps others out.
+        """Create the directory, or open that of an interrupted encoding, and lock it.
+
+        Args:
+            card: the card of the encoding.
+            blocks: all blocks of the source.
+            listing: the files of the source; None if it has none.
+            resume: continue an interrupted encoding.
+            restart: discard an interrupted encoding.
 
         Raises:
-            AtollError: another process is at work; something unfinished is there and neither resume nor restart was
-                asked for; or it is of another encoding.
+            AtollError: another process holds the lock; an unfinished encoding exists and neither resume nor restart is
+                set; or the unfinished encoding does not match.
         """
+        # A hash of the names keeps the plan small for a source of a million blocks.
         names = hashlib.sha256(json.dumps([block.name for block in blocks]).encode()).hexdigest()
         plan = EncodingPlan(card=card, blocks=len(blocks), names_sha256=names)
+        # Never write into a directory that this program did not create.
         if self.path.exists() and not (self.path / PLAN).is_file() and any(self.path.glob("[!.]*")):
             raise AtollError(f"{self.path}: exists and is no unfinished encoding (it has no {PLAN}); move it away")
         self.path.mkdir(parents=True, exist_ok=True)
+        # Lock before looking at the plan: two processes must not both start one.
         self._lock = hold(self.path, "encoding")
         if (self.path / PLAN).is_file():
             if restart:
+                # Only visible files: the lock stays in place.
                 for file in self.path.glob("[!.]*"):
                     file.unlink()
             elif not resume:
@@ -90,8 +101,9 @@ class PartialEncoding:
         write_card(self.path / PLAN, plan)
 
     def _compare(self, plan: EncodingPlan, listing: Listing | None) -> None:
-        """Raise AtollError unless the unfinished encoding is of the same plan, and of files that have not changed."""
+        """Raise AtollError unless the unfinished encoding has the same plan and its files have not changed."""
         there = load_card(self.path / PLAN, EncodingPlan)
+        # Check the files first: edited data also change the card, and this error names them.
         self._compare_files(there.blocks, listing)
         begun = there.card.plain()
         for key, wanted in plan.card.plain().items():
@@ -103,11 +115,13 @@ class PartialEncoding:
             raise AtollError(f"{self.path}: the source's blocks are others than when it was begun; use --force")
 
     def _compare_files(self, blocks: int, listing: Listing | None) -> None:
-        """Files that came, went or changed size count everywhere, other edits only in blocks that are encoded."""
+        """Raise AtollError if files were added, removed or resized, or if files of an encoded block were edited."""
         begun = read_records(self.path / SOURCE_FILES)
         if listing is None or begun is None:
             return
+        # Replace the stamps, so that only additions, removals and sizes are compared here.
         names = changes(listing, [record._replace(stamp=listing.stamps.get(record.name, "")) for record in begun])
+        # Records of encoded blocks carry hashes: an edit after encoding shows even if the size is the same.
         encoded = (self._file(number, "files") for number in range(blocks) if self.is_done(number))
         records = [record for file in encoded if file.is_file() for record in read_records(file) or ()]
         edited = changes(listing, records, complete=False)
@@ -127,21 +141,22 @@ class PartialEncoding:
         notes: Sequence[str] = (),
         files: Sequence[FileRecord] = (),
     ) -> None:
-        """Write a block's result; it counts from the moment the last of its files is there.
+        """Write the result of a block; the block is done once its last file is written.
 
         Args:
-            number: of the block.
-            text: key, caption and split of its good samples.
-            pixels: hashes of their pixels.
+            number: number of the block.
+            text: key, caption and split of the good samples.
+            pixels: 16-byte hashes of their pixels.
             columns: their tensors [rows, ...].
             skipped: the other samples.
-            notes: of the good samples.
+            notes: notes on the good samples.
             files: records of the files that were read.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
         from safetensors.torch import save
 
+        # Every file is written atomically; the parquet file is last and marks the block as done.
         lines = [_line(sample) for sample in skipped]
         write_bytes(self._file(number, "jsonl"), "".join(lines).encode())
         if notes:
@@ -156,7 +171,7 @@ class PartialEncoding:
         write_bytes(self._file(number, "parquet"), sink.getvalue().to_pybytes())
 
     def tally(self, number: int) -> Tally:
-        """What a finished block holds."""
+        """Return the counts of a finished block."""
         captions = self._read(number, ("caption",))["caption"]
         notes = self._file(number, "notes")
         return tally_of(captions, self._skipped(number), read_json(notes) if notes.is_file() else [])
@@ -171,23 +186,24 @@ class PartialEncoding:
         listing: Listing | None,
         cut: CutCaptions,
     ) -> Tally:
-        """Make `out` of the finished blocks, in their order, and remove the directory.
+        """Combine the finished blocks, in order, into `out`, and remove the directory.
 
-        Samples whose key stood before are dropped, and with `skip_duplicates` those whose pixels stood before.
-        Memory does not grow with the number of samples, but for those that are dropped.
+        Samples with an earlier key are dropped, and with `skip_duplicates` those with earlier pixels. Memory grows only
+        with the number of dropped samples.
 
         Args:
-            out: the directory to make.
-            card: of the shards; its counts are added.
-            blocks: how many there are.
-            tally: of all blocks.
-            skip_duplicates: whether equal pixels are dropped.
-            listing: the files of the source, whose record is kept beside the shards.
-            cut: looks at all captions.
+            out: the directory to create.
+            card: card of the shards; the counts are added.
+            blocks: number of blocks.
+            tally: counts of all blocks.
+            skip_duplicates: drop samples with equal pixels.
+            listing: the files of the source; their record is written beside the shards.
+            cut: counts truncated captions.
 
         Returns:
             The final tally.
         """
+        # Find repeated keys first: a row dropped for its key must not make another row a duplicate.
         rows = tally.good
         dropped = {
             row: ("repeated key", first) for row, first in repeats(lambda: self._column("key", blocks), rows).items()
@@ -195,12 +211,14 @@ class PartialEncoding:
         if skip_duplicates:
             same = repeats(lambda: self._column("pixels", blocks, set(dropped)), rows)
             dropped.update({row: ("duplicate", first) for row, first in same.items()})
+        # The report names the first sample with the same key or pixels.
         names = self._keys_of(blocks, {first for _, first in dropped.values()})
         final = replace(tally, skipped=Counter(tally.skipped))
         with ShardWriter(out, card) as writer, (self.path / SKIPPED).open("w", encoding="utf-8") as listed:
             start = 0
             for number in range(blocks):
                 text = self._read(number, TEXT)
+                # Row numbers count over all blocks; `gone` counts within this one.
                 gone = [i for i in range(len(text["key"])) if start + i in dropped]
                 listed.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._skipped(number))
                 for i in gone:
@@ -211,9 +229,11 @@ class PartialEncoding:
                     final.skipped[kind] += 1
                     final.good -= 1
                     final.uncaptioned -= text["caption"][i] == ""
+                # Add the rows that remain, and count truncated captions among them only.
                 self._add(writer, number, text, set(gone))
                 cut.add([caption for i, caption in enumerate(text["caption"]) if start + i not in dropped])
                 start += len(text["key"])
+            # Close before attaching, so that all lines are on disk.
             listed.close()
             writer.attach(self.path / SKIPPED)
             counts = EncodedCounts(
@@ -227,11 +247,12 @@ class PartialEncoding:
             files = (self._file(number, "files") for number in range(blocks))
             records = [record for file in files if file.is_file() for record in read_records(file) or ()]
             write_records(out / SOURCE_FILES, sealed_records(listing, records))
+        # The sealed directory is complete; only now may the blocks go.
         shutil.rmtree(self.path)
         return final
 
     def list_skipped(self, blocks: int) -> Path:
-        """Writes what was skipped so far into one file, and returns its path."""
+        """Write the samples skipped so far to one file and return its path."""
         lines = [
             line
             for n in range(blocks)
@@ -242,7 +263,7 @@ class PartialEncoding:
         return self.path / SKIPPED
 
     def _add(self, writer: ShardWriter, number: int, text: dict[str, list[str]], gone: set[int]) -> None:
-        """Adds a block to the sealed shards: its file as it is, or what is left of its rows."""
+        """Add a block to the sealed shards: its file unchanged, or the rows that are not dropped."""
         kept = [i for i in range(len(text["key"])) if i not in gone]
         if not kept:
             return
@@ -252,12 +273,14 @@ class PartialEncoding:
             from safetensors.torch import load_file
 
             columns = {name: column[torch.tensor(kept)] for name, column in load_file(file).items()}
+            # Rewriting is needed only for blocks that lose rows.
             writer.append(chosen[0], chosen[1], chosen[2], columns)
         else:
+            # The common case: the file is taken over without reading its tensors.
             writer.adopt(file, chosen[0], chosen[1], chosen[2])
 
     def _column(self, name: str, blocks: int, without: Container[int] = ()) -> Iterator[list[Any]]:
-        """A column of all blocks, part by part; the rows in `without` give something that equals nothing else."""
+        """Yield a column block by block; the rows in `without` become objects that equal nothing else."""
         start = 0
         for number in range(blocks):
             values = self._read(number, (name,))[name]
@@ -296,7 +319,7 @@ def _line(sample: Skipped) -> str:
 
 
 def _more_counts(tally: Tally, cut: CutCaptions) -> dict[str, Any]:
-    """Counts that are rarely there: what is no failure and what is noted, by kind, and captions that are cut."""
+    """Return the optional counts: skipped without failure and noted, by kind, and truncated captions."""
     apart = {kind: details.total() for kind, details in sorted(tally.apart_by_kind().items())}
     counts = {"apart": apart, "notes": dict(sorted(tally.notes.items())), "cut": cut.counts()}
     return {name: value for name, value in counts.items() if value}

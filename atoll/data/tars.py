@@ -38,11 +38,11 @@ _DOT = (
 
 @dataclass
 class _Sample:
-    """Members that lie together and have one key.
+    """Consecutive members with one key.
 
     Attributes:
-        key: as the first of them has it.
-        members: extension -> content; None where it is not needed, or cannot be read.
+        key: the key as the first member spells it.
+        members: extension -> content; None if it is not needed or cannot be read.
         reasons: extension -> why it has no content.
     """
 
@@ -52,7 +52,15 @@ class _Sample:
 
 
 class _Part(NamedTuple):
-    """One tar. name: the beginning of its keys. damage: why it is not opened. split: what its name tells."""
+    """One tar.
+
+    Attributes:
+        url: path or URL.
+        name: prefix of its keys.
+        size: bytes.
+        split: split that its name implies, if any.
+        damage: why it is not opened; "" if it is.
+    """
 
     url: str
     name: str
@@ -62,9 +70,9 @@ class _Part(NamedTuple):
 
 
 class Tars(Source):
-    """Tars; one tar is one block and is streamed.
+    """Read tars; one tar is one block and is streamed.
 
-    A sample is what lies together and has one name up to the first dot (or the last one, by `data.key_until`). Its
+    A sample is a run of members with one name up to the first dot (or the last one, by `data.key_until`). Its
     image is the member with the extension `data.image`, else the first of the usual ones. Its caption is the member
     with the extension `data.caption`, or that field of its json; else the first of txt, caption, ... that is not empty,
     and of the json the usual fields in their order. `data.key` and `data.split` name fields of the json.
@@ -72,10 +80,11 @@ class Tars(Source):
     Keys: "<the tar's path relative to the common root, without .tar>/<the sample's name>", unless `data.key` is set.
 
     Skipped are samples without an image, the second of two with one key, members that a dot in their name hides, and
-    what follows a damage: the samples before it are given, the one that it interrupts is not, as its end cannot be
-    known. Masks and other companions of images are skipped too, and count apart.
+    everything after damage: the samples before it are yielded, the one that it interrupts is not, because its end is
+    unknown. Masks and other companions of images are skipped too, and are counted separately.
 
-    Raises AtollError if no tar is found.
+    Raises:
+        AtollError: no tar matches the path.
     """
 
     name = "webdataset"
@@ -87,9 +96,11 @@ class Tars(Source):
         self.root = self._files.root
         self._images = IMAGES if data.image is None else (data.image.lower().removeprefix("."),)
         given = (data.caption or "").lower().removeprefix(".")
+        # Members with other extensions are never read, which keeps masks and features out of memory.
         self._wanted = {*self._images, *SIDECARS, *([given] if given else [])}
         self._notes: list[str] = []
         self._splits: dict[str, Split] = {}
+        # Names of tars and folders imply splits only if the settings do not decide.
         if data.split is None and data.splits == "auto":
             self._splits, notes = named_splits(list(self._files.sizes), "tars")
             self._notes += notes
@@ -98,16 +109,18 @@ class Tars(Source):
         self._blocks: list[Block] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the list of files: a block tells a worker all that it needs."""
+        """Drop the list of files: a block carries all that a worker needs."""
         return {**self.__dict__, "_files": None, "_blocks": None, "_splits": {}}
 
     def blocks(self) -> list[Block]:
         if self._blocks is None:
+            # Counting samples reads side files, so it happens only when blocks are needed.
             names, blocks = list(self._files.sizes), []
             for name, count in zip(names, _counts(self.root, names), strict=True):
                 short = name.removesuffix(".tar")
                 part = _Part(self._files.url(name), short, self._files.sizes[name], self._splits.get(name))
                 blocks.append(Block(short, count, part, (name,)))
+            # A link or pipe still gets a block, so that it is reported as skipped.
             for name, reason in self._files.unopened.items():
                 part = _Part(self._files.url(name), name.removesuffix(".tar"), 0, damage=f"it is {reason}")
                 blocks.append(Block(part.name, None, part))
@@ -120,7 +133,7 @@ class Tars(Source):
     def read(self, block: Block) -> Iterator[Raw | Skipped]:
         part: _Part = block.content
         samples, seen = 0, set[str]()
-        waiting: list[_Sample] = []  # that may be companions of an image which follows
+        waiting: list[_Sample] = []  # possible companions of an image that follows
         try:
             if part.damage:
                 raise Damaged(part.damage)
@@ -128,9 +141,11 @@ class Tars(Source):
                 samples += 1
                 name = canonical(sample.key)
                 base = self._companion_of(sample)
+                # The image came first, or the name alone proves a companion.
                 if base in seen or (base is not None and is_always_companion(name)):
                     yield _left_out(part, sample)
                     continue
+                # The image may still follow: hold the sample back.
                 if base is not None and name not in seen:
                     waiting.append(sample)
                     continue
@@ -141,8 +156,10 @@ class Tars(Source):
                     else:
                         yield from self._decode(part, other, again=False)
                         seen.add(canonical(other.key))
+                # All candidates are resolved; the current sample itself can be decoded.
                 waiting.clear()
                 yield from self._decode(part, sample, again=name in seen)
+                # The canonical name, so that a repeat in another spelling is detected.
                 seen.add(name)
             for other in waiting:
                 yield from self._decode(part, other, again=False)
@@ -151,6 +168,7 @@ class Tars(Source):
                 yield from self._decode(part, other, again=False)
             yield Skipped(printable(part.name), f"tar: {error}; {samples:,} samples were read before that")
         else:
+            # An empty tar is reported, because an empty block would pass unnoticed.
             if not samples:
                 yield Skipped(printable(part.name), "tar: it holds no samples")
 
@@ -158,7 +176,7 @@ class Tars(Source):
         return config_of(self.name, self._data)
 
     def fingerprint(self) -> str:
-        """The sha256 over the relative name and the size of every tar."""
+        """Return the sha256 over the relative name and the size of every tar."""
         if self._data.fingerprint == "content":
             return content_fingerprint(self.root, list(self._files.sizes))
         return fingerprint(self._files.sizes.items())
@@ -167,7 +185,7 @@ class Tars(Source):
         return self._files.listing(self._files.sizes)
 
     def _companion_of(self, sample: _Sample) -> str | None:
-        """The key of the image whose mask or other companion a sample may be; a captioned sample is none."""
+        """Return the key of the image that a sample may accompany as a mask; a captioned sample is no companion."""
         pair = companion_suffix(canonical(sample.key)) if self._data.companions == "skip" else None
         if pair is None or any(sample.members.get(kind) for kind in SIDECARS):
             return None
@@ -175,16 +193,19 @@ class Tars(Source):
 
     def _decode(self, part: _Part, sample: _Sample, again: bool) -> Iterator[Raw | Skipped]:
         key = f"{part.name}/{sample.key}"
+        # "my.photo.jpg" ends its key at "my": report each such image instead of losing it.
         hidden = self._hidden_images(sample)
         if hidden and not any(kind in sample.members for kind in self._images):
             yield from (Skipped(printable(f"{part.name}/{name}"), _DOT) for name in hidden)
             return
         try:
+            # The first sample with a key wins; a repeat means that its members were scattered.
             if again:
                 which = _list(sample)
                 raise Unfit(f"key: twice in its tar (again with {which}); a sample's members must lie together")
             if printable(key) != key:
                 raise Unfit("key: its name is not utf-8; rename it")
+            # Test the image first: without it the json need not be parsed.
             image = self._image(sample)
             facts = _Json(sample.members.get("json"))
             caption, notes = self._caption(sample, facts)
@@ -196,24 +217,27 @@ class Tars(Source):
             yield Skipped(printable(key), str(error))
 
     def _hidden_images(self, sample: _Sample) -> list[str]:
-        """Names of members that are images by their last extension, and have another dot before it."""
+        """Return the members that are images by their last extension but have another dot before it."""
         dotted = (kind.rpartition(".") for kind in sample.members if "." in kind and kind not in self._images)
         return [f"{sample.key}.{before}" for before, _, last in dotted if last in IMAGES]
 
     def _image(self, sample: _Sample) -> bytes:
+        # The usual extensions are tried in order of preference.
         for kind in self._images:
             if (content := sample.members.get(kind)) is not None:
                 return content
+        # An image that could not be read explains more than "no image".
         if reason := next((sample.reasons[kind] for kind in self._images if kind in sample.reasons), None):
             raise Unfit(f"image: {reason}")
         expected = ", ".join(self._images[:5]) + (", ..." if len(self._images) > 5 else "")
         raise Unfit(f"image: none among its members ({_list(sample)}); expected {expected}")
 
     def _caption(self, sample: _Sample, facts: "_Json") -> tuple[str, tuple[str, ...]]:
-        """The caption of a sample, and notes."""
+        """Return the caption of a sample, and notes."""
         data = self._data
         if data.caption in (FROM_FILE, FROM_FOLDER):
             return caption_from_name(f"{sample.key}.", data.caption), ()
+        # `data.caption` names a member by extension first, then a field of the json.
         kinds: tuple[str, ...] = SIDECARS
         column = None
         if data.caption is not None:
@@ -221,6 +245,7 @@ class Tars(Source):
             if kinds[0] not in sample.members and not data.caption.startswith("."):
                 kinds, column = ("json",), data.caption
         for kind in kinds:
+            # A caption that exists but cannot be read fails the sample; falling through would use another text.
             if kind in sample.reasons:
                 raise Unfit(f"caption: {kind} is {sample.reasons[kind]}")
             if sample.members.get(kind) is None:
@@ -232,13 +257,14 @@ class Tars(Source):
         return "", self._why_no_caption(sample, facts)
 
     def _why_no_caption(self, sample: _Sample, facts: "_Json") -> tuple[str, ...]:
-        """A note on what may be the caption of a sample without one."""
+        """Return a note on members or fields that may hold the caption of a sample without one."""
         fields = facts.all() if sample.members.get("json") is not None else {}
         if self._data.caption is not None:
             there = f"members {_list(sample)}" + (f"; json has {listed(list(fields), 6)}" if fields else "")
             return (
                 f"{UNREAD_CAPTIONS}: no {clean(self._data.caption)}, which data.caption names, in samples ({there})",
             )
+        # Fields with telling names, and members such as "en.txt" that a second dot hides.
         named = like_captions(fields) + [
             kind for kind in sample.members if kind.rpartition(".")[2] in SIDECARS[:-1] and "." in kind
         ]
@@ -250,6 +276,7 @@ class Tars(Source):
         if self._data.split is not None:
             return split_of(facts[self._data.split])
         if self._data.splits == "auto":
+            # The name of the tar wins over the field of the json.
             if part.split is not None:
                 return part.split
             value = facts.peek("split")
@@ -259,7 +286,7 @@ class Tars(Source):
 
 
 class _Json:
-    """The json of a sample, parsed when a field is needed. Raises Unfit if it is none, or lacks a field."""
+    """The json of a sample, parsed on first use. Raises Unfit if it is invalid or lacks a field."""
 
     def __init__(self, data: bytes | None):
         self._data = data
@@ -272,15 +299,16 @@ class _Json:
         return fields[name]
 
     def peek(self, name: str) -> Any:
-        """A field that may be missing, of a json that may be none."""
+        """Return a field, or None if the field or a valid json is missing."""
         try:
             return self.all().get(name)
         except Unfit:
             return None
 
     def all(self) -> dict[str, Any]:
-        """All fields; none without a json."""
+        """Return all fields; no fields without a json."""
         if self._fields is None:
+            # Check the size before parsing: parsed JSON takes several times its bytes.
             if self._data is not None and len(self._data) > MAX_SIDECAR_BYTES:
                 raise Unfit(f"json: {len(self._data):,} bytes, expected at most {MAX_SIDECAR_BYTES:,}")
             try:
@@ -299,13 +327,14 @@ def _left_out(part: _Part, sample: _Sample) -> Skipped:
 
 
 def _samples(all_members: Iterator[Member]) -> Iterator[_Sample]:
-    """Group members. A sample is given once the next header, or the end mark, shows that it is complete.
+    """Group members into samples; yield each once the next header or the end mark shows that it is complete.
 
-    A member whose extension its sample has already begins another sample, of the same key. Keys that print alike
-    (composed and decomposed letters, back slashes) are one.
+    A member whose extension its sample already has starts another sample with the same key. Keys that print alike
+    (composed and decomposed letters, back slashes) are the same key.
     """
     current: _Sample | None = None
     for member in all_members:
+        # Compare the raw keys first: canonical forms cost time and are rarely needed.
         other = current is None or (member.key != current.key and canonical(member.key) != canonical(current.key))
         if current is None or other or member.extension in current.members:
             if current is not None:
