@@ -1,6 +1,7 @@
 """The tests' own waits: slow is no failure, silence is one, and a failure shows what the processes wrote."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,10 @@ def test_silent_ranks_are_killed_and_what_they_wrote_is_shown(monkeypatch, tmp_p
     expected = r"(?s)no rank wrote anything for 900 s\n--- rank 0 .*before the silence.*rank 1 .*before the silence"
     with pytest.raises(AssertionError, match=expected):
         run_ranks(python(HANG), [dict(os.environ)] * 2, tmp_path)
+
+
+def test_no_test_has_a_deadline_of_its_own() -> None:
+    clock = re.compile(r"\btimeout=\d|\b(monotonic|perf_counter|time)\(\) *[-<>+]|\.(wait|join)\(\d")
+    here = {"waiting.py", Path(__file__).name}
+    files = [file for file in Path(__file__).parent.rglob("*.py") if file.name not in here]
+    assert [file.name for file in files if clock.search(file.read_text())] == []
