@@ -1,8 +1,8 @@
-"""What first-block caching spares and what it costs: `python benchmarks/block_cache.py runs/demo --device cpu`.
+"""Gain and cost of first-block caching: `python benchmarks/block_cache.py runs/demo --device cpu`.
 
-The same prompts and noise are drawn with every threshold, batch by batch in turn. "spared" is the share of questions to
-a network in which its first block alone was asked; "PSNR" is of the images against those without caching; the Fréchet
-distance is to the run's real images, on 48 principal components of the pixels.
+The same prompts and noise are sampled with every threshold, interleaved batch by batch. "skipped" is the fraction of a
+network's evaluations that stopped after the first block; "PSNR" compares the images with those without caching; the
+Fréchet distance is to the run's real images, on 48 principal components of the pixels.
 """
 
 import argparse
@@ -62,23 +62,23 @@ def main() -> None:
                 error[threshold] += float((images - exact).square().mean()) * len(part) / len(probe)
                 drawn[threshold].update(space(images))
     print(f"{len(probe)} images, {arguments.steps} steps of {arguments.method}, guidance {arguments.guidance:g}")
-    print(f"{'threshold':>9} {'spared':>7} {'speed':>6} {'PSNR dB':>8} {'FD-pca48':>9}")
-    found = []
+    print(f"{'threshold':>9} {'skipped':>7} {'speed':>6} {'PSNR dB':>8} {'FD-pca48':>9}")
+    table = []
     for threshold in thresholds:
         psnr = -10 * math.log10(error[threshold]) if error[threshold] else math.inf
         distance, speed = frechet_distance(drawn[threshold], real), seconds[0.0] / seconds[threshold]
         print(f"{threshold:9g} {skip_rate[threshold]:7.2f} {speed:6.2f} {psnr:8.1f} {distance:9.3f}")
-        found.append(
+        table.append(
             {
                 "threshold": threshold,
-                "spared": skip_rate[threshold],
+                "skipped": skip_rate[threshold],
                 "speed": speed,
                 "psnr": psnr if math.isfinite(psnr) else None,
                 "frechet": distance,
             }
         )
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(table, indent=2) + "\n")
 
 
 if __name__ == "__main__":

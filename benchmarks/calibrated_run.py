@@ -1,10 +1,10 @@
-"""What calibration does to a trained ensemble, and how few latents it needs.
+"""The effect of calibration on a trained ensemble, and the number of latents that it needs.
 
     python benchmarks/calibrated_run.py runs/demo
 
-Experts of the run are calibrated as their training did it, and again from fewer of the latents that it held back. Each
-ensemble's Frechet distance is measured by `atoll evaluate`'s own code, over several seeds (each with other prompts,
-noise and real images), beside HDDM's formulas, HDDM's clamp, and no correction. Mean and standard deviation.
+Experts of the run are calibrated as in their training, and again on fewer of the held-out latents. Each ensemble's
+Frechet distance is measured by `atoll evaluate`'s own code, over several seeds (each with other prompts, noise and real
+images), and compared with HDDM's formulas, HDDM's clamp, and no correction. Mean and standard deviation.
 """
 
 import argparse
@@ -31,17 +31,17 @@ FEW = (8, 16, 32, 64)
 
 
 def ensembles_of(run: Path, opened: OpenRun) -> tuple[dict[str, Ensemble], dict[str, Any]]:
-    """Ensembles by name, and for each number of latents how far the slopes are from those of all that are held back."""
+    """Ensembles by name, and for each number of latents the gap of its slopes to those from all held-out latents."""
     base = opened.loaded.ensemble
     slopes: dict[str, Any] = {}
 
-    def made(experts: list[Expert]) -> Ensemble:
+    def changed(experts: list[Expert]) -> Ensemble:
         return replace(base, experts=experts, alignment="snr", replicas="equal")
 
-    found = {
+    ensembles = {
         "native": replace(base, alignment="native"),
-        "snr alone": made([replace(e, calibration=Calibration.identity(_mean(e))) for e in base.experts]),
-        "snr + x0 clamp": made([replace(e, calibration=None) for e in base.experts]),
+        "snr alone": changed([replace(e, calibration=Calibration.identity(_mean(e))) for e in base.experts]),
+        "snr + x0 clamp": changed([replace(e, calibration=None) for e in base.experts]),
         "snr + calibration": base,
     }
     for count in FEW:
@@ -52,8 +52,8 @@ def ensembles_of(run: Path, opened: OpenRun) -> tuple[dict[str, Ensemble], dict[
             if one.calibration is not None and all_.calibration is not None
         ]
         slopes[str(count)] = {"largest gap of a slope": max(gaps), "of each expert": gaps}
-        found[f"snr + calibration on {count} latents"] = made(again)
-    return found, slopes
+        ensembles[f"snr + calibration on {count} latents"] = changed(again)
+    return ensembles, slopes
 
 
 def _mean(expert: Expert) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _mean(expert: Expert) -> torch.Tensor:
 
 
 def _recalibrated(run: Path, opened: OpenRun, expert: Expert, count: int) -> Expert:
-    """The expert calibrated on the first `count` of the latents that its training held back."""
+    """The expert calibrated on the first `count` latents that were held out from its training."""
     path = run / "experts" / expert.name
     card = json.loads((path / "card.json").read_text())
     shards = [Shards(place) for place in shards_of(path)]

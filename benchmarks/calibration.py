@@ -1,10 +1,10 @@
-"""What alignment and calibration do to imperfect eps-experts, on a mixture whose truth is known.
+"""The effect of alignment and calibration on imperfect eps-experts, on a mixture with a known truth.
 
     python benchmarks/calibration.py
 
-Four exact eps-experts (cosine) of an analytic mixture get an error of a given size: a constant one ("bias"), one that
-is a smooth function of x and t ("smooth"), or fresh noise at each call ("random"). The table shows the
-sliced-Wasserstein distance of 1,500 samples (40 Euler steps, full routing) to the mixture, by alignment.
+Four exact eps-experts (cosine) of an analytic mixture get an error of some size: a constant ("bias"), a smooth function
+of x and t ("smooth"), or fresh noise at each call ("random"). The table shows the sliced-Wasserstein distance of 1,500
+samples (40 Euler steps, full routing) to the mixture, by alignment.
 """
 
 from dataclasses import replace

@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class ClassBlock(nn.Module):
-    """adaLN-Zero: the label's and time's vector shifts, scales and gates (DiT, section 3.2)."""
+    """adaLN-Zero: shifts, scales and gates from the vector of label and time (DiT, section 3.2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def positions(side: int) -> Tensor:
 
 
 class ClassDiT(nn.Module):
-    """The published DiT (arXiv 2212.09748), whose `state_dict` has its names and shapes; it predicts eps alone.
+    """The published DiT (arXiv 2212.09748) with its `state_dict`'s names and shapes; it predicts eps only.
 
     forward(x [B,3,H,W], time [B], label [B]) -> eps; the label CLASSES is the null class.
     """

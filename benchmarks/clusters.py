@@ -3,12 +3,12 @@
     python benchmarks/clusters.py fit --rows 1000000 --dim 1024     # against faiss alone, both from the same shards
     python benchmarks/clusters.py stream --rows 10000000            # memory at 10 % and at 100 % of the rows
 
-fit: the fine stage as the stage does it (draw and read the sample, k-means, count all training images) and faiss alone
-(the same sample in memory, faiss.Kmeans with as many rounds and threads, then its index asked for all rows), in turn,
-each in a process of its own; seconds, peak memory, and the mean squared distance of the sample to its centroid.
-stream: all rows through the assignment and the writers of 8 clusters and of the router's tenth; a few shards are made
-for it and gone through again and again under other keys.
-Needs about 4 bytes per number of disk for `fit` (4 GB for a million of 1024). The result is a table and a line of JSON.
+fit: the fine stage as `atoll cluster` runs it (draw and read the sample, k-means, count all training images) and faiss
+alone (the same sample in memory, faiss.Kmeans with as many rounds and threads, then its index searched for all rows),
+in turn, each in its own process; seconds, peak memory, and the mean squared distance of the sample to its centroid.
+stream: all rows through the assignment and the writers of 8 clusters and of the router's tenth; a few shards are
+created and read repeatedly under other keys.
+`fit` needs about 4 bytes of disk per number (4 GB for a million of 1024). The result is a table and a line of JSON.
 """
 
 import argparse

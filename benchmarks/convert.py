@@ -4,11 +4,11 @@
 
 A class-conditional eps-DiT (class_dit.py, linear-beta) is pretrained on one half of EuroSAT at 32 pixels, saved in
 facebookresearch/DiT's layout, and converted by `atoll.convert` in every way. Each conversion, and a new network, is
-then trained as a flow expert (linear path, captions) on the other half, or on flowers. Within a seed all see the same
-images, noise and times. Printed are, first, how far each conversion's eps is from the original's at step 0; then
-the held-out loss over the steps, and in how many steps each reaches the last loss of "scratch". `--out` gets dit.pt,
-and convert.json and convert.png after every seed. The minutes are shared out by the speed measured at the start: one
-part pretrains (`--dit` begins with a dit.pt that is there), two go to the experts.
+then trained as a flow expert (linear path, captions) on the other half, or on flowers. Within a seed all of them use
+the same images, noise and times. It prints how far each conversion's eps is from the original's at step 0; then the
+held-out loss over the steps, and the steps in which each reaches the last loss of "scratch". `--out` gets dit.pt, and
+convert.json and convert.png after every seed. The minutes are divided by the speed measured at the start: one part
+pretrains (unless `--dit` names an existing dit.pt), two go to the experts.
 """
 
 import argparse
@@ -46,7 +46,7 @@ HELD_OUT, POINTS = 256, 14  # images; points of a curve
 
 
 def autocast() -> torch.autocast:
-    """bf16 products, as `atoll train` has them on a CPU that multiplies bf16."""
+    """bf16 products, as in `atoll train` on a CPU that multiplies bf16."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bf16(torch.device("cpu")))
 
 
@@ -63,7 +63,7 @@ class Images:
 
 
 def read_images(name: str, limit: int | None = None) -> Images:
-    """The images of a parquet file, in an order of no meaning."""
+    """The images of a parquet file, in random order."""
     import numpy as np
     import pyarrow.parquet as pq
     from PIL import Image
@@ -82,7 +82,7 @@ def read_images(name: str, limit: int | None = None) -> Images:
 
 
 class Trainer:
-    """Steps of AdamW with warm-up and EMA; what a step sees depends on the seed and the step alone."""
+    """Steps of AdamW with warm-up and EMA; the content of a step depends on the seed and the step only."""
 
     def __init__(self, network: nn.Module, objective: Objective, data: Images, seed: int) -> None:
         self.network, self.objective, self.data, self.seed = network, objective, data, seed
@@ -108,7 +108,7 @@ class Trainer:
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1 - min(EMA, step / (step + 9)))
 
     def given(self, rows: Tensor, dropped: Tensor) -> Any:
-        """What the network is told of the rows: their labels, or their captions."""
+        """The network's condition: the rows' labels, or their captions."""
         if isinstance(self.network, ClassDiT):
             return torch.where(dropped, CLASSES, self.data.labels[rows])
         told, null = self.data.condition.index(rows), ENCODER.null(len(rows))
@@ -117,13 +117,13 @@ class Trainer:
 
     @torch.no_grad()
     def use_ema(self) -> list[Tensor]:
-        """Puts the average in the weights' place, and returns the weights."""
+        """Copy the EMA into the weights, and return the previous weights."""
         own = [p.detach().clone() for p in self.weights]
         torch._foreach_copy_(self.weights, self.ema)
         return own
 
     def averaged_loss(self, test: Images) -> float:
-        """Held-out loss of the averaged weights."""
+        """Held-out loss of the EMA's weights."""
         own = self.use_ema()
         loss = held_out_loss(self.network, test)
         with torch.no_grad():
@@ -133,7 +133,7 @@ class Trainer:
 
 @torch.no_grad()
 def held_out_loss(network: nn.Module, data: Images) -> float:
-    """Mean flow loss with noise and times that are always the same; the times are evenly spaced."""
+    """Mean flow loss with fixed noise and fixed, evenly spaced times."""
     g = torch.Generator().manual_seed(7)
     n = len(data.latents)
     t = (torch.arange(n) + 0.5)[torch.randperm(n, generator=g)] / n
@@ -167,7 +167,7 @@ def pretrain(data: Images, steps: int) -> ClassDiT:
 
 
 def start(variant: str, seed: int, converted: Path) -> nn.Module:
-    """The network that a variant's training starts from."""
+    """The initial network of a variant's training."""
     if variant == "scratch":
         torch.manual_seed(seed)
         sizes = {"patch": PATCH, "width": WIDTH, "depth": DEPTH, "heads": HEADS}
@@ -179,7 +179,7 @@ def start(variant: str, seed: int, converted: Path) -> nn.Module:
 
 
 def curve(network: nn.Module, data: Images, test: Images, seed: int, steps: int, every: int) -> dict[int, float]:
-    """Held-out loss of the EMA weights' network by step, from one run."""
+    """Held-out loss of the EMA by step, from one run."""
     trainer = Trainer(network, FLOW, data, seed)
     losses = {0: held_out_loss(network, test)}
     for step in range(steps):
@@ -190,7 +190,7 @@ def curve(network: nn.Module, data: Images, test: Images, seed: int, steps: int,
 
 
 def steps_to(losses: dict[int, float], wanted: float) -> float | None:
-    """The step at which a curve first reaches `wanted`, linear between its points; None: never."""
+    """The step at which a curve first reaches `wanted`, interpolated linearly; None if it never does."""
     points = list(losses.items())
     for (a, high), (b, low) in pairwise(points):
         if low <= wanted:
@@ -199,7 +199,7 @@ def steps_to(losses: dict[int, float], wanted: float) -> float | None:
 
 
 def seconds_per_step(data: Images) -> float:
-    """Of an expert's training, measured on this machine."""
+    """Speed of an expert's training, measured on this machine."""
     trainer = Trainer(start("scratch", 0, Path()), FLOW, data, 0)
     trainer.step(0)
     began = time.perf_counter()
@@ -223,8 +223,8 @@ def the_original(options: argparse.Namespace, steps: int) -> ClassDiT:
 
 
 def convert_all(dit: Path, original: ClassDiT, test: Images, seeds: int, out: Path) -> dict[str, Any]:
-    """Every conversion for every seed, at out/<modulation>-<seed>; how far the first seed's are from the original."""
-    found: dict[str, Any] = {}
+    """Every conversion for every seed, at out/<modulation>-<seed>; for the first seed, the distance to the original."""
+    errors: dict[str, Any] = {}
     for seed in range(seeds):
         for modulation in MODULATIONS:
             path = out / f"{modulation}-{seed}"
@@ -233,13 +233,13 @@ def convert_all(dit: Path, original: ClassDiT, test: Images, seeds: int, out: Pa
             if seed == 0:
                 loaded = load_expert(path)
                 error = distance(loaded.expert.network, original, test)
-                found[modulation] = {"eps_error": error, "residual": loaded.card.plain()["conversion"].get("residual")}
-    print("relative error of eps at step 0:", {k: f"{v['eps_error']:.2g}" for k, v in found.items()}, flush=True)
-    return found
+                errors[modulation] = {"eps_error": error, "residual": loaded.card.plain()["conversion"].get("residual")}
+    print("relative error of eps at step 0:", {k: f"{v['eps_error']:.2g}" for k, v in errors.items()}, flush=True)
+    return errors
 
 
 def run(options: argparse.Namespace, scratch: Path) -> None:
-    """The experiment; `scratch` holds the converted experts while it lasts."""
+    """The experiment; `scratch` holds the converted experts meanwhile."""
     every = read_images(TARGETS[options.target], options.images)
     cut = max(1, min(HELD_OUT, len(every.latents) // 5))
     test, data = every.part(slice(cut)), every.part(slice(cut, None))
@@ -265,8 +265,7 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def table(curves: dict[str, list[dict[int, float]]]) -> list[dict[str, Any]]:
-    """Per variant: first and last loss, and speed-up over scratch (its last step over the step that reaches its last
-    loss)."""
+    """Per variant: first and last loss, and speed-up over scratch (scratch's last step over the step at equal loss)."""
     rows = []
     print(f"{'start':10} {'loss at step 0':>14} {'last loss':>16} {'speed-up over scratch (each seed)':>36}")
     for variant, runs in curves.items():

@@ -1,7 +1,7 @@
 """Encoding against a plain loop, and reading shards: `python benchmarks/data.py encode|read [--json out.json]`.
 
-encode: images through a latent codec and a feature network, by `atoll encode`'s own code and by the loop that one
-writes first: an image at a time, decoded and encoded in one process, in float32, torch's threads. Interleaved.
+encode: images through a latent codec and a feature network, by `atoll encode`'s own code and by a plain loop: one image
+at a time, decoded and encoded in one process, in float32, with torch's threads. Interleaved.
 read: random batches of latents and captions from memory-mapped shards, in one process, page cache warm.
 """
 
@@ -29,7 +29,7 @@ from atoll.encoders.feature import build_feature
 from atoll.manifest import Manifest, parse_manifest
 from atoll.storage.shards import Shards, ShardWriter
 
-# What a DiT-XL/2 eats at most on an H200, in latents per second: training at the matmul ceiling measured there.
+# The maximum that a DiT-XL/2 consumes on an H200, in latents per second: training at the matmul ceiling measured there.
 XL2_NEEDS = 900
 
 
@@ -80,7 +80,7 @@ def encode(options: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def plain_loop(files: list[bytes], settings: Manifest, batch: int) -> None:
-    """What one writes first; its result goes to one file at the end."""
+    """The plain loop; its result goes to one file at the end."""
     codec, feature = build_codec(settings.codec), build_feature(settings.feature)
     size, latents, features = settings.data.size, [], []
     for start in range(0, len(files), batch):
@@ -97,7 +97,7 @@ def plain_loop(files: list[bytes], settings: Manifest, batch: int) -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """[bytes]: the largest proportional set size of this process and its children, sampled ten times a second."""
+    """[bytes]: the largest proportional set size of this process and its children, sampled ten times per second."""
     peak, over = [0], threading.Event()
 
     def watch() -> None:
@@ -132,7 +132,7 @@ def _pss(pid: int) -> int:
 
 
 def read(options: argparse.Namespace) -> dict[str, Any]:
-    """Latents/s of random batches, with their captions, and how often that is what DiT-XL/2 needs."""
+    """Latents/s of random batches with their captions, and the ratio to what DiT-XL/2 needs."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "shards"
         latents = torch.randn(4096, 4, 32, 32).half()

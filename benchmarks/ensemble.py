@@ -1,13 +1,13 @@
-"""One velocity evaluation of 8 experts for 16 guided prompts: grouped dispatch against what public code does.
+"""One velocity evaluation of 8 experts for 16 guided prompts: grouped dispatch against the ways of public code.
 
     python benchmarks/ensemble.py [--size S/2] [--rounds 5] [--dtype bf16] [--json out.json]
 
-- grouped: `Ensemble.velocity`: one call per expert in use, both guidance branches in it.
+- grouped: `Ensemble.velocity`: one call per expert in use, with both guidance branches.
 - loop: sample by sample, each chosen expert called twice (condition, null).
 - mask: every expert on every sample, both branches, then weighted (most weights are 0).
-- grouped-again: the same, of prompts that the experts have read before: every step of a sampling but the first.
-- one: a single model of an expert's size on all samples, both branches: what a monolith costs.
-- one-again: the same, of prompts that it has read before.
+- grouped-again: the same with cached prompts, as in every step of a sampling but the first.
+- one: a single model of an expert's size on all samples, both branches: the cost of a monolith.
+- one-again: the same with cached prompts.
 
 The variants alternate within each round; the table shows medians of their times and of the ratios within a round.
 """
@@ -39,7 +39,7 @@ RATIOS = [
 
 
 def build(size: str, dtype: torch.dtype) -> tuple[list[Expert], Tensor]:
-    """Eight random experts, half eps-cosine and half flow, and a router's answer that spreads the prompts evenly."""
+    """Eight random experts, half eps-cosine and half flow, and a router output that spreads the prompts evenly."""
     experts = []
     for k in range(EXPERTS):
         config = DiTConfig(size=LATENT[1:], channels=LATENT[0], states_dim=TEXT, **SIZES[size])
@@ -96,8 +96,8 @@ def measure(routing: str, experts: list[Expert], log_p: Tensor, rounds: int) -> 
     read = first.network.read_prompt(both)
 
     def one(prompt: Condition | TextKV) -> Tensor:
-        def predict(asked: Tensor, time: Tensor) -> Tensor:
-            return first.network(asked, time, prompt)
+        def predict(x_scaled: Tensor, time: Tensor) -> Tensor:
+            return first.network(x_scaled, time, prompt)
 
         return snr_velocity(predict, first.objective, x.repeat(2, 1, 1, 1), t.repeat(2), first.calibration)
 

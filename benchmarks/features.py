@@ -6,12 +6,12 @@
 k-means on L2-normalised features (faiss, as `atoll cluster` does it), mean over seeds, of
   kind     NMI with the Unicode general category: capital, small, digit, other
   script   NMI with the first word of the Unicode name: latin, greek, braille, box, ...
-  char     share of a character's faces that lie in the character's most frequent cluster
-  face     NMI with the face: how far it clusters by style (less is better)
+  char     fraction of a character's faces in the character's most frequent cluster
+  face     NMI with the face: how far it clusters by style (lower is better)
   largest  largest cluster / mean cluster
 
-How far does bf16 move a network's vectors? |bf16 - fp32| / |fp32| over all of them, on a CPU, as they come and at unit
-length, as they are clustered:
+How far does bf16 change a network's vectors? |bf16 - fp32| / |fp32| over all of them, on a CPU, unchanged and at unit
+length, as for clustering:
 
     python benchmarks/features.py --bf16 mobilenetv2,weights=$ATOLL_DATA/weights/mobilenetv2_tf_int8.npz \\
         --data "$ATOLL_DATA/eurosat64_*of2.parquet" --size 64
@@ -134,7 +134,7 @@ CANDIDATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def load_images(path: str, size: int, count: int) -> Tensor:
-    """`count` images of parquet files, drawn at random, [n,3,size,size] in [0,1]."""
+    """`count` random images of parquet files, [n,3,size,size] in [0,1]."""
     source = build_source(DataSettings(source="parquet", path=path, size=size))
     raws = (raw for block in source.blocks() for raw in source.read(block) if isinstance(raw, Raw))
     files = [raw.image for raw in raws if isinstance(raw.image, bytes)]
@@ -148,7 +148,7 @@ def difference(narrow: Tensor, wide: Tensor) -> float:
 
 
 def tell_bf16(words: str, images: Tensor) -> None:
-    """Prints how far bf16 moves the vectors; words: NAME,KEY=VALUE,... of a feature."""
+    """Print how far bf16 changes the vectors; words: NAME,KEY=VALUE,... of a feature."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         feature = build_feature(frozen_network("bf16", words)).to("cpu", dtype)

@@ -1,14 +1,14 @@
-"""What Atoll does on one GPU: one command, a JSON file that grows with every result, and a table of it.
+"""Atoll's speed on one GPU: one command, a JSON file that grows with every result, and a table.
 
     python benchmarks/gpu.py --json gpu.json                 # all parts, within 9 minutes
     python benchmarks/gpu.py --parts training --json t.json  # some of them
     python benchmarks/gpu.py --table gpu.json                # the table for docs/benchmarks.md
-    python benchmarks/gpu.py --device cpu --tiny             # the code tried without a GPU; its numbers mean nothing
+    python benchmarks/gpu.py --device cpu --tiny             # test the code without a GPU; its numbers mean nothing
 
-Parts, in their order: ceiling (bf16 matrix products), training (B/2 and XL/2 against diffusers' PixArt, eager and
-compiled per block), correct (the device against the CPU, a resumed training against an unbroken one), sampling (eight
-XL/2 experts and a B/2 router), batch (the largest that fits 24 and 48 GB, predicted and found).
-What is compared alternates within each round, and medians count. A part that fails is noted, and the others go on.
+Parts, in order: ceiling (bf16 matrix products), training (B/2 and XL/2 against diffusers' PixArt, eager and compiled
+per block), correct (the device against the CPU, a resumed training against an uninterrupted one), sampling (eight XL/2
+experts and a B/2 router), batch (the largest in 24 and 48 GB, predicted and measured).
+Variants alternate within each round, and medians count. A part that fails is recorded, and the others continue.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PARTS: dict[str, Callable[[Evaluator], None]] = {
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """The machine and versions that the numbers belong to."""
     about: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "torch": torch.__version__}
     about["command"] = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def run(bench: Evaluator, parts: Sequence[str]) -> int:
-    """Runs the parts; returns how many failed."""
+    """Run the parts; return the number of failures."""
     failed = 0
     for name in parts:
         began = time.monotonic()
@@ -67,10 +67,10 @@ def run(bench: Evaluator, parts: Sequence[str]) -> int:
 
 def listed(text: str) -> list[str]:
     """ "a,b" -> ["a", "b"], of known parts, in the order of PARTS."""
-    asked = text.split(",")
-    if unknown := set(asked) - set(PARTS):
+    names = text.split(",")
+    if unknown := set(names) - set(PARTS):
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; expected some of {','.join(PARTS)}")
-    return [part for part in PARTS if part in asked]
+    return [part for part in PARTS if part in names]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,10 +1,9 @@
-"""The largest batch that fits into a memory, found and as `atoll plan` predicts it: a part of benchmarks/gpu.py.
+"""The largest batch that fits into a memory, measured and as predicted by `atoll plan`: a part of benchmarks/gpu.py.
 
-    python benchmarks/gpu_batch.py XL/2 24 none      # one search alone; a JSON line per try
+    python benchmarks/gpu_batch.py XL/2 24 none      # one search; a JSON line per try
 
-Each search is a process of its own, whose allocator may take the memory named, less what the plan reserves for what is
-not the allocator's (CUDA's context). A try is two training steps, compiled, as `gpu_training` makes them; between tries
-the allocator's cache is emptied.
+Each search is its own process, whose allocator may use the given memory, less the plan's reserve for CUDA's context. A
+try is two training steps, compiled, as in `gpu_training`; between tries the allocator's cache is emptied.
 """
 
 import argparse
@@ -30,9 +29,9 @@ SECONDS = 90  # that one search may take
 
 
 def search(fits: Callable[[int], bool], start: int, grain: int) -> tuple[int, int]:
-    """(the largest batch seen to fit, 0 if none; the smallest seen not to), at most `grain` apart.
+    """(the largest batch that fits, 0 if none; the smallest that does not), at most `grain` apart.
 
-    From `start` by steps that double until one fits and one does not, then by halves.
+    The steps from `start` double until one batch fits and one does not, then halve.
     """
     step, low, high = grain, 0, 0
     batch = max(1, start)
@@ -51,12 +50,12 @@ def search(fits: Callable[[int], bool], start: int, grain: int) -> tuple[int, in
 
 
 def predicted(size: str, gigabytes: int, checkpointing: Checkpointing) -> int:
-    """What `atoll plan` says."""
+    """The prediction of `atoll plan`."""
     return largest_batch(cost_of(size), CUDA_BF16, Switches(checkpointing), gigabytes * 1e9)
 
 
 def fits(size: str, batch: int, checkpointing: Checkpointing) -> bool:
-    """Whether two compiled training steps run; prints a JSON line that says so."""
+    """Try two compiled training steps; print the outcome as a JSON line."""
     device = torch.device("cuda")
     release(device)
     torch.compiler.reset()  # each batch is compiled for itself, as in a training of that batch
@@ -74,7 +73,7 @@ def fits(size: str, batch: int, checkpointing: Checkpointing) -> bool:
 
 
 def largest(bench: Evaluator) -> None:
-    """Part "batch": for each memory and checkpointing the largest batch, predicted and found."""
+    """Part "batch": for each memory and checkpointing the largest batch, predicted and measured."""
     if not bench.on_gpu:
         bench.keep("batch", {"needs": "a CUDA device: only its allocator can be held to a memory"})
         return
@@ -88,7 +87,7 @@ def largest(bench: Evaluator) -> None:
 
 
 def searched(gigabytes: int, checkpointing: Checkpointing, seconds: float) -> dict[str, Any]:
-    """One search in a process of its own: what it found until it was done, or the seconds were over."""
+    """One search in its own process: its result, or its best result when the seconds are over."""
     command = [sys.executable, str(Path(__file__)), SIZE, str(gigabytes), checkpointing]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
@@ -100,7 +99,7 @@ def searched(gigabytes: int, checkpointing: Checkpointing, seconds: float) -> di
 
 
 def summary(output: str) -> dict[str, Any]:
-    """The tries that a search printed: the largest that fitted, and the smallest that did not; None where none was."""
+    """The tries that a search printed: the largest that fits, and the smallest that does not; None if there is none."""
     tries = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
     good = [one["batch"] for one in tries if one["fits"]]
     bad = [one["batch"] for one in tries if not one["fits"]]

@@ -1,4 +1,4 @@
-"""Whether the device computes what the CPU does: a part of benchmarks/gpu.py, on networks of a few thousand weights."""
+"""Does the device compute the same as the CPU? A part of benchmarks/gpu.py, with networks of a few thousand weights."""
 
 import tempfile
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Stop(Exception):
 
 
 def tiny_ensemble(device: torch.device, dtype: torch.dtype) -> Ensemble:
-    """Three experts of three objectives, the same weights at every call, and fixed probabilities."""
+    """Three experts with three objectives and fixed probabilities; the same weights at every call."""
     torch.manual_seed(0)
     config = DiTConfig(
         size=LATENT[1:], channels=LATENT[0], states_dim=WIDTH, patch=2, width=64, depth=3, heads=4, modulation="single"
@@ -54,8 +54,10 @@ def tiny_ensemble(device: torch.device, dtype: torch.dtype) -> Ensemble:
 
 @torch.inference_mode()
 def velocities(device: torch.device, dtype: torch.dtype, looped: bool = False) -> Tensor:
-    """The guided velocity [5, *LATENT] of five fixed latents, computed there and returned on the CPU; looped: of one
-    sample after the other."""
+    """The guided velocity [5, *LATENT] of five fixed latents, computed there and returned on the CPU.
+
+    looped: one sample at a time.
+    """
     ensemble = tiny_ensemble(device, dtype)
     g = torch.Generator().manual_seed(1)
     x, t = torch.randn(5, *LATENT, generator=g).to(device), torch.linspace(0.15, 0.9, 5).to(device)
@@ -73,7 +75,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def trained(directory: Path, device: torch.device, cut: bool) -> dict[str, Tensor]:
-    """A tiny DiT's averaged weights after STEPS steps; cut: thrown out at step STOP and resumed from step SAVED."""
+    """A tiny DiT's EMA after STEPS steps. cut: stopped at step STOP and resumed from step SAVED."""
     options = {"steps": STEPS, "batch": 6, "checkpoint_every": SAVED, "log_every": 1, "validate_every": 0}
     settings = TrainSettings.model_validate({**options, "precision": "bf16", "track": "none"})
     island = Island(0, 1, device)
@@ -95,8 +97,10 @@ def trained(directory: Path, device: torch.device, cut: bool) -> dict[str, Tenso
 
 
 def resumed(device: torch.device) -> dict[str, Any]:
-    """How far a training that was cut ends from one that was not, and two that were not from each other, as the largest
-    difference of a weight. Where the latter two differ the kernels are not deterministic, and `holds` is None."""
+    """Compare interrupted training with uninterrupted training, and the latter with itself: largest weight difference.
+
+    If two uninterrupted ones differ, the kernels are not deterministic, and `holds` is None.
+    """
     with tempfile.TemporaryDirectory() as directory:
         unbroken, again = (trained(Path(directory) / name, device, False) for name in ("unbroken", "again"))
         cut = trained(Path(directory) / "cut", device, True)
@@ -110,22 +114,25 @@ def resumed(device: torch.device) -> dict[str, Any]:
 
 
 def correct(bench: Evaluator) -> None:
-    """Part "correct": each check with its distance and whether it holds. Raises RuntimeError, at the end, if one does
-    not."""
+    """Part "correct": each check with its distance and result.
+
+    Raises:
+        RuntimeError: a check failed; raised after all of them.
+    """
     reference = velocities(torch.device("cpu"), torch.float32)
     checks: dict[str, tuple[Callable[[], Tensor], float]] = {
         "bf16 against fp32 on the CPU": (lambda: velocities(bench.device, torch.bfloat16), BF16),
         "fp32 against fp32 on the CPU": (lambda: velocities(bench.device, torch.float32), FP32),
         "sample by sample against grouped, fp32": (lambda: velocities(bench.device, torch.float32, True), FP32),
     }
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, (ask, limit) in checks.items():
         off = distance(ask(), reference)
-        found[name] = {"distance": off, "limit": limit, "holds": off <= limit}
-        bench.keep("correct", {name: found[name]})
+        results[name] = {"distance": off, "limit": limit, "holds": off <= limit}
+        bench.keep("correct", {name: results[name]})
     if bench.has_time(30, "correct", "resumed training"):
         name = "resumed training against unbroken"
-        found[name] = resumed(bench.device)
-        bench.keep("correct", {name: found[name]})
-    if broken := [name for name, check in found.items() if check["holds"] is False]:
+        results[name] = resumed(bench.device)
+        bench.keep("correct", {name: results[name]})
+    if broken := [name for name, check in results.items() if check["holds"] is False]:
         raise RuntimeError(f"does not hold: {'; '.join(broken)}")

@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: the clock, the time that is left, and the report that is written."""
+"""Shared by the parts of benchmarks/gpu.py: the clock, the remaining time, and the report."""
 
 import re
 import time
@@ -20,10 +20,10 @@ class Evaluator:
     """One run of the benchmark.
 
     Attributes:
-        tiny: sizes that a CPU can do, to try the code; such numbers say nothing about a GPU.
-        compile: whether compiled variants are measured too.
-        deadline: of time.monotonic(), after which nothing more is begun.
-        file: where the report is written, again after every result.
+        tiny: sizes for a CPU, to test the code; such numbers say nothing about a GPU.
+        compile: also measure compiled variants.
+        deadline: of time.monotonic(); nothing starts after it.
+        file: of the report, written after every result.
     """
 
     device: torch.device
@@ -43,7 +43,7 @@ class Evaluator:
         return self.deadline - time.monotonic()
 
     def has_time(self, seconds: float, part: str, what: str) -> bool:
-        """Whether so many seconds are left; if not, the report says what was left out. All of `tiny` has time."""
+        """True if so many seconds are left; otherwise the report lists what was skipped. `tiny` always has time."""
         if self.tiny or self.seconds_left >= seconds:
             return True
         left = max(0, self.seconds_left)
@@ -51,11 +51,11 @@ class Evaluator:
         return False
 
     def leave_out(self, part: str, why: str) -> None:
-        """Puts into the report what is not measured, and why."""
+        """Record what is not measured, and why."""
         self.keep(part, {"left_out": [*self.report["parts"].get(part, {}).get("left_out", []), why]})
 
     def keep(self, part: str, values: Mapping[str, Any]) -> None:
-        """Puts results into the report and writes it, so that whatever ends the run loses nothing."""
+        """Add results to the report and write it, so that nothing is lost if the run ends."""
         self.report["parts"].setdefault(part, {}).update(values)
         print(f"{part}: {dict(values)}", flush=True)
         self.write()
@@ -90,7 +90,7 @@ def seconds_of(call: Call, device: torch.device, repeats: int = 1) -> float:
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, rounds: int, repeats: int = 1, warm: int = 2
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds per round of every call, each round starting with another one; and of each one's very first call."""
+    """Seconds per round of every call, each round starting with another one; and of each one's first call."""
     first = {}
     for name, call in calls.items():
         first[name] = seconds_of(call, device)  # compiles
@@ -105,7 +105,7 @@ def interleaved(
 
 
 def release(device: torch.device) -> None:
-    """Gives what nothing holds any more back to the device."""
+    """Return unused memory to the device."""
     import gc
 
     gc.collect()

@@ -1,7 +1,7 @@
-"""Sampling an ensemble of random weights: a part of benchmarks/gpu.py.
+"""Sampling of an ensemble with random weights: a part of benchmarks/gpu.py.
 
-The router is asked at every step, so its cost counts; its answer, of random weights, is replaced by one that spreads
-the prompts over the experts, two per expert at top-1 with 16 prompts and 8 experts.
+The router is evaluated at every step, so its cost counts; its output, from random weights, is replaced by one that
+spreads the prompts over the experts, two per expert at top-1 with 16 prompts and 8 experts.
 """
 
 import statistics
@@ -30,7 +30,7 @@ BUDGET, TINY_BUDGET = 6_000_000_000, 14_000_000  # bytes, of which the router an
 
 
 class SpreadRouter:
-    """Asks a router's network and answers with `log_p` [B, K] instead."""
+    """Evaluates a router's network, and returns `log_p` [B, K] instead."""
 
     def __init__(self, network: nn.Module, log_p: Tensor):
         self.network, self.log_p = network, log_p
@@ -50,7 +50,7 @@ def spread(prompts: int) -> Tensor:
 
 
 def build_ensemble(expert_size: str, router_size: str, device: torch.device) -> Ensemble:
-    """Eight experts in bf16, by turns flow on the linear path and eps on the cosine schedule, and a router."""
+    """Eight experts in bf16, alternating flow on the linear path and eps on the cosine schedule, and a router."""
     experts = []
     with device:
         for k in range(EXPERTS):
@@ -71,8 +71,10 @@ def prompts_of(count: int, device: torch.device) -> Condition:
 
 @torch.inference_mode()
 def measured(ensemble: Ensemble, batch: int, steps: int, rounds: int, bench: Evaluator) -> dict[str, Any]:
-    """Seconds to draw `batch` latents, the median; images/s; and the peak of memory, weights included. Any ensemble can
-    be asked: of networks that are held all, or under a budget."""
+    """Median seconds to sample `batch` latents; images/s; and peak memory, weights included.
+
+    Works for any ensemble: on the device as a whole, or within a memory budget.
+    """
     condition = prompts_of(batch, bench.device)
     noise = torch.randn(batch, *LATENT, device=bench.device)
     velocity = partial(Sampler(ensemble).velocity, condition=condition, guidance_scale=GUIDANCE)
@@ -92,7 +94,7 @@ def measured(ensemble: Ensemble, batch: int, steps: int, rounds: int, bench: Eva
 
 
 def under_budget(ensemble: Ensemble, budget: int, device: torch.device) -> Ensemble:
-    """The same experts kept in the host's memory, and brought to the device as a budget of so many bytes has room."""
+    """The same experts in the host's memory, loaded on demand within a budget of bytes on the device."""
     store, experts = ExpertCache(budget, device), []
     for expert in ensemble.experts:
         network = expert.network.cpu()  # type: ignore[attr-defined]
@@ -103,7 +105,7 @@ def under_budget(ensemble: Ensemble, budget: int, device: torch.device) -> Ensem
 
 
 def ensemble_for(way: str, bench: Evaluator) -> Ensemble:
-    """A new ensemble to be sampled this way: "eager", "compiled" per block, or "offloaded" under a budget."""
+    """A new ensemble to sample in one way: "eager", "compiled" per block, or "offloaded" within a budget."""
     ensemble = build_ensemble(*(("tiny", "tiny") if bench.tiny else (EXPERT, ROUTER)), bench.device)
     if way == "compiled":
         for expert in ensemble.experts:
@@ -115,8 +117,10 @@ def ensemble_for(way: str, bench: Evaluator) -> Ensemble:
 
 
 def sampling(bench: Evaluator) -> None:
-    """Part "sampling": images/s at a batch of 16 and the latency of one, for three routings; eager, compiled, and with
-    experts that do not all fit into a budget."""
+    """Part "sampling": images/s at a batch of 16, and the latency of one image, for three routings.
+
+    Eager, compiled, and with experts that do not all fit into a budget.
+    """
     steps, prompts = (2, 3) if bench.tiny else (STEPS, PROMPTS)
     sizes = {"expert": "tiny", "router": "tiny"} if bench.tiny else {"expert": EXPERT, "router": ROUTER}
     about = {**sizes, "experts": EXPERTS, "steps": steps, "guidance": GUIDANCE, "weights": "bf16"}

@@ -7,7 +7,7 @@ Report = Mapping[str, Any]
 
 
 def table(report: Report) -> str:
-    """The markdown of all parts that the report has; what was left out, failed or needs a GPU is said."""
+    """The markdown of all parts in the report, with notes on skipped, failed and GPU-only ones."""
     memory = f", {report['memory_gb']:.0f} GB" if "memory_gb" in report else ""
     lines = [f"{report['device']}{memory}, torch {report['torch']}, {report['date'][:10]}: `{report['command']}`"]
     if report["tiny"]:
@@ -22,7 +22,7 @@ def table(report: Report) -> str:
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A markdown table; nothing where there are no rows."""
+    """A markdown table; "" without rows."""
     if not rows:
         return []
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

@@ -1,7 +1,7 @@
 """The matmul ceiling, and training steps of Atoll's DiT and diffusers' PixArt: parts of benchmarks/gpu.py.
 
 A step is atoll.train's own: `gradients` (bf16 autocast, forward, backward, clipping) and `State.update` (fused AdamW,
-EMA), on fp32 weights, for either network. Its batch lies on the device already: data loading is not measured here.
+EMA), on fp32 weights, for either network. Its batch is on the device already: data loading is not measured here.
 """
 
 import math
@@ -31,23 +31,23 @@ from atoll.train.state import State, learning_rate
 
 LATENT, TEXT_TOKENS, TEXT_WIDTH = (4, 32, 32), 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
 MOST = 128  # samples of a step
-BYTES_OF_OTHERS = 1.25  # what diffusers' network keeps for its backward pass, over what Atoll's does: with a margin
-STEPS = 3  # in a row, of which a round takes the mean
+BYTES_OF_OTHERS = 1.25  # what diffusers' network saves for its backward pass, relative to Atoll's, with a margin
+STEPS = 3  # in a row; a round takes their mean
 
 
 def config_of(size: str) -> DiTConfig:
-    """A DiT of this size for the latents and the text that are measured here."""
+    """A DiT of this size for the latents and the text of this benchmark."""
     channels, *sides = LATENT
     return DiTConfig(size=(sides[0], sides[1]), channels=channels, states_dim=TEXT_WIDTH, **SIZES[size])
 
 
 def cost_of(size: str) -> DiTSizes:
-    """What `atoll plan` knows of it."""
+    """The sizes that `atoll plan` needs."""
     return DiTSizes.from_config(config_of(size).model_dump(), TEXT_TOKENS)
 
 
 class PixArt(Diffusers):
-    """diffusers' network, its blocks where the training loop looks for them."""
+    """diffusers' network, with its blocks where the training loop expects them."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -55,7 +55,7 @@ class PixArt(Diffusers):
 
 
 class RandomBatch(Task):
-    """A flow expert's training on random latents and text of `size` rows, a tenth of the captions dropped."""
+    """A flow expert's training on random latents and text of `size` rows; a tenth of the captions is dropped."""
 
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size, self.objective = module, size, Objective("flow", Linear())
@@ -75,15 +75,15 @@ class RandomBatch(Task):
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
-        given = Condition(batch["states"], batch["mask"])
-        null = Condition(torch.zeros_like(given.states[:1]), torch.ones_like(given.mask[:1]))
-        condition = drop_condition(given, null, batch["dropped"])
+        text = Condition(batch["states"], batch["mask"])
+        null = Condition(torch.zeros_like(text.states[:1]), torch.ones_like(text.mask[:1]))
+        condition = drop_condition(text, null, batch["dropped"])
         output = module(self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
         return self.objective.loss(output, x0, eps, t)
 
 
 def switched(network: nn.Module, settings: TrainSettings) -> nn.Module:
-    """The network with its blocks compiled, if so set, and Atoll's checkpointed as the loop does it."""
+    """The network, with its blocks compiled if set, and Atoll's checkpointed as in the loop."""
     if isinstance(network, DiT):
         return prepared(network, settings)
     for block in network.blocks if settings.compile else ():  # type: ignore[union-attr]
@@ -92,8 +92,10 @@ def switched(network: nn.Module, settings: TrainSettings) -> nn.Module:
 
 
 class Training:
-    """One network's training: `step(compiled)` is a step of the loop's. The eager and the compiled module share their
-    weights, and the state."""
+    """One network's training; `step(compiled)` is a step of the loop.
+
+    The eager and the compiled module share their weights and the state.
+    """
 
     def __init__(self, network: nn.Module, batch: int, device: torch.device, checkpointing: str = "none"):
         settings = {"batch": batch, "lr": 1e-5, "warmup": 0, "precision": "bf16", "checkpointing": checkpointing}
@@ -151,7 +153,7 @@ def ceiling(bench: Evaluator) -> None:
 
 
 def common_batch(bench: Evaluator, size: str) -> int:
-    """The samples of a step that leave room for both networks' states; a multiple of 8 on a GPU, at most MOST."""
+    """Samples per step that leave memory for both networks' states; a multiple of 8 on a GPU, at most MOST."""
     if bench.tiny:
         return 3
     network, memory = cost_of(size), torch.cuda.get_device_properties(bench.device).total_memory
@@ -194,13 +196,15 @@ def compared(bench: Evaluator, size: str, batch: int, kinds: tuple[str, ...]) ->
 
 
 def _ratio(base: list[float], own: list[float]) -> float:
-    """How many times as fast, the median over the rounds."""
+    """The speed-up, as the median over the rounds."""
     return statistics.median(b / o for b, o in zip(base, own, strict=True))
 
 
 def training(bench: Evaluator) -> None:
-    """Part "training": for each size images/s, share of the ceiling and MFU, against diffusers in the same rounds; and,
-    where both together leave no room for a batch of MOST, Atoll alone with it."""
+    """Part "training": for each size images/s, fraction of the ceiling and MFU, against diffusers in the same rounds.
+
+    If both together leave no memory for a batch of MOST, also Atoll alone with it.
+    """
     kinds: tuple[str, ...] = ("atoll", "diffusers")
     try:
         import diffusers
@@ -229,7 +233,7 @@ def training(bench: Evaluator) -> None:
 
 
 def alone(bench: Evaluator, size: str) -> None:
-    """Atoll without diffusers beside it, batch MOST, if `atoll plan` finds that to fit."""
+    """Atoll without diffusers, batch MOST, if it fits according to `atoll plan`."""
     memory = torch.cuda.get_device_properties(bench.device).total_memory
     if needed_bytes(cost_of(size), CUDA_BF16, Switches(compile=False), MOST) < memory:
         try:

@@ -1,12 +1,12 @@
-"""What a training loses beside its steps: waiting for data, stalls by checkpoints, and the way to the first step.
+"""Overhead of a training beside its steps: waiting for data, stalls by checkpoints, and the start.
 
     python benchmarks/island.py --threads 2                # all three, on a DiT-S/2 and random latents 4x32x32
     python benchmarks/island.py --modes start --size B/2
 
-loading: the share of the time in which the loop waits for a batch. checkpoint: what a save adds to the steps around it
-(the copy that training waits for, and what the writing takes from the steps meanwhile), over the default interval.
-start: `atoll train expert 0` with train.compile, from the shell to the end of the first step; the
-compiler's cache on the disk is empty.
+loading: fraction of the time in which the loop waits for a batch. checkpoint: what a save adds to the steps around it
+(the copy that blocks training, and the cost of writing in the background), over the default interval.
+start: `atoll train expert 0` with train.compile, from the shell to the end of the first step, with an empty compiler
+cache on the disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ROWS, SHAPE, WORDS = 512, (4, 32, 32), ["a", "photo", "of", "moss", "on", "an", 
 
 
 def write_run(path: Path, size: str, train: dict[str, Any]) -> Path:
-    """A run of one cluster of random latents, as `atoll cluster` would leave it."""
+    """A run with one cluster of random latents, as `atoll cluster` writes it."""
     condition = {"name": "hash", "dim": 768, "length": 77}
     frozen = {"codec": {"name": "pixels", "channels": 4}, "condition": condition}
     manifest = {
@@ -62,7 +62,7 @@ class Stop(Exception):
 
 
 def clocked(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The function, the time of every call appended to `seconds`."""
+    """The function, with the time of every call appended to `seconds`."""
 
     def call(*arguments: Any, **named: Any) -> Any:
         began = time.perf_counter()
@@ -77,7 +77,7 @@ def clocked(function: Callable[..., Any], seconds: list[float]) -> Callable[...,
 def loop(
     options: argparse.Namespace, directory: Path, checkpoint_every: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of every step, of every wait for a batch, and of every save; the first step is left out."""
+    """Seconds of every step, of every wait for a batch, and of every save; without the first step."""
     train = {"steps": 10_000, "batch": options.batch, "threads": options.threads, "log_every": 1}
     run = write_run(directory, options.size, {**train, "checkpoint_every": checkpoint_every})
     ends: list[float] = []
@@ -147,8 +147,8 @@ def main() -> None:
     modes = {"loading": loading, "checkpoint": checkpoint, "start": start}
     for mode in options.modes.split(","):
         with tempfile.TemporaryDirectory() as directory:
-            found = modes[mode](options, Path(directory) / mode)
-        rounded = {key: round(value, 4) for key, value in found.items()}
+            numbers = modes[mode](options, Path(directory) / mode)
+        rounded = {key: round(value, 4) for key, value in numbers.items()}
         print(json.dumps({"mode": mode, "size": options.size, "batch": options.batch, **rounded}), flush=True)
 
 

@@ -3,16 +3,15 @@
     python benchmarks/loading.py [--size XL/2] [--rounds 3] [--json out.json]
 
 - load_expert: `atoll.ensemble.loading.load_expert`: checks the file's sha256, then maps the file into memory.
-- fetch: the same without the check: what a `memory_budget` does each time that it brings an expert.
+- fetch: the same without the check: each load within a `memory_budget`.
 - torch.load: the usual way: the network is built and initialised, its weights are read from a .pt file and copied.
-- torch.load, meta: the best that can be done with it: built on the meta device, the weights that were read assigned.
+- torch.load, meta: its fastest way: built on the meta device, and the weights assigned.
 - torch.load, mmap: the same with mmap=True.
 
-Each load is a process of its own, the variants alternate within each round, files are in the page cache; what torch
-imports when a network is first built on the meta device is imported before, for all of them alike. "ready": until the
-network could be called; "read": until every weight was read once besides, so that nobody gains by putting work off.
-The table shows medians of times, of the ratios to torch.load within a round, and of the private (anonymous) memory that
-loading adds.
+Each load is its own process, the variants alternate within each round, and files are in the page cache. torch's imports
+for the meta device happen before, in all variants. "ready": until the network can be called; "read": until every weight
+was read once as well, so that no variant gains by deferring work. The table shows medians of times, of the ratios to
+torch.load within a round, and of the private (anonymous) memory that loading adds.
 """
 
 import argparse
@@ -40,7 +39,7 @@ BASE = "torch.load"
 
 
 def write(path: Path, size: str) -> None:
-    """An expert's artifact of random weights, and the same weights as a .pt file."""
+    """An expert's artifact with random weights, and the same weights as a .pt file."""
     network = DiTConfig(size=(32, 32), channels=4, states_dim=768, **SIZES[size]).model_dump(mode="json")
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in build_network(network).state_dict().items()}
@@ -99,12 +98,12 @@ VARIANTS: dict[str, Callable[[Path], nn.Module]] = {
 
 
 def private() -> int:
-    """The process's anonymous memory in bytes: what no file on disk backs."""
+    """The process's anonymous memory in bytes, which no file on disk backs."""
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def load(variant: str, path: Path) -> dict[str, float]:
-    """Seconds and bytes of one load; meant for a process of its own."""
+    """Seconds and bytes of one load; runs in its own process."""
     torch.set_num_threads(1)
     with torch.device("meta"):  # what torch imports the first time, 2 to 3 s, whatever is loaded then
         build_network({"name": "dit", "size": (4, 4), "channels": 1, "states_dim": 8, **SIZES["tiny"]})

@@ -1,11 +1,11 @@
-"""Eight experts within a budget: peak memory, time, and whether the images are the same.
+"""Eight experts within a memory budget: peak memory, time, and whether the images are the same.
 
     python benchmarks/memory.py [--size XL/2] [--steps 2] [--rounds 2] [--json out.json]
 
-One prompt, guided, routing "full": the worst case, in which every step asks all eight. The experts share one file of
-random weights, each by a link and a card of its own, so that the disk need not hold eight; each is mapped for itself.
-Every run is a process of its own, the runs alternate within each round; "added" is the peak of resident memory (mapped
-files included) over what the process had before it loaded the ensemble, "step" one solver step.
+One prompt, guided, routing "full": the worst case, in which every step evaluates all eight. The experts share one file
+of random weights, each with its own link and card, so that the disk need not hold eight; each is mapped separately.
+Every run is its own process, and the runs alternate within each round; "added" is the peak of resident memory (mapped
+files included) above the process's memory before it loaded the ensemble, "step" one solver step.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SHARED = {
 
 
 def write(path: Path, size: str) -> int:
-    """An ensemble of eight; returns the bytes of one expert."""
+    """Write an ensemble of eight; return the bytes of one expert."""
     expert = {"name": "dit", "size": [16, 16], "channels": 3, "states_dim": 768, **SIZES[size]}
     router = {"name": "router", "size": [16, 16], "channels": 3, **SIZES["tiny"], "clusters": EXPERTS}
     about = {"objective": {"prediction": "flow", "schedule": "linear"}, "k": EXPERTS}
@@ -71,7 +71,7 @@ def status(key: str) -> int:
 
 
 def draw(path: Path, budget: int | None, weights: Any, steps: int) -> dict[str, Any]:
-    """One run; meant for a process of its own."""
+    """One run; runs in its own process."""
     torch.ones(8, 8) @ torch.ones(8, 8)
     before, start = status("VmRSS"), time.perf_counter()
     pipe = Pipeline.from_pretrained(path / "ensemble", memory_budget=budget, weights=weights, device="cpu")

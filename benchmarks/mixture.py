@@ -1,9 +1,9 @@
-"""One parquet file of three kinds of images, so that clusters are plain to see: satellite photos, flowers, emoji.
+"""One parquet file with three kinds of images, so that clusters are obvious: satellite photos, flowers, emoji.
 
     ATOLL_DATA=... python benchmarks/mixture.py mixture.parquet
     ATOLL_MIXTURE=mixture.parquet atoll study mixture
 
-Columns `image`, `caption`, `kind`, `key`, `split`. Of EuroSAT every second image is taken, of emoji and flowers all.
+Columns `image`, `caption`, `kind`, `key`, `split`. It takes every second image of EuroSAT, and all emoji and flowers.
 Flowers have no split of their own: one in ten, by a hash of its key, is held out.
 """
 
@@ -43,6 +43,6 @@ def rows(data: Path) -> Iterator[dict[str, object]]:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or "ATOLL_DATA" not in os.environ:
         sys.exit(__doc__)
-    found = pa.Table.from_pylist(list(rows(Path(os.environ["ATOLL_DATA"]))))
-    pq.write_table(found, sys.argv[1], row_group_size=1024)
-    print(f"{sys.argv[1]} written: {len(found):,} images")
+    table = pa.Table.from_pylist(list(rows(Path(os.environ["ATOLL_DATA"]))))
+    pq.write_table(table, sys.argv[1], row_group_size=1024)
+    print(f"{sys.argv[1]} written: {len(table):,} images")

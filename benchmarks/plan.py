@@ -3,8 +3,8 @@
     python benchmarks/plan.py                     # the demo's first expert, 300 steps, three rounds
 
 Each round measures the rate (as the plan does) and then trains (as `atoll train` does: shards, captions, checkpoints,
-metrics). Both are told in seconds of the clock and in seconds of the CPU: where other programs use the machine, the
-first say how much of it was left, the second what the training itself took (with one thread, as in the demo).
+metrics). Both are given in seconds of wall-clock time and of CPU time: if other programs use the machine, the former
+shows how much of it was available, the latter the cost of the training itself (with one thread, as in the demo).
 """
 
 import argparse
@@ -25,12 +25,12 @@ from atoll.plan.measure_machine import measured_rate
 from atoll.plan.recipe import latent_shape, network_of, text_of
 from atoll.train.expert import train_expert
 
-WARM = 20  # steps before the clocks start: the plan knows of no warming up either
+WARM = 20  # steps before the clocks start; the plan does not know about warming up either
 CLOCKS = {"clock": time.perf_counter, "CPU": time.process_time}
 
 
 def make_run(directory: Path, recipe: str, steps: int) -> Path:
-    """A run of the recipe, encoded and clustered, whose experts train for so many steps."""
+    """A run of the recipe, encoded and clustered, whose experts train for `steps` steps."""
     content = yaml.safe_load(recipe_path(recipe).read_text(encoding="utf-8"))
     content["train"]["steps"] = steps + WARM
     content["train"]["log_every"] = 10

@@ -3,7 +3,7 @@
     python benchmarks/scale.py                       # 11 M (HDDM) and 158 M (DDM) images at 256 pixels
 
 FLOPs of the frozen networks are counted on the real classes, on the meta device. How many images a core decodes is
-measured here, on JPEGs of --side pixels. All else is arithmetic over the arguments, which the table repeats.
+measured here, on JPEGs of --side pixels. Everything else is arithmetic on the arguments, which the table repeats.
 """
 
 import argparse
@@ -35,16 +35,16 @@ def forward_flops(size: int) -> dict[str, float]:
         large: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
         large |= {"image_size": 224, "patch_size": 14, "attn_implementation": "eager"}
         dino: Any = Dinov2Model(Dinov2Config(**large))
-        found = {}
+        flops = {}
         for name, call, side in (("vae", vae.encode, size), ("dino", dino, 224)):
             with FlopCounterMode(display=False) as counter:
                 call(torch.empty(1, 3, side, side))
-            found[name] = float(counter.get_total_flops())
-    return found
+            flops[name] = float(counter.get_total_flops())
+    return flops
 
 
 def decode_rate(side: int, size: int, seconds: float = 3.0) -> float:
-    """Images/s that one core of this machine decodes, crops and resizes, of JPEGs with as much detail as photos."""
+    """Images/s that one core of this machine decodes, crops and resizes, from JPEGs with as much detail as photos."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
     data = io.BytesIO()
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--text-bytes", type=float, default=120, help="caption and key of an image")
     parser.add_argument("--clusters", type=int, default=8)
     parser.add_argument("--gpu", default="a100")
-    parser.add_argument("--mfu", type=float, default=0.3, help="share of the GPU's bf16 speed that encoding reaches")
+    parser.add_argument("--mfu", type=float, default=0.3, help="fraction of the GPU's bf16 speed that encoding reaches")
     parser.add_argument("--cpu-gflops", type=float, default=150, help="float32 matrix products of the machine")
     parser.add_argument("--disk", type=float, default=500, help="MB/s")
     o = parser.parse_args()

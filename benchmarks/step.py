@@ -1,12 +1,12 @@
 """Images per second of a DiT's forward pass and training step, against diffusers' PixArt of the same size.
 
     python benchmarks/step.py --rounds 7 --threads 2 --json step.json    # eager, in fp32 and bf16
-    python benchmarks/step.py --compile --precisions bf16                # and compiled: minutes more on a CPU
+    python benchmarks/step.py --compile --precisions bf16                # compiled too; takes minutes more on a CPU
 
-Every variant is timed once per round, in turn, so that a busy machine slows all of them alike: read the ratios.
-forward: no gradients, weights in the precision named. train: float32 weights (bf16: under autocast), mean
+Every variant is timed once per round, in turn, so that a busy machine slows all of them equally: read the ratios.
+forward: no gradients, weights in the given precision. train: float32 weights (bf16: under autocast), mean
 squared error, backward, fused AdamW. The ceiling is one matrix product in the shape of the MLP's first layer,
-timed in the same rounds; the share of it counts the operations of Atoll's DiT for either network.
+timed in the same rounds; the fraction of it counts the operations of Atoll's DiT for either network.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table; `ratio` is the median over the rounds of diffusers' (eager) seconds over this one's."""
+    """One row of the table; `ratio` is the median over the rounds of diffusers' (eager) seconds over this row's."""
 
     mode: str
     precision: str
@@ -46,7 +46,7 @@ class Result:
 
 
 class Diffusers(nn.Module):
-    """diffusers' PixArtTransformer2DModel of a size of ours, called the way ours is."""
+    """diffusers' PixArtTransformer2DModel with a size of ours, called like ours."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Diffusers(nn.Module):
 
 
 def plain_block(block: DiTBlock, x: Tensor, prepared: Tensor, states: Tensor, bias: Tensor) -> Tensor:
-    """Atoll's block as one would port it from DiT's description: torch's operations one by one, its fused attention."""
+    """Atoll's block as a direct port of DiT's description: torch's operations one by one, its fused attention."""
     shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.modulation(prepared, x.dtype).unbind(1)  # [B,1,D] each
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def ceiling_call(size: str, precision: str, batch: int, device: str) -> tuple[Ca
 
 
 def timed(call: Callable[[], object], options: argparse.Namespace) -> float:
-    """Seconds that one call takes, the device's queue included."""
+    """Seconds of one call, the device's queue included."""
     clock = time.process_time if options.cpu_time else time.perf_counter
     start = clock()
     call()
@@ -192,7 +192,7 @@ def timed(call: Callable[[], object], options: argparse.Namespace) -> float:
 
 
 def interleave(calls: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per round of every call; each round starts with another one. Two calls each to warm up."""
+    """Seconds per round of every call; each round starts with another one. Two warm-up calls each."""
     names = list(calls)
     for name in names:
         timed(calls[name], options)
@@ -233,7 +233,7 @@ def print_rows(results: Sequence[Result], ceiling: float) -> None:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """The machine and versions that the numbers belong to."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

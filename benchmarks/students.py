@@ -1,4 +1,4 @@
-"""Students of an ensemble beside their teacher and the monolith, over several seeds.
+"""Students of an ensemble against their teacher and the monolith, over several seeds.
 
     python benchmarks/students.py runs/demo owner=runs/owner/student ensemble=runs/ensemble/student
 
@@ -28,15 +28,15 @@ def main() -> None:
     ensembles = {"ensemble": opened.loaded.ensemble}
     if "monolith" in opened.dense:
         ensembles["monolith"] = opened.dense["monolith"].ensemble
-    for name, _, directory in (given.partition("=") for given in options.students):
+    for name, _, directory in (student.partition("=") for student in options.students):
         ensembles[f"student {name}"] = load_ensemble(directory).ensemble
     variants = [Variant(name, ensemble) for name, ensemble in ensembles.items()]
-    found = [
+    results_by_seed = [
         evaluate(variants, opened.reference, settings.model_copy(update={"seed": s})) for s in range(options.seeds)
     ]
-    print(f"{found[0].frechet_name}: mean, standard deviation; denoising error")
+    print(f"{results_by_seed[0].frechet_name}: mean, standard deviation; denoising error")
     for name in ensembles:
-        scores = [results.score(name) for results in found]
+        scores = [results.score(name) for results in results_by_seed]
         distances = [float("nan") if score.frechet is None else score.frechet for score in scores]
         spread = statistics.stdev(distances) if len(distances) > 1 else 0.0
         error = statistics.mean(score.denoising.mean for score in scores)

@@ -1,18 +1,18 @@
-"""One ensemble of four unlike experts, trained on glyphs, sampled by every routing and every way to combine replicas.
+"""One ensemble of four unlike experts, trained on glyphs, sampled with every routing and every treatment of replicas.
 
-    python examples/heterogeneous.py runs/heterogeneous          # about half an hour on two cores; goes on if stopped
+    python examples/heterogeneous.py runs/heterogeneous          # about half an hour on two cores; run again to resume
     python examples/heterogeneous.py runs/heterogeneous --measure-only --seeds 5
     python examples/heterogeneous.py runs/try --small --seeds 1
 
     0-eps-cosine     a DiT that predicts eps on the cosine schedule        cluster 0
     0-flow-linear    a smaller DiT that predicts the flow                  cluster 0: replicas
     1-x0-table       a DiT that predicts x0 on a table of 60 steps with zero terminal SNR    cluster 1
-    2-pixart         diffusers' PixArtTransformer2DModel, kept as it is, trained as eps on linear-beta    cluster 2
+    2-pixart         diffusers' PixArtTransformer2DModel, unchanged, trained as eps on linear-beta    cluster 2
 
-Each is trained alone, by `atoll launch`; `atoll assemble` weighs the replicas on rows that both held back. What is
-printed is a Frechet distance (features: 48 principal components of the pixels, fitted to the data) by `atoll
+`atoll launch` trains each alone; `atoll assemble` computes the replicas' weights on rows that neither trained on. The
+output is a Frechet distance (features: 48 principal components of the pixels, fitted to the data) from `atoll
 evaluate`'s own code: each seed has other prompts, noise and real images. Mean and standard deviation over the seeds;
-the training's seed is one.
+there is one seed of the training.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from atoll.manifest import load_manifest
 from atoll.pipeline import Pipeline, grid
 from atoll.storage.layout import RunLayout
 
-# alpha-bar of 60 steps, cosine, ending in exactly 0: no image is left in the last step (Lin et al. 2023).
+# alpha-bar of 60 steps, cosine, ending in exactly 0: the last step has no signal (Lin et al. 2023).
 TABLE = [round(math.cos(math.pi / 2 * (i + 0.5) / 60) ** 2, 6) for i in range(59)] + [0.0]
 CONDITION = {"name": "hash", "dim": 64, "length": 12}
 RUN = {
@@ -84,7 +84,7 @@ EPS, FLOW = "0-eps-cosine", "0-flow-linear"
 
 
 def train(run: Path, small: bool = False) -> None:
-    """The whole run, every stage by the function that its verb calls; what is done is not done again."""
+    """The whole run, every stage by the function behind its command; finished stages are skipped."""
     run.mkdir(parents=True, exist_ok=True)
     file = RunLayout(run).manifest
     if not file.exists():
@@ -99,7 +99,7 @@ def train(run: Path, small: bool = False) -> None:
 
 
 def random_pixart(directory: Path, out: Path) -> None:
-    """A small PixArt as diffusers saves it, made a start for expert 2: a network that Atoll did not make."""
+    """A small random PixArt as diffusers saves it, converted for expert 2: a network that Atoll did not create."""
     from diffusers import PixArtTransformer2DModel
 
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def random_pixart(directory: Path, out: Path) -> None:
 
 
 def variants_of(ensemble: Ensemble) -> dict[str, Ensemble]:
-    """What is measured, by its row in the table."""
+    """The variants to measure, by their row in the table."""
     named = {expert.name: expert for expert in ensemble.experts}
 
     def without(name: str) -> Ensemble:
@@ -137,7 +137,7 @@ def variants_of(ensemble: Ensemble) -> dict[str, Ensemble]:
 
 
 def in_cluster_0(ensemble: Ensemble) -> dict[str, Ensemble]:
-    """The replicas by themselves, asked for everything in their cluster."""
+    """The replicas alone, for everything in their cluster."""
     replicas: list[Expert] = [expert for expert in ensemble.experts if expert.clusters == (0,)]
     one = replace(ensemble, experts=replicas, routing="oracle-0")
     rows = {f"cluster 0, {mode}": replace(one, replicas=mode) for mode in REPLICAS}
@@ -159,15 +159,15 @@ def measure(run: Path, seeds: int) -> dict[str, list[float]]:
 def _distances(
     opened: OpenRun, ensembles: dict[str, Ensemble], settings: EvaluateSettings, seeds: int
 ) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in ("floor", *ensembles)}
+    distances: dict[str, list[float]] = {name: [] for name in ("floor", *ensembles)}
     for seed in range(seeds):
         variants = [Variant(name, ensemble) for name, ensemble in ensembles.items()]
         results = evaluate(variants, opened.reference, settings.model_copy(update={"seed": seed, "held_out": 16}))
-        found["floor"].append(results.floor)
+        distances["floor"].append(results.floor)
         for score in results.scores:
-            found[score.name].append(math.nan if score.frechet is None else score.frechet)
+            distances[score.name].append(math.nan if score.frechet is None else score.frechet)
         print(f"seed {seed} measured", flush=True)
-    return found
+    return distances
 
 
 def main() -> None:
@@ -179,10 +179,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.measure_only:
         train(options.run, options.small)
-    found = measure(options.run, options.seeds)
-    for name, values in found.items():
+    distances = measure(options.run, options.seeds)
+    for name, values in distances.items():
         print(f"| {name} | {statistics.mean(values):.3f} | {statistics.stdev(values) if len(values) > 1 else 0:.3f} |")
-    result = {"distances": found, "date": time.strftime("%Y-%m-%d")}
+    result = {"distances": distances, "date": time.strftime("%Y-%m-%d")}
     (options.run / "distances.json").write_text(json.dumps(result, indent=2) + "\n")
     pipe = Pipeline.from_pretrained(options.run / "ensemble")
     prompts = ["latin capital letter a, serif bold", "digit seven, sans bold", "greek small letter omega, sans"]

@@ -1,4 +1,4 @@
-"""Prompts and images: CLIP's score against transformers, the regression by its normal equations, and its scale."""
+"""Agreement of prompts and images: CLIP's score against transformers, the ridge regression and its scale."""
 
 import math
 from itertools import islice
@@ -52,7 +52,7 @@ class TestRidge:
         y = x @ gaussian(dim, 3, seed=1) + noise * gaussian(n, 3, seed=2)
         return RidgeAgreement.fit(Space(dim), zip(x.split(7), y.split(7), strict=True)), x, F.normalize(y)
 
-    def test_solves_the_normal_equations(self) -> None:
+    def test_ridge_solves_the_normal_equations(self) -> None:
         ridge, x, y = self.fitted()
         centred = x - x.mean(0)
         scaled = torch.eye(6).double() * len(x) * ridge.ridge
@@ -62,7 +62,7 @@ class TestRidge:
 
     @pytest.mark.parametrize(("n", "dim"), [(40, 6), (12, 30)])
     @pytest.mark.parametrize("noise", [0.05, 1.0, 30.0])
-    def test_takes_the_parameter_of_least_generalised_cross_validation(self, n, dim, noise) -> None:
+    def test_ridge_minimises_generalised_cross_validation(self, n, dim, noise) -> None:
         """GCV by its definition, with the hat matrix, also where there are more dimensions than images."""
         ridge, x, y = self.fitted(n, dim, noise)
         centred, target = x - x.mean(0), y - y.mean(0)
@@ -76,13 +76,13 @@ class TestRidge:
                 found[relative * variance] = float(residual.square().sum() / n / (1 - hat.trace() / n) ** 2)
         assert ridge.ridge == pytest.approx(min(found, key=lambda key: found[key]))
 
-    def test_does_not_depend_on_the_batches(self) -> None:
+    def test_the_fit_does_not_depend_on_the_batches(self) -> None:
         features, _, vectors = made(60, 0.3)
         whole = RidgeAgreement.fit(Space(24), [(features, vectors)])
         parts = RidgeAgreement.fit(Space(24), zip(features.split(11), vectors.split(11), strict=True))
         torch.testing.assert_close(whole.predict(features), parts.predict(features))
 
-    def test_name_is_of_the_space_and_of_what_was_fitted(self) -> None:
+    def test_the_name_contains_the_space_and_the_hash_of_the_fit(self) -> None:
         one, other = ({"noise": noise} for noise in (0.3, 0.4))
         names = []
         for settings in (one, other, one):
@@ -106,7 +106,7 @@ class TestRidge:
 
 
 class TestRPrecision:
-    def test_ceiling_and_floor_of_features_that_tell_all(self) -> None:
+    def test_perfect_features_reach_ceiling_and_floor(self) -> None:
         ridge = RidgeAgreement.fit(Space(24), [made(500, 0.05)[::2]])
         features, prompts, vectors = made(300, 0.05, seed=50)
         ceiling = ridge.score(features, prompts, vectors)
@@ -118,7 +118,7 @@ class TestRPrecision:
         assert abs(floor.r_precision - 1 / 100) < 4 * math.sqrt(0.01 * 0.99 / 300)
         assert abs(floor.cosine) < 0.1
 
-    def test_what_all_prompts_share_does_not_count(self) -> None:
+    def test_words_of_all_prompts_do_not_count(self) -> None:
         # As of encoders whose pooled vectors all point one way: uncentred, every prompt is near to every image.
         ridge = RidgeAgreement.fit(Space(24), [(x, y + 20) for x, _, y in [made(500, 0.01)]])
         features, prompts, vectors = made(300, 0.01, seed=50)
@@ -128,7 +128,7 @@ class TestRPrecision:
         shuffled = [prompts[row] for row in order.tolist()]
         assert abs(ridge.score(features, shuffled, vectors[order] + 20).cosine) < 0.1
 
-    def test_features_that_tell_nothing_score_by_chance(self) -> None:
+    def test_features_without_information_score_at_chance(self) -> None:
         _, prompts, vectors = made(400, 0.05, kinds=20)
         noise = gaussian(400, 24, seed=7)
         ridge = RidgeAgreement.fit(Space(24), [(gaussian(400, 24, seed=8), vectors)])
@@ -136,13 +136,13 @@ class TestRPrecision:
         assert found.candidates == 20
         assert abs(found.r_precision - 1 / 20) < 5 * math.sqrt(0.05 * 0.95 / 400)
 
-    def test_falls_with_noise(self) -> None:
+    def test_agreement_falls_with_noise(self) -> None:
         ridge = RidgeAgreement.fit(Space(24), [made(500, 0.3)[::2]])
         scores = [ridge.score(*made(300, noise, seed=50)) for noise in (0.1, 1.0, 3.0)]
         assert scores[0].r_precision > scores[1].r_precision > scores[2].r_precision
         assert scores[0].cosine > scores[1].cosine > scores[2].cosine
 
-    def test_by_hand_among_all_where_they_are_few(self) -> None:
+    def test_few_prompts_are_all_candidates_checked_by_hand(self) -> None:
         # Predictions as they are given: first and third are nearest to their own, the second to the third's.
         ridge = RidgeAgreement(Space(2), torch.zeros(2), torch.zeros(2), torch.eye(2).double(), 0.0)
         vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
@@ -153,7 +153,7 @@ class TestRPrecision:
         expected = F.cosine_similarity(seen, vectors).mean()
         assert found.cosine == pytest.approx(float(expected))
 
-    def test_prompts_that_look_alike_share_the_hit(self) -> None:
+    def test_prompts_with_equal_vectors_share_the_hit(self) -> None:
         ridge = RidgeAgreement(Space(2), torch.zeros(2), torch.zeros(2), torch.eye(2).double(), 0.0)
         vectors = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
         found = ridge.score(torch.tensor([[1.0, 0.2], [1.0, 0.1], [0.0, 2.0]]), ["a b", "b a", "c"], vectors)
@@ -161,13 +161,13 @@ class TestRPrecision:
         # Nothing at all is read off these: they lie in no direction, and all prompts tie.
         assert ridge.score(torch.zeros(3, 2), ["a b", "b a", "c"], vectors).r_precision == pytest.approx(1 / 3)
 
-    def test_a_prompt_that_stands_twice_is_one_candidate(self) -> None:
+    def test_a_repeated_prompt_is_one_candidate(self) -> None:
         ridge = RidgeAgreement(Space(2), torch.zeros(2), torch.zeros(2), torch.eye(2).double(), 0.0)
         vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         found = ridge.score(torch.tensor([[1.0, 0.2], [1.0, 0.1], [0.0, 2.0]]), ["a", "a", "c"], vectors)
         assert (found.r_precision, found.candidates) == (1, 2)
 
-    def test_99_others_at_random_by_the_seed(self) -> None:
+    def test_the_seed_draws_99_other_candidates(self) -> None:
         seen = [agreement._others(40, 150, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
         assert seen[0] == seen[1] != seen[2]
         assert len(set(seen[0])) == 99
@@ -187,7 +187,7 @@ class TestRPrecision:
         with pytest.raises(AtollError, match="the sampling diverged"):
             ridge.score(features / 0, prompts, vectors)
 
-    def test_on_glyphs_held_out_images_score_far_above_shuffled_prompts(self) -> None:
+    def test_held_out_glyphs_score_far_above_shuffled_prompts(self) -> None:
         """Which letter it is, and in which face, can be read off its gradients."""
         glyphs = Glyphs("demo")
         raws = list(islice(glyphs.read(glyphs.blocks()[0]), 800))
@@ -210,20 +210,20 @@ class TestRPrecision:
 
 
 class TestPooledVectors:
-    def test_of_states_without_a_pooled_vector_the_mean_of_what_stands(self) -> None:
+    def test_without_a_pooled_vector_the_mean_of_valid_states_is_used(self) -> None:
         states = gaussian(2, 5, 3, seed=0).float()
         mask = torch.tensor([[True, True, False, False, False], [True] * 5])
         found = pooled_vectors([Condition(states, mask)])
         torch.testing.assert_close(found, torch.stack([states[0, :2].mean(0), states[1].mean(0)]))
 
-    def test_of_several_encoders_side_by_side(self) -> None:
+    def test_vectors_of_several_encoders_are_concatenated(self) -> None:
         one, other = (Condition(torch.zeros(2, 1, 3), torch.ones(2, 1).bool(), gaussian(2, d, seed=d)) for d in (4, 6))
         found = pooled_vectors((one, other))
         torch.testing.assert_close(found, torch.cat([F.normalize(one.pooled), F.normalize(other.pooled)], 1))
 
 
 class TestCLIPScore:
-    def test_equals_transformers(self, tmp_path, monkeypatch) -> None:
+    def test_clip_score_equals_transformers(self, tmp_path, monkeypatch) -> None:
         import transformers
 
         monkeypatch.delenv("ATOLL_WEIGHTS", raising=False)
@@ -250,7 +250,7 @@ class TestCLIPScore:
         with pytest.raises(AtollError, match="8 images and 7 prompts"):
             score(images, prompts[:7])
 
-    def test_an_image_that_points_away_from_its_prompt_scores_zero(self, tmp_path) -> None:
+    def test_a_negative_cosine_scores_zero(self, tmp_path) -> None:
         weights = str(save_clip(tmp_path, "whole"))
         feature, texts = build_feature({"name": "clip-image", "weights": weights}), CLIPScore.load(weights)
 
@@ -271,7 +271,7 @@ class TestCLIPScore:
         assert (texts(images, prompts) > 1).all()
         assert CLIPScore(Turned(), texts._texts)(images, prompts).tolist() == [0, 0, 0]
 
-    def test_halves_must_share_their_space(self, tmp_path) -> None:
+    def test_image_and_text_towers_must_share_their_space(self, tmp_path) -> None:
         images = build_feature({"name": "clip-image", "weights": str(save_clip_image(Path(tmp_path / "a")))})
         text = str(save_clip(tmp_path / "b"))
         with pytest.raises(AtollError, match="10 dimensions, its texts 16; name two halves"):

@@ -1,4 +1,4 @@
-"""The counter against a count by hand, with fused attention and without, and what it cannot see."""
+"""The operation counter against a count by hand, with and without fused attention, and its limits."""
 
 from threading import Thread
 
@@ -49,7 +49,7 @@ def attention_by_hand() -> int:
 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dit_costs_what_it_does_by_hand(grad, dtype) -> None:
+def test_the_cost_of_a_dit_equals_the_count_by_hand(grad, dtype) -> None:
     """In float32 attention is the fused kernel, in bfloat16 on a CPU plain products: the count is one."""
     dit = network().to(dtype)
     x, given = torch.randn(IMAGES, CHANNELS, HEIGHT, WIDTH), condition(IMAGES)
@@ -62,7 +62,7 @@ def test_a_dit_costs_what_it_does_by_hand(grad, dtype) -> None:
     assert count_flops(draw, IMAGES).flops == STEPS * by_hand()
 
 
-def test_which_operators_took_them() -> None:
+def test_operations_by_operator() -> None:
     dit = network()
     cost = count_flops(lambda: dit(torch.randn(5, CHANNELS, HEIGHT, WIDTH), torch.rand(5), condition(5)), 5)
     fused = {name: flops for name, flops in cost.by_operator.items() if "attention" in name}
@@ -73,7 +73,7 @@ def test_which_operators_took_them() -> None:
 
 
 @pytest.mark.parametrize(("guidance", "calls"), [(1.0, 1), (3.0, 2)])
-def test_sampling_costs_its_steps_and_both_branches_of_guidance(guidance, calls) -> None:
+def test_sampling_costs_its_steps_and_both_guidance_branches(guidance, calls) -> None:
     expert = Expert(network(), Objective("flow", Linear()), clusters=(0,))
     ensemble = Ensemble([expert], None, "full", null=(condition(1),))
     given, noise = condition(IMAGES), torch.randn(IMAGES, CHANNELS, HEIGHT, WIDTH)
@@ -85,7 +85,7 @@ def test_sampling_costs_its_steps_and_both_branches_of_guidance(guidance, calls)
     assert count_flops(draw, IMAGES).flops == STEPS * calls * by_hand()
 
 
-def test_convolutions_and_masked_attention_in_full() -> None:
+def test_convolutions_and_masked_attention_count_in_full() -> None:
     conv = nn.Conv2d(3, 5, (3, 1), bias=False)
     assert count_flops(lambda: conv(torch.randn(2, 3, 8, 7)), 2).flops == 2 * 5 * 6 * 7 * 3 * 3
     q, k = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 7, 6)
@@ -93,7 +93,7 @@ def test_convolutions_and_masked_attention_in_full() -> None:
     assert count_flops(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask), 2).flops == 3 * 4 * 7 * 6 * 4
 
 
-def test_what_was_not_seen_is_refused() -> None:
+def test_operations_that_cannot_be_counted_are_refused() -> None:
     def elsewhere() -> None:
         thread = Thread(target=lambda: torch.randn(3, 4) @ torch.randn(4, 5))
         thread.start()

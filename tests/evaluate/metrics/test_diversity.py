@@ -1,4 +1,4 @@
-"""Diversity by hand, SqueezeDist against its definition written out, LPIPS where it is installed."""
+"""Diversity by hand, SqueezeDist against its definition written out, LPIPS if it is installed."""
 
 import math
 import sys
@@ -43,7 +43,7 @@ def squeezenet(tmp_path, monkeypatch) -> NetworkFeature:
 
 
 class TestDiversity:
-    def test_by_hand(self) -> None:
+    def test_diversity_by_hand(self) -> None:
         # pairs of the first: 0.1, 0.4, 0.3; of the second: 0.5
         means = [mean_distance(Brightness(), images) for images in (grey(0.0, 0.1, 0.4), grey(0.2, 0.7))]
         assert means == pytest.approx([0.8 / 3, 0.5])
@@ -52,7 +52,7 @@ class TestDiversity:
         assert found.std == pytest.approx((0.5 - 0.8 / 3) / 2**0.5)
         assert Diversity.of([0.5]) == Diversity(0.5, 0.0)
 
-    def test_what_diverged_is_no_number(self) -> None:
+    def test_diverged_images_give_nan(self) -> None:
         broken = mean_distance(Brightness(), grey(0.1, torch.nan))
         assert math.isnan(broken)
         for means in ([broken], [0.5, broken]):
@@ -82,14 +82,14 @@ def written_out(feature: NetworkFeature, a: Tensor, b: Tensor) -> float:
 
 class TestSqueezeDist:
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_equals_its_definition(self, squeezenet, channels) -> None:
+    def test_squeeze_distance_equals_its_definition(self, squeezenet, channels) -> None:
         images = images_of(4, channels, 17, 26)
         found = SqueezeDist(squeezenet).pairwise(images)
         pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
         expected = torch.tensor([written_out(squeezenet, images[i], images[j]) for i, j in pairs])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
-    def test_of_an_image_and_itself_is_zero_and_grows_with_the_change(self, squeezenet) -> None:
+    def test_distance_to_itself_is_zero_and_grows_with_the_change(self, squeezenet) -> None:
         image, noise = images_of(1, 3, 20, 30), images_of(1, 3, 20, 30, seed=2) - 0.5
         found = SqueezeDist(squeezenet).pairwise(torch.cat([image, image, image + 0.1 * noise, image + 0.5 * noise]))
         assert float(found[0]) == pytest.approx(0, abs=1e-6)
@@ -102,12 +102,12 @@ class TestSqueezeDist:
         distance = SqueezeDist(squeezenet)
         torch.testing.assert_close(distance.pairwise(images), distance.pairwise(enlarged))
 
-    def test_images_of_17_pixels_are_taken_as_they_are(self, squeezenet) -> None:
+    def test_images_of_17_pixels_are_not_enlarged(self, squeezenet) -> None:
         images = images_of(3, 1, 17, 30)
         other = SqueezeDist(squeezenet, enlarged=40)
         assert torch.equal(SqueezeDist(squeezenet).pairwise(images), other.pairwise(images))
 
-    def test_name_is_of_the_network_and_the_size(self, squeezenet) -> None:
+    def test_the_name_depends_on_the_network_and_the_size(self, squeezenet) -> None:
         one = SqueezeDist(squeezenet).name
         assert one.startswith("SqueezeDist [")
         assert len(one) == len("SqueezeDist [12345678]")
@@ -122,7 +122,7 @@ class TestSqueezeDist:
             SqueezeDist(squeezenet, enlarged=16)
 
     @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real weights beside the checkout")
-    def test_of_the_real_network_ranks_a_shift_below_another_image(self) -> None:
+    def test_the_real_network_ranks_a_shift_below_another_image(self) -> None:
         """Which pixels alone do not: fine stripes and the same moved by half a period are opposite everywhere."""
         weights = DATA / "weights" / "squeezenet11_caffe_fp16.npz"
         distance = SqueezeDist(build_feature({"name": "squeezenet", "weights": str(weights)}))
@@ -134,7 +134,7 @@ class TestSqueezeDist:
 
 
 class TestLPIPS:
-    def test_without_the_package(self, tmp_path, monkeypatch) -> None:
+    def test_lpips_without_its_package_is_one_line(self, tmp_path, monkeypatch) -> None:
         torch.save({}, tmp_path / "alexnet.pth")
         monkeypatch.setitem(sys.modules, "lpips", None)
         with pytest.raises(AtollError, match=r"lpips cannot be imported .*or take SqueezeDist"):
@@ -146,7 +146,7 @@ class TestLPIPS:
         with pytest.raises(AtollError, match="unknown net 'alexnet'; take 'alex'"):
             LPIPS(str(tmp_path / "alexnet.pth"), "alexnet")
 
-    def test_equals_the_package(self, tmp_path, monkeypatch) -> None:
+    def test_lpips_equals_its_package(self, tmp_path, monkeypatch) -> None:
         """With a random network, since torchvision's weights are not at hand."""
         try:
             import lpips

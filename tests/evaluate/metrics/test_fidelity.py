@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage against a few lines that say what they are; kernels against loops."""
+"""Precision, recall, density and coverage against their short definitions; kernel distances against loops."""
 
 import math
 from itertools import product
@@ -52,23 +52,25 @@ class TestManifolds:
         seed=st.integers(0, 99),
     )
     @settings(max_examples=80)
-    def test_equal_the_definitions_with_ties_and_duplicates(self, n, m, ks, chunk, spread, offset, seed) -> None:
+    def test_manifold_metrics_equal_definitions_with_ties_and_duplicates(
+        self, n, m, ks, chunk, spread, offset, seed
+    ) -> None:
         g = torch.Generator().manual_seed(seed)
         real = torch.randint(-spread, spread + 1, (n, 3), generator=g).float() + offset
         fake = torch.randint(-spread, spread + 1, (m, 3), generator=g).float() + offset
         assert values(manifold_scores(real, fake, *ks, chunk=chunk)) == pytest.approx(values(brute(real, fake, *ks)))
 
-    def test_of_a_set_and_itself(self) -> None:
+    def test_manifold_metrics_of_a_set_and_itself(self) -> None:
         features = drawn(40, 4, 0)
         assert values(manifold_scores(features, features)) == pytest.approx((1, 1, 1, 1))
 
-    def test_copies_are_at_no_distance(self) -> None:
+    def test_copies_have_distance_zero(self) -> None:
         # Every ball ends at its centre: it holds the copies with its edge (precision, recall), and nothing without.
         real = drawn(20, 64, 0).repeat(3, 1)
         fake = real[torch.randperm(60, generator=torch.Generator().manual_seed(1))]
         assert values(manifold_scores(real, fake, pr_k=2, dc_k=2)) == (1, 1, 0, 0)
 
-    def test_of_sets_far_apart(self) -> None:
+    def test_manifold_metrics_of_sets_far_apart_are_zero(self) -> None:
         assert values(manifold_scores(drawn(40, 4, 0), drawn(30, 4, 1, shift=100))) == (0, 0, 0, 0)
 
     def test_one_mode_of_two_is_precise_but_does_not_cover(self) -> None:
@@ -103,13 +105,13 @@ def cubic_mmd(x: Tensor, y: Tensor) -> float:
 
 
 class TestKernelDistance:
-    def test_equals_the_sum_term_by_term(self) -> None:
+    def test_kernel_distance_equals_the_sum_term_by_term(self) -> None:
         x, y = drawn(9, 4, 0).double(), drawn(9, 4, 1, shift=0.5).double()
         found = kernel_distance(x, y)
         assert found.mean == pytest.approx(cubic_mmd(x, y))
         assert (found.std, found.subsets, found.size) == (0, 1, 9)  # every subset would be the whole
 
-    def test_equals_torchmetrics(self) -> None:
+    def test_kernel_distance_equals_torchmetrics(self) -> None:
         kid = pytest.importorskip("torchmetrics.image.kid")
 
         class Identity(torch.nn.Module):
@@ -124,14 +126,14 @@ class TestKernelDistance:
         theirs.update(y, real=False)
         assert kernel_distance(x, y).mean == pytest.approx(float(theirs.compute()[0]), rel=1e-4)
 
-    def test_is_unbiased_however_few_the_images(self) -> None:
+    def test_kernel_distance_is_unbiased_with_few_images(self) -> None:
         # Sets of one distribution: the mean over many is 0 within its error, at 4 images as at 30.
         for size in (4, 30):
             many = torch.tensor([kernel_distance(drawn(size, 2, s), drawn(size, 2, 9999 + s)).mean for s in range(300)])
             assert abs(float(many.mean())) < 3 * float(many.std()) / math.sqrt(300)
             assert (many < 0).any()
 
-    def test_subsets_are_drawn_by_the_seed(self) -> None:
+    def test_the_seed_determines_the_subsets(self) -> None:
         x, y = drawn(40, 3, 0), drawn(30, 3, 1, shift=0.2)
         found = kernel_distance(x, y, subsets=8, size=10, seed=4)
         assert found == kernel_distance(x, y, subsets=8, size=10, seed=4)
@@ -150,7 +152,7 @@ class TestKernelDistance:
 
 
 class TestRbfDistance:
-    def test_of_two_points(self) -> None:
+    def test_rbf_distance_of_two_points(self) -> None:
         # All reals at e1, all fakes at 2 e2, of length 1 then: 1000 (1 + 1 - 2 exp(-2 / 200)).
         x, y = torch.zeros(7, 3), torch.zeros(5, 3)
         x[:, 0], y[:, 1] = 1, 2
@@ -158,7 +160,7 @@ class TestRbfDistance:
         assert rbf_distance(x, x) == pytest.approx(0, abs=1e-9)
 
     @pytest.mark.parametrize("chunk", [1, 4, 100])
-    def test_equals_the_means_term_by_term(self, chunk) -> None:
+    def test_rbf_distance_equals_the_means_term_by_term(self, chunk) -> None:
         x, y = drawn(9, 4, 0).double(), drawn(6, 4, 1, shift=0.7).double()
 
         def mean(a: Tensor, b: Tensor) -> float:
@@ -168,15 +170,15 @@ class TestRbfDistance:
         expected = 500 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
         assert rbf_distance(x, y, sigma=3, scale=500, chunk=chunk) == pytest.approx(expected)
 
-    def test_is_blind_to_length(self) -> None:
+    def test_rbf_distance_ignores_the_vectors_length(self) -> None:
         x, y = drawn(9, 4, 0), drawn(6, 4, 1)
         assert rbf_distance(x, y) == pytest.approx(rbf_distance(3 * x, y * torch.arange(1.0, 7)[:, None]), rel=1e-5)
 
-    def test_bias_is_what_is_said(self) -> None:
+    def test_rbf_distance_has_the_documented_bias(self) -> None:
         # Two sets of one distribution, without a common direction: |x - x'|^2 is 2 in the mean.
         found = np.mean([rbf_distance(drawn(20, 50, s), drawn(30, 50, 999 + s)) for s in range(200)])
         assert found == pytest.approx(10 * (1 / 20 + 1 / 30), rel=0.05)
 
-    def test_refuses_zeros(self) -> None:
+    def test_rbf_distance_refuses_zero_vectors(self) -> None:
         with pytest.raises(AtollError, match="a feature of zeros has no direction"):
             rbf_distance(torch.zeros(3, 4), drawn(5, 4, 0))

@@ -67,35 +67,35 @@ class TestMoments:
         torch.testing.assert_close(left.mean, whole.mean)
         torch.testing.assert_close(left.covariance, whole.covariance)
 
-    def test_merging_what_is_empty_changes_nothing(self) -> None:
+    def test_merging_an_empty_set_changes_nothing(self) -> None:
         empty = Moments(3)
         empty.merge(Moments(3))
         assert empty.count == 0
         assert empty.finite
 
-    def test_no_covariance_of_one(self) -> None:
+    def test_one_vector_has_no_covariance(self) -> None:
         with pytest.raises(AtollError, match="1 images; expected at least 2"):
             _ = moments_of(torch.ones(1, 3)).covariance
 
 
 class TestFrechetDistance:
-    def test_of_a_set_and_itself_is_zero(self) -> None:
+    def test_distance_of_a_set_to_itself_is_zero(self) -> None:
         features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
         assert frechet_distance(moments_of(features), moments_of(features)) < 1e-12
 
-    def test_of_a_shift_is_its_square(self) -> None:
+    def test_distance_of_a_shift_is_its_square(self) -> None:
         features = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         shift = torch.tensor([3.0, -4.0, 12.0], dtype=torch.float64)
         assert frechet_distance(moments_of(features), moments_of(features + shift)) == pytest.approx(169)
 
-    def test_of_a_scale_is_the_trace_by_its_excess(self) -> None:
+    def test_distance_of_a_scale_is_the_trace_by_its_excess(self) -> None:
         # S_b = c^2 S_a and equal means: tr(S_a) (c - 1)^2
         features = torch.randn(50, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         a = moments_of(features - features.mean(0))
         b = moments_of(3 * (features - features.mean(0)))
         assert frechet_distance(a, b) == pytest.approx(4 * float(a.covariance.trace()))
 
-    def test_of_covariances_that_commute(self) -> None:
+    def test_distance_of_covariances_that_commute(self) -> None:
         # Rotated diagonals: sum of (sqrt(a_i) - sqrt(b_i))^2.
         rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q
         a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 16.0, 1.0]).double()
@@ -105,7 +105,7 @@ class TestFrechetDistance:
         )
         assert distance == pytest.approx(1 + 4 + 4)
 
-    def test_of_two_dimensions_in_closed_form(self) -> None:
+    def test_distance_in_two_dimensions_in_closed_form(self) -> None:
         # tr((AB)^(1/2)) = sqrt(tr(AB) + 2 sqrt(det(AB))) for 2x2 positive matrices.
         a = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
         b = torch.tensor([[1.0, -0.7], [-0.7, 3.0]], dtype=torch.float64)
@@ -114,7 +114,7 @@ class TestFrechetDistance:
         assert frechet_distance(exactly(torch.zeros(2), a), exactly(torch.zeros(2), b)) == pytest.approx(expected)
 
     @pytest.mark.parametrize(("dim", "rank_a", "rank_b"), [(5, 9, 9), (12, 30, 20), (8, 3, 16)])
-    def test_equals_scipys_square_root(self, dim: int, rank_a: int, rank_b: int) -> None:
+    def test_distance_equals_scipys_square_root(self, dim: int, rank_a: int, rank_b: int) -> None:
         from scipy.linalg import sqrtm
 
         a, b = random_covariance(dim, rank_a, 0), random_covariance(dim, rank_b, 1)
@@ -126,7 +126,7 @@ class TestFrechetDistance:
         assert measured == pytest.approx(expected, rel=1e-9 if rank_a >= dim else 1e-5)
 
     @pytest.mark.parametrize("dim", [3, 11])
-    def test_of_a_gaussian_and_its_image_under_a_symmetric_map(self, dim: int) -> None:
+    def test_distance_of_a_gaussian_and_its_symmetric_map(self, dim: int) -> None:
         # x -> A x + c with A positive is the optimal transport from N(m, S) to N(A m + c, A S A) (Knott & Smith 1984):
         # the distance is E |A x + c - x|^2 = |A m + c - m|^2 + tr((A - 1) S (A - 1)). S and A S A do not commute.
         one = torch.eye(dim, dtype=torch.float64)
@@ -136,7 +136,7 @@ class TestFrechetDistance:
         measured = frechet_distance(exactly(m, s), exactly(a @ m + c, a @ s @ a))
         assert measured == pytest.approx(float(expected), rel=1e-9)
 
-    def test_equals_torchmetrics(self) -> None:
+    def test_distance_equals_torchmetrics(self) -> None:
         fid = pytest.importorskip("torchmetrics.image.fid")
 
         class Identity(torch.nn.Module):
@@ -153,12 +153,12 @@ class TestFrechetDistance:
         theirs.update(fake, real=False)
         assert frechet_distance(moments_of(real), moments_of(fake)) == pytest.approx(float(theirs.compute()), rel=1e-5)
 
-    def test_is_symmetric(self) -> None:
+    def test_distance_is_symmetric(self) -> None:
         a = exactly(torch.zeros(6), random_covariance(6, 9, 3))
         b = exactly(torch.ones(6), random_covariance(6, 4, 4))
         assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a))
 
-    def test_refuses_what_is_not_finite(self) -> None:
+    def test_distance_refuses_non_finite_statistics(self) -> None:
         good = moments_of(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)))
         bad = moments_of(torch.tensor([[1.0, torch.nan], [0.0, 1.0], [1.0, 1.0]]))
         with pytest.raises(AtollError, match="diverged"):
@@ -166,11 +166,11 @@ class TestFrechetDistance:
 
 
 class TestBias:
-    def test_nothing_to_say_of_five_images_a_dimension(self) -> None:
+    def test_five_images_per_dimension_give_no_warning(self) -> None:
         assert bias_warning(320, 10_000, 64) is None
         assert bias_warning(10_000, 319, 64) is not None
 
-    def test_says_the_rule_and_the_fix_in_one_line(self) -> None:
+    def test_the_warning_has_the_rule_and_the_fix_in_one_line(self) -> None:
         said = bias_warning(512, 20_000, 1280)
         assert said is not None
         assert "512 against 20,000 images in 1,280 dimensions is biased upwards" in said
@@ -180,7 +180,7 @@ class TestBias:
         assert "kernel distance" in said
         assert said.isprintable()
 
-    def test_says_where_the_covariance_is_singular(self) -> None:
+    def test_the_warning_mentions_a_singular_covariance(self) -> None:
         assert "singular" in str(bias_warning(64, 1000, 64))
         assert "singular" not in str(bias_warning(65, 1000, 64))
         g = torch.Generator().manual_seed(0)
@@ -188,7 +188,7 @@ class TestBias:
             moments = moments_of(torch.randn(count, 64, generator=g, dtype=torch.float64))
             assert torch.linalg.matrix_rank(moments.covariance) == rank
 
-    def test_the_bias_is_what_the_docstring_says(self) -> None:
+    def test_the_bias_equals_the_documented_formula(self) -> None:
         # n = 5 D, m = 7 D: (D + 5)/4 (1/n + 1/m) of the total variance, to second order.
         dim, g = 20, torch.Generator().manual_seed(0)
         draw = lambda n: moments_of(torch.randn(n, dim, generator=g))  # noqa: E731
@@ -220,10 +220,10 @@ class TestMetricName:
             ("precision", "Inception", "precision-Inception"),
         ],
     )
-    def test_only_the_space_of_its_paper_gives_a_metric_its_own_name(self, kind, space, name) -> None:
+    def test_a_metric_has_its_own_name_only_in_its_papers_space(self, kind, space, name) -> None:
         assert metric_name(kind, self.Space(space)) == f"{name} [3fa9c2d1]"
 
-    def test_of_pixels(self) -> None:
+    def test_metric_names_of_pixels(self) -> None:
         features = PixelPCA.fit([torch.rand(6, 1, 4, 5, generator=torch.Generator().manual_seed(0))], 3)
         assert metric_name("FD", features) == f"FD-pca3 [{features.sha256[:8]}]"
 
@@ -236,7 +236,7 @@ class TestPixelPCA:
         weights = torch.randn(count, 2, generator=g) * torch.tensor([3.0, 1.0])
         return (weights @ directions.T + 0.01 * torch.randn(count, 24, generator=g) + 0.5).reshape(count, 1, 4, 6)
 
-    def test_equals_the_singular_vectors(self) -> None:
+    def test_pixel_components_equal_the_singular_vectors(self) -> None:
         images = self.images()
         features = PixelPCA.fit(images.split(7), components=2)
         centred = (images - images.mean(0)).flatten(1)
@@ -251,12 +251,12 @@ class TestPixelPCA:
         assert features(images).shape == (40, 2)
         assert features(images).mean(0).abs().max() < 1e-5
 
-    def test_does_not_depend_on_the_batches(self) -> None:
+    def test_pixel_components_do_not_depend_on_the_batches(self) -> None:
         images = self.images()
         whole, parts = PixelPCA.fit([images], 3), PixelPCA.fit(images.split(3), 3)
         torch.testing.assert_close(whole.basis, parts.basis, atol=1e-5, rtol=0)
 
-    def test_has_no_more_components_than_images_tell(self) -> None:
+    def test_components_are_limited_by_the_number_of_images(self) -> None:
         assert PixelPCA.fit([self.images(5)], components=48).dim == 4
         assert PixelPCA.fit([self.images(40)], components=48).dim == 24
 
@@ -266,18 +266,18 @@ class TestPixelPCA:
         assert features.pool == 8  # 18432 values: 1152 by 4 are more than 1024, 288 by 8 are not
         assert features(images).shape == (6, 3)
 
-    def test_hash_tells_bases_apart(self) -> None:
+    def test_the_hash_differs_between_bases(self) -> None:
         a, b = PixelPCA.fit([self.images()], 2), PixelPCA.fit([self.images() + 0.1], 2)
         assert a.sha256 == PixelPCA.fit([self.images()], 2).sha256
         assert a.sha256 != b.sha256
 
-    def test_refuses_no_images(self) -> None:
+    def test_pixel_components_refuse_no_images(self) -> None:
         with pytest.raises(AtollError, match="no images"):
             PixelPCA.fit([])
 
 
 class TestDenoisingError:
-    def test_of_the_exact_velocity_is_the_posterior_variance(self) -> None:
+    def test_error_of_the_exact_velocity_is_the_posterior_variance(self) -> None:
         # One Gaussian N(0, s^2): var(eps - x0 | x_t) = s^2 / ((1-t)^2 s^2 + t^2) per value.
         scale, levels = 0.5, (0.1, 0.5, 0.9)
         mixture = GaussianMixture(torch.zeros(1, 2, 5, 4).double(), torch.tensor([scale]).double(), *_one())
@@ -289,7 +289,7 @@ class TestDenoisingError:
         assert measured.mean == pytest.approx(sum(measured.by_level) / 3)
         assert abs(measured.mean - sum(expected) / 3) < 4 * measured.standard_error
 
-    def test_of_a_constant_offset_adds_its_square(self) -> None:
+    def test_a_constant_offset_adds_its_square(self) -> None:
         mixture = GaussianMixture.random(3, 2, (1, 3, 4), seed=1)
         x0, _ = mixture.sample(300, torch.Generator().manual_seed(0))
 
@@ -300,7 +300,7 @@ class TestDenoisingError:
         # the cross term has mean 0
         assert float(squared_errors(off, x0, None, (0.3,), range(300)).mean() - exact) == pytest.approx(4, abs=0.4)
 
-    def test_noise_depends_on_seed_and_level_alone(self) -> None:
+    def test_noise_depends_only_on_seed_and_level(self) -> None:
         x0 = torch.randn(5, 1, 3, 4, generator=torch.Generator().manual_seed(0))
         seeds, levels = [10, 11, 12, 13, 14], (0.2, 0.7)
         together = squared_errors(lambda x, t, _: x, x0, None, levels, seeds)
@@ -311,7 +311,7 @@ class TestDenoisingError:
         same = squared_errors(lambda x, t, _: x, x0[:1].expand(2, -1, -1, -1), None, (0.5, 0.5), [0, 1])
         assert len(same.unique()) == 4  # other noise for each image and level
 
-    def test_standard_error(self) -> None:
+    def test_standard_error_in_closed_form(self) -> None:
         error = DenoisingError.of((0.1, 0.9), torch.tensor([[1.0, 3.0], [2.0, 6.0], [3.0, 9.0]]))
         assert error.by_level == (2.0, 6.0)
         assert error.mean == 4.0

@@ -1,4 +1,4 @@
-"""Reference statistics from a file: of others' images, never of another network or size without a word."""
+"""Reference statistics from a file: another network or image size is refused."""
 
 import json
 import pickle
@@ -77,7 +77,7 @@ def manifest_of(*spaces: dict) -> Manifest:
 
 
 class TestFiles:
-    def test_what_is_saved_is_what_is_read(self, file: Path) -> None:
+    def test_saved_statistics_are_read_unchanged(self, file: Path) -> None:
         feature, own = Pixels(2), moments_of(images(200), Pixels(2))
         found = load_gaussian(file, feature, SHAPE)
         assert torch.equal(found.mean, own.mean)
@@ -89,7 +89,7 @@ class TestFiles:
         assert frechet_distance(own, found) == pytest.approx(0, abs=1e-9)
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_an_npz_of_others_is_read(self, tmp_path: Path, dtype) -> None:
+    def test_an_npz_of_other_tools_is_read(self, tmp_path: Path, dtype) -> None:
         own = moments_of(images(200), Pixels(2))
         mu, sigma = own.mean.numpy().astype(dtype), own.covariance.numpy().astype(dtype)
         np.savez_compressed(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu[:2], arr_0=np.zeros((1, 2, 2, 3)))
@@ -113,7 +113,7 @@ class TestFiles:
         assert torch.equal(found.mean, own.mean)
         assert torch.equal(found.covariance, own.covariance)
 
-    def test_projected_on_all_directions_the_distance_stays(self, file: Path) -> None:
+    def test_projection_on_all_directions_keeps_the_distance(self, file: Path) -> None:
         feature = Pixels(2)
         whole = load_gaussian(file, feature, SHAPE)
         space = FeatureSpace.of(feature, whole, 12)
@@ -122,7 +122,7 @@ class TestFiles:
         seen.update(space(images(50, 7)))
         assert frechet_distance(seen, space.seen(whole)) == pytest.approx(frechet_distance(drawn, whole), rel=1e-4)
 
-    def test_three_components_are_the_files_own(self, file: Path) -> None:
+    def test_components_come_from_the_file(self, file: Path) -> None:
         whole = load_gaussian(file, Pixels(2), SHAPE)
         space = FeatureSpace.of(Pixels(2), whole, 3)
         assert (space.name, space.dim) == ("pixels-pca3", 3)
@@ -142,17 +142,17 @@ class TestRefused:
             (Pixels(2), (3, 8, 8), r"images \[1, 8, 8\], these are \[3, 8, 8\]"),
         ],
     )
-    def test_another_network_or_size(self, file: Path, feature, shape, words) -> None:
+    def test_another_network_or_image_size_is_refused(self, file: Path, feature, shape, words) -> None:
         with pytest.raises(AtollError, match=words):
             load_gaussian(file, feature, shape)
 
-    def test_an_npz_of_another_network_by_its_dimensions(self, tmp_path: Path) -> None:
+    def test_an_npz_of_another_network_is_refused_by_dimension(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         with pytest.raises(AtollError, match=r"a mean of \[2048\].* 'pixels' has 12 dimensions"):
             load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
 
     @pytest.mark.parametrize("name", ["no.npz", "no.safetensors"])
-    def test_missing_and_damaged_files(self, tmp_path: Path, name: str) -> None:
+    def test_missing_and_damaged_files_are_refused(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(AtollError, match="not found"):
             load_gaussian(tmp_path / name, Pixels(2), SHAPE)
         for content, words in (
@@ -168,7 +168,7 @@ class TestRefused:
                 load_gaussian(tmp_path / name, Pixels(2), SHAPE)
             assert "\n" not in str(raised.value)
 
-    def test_other_contents(self, tmp_path: Path) -> None:
+    def test_other_contents_are_refused(self, tmp_path: Path) -> None:
         save_file({"mean": torch.zeros(12)}, tmp_path / "a.safetensors", {"format": "other"})
         with pytest.raises(AtollError, match=f"'other', expected '{FORMAT}'"):
             load_gaussian(tmp_path / "a.safetensors", Pixels(2), SHAPE)
@@ -220,7 +220,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("place", [(0, 0), (3, 5)])
     @pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
-    def test_covariances_that_are_none(self, tmp_path: Path, place, value) -> None:
+    def test_invalid_covariances_are_refused(self, tmp_path: Path, place, value) -> None:
         sigma = np.eye(12)
         sigma[place] = value
         np.savez(tmp_path / "a.npz", mu=np.zeros(12), sigma=sigma)
@@ -282,7 +282,7 @@ def metrics_of(real: ReferenceData) -> dict[str, float | None]:
 
 
 class TestEvaluated:
-    def test_a_distance_to_the_file_stands_beside_the_one_to_the_data(self, tmp_path: Path, file: Path) -> None:
+    def test_distances_to_the_file_and_to_the_data_are_both_reported(self, tmp_path: Path, file: Path) -> None:
         real = real_of(encoded(tmp_path), file)
         found, given = metrics_of(real), real.published[1]
         assert given is not None
@@ -292,7 +292,7 @@ class TestEvaluated:
         probe = moments_of(real.reference.images(real.probe), Pixels(2))
         assert found[name] == pytest.approx(frechet_distance(probe, load_gaussian(file, Pixels(2), SHAPE)), rel=1e-5)
 
-    def test_one_file_makes_one_space_of_any_data(self, tmp_path: Path, file: Path) -> None:
+    def test_one_file_gives_one_space_for_any_data(self, tmp_path: Path, file: Path) -> None:
         one = real_of(encoded(tmp_path / "one"), file, components=3)
         two = real_of(encoded(tmp_path / "two", seed=4), file, components=3)
         assert one.spaces[1].sha256 == two.spaces[1].sha256
@@ -306,14 +306,14 @@ class TestEvaluated:
         keys = {real_of(run, file).key, real_of(run, other).key, real_of(run, file).key}
         assert len(keys) == 2
 
-    def test_statistics_of_another_size_are_refused_before_anything_is_measured(self, tmp_path: Path) -> None:
+    def test_statistics_of_another_size_are_refused_before_measuring(self, tmp_path: Path) -> None:
         run, file = encoded(tmp_path), tmp_path / "large.safetensors"
         save_gaussian(file, moments_of(images(50), Pixels(2)), Pixels(2), (1, 64, 64))
         with pytest.raises(AtollError, match=r"images \[1, 64, 64\], these are \[1, 8, 8\]"):
             real_of(run, file)
         assert not (run / "evaluation").exists()
 
-    def test_the_metadata_says_what_it_is_of(self, file: Path) -> None:
+    def test_the_metadata_describes_network_size_and_count(self, file: Path) -> None:
         from safetensors import safe_open
 
         with safe_open(file, framework="pt") as content:

@@ -1,4 +1,4 @@
-"""Feature spaces: their names, their hashes, their projections; networks at random, Inception where it is installed."""
+"""Feature spaces: their names, their hashes, their projections; random networks, Inception if it is installed."""
 
 import hashlib
 import re
@@ -40,7 +40,7 @@ class TestNames:
             ("clip-image", save_clip_image, "CLIP", 10),
         ],
     )
-    def test_of_networks(self, tmp_path, monkeypatch, name, save, label, dim) -> None:
+    def test_names_of_networks(self, tmp_path, monkeypatch, name, save, label, dim) -> None:
         monkeypatch.delenv("ATOLL_WEIGHTS", raising=False)
         config = {"name": name, "weights": str(save(tmp_path))} | ({"size": 35} if name == "dinov2" else {})
         space = space_of(config)
@@ -49,7 +49,7 @@ class TestNames:
         images = images_of(2, 3, 30, 44)
         assert torch.equal(space(images), build_feature(config)(images))
 
-    def test_with_components(self) -> None:
+    def test_names_with_components(self) -> None:
         batches = tuple(images_of(40, 1, 16, 18).split(7))
         space = space_of({"name": "hog"}, 5, batches)
         assert (space.name, space.dim) == ("HOG-pca5", 5)
@@ -59,7 +59,7 @@ class TestNames:
 
 
 class TestHashes:
-    def test_do_not_depend_on_where_the_weights_lie(self, tmp_path) -> None:
+    def test_hashes_do_not_depend_on_the_weights_path(self, tmp_path) -> None:
         (tmp_path / "here").mkdir()
         here = save_squeezenet(tmp_path / "here")
         there = shutil.copytree(tmp_path / "here", tmp_path / "there") / here.name
@@ -67,7 +67,7 @@ class TestHashes:
         assert one.sha256 == space_of({"name": "squeezenet", "weights": str(there), "size": 40}).sha256
         assert one.sha256 != space_of({"name": "squeezenet", "weights": str(here), "size": 48}).sha256
 
-    def test_tell_settings_images_and_components_apart(self) -> None:
+    def test_hashes_differ_by_settings_images_and_components(self) -> None:
         some, others = images_of(20, 1, 16, 18), images_of(20, 1, 16, 18, seed=2)
         hog = {"name": "hog"}
         spaces = [
@@ -82,7 +82,7 @@ class TestHashes:
 
 
 class TestProjection:
-    def test_is_on_the_singular_vectors_of_the_features(self) -> None:
+    def test_projection_uses_the_singular_vectors_of_the_features(self) -> None:
         images = images_of(40, 1, 16, 18)
         space = FeatureSpace.fit(Hog(), images.split(9), 6)
         features = Hog()(images)
@@ -101,13 +101,13 @@ class TestProjection:
         with pytest.raises(AtollError, match="'hog' of the reference images is not finite"):
             FeatureSpace.fit(Hog(), [broken], 3)
 
-    def test_a_mean_belongs_to_a_basis(self) -> None:
+    def test_a_mean_without_a_basis_is_refused(self) -> None:
         with pytest.raises(ValueError, match="a mean without its basis"):
             FeatureSpace(Hog(), mean=torch.zeros(256))
         with pytest.raises(ValueError, match="a basis of 9 dimensions for a feature of 256"):
             FeatureSpace(Hog(), torch.zeros(9), torch.zeros(9, 2))
 
-    def test_an_image_that_is_not_finite_gets_nan_and_no_other_does(self, tmp_path) -> None:
+    def test_only_a_non_finite_image_gets_nan(self, tmp_path) -> None:
         # A network that resizes clamps infinity away: it would count as an image.
         images = images_of(4, 3, 30, 44)
         images[1, 2, 3, 4], images[3] = torch.inf, torch.nan
@@ -120,7 +120,7 @@ class TestProjection:
 
 
 class TestSettings:
-    def test_the_feature_refuses_its_own(self) -> None:
+    def test_a_feature_refuses_its_own_bad_settings(self) -> None:
         with pytest.raises(AtollError, match="bins"):
             space_of({"name": "hog", "bins": 1})
         with pytest.raises(AtollError, match="'vgg'"):
@@ -130,7 +130,7 @@ class TestSettings:
 
 
 class Tiny(nn.Module):
-    """In the place of torch-fidelity's network: the mean colours of what it was given, 2048 numbers."""
+    """Stands in for torch-fidelity's network: the mean colours of its input, 2048 numbers."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str):
         super().__init__()
@@ -160,7 +160,7 @@ class TestInception:
         monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    def test_is_called_fid_by_its_weights_alone(self, weights, library) -> None:
+    def test_inception_is_called_fid_only_with_its_weights(self, weights, library) -> None:
         space = space_of({"name": "inception", "weights": str(weights)})
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         assert metric_name("FD", space) == f"FID [{digest[:8]}]"
@@ -169,7 +169,7 @@ class TestInception:
         assert metric_name("FD", projected) == f"FD-Inception-pca2 [{projected.sha256[:8]}]"
         assert projected.sha256[:8] != digest[:8]
 
-    def test_sees_images_of_8_bits(self, weights, library) -> None:
+    def test_inception_gets_images_of_8_bits(self, weights, library) -> None:
         space = space_of({"name": "inception", "weights": str(weights)})
         grey = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.7]).reshape(5, 1, 1, 1).expand(5, 1, 6, 7)
         assert space(grey)[:, 9].tolist() == [0, 0, 3, 765, 765]
@@ -178,7 +178,7 @@ class TestInception:
             space(images_of(2, 4, 6, 7))
         assert space(torch.full((2, 3, 6, 7), torch.nan)).isnan().all()  # 8 bits have no NaN
 
-    def test_without_torch_fidelity(self, weights, monkeypatch) -> None:
+    def test_inception_without_torch_fidelity_is_one_line(self, weights, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, "torch_fidelity", None)
         with pytest.raises(AtollError, match=r"torch-fidelity cannot be imported .*pip install torch-fidelity"):
             space_of({"name": "inception", "weights": str(weights)})
@@ -205,7 +205,7 @@ class TestInception:
             space_of({"name": "inception", "weights": str(weights)})
         assert not (weights.parent / "exploded").exists()
 
-    def test_torch_fidelitys_own_class(self, weights, monkeypatch) -> None:
+    def test_inception_equals_torch_fidelitys_class(self, weights, monkeypatch) -> None:
         """At random, since its weights are not at hand; slow where it is installed."""
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -224,7 +224,7 @@ class TestInception:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real images and weights beside the checkout")
-def test_a_real_network_tells_images_from_noisy_ones() -> None:
+def test_a_real_network_separates_images_from_noisy_ones() -> None:
     import io
 
     import numpy as np
