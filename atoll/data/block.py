@@ -1,4 +1,4 @@
-"""One block of a source -> one shard of an encoding: the same code in this process and on Ray's machines."""
+"""Encode one block of a source to one shard: the same code in this process and on Ray's machines."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +18,13 @@ from atoll.encoders.feature import Feature, build_feature
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device, has_bf16
 
-# Images per call. A convolution network on a CPU works fastest on what its caches hold.
+# Images per call. A convolutional network on a CPU is fastest on batches that fit its caches.
 _BATCH = {"cpu": 8, "cuda": 64}
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The networks that images go through, on their device."""
+    """The frozen networks that encode images, on their device."""
 
     codec: Codec
     feature: Feature
@@ -35,19 +35,22 @@ class Frozen:
 
     @staticmethod
     def build(manifest: Manifest, device: torch.device | None = None) -> "Frozen":
-        """The networks that the manifest names. Raises AtollError as `build_codec` and `build_feature` do."""
+        """Build the networks of the manifest. Raises AtollError as `build_codec` and `build_feature` do."""
         data, device = manifest.data, device or best_device()
+        # "auto" uses bf16 only where the hardware supports it.
         bf16 = data.precision == "bf16" or (data.precision == "auto" and has_bf16(device))
         codec, feature = build_codec(manifest.codec), build_feature(manifest.feature)
         codec = codec.to(device, torch.bfloat16 if bf16 else torch.float32)
+        # Features set the clusters, so they stay in fp32 unless the network is known to tolerate bf16.
         half = bf16 and (feature.takes_bf16 or data.precision == "bf16")
         feature = feature.to(device, torch.bfloat16 if half else torch.float32)
         framing = Framing(data.size, codec.image_channels, data.smallest_side)
         return Frozen(codec, feature, device, "bf16" if bf16 else "fp32", data.flips, framing)
 
     def __call__(self, pixels: np.ndarray) -> dict[str, Tensor]:
-        """Images [B,C,h,w] uint8 to the columns of shards: latent float16, feature float32, perhaps latent_flip."""
+        """Encode images [B, C, h, w] uint8 to columns: latent (float16), feature (float32), with flips latent_flip."""
         images = torch.from_numpy(pixels).to(self.device).float() / 255  # [B,C,h,w]
+        # float16 halves the shards.
         columns = {"latent": self.codec.encode(images).half(), "feature": self.feature(images).float()}
         if self.flips:
             columns["latent_flip"] = self.codec.encode(images.flip(-1)).half()
@@ -64,6 +67,7 @@ class _Good:
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, samples: list[Framed], columns: dict[str, Tensor], rows: Tensor) -> None:
+        # `rows` selects the finite samples; text and tensors must stay aligned.
         for i in rows.tolist():
             for name in self.text:
                 self.text[name].append(getattr(samples[i], name))
@@ -84,20 +88,20 @@ def encode_block(
 ) -> None:
     """Read, decode and encode a block, and write its shard into `partial`.
 
-    Batches never reach over a block's end, so a block's bytes do not depend on who encodes it, or when. A sample
+    Batches never cross the end of a block, so its bytes do not depend on the process or the order of encoding. A sample
     whose latent or feature is not finite is skipped.
 
     Args:
-        number: of the block.
-        block: what to encode.
-        source: reads it.
+        number: number of the block.
+        block: the block to encode.
+        source: reads the block.
         frozen: the networks.
         decoders: the processes that decode.
-        partial: the encoding in the making.
-        tell: called with the good and the failed samples of each batch.
+        partial: the unfinished encoding to write to.
+        tell: called with the numbers of good and failed samples of each batch.
     """
     good, skipped = _Good(), []
-    # The files are hashed meanwhile: what is read once is in the page cache for the other reader.
+    # Hash the files at the same time: the second reader finds them in the page cache.
     with ThreadPoolExecutor(1) as hashing:
         files = hashing.submit(source.record, block)
         for batch in _batches(decoders.frames(source.read(block)), _BATCH.get(frozen.device.type, 8)):
@@ -106,6 +110,7 @@ def encode_block(
             if samples:
                 with torch.inference_mode():
                     columns = frozen(np.stack([sample.pixels for sample in samples]))
+                # A sample is good only if all of its columns are finite.
                 finite = torch.stack([column.flatten(1).isfinite().all(1) for column in columns.values()]).all(0)
                 bad += [
                     Skipped(samples[i].key, "not finite: its latent or feature; mind the codec's shift and scale")

@@ -1,4 +1,4 @@
-"""Recognise image files by their first bytes, and check what their containers promise before they are decoded.
+"""Recognise image files by their first bytes, and check their container structure before decoding.
 
 Imports nothing but the standard library, so that worker processes start fast.
 """
@@ -28,6 +28,7 @@ def container_of(data: bytes) -> str:
     for start, name in _SIGNATURES:
         if start.match(data):
             return name
+    # AVIF and its relatives begin with the length of their first box.
     if data[4:8] == b"ftyp":
         return _container_of_brands(data)
     raise Unusable(f"not a JPEG, PNG, WebP, AVIF, GIF, BMP or TIFF image: it begins with {data[:12]!r}")
@@ -50,11 +51,12 @@ def refuse_giants(width: int, height: int) -> None:
 
 
 def _container_of_brands(data: bytes) -> str:
-    """The format of an ISO base media file (ISO/IEC 14496-12, 4.3): its major brand or a compatible one names it.
+    """Return the format of an ISO base media file (ISO/IEC 14496-12, 4.3) by its major or compatible brands.
 
     Encoders up to about 2021 wrote AVIF files with the major brand mif1 or msf1.
     """
     size = min(int.from_bytes(data[:4], "big"), len(data), 1024)  # bytes of the box; no writer lists 250 brands
+    # Bytes 12 to 15 hold a version, not a brand.
     brands = [data[8:12], *(data[at : at + 4] for at in range(16, size - 3, 4))]
     if b"avif" in brands or b"avis" in brands:
         return "AVIF"
@@ -63,7 +65,7 @@ def _container_of_brands(data: bytes) -> str:
 
 
 def _check_avif(data: bytes) -> bytes:
-    """Give the major brand that Pillow's plugin expects to a file that names avif among its compatible brands."""
+    """Set the major brand that Pillow's plugin expects in a file that lists avif among its compatible brands."""
     return data if data[8:12] in _AVIF_BRANDS else data[:8] + b"avif" + data[12:]
 
 
@@ -71,20 +73,22 @@ def _check_jpeg(data: bytes) -> bytes:
     """Follow the markers up to the end of image (ITU-T T.81, annex B), and return the bytes to decode.
 
     Where coded data run out at a marker, libjpeg only warns and paints the rest grey; where they run out at the
-    end of the file, Pillow raises. So the end of image is removed from an image of one scan. In its place stand as
-    many zeros as the decoder may read ahead (libjpeg-turbo: 8 bytes, never decoded), so that a good image still loads.
+    end of the file, Pillow raises. So the end of image is removed from an image of one scan. It is replaced by as many
+    zeros as the decoder may read ahead (libjpeg-turbo: 8 bytes, never decoded), so that a good image still loads.
     """
     at, scans = 2, 0
     while True:
         marker = _MARKER.match(data, at)
         if marker is None:
             raise Unusable("truncated" if at + 2 > len(data) else f"damaged: no JPEG marker at byte {at}")
+        # Bytes after the end of image, such as a second image of an MPO, are not checked.
         if marker[1] == _END_OF_IMAGE:
             return data[: marker.start()] + bytes(16) if scans == 1 else data
         # A segment: its length counts itself.
         at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
         if at > len(data):
             raise Unusable("truncated: it ends inside its header")
+        # Only an image of one scan may lose its end marker.
         scans += _SCANS.get(marker[1], 0)
         if marker[1] == _START_OF_SCAN:
             # Coded data up to the next marker: the restart markers in it must count 0, 1, ..., 7, 0, ...
@@ -126,12 +130,14 @@ def _check_png(data: bytes) -> bytes:
 
 
 def _png_length(header: memoryview) -> int:
-    """Bytes of the pixels before compression: rows with a leading filter byte, in 7 passes where interlaced (Adam7)."""
+    """Return the bytes of the raw pixels: rows with a leading filter byte, in 7 passes if interlaced (Adam7)."""
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     refuse_giants(width, height)
+    # Channels by colour type: grey, RGB, palette, grey with alpha, RGBA.
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     length = 0
     for left, top, right, down in _ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        # Negated floor division rounds up.
         columns, rows = -((left - width) // right), -((top - height) // down)
         length += rows * (1 + (columns * bits + 7) // 8) if columns > 0 and rows > 0 else 0
     return length
@@ -143,6 +149,7 @@ def _inflate(stream: "zlib._Decompress", piece: memoryview, limit: int) -> int:
     try:
         for start in range(0, len(piece), 1 << 16):
             part: bytes | memoryview = piece[start : start + (1 << 16)]
+            # Decompress at most 1 MiB at a time, so that a bomb never fills the memory.
             while part and not stream.eof and length <= limit:
                 length += len(stream.decompress(part, 1 << 20))
                 part = stream.unconsumed_tail
@@ -162,8 +169,10 @@ def _check_webp(data: bytes) -> bytes:
 def _check_gif(data: bytes) -> bytes:
     """Follow the blocks up to the trailer (GIF89a, section 12 on)."""
     try:
+        # The header has 13 bytes, followed by the global colour table.
         at = 13 + _colours(data[10])
         while data[at] != _GIF_TRAILER:
+            # Both kinds of block end in sub-blocks, which are skipped below.
             if data[at] == _GIF_EXTENSION:
                 at += 2
             elif data[at] == _GIF_IMAGE:
@@ -179,7 +188,7 @@ def _check_gif(data: bytes) -> bytes:
 
 
 def _colours(flags: int) -> int:
-    """The bytes of the table of colours that the flags of a GIF announce."""
+    """Return the size in bytes of the colour table that the flags of a GIF declare."""
     return 3 << (1 + (flags & 7)) if flags & 0x80 else 0
 
 

@@ -1,4 +1,4 @@
-"""Images and captions -> encoded/: shards of latents and features, the captions beside them: `atoll encode`."""
+"""Encode images and captions to shards of latents, features and captions in encoded/: `atoll encode`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,10 +40,10 @@ def encode_run(
 ) -> str:
     """Encode the manifest's data into `run`/encoded.
 
-    Finished blocks are not encoded again. The directory appears as a whole; until then everything lies in
-    `run`/encoded.partial, where `resume` continues an interrupted encoding and loses only the blocks under way.
-    The index's card holds source, framing, codec, condition encoder and feature. The same data give equal bytes on one
-    kind of machine, wherever encoding was interrupted and however many workers there are.
+    Finished blocks are not encoded again. The directory appears only when it is complete; until then all files are in
+    `run`/encoded.partial. `resume` continues there after an interruption and loses only the unfinished blocks. The
+    index's card holds source, framing, codec, condition encoder and feature. The same data give equal bytes on one kind
+    of machine, regardless of interruptions and the number of workers.
 
     Args:
         run: the run's directory.
@@ -51,33 +51,36 @@ def encode_run(
         force: replace another encoding; throw away one that was interrupted.
         resume: continue an interrupted encoding.
         on: "local", or "ray": every node of a Ray cluster, over a file system that all of them share.
-        workers: processes that decode (local; 0: this one alone) or encode (ray). None: what the machine has.
-        max_skipped: instead of the manifest's.
-        allow_uncaptioned: instead of the manifest's.
-        progress: called with images done, images in all if known, and a note.
+        workers: processes that decode (local; 0: only this process) or encode (ray). None: chosen by the hardware.
+        max_skipped: overrides the manifest.
+        allow_uncaptioned: overrides the manifest.
+        progress: called with the images done, the total if known, and a note.
 
     Returns:
-        What was done, and what a person should know of the data, a line each.
+        A summary and notes on the data, one per line.
 
     Raises:
         AtollError: `run`/encoded holds another encoding, or the data were edited since; an interrupted encoding is
             there and neither resume nor force is set; too many samples failed; captions lie there and none is read;
             or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
     """
-    given = {"max_skipped": max_skipped, "allow_uncaptioned": allow_uncaptioned}
-    changed = {name: value for name, value in given.items() if value is not None}
+    overrides = {"max_skipped": max_skipped, "allow_uncaptioned": allow_uncaptioned}
+    changed = {name: value for name, value in overrides.items() if value is not None}
     manifest = manifest.model_copy(update={"data": manifest.data.model_copy(update=changed)})
+    # The card identifies the encoding; comparing it needs no network to run.
     out = RunLayout(run).encoded
     source, frozen = build_source(manifest.data), Frozen.build(manifest)
     encoder = build_encoder(manifest.condition)
     card = card_of(source, frozen, encoder, manifest)
     if not force and _is_there(out, card, source, manifest):
         return f"{out} is there already: {len(Shards(out)):,} images"
+    # Check before hours of work that the result may replace what is at `out`.
     refuse_foreign(out, INDEX)
     blocks, listing = source.blocks(), source.listing()
     with PartialEncoding(RunLayout(run).encoded_partial) as partial:
         partial.prepare(card, blocks, listing, resume, restart=force and not resume)
         watch = Watch(partial, blocks, manifest.data, progress)
+        # Blocks that an interrupted encoding finished are skipped.
         todo = [(number, block) for number, block in enumerate(blocks) if not partial.is_done(number)]
         if on == "ray":
             from atoll.data.ray import encode_blocks
@@ -85,6 +88,7 @@ def encode_run(
             encode_blocks(todo, source, manifest, partial, workers, watch)
         else:
             _encode_here(todo, source, frozen, partial, workers, watch)
+        # Judge the whole encoding before it is sealed, so that a bad one stays resumable.
         watch.check(final=True)
         cut = CutCaptions(encoder, watch.tally.good)
         skips = manifest.data.skips_duplicates
@@ -93,7 +97,7 @@ def encode_run(
 
 
 def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> EncodedCard:
-    """What makes two encodings the same."""
+    """Return the card of an encoding; two encodings are the same if their cards are."""
     data = manifest.data
     return EncodedCard(
         source={**source.config(), "sha256": source.fingerprint()},
@@ -112,7 +116,7 @@ def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Mani
 
 
 def _is_there(out: Path, card: EncodedCard, source: Source, manifest: Manifest) -> bool:
-    """Whether `out` holds shards with this card, of the data as they are.
+    """Return whether `out` holds shards with this card, encoded from the current data.
 
     Raises:
         AtollError: it holds shards with another card, or the data changed since they were encoded.
@@ -122,13 +126,13 @@ def _is_there(out: Path, card: EncodedCard, source: Source, manifest: Manifest) 
     there = Shards(out).data_card
     if _without_hash(there.source) == _without_hash(card.source):
         _refuse_changes(out, source, contents=there.source != card.source)
-    found = there.plain()
+    present = there.plain()
     for key, wanted in card.plain().items():
         if key == "precision" and manifest.data.precision == "auto":
             continue
-        if not same(found.get(key), wanted):
+        if not same(present.get(key), wanted):
             raise AtollError(
-                f"{out}: was encoded with {key} {found.get(key)}, atoll.yaml names {wanted}; "
+                f"{out}: was encoded with {key} {present.get(key)}, atoll.yaml names {wanted}; "
                 "replace it with --force, or name another run"
             )
     return True
@@ -139,17 +143,18 @@ def _without_hash(source: Any) -> Any:
 
 
 def _refuse_changes(out: Path, source: Source, contents: bool) -> None:
-    """Raise AtollError, with their names, if files came, went or were edited since they were encoded.
+    """Raise AtollError with their names if files were added, removed or edited since they were encoded.
 
     Args:
         out: the shards.
-        source: the data as they are.
-        contents: compare all contents where names, sizes and times are the same.
+        source: the current data.
+        contents: compare all contents if names, sizes and times are the same.
     """
     listing, records = source.listing(), read_records(out / SOURCE_FILES)
     if listing is None or records is None:
         return
     differences = changes(listing, records)
+    # The card says that something changed, and sizes and times do not show it: compare contents.
     if contents and not differences:
         differences = changes(listing, records, contents=True)
     if differences:
@@ -174,12 +179,12 @@ def _encode_here(
 
 
 def _decoders(frozen: Frozen) -> int:
-    """A GPU is fed by all cores; on a CPU the networks need most of them."""
+    """Return the default number of decoders: all cores to feed a GPU, half of them beside networks on a CPU."""
     return cores() if frozen.device.type != "cpu" else max(1, cores() // 2)
 
 
 def _say(out: Path, source: Source, tally: Tally, cut: CutCaptions, length: int) -> str:
-    """What was written, and what a person should know of the data."""
+    """Return the summary of an encoding and the notes on its data."""
     lines = [f"{out} written: {tally.good:,} images"]
     if tally.skipped:
         lines.append(f"skipped: {tally.reasons()}; {out / 'skipped.jsonl'} lists them")

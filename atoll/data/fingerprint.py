@@ -1,8 +1,8 @@
-"""Whether data are still those that were encoded: sizes and times first, contents where these differ.
+"""Detect whether data changed since they were encoded: by sizes and times, then by contents where these differ.
 
-The fingerprint in a card is a hash of names and sizes: quick also for terabytes. An edit that keeps a file's size is
-found by a record beside the shards: size, time of change and content hash of every file as it was encoded. A file whose
-time differs is hashed again; one whose content is still the same (copied, touched) has not changed.
+The fingerprint in a card is a hash of names and sizes: fast even for terabytes. An edit that keeps a file's size is
+detected by a record beside the shards: size, time of change and content hash of every file as it was encoded. A file
+whose time differs is hashed again; one whose content is still the same (copied, touched) has not changed.
 
 On request (`data.fingerprint: content`) the card's hash covers the contents, and all files are read for it.
 """
@@ -59,21 +59,23 @@ class Changes:
 
 
 def fingerprint(sizes: Iterable[tuple[str, int]]) -> str:
-    """The sha256 over relative names and sizes."""
+    """Return the sha256 over relative names and sizes."""
     digest = hashlib.sha256()
     for name, size in sizes:
+        # The zero byte cannot be in a name, so different lists never give the same bytes.
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0%d\n" % size)
     return digest.hexdigest()
 
 
 def content_fingerprint(root: str | None, names: Sequence[str]) -> str:
-    """The sha256 over relative names and contents; reads every file.
+    """Return the sha256 over relative names and contents; reads every file.
 
     Raises:
         AtollError: a file cannot be read.
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_THREADS) as pool:
+        # `map` keeps the order of names, so the digest does not depend on timing.
         for name, sha in zip(names, pool.map(lambda name: _hash(join(root, name)), names), strict=True):
             if not sha:
                 raise AtollError(f"{listed([name])}: cannot be read for its content hash; mend or remove it")
@@ -82,18 +84,18 @@ def content_fingerprint(root: str | None, names: Sequence[str]) -> str:
 
 
 def stamp_of(stat: os.stat_result) -> str:
-    """The time of change of a local file, in nanoseconds."""
+    """Return the time of change of a local file, in nanoseconds."""
     return str(stat.st_mtime_ns)
 
 
 def tag_of(info: Mapping[str, Any]) -> str:
-    """The tag or time by which a remote file system tells versions of a file apart; "" if it has none."""
+    """Return the tag or time by which a remote file system distinguishes versions of a file; "" if it has none."""
     keys = ("ETag", "etag", "md5Hash", "content_md5", "checksum", "blob_id", "LastModified", "last_modified", "mtime")
     return next((str(info[key]) for key in (*keys, "updated", "created") if info.get(key)), "")
 
 
 def record_files(root: str | None, names: Sequence[str]) -> list[FileRecord]:
-    """Records of local files, whose contents are read; remote files are known by their tags and leave none."""
+    """Record local files by reading their contents; remote files are identified by tags and have no records."""
     if root is None or not is_local(root):
         return []
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -101,7 +103,7 @@ def record_files(root: str | None, names: Sequence[str]) -> list[FileRecord]:
 
 
 def _record(root: str, name: str) -> FileRecord | None:
-    """The record of a file; None if it vanished, which shows as an edit."""
+    """Return the record of a file; None if it vanished, which counts as an edit."""
     path = join(root, name)
     try:
         before = os.stat(path)
@@ -109,13 +111,13 @@ def _record(root: str, name: str) -> FileRecord | None:
         after = os.stat(path)
     except OSError:
         return None
-    # Edited meanwhile: nobody knows which of the two contents was encoded.
+    # If the file was edited meanwhile, it is unknown which content was encoded.
     steady = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
     return FileRecord(name, before.st_size, stamp_of(before), sha if steady else "")
 
 
 def _hash(path: str) -> str:
-    """The sha256 of a file; "" if it cannot be read."""
+    """Return the sha256 of a file; "" if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open_file(path) as file:
@@ -127,10 +129,11 @@ def _hash(path: str) -> str:
 
 
 def sealed_records(listing: Listing, records: Iterable[FileRecord]) -> list[FileRecord]:
-    """The record to keep: every listed file with the stamp of the listing, and the hash taken while it was encoded.
+    """Return the final records: every listed file with its stamp from the listing and its hash from the encoding.
 
     A file that changed between listing and hashing has no hash: the next comparison counts it as edited.
     """
+    # Combine the stamp at the start with the hash during encoding, if the file was the same at both times.
     by_name = {record.name: record for record in records}
     sealed = []
     for name, size in listing.sizes.items():
@@ -141,15 +144,16 @@ def sealed_records(listing: Listing, records: Iterable[FileRecord]) -> list[File
 
 
 def changes(listing: Listing, records: Iterable[FileRecord], complete: bool = True, contents: bool = False) -> Changes:
-    """How the files of a source differ from records of them. Only files whose stamp differs are read.
+    """Compare the files of a source with their records. Only files whose stamp differs are read.
 
     Args:
-        listing: the files as they are now.
-        records: the files as they were.
+        listing: the current files.
+        records: the files when they were encoded.
         complete: whether the records cover all files; else only the recorded ones are compared.
         contents: read all files that have a recorded hash, whatever their stamps.
     """
     differences, seen, suspects = Changes(), set(), []
+    # First by size and stamp, which cost nothing; only suspects are read.
     for record in records:
         seen.add(record.name)
         size = listing.sizes.get(record.name)
@@ -159,9 +163,11 @@ def changes(listing: Listing, records: Iterable[FileRecord], complete: bool = Tr
             differences.edited.append(record.name)
         elif listing.stamps.get(record.name, "") != record.stamp or (contents and record.sha256):
             suspects.append(record)
+    # Partial records cannot show additions.
     if complete:
         differences.added += [name for name in listing.sizes if name not in seen]
     with ThreadPoolExecutor(_THREADS) as pool:
+        # A suspect without a recorded hash counts as edited: nothing proves otherwise.
         hashes = pool.map(lambda record: _hash(join(listing.root, record.name)) if record.sha256 else "", suspects)
         differences.edited += [r.name for r, sha in zip(suspects, hashes, strict=True) if not sha or sha != r.sha256]
     return differences
@@ -174,6 +180,7 @@ def write_records(path: Path, records: Sequence[FileRecord]) -> None:
 
     from atoll.storage.artifact import write_bytes
 
+    # Names are bytes, because file names need not be utf-8.
     columns = {
         "name": pa.array([record.name.encode("utf-8", "surrogateescape") for record in records], pa.binary()),
         "size": pa.array([record.size for record in records], pa.int64()),
@@ -186,7 +193,7 @@ def write_records(path: Path, records: Sequence[FileRecord]) -> None:
 
 
 def read_records(path: Path) -> list[FileRecord] | None:
-    """Read records; None if there are none, or they cannot be read: then only names and sizes can be compared."""
+    """Read records; None if missing or unreadable: then only names and sizes can be compared."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""The embedded data set: the glyphs of matplotlib's DejaVu and STIX fonts, captioned by their Unicode names.
+"""Built-in data set: the glyphs of matplotlib's DejaVu and STIX fonts, captioned by their Unicode names.
 
 54,164 black-on-white images of 1 channel (with matplotlib 3.11), such as "greek small letter omega, serif italic".
 """
@@ -21,7 +21,7 @@ from atoll.errors import AtollError
 
 @dataclass(frozen=True)
 class Face:
-    """One font file: the words that captions call it, and how far its printable ASCII reaches from the baseline."""
+    """One font file, its words in captions, and the extent of its printable ASCII from the baseline."""
 
     file: str
     words: str
@@ -36,8 +36,8 @@ def _family(words: str, ascent: float, descent: float, **files: str) -> list[Fac
     ]
 
 
-# Slanted faces are all called italic, so that one word means one thing. LastResort draws code points, STIXSiz and
-# STIXNonUni hold fragments, and the cm fonts put glyphs under characters that they are not: these are left out.
+# All slanted faces are called italic, so that one word means one thing. Left out: LastResort draws code points, STIXSiz
+# and STIXNonUni hold fragments, and the cm fonts map characters to glyphs of other characters.
 FACES: tuple[Face, ...] = (
     *_family("sans", 0.81, 0.24, regular="DejaVuSans", bold="DejaVuSans-Bold",
              italic="DejaVuSans-Oblique", bold_italic="DejaVuSans-BoldOblique"),
@@ -58,8 +58,8 @@ DEMO = frozenset([*range(33, 127), *range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *
 # "+", "?" and "{" of the demo, and keeps the digits and the commonest letters.
 HELD_OUT_EVERY, HELD_OUT_AT = 20, 3
 
-_BLOCK = 4096  # glyphs that are drawn in one go
-_CANVAS = 128  # pixels at which a glyph is drawn, before it is reduced to the size asked for
+_BLOCK = 4096  # glyphs per block
+_CANVAS = 128  # pixels at which a glyph is drawn, before it is reduced to the requested size
 _MARGIN = 1 / 32  # of the image's side, left free above and below the tallest letters
 
 
@@ -72,7 +72,7 @@ class GlyphsConfig(BaseModel):
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> "GlyphsConfig":
-        """Raises AtollError for an unknown key or value."""
+        """Validate a configuration. Raises AtollError for an unknown key or value."""
         try:
             return cls.model_validate(dict(config))
         except ValidationError as error:
@@ -84,10 +84,11 @@ class Glyphs(Source):
     """Every usable glyph of 18 faces ("all"), or ASCII and Greek in the 16 faces that have them ("demo": 2,288 images).
 
     A glyph is usable if the font's character map has it, `unicodedata` names it, and it is not blank. All glyphs of a
-    face have one scale and stand on one baseline, centred between left and right; one that reaches over the edge is
-    moved, and one that is larger than the image is reduced to fit. Order: by code point, then as in `FACES`.
+    face share one scale and one baseline and are centred horizontally. A glyph that crosses the edge is moved, and one
+    that is larger than the image is reduced to fit. Order: by code point, then as in `FACES`.
 
-    Raises AtollError if matplotlib or one of its font files is missing.
+    Raises:
+        AtollError: matplotlib or one of its font files is missing.
     """
 
     name = "glyphs"
@@ -111,8 +112,9 @@ class Glyphs(Source):
         return [Block(f"{start:06d}-{stop:06d}", stop - start, (start, stop)) for start, stop in ranges]
 
     def read(self, block: Block) -> Iterator[Raw]:
-        """The glyphs of a block; the images are [1,size,size] uint8."""
+        """Yield the glyphs of a block; the images are [1, size, size] uint8."""
         for code, number in self._glyphs[slice(*block.content)]:
+            # The caption names the character and the face; all faces of a character share its split.
             face = FACES[number].words
             yield Raw(
                 key=f"U+{code:04X}/{face.replace(' ', '-')}",
@@ -130,23 +132,28 @@ class Glyphs(Source):
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
+        # The pixels depend on the font files, which differ between versions of matplotlib.
         for path, _ in self._fonts:
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
     def _draw(self, code: int, number: int) -> np.ndarray:
-        """One image [H,W] uint8: black ink (0) on white paper (255)."""
+        """Draw one image [H, W] uint8: black ink (0) on white paper (255)."""
         face, (_, font) = FACES[number], self._fonts[number]
+        # Draw at the canvas size, with the origin on the baseline.
         left, top, right, bottom = font.getbbox(chr(code), anchor="ls")  # from the baseline's left end, y down
         ink = Image.new("L", (int(right - left), int(bottom - top)), 255)
         ImageDraw.Draw(ink).text((-left, -top), chr(code), fill=0, font=font, anchor="ls")
+        # The box of the font may exceed the ink: crop to the ink itself.
         x0, y0, x1, y1 = Image.eval(ink, lambda value: 255 - value).getbbox() or (0, 0, *ink.size)
         ink, top = ink.crop((x0, y0, x1, y1)), top + y0
         if max(ink.size) > _CANVAS:
             ink.thumbnail((_CANVAS, _CANVAS), Image.Resampling.LANCZOS)
+        # Place the baseline so that the tallest letters fit between the margins.
         free = _CANVAS * (1 - 2 * _MARGIN)
         baseline = _CANVAS * _MARGIN + free * face.ascent / (face.ascent + face.descent)
         y = min(max(round(baseline + top), 0), _CANVAS - ink.height)
+        # Centre horizontally, then reduce once, which anti-aliases the edges.
         canvas = Image.new("L", (_CANVAS, _CANVAS), 255)
         canvas.paste(ink, ((_CANVAS - ink.width) // 2, y))
         size = self._config.size
@@ -154,12 +161,12 @@ class Glyphs(Source):
 
 
 def caption(code: int, face: str) -> str:
-    """The caption of a character in a face: "latin capital letter a, serif bold"."""
+    """Return the caption of a character in a face: "latin capital letter a, serif bold"."""
     return f"{unicodedata.name(chr(code)).lower()}, {face}"
 
 
 def _fonts() -> list[tuple[Path, ImageFont.FreeTypeFont]]:
-    """The files of `FACES` and the fonts at the size of the canvas."""
+    """Load the fonts of `FACES` at the size of the canvas, with their files."""
     try:
         import matplotlib
     except ImportError as error:
@@ -169,7 +176,7 @@ def _fonts() -> list[tuple[Path, ImageFont.FreeTypeFont]]:
     for face in FACES:
         path, em = directory / face.file, _CANVAS * (1 - 2 * _MARGIN) / (face.ascent + face.descent)
         try:
-            # Raqm, the other layout engine, raises on some characters that stand alone.
+            # Raqm, the other layout engine, raises on some isolated characters.
             fonts.append((path, ImageFont.truetype(path, em, layout_engine=ImageFont.Layout.BASIC)))
         except OSError as error:
             raise AtollError(f"{path}: cannot be read ({error}); install matplotlib anew") from error
@@ -177,7 +184,7 @@ def _fonts() -> list[tuple[Path, ImageFont.FreeTypeFont]]:
 
 
 def _characters(path: Path, font: ImageFont.FreeTypeFont) -> Iterator[int]:
-    """The code points of a font that have a name and ink."""
+    """Yield the code points of a font that have a name and ink."""
     from matplotlib.ft2font import FT2Font
 
     for code, glyph in FT2Font(str(path)).get_charmap().items():

@@ -264,15 +264,15 @@ class PartialEncoding:
 
     def _add(self, writer: ShardWriter, number: int, text: dict[str, list[str]], gone: set[int]) -> None:
         """Add a block to the sealed shards: its file unchanged, or the rows that are not dropped."""
-        kept = [i for i in range(len(text["key"])) if i not in gone]
-        if not kept:
+        remaining = [i for i in range(len(text["key"])) if i not in gone]
+        if not remaining:
             return
         file = self._file(number, "safetensors")
-        chosen = [[text[name][i] for i in kept] for name in TEXT]
+        chosen = [[text[name][i] for i in remaining] for name in TEXT]
         if gone:
             from safetensors.torch import load_file
 
-            columns = {name: column[torch.tensor(kept)] for name, column in load_file(file).items()}
+            columns = {name: column[torch.tensor(remaining)] for name, column in load_file(file).items()}
             # Rewriting is needed only for blocks that lose rows.
             writer.append(chosen[0], chosen[1], chosen[2], columns)
         else:

@@ -1,4 +1,4 @@
-"""Images decoded side by side in processes of their own: in order, in bounded memory, whatever a decoder does."""
+"""Decode images in parallel worker processes: in order, in bounded memory, and safe against decoder crashes."""
 
 import hashlib
 import queue
@@ -19,13 +19,13 @@ from atoll.errors import AtollError
 from atoll.runtime.process import Crashed, Remote
 from atoll.storage.shards import Split
 
-CHUNK = 32  # images that travel together
-CHUNK_BYTES = 8 << 20  # of their files; photographs straight from a camera travel in twos
-AHEAD = 3  # chunks per process that are waiting, in work, or done and not yet taken
+CHUNK = 32  # images sent to a process together
+CHUNK_BYTES = 8 << 20  # limit for their files; photographs straight from a camera are sent in twos
+AHEAD = 3  # chunks per process that are queued, in work, or done and not yet consumed
 
 
 class Decode(Protocol):
-    """As `frame`: [C,size,size] uint8 of a file's bytes. Raises Unusable."""
+    """A decoder like `frame`: the bytes of a file to [C, size, size] uint8. Raises Unusable."""
 
     def __call__(self, data: bytes, framing: Framing) -> np.ndarray: ...
 
@@ -43,10 +43,12 @@ class Framed:
 
 
 class Decoders:
-    """Some processes that decode images; a context manager, which ends them.
+    """Worker processes that decode images; a context manager that stops them on exit.
 
-    workers: how many; with 0 everything happens in this process, and a decoder that crashes takes it along.
-    decode: makes an array of a file's bytes, or raises Unusable; the processes import it by its name.
+    Args:
+        framing: format of every decoded image.
+        workers: number of processes; with 0 all decoding runs in this process, and a crash ends it too.
+        decode: converts the bytes of a file to an array, or raises Unusable; the processes import it by name.
     """
 
     def __init__(self, framing: Framing, workers: int, decode: Decode = frame):
@@ -56,7 +58,7 @@ class Decoders:
         self._decode = partial(decode, framing=framing)
         self._closed = False
         if workers:
-            # A thread for each process: it waits for the answers while this one goes on.
+            # A thread for each process waits for its answers while the main thread continues.
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoder")
             self._remotes = [Remote(self._decode) for _ in range(workers)]
             self._idle: queue.SimpleQueue[Remote] = queue.SimpleQueue()
@@ -76,10 +78,10 @@ class Decoders:
             self._kill()  # one that a thread has started meanwhile
 
     def frames(self, raws: Iterable[Raw | Skipped]) -> Iterator[Framed | Skipped]:
-        """The samples in the order they come, decoded; `raws` is read only as far ahead as keeps the processes busy.
+        """Yield the samples decoded, in order; `raws` is read only far enough ahead to keep the processes busy.
 
-        An image that cannot be used becomes Skipped with the reason. So does one that makes its process die: the
-        others of its chunk are decoded again. Pixels that need no decoding pass as they are.
+        An image that cannot be used becomes Skipped with the reason. So does one that crashes its process: the others
+        of its chunk are decoded again. Pixels that need no decoding pass unchanged.
 
         Raises:
             AtollError: pixels of another shape than the framing's, or processes that cannot be started.
@@ -88,20 +90,23 @@ class Decoders:
             for raw in raws:
                 yield from self._join([raw], [_outcome(self._decode, data) for data in _files([raw])])
             return
+        # Futures are consumed in the order of submission, so results keep the order of `raws`.
         waiting: deque[Future[list[Framed | Skipped]]] = deque()
         try:
             for chunk in _chunks(raws):
                 waiting.append(self._threads.submit(self._work, chunk))
+                # A full queue blocks reading: this bounds the memory.
                 if len(waiting) >= AHEAD * self._workers:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
         finally:
+            # The consumer stopped or an error was raised: do not start chunks that nobody will take.
             for future in waiting:
                 future.cancel()
 
     def _work(self, chunk: list[Raw | Skipped]) -> list[Framed | Skipped]:
-        """A chunk through whichever process is idle; in a thread."""
+        """Decode a chunk in an idle process; runs in a thread."""
         remote = self._idle.get()
         try:
             return self._join(chunk, self._map(remote, _files(chunk)))
@@ -109,14 +114,16 @@ class Decoders:
             self._idle.put(remote)
 
     def _map(self, remote: Remote, files: list[bytes]) -> list[Any]:
-        """An array or an exception per file. If the process dies, each is tried by itself: which one was it?"""
+        """Return an array or an exception per file. If the process crashes, retry each file alone to find the cause."""
         if not files:
             return []
         try:
             return remote.map(files)
         except Crashed:
             outcomes: list[Any] = []
+        # Crashes are rare, so the slow search for the file costs little.
         for file in files:
+            # Closing kills the processes, which looks like a crash; do not restart them.
             if self._closed:
                 raise Crashed("closed")
             try:
@@ -126,7 +133,7 @@ class Decoders:
         return outcomes
 
     def _join(self, chunk: list[Raw | Skipped], outcomes: Iterable[Any]) -> list[Framed | Skipped]:
-        """The samples of a chunk with what became of their files, an outcome per file."""
+        """Combine the samples of a chunk with the outcomes of their files, one per file."""
         outcome = iter(outcomes)
         return [raw if isinstance(raw, Skipped) else self._framed(raw, outcome) for raw in chunk]
 
@@ -134,6 +141,7 @@ class Decoders:
         pixels = next(outcomes) if isinstance(raw.image, bytes) else raw.image
         if isinstance(pixels, Unusable):
             return Skipped(raw.key, str(pixels))
+        # Anything but Unusable is an error in the decoder itself.
         if isinstance(pixels, Exception):
             raise pixels
         shape = (self._framing.channels, self._framing.size, self._framing.size)
@@ -142,6 +150,7 @@ class Decoders:
                 f"image {raw.key!r} is {pixels.dtype} {list(pixels.shape)}, asked for is uint8 {list(shape)}; "
                 "choose the source's size, and a codec that takes its channels"
             )
+        # Hash decoded pixels: copies in other containers count as duplicates only if their pixels are equal.
         sha = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
         return Framed(raw.key, raw.caption, raw.split, pixels, sha, raw.notes)
 
@@ -162,7 +171,7 @@ def _files(chunk: list[Raw | Skipped]) -> list[bytes]:
 
 
 def _chunks(raws: Iterable[Raw | Skipped]) -> Iterator[list[Raw | Skipped]]:
-    """Runs of CHUNK samples, or fewer whose files exceed CHUNK_BYTES."""
+    """Group samples by CHUNK, or fewer once their files reach CHUNK_BYTES."""
     chunk: list[Raw | Skipped] = []
     size = 0
     for raw in raws:

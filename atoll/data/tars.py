@@ -95,9 +95,9 @@ class Tars(Source):
         self._files = locate(data.path or (), "tars", SUFFIXES, gaps=data.missing_shards)
         self.root = self._files.root
         self._images = IMAGES if data.image is None else (data.image.lower().removeprefix("."),)
-        given = (data.caption or "").lower().removeprefix(".")
+        named = (data.caption or "").lower().removeprefix(".")
         # Members with other extensions are never read, which keeps masks and features out of memory.
-        self._wanted = {*self._images, *SIDECARS, *([given] if given else [])}
+        self._wanted = {*self._images, *SIDECARS, *([named] if named else [])}
         self._notes: list[str] = []
         self._splits: dict[str, Split] = {}
         # Names of tars and folders imply splits only if the settings do not decide.
