@@ -45,19 +45,19 @@ _FOLDER = re.compile(rf"(?:.*[-_. ])?({'|'.join(_FOLDER_WORDS)})", re.IGNORECASE
 
 
 def companion_suffix(stem: str) -> tuple[str, str] | None:
-    """("cat", "mask") for "cat_mask"; None for a name without such a suffix."""
+    """Split "cat_mask" into ("cat", "mask"); None for a name without such a suffix."""
     match = _SUFFIX.fullmatch(stem)
     return (match[1], match[2].lower()) if match else None
 
 
 def is_always_companion(stem: str) -> bool:
-    """Whether a name is a companion's, whatever lies beside it."""
+    """Return whether a name always marks a companion, whatever is beside it."""
     pair = companion_suffix(stem)
     return pair is not None and pair[1] in _ALWAYS
 
 
 def companions(images: Iterable[str], captioned: Collection[str]) -> dict[str, str]:
-    """The images that belong to another image.
+    """Find the images that belong to another image.
 
     An image is a companion if it has no caption of its own, and another image has its name without the suffix, or its
     name in a neighbouring folder that is not called after masks.
@@ -67,43 +67,46 @@ def companions(images: Iterable[str], captioned: Collection[str]) -> dict[str, s
         captioned: those with a caption of their own.
 
     Returns:
-        Each companion -> the word in its name that tells.
+        Each companion -> the word in its name that marks it.
     """
     stems: dict[str, set[str]] = defaultdict(set)  # folder -> names without extension
     near: dict[tuple[str, str], set[str]] = defaultdict(set)  # (folder above, name) -> folders that have it
+    # First pass: index all names, since a companion may come before its image.
     names = list(images)
     for name in names:
         folder, stem = _parts(name)
         stems[folder].add(stem)
         near[posixpath.dirname(folder), stem].add(folder)
-    found = {}
+    words = {}
     for name in names:
         if name in captioned:
             continue
         folder, stem = _parts(name)
         pair = companion_suffix(stem)
+        # A suffix in the same folder: cat_mask.png beside cat.jpg.
         if pair is not None and (pair[1] in _ALWAYS or pair[0] in stems[folder]):
-            found[name] = pair[1]
+            words[name] = pair[1]
         elif folder and (match := _FOLDER.fullmatch(posixpath.basename(folder))):
+            # A folder of masks: the image has the same name in a neighbouring folder or the one above.
             above = posixpath.dirname(folder)
             others = {other for other in near[above, stem] if not _FOLDER.fullmatch(posixpath.basename(other))}
             if others or stem in stems[above] or _paired(stem, match[1], stems[above]):
-                found[name] = match[1].lower()
-    return found
+                words[name] = match[1].lower()
+    return words
 
 
 def _paired(stem: str, word: str, stems: Collection[str]) -> bool:
-    """Whether a file in a folder of masks is named after an image above it: mask/cat_mask.png for cat.jpg."""
+    """Return whether a file in a folder of masks is named after an image above: mask/cat_mask.png for cat.jpg."""
     pair = companion_suffix(stem)
     return pair is not None and pair[0] in stems
 
 
 def describe(words: Iterable[str]) -> str:
-    """What was left out, for a note: "40 masklabel, 2 depth"."""
+    """Count companions by word for a note: "40 masklabel, 2 depth"."""
     return ", ".join(f"{count:,} {word}" for word, count in Counter(words).most_common(5))
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Folder and name without extension, in letters that compare equal where they print alike."""
+    """Return folder and name without extension in canonical form: names that print alike are equal."""
     folder, file = posixpath.split(canonical(name))
     return folder, posixpath.splitext(file)[0]

@@ -1,4 +1,4 @@
-"""What a folder of images holds, before an image is read: entries, what is left out, and what lies there unread."""
+"""Scan a folder of images before any image is read: entries, companions left out, and files that are not read."""
 
 import posixpath
 from collections import Counter
@@ -20,7 +20,7 @@ from atoll.manifest import DataSettings
 from atoll.storage.shards import Split
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar", ".tfrecord", ".arrow")
-# Files of other tools that hold no captions: readers of a folder need not hear of them.
+# Files of other tools that hold no captions; no note mentions them.
 _KNOWN: tuple[str, ...] = (
     "readme",
     "license",
@@ -34,14 +34,14 @@ _KNOWN += ("state.json", "config.json")
 
 
 class Entry(NamedTuple):
-    """An image and what is known of it before it is read.
+    """An image and the facts known before it is read.
 
     Attributes:
         key: unique in the folder.
         file: relative to the root.
-        sidecars: text files that may have its caption, the preferred one first; relative to the root.
-        caption: as a table has it; None where the sidecars are to be read.
-        split: None where a hash of the key decides.
+        sidecars: text files that may have its caption, preferred first; relative to the root.
+        caption: caption from a table; None to read the sidecars.
+        split: None if a hash of the key decides.
         reason: why it cannot be used; "" if it can.
     """
 
@@ -60,18 +60,18 @@ class FolderScan:
         files: everything below the folder.
         tables: the metadata files that were read.
         entries: rows of tables that cannot be used, then all images in the order of their paths.
-        notes: what a person should know.
+        notes: notes for the user.
     """
 
     def __init__(self, files: Files, data: DataSettings):
-        """Look at the names in a folder, and read its tables.
+        """Scan the names in a folder and read its tables.
 
         Raises:
             AtollError: there are no images, a table or a setting does not fit, or captions lie there that are not read.
         """
         self.files, self._data = files, data
         self.notes: list[str] = []
-        # Images, and what is named like one but must not be opened.
+        # Images, including names that must not be opened.
         named = {name for name in (*files.sizes, *files.unopened) if _extension(name) in IMAGES}
         self._metadata = Metadata(files, data, named)
         self.tables = self._metadata.tables
@@ -83,7 +83,7 @@ class FolderScan:
         sidecars = Sidecars(text, images, self._kinds(text))
         self._metadata.check_columns(self._given_kinds(text))
         candidates = {name: sidecars.of(name) for name in sorted(images)}
-        # Masks and the like: never what a person has captioned.
+        # Masks and other companions; an image with a caption is never one.
         self._left_out: dict[str, str] = {}
         if data.companions == "skip":
             captioned = self._metadata.rows.keys() | {name for name, beside in candidates.items() if beside}
@@ -93,41 +93,45 @@ class FolderScan:
                 f"left out as companions of other images: {describe(self._left_out.values())} "
                 f"({listed(sorted(self._left_out), 2)}); data.companions: train keeps them"
             )
-        kept = [name for name in candidates if name not in self._left_out]
-        splits = self._splits(kept)
+        remaining = [name for name in candidates if name not in self._left_out]
+        splits = self._splits(remaining)
+        # Rows that cannot be placed come first; rows for missing images are sorted among the images.
         absent = [Entry(name, reason=row.reason) for name, row in self._metadata.absent.items()]
-        entries = [self._entry(name, candidates[name], splits.get(name)) for name in kept]
+        entries = [self._entry(name, candidates[name], splits.get(name)) for name in remaining]
         problems = [Entry(place, reason=reason) for place, reason in self._metadata.problems]
         self.entries = problems + sorted(entries + absent, key=lambda entry: entry.file or entry.key)
         self._tell_unread(entries, candidates, sidecars, text)
 
     def read_names(self) -> set[str]:
-        """The names of all files that are read."""
+        """Return the names of all files that are read."""
         names = {name for entry in self.entries for name in (entry.file, *entry.sidecars)} | set(self.tables)
         return {name for name in names if name in self.files.sizes}
 
     def _kinds(self, text: Iterable[str]) -> tuple[str, ...]:
-        """The extensions of text files with captions."""
-        given = self._given_kinds(text)
-        return SIDECARS if given is None or self._data.caption in self._metadata.columns else given
+        """Return the extensions of text files with captions."""
+        chosen = self._given_kinds(text)
+        return SIDECARS if chosen is None or self._data.caption in self._metadata.columns else chosen
 
     def _given_kinds(self, text: Iterable[str]) -> tuple[str, ...]:
         """The extension that `data.caption` names, if it names one: with a dot, or as files have it."""
         caption = self._data.caption
         if caption in (FROM_FILE, FROM_FOLDER):
             return ()
+        # A column of that name wins over an extension.
         if caption is None or caption in self._metadata.columns:
             return SIDECARS
         kind = caption.lower().removeprefix(".")
         if caption.startswith(".") or any(name.lower().endswith(f".{kind}") for name in text):
             return (kind,)
+        # The name may be a field of JSON files beside the images.
         has_json = any(name.lower().endswith(".json") for name in text)
         return ("json", kind) if has_json else SIDECARS
 
     def _splits(self, images: list[str]) -> dict[str, Split]:
-        """The splits that columns or names tell; a hash of the key decides for all others."""
+        """Return the splits from the names of files; a hash of the key decides for all others."""
         if self._data.split is not None or self._data.splits != "auto":
             return {}
+        # A split column decides alone; names are then ignored.
         if self._metadata.uses_split_column:
             held_out = sum(row.split == "val" for row in self._metadata.rows.values())
             self.notes.append(
@@ -141,10 +145,12 @@ class FolderScan:
     def _entry(self, name: str, beside: tuple[str, ...], split: Split | None) -> Entry:
         row, data = self._metadata.rows.get(name), self._data
         key = row.key if row is not None and row.key is not None else name
+        # The checks are ordered by cause, so that the reason names the first fault.
         if reason := self.files.unopened.get(name):
             return Entry(printable(key), name, reason=f"image: {reason}")
         if row is not None and row.reason:
             return Entry(printable(key), name, reason=row.reason)
+        # A guessed key or split would differ from those of the table.
         if row is None and (data.key is not None or data.split is not None):
             reason = "metadata: no line names this image, so its key or split is unknown"
             return Entry(printable(key), name, reason=reason)
@@ -155,13 +161,14 @@ class FolderScan:
             beside = ()
         elif beside and (reason := self.files.unopened.get(beside[0])):
             return Entry(key, name, reason=f"caption: {clean(beside[0])} is {reason}")
+        # Sidecars that must not be opened are dropped unless the preferred one is among them.
         beside = tuple(text for text in beside if text in self.files.sizes)
         return Entry(key, name, beside, caption, row.split if row is not None and row.split else split)
 
     def _tell_unread(
         self, entries: list[Entry], candidates: dict[str, tuple[str, ...]], sidecars: Sidecars, text: list[str]
     ) -> None:
-        """Add notes on files that lie there and are not read; refuse a folder whose captions are all among them."""
+        """Add notes on files that are not read; refuse a folder if all captions are in such files."""
         if (column := self._data.caption) in (FROM_FILE, FROM_FOLDER):
             self.notes.append(f"captions are from names, as data.caption is {column}")
             return
@@ -173,7 +180,7 @@ class FolderScan:
             self.notes.append(
                 f"metadata: {first} comes first; {listed(columns)} not read; data.caption chooses another"
             )
-        # What belongs to no image, or has an extension that is not read.
+        # Files that belong to no image, or whose extension is not read.
         used = {name for names in candidates.values() for name in names} | self._metadata.rows.keys()
         others = [name for name in text if name not in used and name in self.files.sizes]
         plain = list(self._unread(others, candidates))
@@ -200,9 +207,11 @@ class FolderScan:
             )
 
     def _unread(self, others: list[str], candidates: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, bool]]:
-        """Notes on files that are not read, each with whether they plainly hold captions."""
+        """Yield notes on files that are not read, each with whether they clearly hold captions."""
+        # Sort the files by what they may hold.
         tables, archives, strays, beside = [], [], [], Counter[str]()
         first: dict[str, str] = {}
+        # The two names that a text file beside an image may have, without its extension.
         bases = {base for name in candidates for base in (posixpath.splitext(name)[0], name)}
         stems = {posixpath.basename(base) for base in bases}
         for name in others:
@@ -221,11 +230,13 @@ class FolderScan:
                 strays.append(name)
             elif kind[1:].lower() in SIDECARS:
                 tables.append(name)  # such as captions.txt: a list, or notes
+        # Report each kind once, the most likely captions first.
         for kind, count in beside.items():
             yield (
                 f"{count:,} {clean(kind)} files beside images are not read; data.caption: {clean(kind)} reads them",
                 self._is_text(first[kind]),
             )
+        # Open only a few tables: their columns show whether they hold captions.
         for name in tables[:3]:
             columns = columns_of(self.files.url(name), name, self._data.encoding) if name.endswith(FORMATS) else []
             captions = [column for column in columns if is_usual(column) or like_captions([column])]
@@ -234,6 +245,7 @@ class FolderScan:
             yield f"{clean(name)}{what} is not read{how}", bool(captions)
         if len(tables) > 3:
             yield f"{len(tables) - 3:,} more tables are not read", False
+        # Text files in another folder than their images, for example in captions/.
         if strays:
             where = Counter(posixpath.dirname(name) or "the folder itself" for name in strays).most_common(1)[0][0]
             yield (
@@ -247,8 +259,9 @@ class FolderScan:
             )
 
     def _is_text(self, name: str) -> bool:
-        """Whether a file looks like a caption: short text that is no markup."""
+        """Return whether a file looks like a caption: short text that is not markup."""
         try:
+            # A file larger than a sidecar may be is no caption.
             start = read_file(self.files.url(name), MAX_SIDECAR_BYTES)[:4096]
             words = start.decode(self._data.encoding, "strict").strip()
         except (TooLarge, OSError, UnicodeError):

@@ -1,4 +1,4 @@
-"""A new run from a recipe, over its own data or the user's: `atoll init`."""
+"""Create a run from a recipe, with its own data or the user's: `atoll init`."""
 
 import os
 from pathlib import Path
@@ -46,6 +46,7 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
     if data is not None:
         place = os.path.abspath(os.path.expanduser(os.path.expandvars(data))) if is_local(data) else data
         text = _with_data(text, str(source), {"source": _source_of(place), "path": place})
+    # Validate before writing, so that a bad recipe leaves nothing behind.
     parse_manifest(text, str(source))
     if file.exists():
         if file.read_text(encoding="utf-8") != text:
@@ -57,10 +58,10 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
 
 
 def _source_of(place: str) -> str:
-    """Which source reads what is there."""
+    """Return the source that reads the files at a path."""
     suffixes = tuple(suffix for kind in _SUFFIXES.values() for suffix in kind)
-    found: Files = locate(place, "images, tars or parquet files", suffixes)
-    names = [name.lower() for name in found.sizes]
+    files: Files = locate(place, "images, tars or parquet files", suffixes)
+    names = [name.lower() for name in files.sizes]
     for source, kinds in _SUFFIXES.items():
         if any(name.endswith(kinds) for name in names):
             return source
@@ -68,8 +69,9 @@ def _source_of(place: str) -> str:
 
 
 def _with_data(text: str, where: str, values: dict[str, str]) -> str:
-    """The recipe with other values in its `data` section; its comments stay."""
+    """Replace values in the `data` section of a recipe; its comments stay."""
     try:
+        # The node tree has the positions of values; dumping a parsed recipe would lose its comments.
         root = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())})") from None

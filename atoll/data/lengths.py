@@ -1,15 +1,15 @@
-"""How many captions are longer than the text encoder reads, and how much of them it does not read."""
+"""Count captions that the text encoder truncates, and the fraction of their text that it drops."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from atoll.encoders.text.encoder import TextEncoder
 
-_ALL = 200_000  # captions up to which each is looked at; of more, an even sample of as many
+_ALL = 200_000  # captions to check at most; of more, an even sample
 
 
 class CutCaptions:
-    """Counts captions that are cut.
+    """Counts captions that are truncated.
 
     Attributes:
         captions: captions that are cut.
@@ -17,14 +17,14 @@ class CutCaptions:
     """
 
     def __init__(self, encoder: TextEncoder, rows: int):
-        """Look at one caption in so many that about `_ALL` of `rows` are looked at."""
+        """Check an even sample of about `_ALL` of `rows` captions."""
         self._encoder, self._step, self._row = encoder, max(1, rows // _ALL), 0
         self.captions = self.characters = self.cut = 0
 
     def add(self, captions: Sequence[str]) -> None:
-        """Look at some captions, in the order of their rows."""
+        """Check some captions, in the order of their rows."""
         for caption in captions[-self._row % self._step :: self._step]:
-            # A token has at least a byte, so that short captions need no tokenizer.
+            # A token has at least one byte, so short captions need no tokenizer.
             if len(caption.encode()) < self._encoder.length - 1:
                 continue
             if rest := self._encoder.truncated_text(caption):
@@ -34,14 +34,14 @@ class CutCaptions:
         self._row += len(captions)
 
     def counts(self) -> dict[str, Any] | None:
-        """Plain values for the card: captions that are cut, and the fraction of their text; None if there are none."""
+        """Return the counts of truncated captions and dropped text for the card; None if there are none."""
         if not self.captions:
             return None
         return {"captions": self.captions * self._step, "fraction": round(self.cut / self.characters, 4)}
 
 
 def cut_line(cut: dict[str, Any], length: int) -> str:
-    """What to say of cut captions: how many there are, and how much is cut."""
+    """Return the note on truncated captions: how many there are, and how much is dropped."""
     return (
         f"{cut['captions']:,} captions are longer than the text encoder reads ({length} tokens): on average "
         f"{cut['fraction']:.0%} of their text is cut; a longer condition.length or another condition reads more"

@@ -1,6 +1,6 @@
-"""How many bytes of a stranger's data are read at once, and why so many.
+"""Limits on the bytes of untrusted data that are read at once, with their reasons.
 
-A small file may unpack to a very large one, and a line may have no end. Nothing here limits how many samples there are.
+A small file may unpack to a very large one, and a line may have no end. Nothing here limits the number of samples.
 """
 
 MAX_CAPTION_BYTES = 1 << 16  # the longest prompt that a text encoder reads, 512 tokens, has some 3,000
@@ -17,5 +17,5 @@ MAX_BATCH_BYTES = 1 << 28  # of the rows of a parquet file that are unpacked tog
 
 
 def may_expand_to(size: int) -> int:
-    """The bytes that a compressed file of `size` bytes may unpack to."""
+    """Return the bytes that a compressed file of `size` bytes may unpack to."""
     return FREE_EXPANSION + MAX_EXPANSION * size

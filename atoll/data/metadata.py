@@ -1,6 +1,6 @@
-"""Tables of captions in a folder, and the images that their rows name.
+"""Read tables of captions in a folder and match their rows with images.
 
-Read are metadata.jsonl, .csv, .tsv, .json and .parquet in every directory, or what `data.metadata` names.
+The tables are metadata.jsonl, .csv, .tsv, .json and .parquet in every directory, or those that `data.metadata` names.
 """
 
 import posixpath
@@ -23,7 +23,7 @@ USUAL = tuple(f"metadata{kind}" for kind in (".jsonl", ".csv", ".tsv", ".json", 
 
 
 class ImageRow(NamedTuple):
-    """What a table says of an image.
+    """Facts about an image from a row of a table.
 
     Attributes:
         where: its file and line.
@@ -48,11 +48,11 @@ class Metadata:
         columns: names of columns, in the order of their appearance.
         rows: name of an image -> its row.
         absent: a name that no file has -> its row.
-        problems: (place, reason) of rows that say nothing that can be used.
+        problems: (place, reason) of unusable rows.
     """
 
     def __init__(self, files: Files, data: DataSettings, images: Collection[str]):
-        """Read the tables, and match their rows with files.
+        """Read the tables and match their rows with files.
 
         Args:
             files: all files of the folder.
@@ -81,7 +81,7 @@ class Metadata:
                     unmatched.append((folder, named, row, split))
                 else:
                     self._add(match, row, split)
-        # Names that only print alike, or lack an extension, come after all exact ones: they take what is left.
+        # Exact names come first. Names that only print alike or lack an extension match the remaining files.
         for folder, named, row, split in unmatched:
             match = self._alike(folder, named)
             if match is not None:
@@ -91,6 +91,7 @@ class Metadata:
         self._use_split_column()
 
     def _find(self) -> list[str]:
+        # Tables that the settings name replace the search; they may be outside the folder.
         if self._data.metadata is not None:
             wanted = self._data.metadata
             names = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -109,6 +110,7 @@ class Metadata:
         for name, reason in self._files.unopened.items():
             if posixpath.basename(name) in USUAL:
                 raise AtollError(f"{clean(name)}: is {reason}")
+        # Two tables in one directory could contradict each other.
         by_folder: dict[str, str] = {}
         for name in names:
             folder = posixpath.dirname(name)
@@ -123,19 +125,22 @@ class Metadata:
         return self._files.unopened.get(name, "")
 
     def _read(self, name: str) -> Iterator[tuple[str, str, ImageRow, str]]:
-        """The directory, the name of the image, the row and the value of a column called split, of every row."""
+        """Yield the directory, the name of the image, the row and the value of a column called split for every row."""
         inside = name in self._files.sizes
         url, folder = self._files.url(name) if inside else name, posixpath.dirname(name) if inside else ""
         any_row = False
         for place, parse in rows_of(url, name, self._data.encoding, self._wanted):
             try:
                 record = parse()
+                # A dict keeps the order in which columns appear; lines of JSON may differ in theirs.
                 self.columns |= dict.fromkeys(record)
+                # Fail at once for a table with a header; each line of JSON has its own fields.
                 if not any_row and not name.lower().endswith((".jsonl", ".ndjson", ".json")):
                     self._check_file_column(name, record)
                 any_row = True
                 column = file_column(list(record), self._data.file_name)
                 named = record[column]
+                # A column of numbers names images only if the settings choose it.
                 if isinstance(named, int) and not isinstance(named, bool) and self._data.file_name is not None:
                     named = str(named)
                 if isinstance(named, bytes):
@@ -149,7 +154,7 @@ class Metadata:
                 self.problems.append((place, f"metadata: {error}"))
 
     def _check_file_column(self, name: str, record: Record) -> None:
-        """In a table with a header, a missing column is missing in every row. Raises AtollError."""
+        """Raise AtollError if a table with a header lacks the column of file names: all of its rows would fail."""
         try:
             file_column(list(record), self._data.file_name)
         except Unfit as error:
@@ -164,7 +169,7 @@ class Metadata:
 
     def _row(self, where: str, record: Record) -> ImageRow:
         data, key, split = self._data, None, None
-        # A caption that stands in a file beside the image, or in a name, is not looked for in a table.
+        # A caption from a file beside the image or from a name is not read from a table.
         elsewhere = data.caption is not None and (
             data.caption.startswith(".") or data.caption in (FROM_FILE, FROM_FOLDER)
         )
@@ -184,7 +189,7 @@ class Metadata:
         return ImageRow(where, caption, key, split, "")
 
     def _exact(self, folder: str, named: str) -> str | None:
-        """The file that a row names: relative to the table's directory, to the root, or absolute below the root."""
+        """Return the file that a row names: relative to the table's directory or the root, or absolute."""
         root = f"{self._files.root}/"
         for name in (posixpath.join(folder, named), named, named.removeprefix(root)):
             tidy = posixpath.normpath(name)
@@ -193,7 +198,8 @@ class Metadata:
         return None
 
     def _alike(self, folder: str, named: str) -> str | None:
-        """The one file whose name prints like the row's, or is the row's with an extension."""
+        """Return the single file whose name prints like the row's, or equals it plus an extension."""
+        # Build the indexes only when needed: most tables match exactly.
         if self._canonical is None or self._stems is None:
             self._canonical, self._stems = defaultdict(list), defaultdict(list)
             for name in self._files.sizes:
@@ -204,6 +210,7 @@ class Metadata:
         tidy = canonical(named)
         for place in dict.fromkeys((posixpath.normpath(posixpath.join(folder, tidy)), posixpath.normpath(tidy))):
             for index in (self._canonical, self._stems):
+                # Take a file only if the choice is unique and no exact row has it.
                 left = [name for name in index.get(place, ()) if name not in self.rows]
                 if len(left) == 1 and len(index[place]) == 1:
                     return left[0]
@@ -221,6 +228,7 @@ class Metadata:
     def _add_absent(self, folder: str, named: str, row: ImageRow) -> None:
         name = printable(posixpath.normpath(posixpath.join(folder, named)))
         reason = f"image: {row.where} names {clean(name)}, which is not there"
+        # Suggest a file whose name differs in case only.
         if near := self._folded.get(canonical(name).casefold()):
             reason += f" ({clean(near)} is: the letters differ in case, or several names print alike)"
         elif named.startswith("/") or named[1:3] in (":\\", ":/"):
@@ -231,10 +239,11 @@ class Metadata:
             self.absent[name] = row._replace(reason=reason)
 
     def _use_split_column(self) -> None:
-        """Take splits from a column called split where all of its values are names of splits, and some are held out."""
+        """Use a column called split if all of its values name splits, and some train and some are held out."""
         values = {value.strip().lower() for value in self._auto_splits.values()}
         if self._data.split is not None or self._data.splits != "auto" or not values & set(HELD_OUT):
             return
+        # A column with other words is free text, and one without "train" would hold out everything.
         if not values & set(TRAIN) or not all(is_keyword(value) for value in values):
             return
         for name, value in self._auto_splits.items():
@@ -242,7 +251,7 @@ class Metadata:
 
     @property
     def uses_split_column(self) -> bool:
-        """Whether a column called split holds images out without being named in the settings."""
+        """Return whether a column called split is used although the settings do not name it."""
         return self._data.split is None and any(row.split is not None for row in self.rows.values())
 
     def check_columns(self, sidecar_kinds: Collection[str]) -> None:
@@ -251,13 +260,14 @@ class Metadata:
             column = getattr(self._data, setting)
             if column is None or column in self.columns or (self.tables and not self.columns):
                 continue
+            # data.caption may also name an extension or a name instead of a column.
             if setting == "caption" and (column.startswith(("@", ".")) or column.lower() in sidecar_kinds):
                 continue
             there = f"its columns are {clean(', '.join(self.columns))}" if self.tables else "there is no metadata"
             raise AtollError(f"{self._data.path}: no column {column!r}, which data.{setting} names; {there}")
 
     def unread_columns(self) -> list[str]:
-        """Columns that usually hold captions and are not read, as another one comes first."""
+        """Return the usual caption columns that are not read because another one is preferred."""
         if self._data.caption is not None:
             return []
         return caption_columns(self.columns)[1:]

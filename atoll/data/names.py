@@ -1,4 +1,4 @@
-"""Foreign names and messages: compared, made safe to write, and made safe to show on a terminal."""
+"""Compare foreign names, and make names and messages safe to write and to show on a terminal."""
 
 import unicodedata
 
@@ -6,7 +6,7 @@ _REASON = 300  # characters at which foreign text in a message is cut
 
 
 def canonical(name: str) -> str:
-    """A name with slashes for back slashes and composed letters (Unicode NFC): names that print alike are equal.
+    """Normalise a name to slashes and composed letters (Unicode NFC): names that print alike become equal.
 
     macOS writes names decomposed, Windows writes back slashes, and both appear in metadata made elsewhere.
     """
@@ -19,18 +19,18 @@ def printable(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Foreign text for a message: one line, not too long, with what a terminal would act on written out."""
+    """Make foreign text safe for a message: one line, not too long, with control characters escaped."""
     short = text if len(text) <= _REASON else text[:_REASON] + "..."
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in short)
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an exception in one line, not too long; its type where it has none."""
+    """Return the message of an exception as one short line; its type if it has none."""
     text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
     return clean(" ".join(text.split())) or type(error).__name__
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """Some names for a message: "a, b, c and 7 more"."""
+    """Format some names for a message: "a, b, c and 7 more"."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(clean(name) for name in names[:most]) + more

@@ -1,4 +1,4 @@
-"""Files opened wherever they lie: local paths, and every URL that fsspec knows (s3://, gs://, hf://, https://, ...)."""
+"""Open local files and every URL that fsspec supports (s3://, gs://, hf://, https://, ...)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,16 +12,16 @@ Result = TypeVar("Result")
 
 
 class TooLarge(OSError):
-    """A file that has more bytes than are read."""
+    """A file with more bytes than the limit."""
 
 
 def join(root: str | None, name: str) -> str:
-    """The path or URL of a file below a root."""
+    """Return the path or URL of a file below a root."""
     return name if root is None else f"{root}/{name}"
 
 
 def is_local(url: str) -> bool:
-    """Whether a path is of this machine, and not a URL."""
+    """Return whether a path is local and not a URL."""
     return "://" not in url and "::" not in url
 
 
@@ -44,10 +44,10 @@ def open_file(url: str) -> Any:
 
 
 def read_file(url: str, most: int) -> bytes:
-    """The bytes of a file.
+    """Read the bytes of a file.
 
     Raises:
-        TooLarge: it has more than `most` bytes, of which no more are read.
+        TooLarge: it has more than `most` bytes; no more are read.
         OSError, AtollError: as `open_file`.
     """
     with open_file(url) as file:
@@ -55,8 +55,9 @@ def read_file(url: str, most: int) -> bytes:
 
 
 def read_whole(file: BinaryIO, most: int) -> bytes:
-    """What is left of a file. Raises TooLarge beyond `most` bytes, else OSError, whatever the file system raises."""
+    """Read the rest of a file. Raises TooLarge beyond `most` bytes; other errors become OSError."""
     try:
+        # One byte more than allowed shows that the file is too large.
         data = file.read(most + 1)
     except OSError:
         raise
@@ -68,7 +69,7 @@ def read_whole(file: BinaryIO, most: int) -> bytes:
 
 
 def ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`map` in threads that are at most 2 * `threads` items ahead: remote files are fetched while others work."""
+    """Map in threads, at most 2 * `threads` items ahead: remote files are fetched while others are processed."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: list[Future[Result]] = []
         try:
@@ -84,7 +85,7 @@ def ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it.
+    """Return the fsspec file system of a URL, and the path in it.
 
     Raises:
         AtollError: the protocol is unknown, or needs a package that is not installed.
@@ -97,6 +98,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         value: tuple[Any, str] = url_to_fs(url)
         return value
     except ImportError as error:
+        # The class of the implementation names the package to install.
         package = known_implementations.get(protocol, {}).get("class", protocol).split(".")[0]
         how = "" if package == "fsspec" else f"; pip install {package}"
         what = f"{protocol}:// needs a package that is not installed ({message_of(error)}){how}"

@@ -1,4 +1,4 @@
-"""The columns of a parquet file that hold images, captions, keys and splits."""
+"""Find the columns of a parquet file that hold images, captions, keys and splits."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from atoll.manifest import DataSettings
 
 
 class Columns(NamedTuple):
-    """The columns that are read; None where the source does without.
+    """The columns that are read; None for one that is not used.
 
-    status, error: img2dataset's, which say why a link gave no image.
+    `status` and `error` are written by img2dataset and give the reason why a link has no image.
     """
 
     image: str
@@ -25,7 +25,7 @@ class Columns(NamedTuple):
 
 
 def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
-    """The columns to read.
+    """Find the columns to read.
 
     Args:
         schema: a pyarrow.Schema.
@@ -41,6 +41,7 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
     where = clean(where)
     types = dict(zip(schema.names, schema.types, strict=True))
     there = ", ".join(clean(f"{name} ({kind})") for name, kind in types.items())
+    # Columns that the settings name must exist exactly once.
     for setting in ("image", "caption", "key", "split"):
         if (name := getattr(data, setting)) is not None and schema.names.count(name) != 1:
             many = "more than one column" if name in types else "no column"
@@ -55,9 +56,10 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
         raise AtollError(
             f"{where}: column {image!r} is {clean(str(types[image]))}, expected bytes, or a struct with bytes"
         )
-    # The captions: the first usual column of text, and a clear refusal where only others could be meant.
+    # The captions: the first usual column of text; refuse a file where only unusual columns look like captions.
     usual = [name for name in caption_columns(types) if schema.names.count(name) == 1 and name != image]
     caption = data.caption or next((name for name in usual if is_text(types[name])), None) or next(iter(usual), None)
+    # Captions, keys and splits must be text; a key may also be a whole number.
     texts = {"caption": caption, "key": data.key, "split": data.split}
     for setting, name in texts.items():
         if name is not None and not (is_text(types[name]) or (setting == "key" and kinds.is_integer(types[name]))):
@@ -72,13 +74,14 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
             f"{where}: no column with a usual name of captions, but {listed(unread)}; name one as data.caption, or go "
             "on without captions: --allow-uncaptioned"
         )
+    # The status of img2dataset distinguishes dead links from damage.
     plain = {name: types[name] for name in ("status", "error_message") if schema.names.count(name) == 1}
     status, error = (name if name in plain and is_text(plain[name]) else None for name in ("status", "error_message"))
     return Columns(image, caption, data.key, data.split, status, error if status else None)
 
 
 def unread_notes(schema: Any, columns: Columns, data: DataSettings) -> list[str]:
-    """What to tell of columns that may hold captions and are not read."""
+    """Return notes on columns that may hold captions and are not read."""
     if data.caption is not None:
         return []
     others = [n for n in (*caption_columns(schema.names), *like_captions(schema.names)) if n not in columns]
@@ -92,7 +95,7 @@ def split_name(names: Sequence[str]) -> str | None:
 
 
 def split_range(facts: Any) -> tuple[str, ...]:
-    """The least and the greatest value of a column called split in all row groups; empty if the footer has none."""
+    """Return the extreme values of a column called split in all row groups; empty if the footer has none."""
     ends: set[str] = set()
     for group in map(facts.row_group, range(facts.num_row_groups)):
         chunks = [
@@ -100,6 +103,7 @@ def split_range(facts: Any) -> tuple[str, ...]:
         ]
         for chunk in chunks:
             statistics = chunk.statistics
+            # Without statistics for every row group the values are unknown.
             if statistics is None or not statistics.has_min_max:
                 return ()
             if not isinstance(statistics.min, str) or not isinstance(statistics.max, str):

@@ -1,4 +1,4 @@
-"""Rows of a parquet file in bounded memory: what its pages unpack to is checked before any is unpacked.
+"""Read rows of a parquet file in bounded memory: the unpacked size of pages is checked before unpacking.
 
 A page's header says how many bytes it unpacks to, and Arrow allocates these first: 183 kB of a file can ask for 1 GiB.
 The footer's sums may be wrong, so the headers themselves are read (parquet-format, PageHeader in Thrift's compact
@@ -19,15 +19,15 @@ from atoll.data.opening import is_local, open_file
 from atoll.data.types import Damaged, Oversized
 from atoll.errors import AtollError
 
-_ROWS = 32  # that are decoded together
+_ROWS = 32  # rows that are decoded together
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
 _DICTIONARY_PAGE = 2  # parquet-format, enum PageType
-# Thrift compact protocol: types of a field.
+# Field types of the Thrift compact protocol.
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
 
 
 def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text: Sequence[str]) -> Iterator[Any]:
-    """The rows of some row groups, as small pyarrow record batches.
+    """Yield the rows of some row groups as small pyarrow record batches.
 
     Args:
         url: of the file.
@@ -59,9 +59,9 @@ def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text
 
 
 def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
-    """The rows of a table of text: text and whole numbers in the wanted columns, None in all others.
+    """Yield the rows of a table of text: text and whole numbers in the wanted columns, None in all others.
 
-    A list stands for a list, empty whatever it holds.
+    A list becomes an empty list, whatever it holds.
 
     Raises:
         Damaged: as `batches`.
@@ -76,6 +76,7 @@ def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, An
         raise
     except Exception as error:  # as above
         raise Damaged(message_of(error)) from error
+    # Arrow selects columns by name, so a repeated name cannot be read.
     names = [name for name in schema.names if wanted(name) and schema.names.count(name) == 1]
     text = [name for name in names if is_text(schema.field(name).type)]
     numbers = [name for name in names if kinds.is_integer(schema.field(name).type)]
@@ -88,7 +89,7 @@ def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, An
 
 
 def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
-    """The cells of a pyarrow column, text as bytes; `Oversized` for text of more than `most` bytes."""
+    """Return the cells of a pyarrow column, text as bytes; `Oversized` for text of more than `most` bytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -96,9 +97,11 @@ def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
         column = column.dictionary_decode()
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        # As bytes, a text that is not utf-8 fails alone instead of with its whole batch.
         column = column.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
     if not holds_bytes(column.type):
         return column.to_pylist()
+    # Measure before converting: Arrow shares long values, Python copies them.
     sizes = pc.binary_length(column).to_pylist()
     if all(size is None or size <= most for size in sizes):
         return column.to_pylist()
@@ -106,7 +109,7 @@ def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
 
 
 def holds_bytes(kind: Any) -> bool:
-    """Whether a pyarrow type holds bytes, or is a struct with bytes (Hugging Face's Image feature)."""
+    """Return whether a pyarrow type holds bytes, or is a struct with bytes (Hugging Face's Image feature)."""
     import pyarrow.types as kinds
 
     if kinds.is_struct(kind):
@@ -116,7 +119,7 @@ def holds_bytes(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a pyarrow type holds text, or bytes that may be text, also in a dictionary."""
+    """Return whether a pyarrow type holds text, or bytes that may be text, also in a dictionary."""
     import pyarrow.types as kinds
 
     if kinds.is_dictionary(kind):
@@ -126,7 +129,7 @@ def is_text(kind: Any) -> bool:
 
 
 def _check_pages(file: Any, footer: Any, groups: Sequence[int], columns: set[str], text: set[str], local: bool) -> int:
-    """Check what the pages of some columns unpack to; the bytes of the largest dictionary page.
+    """Check the unpacked size of the pages of some columns; return the bytes of the largest dictionary page.
 
     Remote files are checked by their footers where a column holds images: a look at each page would read them twice.
 
@@ -139,10 +142,12 @@ def _check_pages(file: Any, footer: Any, groups: Sequence[int], columns: set[str
             name = chunk.path_in_schema.split(".")[0]
             if name not in columns:
                 continue
+            # Images: only the sums in the footer, as reading page headers would fetch the column.
             if not local and name not in text:
                 if chunk.total_uncompressed_size > may_expand_to(chunk.total_compressed_size):
                     raise Damaged(_bomb(name, chunk.total_uncompressed_size, chunk.total_compressed_size))
                 continue
+            # The dictionary page, if there is one, comes before the data pages.
             starts = [chunk.data_page_offset]
             if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                 starts.append(chunk.dictionary_page_offset)
@@ -159,7 +164,7 @@ def _bomb(name: str, unpacked: int, packed: int) -> str:
 
 
 def _pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Kind, bytes unpacked and bytes packed of the pages of a column chunk."""
+    """Yield the kind, unpacked bytes and packed bytes of the pages of a column chunk."""
     at, end = start, start + size
     while at < end:
         for length in (1 << 9, 1 << 12, 1 << 18):  # statistics may make a header long
@@ -173,6 +178,7 @@ def _pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
                     raise Damaged(f"no page header at byte {at:,}") from None
         else:
             raise Damaged(f"no page header at byte {at:,}")
+        # Fields 1 to 3 of PageHeader: type, uncompressed and compressed size.
         kind, unpacked, packed = (fields.get(number, -1) for number in (1, 2, 3))
         if min(kind, unpacked, packed) < 0:
             raise Damaged(f"a page header without sizes at byte {at:,}")
@@ -181,13 +187,15 @@ def _pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
-    """The whole-number fields of a struct in Thrift's compact protocol, and where it ends. IndexError if cut short."""
+    """Return the integer fields of a struct in Thrift's compact protocol, and its end. IndexError if cut short."""
     fields: dict[int, int] = {}
     number = 0
+    # Crafted nesting must not exhaust the stack.
     if depth > 8:
         raise Damaged("a page header that is nested too deeply")
     while (head := data[at]) != 0:
         at, kind = at + 1, head & 15
+        # The high half is the distance to the previous field number; 0 means that the number follows.
         if head >> 4:
             number += head >> 4
         else:
@@ -200,7 +208,7 @@ def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
 
 
 def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
-    """Where a value of a type ends."""
+    """Return the position after a value of a type."""
     if kind in (_TRUE, _FALSE, _BYTE):  # in a list, truth values take a byte
         at += 1
     elif kind in (4, 5, 6):
@@ -212,6 +220,7 @@ def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
         at += length
     elif kind in (_LIST, _SET):
         size, element, at = data[at] >> 4, data[at] & 15, at + 1
+        # Sizes below 15 are in the head byte.
         if size == 15:
             size, at = _varint(data, at)
         for _ in range(size):
@@ -220,6 +229,7 @@ def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
         at = _header(data, at, depth + 1)[1]
     else:
         raise Damaged("a page header of an unknown form")
+    # A longer piece of the file may hold the rest.
     if at > len(data):
         raise IndexError
     return at
@@ -232,6 +242,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
         if byte < 128:
             return value, at
+        # A crafted number could otherwise be as long as the file.
         if shift > 63:
             raise Damaged("a page header with a number of more than 64 bits")
 

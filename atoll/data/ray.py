@@ -1,4 +1,4 @@
-"""The blocks of a source encoded by the machines of a Ray cluster: `atoll encode --on ray`."""
+"""Encode the blocks of a source on the machines of a Ray cluster: `atoll encode --on ray`."""
 
 import logging
 import pickle
@@ -17,7 +17,7 @@ from atoll.manifest import Manifest
 
 
 class BlockEncoder:
-    """An actor of Ray Data: networks loaded once, then block after block."""
+    """An actor of Ray Data: loads the networks once, then encodes block after block."""
 
     def __init__(self, source: Source, manifest: Manifest, partial: Path, threads: int):
         import torch
@@ -45,10 +45,18 @@ def encode_blocks(
     workers: int | None,
     watch: Any,
 ) -> None:
-    """Encodes blocks on the cluster that RAY_ADDRESS names, else on a local one. workers: actors at a time.
+    """Encode blocks on the cluster that RAY_ADDRESS names, else on a local one.
 
-    An actor takes a GPU and its share of the cores if the cluster has GPUs, else one core. What a lost machine was
-    doing is done again elsewhere. `partial` must lie where all machines see it.
+    An actor takes a GPU and its share of the cores if the cluster has GPUs, else one core. The blocks of a lost machine
+    are encoded again elsewhere. `partial` must be on a file system that all machines share.
+
+    Args:
+        todo: (number, block) of the blocks to encode.
+        source: reads the blocks.
+        manifest: the settings of the run.
+        partial: the unfinished encoding to write to.
+        workers: actors at a time; None for one per GPU, else one per core.
+        watch: counts the finished blocks.
 
     Raises:
         AtollError: no ray; a block that a machine reported is not there; or what the work on a machine raised.
@@ -59,14 +67,17 @@ def encode_blocks(
         import ray
     except ImportError:
         raise AtollError("--on ray needs Ray: pip install 'atoll[ray]'") from None
+    # Join a running cluster, and shut down only one that was started here.
     own = not ray.is_initialized()
     if own:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     try:
+        # Divide the resources of the cluster among the actors.
         gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
         actors = max(1, min(workers or gpus or cpus, len(todo)))
         threads = max(1, cpus // gpus) if gpus else 1
         ray.data.DataContext.get_current().enable_progress_bars = False
+        # One row is one block; the blocks are pickled because Ray rows hold plain values.
         rows = [{"number": number, "block": pickle.dumps(block)} for number, block in todo]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             BlockEncoder,  # type: ignore[arg-type]  # Ray takes a class of callables too
@@ -75,6 +86,7 @@ def encode_blocks(
             num_cpus=threads,
             num_gpus=1 if gpus else 0,
         )
+        # Count each block as it is reported, and verify that this machine can see it.
         for row in done.iter_rows():
             number = int(np.asarray(row["number"]))
             if not partial.is_done(number):
@@ -90,7 +102,7 @@ def encode_blocks(
 
 
 def _plain(error: BaseException) -> AtollError:
-    """The mistake that a machine met, without Ray's wrapping."""
+    """Return the error that a machine raised, without Ray's wrapping."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, AtollError):
         cause = getattr(cause, "cause", None) or cause.__cause__

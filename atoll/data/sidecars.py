@@ -1,4 +1,4 @@
-"""Text files beside images: which belong to which, in order of preference, and which belong to none."""
+"""Match text files with the images beside them, in order of preference."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from atoll.data.names import canonical
 
 
 class Sidecars:
-    """The text files of a folder, by the images that they are named after.
+    """The text files of a folder, by image name.
 
     "a.txt" and "a.jpg.txt" belong to "a.jpg". Names are compared exactly first; then, for text files that belong to no
     image, as they print (Unicode NFC) and without regard to upper and lower case, where this leaves one choice.
@@ -31,12 +31,14 @@ class Sidecars:
                 self._loose[canonical(base).casefold()].setdefault(base, self._exact[base])
 
     def of(self, image: str) -> tuple[str, ...]:
-        """The text files of an image, the preferred one first."""
+        """Return the text files of an image, preferred first."""
         bases = _bases(image)
+        # Rank by kind first, then "a.txt" before "a.jpg.txt".
         ranked = [(rank, order, name) for order, base in enumerate(bases) for rank, name in self._exact.get(base, ())]
         if not ranked:
             for order, base in enumerate(bases):
                 candidates = self._loose.get(canonical(base).casefold(), {})
+                # Two candidates that differ only in case are ambiguous: take neither.
                 if len(candidates) == 1:
                     ranked += [(rank, order, name) for rank, name in next(iter(candidates.values()))]
         return tuple(name for _, _, name in sorted(ranked))
@@ -46,7 +48,7 @@ class Sidecars:
         return next((rank for rank, kind in enumerate(self.kinds) if lower.endswith(f".{kind}")), None)
 
     def kind_of(self, name: str) -> str:
-        """The extension of a text file, with its dot."""
+        """Return the extension of a text file, with its dot."""
         rank = self._rank(name)
         return "" if rank is None else f".{self.kinds[rank]}"
 
@@ -54,7 +56,7 @@ class Sidecars:
 def unread_notes(
     sidecars: Sequence[tuple[str, ...]], by_table: Sequence[tuple[str, ...]], kinds: Sidecars
 ) -> list[str]:
-    """What to tell of text files that lie beside images and are not read.
+    """Return notes on text files beside images that are not read.
 
     Args:
         sidecars: for each image that reads one, all of its candidates.
@@ -62,6 +64,7 @@ def unread_notes(
         kinds: the text files.
     """
     notes = []
+    # Text files behind the preferred one.
     later = Counter(kinds.kind_of(name) for names in sidecars for name in names[1:])
     for kind, count in later.items():
         first = Counter(kinds.kind_of(names[0]) for names in sidecars if len(names) > 1).most_common(1)[0][0]
@@ -78,7 +81,7 @@ def unread_notes(
 
 
 def _bases(image: str) -> tuple[str, str]:
-    """What a text file may be called before its extension: the image's name without its own extension, or with it."""
+    """Return the names of a text file without its extension: the image's name without and with its own extension."""
     folder, slash, file = image.rpartition("/")
     stem = file.rpartition(".")[0] or file
     return f"{folder}{slash}{stem}", image

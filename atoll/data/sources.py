@@ -1,4 +1,4 @@
-"""Builds the source of captioned images that the manifest describes."""
+"""Build the source of captioned images that the manifest describes."""
 
 from atoll.data.types import Source
 from atoll.errors import AtollError
@@ -6,11 +6,12 @@ from atoll.manifest import DataSettings
 
 
 def build_source(data: DataSettings) -> Source:
-    """The source that the manifest's `data` section describes.
+    """Build the source that the manifest's `data` section describes.
 
     Raises:
         AtollError: a path that does not exist or holds nothing, a column that is not there, a missing package.
     """
+    # Each source is imported on use, together with the packages that it needs.
     if data.source == "glyphs":
         from atoll.data.glyphs import Glyphs
 

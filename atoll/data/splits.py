@@ -1,8 +1,8 @@
-"""Splits that the names of folders and files tell, by the rules of Hugging Face datasets.
+"""Derive splits from the names of folders and files, by the rules of Hugging Face datasets.
 
 `datasets.load_dataset` reads, in this order: files called `NAME-00000-of-00001...`, folders whose name has a keyword
 (train, test, validation, ...), and files whose name has one; the first rule that fits any file decides for all.
-What it would load as another split than train is held out here.
+Files that it would load as another split than train are held out here.
 """
 
 import re
@@ -21,11 +21,11 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}.*", re.DOTALL)
 
 
 class NamedSplits(NamedTuple):
-    """The splits that names tell.
+    """Splits derived from names.
 
     Attributes:
         splits: the names of files that some rule covers -> their split.
-        notes: what to tell a person; empty if no name holds anything out.
+        notes: notes for the user; empty if no name holds anything out.
     """
 
     splits: dict[str, Split]
@@ -33,39 +33,42 @@ class NamedSplits(NamedTuple):
 
 
 def keyword_in(name: str) -> str | None:
-    """The keyword of a split in one name, in lower case; the first that is held out if there are several."""
+    """Return the split keyword in a name, in lower case; the first held-out one if there are several."""
     words = [word.lower() for word in _KEYWORD.findall(name)]
     return next((word for word in words if word in HELD_OUT), words[0] if words else None)
 
 
 def is_keyword(value: object) -> bool:
-    """Whether a cell names a split."""
+    """Return whether a cell names a split."""
     return isinstance(value, str) and value.strip().lower() in (*TRAIN, *HELD_OUT)
 
 
 def named_splits(names: Sequence[str], what: str, all_files: bool = False) -> NamedSplits:
-    """The splits that the names of folders and files tell.
+    """Derive splits from the names of folders and files.
 
     Args:
         names: paths relative to the data's root, with slashes.
-        what: what the files are, for notes: "images", "tars".
-        all_files: names of files count only where each of them has a keyword. So it is for images, whose names are
-            free text: one photograph called test.jpg makes no split.
+        what: kind of the files, for notes: "images", "tars".
+        all_files: use names of files only if each has a keyword. This is for images, whose names are free text: one
+            photograph called test.jpg is not a split.
 
     Returns:
-        Nothing where no name holds anything out, or where nothing would be left to train on.
+        The splits; empty if no name holds anything out, or if nothing would be left to train on.
     """
     labels: dict[str, tuple[Split, str]] = {}  # the split of a file, and the name that tells it
+    # The first rule that labels any file decides for all of them.
     for rule in (_by_shard, _by_folder, _by_file):
         labels = rule(names)
         if rule is _by_file and all_files and len(labels) < len(names):
             labels = {}
         if labels:
             break
+    # Files without a label train.
     counts = Counter(label for split, label in labels.values() if split == "val")
     if not counts:
         return NamedSplits({})
     said = ", ".join(f"{count:,} in {label}" for label, count in counts.most_common(5))
+    # A data set that has only a test split was chosen to train on it.
     if sum(counts.values()) == len(names):
         return NamedSplits({}, (f"all {what} lie in what is called {said}: they train, as nothing else is there",))
     note = f"held out by name: {said} ({what}); data.splits: hash ignores such names"
@@ -73,7 +76,7 @@ def named_splits(names: Sequence[str], what: str, all_files: bool = False) -> Na
 
 
 def _by_shard(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
-    """test-00000-of-00001.parquet: beside shards called train, every other name is held out."""
+    """Label shards such as test-00000-of-00001.parquet: beside shards called train, all others are held out."""
     words = {name: match[1] for name in names if (match := _SHARD.fullmatch(name.rsplit("/", 1)[-1]))}
     trains = {word for word in words.values() if keyword_in(word) in TRAIN}
     if not trains:
@@ -82,11 +85,12 @@ def _by_shard(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
 
 
 def _by_folder(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
-    """A whole name before a part of one, and a name that is held out before one that trains."""
+    """Label files by folder: whole names win over parts of names, held-out names over names that train."""
     known: dict[str, tuple[Split, str] | None] = {}
     labels = {}
     for name in names:
         folder = name.rpartition("/")[0]
+        # Many files share a folder; label each folder once.
         if folder not in known:
             known[folder] = _of_folder(folder)
         if (label := known[folder]) is not None:
@@ -96,6 +100,7 @@ def _by_folder(names: Iterable[str]) -> dict[str, tuple[Split, str]]:
 
 def _of_folder(folder: str) -> tuple[Split, str] | None:
     parts = folder.split("/")
+    # A folder called "test" is clearer than one called "birds-test".
     whole = [part for part in parts if part.lower() in (*TRAIN, *HELD_OUT)]
     for candidates in (whole, parts):
         words = {part: word for part in candidates if (word := keyword_in(part))}

@@ -1,4 +1,4 @@
-"""Metadata files row by row: JSON lines, CSV, TSV, JSON and parquet, in bounded memory, with the place of each row."""
+"""Read metadata files row by row in bounded memory: JSON lines, CSV, TSV, JSON and parquet."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from atoll.data.types import Damaged, Unfit
 from atoll.errors import AtollError
 
 FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".json")
-# The column of a table that names the image: Hugging Face datasets, kohya, open_clip, and what else is usual.
+# Columns that name the image: those of Hugging Face datasets, kohya and open_clip, and other usual names.
 FILE_COLUMNS = (
     "file_name",
     "image_path",
@@ -33,22 +33,22 @@ Record = dict[str, Any]
 
 
 class TableRow(NamedTuple):
-    """A row that is parsed when `record` is called, which may raise Unfit. where: its file and line."""
+    """A row that is parsed when `record` is called, which may raise Unfit; `where` is its file and line."""
 
     where: str
     record: Callable[[], Record]
 
 
 def rows_of(url: str, name: str, encoding: str, wanted: Collection[str] = ()) -> Iterator[TableRow]:
-    """The rows of a metadata file, by the extension of its name.
+    """Yield the rows of a metadata file; the extension of its name decides the format.
 
-    A line that cannot be read spoils no other line.
+    A line that cannot be read does not affect other lines.
 
     Args:
-        url: of the file.
-        name: of the file, for messages and for its format.
-        encoding: of text without a byte order mark.
-        wanted: columns to read of a parquet file, beside the usual ones; other formats give all columns.
+        url: path or URL of the file.
+        name: name of the file, for messages and for its format.
+        encoding: encoding of text without a byte order mark.
+        wanted: columns of a parquet file to read beside the usual ones; other formats yield all columns.
 
     Raises:
         AtollError: the file cannot be read, has no column for file names, or is a kind of JSON that holds no rows.
@@ -64,7 +64,7 @@ def rows_of(url: str, name: str, encoding: str, wanted: Collection[str] = ()) ->
             with open_file(url) as raw:
                 file = io.BufferedReader(raw) if not hasattr(raw, "peek") else raw
                 codec = encoding_of(file.peek(3)[:3], encoding)
-                # surrogateescape: a byte that is no text spoils its own line and no other
+                # surrogateescape: a bad byte affects only its own line
                 text = io.TextIOWrapper(file, codec, errors="surrogateescape", newline="")
                 yield from (_csv if kind in (".csv", ".tsv") else _json_lines)(text, name)
     except UnicodeError as error:
@@ -74,7 +74,7 @@ def rows_of(url: str, name: str, encoding: str, wanted: Collection[str] = ()) ->
 
 
 def columns_of(url: str, name: str, encoding: str) -> list[str]:
-    """The columns of the first row of a file that may be a table; empty if it is none or cannot be read."""
+    """Return the columns of the first row of a possible table; empty if it is no table or cannot be read."""
     try:
         return list(next(iter(rows_of(url, name, encoding))).record())
     except (AtollError, Unfit, StopIteration):
@@ -82,7 +82,7 @@ def columns_of(url: str, name: str, encoding: str) -> list[str]:
 
 
 def file_column(columns: list[str], wanted: str | None) -> str:
-    """The column that names the images.
+    """Return the column that names the images.
 
     Raises:
         Unfit: there is none, or a row names several images.
@@ -96,6 +96,7 @@ def file_column(columns: list[str], wanted: str | None) -> str:
     for name in FILE_COLUMNS:
         if name in columns:
             return name
+    # Hugging Face accepts prefixed columns, such as mask_file_name, one for each image of a row.
     ours = [name for name in columns if name.endswith("_file_name")]
     if len(ours) == 1:
         return ours[0]
@@ -106,11 +107,12 @@ def file_column(columns: list[str], wanted: str | None) -> str:
 
 
 def _lines(text: io.TextIOWrapper) -> Iterator[str | None]:
-    """The lines of a text; None for one that is longer than `MAX_LINE` characters, of which the rest is dropped."""
+    """Yield the lines of a text; None instead of a line longer than `MAX_LINE` characters."""
     while line := text.readline(MAX_LINE + 1):
         if len(line) <= MAX_LINE:
             yield line
             continue
+        # Drop the rest of the long line in pieces.
         while line and not line.endswith(("\n", "\r")):
             line = text.readline(MAX_LINE)
         yield None
@@ -142,7 +144,8 @@ def _object(value: Any) -> Record:
 
 
 def _csv(text: io.TextIOWrapper, name: str) -> Iterator[TableRow]:
-    """Comma-separated values, or tab-separated ones where the header has a tab. where: the last line of a row."""
+    """Yield rows of comma-separated values, or tab-separated if the header has a tab; places are last lines."""
+    # The header decides the delimiter, whatever the extension of the file.
     lines = _lines(text)
     first = next(lines, "") or ""
     cut = False
@@ -151,6 +154,7 @@ def _csv(text: io.TextIOWrapper, name: str) -> Iterator[TableRow]:
         nonlocal cut
         yield first
         for line in lines:
+            # A long line becomes an empty one; the flag makes its row fail.
             cut = cut or line is None
             yield line or "\n"
 
@@ -165,6 +169,7 @@ def _csv(text: io.TextIOWrapper, name: str) -> Iterator[TableRow]:
             raise Unfit(f"this line has {len(cells)} cells, the header has {len(header)}")
         return dict(zip(header, cells, strict=True))
 
+    # The header is the first row. Later errors concern one row each, so reading continues.
     header: list[str] = []
     while True:
         try:
@@ -178,18 +183,20 @@ def _csv(text: io.TextIOWrapper, name: str) -> Iterator[TableRow]:
             if not header:
                 raise AtollError(f"{clean(name)}: no header line with names of columns such as file_name")
         elif cells != [] or cut:
+            # Default arguments bind the current values: the row is parsed later.
             yield TableRow(f"{clean(name)}:{reader.line_num}", lambda cells=cells, cut=cut: parse(cells, cut))  # type: ignore[misc]
             cut = False
 
 
 def _json(url: str, name: str, encoding: str) -> Iterator[TableRow]:
-    """A list of objects, or kohya's object of objects by the images' names, or JSON lines under a wrong name."""
+    """Yield rows of a list of objects, of kohya's objects by image name, or of JSON lines under a wrong name."""
     try:
         with open_file(url) as file:
             data = read_whole(file, MAX_JSON_BYTES)
     except TooLarge:
         limit = f"more than {MAX_JSON_BYTES >> 20:,} MiB, which a JSON file is parsed in as a whole"
         raise AtollError(f"{clean(name)}: {limit}; write one object a line, as .jsonl") from None
+    # A JSON file is parsed as a whole.
     codec = encoding_of(data[:3], encoding)
     try:
         text = data.decode(codec, "surrogateescape")
@@ -199,11 +206,13 @@ def _json(url: str, name: str, encoding: str) -> Iterator[TableRow]:
     except UnicodeError:
         raise
     except ValueError as error:
+        # "Extra data" means that a second value follows: probably JSON lines.
         if "Extra data" not in str(error):
             raise AtollError(f"{clean(name)}: no JSON ({message_of(error)})") from None
         again = io.BytesIO(text.encode("utf-8", "surrogateescape"))
         yield from _json_lines(io.TextIOWrapper(again, "utf-8", "surrogateescape", newline=""), name)
         return
+    # A single object with a file name is a table of one row.
     if isinstance(content, dict) and any(column in content for column in FILE_COLUMNS):
         content = [content]
     if isinstance(content, list):
@@ -216,12 +225,14 @@ def _json(url: str, name: str, encoding: str) -> Iterator[TableRow]:
             f"{clean(name)}: a JSON of another kind ({keys}); expected a list of objects, or objects by images' names"
         )
     for key, value in content.items():
+        # kohya: each key is the name of an image; a bare value is its caption.
         record = value if isinstance(value, dict) else {"caption": value}
         yield TableRow(f"{clean(name)}:{clean(key)}", lambda key=key, record=record: {**record, "file_name": key})  # type: ignore[misc]
 
 
 def _parquet(url: str, name: str, wanted: Collection[str]) -> Iterator[TableRow]:
     def is_wanted(column: str) -> bool:
+        # Other columns, such as embeddings, may be large and are not read.
         usual = column in FILE_COLUMNS or column.endswith("file_name") or column.lower() == "split"
         return usual or is_usual(column) or column in wanted
 

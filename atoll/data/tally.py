@@ -1,4 +1,4 @@
-"""What became of the samples of an encoding: counts, reasons and notes, and the sentences about them."""
+"""Outcome of the samples of an encoding: counts, reasons and notes, and their wording."""
 
 import re
 from collections import Counter
@@ -15,10 +15,10 @@ class Tally:
 
     Attributes:
         good: samples that are encoded.
-        uncaptioned: those of them without a caption.
+        uncaptioned: good samples without a caption.
         skipped: failures by the kind of their reason.
-        apart: dead links, masks and others that are no failures, by their reason.
-        notes: what was left out of good samples, or changed, by kind.
+        apart: dead links, masks and other samples that are not failures, by reason.
+        notes: parts of good samples that were left out or changed, by kind.
         examples: a kind of failure or note -> its first text.
     """
 
@@ -40,6 +40,7 @@ class Tally:
         self.skipped += other.skipped
         self.apart += other.apart
         self.notes += other.notes
+        # Examples of earlier blocks win, so that the first text stays.
         self.examples = {**other.examples, **self.examples}
 
     def skip(self, reason: str, failed: bool) -> None:
@@ -51,11 +52,11 @@ class Tally:
             self.apart[reason] += 1
 
     def reasons(self) -> str:
-        """The reasons in a line, the commonest first: "12 too small, 3 truncated"."""
+        """Return the reasons in a line, most frequent first: "12 too small, 3 truncated"."""
         return ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
 
     def apart_by_kind(self) -> dict[str, Counter[str]]:
-        """Dead links and others by kind, each with the particulars of its reasons."""
+        """Return the samples that are not failures by kind, each with the details of its reasons."""
         kinds: dict[str, Counter[str]] = {}
         for reason, count in self.apart.items():
             kind = kind_of(reason)
@@ -63,9 +64,10 @@ class Tally:
         return kinds
 
     def apart_lines(self) -> list[str]:
-        """A line for each kind of what is no failure: "1,203 dead link (HTTP Error 404: Not Found: 800, ...)"."""
+        """Return a line for each kind of non-failure: "1,203 dead link (800 of HTTP Error 404: Not Found, ...)"."""
         lines = []
         for kind, details in self.apart_by_kind().items():
+            # Three details are enough for a line; the list of skipped samples has all.
             most = ", ".join(f"{count:,} of {detail}" for detail, count in details.most_common(3))
             more = ", ..." if len(details) > 3 else ""
             what = next(iter(details)) if len(details) == 1 else f"{most}{more}"
@@ -73,17 +75,18 @@ class Tally:
         return lines
 
     def note_lines(self) -> list[str]:
-        """A line for each kind of note, with its first text."""
+        """Return a line for each kind of note, with its first text."""
         return [f"{count:,} images: {self.examples.get(kind, kind)}" for kind, count in self.notes.most_common()]
 
     def unread_captions(self) -> str:
-        """The note on captions that lie beside images and are not read, if no image has a caption; else ""."""
+        """Return the note on unread captions beside images if no image has a caption; else ""."""
         nothing_read = self.good > 0 and self.uncaptioned == self.good
         return self.examples.get(UNREAD_CAPTIONS, "") if nothing_read and self.notes[UNREAD_CAPTIONS] else ""
 
     def failure(self, limit: float) -> str:
-        """What to say of too many failures: the reasons, and the one of all where there is but one."""
+        """Return the message for too many failures: the reasons, or the common reason if all share one."""
         failed, read = self.skipped.total(), self.read
+        # If everything fails for one reason, it is probably a wrong setting: state it alone.
         if self.good == 0 and len(self.skipped) == 1:
             (kind,) = self.skipped
             return f"none of {read:,} images can be used, all for one reason: {self.examples.get(kind, kind)}"
@@ -93,12 +96,12 @@ class Tally:
 
 
 def kind_of(reason: str) -> str:
-    """What reasons of one kind share: the words before the particulars."""
+    """Return the kind of a reason: the words before the details."""
     return re.split(r"[:(]", reason, maxsplit=1)[0].strip()
 
 
 def count_notes(notes: Iterable[str]) -> list[dict[str, Any]]:
-    """Notes of samples as plain values: each kind once, with its count and first text."""
+    """Count the notes of samples: each kind once, with its count and first text, as plain values."""
     kinds: dict[str, dict[str, Any]] = {}
     for note in notes:
         entry = kinds.setdefault(kind_of(note), {"note": note, "count": 0})
@@ -107,11 +110,11 @@ def count_notes(notes: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def tally_of(captions: list[str], skipped: Iterable[Mapping[str, Any]], notes: Iterable[Mapping[str, Any]]) -> Tally:
-    """The tally of a finished block.
+    """Return the tally of a finished block.
 
     Args:
-        captions: of its good samples.
-        skipped: lines with key, reason and, where it is no failure, failed = False.
+        captions: captions of its good samples.
+        skipped: lines with key, reason and, if it is not a failure, failed = False.
         notes: as `count_notes` returns them.
     """
     tally = Tally(len(captions), captions.count(""))

@@ -1,7 +1,7 @@
-"""The members of a tar, streamed with the standard library, in bounded memory and time.
+"""Stream the members of a tar with the standard library, in bounded memory and time.
 
-webdataset's own reader ends silently where a header is damaged or the file is cut, gives the sample that the cut went
-through, and stops at a key that comes twice.
+webdataset's own reader ends silently at a damaged header or a truncated file, yields the truncated sample, and stops at
+a repeated key.
 """
 
 import posixpath
@@ -17,7 +17,7 @@ from atoll.data.opening import open_file
 from atoll.data.types import Damaged
 from atoll.errors import AtollError
 
-# WebDataset's rule: the key ends at the first dot of the file name. Real data sets of dotted names need the last one.
+# WebDataset's rule: the key ends at the first dot of the file name. Data sets with dotted names need the last dot.
 RULES = {
     "first-dot": re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL),
     "last-dot": re.compile(r"((?:.*/|)[^/]+)[.]([^./]*)", re.DOTALL),
@@ -29,9 +29,9 @@ class Member(NamedTuple):
     """A member of a tar.
 
     Attributes:
-        key: of its sample.
+        key: key of its sample.
         extension: in lower case; "" if there is none.
-        content: reads it; None if it is not wanted. It must be called before the next member is taken.
+        content: reads the content; None if it is not wanted. Call it before the next member is taken.
         reason: why it has no content: a link, or too large; "" for a plain file.
     """
 
@@ -42,7 +42,7 @@ class Member(NamedTuple):
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose damage is an error; `tarfile` takes a damaged one for the end of the archive."""
+    """A header that raises if damaged; `tarfile` treats a damaged header as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
@@ -63,12 +63,12 @@ class _Header(tarfile.TarInfo):
 
 
 def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str]) -> Iterator[Member]:
-    """The members of a tar in their order.
+    """Yield the members of a tar in order.
 
     Args:
-        url: of the tar.
-        size: its bytes.
-        wanted: extensions, in lower case, of members whose content may be read.
+        url: path or URL of the tar.
+        size: bytes of the tar.
+        wanted: extensions, in lower case, of the members to read.
         rule: one of `RULES`.
 
     Raises:
@@ -83,6 +83,7 @@ def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str])
                 # As webdataset: __name__ holds facts about the tar, and a dot begins the names of hidden files.
                 if member.isdir() or base.startswith(".") or re.match(r"__[^/]*__($|/)", member.name):
                     continue
+                # A name without a dot is a key without an extension.
                 match = rule.fullmatch(member.name.removeprefix("./"))
                 key, extension = match.groups() if match else (member.name.removeprefix("./"), "")
                 end = member.offset_data + member.size
@@ -90,6 +91,7 @@ def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str])
                     yield Member(key, extension.lower(), None)  # its header shows that the sample before is complete
                     raise Damaged(f"{size:,} bytes unpack to {end:,} or more")
                 yield _member(tar, member, key, extension.lower(), wanted)
+            # Only zeros may follow the end mark; more data mean that tars were concatenated.
             while rest := tar.fileobj.read(1 << 16):
                 if rest.strip(b"\0"):
                     raise Damaged("it goes on after its end mark")
@@ -118,6 +120,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         content = file.read() if file is not None else b""
     except Exception as error:  # as above
         raise Damaged(message_of(error)) from error
+    # A truncated file ends early without an error from `tarfile`.
     if len(content) != member.size:
         raise Damaged("unexpected end of data")
     return content

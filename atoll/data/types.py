@@ -1,4 +1,4 @@
-"""Raw samples and the sources that give them, in blocks."""
+"""Raw samples and the sources that yield them, in blocks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from atoll.data.fingerprint import FileRecord, Listing, record_files
 from atoll.storage.shards import Split
 
-# A note of a sample that begins so says that captions lie beside it and were not read.
+# Start of notes on captions that are beside a sample and were not read.
 UNREAD_CAPTIONS = "captions that were not read"
 
 
@@ -32,10 +32,10 @@ class Raw:
 
     Attributes:
         key: unique in the source.
-        image: the bytes of an image file, or its pixels [C,H,W] uint8 where there is nothing to decode.
-        caption: "" where there is none.
+        image: the bytes of an image file, or pixels [C, H, W] uint8 if there is nothing to decode.
+        caption: "" if there is none.
         split: whether the sample trains or is held out.
-        notes: what was left out of it, or changed; each a line whose words before ":" or "(" name the kind.
+        notes: parts that were left out or changed; each is a line whose words before ":" or "(" name the kind.
     """
 
     key: str
@@ -50,9 +50,9 @@ class Skipped:
     """A sample, or the rest of a block, that cannot be used.
 
     Attributes:
-        key: of the sample, or the name of the block.
+        key: key of the sample, or name of the block.
         reason: one line; its words before ":" or "(" name the kind.
-        failed: whether it counts as a failure; a dead link or a mask does not, and is counted apart.
+        failed: whether it counts as a failure; dead links and masks do not and are counted separately.
     """
 
     key: str
@@ -66,8 +66,8 @@ class Block:
 
     Attributes:
         name: unique in the source.
-        samples: how many it holds; None where only reading would tell.
-        content: what the source needs to read it; plain values, so that a block can be sent to another machine.
+        samples: number of samples; None if unknown before reading.
+        content: data that the source needs to read it; plain values, so that a block can be sent to another machine.
         files: the files, below the source's root, that are read for this block and for no earlier one.
     """
 
@@ -84,30 +84,30 @@ class Source(ABC):
 
     @abstractmethod
     def blocks(self) -> Sequence[Block]:
-        """The blocks in order: the same at every call, without reading an image."""
+        """Return the blocks in order: the same at every call, without reading an image."""
 
     @abstractmethod
     def read(self, block: Block) -> Iterator[Raw | Skipped]:
-        """The samples of a block in order, one at a time. Damaged ones come as `Skipped`; no good one is lost."""
+        """Yield the samples of a block in order; damaged ones as `Skipped`. No good sample is lost."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The plain values for cards."""
+        """Return the settings for cards, as plain values."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of the data: samples differ only where config or fingerprint do (see `atoll.data.fingerprint`)."""
+        """Return a hash of the data: samples differ only if config or fingerprint do (`atoll.data.fingerprint`)."""
 
     def notes(self) -> Sequence[str]:
-        """What a person should know of the data: splits that were recognised, files that are not read."""
+        """Return notes for the user: splits that were recognised, files that are not read."""
         return ()
 
     def listing(self) -> Listing | None:
-        """The files that are read, with sizes and times; None for a source without files."""
+        """Return the files that are read, with sizes and times; None for a source without files."""
         return None
 
     def record(self, block: Block) -> list[FileRecord]:
-        """Size, time and content hash of the files of a block; empty for a source without files."""
+        """Return size, time and content hash of the files of a block; empty for a source without files."""
         return record_files(self.root, block.files) if block.files else []
 
     root: str | None = None  # of the files

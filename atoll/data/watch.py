@@ -1,4 +1,4 @@
-"""Watches an encoding: counts what is done, reports the progress, and stops the work when too much fails."""
+"""Monitor an encoding: count samples, report progress, and stop when too many fail."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from atoll.manifest import DataSettings
 
 EncodeProgress = Callable[[int, int | None, str], None]  # (images done, images in all if known, a note)
 
-ENOUGH = 1000  # samples after which too many failures stop the work, instead of its end
+ENOUGH = 1000  # samples after which too many failures stop the work before its end
 
 
 class Watch:
-    """The counts of an encoding under way."""
+    """The counts of a running encoding."""
 
     def __init__(
         self,
@@ -26,6 +26,7 @@ class Watch:
     ):
         self.partial, self.blocks, self.settings, self.progress = partial, blocks, settings, progress
         self.tally, self.done = Tally(), 0  # of finished blocks
+        # Blocks that an earlier process finished count too.
         for number in range(len(blocks)):
             if partial.is_done(number):
                 self._count(number)
@@ -33,7 +34,7 @@ class Watch:
         self.before, self.start = self.tally.read, time.perf_counter()
 
     def advance(self, good: int, skipped: int) -> None:
-        """Count some samples of a block that is not finished yet."""
+        """Count some samples of an unfinished block."""
         self.under_way[0] += good
         self.under_way[1] += skipped
         self._report()
@@ -54,9 +55,10 @@ class Watch:
         """
         tally, limit = self.tally, self.settings.max_skipped
         failed, read = tally.skipped.total(), tally.read
+        # A few failures at the start are no basis for stopping; at the end every number counts.
         if failed > limit * read and (final or read >= ENOUGH):
             listed = self.partial.list_skipped(len(self.blocks))
-            # To go on is an advice only where something is left.
+            # Suggest to continue only if some samples are usable.
             or_else = (
                 f", or go on with --resume --max-skipped {min(1.0, failed / read + 0.01):.2f}" if tally.good else ""
             )
@@ -81,12 +83,14 @@ class Watch:
         read = self.tally.read + sum(self.under_way)
         known = [block.samples for block in self.blocks]
         total = None
+        # Use exact counts if all blocks have them, else extrapolate from the finished blocks.
         if all(samples is not None for samples in known):
             total = sum(samples for samples in known if samples is not None)
         elif self.done:
             total = max(
                 read, round(self.tally.read / self.done * len(self.blocks))
             )  # the blocks to come are like these
+        # The rate covers only the samples of this process.
         rate = (read - self.before) / (time.perf_counter() - self.start)
         skipped = self.tally.skipped.total() + self.under_way[1]
         self.progress(read, total, f"{rate:,.0f} images/s, {skipped:,} skipped")
