@@ -22,7 +22,7 @@ COLUMNS = (
 )
 # Extensions of files beside images that hold captions, the preferred ones first; so "a.txt" or "a.jpg.txt" for a.jpg.
 SIDECARS = ("txt", "caption", "captions", "text", "prompt", "tags", "json")
-# Values of data.caption that stand for names instead of a column: the file's ("red_fox_2.jpg"), or its directory's.
+# Values of data.caption that select the name of the file ("red_fox_2.jpg") or of its directory instead of a column.
 FROM_FILE, FROM_FOLDER = "@file", "@folder"
 
 # Words in a column name that suggest captions; used only for notes, never to choose a column.
@@ -89,7 +89,7 @@ def lines_of(value: object, encoding: str) -> list[str]:
         # Codecs such as utf-16 and punycode raise the plain UnicodeError, which has no byte position.
         except UnicodeError as error:
             raise _not_text(codec, message_of(error)) from None
-    # Choosing one of several captions at random would make the encoding depend on a seed, so lists are refused.
+    # No rule says which of several captions to use, so lists are refused.
     if isinstance(value, list | tuple):
         raise Unfit("caption: is list, expected text; several captions of one image are not supported, choose one")
     if not isinstance(value, str):

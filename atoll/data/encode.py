@@ -61,7 +61,7 @@ def encode_run(
 
     Raises:
         AtollError: `run`/encoded holds another encoding, or the data were edited since; an interrupted encoding is
-            there and neither resume nor force is set; too many samples failed; captions lie there and none is read;
+            there and neither resume nor force is set; too many samples failed; captions exist and none is read;
             or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
     """
     overrides = {"max_skipped": max_skipped, "allow_uncaptioned": allow_uncaptioned}

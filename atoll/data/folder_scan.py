@@ -67,7 +67,7 @@ class FolderScan:
         """Scan the names in a folder and read its tables.
 
         Raises:
-            AtollError: there are no images, a table or a setting does not fit, or captions lie there that are not read.
+            AtollError: there are no images, a table or a setting does not fit, or captions in the folder are not read.
         """
         self.files, self._data = files, data
         self.notes: list[str] = []
@@ -113,7 +113,7 @@ class FolderScan:
         return SIDECARS if chosen is None or self._data.caption in self._metadata.columns else chosen
 
     def _given_kinds(self, text: Iterable[str]) -> tuple[str, ...]:
-        """The extension that `data.caption` names, if it names one: with a dot, or as files have it."""
+        """Return the extensions that `data.caption` selects: with a leading dot, or as the files have it."""
         caption = self._data.caption
         if caption in (FROM_FILE, FROM_FOLDER):
             return ()
@@ -145,7 +145,7 @@ class FolderScan:
     def _entry(self, name: str, beside: tuple[str, ...], split: Split | None) -> Entry:
         row, data = self._metadata.rows.get(name), self._data
         key = row.key if row is not None and row.key is not None else name
-        # The checks are ordered by cause, so that the reason names the first fault.
+        # The first fault that applies is the reason.
         if reason := self.files.unopened.get(name):
             return Entry(printable(key), name, reason=f"image: {reason}")
         if row is not None and row.reason:
@@ -230,7 +230,7 @@ class FolderScan:
                 strays.append(name)
             elif kind[1:].lower() in SIDECARS:
                 tables.append(name)  # such as captions.txt: a list, or notes
-        # Report each kind once, the most likely captions first.
+        # Report each kind of file once, with its count.
         for kind, count in beside.items():
             yield (
                 f"{count:,} {clean(kind)} files beside images are not read; data.caption: {clean(kind)} reads them",

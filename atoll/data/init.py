@@ -24,7 +24,7 @@ _SUFFIXES = {
 
 
 def init_run(run: Path, recipe: str | None = None, data: str | None = None, again: bool = False) -> Path:
-    """Writes run/atoll.yaml, the recipe's text, and returns its path.
+    """Write run/atoll.yaml, the text of the recipe, and return its path.
 
     Args:
         recipe: a built-in recipe's name or a yaml file; None: "demo", or "images" with data.

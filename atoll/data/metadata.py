@@ -228,7 +228,7 @@ class Metadata:
     def _add_absent(self, folder: str, named: str, row: ImageRow) -> None:
         name = printable(posixpath.normpath(posixpath.join(folder, named)))
         reason = f"image: {row.where} names {clean(name)}, which is not there"
-        # Suggest a file whose name differs in case only.
+        # Suggest a file whose name differs in case only or prints alike.
         if near := self._folded.get(canonical(name).casefold()):
             reason += f" ({clean(near)} is: the letters differ in case, or several names print alike)"
         elif named.startswith("/") or named[1:3] in (":\\", ":/"):

@@ -14,7 +14,7 @@ def canonical(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A name that may hold bytes that are no text (PEP 383), with these written out as \\udc.."""
+    """Escape the bytes of a name that are not text (PEP 383) as \\udc.."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -34,7 +34,7 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
 
     Raises:
         AtollError: a column is not there, holds something else, or is there twice; none or several hold bytes; or
-            captions lie in columns that are not read.
+            captions are in columns that are not read.
     """
     import pyarrow.types as kinds
 

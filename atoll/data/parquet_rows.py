@@ -101,7 +101,7 @@ def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
         column = column.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
     if not holds_bytes(column.type):
         return column.to_pylist()
-    # Measure before converting: Arrow shares long values, Python copies them.
+    # Measure before converting, so that an oversized value is never copied to Python.
     sizes = pc.binary_length(column).to_pylist()
     if all(size is None or size <= most for size in sizes):
         return column.to_pylist()

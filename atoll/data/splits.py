@@ -55,7 +55,7 @@ def named_splits(names: Sequence[str], what: str, all_files: bool = False) -> Na
     Returns:
         The splits; empty if no name holds anything out, or if nothing would be left to train on.
     """
-    labels: dict[str, tuple[Split, str]] = {}  # the split of a file, and the name that tells it
+    labels: dict[str, tuple[Split, str]] = {}  # the split of a file, and the name that implies it
     # The first rule that labels any file decides for all of them.
     for rule in (_by_shard, _by_folder, _by_file):
         labels = rule(names)

@@ -72,7 +72,7 @@ def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str])
         rule: one of `RULES`.
 
     Raises:
-        Damaged: it cannot be read further, goes on after its end mark, or unpacks to more than its size justifies.
+        Damaged: it cannot be read further, continues after its end mark, or unpacks to more than its size justifies.
     """
     most = may_expand_to(size)
     try:

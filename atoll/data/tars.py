@@ -96,7 +96,7 @@ class Tars(Source):
         self.root = self._files.root
         self._images = IMAGES if data.image is None else (data.image.lower().removeprefix("."),)
         named = (data.caption or "").lower().removeprefix(".")
-        # Members with other extensions are never read, which keeps masks and features out of memory.
+        # Members with other extensions are never read, which keeps their content out of memory.
         self._wanted = {*self._images, *SIDECARS, *([named] if named else [])}
         self._notes: list[str] = []
         self._splits: dict[str, Split] = {}
@@ -352,7 +352,7 @@ def _list(sample: _Sample) -> str:
 
 
 def _counts(root: str | None, names: list[str]) -> Iterator[int | None]:
-    """How many samples each tar holds, by the 00000_stats.json that img2dataset puts beside 00000.tar."""
+    """Yield the number of samples of each tar, from the 00000_stats.json that img2dataset writes beside 00000.tar."""
 
     def count(name: str) -> int | None:
         try:

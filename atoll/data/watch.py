@@ -50,7 +50,7 @@ class Watch:
         """Check the finished blocks.
 
         Raises:
-            AtollError: more samples failed than may, captions lie beside the images and none is read, or at the end
+            AtollError: too many samples failed, captions are beside the images and none is read, or at the end
                 there is nothing to use.
         """
         tally, limit = self.tally, self.settings.max_skipped
