@@ -99,12 +99,15 @@ def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         # As bytes, a text that is not utf-8 fails alone instead of with its whole batch.
         column = column.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
+    cells: list[Any]
     if not holds_bytes(column.type):
-        return column.to_pylist()
+        cells = column.to_pylist()
+        return cells
     # Measure before converting, so that an oversized value is never copied to Python.
     sizes = pc.binary_length(column).to_pylist()
     if all(size is None or size <= most for size in sizes):
-        return column.to_pylist()
+        cells = column.to_pylist()
+        return cells
     return [Oversized(size) if size is not None and size > most else column[i].as_py() for i, size in enumerate(sizes)]
 
 

@@ -303,7 +303,10 @@ class PartialEncoding:
 
         file = self._file(number, "parquet")
         try:
-            return pq.ParquetFile(file).read(columns=list(columns), use_threads=False).to_pydict()
+            value: dict[str, list[Any]] = (
+                pq.ParquetFile(file).read(columns=list(columns), use_threads=False).to_pydict()
+            )
+            return value
         except (OSError, pa.ArrowException) as error:
             raise AtollError(f"{file}: cannot be read ({error}); remove it and go on with --resume") from error
 

@@ -59,7 +59,8 @@ class _Header(tarfile.TarInfo):
         # An extended header is read into memory as a whole.
         if self.type in (*_LONG_HEADERS, tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER_BYTES:
             raise Damaged(f"an extended header of {self.size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
-        return super()._proc_member(tar)  # type: ignore[misc]
+        value: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]
+        return value
 
 
 def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str]) -> Iterator[Member]:

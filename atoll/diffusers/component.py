@@ -21,7 +21,7 @@ from atoll.storage.cards import EnsembleCard, ExpertEntry, RouterEntry
 from atoll.storage.layout import ENSEMBLE_CARD, EXPERTS, ROUTER, STACKINGS
 
 with quiet("diffusers"):
-    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 
 _WEIGHTS: dict[torch.dtype | None, WeightDtype | None] = {
     None: None,
@@ -46,7 +46,7 @@ class AtollEnsemble(ModelMixin):
     """
 
     def __init__(self, path: str | os.PathLike[str], weights: WeightDtype | None = None):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.path = Path(path)
         self.loaded = load_ensemble(self.path, weights=weights)
         own = self.loaded.ensemble

@@ -73,8 +73,8 @@ class AtollPipeline(DiffusionPipeline):
         replicas: str | None = None,
     ):
         super().__init__()
-        self.register_modules(ensemble=ensemble, scheduler=scheduler)
-        self.register_to_config(routing=routing, alignment=alignment, replicas=replicas)
+        self.register_modules(ensemble=ensemble, scheduler=scheduler)  # type: ignore[no-untyped-call]
+        self.register_to_config(routing=routing, alignment=alignment, replicas=replicas)  # type: ignore[no-untyped-call]
         self._interrupt = False
         self._sampled, self._sampler = ensemble, self._new_sampler()  # unknown options raise here
 
@@ -179,7 +179,7 @@ class AtollPipeline(DiffusionPipeline):
 
         tell = None if callback_on_step_end is None else partial(callback_on_step_end, self)
         x = self._integrate(velocity, x, sigmas, generator, tell, callback_on_step_end_tensor_inputs)
-        self.maybe_free_model_hooks()
+        self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
         images = self._finished(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -218,7 +218,7 @@ class AtollPipeline(DiffusionPipeline):
         if output_type == "pt":
             return images
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, h, w, c]
-        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+        return arrays if output_type == "np" else self.numpy_to_pil(arrays)  # type: ignore[no-untyped-call]
 
     def _null_conditions(
         self,

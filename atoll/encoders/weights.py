@@ -245,7 +245,8 @@ def load_pretrained(
             f"{directory}: {len(absent)} of the network's tensors are not in its weights (first: {absent[0]}); "
             f"name the weights of a {classes[kind]}"
         )
-    return freeze(network)
+    value: nn.Module = freeze(network)
+    return value
 
 
 def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exception) -> str:

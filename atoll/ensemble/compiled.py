@@ -34,9 +34,11 @@ class Padded:
         count = len(x)
         extra = padded_size(count) - count
         if extra == 0:
-            return self.network(x, time, condition)
+            output: Tensor = self.network(x, time, condition)
+            return output
         rows = torch.cat([torch.arange(count), torch.zeros(extra, dtype=torch.long)]).to(x.device)
-        return self.network(x[rows], time[rows], None if condition is None else condition.index(rows))[:count]
+        output: Tensor = self.network(x[rows], time[rows], None if condition is None else condition.index(rows))[:count]
+        return output
 
 
 class PaddedReader(Padded):

@@ -108,7 +108,8 @@ class Offloaded:
 
     def __call__(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
         with self.store.using(self.key) as network:
-            return network(x, time, condition)
+            output: Tensor = network(x, time, condition)
+            return output
 
 
 @dataclass
@@ -331,7 +332,8 @@ def _rebuilt(tensor: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
         return move(tensor)
     names, context = tensor.__tensor_flatten__()
     parts = {name: _rebuilt(getattr(tensor, name), move) for name in names}
-    return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+    output: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+    return output
 
 
 def _quantizer() -> tuple[Callable[..., Any], Any]:

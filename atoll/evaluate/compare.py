@@ -76,7 +76,10 @@ class EvaluatedVariant:
             return None
         # Images are cached as one axis: prompts, then seeds.
         (part,) = load_parts(self.store / key, "grid")
-        return part["images"].unflatten(0, (len(self.report["grid"]["prompts"]), len(self.report["grid"]["seeds"])))
+        value: Tensor | None = part["images"].unflatten(
+            0, (len(self.report["grid"]["prompts"]), len(self.report["grid"]["seeds"]))
+        )
+        return value
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def _default(report: dict[str, Any]) -> str:
     # A sweep may not contain the default routing.
     routed = report.get("routing", "")
     names = [name for group in ("ensemble", "sweep", "monolith") for name in report["groups"].get(group, ())]
-    return routed if routed in names else names[0]
+    value: str = routed if routed in names else names[0]
+    return value
 
 
 def differences(a: EvaluatedVariant, b: EvaluatedVariant) -> list[Difference]:

@@ -22,12 +22,13 @@ from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.diagnostics.run import diagnose_run
 from atoll.evaluate.diagnostics.trajectory import Diagnostics
-from atoll.evaluate.measure import EvaluateSettings, evaluate, resolve_precision, side_by_side, worker_count
+from atoll.evaluate.measure import evaluate, resolve_precision, side_by_side, worker_count
 from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
 from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
 from atoll.evaluate.variants import objective_text, variants_of, variants_of_sweeps, with_identities
+from atoll.manifest import EvaluateSettings
 from atoll.randomness import cpu_generator, random_rows, seeded_noise
 from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import PATH

@@ -76,7 +76,8 @@ class Rows:
         part = torch.searchsorted(self._ends, numbers, right=True)  # [b]
         used = part.unique().tolist()
         if len(used) == 1:
-            return self.shards[used[0]].read(column, numbers - self._start(used[0]))
+            output: Tensor = self.shards[used[0]].read(column, numbers - self._start(used[0]))
+            return output
         result = torch.empty(len(numbers), *self.shards[0].shape(column), dtype=torch.float16)
         for i in used:
             here = (part == i).nonzero().flatten()

@@ -171,7 +171,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         self.island.barrier()
         try:
-            checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)
+            checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)  # type: ignore[attr-defined]
         except (OSError, CheckpointException) as error:
             raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
         self.island.barrier()
@@ -199,7 +199,7 @@ class Checkpoints:
             state.numbers = Counters(**record["numbers"])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
-                checkpoint.load(dict(state.tensors()), checkpoint_id=path)
+                checkpoint.load(dict(state.tensors()), checkpoint_id=path)  # type: ignore[attr-defined]
         except (OSError, KeyError, TypeError, CheckpointException) as error:
             raise AtollError(f"{path}: damaged ({_last_line(error)}); train again with --restart") from None
 

@@ -44,7 +44,7 @@ def train_together(arguments: Sequence[str], count: int) -> None:
         AtollError: a worker reported a user's mistake.
         SystemExit: 1, after one line on stderr, if a worker crashed or was killed.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     # This process hosts the store where they rendezvous: a free port, chosen earlier, could be taken meanwhile.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -248,7 +248,8 @@ class _BatchTrajectory:
         perturbed = x + PERTURBATION * noise
         # Sample both to the end; the ratio of the differences is the growth.
         change = (self._sample(perturbed, times) - self._sample(x, times)).flatten(1).norm(dim=1)
-        return (change / (perturbed - x).flatten(1).norm(dim=1)).cpu().double()
+        output: Tensor = (change / (perturbed - x).flatten(1).norm(dim=1)).cpu().double()
+        return output
 
 
 def start_steps(draw: Draw) -> list[int]:

@@ -153,7 +153,8 @@ def to_json(report: Report) -> dict[str, Any]:
             for usage in report.usages
         ],
     }
-    return finite(value)
+    result: dict[str, Any] = finite(value)
+    return result
 
 
 def to_html(report: Report) -> str:

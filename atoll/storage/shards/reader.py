@@ -86,15 +86,18 @@ class Shards:
 
     @cached_property
     def keys(self) -> list[str]:
-        return self._text("key").to_pylist()
+        value: list[str] = self._text("key").to_pylist()
+        return value
 
     @cached_property
     def captions(self) -> list[str]:
-        return self._text("caption").to_pylist()
+        value: list[str] = self._text("caption").to_pylist()
+        return value
 
     def captions_of(self, rows: Tensor) -> list[str]:
         """The captions of the given rows ([n] int64), in their order; all captions are held in memory from then on."""
-        return self._captions.take(rows.numpy()).to_pylist()
+        value: list[str] = self._captions.take(rows.numpy()).to_pylist()
+        return value
 
     @cached_property
     def _captions(self) -> Any:
@@ -105,7 +108,8 @@ class Shards:
 
     @cached_property
     def splits(self) -> list[str]:
-        return self._text("split").to_pylist()
+        value: list[str] = self._text("split").to_pylist()
+        return value
 
     @cached_property
     def sha256(self) -> str:
@@ -174,7 +178,10 @@ class Shards:
         import pyarrow as pa
 
         try:
-            return self._manifest.read_row_group(number, columns=list(columns), use_threads=False).to_pydict()
+            value: dict[str, list[str]] = self._manifest.read_row_group(
+                number, columns=list(columns), use_threads=False
+            ).to_pydict()
+            return value
         except (OSError, pa.ArrowException) as error:
             raise _broken(self.path / MANIFEST, "", str(error)) from error
 
