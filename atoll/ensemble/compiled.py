@@ -37,8 +37,8 @@ class Padded:
             output: Tensor = self.network(x, time, condition)
             return output
         rows = torch.cat([torch.arange(count), torch.zeros(extra, dtype=torch.long)]).to(x.device)
-        output: Tensor = self.network(x[rows], time[rows], None if condition is None else condition.index(rows))[:count]
-        return output
+        filled: Tensor = self.network(x[rows], time[rows], None if condition is None else condition.index(rows))[:count]
+        return filled
 
 
 class PaddedReader(Padded):
