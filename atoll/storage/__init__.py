@@ -1,1 +1,1 @@
-"""What stands on a disk: artifacts, typed cards, the layout of a run, locks, shards."""
+"""Files on disk: artifacts, typed cards, the layout of a run, locks, shards."""

@@ -1,6 +1,6 @@
 """Artifacts: a directory with a card (JSON) and a safetensors file. Nothing in it executes.
 
-experts/3-moss/card.json              what it is, how it was made, the sha256 of the weights
+experts/3-moss/card.json              its kind, its training, the sha256 of the weights
 experts/3-moss/weights.safetensors    tensors under flat names
 """
 
@@ -38,22 +38,24 @@ from atoll.storage.layout import WEIGHTS as WEIGHTS
 
 
 def sha256_file(path: Path) -> str:
-    """The hex digest of a file, read in pieces."""
+    """Compute the hex digest of a file, without loading it whole."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all, also when the disk fills or the plug is pulled.
+    """Write a file atomically: a full disk or a power failure leaves either the old content or the new.
 
     Raises:
-        AtollError: the disk is full or the directory not writable; what stood at `path` is untouched.
+        AtollError: the disk is full or the directory is not writable. An earlier file at `path` is untouched.
     """
+    # The name is unique per process and thread, so that two writers of one file cannot mix their bytes.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
+            # Without fsync, a power failure after the rename can leave an empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -62,12 +64,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` of readable JSON; NaN and infinity are refused."""
+    """Write indented JSON atomically, as `write_bytes` does. Raises ValueError for NaN and infinity."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """Plain values with null for every number that is NaN or infinite, as JSON has neither; tuples become lists."""
+    """Replace every NaN or infinite number by None, since JSON has neither. Tuples become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -78,16 +80,18 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path, most: int = JSON_BYTES) -> Any:
-    """Read a JSON file; NaN and infinity are refused.
+    """Read a JSON file.
 
     Args:
-        most: bytes that the file may have.
+        path: the file.
+        most: the largest size accepted, in bytes.
 
     Raises:
-        AtollError: the file is missing, too large, no regular file or no JSON.
+        AtollError: the file is missing, too large, not a regular file, not JSON, or holds NaN or infinity.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
+        # Check the type and size first: a pipe would never end, and a huge file would fill the memory.
+        if path.exists() and not path.is_file():
             raise AtollError(f"{path}: is no regular file; expected a JSON file")
         if (size := path.stat().st_size) > most:
             raise AtollError(f"{path}: has {size:,} bytes; expected JSON of at most {most:,}")
@@ -124,36 +128,44 @@ def load_clusters(file: Path) -> ClustersCard | DrawnClustersCard:
 
 
 def write_card(file: Path, card: Card) -> None:
-    """Write a card's file, whole or not at all.
+    """Write a card's file atomically.
 
     Raises:
-        AtollError: a value out of bounds, a full disk.
+        AtollError: a value is out of bounds, or the disk is full.
     """
     values = card.plain()
-    parse_card(type(card), values, f"the card for {file}")  # what is written can be read
+    # Validate before writing, so that every written card can be read back.
+    parse_card(type(card), values, f"the card for {file}")
     write_json(file, values)
 
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` if the block succeeds and vanishes if it does not.
+    """Yield a temporary directory that replaces `path` if the block succeeds and is removed if it fails.
 
-    An existing `path` is replaced only at the end. What a killed process of this machine left behind is removed.
+    An existing `path` is replaced only at the end. Directories left by killed processes of this machine are removed.
+
+    Raises:
+        AtollError: the disk is full or the parent directory is not writable.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Remove leftovers of dead processes. The host is part of the name, since a pid means nothing elsewhere.
         host = socket.gethostname()
         ours = re.compile(rf"{re.escape(f'.{path.name}.{host}-')}(\d+)\..*\.(tmp|old)")
         for left in path.parent.iterdir():
-            if (found := ours.fullmatch(left.name)) is None or _is_alive(int(found.group(1))):
+            if (match := ours.fullmatch(left.name)) is None or _is_alive(int(match.group(1))):
                 continue
-            if found.group(2) == "tmp" or path.exists():  # else what was to be replaced is all that there is
+            # Without `path`, an .old directory is the only copy left: keep it.
+            if match.group(2) == "tmp" or path.exists():
                 shutil.rmtree(left, ignore_errors=True)
+        # Create it beside `path`: a rename is atomic only within one file system.
         prefix = f".{path.name}.{host}-{os.getpid()}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=path.parent))
-        temporary.chmod(0o755)  # mkdtemp's are their owner's alone
+        temporary.chmod(0o755)  # mkdtemp allows only the owner
         yield temporary
+        # A directory with content cannot be replaced in one step: move the old one aside first.
         if path.exists():
             old = temporary.with_suffix(".old")
             os.replace(path, old)
@@ -169,7 +181,9 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def _is_alive(pid: int) -> bool:
+    """Return whether a process with this id runs on this machine."""
     try:
+        # Signal 0 only checks that the process exists.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
@@ -179,12 +193,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def save_artifact(path: Path, card: ArtifactCard, tensors: Mapping[str, Tensor]) -> None:
-    """Write an artifact, whole or not at all.
+    """Write an artifact atomically.
 
     Args:
-        path: its directory; one that exists is replaced.
-        card: what it is; the entry of the weights is filled in.
-        tensors: by flat names.
+        path: the artifact's directory; an existing one is replaced.
+        card: its card; the `weights` entry is filled in here.
+        tensors: its tensors by flat name, any shapes.
 
     Raises:
         AtollError: a value of the card is out of bounds, or the disk is full.
@@ -192,6 +206,7 @@ def save_artifact(path: Path, card: ArtifactCard, tensors: Mapping[str, Tensor])
     from safetensors.torch import save
 
     with whole_directory(path) as directory:
+        # Hash the bytes in memory rather than read the file back.
         data = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
         write_bytes(directory / WEIGHTS, data)
         weights = WeightsEntry(file=WEIGHTS, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
@@ -207,11 +222,14 @@ def read_card(path: Path, kind: type[ArtifactT]) -> ArtifactT:
 
 
 def read_tensors(path: Path, card: ArtifactCard) -> dict[str, Tensor]:
-    """Map an artifact's tensors into memory, after a check of their hash.
+    """Check the hash of an artifact's tensors and map them into memory.
 
     Args:
         path: the artifact's directory.
         card: its card.
+
+    Returns:
+        The tensors by flat name, on the CPU.
 
     Raises:
         AtollError: the file is missing, altered or unreadable.
@@ -222,6 +240,7 @@ def read_tensors(path: Path, card: ArtifactCard) -> dict[str, Tensor]:
     file = path / WEIGHTS
     if not file.is_file():
         raise AtollError(f"{file}: not found, though {path / CARD} names it; get a whole copy of the artifact")
+    # The hash covers the whole file, so an altered header is noticed before it is parsed.
     actual = sha256_file(file)
     if actual != card.weights_sha256:
         raise AtollError(

@@ -1,4 +1,4 @@
-"""One process at a time, on a directory: a lock that goes with the process, however that ends."""
+"""Locks on directories. The system releases a lock when its process ends, even if it is killed."""
 
 import fcntl
 import time
@@ -9,11 +9,19 @@ from atoll.errors import AtollError
 
 
 def hold(directory: Path, doing: str) -> IO[str]:
-    """Keeps other processes out of a directory until the file that is returned is closed.
+    """Lock a directory until the returned file is closed.
+
+    Args:
+        directory: the directory; a file `.lock` is created in it.
+        doing: the activity that the lock protects, for the message, such as "encoding".
+
+    Returns:
+        The open lock file. Closing it releases the lock.
 
     Raises:
-        AtollError: another process is `doing` ("encoding") there.
+        AtollError: another process holds the lock.
     """
+    # The file stays after its release: removing it would let two processes lock two different files.
     file = (directory / ".lock").open("w")
     if not try_lock(file.fileno()):
         file.close()
@@ -22,13 +30,14 @@ def hold(directory: Path, doing: str) -> IO[str]:
 
 
 def try_lock(descriptor: int, patience: float = 0.0) -> bool:
-    """Whether this open file's lock is now held by it, until it is closed in every process that has inherited it.
-
-    A file system without locks gives it to everybody.
+    """Try to lock an open file, until it is closed in every process that inherited the descriptor.
 
     Args:
-        descriptor: of an open file.
-        patience: seconds to wait where another may hold it still.
+        descriptor: the descriptor of an open file.
+        patience: seconds to wait while another process holds the lock; default 0.
+
+    Returns:
+        Whether the file is locked now. On a file system without locks always True.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -38,6 +47,7 @@ def try_lock(descriptor: int, patience: float = 0.0) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.5)
+        # Some network file systems have no locks. Work without one rather than refuse to run.
         except OSError:
             return True
         else:

@@ -1,11 +1,11 @@
-"""The directories between the stages: columns of tensors, a manifest, an index that describes and seals them.
+"""Directories of shards, the data between the stages: tensor columns, a manifest, an index with all hashes.
 
     shard-00000.safetensors   one tensor [rows, ...] per column, memory-mapped
     manifest.parquet          key, caption, split ("train" or "val"): one line per row, in order; a row group per shard
     index.json                format, kind, rows, columns, bytes and sha256 of each file, the writer's card
 
-The same input gives the same bytes. A directory appears whole or not at all. Whoever goes through it shard by shard
-(`Shards.parts`) needs no more memory for a hundred million rows than for one shard.
+The same input gives the same bytes. A directory is written atomically. Iterating shard by shard (`Shards.parts`) takes
+the memory of one shard, even for a hundred million rows.
 """
 
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign

@@ -1,4 +1,4 @@
-"""What writer and reader of shards agree on."""
+"""Constants and helpers that the writer and the reader of shards share."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,19 @@ TEXT = ("key", "caption", "split")  # the manifest's columns
 
 
 def refuse_foreign(path: Path, marker: str) -> None:
-    """Raises AtollError if `path` holds something, but no former result (the file `marker`) that may be replaced."""
+    """Refuse to overwrite foreign data.
+
+    Args:
+        path: the directory to write.
+        marker: the file that identifies an earlier result, which may be replaced.
+
+    Raises:
+        AtollError: `path` is a file, or a directory that is not empty and lacks `marker`.
+    """
     if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
         raise AtollError(f"{path}: exists and is no former result (it has no {marker}); name an empty or new directory")
 
 
 def describe(column: Tensor) -> ColumnEntry:
-    """The dtype and shape of one row of a column [rows, ...]."""
+    """Return the dtype and the shape of one row of a column [rows, ...]."""
     return ColumnEntry(dtype=str(column.dtype).removeprefix("torch."), shape=column.shape[1:])

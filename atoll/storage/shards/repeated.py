@@ -1,4 +1,4 @@
-"""Which rows repeat an earlier one, in memory that is bounded however many there are."""
+"""Repeated values among many rows, with bounded memory."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
@@ -8,22 +8,31 @@ _PASS = 1 << 25  # hashes in memory at a time: 256 MiB
 
 
 def repeats(parts: Callable[[], Iterable[Sequence[Hashable]]], rows: int) -> dict[int, int]:
-    """Each row whose value stood in an earlier row already, ascending -> the first row that has that value. Exact.
+    """Map each row that repeats an earlier value to the first row with that value. The result is exact.
 
-    parts: gives all values in order, part by part; it is called several times. rows: how many they are. Memory is that
-    of `_PASS` hashes of 8 bytes and of the values that really repeat.
+    Memory: `_PASS` hashes of 8 bytes, plus the values that repeat.
+
+    Args:
+        parts: returns all values in order, part by part; called several times.
+        rows: the total number of values.
+
+    Returns:
+        {row: first row with the same value}, rows ascending.
     """
+    # Each pass handles the hashes of one residue, so that at most about `_PASS` of them are in memory.
     passes = max(1, -(-rows // _PASS))
     suspects: set[int] = set()  # hashes that occur twice: of equal values, or (rarely) by chance
     for number in range(passes):
-        kept = []
+        chunks = []
         for part in parts():
             hashes = np.fromiter(map(hash, part), np.int64, len(part))
-            kept.append(hashes[hashes % passes == number])
-        hashes = np.sort(np.concatenate(kept)) if kept else np.empty(0, np.int64)
+            chunks.append(hashes[hashes % passes == number])
+        # Equal hashes are neighbours after sorting.
+        hashes = np.sort(np.concatenate(chunks)) if chunks else np.empty(0, np.int64)
         suspects.update(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not suspects:
         return {}
+    # Compare the suspects by value, since different values can share a hash.
     first: dict[Hashable, int] = {}
     repeated, start = {}, 0
     for part in parts():

@@ -1,4 +1,4 @@
-"""Which rows are held out where the data do not say it: by a hash of the key, so the same ones wherever they lie."""
+"""The train and val split of data that defines none: by a hash of the key, independent of order and location."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ from atoll.storage.shards.format import Split
 
 
 def key_fraction(key: str) -> float:
-    """Uniform in [0, 1) over keys."""
+    """Hash a key to [0, 1), uniformly over keys."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def split_by_hash(key: str, validation: float) -> Split:
-    """The split of a key: held out are those whose sha256, as a fraction of 1, lies below `validation`."""
+    """Return the split of a key: "val" if hash(key) < `validation`, a fraction in [0, 1]."""
     return "val" if key_fraction(key) < validation else "train"

@@ -1,4 +1,4 @@
-"""Writes a directory of shards, row by row or shard by shard."""
+"""Write a directory of shards, row by row or shard by shard."""
 
 import hashlib
 import os
@@ -19,17 +19,23 @@ from atoll.storage.shards.repeated import repeats
 
 
 class ShardWriter:
-    """Writes rows into a directory, which appears when it is closed; a context manager, gone after an error.
+    """Write rows into a directory, which appears on `close`. As a context manager it removes everything on an error.
 
-    card: what `Shards.card` will read; it may change until the end.
+    Memory: `shard_rows` rows, plus those of one call.
 
-    Holds at most `shard_rows` rows in memory, and what one call adds. An existing directory is replaced only if it
-    holds shards or nothing; anything else is an AtollError.
+    Args:
+        directory: the directory to write; an existing one is replaced only if it holds shards or is empty.
+        card: the card that `Shards.card` returns; `self.card` may be replaced until `close`.
+        shard_rows: rows per shard, default 4096.
+
+    Raises:
+        AtollError: the directory holds other files.
     """
 
     def __init__(self, directory: str | Path, card: CardRecord | Mapping[str, Any], shard_rows: int = 4096):
         self.card, self._shard_rows = card, shard_rows
         refuse_foreign(Path(directory), INDEX)
+        # Entered by hand, because it stays open from here to `close`.
         self._whole = whole_directory(Path(directory))
         self._path = self._whole.__enter__()
         self._waiting: dict[str, list[Tensor]] = {}  # rows of the next shard, by column
@@ -47,12 +53,20 @@ class ShardWriter:
         splits: Sequence[str],
         columns: Mapping[str, Tensor],
     ) -> None:
-        """Adds rows: `columns` holds tensors [rows, ...], of the same names, dtypes and shapes at every call.
+        """Append rows.
 
-        Raises ValueError if lengths, columns or split names do not fit.
+        Args:
+            keys: one unique key per row.
+            captions: one caption per row.
+            splits: "train" or "val" per row.
+            columns: tensors [rows, ...] by name, with the same names, dtypes and shapes at every call.
+
+        Raises:
+            ValueError: lengths, columns or split names do not fit.
         """
         self._fit({name: describe(column) for name, column in columns.items()})
         self._fit_text(keys, captions, splits, {len(column) for column in columns.values()})
+        # Buffer copies: the caller may reuse its tensors.
         for name, rows in zip(TEXT, (keys, captions, splits), strict=True):
             self._text[name] += rows
         for name, column in columns.items():
@@ -61,12 +75,19 @@ class ShardWriter:
             self._flush(self._shard_rows)
 
     def adopt(self, file: Path, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str]) -> None:
-        """Adds a finished safetensors file as the next shard: linked where the file system can, else copied.
+        """Append a finished safetensors file as the next shard. It is hard-linked if possible, else copied.
 
-        Raises ValueError as `append` does, AtollError if the file cannot be read.
+        Args:
+            file: the file, one tensor [rows, ...] per column.
+            keys, captions, splits: one per row, as in `append`.
+
+        Raises:
+            ValueError: as in `append`.
+            AtollError: the file cannot be read.
         """
         from safetensors import SafetensorError, safe_open
 
+        # Check that its columns fit.
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
@@ -74,6 +95,7 @@ class ShardWriter:
             raise AtollError(f"{file}: cannot be read ({error})") from error
         self._fit({name: describe(tensor) for name, tensor in tensors.items()})
         self._fit_text(keys, captions, splits, {len(tensor) for tensor in tensors.values()})
+        # Write the buffered rows first, so that the order of rows is the order of calls.
         if self._text["key"]:
             self._flush(len(self._text["key"]))
         place = self._path / self._next_name()
@@ -84,15 +106,16 @@ class ShardWriter:
         self._count(place, place.stat().st_size, sha256_file(place), (keys, captions, splits))
 
     def attach(self, file: Path) -> None:
-        """Takes a copy of a file along, under its own name; the index lists it with its hash."""
+        """Copy a file into the directory under its own name. The index lists it with its hash."""
         place = self._path / file.name
         shutil.copyfile(file, place)
         self._attached.append(_entry(place))
 
     def close(self) -> ShardsIndex:
-        """Writes what is left, the manifest and the index; the directory takes its place. Returns the index.
+        """Write the buffered rows, the manifest and the index, move the directory into place, and return the index.
 
-        Raises AtollError if there are no rows, or if two have the same key.
+        Raises:
+            AtollError: there are no rows, or two rows have the same key.
         """
         try:
             if self._text["key"]:
@@ -116,6 +139,7 @@ class ShardWriter:
             self.close()
 
     def _abandon(self, error: BaseException) -> None:
+        """Close the manifest and remove the temporary directory."""
         if self._manifest is not None:
             self._manifest.close()
         self._whole.__exit__(type(error), error, error.__traceback__)
@@ -135,9 +159,10 @@ class ShardWriter:
         return f"shard-{len(self._files):05d}.safetensors"
 
     def _flush(self, rows: int) -> None:
-        """Writes the first of the waiting rows as a shard."""
+        """Write the first `rows` buffered rows as a shard."""
         from safetensors.torch import save
 
+        # Split the buffer into this shard and the rest.
         shard = {}
         for name, chunks in self._waiting.items():
             column = torch.cat(chunks)
@@ -145,12 +170,13 @@ class ShardWriter:
             self._waiting[name] = [column[rows:]] if len(column) > rows else []
         text = tuple(self._text[name][:rows] for name in TEXT)
         self._text = {name: self._text[name][rows:] for name in TEXT}
+        # Hash the bytes in memory rather than read the file back.
         file, content = self._path / self._next_name(), save(shard)
         write_bytes(file, content)
         self._count(file, len(content), hashlib.sha256(content).hexdigest(), text)
 
     def _count(self, file: Path, size: int, sha256: str, text: tuple[Sequence[str], ...]) -> None:
-        """Enters a written shard into the list, and its rows into the manifest as one row group."""
+        """Add a written shard to the list, and its rows to the manifest as one row group."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -165,6 +191,7 @@ class ShardWriter:
     def _write_index(self) -> ShardsIndex:
         if not self._files:
             raise AtollError("there are no rows to write: the source holds no images")
+        # The Parquet footer must be complete before the manifest is hashed and read.
         self._manifest.close()
         manifest, rows = self._path / MANIFEST, sum(file.rows for file in self._files)
         _refuse_repeated_keys(manifest, rows)
@@ -178,7 +205,7 @@ class ShardWriter:
             card=self.card.plain() if isinstance(self.card, CardRecord) else dict(self.card),
         )
         write_card(self._path / INDEX, index)
-        self._path.chmod(0o755)  # a temporary directory is its owner's alone
+        self._path.chmod(0o755)  # a temporary directory allows only the owner
         return index
 
 
@@ -187,6 +214,7 @@ def _entry(file: Path) -> FileEntry:
 
 
 def _refuse_repeated_keys(manifest: Path, rows: int) -> None:
+    """Raise AtollError if a key occurs twice in the manifest."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(manifest) as file:
@@ -195,6 +223,7 @@ def _refuse_repeated_keys(manifest: Path, rows: int) -> None:
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, columns=["key"])["key"].to_pylist()
 
+        # The first repeated row ends the search: find its key for the message.
         for row in repeats(keys, rows):
             for part in keys():
                 if row < len(part):
