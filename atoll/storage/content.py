@@ -1,4 +1,4 @@
-"""What a file holds by its first bytes, whatever its name says, and the advice that helps where it cannot be read."""
+"""The kind of a file by its first bytes, and advice on files that cannot be read."""
 
 import json
 import os
@@ -15,14 +15,14 @@ _TAR_MAGIC = slice(257, 262)
 
 
 def content_of(file: Path) -> FileContent:
-    """The kind of a file's content. Raises OSError if the file cannot be read.
+    """Detect the kind of a file by its content, not its name. Raises OSError if the file cannot be read.
 
     "torch": a zip file that torch.save wrote. "pickle": a bare pickle, such as torch.save wrote before version 1.6.
     "pointer": a Git LFS pointer. "page": HTML. "archive": a compressed file or a tar.
     """
     with file.open("rb") as stream:
         head = stream.read(512)
-    # What has a mark of its own, then what only looks like one thing.
+    # Formats with a unique signature come first, then those that only look like one.
     text = head.lstrip().lower()
     if not head:
         return "empty"
@@ -36,18 +36,25 @@ def content_of(file: Path) -> FileContent:
         return "page"
     if head.startswith(_ARCHIVES) or head[_TAR_MAGIC] == b"ustar":
         return "archive"
+    # safetensors: 8 bytes of header length, then a JSON object.
     if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
         return "safetensors"
+    # Pickles from protocol 2 on begin with the opcode PROTO.
     return "pickle" if head[:1] == b"\x80" else "unknown"
 
 
 def advice(file: Path, error: object) -> str:
-    """A sentence that follows "FILE: ": why it cannot be read, and what helps. error: what its reader raised."""
+    """Explain why a file cannot be read and how to fix it, as a sentence to follow "FILE: ".
+
+    Args:
+        file: the file.
+        error: the exception that its reader raised.
+    """
     try:
         content = content_of(file)
     except OSError as refused:
         return f"cannot be read ({refused.strerror}); check the path and its permissions"
-    # Something else came instead of the file.
+    # Failed downloads: the file holds something else.
     if content == "empty":
         return "is empty; download or copy it again, and check that the disk is not full"
     if content == "pointer":
@@ -56,7 +63,7 @@ def advice(file: Path, error: object) -> str:
         return "is a web page, not the file itself; open it to see why, and download the file from its direct link"
     if content == "archive":
         return "is an archive; unpack it and name the file in it"
-    # The file is what it should be.
+    # The format is right: memory, a truncated file or damage remain.
     if is_out_of_memory(error):
         return f"does not fit into memory ({os.path.getsize(file):,} bytes); use a machine with more, or free some"
     if content == "safetensors" and (missing := is_cut_off(file)):
@@ -66,7 +73,8 @@ def advice(file: Path, error: object) -> str:
 
 
 def is_out_of_memory(error: object) -> bool:
-    """Whether an error says that memory ran out, Python's, torch's or the system's."""
+    """Return whether an error reports that memory ran out: from Python, torch or the system."""
+    # torch raises RuntimeError for it, so only the message tells.
     words = str(error).lower()
     return (
         isinstance(error, MemoryError)
@@ -77,12 +85,13 @@ def is_out_of_memory(error: object) -> bool:
 
 
 def _content_of_zip(file: Path) -> FileContent:
-    """A zip file's content, by the names of its members."""
+    """Detect the kind of a zip file by the names of its members."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return "torch" if b"data.pkl" in _head(file) else "npz" if b".npy" in _head(file) else "unknown"  # cut off
+        # The list of members is at the end, so a truncated file lacks it: use the first member's name.
+        return "torch" if b"data.pkl" in _head(file) else "npz" if b".npy" in _head(file) else "unknown"
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         return "torch"
     return "npz" if names and all(name.endswith(".npy") for name in names) else "archive"
@@ -94,7 +103,7 @@ def _head(file: Path) -> bytes:
 
 
 def is_cut_off(file: Path) -> str:
-    """How much of a safetensors file is there, in words; "" if all of it, or if its header cannot be read."""
+    """Describe how much of a truncated safetensors file is present; "" if it is whole or its header is unreadable."""
     held = os.path.getsize(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

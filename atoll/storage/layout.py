@@ -41,21 +41,21 @@ EXIT_KILLED = 128 + 9  # by SIGKILL
 _TRAINING_PREFIX = ".train-"
 _PARTS_PER_RUN = 1000  # seeds of one run: experts count from 0 up, the other parts from the top down
 
-
 CLUSTER_PREFIX = "cluster-"  # of the directories below clusters/
 
 
 def cluster_name(number: int) -> str:
-    """The name of one cluster's directory: 3 -> "cluster-003"."""
+    """Return the name of a cluster's directory: 3 -> "cluster-003"."""
     return f"{CLUSTER_PREFIX}{number:03d}"
 
 
 def cluster_number(name: str) -> int:
-    """The inverse of `cluster_name`.
+    """Return the number of a cluster from the name of its directory: "cluster-003" -> 3.
 
     Raises:
         AtollError: `name` is not the name of a cluster's directory.
     """
+    # Comparing the round trip refuses second spellings of a number, such as cluster-0003.
     match = re.fullmatch(rf"{CLUSTER_PREFIX}([0-9]{{3,}})", name)
     if match is None or cluster_name(int(match[1])) != name:
         raise AtollError(f"{name!r} is not a cluster's directory; expected a name such as {cluster_name(0)}")
@@ -63,17 +63,17 @@ def cluster_number(name: str) -> int:
 
 
 def cluster_path(clusters: Path, number: int) -> Path:
-    """The directory of one cluster's shards, in a run's clusters/ or wherever its shards were copied."""
+    """Return the directory of one cluster's shards, in a run's clusters/ or in a copy of it."""
     return clusters / cluster_name(number)
 
 
 def temporary_of(path: Path) -> Path:
-    """Where a file is written until it is complete and takes its place; one process at a time writes it."""
+    """Return the path at which a file is written until it is complete. Only one process at a time may write it."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def expert_seed(seed: int, number: int) -> int:
-    """The seed of the expert at position `number` in atoll.yaml, for a run with this seed."""
+    """Return the seed of the expert at position `number` in atoll.yaml, for a run with this seed."""
     return seed * _PARTS_PER_RUN + number
 
 
@@ -105,6 +105,7 @@ class RunLayout:
 
     root: Path
 
+    # Data, in the order in which the stages write it.
     manifest = _Below(MANIFEST)
     encoded = _Below(ENCODED)
     encoded_partial = _Below(f"{ENCODED}.partial")
@@ -113,12 +114,14 @@ class RunLayout:
     clusters_card = _Below(CLUSTERS, CLUSTERS_CARD)
     assignment = _Below(CLUSTERS, ASSIGNMENT)
     router_sample = _Below(CLUSTERS, ROUTER)  # shards for the router; absent if it learns from all of encoded/
+    # Trained parts, and the ensemble over them.
     experts = _Below(EXPERTS)
     router = _Below(ROUTER)
     monolith = _Below(MONOLITH)
     student = _Below(STUDENT)
     ensemble = _Below(ENSEMBLE)
     ensemble_card = _Below(ENSEMBLE, ENSEMBLE_CARD)
+    # Results.
     evaluation = _Below(EVALUATION)
     report_html = _Below(REPORT)
     report_json = _Below("report.json")
@@ -126,23 +129,27 @@ class RunLayout:
     slurm = _Below(".slurm")  # submitit's scripts and logs
 
     def cluster(self, number: int) -> Path:
-        """The shards of one cluster."""
+        """Return the directory of one cluster's shards."""
         return cluster_path(self.clusters, number)
 
     def existing_clusters(self) -> list[Path]:
-        """The directories of all clusters that exist, by number; AtollError for others called cluster-*."""
+        """List the directories of all clusters, sorted by number. Raises AtollError for other names like cluster-*."""
         return sorted(self.clusters.glob(f"{CLUSTER_PREFIX}*"), key=lambda path: cluster_number(path.name))
 
     def part(self, name: str) -> Path:
-        """The artifact of the router, the monolith or the student, by name."""
+        """Return the artifact of the router, the monolith or the student, by name."""
         return {ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}[name]
 
     def expert(self, name: str) -> Path:
-        """The artifact of one expert. name: its full name ("3-flow").
+        """Return the artifact of one expert.
+
+        Args:
+            name: its full name, such as "3-flow".
 
         Raises:
             AtollError: `name` would lead out of experts/.
         """
+        # Names come from cards and manifests, which strangers may have written.
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise AtollError(f"expert {name!r}: expected a plain name such as 3-flow, since it names a directory")
         return self.experts / name
@@ -154,6 +161,7 @@ class TrainingLayout:
 
     root: Path
 
+    # Written by the training itself.
     checkpoint = _Below("checkpoint.safetensors")
     metrics = _Below("metrics.jsonl")
     summary = _Below("summary.json")
@@ -161,8 +169,8 @@ class TrainingLayout:
     tensorboard = _Below("tensorboard")
     ema = _Below("ema")
     # Written by `atoll launch`.
-    output = _Below("output.log")  # what the process printed since its last start
-    output_before = _Below("output-before.log")  # and in the start before that
+    output = _Below("output.log")  # output of the current start
+    output_before = _Below("output-before.log")  # output of the previous start
     lock = _Below("lock")  # held by the process while it lives
     starts = _Below("starts")  # one line per start of a queued job
     stop = _Below("stop")  # while it exists, a queued job saves its state and ends
@@ -170,23 +178,24 @@ class TrainingLayout:
 
     @staticmethod
     def of(artifact: Path) -> "TrainingLayout":
-        """The training that writes the artifact at this path: experts/3-flow -> experts/.train-3-flow."""
+        """Return the layout of the training that writes this artifact: experts/3-flow -> experts/.train-3-flow."""
         return TrainingLayout(artifact.with_name(f"{_TRAINING_PREFIX}{artifact.name}"))
 
     @property
     def name(self) -> str:
-        """The name of the part that is trained."""
+        """The name of the trained part, such as "3-flow"."""
         return self.root.name.removeprefix(_TRAINING_PREFIX)
 
     def sharded_checkpoint(self, step: int, rollbacks: int) -> Path:
+        """Return the directory of a sharded checkpoint, named by its step and the number of rollbacks before it."""
         return self.root / f"checkpoint-{step:09d}-{rollbacks}.dcp"
 
     def sharded_checkpoints(self) -> list[Path]:
-        """Those that are complete, in no particular order."""
+        """List the complete sharded checkpoints, in no particular order."""
         return list(self.root.glob("checkpoint-*.dcp"))
 
     def snapshot(self, step: int, profile: int) -> Path:
-        """The EMA weights of one profile (its position in train.ema_profiles) at one step."""
+        """Return the file of one profile's EMA weights at one step. profile: its position in train.ema_profiles."""
         return self.ema / f"{step:09d}-{profile}.safetensors"
 
     def samples(self, step: int) -> Path:

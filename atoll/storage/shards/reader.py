@@ -1,4 +1,4 @@
-"""Opens a directory of shards for reading."""
+"""Read a directory of shards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,37 +30,53 @@ AGAIN = "make it again: `atoll encode --force`, or `atoll cluster --force` for w
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One shard: its number, the number of its first row, and keys, captions, splits: lists of one str per row."""
+    """One shard of a directory.
+
+    Attributes:
+        number: its position among the shards, from 0.
+        start: the row number of its first row in the directory.
+        keys, captions, splits: one string per row.
+        columns: tensors [rows, ...] by name, memory-mapped and read-only.
+    """
 
     number: int
     start: int
     keys: list[str]
     captions: list[str]
     splits: list[str]
-    columns: dict[str, Tensor]  # [rows, ...] each, memory-mapped; to be read, not to be changed
+    columns: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 class Shards:
-    """A directory of shards, opened for reading: tensors stay on the disk until their rows are read.
+    """A directory of shards, opened for reading. Tensors stay on disk until their rows are read.
 
-    Raises AtollError, naming the file and the first key it holds, if a file is missing, cut or of another
-    format; with `verify=True` also if any byte differs from what was written (this reads everything once).
+    Args:
+        directory: the directory.
+        verify: also compare the hash of every file, which reads everything once; default False.
 
-    columns: their names. keys, captions, splits: lists of one str per row.
+    Attributes:
+        columns: the names of the tensor columns.
+        keys, captions, splits: one string per row.
+
+    Raises:
+        AtollError: a file is missing, truncated, of another format or, with `verify`, altered. The message names the
+            file and its first key.
     """
 
     def __init__(self, directory: str | Path, verify: bool = False):
+        # The index says which files must be there.
         self.path = Path(directory)
         self._index = _read_index(self.path)
         self.columns: tuple[str, ...] = tuple(sorted(self._index.columns))
         self._files: tuple[ShardEntry, ...] = self._index.shards
+        # Check the manifest before the shards: their error messages take keys from it.
         if wrong := _wrong(self.path / MANIFEST, self._index.manifest, verify):
             raise _broken(self.path / MANIFEST, "", wrong)
         self._manifest = _open_manifest(self.path / MANIFEST, [file.rows for file in self._files])
-        # ends[i] is the first row that no longer lies in shard i
+        # ends[i] is the first row after shard i.
         self._ends = torch.tensor([file.rows for file in self._files]).cumsum(0)
         for number, file in enumerate(self._files):
             if wrong := _wrong(self.path / file.file, file, verify):
@@ -72,7 +88,8 @@ class Shards:
         return self._index.rows
 
     def card(self, kind: type[RecordT]) -> RecordT:
-        """The writer's card as `kind`. Raises AtollError where it is another one, or a value is out of bounds."""
+        """Return the writer's card as `kind`. Raises AtollError if it is another kind or a value is out of bounds."""
+        # Validate once per kind: callers read the card often.
         card = self._cards.get(kind)
         if not isinstance(card, kind):
             card = parse_record(kind, self._index.card, f"{self.path / INDEX}: card", self._index.remedy)
@@ -81,7 +98,7 @@ class Shards:
 
     @property
     def data_card(self) -> EncodedCard | ClusterShardsCard:
-        """The card of rows that can be trained on: encoded images, or rows whose clusters are known."""
+        """The card of training data: encoded images, or rows with known clusters."""
         return self.card(ClusterShardsCard) if "assignment" in self._index.card else self.card(EncodedCard)
 
     @cached_property
@@ -95,15 +112,16 @@ class Shards:
         return value
 
     def captions_of(self, rows: Tensor) -> list[str]:
-        """The captions of the given rows ([n] int64), in their order; all captions are held in memory from then on."""
+        """Return the captions of these rows [n] int64, in their order. The first call loads all captions."""
         value: list[str] = self._captions.take(rows.numpy()).to_pylist()
         return value
 
     @cached_property
     def _captions(self) -> Any:
-        """As one pyarrow array: about half of what Python strings take."""
+        """All captions as one pyarrow array, which takes about half the memory of Python strings."""
         import pyarrow as pa
 
+        # large_string has 64-bit offsets: one array may hold more than 2 GiB of text.
         return self._text("caption").cast(pa.large_string()).combine_chunks()
 
     @cached_property
@@ -113,33 +131,45 @@ class Shards:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the index; as that holds the hash of every file, it names the content."""
+        """The hash of the index. The index holds the hash of every file, so this identifies the whole content."""
         return sha256_file(self.path / INDEX)
 
     def shape(self, column: str) -> tuple[int, ...]:
-        """The shape of one row of a column."""
+        """Return the shape of one row of a column."""
         return self._index.columns[self._known(column)].shape
 
     def rows(self, split: Split) -> Tensor:
-        """The row numbers of a split [n] int64, ascending."""
+        """Return the row numbers of a split, [n] int64, ascending."""
         import pyarrow.compute as pc
 
         return torch.from_numpy(pc.equal(self._text("split"), split).to_numpy().copy()).nonzero().flatten()
 
     def read(self, column: str, rows: Tensor | slice) -> Tensor:
-        """The given rows ([n] int64 in any order, or a slice) of a column, [n, ...], copied into memory.
+        """Copy rows of a column into memory.
 
-        Raises IndexError for rows that do not exist, AtollError for an unknown column or a broken shard.
+        Args:
+            column: its name.
+            rows: row numbers [n] int64 in any order, or a slice.
+
+        Returns:
+            The rows [n, ...], in the order of `rows`.
+
+        Raises:
+            IndexError: a row does not exist.
+            AtollError: the column is unknown or a shard is broken.
         """
+        # Row numbers, all within the directory.
         self._known(column)
         if isinstance(rows, slice):
-            rows = torch.from_numpy(np.arange(*rows.indices(len(self))))  # torch.arange knows no empty ranges
+            rows = torch.from_numpy(np.arange(*rows.indices(len(self))))  # torch.arange refuses some empty ranges
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows must lie in 0..{len(self) - 1}; got {int(rows.min())}..{int(rows.max())}")
+        # The shard of each row. One shard is the common case and needs one copy only.
         shard = torch.searchsorted(self._ends, rows, right=True)  # [n]
         used = shard.unique().tolist()
         if len(used) == 1:
             return self._shard(used[0])[column][rows - self._start(used[0])]
+        # Several shards: fill the result shard by shard.
         what = self._index.columns[column]
         result = torch.empty(len(rows), *what.shape, dtype=getattr(torch, what.dtype))
         for number in used:
@@ -148,7 +178,7 @@ class Shards:
         return result
 
     def parts(self) -> Iterator[Shard]:
-        """Shard by shard, so that memory does not grow with the number of rows. Raises AtollError as `read` does."""
+        """Yield shard by shard, so that memory does not grow with the rows. Raises AtollError as `read` does."""
         for number in range(len(self._files)):
             text = self._group(number, TEXT)
             yield Shard(number, self._start(number), text["key"], text["caption"], text["split"], self._map(number))
@@ -165,7 +195,7 @@ class Shards:
         return str(self._group(number, ("key",))["key"][0])
 
     def _text(self, column: str) -> Any:
-        """A whole column of the manifest, as a pyarrow ChunkedArray."""
+        """Read a whole column of the manifest as a pyarrow ChunkedArray."""
         import pyarrow as pa
 
         try:
@@ -174,7 +204,7 @@ class Shards:
             raise _broken(self.path / MANIFEST, "", str(error)) from error
 
     def _group(self, number: int, columns: tuple[str, ...]) -> dict[str, list[str]]:
-        """Some columns of the manifest for one shard."""
+        """Read some columns of the manifest for one shard, which is one row group."""
         import pyarrow as pa
 
         try:
@@ -186,23 +216,25 @@ class Shards:
             raise _broken(self.path / MANIFEST, "", str(error)) from error
 
     def _shard(self, number: int) -> dict[str, Tensor]:
-        """The memory-mapped columns of a shard, opened at first use and kept."""
+        """Return the memory-mapped columns of a shard, opened at first use and cached."""
         if number not in self._open:
             self._open[number] = self._map(number)
         return self._open[number]
 
     def _map(self, number: int) -> dict[str, Tensor]:
+        """Map the columns of a shard. Raises AtollError if they differ from the index."""
         from safetensors import SafetensorError, safe_open
 
         file = self.path / self._files[number].file
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in self.columns}
-            found = {name: describe(tensor) for name, tensor in tensors.items()}
+            actual = {name: describe(tensor) for name, tensor in tensors.items()}
         except (OSError, SafetensorError, ValueError) as error:  # ValueError: a dtype that no column has
             raise _broken(file, self._first_key(number), " ".join(str(error).split())) from error
-        if found != self._index.columns:
-            described = ", ".join(f"{name} {what.dtype} {list(what.shape)}" for name, what in found.items())
+        # A right size and a wrong layout would otherwise fail much later, in `read`.
+        if actual != self._index.columns:
+            described = ", ".join(f"{name} {what.dtype} {list(what.shape)}" for name, what in actual.items())
             raise _broken(file, self._first_key(number), f"its columns are {described}")
         return tensors
 
@@ -215,30 +247,39 @@ def _read_index(directory: Path) -> ShardsIndex:
 
 
 def _open_manifest(path: Path, rows: list[int]) -> Any:
-    """The manifest as a pyarrow ParquetFile, of which nothing but the footer is read."""
+    """Open the manifest as a pyarrow ParquetFile. Only the footer is read.
+
+    Args:
+        path: the manifest.
+        rows: the rows of each shard, as in the index.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        found = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        actual = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     except (OSError, pa.ArrowException) as error:
         raise _broken(path, "", str(error)) from error
-    if found != rows:
-        raise AtollError(f"{path} has {sum(found)} rows, the index has {sum(rows)}, or they are cut otherwise")
+    # One row group per shard: `_group` depends on it.
+    if actual != rows:
+        raise AtollError(f"{path} has {sum(actual)} rows, the index has {sum(rows)}, or they are cut otherwise")
     return file
 
 
 def _wrong(path: Path, file: FileEntry, verify: bool) -> str:
-    """What tells a file from its line in the index: that it is missing, its size or, if asked, its hash. "" if none."""
+    """Describe how a file differs from its entry in the index: missing, size or, with `verify`, hash; "" if equal."""
     if not path.is_file():
         return "it is missing"
+    # The size is checked always, since it costs nothing and notices truncated copies.
     if path.stat().st_size != file.bytes:
         return f"it has {path.stat().st_size} bytes instead of {file.bytes}"
     return "its sha256 is not the one in the index" if verify and sha256_file(path) != file.sha256 else ""
 
 
 def _broken(path: Path, first_key: str, why: str) -> AtollError:
+    """Create the error for a file that cannot be read."""
+    # A file that is too large for the memory is intact: rewriting it would not help.
     if is_out_of_memory(why):
         return AtollError(f"{path}: does not fit into memory ({why}); free some, or use a machine with more")
     holds = f" (rows from key {first_key!r} on)" if first_key else ""
