@@ -249,5 +249,6 @@ def read_tensors(path: Path, card: ArtifactCard) -> dict[str, Tensor]:
         )
     try:
         return load_file(file)
+    # A card of a stranger may hold the hash of any file.
     except SafetensorError as error:
         raise AtollError(f"{file}: no safetensors file ({error}); get a fresh copy") from None

@@ -1,7 +1,7 @@
 """Bounds of the values in cards.
 
-A card may come from a stranger. Nothing in it may make its reader allocate or compute more than a model needs. Each
-limit lies far above what published models use, and low enough that one value alone costs little. Types that are built
+A card may be untrusted. No value in it may make a reader allocate or compute more than a model needs. Each limit is far
+above what published models use, and low enough that one value alone costs little. Types that are built
 from a card (networks, schedules, encoders) take their limits from here too.
 """
 
@@ -11,20 +11,24 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+# Numbers of parts, and the cost of sampling them.
 MAX_CLUSTERS = 4096  # K. HDDM and DDM have 8; routing weights are [B, K], and each cluster has a directory
 MAX_EXPERTS = 4096  # E. A replica or two per cluster; each expert is opened and hashed when an ensemble loads
 MAX_STEPS = 10_000  # solver steps. DDPM has 1,000; each step evaluates every selected expert
 MAX_GUIDANCE = 1000.0  # scale, either sign. Published samplers use 1 to 20
+# Sizes of tensors and networks.
 MAX_CHANNELS = 1024  # C. Autoencoders have 4 to 128
 MAX_SIDE = 16_384  # H or W of a latent, in latent pixels
 MAX_LATENT = 2**24  # numbers in one latent: 64 MiB in float32, 2048 x 2048 RGB pixels
 MAX_DIM = 65_536  # width of a network, of text states, of a feature. The largest transformers have 18,432
 MAX_DEPTH = 1024  # blocks of a network. FLUX has 57; each block is built in Python before its weights are compared
 MAX_TOKENS = 65_536  # of a caption. T5 encoders read up to 512
+# Schedules and measured curves.
 MAX_SCHEDULE = 100_000  # entries of a discrete schedule. DDPM has 1,000
 MAX_NODES = 1024  # log-SNR nodes of a calibration or a stacking. Atoll measures 19
 MAX_LOG_SNR = 100.0  # either sign; beyond 88 exp() overflows in float32
 MAX_ERROR = 1e30  # a mean squared error; squares of float32 stay finite below 3e38
+# Text and files.
 MAX_NAME = 255  # characters; experts' names are names of directories, which hold 255 bytes
 MAX_TEXT = 65_536  # characters of any other string: one of 10,000 words
 CARD_BYTES = 8 << 20  # of a card's file. A thousand experts with 19 stacking nodes take 1 MiB
@@ -33,6 +37,7 @@ PLAIN_DEPTH = 12  # levels of lists and objects in a network's or an encoder's c
 
 _WHOLE = 2**53  # JSON readers hold whole numbers exactly up to here
 
+# Whole numbers. `strict` refuses strings, floats and booleans.
 Count = Annotated[int, Field(strict=True, ge=0, le=_WHOLE)]
 PositiveCount = Annotated[int, Field(strict=True, ge=1, le=_WHOLE)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]  # what torch.Generator takes
@@ -41,6 +46,7 @@ ClusterCount = Annotated[int, Field(strict=True, ge=1, le=MAX_CLUSTERS)]
 ClusterNumber = Annotated[int, Field(strict=True, ge=0, lt=MAX_CLUSTERS)]
 Clusters = Annotated[tuple[ClusterNumber, ...], Field(min_length=1, max_length=MAX_CLUSTERS)]
 
+# Real numbers, always finite.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Ratio = Annotated[float, Field(strict=True, ge=0, le=MAX_CLUSTERS)]  # of a cluster's size to the mean
@@ -53,6 +59,7 @@ StackingWeight = Annotated[float, Field(strict=True, ge=0, le=1e12)]  # of an es
 
 
 def _increasing(nodes: tuple[float, ...]) -> tuple[float, ...]:
+    # Curves are interpolated between neighbouring nodes, so two equal ones would divide by zero.
     if any(a >= b for a, b in pairwise(nodes)):
         raise ValueError("expected log-SNR nodes that increase")
     return nodes
@@ -60,6 +67,7 @@ def _increasing(nodes: tuple[float, ...]) -> tuple[float, ...]:
 
 Nodes = Annotated[tuple[_LogSNR, ...], Field(min_length=2, max_length=MAX_NODES), AfterValidator(_increasing)]
 
+# Text. A name is never empty.
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=MAX_NAME)]
 FreeText = Annotated[str, Field(strict=True, max_length=MAX_TEXT)]
 Sha256 = Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")]
@@ -68,11 +76,13 @@ FileName = Annotated[str, Field(strict=True, max_length=MAX_NAME, pattern="^[A-Z
 
 
 def _latent_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    # Each side may be within its own limit and the product still fill the memory.
     if math.prod(shape) > MAX_LATENT:
         raise ValueError(f"a latent of {math.prod(shape):,} numbers, expected at most {MAX_LATENT:,}")
     return shape
 
 
+# Shapes of latents and of columns.
 _Channels = Annotated[int, Field(strict=True, ge=1, le=MAX_CHANNELS)]
 _Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 LatentShape = Annotated[tuple[_Channels, _Side, _Side], AfterValidator(_latent_shape)]  # (C, H, W)
@@ -81,15 +91,19 @@ RowShape = Annotated[tuple[_Extent, ...], Field(max_length=8), AfterValidator(_l
 
 
 def plain(value: Any, depth: int = PLAIN_DEPTH) -> Any:
-    """Copy plain values, tuples as lists.
+    """Copy a plain value and check its bounds. Tuples become lists.
 
     Args:
-        value: what JSON can hold.
-        depth: levels of lists and objects that may be nested.
+        value: a value that JSON can represent.
+        depth: the largest number of nested lists and objects, default 12.
+
+    Returns:
+        The copy.
 
     Raises:
         ValueError: deeper nesting, a number that is not finite or beyond 64 bits, a long string, another type.
     """
+    # Scalars. bool comes before int, of which it is a subclass.
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int):
@@ -104,6 +118,7 @@ def plain(value: Any, depth: int = PLAIN_DEPTH) -> Any:
         if len(value) > MAX_TEXT:
             raise ValueError(f"a string of {len(value):,} characters, expected at most {MAX_TEXT:,}")
         return value
+    # Containers, one level deeper.
     if depth == 0:
         raise ValueError(f"more than {PLAIN_DEPTH} levels of lists and objects")
     if isinstance(value, dict):
@@ -116,5 +131,5 @@ def plain(value: Any, depth: int = PLAIN_DEPTH) -> Any:
 
 
 PlainValue = Annotated[Any, BeforeValidator(plain)]
-# A configuration whose owner checks its content: a network's, an objective's, an encoder's.
+# The configuration of a network, an objective or an encoder, whose class checks the content.
 Plain = Annotated[dict[str, Any], BeforeValidator(plain)]

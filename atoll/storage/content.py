@@ -20,6 +20,7 @@ def content_of(file: Path) -> FileContent:
     "torch": a zip file that torch.save wrote. "pickle": a bare pickle, such as torch.save wrote before version 1.6.
     "pointer": a Git LFS pointer. "page": HTML. "archive": a compressed file or a tar.
     """
+    # 512 bytes reach the mark of a tar, the last of all signatures.
     with file.open("rb") as stream:
         head = stream.read(512)
     # Formats with a unique signature come first, then those that only look like one.
@@ -104,6 +105,7 @@ def _head(file: Path) -> bytes:
 
 def is_cut_off(file: Path) -> str:
     """Describe how much of a truncated safetensors file is present; "" if it is whole or its header is unreadable."""
+    # The first 8 bytes are the length of the header.
     held = os.path.getsize(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

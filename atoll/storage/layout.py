@@ -31,7 +31,7 @@ REPORT = "report.html"  # of a clustering in clusters/, of an evaluation in the 
 CLUSTERS_CARD, ASSIGNMENT = "clusters.json", "assignment.parquet"  # in clusters/
 ENSEMBLE_CARD, STACKINGS = "ensemble.json", "stackings.safetensors"  # in ensemble/
 
-# Exit codes of `atoll`.
+# Exit codes of `atoll`, which scripts and schedulers act on.
 EXIT_CRASH = 1  # not the user's error: another attempt may succeed
 EXIT_USER_ERROR = 2  # an AtollError: another attempt would fail alike
 EXIT_DEGRADED = 3  # done, without a part that failed
@@ -74,6 +74,7 @@ def temporary_of(path: Path) -> Path:
 
 def expert_seed(seed: int, number: int) -> int:
     """Return the seed of the expert at position `number` in atoll.yaml, for a run with this seed."""
+    # Runs with different seeds share no part's seed, as long as a run has fewer than `_PARTS_PER_RUN` parts.
     return seed * _PARTS_PER_RUN + number
 
 
@@ -96,6 +97,7 @@ class _Below:
         self._parts = parts
 
     def __get__(self, layout: "RunLayout | TrainingLayout", owner: type) -> Path:
+        # A descriptor, so that each path below is one line and its name is known to editors.
         return layout.root.joinpath(*self._parts)
 
 
@@ -199,4 +201,5 @@ class TrainingLayout:
         return self.ema / f"{step:09d}-{profile}.safetensors"
 
     def samples(self, step: int) -> Path:
+        """Return the file of the sample images drawn at one step."""
         return self.root / f"samples-{step:07d}.png"

@@ -1,4 +1,4 @@
-"""PyTorch files of strangers: `torch.save`'s tensors and plain values, with nothing in them executed.
+"""Read untrusted PyTorch files: tensors and plain values of `torch.save`, without executing anything in them.
 
 A file of tensors and plain containers is read with `weights_only=True`. Training scripts also save their arguments (an
 argparse.Namespace), numpy scalars, configurations and schedulers. Such a file is read a second time by an unpickler
@@ -32,10 +32,11 @@ class _Refused(Exception):
 
 
 class _StandIn(type):
-    """The class of stand-in classes. Calling one means running a function of the file's choice, which is refused."""
+    """The metaclass of stand-in classes. Calling one would run a function chosen by the file, so it is refused."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         name = f"{cls.__module__}.{cls.__qualname__}"
+        # Harmless constructors leave an object that records its arguments.
         if name in _RECORDED or cls.__module__.startswith(_RECORDED_MODULES):
             return Opaque.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]  # every class of this kind is one
         raise _Refused(f"it calls {name}")
@@ -59,13 +60,14 @@ class Opaque(metaclass=_StandIn):
 
     @property
     def type_name(self) -> str:
-        """The full name of the class that it stands for."""
+        """The full name of the class that this object replaces."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
     # The four methods through which an unpickler fills an object.
 
     def __setstate__(self, state: Any) -> None:
-        for part in state if isinstance(state, tuple) else (state,):  # attributes, or (attributes, slots)
+        # A state is a dict of attributes, or a tuple (attributes, slots).
+        for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.fields.update(part)
 
@@ -80,23 +82,26 @@ class Opaque(metaclass=_StandIn):
 
 
 def _text_bytes(text: str, encoding: str = "latin-1") -> bytes:
-    """`_codecs.encode` for the two encodings in which protocol 2 writes bytes."""
+    """Replace `_codecs.encode`, limited to the two encodings in which protocol 2 writes bytes."""
+    # Other codecs, such as zip or rot13, would run more code than a checkpoint needs.
     if encoding.lower().replace("-", "").replace("_", "") not in ("latin1", "utf8"):
         raise _Refused(f"it asks for the codec {encoding!r}")
     return text.encode(encoding)
 
 
 def _byte_array(data: bytes | str = b"", *encoding: str) -> bytearray:
-    """A bytearray of data that is in the file; never of a length that it asks for."""
+    """Replace `bytearray` for data in the file."""
+    # bytearray(n) would allocate any number of bytes that the file names; memoryview refuses an int.
     return bytearray(_text_bytes(data, *encoding) if isinstance(data, str) else bytes(memoryview(data)))
 
 
 def _empty_array(*_: Any) -> np.ndarray:
-    """numpy's `_reconstruct`: an empty array, whose shape and data follow; never of the shape that a file asks for."""
+    """Replace numpy's `_reconstruct`: return an empty array. Its shape and data follow in the pickle."""
+    # The arguments are ignored, because a shape named by the file could allocate any amount of memory.
     return np.empty(0)
 
 
-# What is built as what it is, by the name in the pickle. None of these runs code that a file brings along.
+# Types and functions that are really used, by their name in the pickle. None of them runs code from the file.
 _BUILT: dict[str, Any] = {
     **{f"collections.{kind.__name__}": kind for kind in (collections.OrderedDict, collections.Counter)},
     **{f"collections.{kind.__name__}": kind for kind in (collections.defaultdict, collections.deque)},
@@ -128,7 +133,7 @@ _BUILT: dict[str, Any] = {
         )
     },
 }
-# What may be called, but only leaves a record of its arguments.
+# Callables that are replaced by a record of their arguments.
 _RECORDED = {
     *(f"builtins.{name}" for name in ("list", "dict", "tuple", "int", "float", "bool", "str", "bytes", "slice")),
     *("builtins.range", "builtins.object", "builtins.type", "builtins.NoneType", "copyreg._reconstructor"),
@@ -142,8 +147,10 @@ _NEVER = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: its memo takes no more memory than what it holds
-    """Builds `_BUILT`, records the rest."""
+class _Unpickler(pickle._Unpickler):
+    """Build the types in `_BUILT`, and record or refuse the rest."""
+
+    # Python's own unpickler: its memo is a dict, so a large index in the file allocates nothing. C's is an array.
 
     proto: int
 
@@ -151,6 +158,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo takes no mor
         # Pickles before protocol 3 call modules by their names in Python 2.
         if self.proto < 3:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        # What is known is built, what could run code is refused, and the rest becomes a stand-in.
         full = f"{module}.{name}"
         if full in _BUILT:
             return _BUILT[full]
@@ -162,20 +170,25 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: its memo takes no mor
 
 
 def read_torch(file: Path) -> Any:
-    """The content of a PyTorch file or a bare pickle, tensors on the CPU (memory-mapped where the file allows it).
+    """Read a PyTorch file or a bare pickle.
+
+    Returns:
+        Its content. Tensors are on the CPU, memory-mapped if the format allows it.
 
     Raises:
-        AtollError: no PyTorch file, a damaged one, or one whose pickle could run code. Nothing of it was run.
+        AtollError: not a PyTorch file, a damaged one, or a pickle that could run code. No code of it was run.
     """
     # A reader of damaged or hostile bytes can raise anything; all of it becomes one line.
     try:
         content = content_of(file)
         _check_sizes(file, content)
+        # A bare pickle holds the data itself; torch.save before version 1.6 wrote a magic number first.
         if content == "pickle":
             with file.open("rb") as stream:
                 first = _unpickle(stream)
             if not (isinstance(first, int) and first == torch.serialization.MAGIC_NUMBER):
-                return first  # a bare pickle, not torch.save's of before version 1.6
+                return first
+        # The strict reader of torch first, ours only if the file holds more than tensors.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on old formats and on other pickle protocols
             try:
@@ -198,18 +211,22 @@ def read_torch(file: Path) -> Any:
 
 
 def _load(file: Path, content: str, **options: Any) -> Any:
-    if content == "torch" and file.suffix != ".safetensors":  # a name by which torch would read another format
+    """Call torch.load, memory-mapped for files of the zip format."""
+    # With the suffix .safetensors torch.load would read another format, so it gets a stream instead of the path.
+    if content == "torch" and file.suffix != ".safetensors":
         return torch.load(file, map_location="cpu", mmap=True, **options)
     with file.open("rb") as stream:
         return torch.load(stream, map_location="cpu", **options)
 
 
 def _unpickle(stream: Any, **options: Any) -> Any:
+    """Read one pickle from a stream with the restricted unpickler."""
     return _Unpickler(stream, **options).load()
 
 
 def _check_sizes(file: Path, content: str) -> None:
-    """Raises AtollError if a zip file unpacks to more than it holds: torch.save stores, it does not compress."""
+    """Raise AtollError if a zip file unpacks to much more than its own size."""
+    # torch.save does not compress, so a small file that unpacks to a large one is an attack on the memory.
     if content != "torch" or not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
@@ -221,13 +238,17 @@ def _check_sizes(file: Path, content: str) -> None:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """A value of a pickle as dictionaries, lists, numbers and text, such as an argparse.Namespace as {name: value}.
+    """Convert a value of a pickle to dictionaries, lists, numbers and text.
 
-    Other objects become their type's name.
+    An argparse.Namespace becomes {name: value}. Any other object becomes the name of its type.
+
+    Args:
+        value: the value, as `read_torch` returns it.
+        depth: the level of nesting; deeper than 20 levels the result is "...".
     """
     if depth > _DEPTH:
         return "..."
-    # Stand-ins first, then what is plain already.
+    # Stand-ins first: objects of classes that were not loaded.
     deeper = partial(plain, depth=depth + 1)
     if isinstance(value, Opaque):
         if value.type_name.startswith("pathlib"):
@@ -236,6 +257,7 @@ def plain(value: Any, depth: int = 0) -> Any:
             if inner in value.fields:
                 return deeper(value.fields[inner])
         return {str(key): deeper(entry) for key, entry in value.fields.items()} or value.type_name
+    # Then containers, and numbers of numpy as numbers of Python.
     if isinstance(value, Mapping):
         return {str(key): deeper(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

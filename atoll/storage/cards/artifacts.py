@@ -1,4 +1,4 @@
-"""Cards of what is trained: experts and routers."""
+"""Cards of trained parts: experts and routers."""
 
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
@@ -13,6 +13,7 @@ CONVERTED: Final = "converted"  # the mark of a training that was a conversion
 
 
 def _weights(name: str) -> str:
+    # A free name could point to any file of the reader's machine.
     if name != WEIGHTS:
         raise ValueError(f"got {name!r:.60}, expected {WEIGHTS}")
     return name
@@ -40,6 +41,7 @@ class CalibrationRecord(CardRecord):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        # All curves share the nodes.
         for name in ("slope", "x0_mse", "x0_mse_raw", "velocity_mse"):
             if (count := len(getattr(self, name))) != len(self.log_snr):
                 raise ValueError(f"{name} has {count} values, expected one for each of {len(self.log_snr)} nodes")
@@ -54,14 +56,14 @@ class InitRecord(CardRecord):
 
 
 class TeacherRecord(CardRecord):
-    """The ensemble that a student learned from: its card's hash, and who answered."""
+    """The ensemble that a student learned from. by: targets of the cluster's own expert, or of the whole ensemble."""
 
     ensemble: Sha256
     by: Literal["owner", "ensemble"]
 
 
 class EmaRecord(CardRecord):
-    """The width that weights were averaged with afterwards. of: the hash of the weights that training wrote."""
+    """A post-hoc EMA of the weights, of width `sigma_rel`. of: the hash of the weights that training wrote."""
 
     sigma_rel: bounds.Fraction
     snapshots: PositiveCount
@@ -70,15 +72,15 @@ class EmaRecord(CardRecord):
 
 
 class TrainingRecord(CardRecord):
-    """How an artifact was trained. What a conversion wrote has steps 0 and the mark "converted".
+    """How an artifact was trained. A converted artifact has steps 0 and the mark "converted".
 
     Attributes:
-        mark: the hash of all that the result depends on; see `atoll.train.loop.training_mark`.
+        mark: the hash of everything that the result depends on; see `atoll.train.loop.training_mark`.
         settings: the `train` section of atoll.yaml, whole.
-        loss: the last logged one. validation: losses by name.
-        skipped_batches, rollbacks: after losses that were not finite, or leapt.
-        rows: latents that were trained on.
-        calibration_holdout: the fraction of the training rows that was kept for calibration.
+        loss: the last logged loss. validation: losses by name.
+        skipped_batches, rollbacks: counts, after losses that were not finite or jumped.
+        rows: the number of latents in the training set.
+        calibration_holdout: the fraction of the training rows held out for calibration.
     """
 
     renamed: ClassVar[dict[str, str]] = {"hold_back": "calibration_holdout"}
@@ -101,6 +103,7 @@ class TrainingRecord(CardRecord):
 
     @model_validator(mode="after")
     def _refuse_old_settings(self) -> Self:
+        # `settings` is a plain value, so the check of the record's own keys does not reach it.
         refuse_renamed(self.settings, self.renamed)
         return self
 
@@ -140,7 +143,8 @@ class ArtifactCard(Card):
         return self.weights.sha256
 
     def plain(self) -> dict[str, Any]:
-        """Return what JSON holds; the weights stand last."""
+        """Return JSON values, with the weights last."""
+        # pydantic lists the fields of the base class first, which would put the weights before the name.
         values = super().plain()
         weights = values.pop("weights", None)
         return values if weights is None else {**values, "weights": weights}
@@ -150,9 +154,10 @@ class ExpertCard(ArtifactCard):
     """An expert's card.json.
 
     Attributes:
-        k: how many clusters there are. clusters: those that it covers; several: a generalist, all: a monolith.
-        assignment: the hash of what assigns an image to its cluster; None: not known, as of foreign checkpoints.
-        calibration: None: not measured.
+        k: the number of clusters.
+        clusters: the clusters covered. Several make a generalist, all of them a monolith.
+        assignment: the hash of the rule that assigns images to clusters; None if unknown, as for foreign checkpoints.
+        calibration: the measured curves; None if not measured.
     """
 
     kind: Literal["expert"] = "expert"
@@ -171,6 +176,7 @@ class ExpertCard(ArtifactCard):
 
     @model_validator(mode="after")
     def _numbered(self) -> Self:
+        # Router outputs are indexed by these numbers.
         if max(self.clusters) >= self.k or len(set(self.clusters)) < len(self.clusters):
             raise ValueError(f"clusters {list(self.clusters)}, expected different ones from 0 to k - 1 = {self.k - 1}")
         return self
@@ -180,8 +186,8 @@ class RouterCard(ArtifactCard):
     """A router's card.json.
 
     Attributes:
-        clusters: how many it knows.
-        path: (schedule, clusters that are noised by it), where training did not follow the linear path.
+        clusters: the number of clusters that it distinguishes.
+        path: (schedule, clusters noised by it), if training did not follow the linear path.
         accuracy_at_t: top-1 accuracy on held-out latents, by the time.
     """
 

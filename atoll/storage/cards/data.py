@@ -1,4 +1,4 @@
-"""Cards of data: shards of latents, clusters, and what is in the making."""
+"""Cards of data: shards of latents, clusters, and the plans of unfinished stages."""
 
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,7 +36,7 @@ class SplitCounts(CardRecord):
 
 
 class ShardsIndex(Card):
-    """index.json of a directory of shards. card: what their writer tells of them."""
+    """index.json of a directory of shards. card: the writer's card, such as an EncodedCard."""
 
     many_files: ClassVar[bool] = True
     remedy: ClassVar[str] = "write the directory again"
@@ -51,6 +51,7 @@ class ShardsIndex(Card):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
+        # Row numbers are computed from the shards, so a wrong total would shift them.
         if self.rows != sum(shard.rows for shard in self.shards):
             raise ValueError(f"the shards do not add up to {self.rows} rows")
         return self
@@ -73,7 +74,7 @@ class ImagesRecord(CardRecord):
 
 
 class CutRecord(CardRecord):
-    """Captions that are cut, and the fraction of their text that is not read."""
+    """The number of truncated captions, and the fraction of their text that is not read."""
 
     captions: PositiveCount
     fraction: bounds.Fraction
@@ -83,9 +84,9 @@ class EncodedCounts(CardRecord):
     """Samples of a source.
 
     Attributes:
-        good: those that are used. uncaptioned: those of them without a caption.
-        skipped: the others, by the reason. apart: those of them that are no failures.
-        notes: what is noted of good samples, by kind.
+        good: samples that are used. uncaptioned: the good samples without a caption.
+        skipped: the other samples, by reason. apart: the skipped samples that are not failures.
+        notes: remarks on good samples, by kind.
         cut: captions that are longer than the text encoder reads.
     """
 
@@ -98,7 +99,7 @@ class EncodedCounts(CardRecord):
 
 
 class EncodedCard(CardRecord):
-    """What encoded/ was made from, and by which frozen networks. counts: None while it is being made."""
+    """The source of encoded/ and the frozen networks that encoded it. counts: None until encoding ends."""
 
     renamed: ClassVar[dict[str, str]] = {"pictures": "images"}
 
@@ -112,9 +113,12 @@ class EncodedCard(CardRecord):
 
 
 class ClusterShardsCard(CardRecord):
-    """Shards whose clusters are known. cluster: the only one in them; None: all are.
+    """Shards with known clusters.
 
-    clusters: how many there are. assignment: the hash of what assigns an image to its cluster.
+    Attributes:
+        cluster: the cluster of all rows; None if the shards hold all clusters.
+        clusters: the number of clusters.
+        assignment: the hash of the rule that assigns images to clusters.
     """
 
     cluster: bounds.ClusterNumber | None = None
@@ -131,7 +135,7 @@ class ReportRowsCard(CardRecord):
 
 
 class EncodingPlan(Card):
-    """plan.json of encoded.partial/: what is encoded, in how many blocks, and the hash of the blocks' names."""
+    """plan.json of encoded.partial/: the card, the number of blocks, and the hash of the blocks' names."""
 
     remedy: ClassVar[str] = "start anew with --force"
     kind: Literal["partial"] = "partial"
@@ -141,14 +145,14 @@ class EncodingPlan(Card):
 
 
 class ClusterWords(CardRecord):
-    """A cluster's silhouette, and its words: (word, share of its captions, share of all)."""
+    """A cluster's silhouette and words: (word, fraction of its captions, fraction of all captions)."""
 
     silhouette: bounds.Number | None
     words: tuple[tuple[bounds.FreeText, bounds.Fraction, bounds.Fraction], ...]
 
 
 class ClusterQuality(CardRecord):
-    """How good clusters are, measured on a sample of `rows` rows; None where a score is not defined."""
+    """Quality scores of clusters, measured on a sample of `rows` rows; None if a score is undefined."""
 
     rows: Count
     silhouette: bounds.Number | None
@@ -158,14 +162,14 @@ class ClusterQuality(CardRecord):
 
 
 class ClusteringCard(Card):
-    """What determines clusters, before any row is assigned.
+    """The settings that determine clusters, before any row is assigned.
 
     Attributes:
-        k: how many clusters there are.
-        fine: fine centroids; None for random clusters.
-        router_fraction: the fraction of all rows in router/; None: there is no such directory.
-        assignment: the hash of what assigns an image to its cluster.
-        encoded: the hashes of the encoded/ directories that were clustered, the first one first.
+        k: the number of clusters.
+        fine: the number of fine centroids; None for random clusters.
+        router_fraction: the fraction of all rows in router/; None if there is no router/.
+        assignment: the hash of the rule that assigns images to clusters.
+        encoded: the hashes of the clustered encoded/ directories, in the order of clustering.
     """
 
     remedy: ClassVar[str] = "run `atoll cluster` again"
@@ -185,8 +189,8 @@ class ClustersCard(ClusteringCard):
     """clusters.json of clustered data.
 
     Attributes:
-        counts: rows of each cluster. blank: rows whose feature is a zero vector.
-        largest_over_mean: training rows of the largest cluster over the mean.
+        counts: rows of each cluster. blank: the number of rows whose feature is a zero vector.
+        largest_over_mean: training rows of the largest cluster divided by the mean.
     """
 
     counts: tuple[SplitCounts, ...]
@@ -196,6 +200,7 @@ class ClustersCard(ClusteringCard):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        # One entry per cluster: in the order of their numbers.
         for name, values in (("counts", self.counts), ("quality.clusters", self.quality.clusters)):
             if len(values) != self.k:
                 raise ValueError(f"{name} has {len(values)} entries, expected k = {self.k}, one for each cluster")
@@ -211,21 +216,22 @@ class DrawingExpert(CardRecord):
 
 
 class DrawnCaptions(CardRecord):
-    """Where the captions of drawn rows come from: in words, how many each cluster has, and their files' hashes."""
+    """The captions of drawn rows: their origin in words, their number per cluster, and the hashes of their files."""
 
+    # `from` is a keyword of Python, so only the JSON key has that name.
     origin: Name = Field(alias="from")
     counts: tuple[Count, ...] = Field(max_length=bounds.MAX_CLUSTERS)
     sha256: tuple[Sha256, ...] = Field(max_length=bounds.MAX_CLUSTERS)
 
 
 class DrawnSource(CardRecord):
-    """The source of rows that experts drew.
+    """The source of rows drawn by experts.
 
     Attributes:
-        images: rows of each cluster.
-        steps, method, guidance_scale, seed: how they were sampled.
-        validation: the fraction that is held out.
-        shard_rows: of a shard, at most.
+        images: rows per cluster.
+        steps, method, guidance_scale, seed: the sampling settings.
+        validation: the fraction of rows in the val split.
+        shard_rows: the largest number of rows per shard.
     """
 
     name: Literal["experts"] = "experts"
@@ -241,7 +247,7 @@ class DrawnSource(CardRecord):
 
 
 class DrawnCard(CardRecord):
-    """What stands in every card of rows that experts drew; clusters: how many there are."""
+    """The fields shared by all cards of drawn rows. clusters: the number of clusters."""
 
     codec: Plain
     latent_shape: bounds.LatentShape
@@ -252,14 +258,14 @@ class DrawnCard(CardRecord):
 
 
 class DrawingPlan(DrawnCard, Card):
-    """plan.json of synthesized.partial/: what is drawn."""
+    """plan.json of synthesized.partial/: the rows to draw."""
 
     remedy: ClassVar[str] = "start anew with --force"
     kind: Literal["partial"] = "partial"
 
 
 class DrawnClustersCard(DrawnCard, Card):
-    """clusters.json of rows that experts drew."""
+    """clusters.json of rows drawn by experts."""
 
     remedy: ClassVar[str] = "run `atoll synthesize` again"
     kind: Literal["clusters"] = "clusters"
@@ -268,5 +274,6 @@ class DrawnClustersCard(DrawnCard, Card):
 
 
 def clusters_kind(content: Any) -> type[ClustersCard | DrawnClustersCard]:
-    """The class of a clusters.json with this content."""
+    """Return the class of a clusters.json with this content."""
+    # Both have the kind "clusters"; only drawn rows name a source.
     return DrawnClustersCard if isinstance(content, dict) and "source" in content else ClustersCard

@@ -35,6 +35,7 @@ class StackingRecord(CardRecord):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        # One row of weights per node, one weight per replica.
         nodes, names = len(self.log_snr), len(self.names)
         if len(self.weights) != nodes or len(self.x0_mse) != nodes or any(len(row) != names for row in self.weights):
             raise ValueError(f"expected a weight of each of {names} replicas, and an error, at each of {nodes} nodes")
@@ -50,7 +51,7 @@ class StackingsEntry(CardRecord):
 
 
 class SamplingDefaults(CardRecord):
-    """How an ensemble is sampled where the caller does not say."""
+    """The sampling settings of an ensemble, used unless the caller sets others."""
 
     steps: bounds.Steps | None = None
     guidance_scale: bounds.Guidance | None = None
@@ -68,7 +69,7 @@ class SamplingDefaults(CardRecord):
 
 
 class EnsembleCard(Card):
-    """ensemble.json. router: None where one expert is all there is."""
+    """ensemble.json. router: None if the ensemble is a single expert."""
 
     remedy: ClassVar[str] = "run `atoll assemble` again, or get the ensemble from its author again"
     kind: Literal["ensemble"] = "ensemble"

@@ -1,4 +1,4 @@
-"""What every card is, and how plain values are validated as one."""
+"""The base classes of all cards, and the validation of plain values as a card."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal, TypeVar
@@ -11,7 +11,8 @@ FORMAT: Final = 1
 
 
 def refuse_renamed(values: Any, renamed: Mapping[str, str]) -> None:
-    """Raise ValueError if `values` has a key of an earlier format. renamed: the old names, and what they are now."""
+    """Raise ValueError if `values` has a key of an earlier format. renamed: old names and their new ones."""
+    # Otherwise the message would only be "unknown key", without the new name.
     for old, new in renamed.items():
         if isinstance(values, dict) and old in values:
             raise ValueError(f"the key {old} is now called {new}; rename it")
@@ -24,6 +25,7 @@ class CardRecord(BaseModel):
         renamed: keys of earlier formats and their names now; an old one is refused with the new one in the message.
     """
 
+    # Unknown keys are errors, because a misspelled one would otherwise be ignored silently.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
     renamed: ClassVar[dict[str, str]] = {}
 
@@ -34,7 +36,8 @@ class CardRecord(BaseModel):
         return values
 
     def plain(self) -> dict[str, Any]:
-        """Return what JSON holds: the keys that were set, in the order of the class."""
+        """Return JSON values: the keys that were set, in the order of the class."""
+        # Unset keys stay out, so that a card that is read and written again gains no keys.
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
@@ -42,8 +45,8 @@ class Card(CardRecord):
     """The whole content of a JSON file.
 
     Attributes:
-        remedy: what replaces a card of this kind that is damaged; the end of error messages.
-        many_files: the card lists files without end, and may be larger than others.
+        remedy: how to replace a damaged card of this kind; ends error messages.
+        many_files: the card lists an unlimited number of files, so it may be larger than others.
     """
 
     many_files: ClassVar[bool] = False
@@ -52,7 +55,7 @@ class Card(CardRecord):
     kind: str
 
     def plain(self) -> dict[str, Any]:
-        """Return what JSON holds; format and kind stand first, whether they were set or not."""
+        """Return JSON values. format and kind come first and are always included."""
         return {"format": self.format, "kind": self.kind, **super().plain()}
 
 
@@ -64,10 +67,10 @@ def parse_record(kind: type[RecordT], content: Any, where: str, remedy: str = ""
     """Validate plain values as a record.
 
     Args:
-        kind: the class.
-        content: what JSON gave.
+        kind: the class of the record.
+        content: the parsed JSON.
         where: the file, for messages.
-        remedy: what to do about a value that is refused; "": nothing is said.
+        remedy: the fix for a refused value, which ends the message; default "", no fix.
 
     Raises:
         AtollError: one line with the first value that is refused, or all keys that are missing.
@@ -85,6 +88,7 @@ def parse_card(kind: type[CardT], content: Any, where: str) -> CardT:
     Raises:
         AtollError: another format or kind, a key that is missing or unknown, a value out of bounds.
     """
+    # Format and kind first: for a card of another version every key could be wrong.
     wanted = kind.model_fields["kind"].default
     if not isinstance(content, dict) or "format" not in content or "kind" not in content:
         raise AtollError(f"{where}: not a card of Atoll; expected a JSON object with format and kind")
@@ -100,10 +104,12 @@ def parse_card(kind: type[CardT], content: Any, where: str) -> CardT:
 
 
 def _problem(error: ValidationError) -> str:
-    """The first problem in a few words: the key, what was got, what was expected."""
+    """Describe the first problem in a few words: the key, the value, the expected value."""
     problems = error.errors(include_url=False)
+    # Missing keys are listed together, since they usually have one cause.
     if missing := [_key(one["loc"]) for one in problems if one["type"] == "missing"]:
         return f"lacks {', '.join(missing)}"
+    # Only the first of the others: later ones often follow from it.
     first = problems[0]
     key = _key(first["loc"])
     prefix = f"{key}: " if key else ""
@@ -116,4 +122,6 @@ def _problem(error: ValidationError) -> str:
 
 
 def _key(location: tuple[int | str, ...]) -> str:
+    """Join the path to a key with dots."""
+    # Keys are cut, because a stranger chooses their length.
     return ".".join(f"{part:.60}" if isinstance(part, str) else str(part) for part in location)

@@ -25,6 +25,7 @@ def refuse_foreign(path: Path, marker: str) -> None:
     Raises:
         AtollError: `path` is a file, or a directory that is not empty and lacks `marker`.
     """
+    # An empty directory is as good as a new one.
     if path.exists() and not (path / marker).is_file() and (path.is_file() or any(path.iterdir())):
         raise AtollError(f"{path}: exists and is no former result (it has no {marker}); name an empty or new directory")
 

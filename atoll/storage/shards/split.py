@@ -7,6 +7,7 @@ from atoll.storage.shards.format import Split
 
 def key_fraction(key: str) -> float:
     """Hash a key to [0, 1), uniformly over keys."""
+    # Not hash(), which differs between processes.
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 

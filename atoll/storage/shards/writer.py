@@ -71,6 +71,7 @@ class ShardWriter:
             self._text[name] += rows
         for name, column in columns.items():
             self._waiting.setdefault(name, []).append(column.detach().to("cpu", copy=True))
+        # One call may bring more rows than a shard holds.
         while len(self._text["key"]) >= self._shard_rows:
             self._flush(self._shard_rows)
 
@@ -99,6 +100,7 @@ class ShardWriter:
         if self._text["key"]:
             self._flush(len(self._text["key"]))
         place = self._path / self._next_name()
+        # A hard link takes no space and no time; across file systems it fails.
         try:
             os.link(file, place)
         except OSError:
@@ -121,6 +123,7 @@ class ShardWriter:
             if self._text["key"]:
                 self._flush(len(self._text["key"]))
             index = self._write_index()
+        # Also after Ctrl-C: no half directory may remain.
         except BaseException as error:
             self._abandon(error)
             raise
@@ -145,6 +148,7 @@ class ShardWriter:
         self._whole.__exit__(type(error), error, error.__traceback__)
 
     def _fit(self, described: dict[str, ColumnEntry]) -> None:
+        # The first rows define the columns.
         self._columns = self._columns or described
         if described != self._columns:
             raise ValueError(f"these columns are {described}, the first ones were {self._columns}")
@@ -184,6 +188,7 @@ class ShardWriter:
         for split in SPLITS:
             self._splits[split] += list(text[2]).count(split)
         table = pa.table({name: pa.array(rows, pa.string()) for name, rows in zip(TEXT, text, strict=True)})
+        # Opened with the first shard, so that a writer without rows creates no file.
         if self._manifest is None:
             self._manifest = pq.ParquetWriter(self._path / MANIFEST, table.schema, compression="zstd")
         self._manifest.write_table(table, row_group_size=len(table))
