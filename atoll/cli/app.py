@@ -51,6 +51,7 @@ def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
 
     # On stderr, so that a pipe gets the results only.
     console = Console(stderr=True)
+    # Description, bar, counts, note, and the remaining time.
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
         TextColumn("{task.fields[note]}"), TimeRemainingColumn(),

@@ -43,6 +43,7 @@ def study(
     """Train and evaluate many runs over several seeds, and write one table. If interrupted, run again to resume."""
     from atoll.study import load_study, run_study
 
+    # The study's name is its directory's.
     loaded = load_study(recipe)
     directory = out or Path("studies") / loaded.name
     done = run_study(

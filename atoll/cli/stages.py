@@ -90,6 +90,7 @@ def cluster(
     from atoll.cluster import cluster_run
     from atoll.manifest import load_manifest
 
+    # Options of the two ways exclude each other.
     if encoded is not None and not assign_only:
         raise AtollError("--encoded names new images; use it with --assign-only")
     if assign_only and (force or router_fraction is not None):
@@ -182,6 +183,7 @@ def evaluate(
     from atoll.evaluate.sweep import parse_sweep, read_prompts
     from atoll.manifest import load_manifest
 
+    # Options replace values of atoll.yaml for this evaluation only.
     settings = load_manifest(run).evaluate
     if sweep:
         settings = settings.model_copy(update={"sweep": (parse_sweep(sweep),)})
@@ -203,6 +205,7 @@ def demo(
     from atoll.data.init import init_run
     from atoll.manifest import load_manifest
 
+    # An existing run is continued; every stage skips what is finished.
     init_run(run, recipe, data, again=True)
     layout = RunLayout(run)
     prompts = list(load_manifest(run).evaluate.prompts)
@@ -217,6 +220,7 @@ def demo(
     # Without prompts there is nothing to sample; the report uses held-out captions.
     if not prompts:
         stages = [(name, stage) for name, stage in stages if name != "sample"]
+    # Run them in order, each with a heading.
     for number, (name, stage) in enumerate(stages, start=1):
         typer.secho(f"[{number}/{len(stages)}] {name}", bold=True, err=True)
         stage()

@@ -37,6 +37,7 @@ def plan(
     from atoll.storage.artifact import write_json
 
     # Compare finished experts, or plan.
+    # The size of a caption, if the recipe does not determine it.
     caption = parse_text(text) if text else None
     if compare:
         if gpu not in (None, "here") or islands or mfu is not None:

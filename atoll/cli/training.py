@@ -133,6 +133,7 @@ def _trainer(part: str) -> Callable[..., Path]:
         from atoll.train.distil import distil_run
 
         return distil_run
+    # Experts and the monolith are trained alike.
     from atoll.train.expert import train_expert, train_monolith
 
     return train_expert if part == "expert" else train_monolith
@@ -159,6 +160,7 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
         from atoll.manifest import load_manifest
         from atoll.train.loop import Interrupted
 
+        # The progress bar also shows loss and speed.
         def show(metrics: dict[str, Any]) -> None:
             note = f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:.0f} images/s"
             update(metrics["step"], metrics["steps"], note)

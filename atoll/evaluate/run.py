@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import atoll
-from atoll.condition import move_to
+from atoll.condition import Condition, move_to
 from atoll.ensemble import Expert, Sampler
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
@@ -27,7 +27,7 @@ from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, U
 from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
-from atoll.evaluate.variants import objective_text, variants_of, variants_of_sweeps, with_identities
+from atoll.evaluate.variants import Alignments, Groups, objective_text, variants_of, variants_of_sweeps, with_identities
 from atoll.manifest import EvaluateSettings
 from atoll.randomness import cpu_generator, random_rows, seeded_noise
 from atoll.report.words import count_words, distinctive_words
@@ -109,16 +109,10 @@ def evaluate_run(
     Raises:
         AtollError: a directory is missing or damaged, or ensemble, monolith and data do not fit each other.
     """
-    # Settings and models.
+    # The models and their variants.
     settings, start = resolve_precision(settings or EvaluateSettings(), device), time.perf_counter()
-    # The variants: those of the sweep, or else all.
     run = open_run(Path(run_dir), device)
-    dense = {name: model.ensemble for name, model in run.dense.items()}
-    if settings.sweep:
-        variants, groups, alignment = variants_of_sweeps(settings.sweep, run.loaded.ensemble, dense)
-    else:
-        variants, groups, alignment = variants_of(run.loaded.ensemble, dense)
-    variants = with_identities(variants, dense, _parts(run))
+    variants, groups, alignment = _choose_variants(run, settings)
     # Numbers, images, and diagnostics.
     store = store or run.layout.evaluation
     results = evaluate(variants, run.reference, settings, progress=progress, device=device, store=store)
@@ -147,6 +141,16 @@ def evaluate_run(
     write_json(run.layout.report_json, to_json(report))
     write_bytes(html, to_html(report).encode())
     return html
+
+
+def _choose_variants(run: OpenRun, settings: EvaluateSettings) -> tuple[list[Variant], Groups, Alignments]:
+    """The variants of the sweep, or else all; their names by group; and those that compare alignments."""
+    dense = {name: model.ensemble for name, model in run.dense.items()}
+    if settings.sweep:
+        variants, groups, alignment = variants_of_sweeps(settings.sweep, run.loaded.ensemble, dense)
+    else:
+        variants, groups, alignment = variants_of(run.loaded.ensemble, dense)
+    return with_identities(variants, dense, _parts(run)), groups, alignment
 
 
 def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
@@ -232,17 +236,6 @@ def draw_grid(
     noise = seeded_noise(seeds * len(prompts), run.loaded.latent_shape).to(device)
     shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
-    # One variant: images and routing trace.
-    def draw(variant: Variant, sampling: dict[str, Any]) -> TensorDict:
-        sampler = Sampler(variant.ensemble)
-        velocity = partial(sampler.velocity, condition=condition, guidance_scale=sampling["guidance_scale"])
-        with sampler.tracing() as trace:
-            times = variant.times(sampling["steps"])
-            x0 = sample(velocity, noise, sampling["steps"], sampling["method"], times=times)
-            images = run.loaded.codec.decode(x0).cpu()
-        weights = torch.stack(trace.weights, dim=1)[:: len(seeds)]  # [P, T, E], of the first seed
-        return {"images": images, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
-
     def load_or_draw(variant: Variant) -> tuple[str, TensorDict]:
         # A sweep's values override the card's.
         sampling = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
@@ -250,6 +243,12 @@ def draw_grid(
         times = {} if variant.grid is None else {"times": variant.grid}
         cache = ResultCache(store, {"grid": variant.identity, **sampling, **times, **shared})
         return cache.key, cache.part("grid", lambda: draw(variant, sampling))
+
+    # Images of one variant, and its routing trace for the first seed.
+    def draw(variant: Variant, sampling: dict[str, Any]) -> TensorDict:
+        part = _draw_and_trace(variant, sampling, condition, noise)
+        images, weights = run.loaded.codec.decode(part["x0"]).cpu(), part["weights"][:: len(seeds)]
+        return {"images": images, "times": part["times"], "weights": weights}
 
     # Draw all groups except single experts, several variants in parallel.
     names = [name for group in ("ensemble", "sweep", "monolith") for name in groups.get(group, ())]
@@ -261,10 +260,21 @@ def draw_grid(
     rows = tuple((name, part["images"].unflatten(0, sizes)) for name, (_, part) in drawn.items())
     caption = _caption(defaults, len(shown), len(names))
     grid = Grid(prompts, seeds, rows, _real(run, prompts), caption, tuple(key for key, _ in drawn.values()))
-    traced = [name for name in ("top-1", "full") if name in drawn]
-    return grid, tuple(
-        Usage(name, tuple(drawn[name][1]["times"].tolist()), drawn[name][1]["weights"]) for name in traced
-    )
+    traces = {name: drawn[name][1] for name in ("top-1", "full") if name in drawn}
+    return grid, tuple(Usage(name, tuple(t["times"].tolist()), t["weights"]) for name, t in traces.items())
+
+
+def _draw_and_trace(
+    variant: Variant, sampling: dict[str, Any], condition: tuple[Condition, ...], noise: Tensor
+) -> TensorDict:
+    """Sample x0 [B, C, H, W] from noise; record the times [T] and the experts' weights [B, T, E]."""
+    sampler = Sampler(variant.ensemble)
+    velocity = partial(sampler.velocity, condition=condition, guidance_scale=sampling["guidance_scale"])
+    with sampler.tracing() as trace:
+        times = variant.times(sampling["steps"])
+        x0 = sample(velocity, noise, sampling["steps"], sampling["method"], times=times)
+    weights = torch.stack(trace.weights, dim=1)
+    return {"x0": x0, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}
 
 
 def _caption(sampling: Mapping[str, Any], shown: int, rows: int) -> str:

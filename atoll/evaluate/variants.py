@@ -12,12 +12,11 @@ from atoll.evaluate.types import Variant
 from atoll.manifest import SweepSettings
 from atoll.objective import Objective
 
-Groups = dict[str, tuple[str, ...]]
+Groups = dict[str, tuple[str, ...]]  # names of variants
+Alignments = tuple[tuple[str, str], ...]  # (label, name of the variant)
 
 
-def variants_of(
-    ensemble: Ensemble, dense: Mapping[str, Ensemble]
-) -> tuple[list[Variant], Groups, tuple[tuple[str, str], ...]]:
+def variants_of(ensemble: Ensemble, dense: Mapping[str, Ensemble]) -> tuple[list[Variant], Groups, Alignments]:
     """All variants that are measured without a sweep.
 
     Args:
@@ -64,7 +63,7 @@ def variants_of(
 
 def variants_of_sweeps(
     sweeps: Sequence[SweepSettings], ensemble: Ensemble, dense: Mapping[str, Ensemble]
-) -> tuple[list[Variant], Groups, tuple[tuple[str, str], ...]]:
+) -> tuple[list[Variant], Groups, Alignments]:
     """Like `variants_of`, for sweeps; a variant of two sweeps is measured once."""
     unique: dict[str, Variant] = {}
     for sweep in sweeps:
