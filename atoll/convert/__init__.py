@@ -1,22 +1,22 @@
-"""Foreign checkpoints as experts: `atoll convert`. Nothing in a foreign file is executed.
+"""Convert foreign checkpoints to experts: `atoll convert`. Nothing in a foreign file is executed.
 
     "dit"             facebookresearch/DiT: a PyTorch or safetensors file
     "sit", "repa"     SiT's and REPA's networks: the same layout, with other conventions of time and velocity
     "diffusers-dit"   diffusers' DiTTransformer2DModel: a directory, or a file beside its config.json
     "pixart"          PixArt: the same of diffusers' PixArtTransformer2DModel, or PixArt's own `.pth`
 
-The result is an expert's directory like any other: it can be sampled, calibrated and trained on. With the objective of
-the original it computes what the original does, if nothing was fitted. With another objective it is where training
-starts (HDDM, arXiv 2603.06741, Eqs. 19-20: the weights stay, and flow time is fed as DiT's 0..999).
+The result is an ordinary expert: it can be sampled, calibrated and trained further. With the original's objective it
+computes the same as the original, if nothing was fitted. With another objective it is a starting point for training
+(HDDM, arXiv 2603.06741, Eqs. 19-20: the weights stay, and flow time is fed as DiT's 0..999).
 
 arguments.py        arguments of a conversion, from a run's manifest or from the command line
-read.py, names.py   foreign files and their tensors' names; what is missing, misshapen or left over
-kind.py             the kind of a checkpoint, and what it was trained with
+read.py, names.py   foreign files and their tensors' names; checks for missing, misshapen and unknown tensors
+kind.py             the kind of a checkpoint, and its training objective
 dit.py, sit.py      the two layouts of DiT; SiT's time
 pixart.py           PixArt in diffusers' layout         pixart_original.py   PixArt's own layout
 modulation.py       DiT's modulation per block as AdaLN-Single
-native.py           the network that all layouts are converted to
-foreign.py          diffusers' PixArt and DiT kept as they are
+native.py           the common target of all layouts
+foreign.py          diffusers' PixArt and DiT without conversion
 paris.py            Paris's directory, experts and router, as an ensemble's parts
 """
 
@@ -59,17 +59,17 @@ __all__ = ["KINDS", "MODULATIONS", "CheckpointKind", "Modulation", "convert", "d
 
 Modulation = Literal["fit", "reinit", "per-block"]
 MODULATIONS: tuple[Modulation, ...] = get_args(Modulation)
-FACTOR = 8  # of the autoencoder that all kinds were trained with
+FACTOR = 8  # image pixels per latent pixel of the autoencoder that all kinds were trained with
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a converted expert is written, and the entries of its card that no checkpoint has.
+    """The output directory of a converted expert, and the entries of its card that no checkpoint has.
 
-    Attributes: as `convert` takes them.
+    Attributes: as in `convert`.
 
     Raises:
-        AtollError: something is at `out` already, no cluster, or one that is not from 0 to k - 1.
+        AtollError: `out` exists already, or a cluster is missing or not in 0..k - 1.
     """
 
     out: Path
@@ -80,6 +80,7 @@ class Destination:
     assignment: str | None
 
     def __post_init__(self) -> None:
+        # Fail before gigabytes are read.
         if self.out.exists():
             raise AtollError(f"{self.out}: exists already; choose another directory, or remove it")
         clusters, k = self.clusters, self.k
@@ -106,17 +107,20 @@ class Destination:
         """Write the artifact and return its directory.
 
         Args:
+            network: the converted network.
             latent_shape: (C, H, W).
-            condition, conversion: as the card has them.
+            objective: the expert's objective.
+            condition, conversion: entries of the card.
 
         Raises:
-            AtollError: the codec has latents of another number of channels, so that no loader could decode them.
+            AtollError: the codec's latents have another number of channels, so they could not be decoded.
         """
         if self._codec is not None and self._codec.channels != latent_shape[0]:
             raise AtollError(
                 f"codec: {self._codec.name!r} has latents of {self._codec.channels} channels, the network's have "
                 f"{latent_shape[0]}; name the codec that the network was trained with"
             )
+        # Steps 0 and the mark "converted" tell later stages that nothing was trained here.
         card = ExpertCard(
             name=self.name or self.out.name,
             clusters=self.clusters,
@@ -185,11 +189,11 @@ def convert(
     destination = Destination(out, name, clusters, k, codec, assignment)
     if modulation not in (None, *MODULATIONS):
         raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
-    # What it is, and what it is to become.
+    # The kind of the checkpoint, and the objective of the expert.
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint, objective) if kind == "auto" else check_kind(checkpoint, kind)
     aim = _aim(kind, checkpoint, objective)
-    # The network of its tensors.
+    # The network from its tensors, with the requested modulation.
     required = dict(network or {})
     own_layout = kind in DIT_LAYOUT or (kind == "pixart" and is_original(checkpoint))  # without config.json
     heads = heads or (required.get("heads") if own_layout else None)
@@ -200,7 +204,7 @@ def convert(
     _check(native, required, source)
     texts, pooled_dim = _text_widths(native, condition, pooled)
     built = _network(native, texts, pooled_dim, seed)
-    # Gigabytes that are not needed while the artifact is written.
+    # Free the checkpoint before the artifact is written, which needs another copy of the weights.
     files, notes = checkpoint.files, native.notes | ({"weights": checkpoint.key} if checkpoint.key else {})
     del checkpoint, native
     return destination.write(
@@ -213,7 +217,8 @@ def convert(
 
 
 def _aim(kind: CheckpointKind, checkpoint: Checkpoint, objective: Mapping[str, Any] | None) -> Objective:
-    """The expert's objective. Raises AtollError for one that feeds the network other times than the original's."""
+    """Return the expert's objective. Raises AtollError if its time scale is not the original's."""
+    # The time embedder keeps its weights, so it must read the same range of times.
     own = TIME_SCALES[kind]
     if objective is None:
         return Objective(**original_objective(kind, checkpoint))
@@ -235,7 +240,7 @@ def _native(
     classes: int | None,
     factor: int,
 ) -> Native:
-    """The checkpoint's network in our conventions, with its own modulation."""
+    """Convert the checkpoint to a native network that keeps its own modulation."""
     # DiT's layout, in three conventions of time and velocity.
     if kind in DIT_LAYOUT:
         native = from_dit(checkpoint, size, heads, classes)
@@ -258,16 +263,18 @@ def _native(
 
 
 def _modulation(kind: CheckpointKind, modulation: Modulation | None, required: Mapping[str, Any]) -> str:
-    """The card's entry for the modulation; "single" is PixArt's own."""
+    """Return the card's entry for the modulation; "single" is PixArt's own."""
     if kind == "pixart" and modulation is not None:
         raise AtollError(f"modulation {modulation!r}: PixArt has AdaLN-Single and keeps it exactly; leave it out")
     if kind == "pixart":
         return "single"
+    # A run whose networks are per-block needs no fit.
     return modulation or ("per-block" if required.get("modulation") == "per-block" else "fit")
 
 
 def _check(native: Native, required: Mapping[str, Any], source: Path) -> None:
-    """Raises AtollError unless the network's config has the required entries."""
+    """Raise AtollError unless the network's config has the required entries."""
+    # A field that the conversion leaves out has the default of a DiT.
     got = {key: native.config.get(key, DiTConfig.model_fields[key].default) for key in required}
     other = [f"{key} {got[key]} (wanted: {value})" for key, value in required.items() if got[key] != value]
     if other:
@@ -275,7 +282,8 @@ def _check(native: Native, required: Mapping[str, Any], source: Path) -> None:
 
 
 def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bool) -> tuple[int, int | None]:
-    """The widths of the condition's states and, if it is read, of its pooled vector."""
+    """Return the widths of the condition's states and, if the network reads it, of its pooled vector."""
+    # Without an encoder only the checkpoint's own text projection determines the width.
     own = native.config.get("states_dim")
     if condition is None:
         if own is None:
@@ -286,6 +294,7 @@ def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bo
         if pooled:
             raise AtollError("pooled: without a `condition` encoder nothing tells the width of its pooled vector")
         return own, None
+    # With an encoder, its states must fit that projection.
     encoder = build_encoder(condition)
     if own not in (None, encoder.dim):
         raise AtollError(f"condition: its states are {encoder.dim} wide, the checkpoint's {own}; name its own encoder")
@@ -295,7 +304,8 @@ def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bo
 
 
 def _network(native: Native, states_dim: int, pooled_dim: int | None, seed: int) -> DiT:
-    """A new network in which the checkpoint's weights replace the initial ones."""
+    """Build a new network and replace its initial weights by the checkpoint's."""
+    # Forked, so that a conversion leaves the caller's random stream alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network({"name": "dit", **native.config, "states_dim": states_dim, "pooled_dim": pooled_dim})

@@ -1,4 +1,4 @@
-"""The arguments of a conversion: from the manifest of the run that the expert is for, or from the command line."""
+"""Arguments of a conversion, from the manifest of a run or from the command line."""
 
 import re
 from collections.abc import Mapping
@@ -22,24 +22,24 @@ SCHEDULES = {"flow": "linear"}  # the default schedule of a prediction; for any 
 
 
 def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
-    """The arguments of `convert` for an expert of a run.
+    """Derive the arguments of `convert` for an expert of a run.
 
-    Codec, condition, latent shape and assignment are those of its cluster's shards, if they are here, else the
-    manifest's.
+    Codec, condition, latent shape and assignment come from the cluster's shards if these exist, else from the manifest.
 
     Args:
+        run: the run's directory.
         wanted: the expert's cluster or full name.
 
     Raises:
-        AtollError: no run, no such expert, damaged shards, a frozen network that is not found.
+        AtollError: no run, no such expert, damaged shards, or a frozen network is not found.
     """
-    # What the run says of this expert.
+    # The expert's entry in the manifest.
     manifest = load_manifest(run)
     part = manifest.find_expert(wanted)
-    # What its data is, by the shards themselves if they are here.
+    # Its data. The shards are preferred, because the manifest may have changed since they were written.
     shards = RunLayout(run).cluster(part.cluster)
     data = _data_of(Shards(shards).card(ClusterShardsCard)) if shards.is_dir() else _planned(manifest)
-    # What its network must be. Whether it reads the pooled vector depends on the encoder, too.
+    # Its network. It reads the pooled vector only if the encoder has one.
     channels, height, width = data.latent_shape
     network = manifest.network_of(part).model_dump(exclude={"pooled"})
     reads_pooled = manifest.network_of(part).pooled and build_encoder(data.condition).pooled_dim is not None
@@ -59,7 +59,7 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Data:
-    """What an expert must fit; assignment: None before there are clusters."""
+    """The data that an expert must fit. assignment: None before clustering."""
 
     codec: dict[str, Any]
     condition: dict[str, Any]
@@ -72,21 +72,23 @@ def _data_of(card: ClusterShardsCard) -> _Data:
 
 
 def _planned(manifest: Manifest) -> _Data:
-    """The data that the manifest describes, before it is encoded."""
+    """Derive the data's properties from the manifest, before anything is encoded."""
     codec, side = build_codec(manifest.codec), manifest.data.size
     if side % codec.factor:
         raise AtollError(f"data.size {side}: a latent pixel is {codec.factor} pixels; set a multiple of that")
+    # Training images are squares of `data.size` pixels.
     shape = (codec.channels, side // codec.factor, side // codec.factor)
     return _Data(codec.config(), build_encoder(manifest.condition).config(), shape, None)
 
 
 def objective_of(prediction: str | None, schedule: str | None) -> dict[str, Any] | None:
-    """The objective of `--objective` and `--schedule`; None if neither is given: the original's.
+    """Parse `--objective` and `--schedule`. Without both return None: the original's objective.
 
     The default schedule is the linear path for "flow" and linear-beta for any other prediction.
     """
     if prediction is None and schedule is None:
         return None
+    # DiT and PixArt were trained on eps.
     prediction = prediction or "eps"
     named = frozen_network("schedule", schedule) if schedule else SCHEDULES.get(prediction, "linear-beta")
     return {"prediction": prediction, "schedule": named}
@@ -99,7 +101,7 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
         option: the option's name, for messages.
 
     Raises:
-        AtollError: a value without a key, a key twice, no name.
+        AtollError: a value has no key, a key occurs twice, or there is no name.
     """
     # The first word is the name, unless it has a key.
     first, *others = words.split(",")
@@ -108,7 +110,7 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
     whole = all(len(pair) == 2 and pair[0].strip() and pair[1].strip() for pair in pairs)
     if not whole or "name" not in keys or len({*keys}) < len(keys):
         raise AtollError(f"--{option} {words!r}: expected a name, and keys with values: NAME,KEY=VALUE,...")
-    # Values are YAML's, so that 77 is a number and "77" a text.
+    # Values are parsed as YAML, so that 77 is a number and "77" a text.
     try:
         values = [yaml.safe_load(pair[1]) for pair in pairs]
     except yaml.YAMLError:
@@ -117,7 +119,7 @@ def frozen_network(option: str, words: str) -> dict[str, Any]:
 
 
 def codec_of(words: str) -> dict[str, Any]:
-    """Parse `--codec` into the entry that the cards of a run's experts have, hash included.
+    """Parse `--codec` into the card entry of a codec, hash included.
 
     Raises:
         AtollError: as `frozen_network` and `build_codec` raise it.
@@ -134,12 +136,12 @@ def size_of(words: str) -> ImageSize:
 
 
 def summary(expert: Path) -> str:
-    """One line about a converted expert: its source, its objective, and what became of its modulation."""
-    # How exact the conversion is, is what a reader needs to know first.
+    """Describe a converted expert in one line: its source, its objective, and how exact its modulation is."""
     card = read_card(expert, ExpertCard)
     conversion, objective = card.conversion, card.objective
     if conversion is None:
         raise AtollError(f"{expert}: was trained, not converted")
+    # How exact the conversion is decides whether the expert can be sampled or must be trained first.
     modulation = conversion.modulation
     if residual := conversion.residual:
         modulation += f" (off by {min(residual):.2g} to {max(residual):.2g} of a block's)"
@@ -149,6 +151,7 @@ def summary(expert: Path) -> str:
         modulation += f" (exact, but for the null class: {conversion.null})"
     else:
         modulation += " (exact)"
+    # Which of a training file's weights were read, such as "ema".
     kind = conversion.kind + (f" ({conversion.weights})" if conversion.weights else "")
     schedule: Mapping[str, Any] = objective["schedule"]
     return f"{expert} written: from {kind}, {objective['prediction']} on {schedule['name']}, {modulation}"

@@ -1,7 +1,7 @@
-"""DiT (arXiv 2212.09748) into a native network with per-block modulation, which has a place for all its weights.
+"""Convert DiT (arXiv 2212.09748) to a native network with per-block modulation, which holds all its weights.
 
 Two layouts of the same network: that of facebookresearch/DiT ("dit", and SiT's and REPA's networks), and that of
-diffusers' `DiTTransformer2DModel` ("diffusers-dit"). Only the null class is kept: its embedding is added to every time
+diffusers' `DiTTransformer2DModel` ("diffusers-dit"). Only the null class is used: its embedding is added to every time
 embedding, so it goes into the bias of the time embedding's last layer. Variance outputs are dropped.
 """
 
@@ -28,7 +28,7 @@ from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, TIME_FEATURES, TIME_PERIOD
 
 ImageSize = tuple[int, int]
-# Usual numbers of classes. As many embeddings leave no row for a null class, or one class fewer than usual.
+# Common numbers of classes. With as many embeddings, there is either no null class or an uncommon number of classes.
 ROUND_CLASSES = (2, 10, 20, 50, 100, 200, 500, 1000, 10000)
 
 
@@ -40,11 +40,11 @@ def from_dit(
     Args:
         size: (H, W) of the latent; None: the square that the checkpoint was trained on.
         heads: attention heads; None: those of the published sizes S, B, L and XL.
-        classes: the number of classes without the null class; None: as the training arguments say, else one less than
-            there are embeddings.
+        classes: the number of classes without the null class; None: from the training arguments, else the number of
+            embeddings minus one.
 
     Raises:
-        AtollError: sizes that the tensors do not determine, or tensors missing, misshapen or unknown.
+        AtollError: the tensors do not determine a size, or tensors are missing, misshapen or unknown.
     """
     taker = Taker(checkpoint)
     taker.drop_prefix(PROJECTORS)
@@ -78,11 +78,12 @@ def from_dit(
         fill(weights, f"{ours}.attention.out", taker.linear(f"{theirs}.attn.proj", width, width))
         fill(weights, f"{ours}.mlp.0", taker.linear(f"{theirs}.mlp.fc1", hidden, width))
         fill(weights, f"{ours}.mlp.2", taker.linear(f"{theirs}.mlp.fc2", width, hidden))
-    # The end.
+    # Final layer.
     fill(weights, "final_modulation.linear", taker.linear("final_layer.adaLN_modulation.1", 2 * width, width))
     final = taker.linear("final_layer.linear", outputs, width)
     taker.done()
     fill(weights, "final", keep_channels(final, patch, channels))
+    # The config, and the notes for the card.
     config = {
         "size": list(size),
         "channels": channels,
@@ -98,28 +99,32 @@ def from_dit(
 
 
 def _latent_size(checkpoint: Checkpoint, tokens: int, patch: int, size: ImageSize | None) -> tuple[ImageSize, bool]:
-    """(H, W) of the latent, and whether the checkpoint's own positions are those of that size."""
+    """Return (H, W) of the latent, and whether the checkpoint's positions fit that size."""
+    # Only a square number of tokens determines the sides.
     side = math.isqrt(tokens)
     trained_size = (side * patch, side * patch) if side * side == tokens else None
     size = size or trained_size
     if size is None:
         raise AtollError(f"{checkpoint.where}: {tokens} positions are no square; say the latent's size")
+    # Positions of a rectangle fit if at least their number does.
     fits = size == trained_size or (trained_size is None and (size[0] // patch) * (size[1] // patch) == tokens)
     return size, fits
 
 
 def count_classes(checkpoint: Checkpoint, rows: int, classes: int | None) -> int:
-    """The number of classes of which a DiT has `rows` embeddings: rows - 1 with a null class, rows without.
+    """Count the classes of a DiT with `rows` embeddings: rows - 1 with a null class, rows without one.
 
-    Without label dropout in training a DiT has no null class. No tensor tells which row would be it.
+    A DiT trained without label dropout has no null class. The tensors do not show which case it is.
 
     Args:
-        classes: as the caller says; None: as the training arguments say, else rows - 1.
+        checkpoint: the checkpoint, for its training arguments.
+        rows: the number of embeddings.
+        classes: the caller's number; None: from the training arguments, else rows - 1.
 
     Raises:
-        AtollError: another number, or a number of rows that is usual for classes without a null class.
+        AtollError: the number is neither, or `rows` is a common number of classes, so the case is unclear.
     """
-    # The caller knows best, then the training script.
+    # The caller has precedence over the training script.
     saved = checkpoint.args.get("num_classes")
     count = classes if classes is not None else saved if isinstance(saved, int) else None
     if count is None and rows in ROUND_CLASSES:
@@ -127,7 +132,7 @@ def count_classes(checkpoint: Checkpoint, rows: int, classes: int | None) -> int
             f"{checkpoint.where}: {rows} class embeddings: {rows} classes and no null class, or {rows - 1} and one? "
             f"Say --classes {rows} (their mean takes the null class's place) or --classes {rows - 1}"
         )
-    # Label dropout is DiT's default.
+    # Label dropout is DiT's default, so assume a null class.
     count = rows - 1 if count is None else count
     if count not in (rows - 1, rows):
         raise AtollError(
@@ -138,7 +143,7 @@ def count_classes(checkpoint: Checkpoint, rows: int, classes: int | None) -> int
 
 
 def check_outputs(checkpoint: Checkpoint, outputs: int, patch: int, channels: int) -> None:
-    """Raises AtollError unless a token's outputs are a prediction, or that and a variance, of `channels` channels."""
+    """Raise AtollError unless a token has outputs for a prediction, with or without a variance."""
     per_pixel = outputs / patch**2
     if per_pixel not in (channels, 2 * channels):
         raise AtollError(
@@ -148,7 +153,8 @@ def check_outputs(checkpoint: Checkpoint, outputs: int, patch: int, channels: in
 
 
 def published_heads(checkpoint: Checkpoint, width: int, depth: int) -> int:
-    """The attention heads of DiT's published sizes. Raises AtollError for another size: no tensor tells them."""
+    """Return the attention heads of a published DiT size. Raises AtollError for another size."""
+    # Any number of heads has tensors of the same shapes, so a wrong guess would go unnoticed.
     for name, size in SIZES.items():
         if "/" in name and (size["width"], size["depth"]) == (width, depth):
             return size["heads"]
@@ -195,15 +201,16 @@ class DiffusersDiT(Transformer):
 
 
 def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) -> Native:
-    """Convert a checkpoint of diffusers' DiTTransformer2DModel with its config.json; equal to what that class computes.
+    """Convert a checkpoint of diffusers' DiTTransformer2DModel with its config.json. The result is exact.
 
-    That differs from DiT in two points: the frequencies of the time features span 127 steps instead of 128, and the
+    That class differs from DiT in two points. The frequencies of the time features span 127 steps instead of 128. The
     norm before the MLP has an eps of 1e-5. Every block has its own embedder of time and class; they must be equal, as
     they are in checkpoints converted from DiT.
 
     Raises:
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
     """
+    # Sizes from the config, then patch embedding and positions.
     config = foreign_config(checkpoint, DiffusersDiT)
     patch, channels, width = config.patch_size, config.in_channels, config.width
     size = size or (config.sample_size, config.sample_size)
@@ -215,6 +222,7 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) ->
         embedders.append(_embedder(taker, f"{block}.norm1.emb", width, config.num_embeds_ada_norm))
         fill(weights, f"{ours}.modulation.linear", taker.linear(f"{block}.norm1.linear", 6 * width, width))
         attention(taker, weights, block, ours, width, config.attention_bias)
+    # Final layer, with the prediction's channels only.
     fill(weights, "final_modulation.linear", taker.linear("proj_out_1", 2 * width, width))
     fill(weights, "final", keep_channels(taker.linear("proj_out_2", config.outputs, width), patch, channels))
     taker.done()
@@ -248,11 +256,10 @@ def embedding(
     """Begin the conversion of a diffusers network: its taker, and the weights of patch embedding and positions.
 
     Args:
-        base: tokens per side that the positions were made for, as `positions` takes it.
+        base: tokens per side of the original positions, as in `positions`.
 
     Raises:
-        AtollError: the checkpoint has other blocks or another patch embedding than config.json says, or outputs that
-            are no prediction.
+        AtollError: the blocks or the patch embedding differ from config.json, or the outputs are not a prediction.
     """
     taker, weights = Taker(checkpoint), dict[str, Tensor]()
     # Sizes are checked before anything of their size is computed.
@@ -268,7 +275,7 @@ def embedding(
 
 
 def check_sizes(taker: Taker, layers: int, kernel: tuple[int, ...]) -> None:
-    """Raises AtollError unless the blocks and the patch embedding [D, C, p, p] are those that config.json describes."""
+    """Raise AtollError unless the blocks and the patch embedding [D, C, p, p] fit config.json."""
     got = (taker.count("transformer_blocks"), *taker.shape("pos_embed.proj.weight", 4))
     if got != (layers, *kernel):
         raise AtollError(
@@ -278,8 +285,9 @@ def check_sizes(taker: Taker, layers: int, kernel: tuple[int, ...]) -> None:
 
 
 def _embedder(taker: Taker, name: str, width: int, classes: int) -> dict[str, Tensor]:
-    """One block's time embedder with the null class in its last bias, under the conditioner's names."""
+    """Convert one block's time embedder, with the null class in its last bias."""
     weights: dict[str, Tensor] = {}
+    # The null class is the last row.
     null = taker.take(f"{name}.class_embedder.embedding_table.weight", classes + 1, width)[-1]
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
@@ -289,7 +297,7 @@ def _embedder(taker: Taker, name: str, width: int, classes: int) -> dict[str, Te
 
 def attention(taker: Taker, weights: dict[str, Tensor], block: str, ours: str, width: int, bias: bool) -> None:
     """Convert self-attention and MLP of a BasicTransformerBlock of diffusers."""
-    # q, k and v are three layers there and one here.
+    # diffusers has three layers for q, k and v; a native network has one.
     parts = [taker.linear(f"{block}.attn1.to_{part}", width, width, bias) for part in "qkv"]
     fill(weights, f"{ours}.attention.qkv", stacked(*parts))
     fill(weights, f"{ours}.attention.out", taker.linear(f"{block}.attn1.to_out.0", width, width))
