@@ -1,7 +1,7 @@
-"""diffusers' PixArt and DiT as experts without conversion: `atoll convert SOURCE --keep`.
+"""Use diffusers' PixArt and DiT as experts without conversion: `atoll convert SOURCE --keep`.
 
-`convert` makes a network of Atoll's own; `keep` writes the tensors as they are beside a card, and diffusers' class
-computes them (`atoll.nn.foreign`). The expert can be sampled, calibrated, trained on (`train.init`), and assembled with
+`convert` builds a native network. `keep` writes the tensors unchanged beside a card, and diffusers' class evaluates
+them (`atoll.nn.foreign`). The expert can be sampled, calibrated, trained on (`train.init`), and assembled with
 any other expert of the same latents.
 """
 
@@ -45,19 +45,19 @@ def keep(
 
     Args:
         kind: "pixart" or "diffusers-dit"; "auto" detects it by the tensors' names.
-        objective: arguments of `Objective`: what it was trained with. None: eps on linear-beta, as the published ones.
+        objective: its training objective, as arguments of `Objective`; None: eps on linear-beta, as published.
         condition: the text encoder; a DiT's is "label", with the names of its classes in their order.
-        codec: None: unknown; no ensemble can sample it then.
+        codec: as `build_codec` reads it; None: unknown, and no ensemble can sample the expert.
         name: the expert's name; "": that of `out`.
         clusters, k: the clusters it covers, and how many there are; None: one more than the highest number.
         assignment: which clusters these are, as in the cards of its ensemble's other parts.
         size: (H, W) of the ensemble's latents; must be the network's own.
 
     Raises:
-        AtollError: another kind of checkpoint, no config.json, one that diffusers does not build, tensors missing,
-            misshapen or unknown, a condition encoder that does not fit, or something at `out` already.
+        AtollError: another kind of checkpoint, no config.json, one that diffusers cannot build, tensors missing,
+            misshapen or unknown, a condition encoder that does not fit, or `out` exists already.
     """
-    # What it is, and what it was trained with.
+    # The kind of the checkpoint, and its training objective.
     destination = Destination(out, name, clusters, k, codec, assignment)
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint) if kind == "auto" else check_kind(checkpoint, kind)
@@ -84,9 +84,10 @@ def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
     """Build diffusers' network with the checkpoint's weights."""
     if kind not in CLASSES:
         raise AtollError(f"{checkpoint.where}: a {kind!r} cannot be kept, only one of {', '.join(CLASSES)}: convert it")
-    # The network without memory, then the checkpoint's tensors in place of its own.
+    # Build the network on the meta device, without memory, then assign the checkpoint's tensors.
     cls = CLASSES[kind]
     config = _config(checkpoint, cls)
+    # PixArt's resolution embedders read the size in pixels.
     side = config.get("sample_size", 128)
     pixels = [side * factor] * 2 if kind == "pixart" and isinstance(side, int) else None
     with torch.device("meta"):
@@ -101,13 +102,13 @@ def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
 
 
 def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
-    """The class's arguments in config.json. Unknown keys are refused unless their value is null or false."""
+    """Return the class's arguments from config.json. Unknown keys are errors unless their value is null or false."""
     if checkpoint.config is None:
         raise AtollError(
             f"{checkpoint.where}: no config.json beside it, which tells the network's sizes; put the one that "
             "diffusers wrote with these weights there"
         )
-    # An unknown key with a value may change the network; one that switches nothing on does not.
+    # An unknown key with a value may change the network; null and false switch nothing on.
     known = arguments_of(cls)
     for key, value in checkpoint.config.items():
         if key not in known and not key.startswith("_") and value not in (None, False):
@@ -116,8 +117,8 @@ def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
 
 
 def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The card's entry for the condition encoder. Raises AtollError unless the encoder fits the network."""
-    # PixArt reads the states of its own text encoder, DiT a class by its number.
+    """Return the card's entry for the condition encoder. Raises AtollError unless the encoder fits the network."""
+    # PixArt reads the states of its own text encoder; DiT reads the number of a class.
     needed = network.condition_width
     labels = network.config.cls == "DiTTransformer2DModel"
     expected = (
@@ -132,5 +133,5 @@ def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[st
         raise AtollError(
             f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; expected {expected}"
         )
-    # Complete, as in the cards of trained experts; labels by name, not by file.
+    # The complete entry, as in the cards of trained experts: it holds the labels, not the path of their file.
     return encoder.config()

@@ -1,6 +1,6 @@
-"""The kind of a foreign checkpoint, and the objective and time that it was trained with.
+"""Detect the kind of a foreign checkpoint, and the objective and time scale of its training.
 
-DiT, SiT and REPA's networks have the same tensors and differ in what these compute:
+DiT, SiT and REPA's networks have the same tensors, but compute different quantities:
 
     "dit"    eps on linear-beta, time 0..999
     "sit"    velocity on the linear path with t = 1 at data, time 0..1 (arXiv 2401.08740)
@@ -25,7 +25,7 @@ DIT_LAYOUT: tuple[CheckpointKind, ...] = ("dit", "sit", "repa")  # whose tensors
 PIXART_LAYOUT = ("x_embedder.proj.weight", "t_block.1.weight")  # PixArt's own names, not diffusers'
 PIXEL_CHANNELS = (1, 3)  # SiT and REPA train on an autoencoder's latents, which have more
 PROJECTORS = "projectors."  # REPA's, used in training only
-# The tensors by whose names a layout is recognised.
+# Tensor names that identify a layout.
 MARKS: dict[CheckpointKind, tuple[tuple[str, ...], ...]] = {
     "dit": (("x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.weight"),),
     "diffusers-dit": (("pos_embed.proj.weight", "proj_out_1.weight"),),
@@ -35,7 +35,7 @@ TIME_SCALES: dict[CheckpointKind, float] = {
     **dict.fromkeys(("dit", "pixart", "diffusers-dit"), 999.0),
     **dict.fromkeys(("sit", "repa"), 1.0),
 }
-# What the training scripts call path and prediction -> ours. GVP is alpha = cos(pi t / 2), sigma = sin(pi t / 2).
+# Paths and predictions in the training scripts -> in Atoll. GVP is alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 GVP = {"name": "cosine", "s": 1e-8}
 PATHS: dict[str, dict[str, Any]] = {
     "sit": {"Linear": "linear", "GVP": GVP},
@@ -45,30 +45,33 @@ PREDICTIONS = {"sit": {"velocity": "flow", "noise": "eps"}, "repa": {"v": "flow"
 
 
 def detect(checkpoint: Checkpoint, objective: Mapping[str, Any] | None = None) -> CheckpointKind:
-    """The kind of a checkpoint, by its tensors' names and what else tells it.
+    """Detect the kind of a checkpoint by its tensors' names, training arguments and file name.
 
     Args:
-        objective: what the caller says that it was trained with, if anything.
+        checkpoint: the checkpoint.
+        objective: the training objective according to the caller; None if unknown.
 
     Raises:
-        AtollError: it is of no known kind, or could be of several.
+        AtollError: the kind is unknown, or several kinds are possible.
     """
     for kind, layouts in MARKS.items():
         if any(all(mark in checkpoint.tensors for mark in marks) for marks in layouts):
             return _of_dit_layout(checkpoint, objective or {}) if kind in DIT_LAYOUT else kind
+    # No layout fits: list some names, so that the reader sees what the file holds.
     known = "; ".join(f"{kind} ({' or '.join(', '.join(marks) for marks in many)})" for kind, many in MARKS.items())
     names = ", ".join(sorted(checkpoint.tensors)[:4]) or "no tensors"
     raise AtollError(f"{checkpoint.where}: unknown layout ({names}, ...); recognised are {known}")
 
 
 def check_kind(checkpoint: Checkpoint, kind: str) -> CheckpointKind:
-    """A kind that the caller named; a training file's arguments that say otherwise are a warning.
+    """Validate a kind named by the caller. Warn if the training arguments contradict it.
 
     Raises:
-        AtollError: an unknown kind.
+        AtollError: the kind is unknown.
     """
     if kind not in KINDS:
         raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
+    # Only a warning: the caller may know better than the saved arguments.
     trained = _kind_of_arguments(checkpoint)
     if kind in DIT_LAYOUT and trained not in (None, kind):
         warnings.warn(
@@ -79,16 +82,16 @@ def check_kind(checkpoint: Checkpoint, kind: str) -> CheckpointKind:
 
 
 def original_objective(kind: CheckpointKind, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Arguments of `Objective`: what the checkpoint was trained with.
+    """Return the checkpoint's training objective as arguments of `Objective`.
 
     Raises:
-        AtollError: its training arguments name a path or a prediction that no objective of ours expresses.
+        AtollError: the training arguments name a path or a prediction that `Objective` cannot express.
     """
     time_scale = TIME_SCALES[kind]
-    # DiT and PixArt follow DDPM, and have no choice in their training scripts.
+    # DiT and PixArt follow DDPM; their training scripts offer nothing else.
     if kind not in PATHS:
         return {"prediction": "eps", "schedule": "linear-beta", "time_scale": time_scale}
-    # SiT's and REPA's scripts have a choice; their defaults come first in the tables.
+    # SiT's and REPA's scripts offer several; their defaults come first in the tables.
     path = str(checkpoint.args.get("path_type", next(iter(PATHS[kind]))))
     prediction = str(checkpoint.args.get("prediction", next(iter(PREDICTIONS[kind]))))
     if path not in PATHS[kind] or prediction not in PREDICTIONS[kind]:
@@ -105,20 +108,20 @@ def original_objective(kind: CheckpointKind, checkpoint: Checkpoint) -> dict[str
 
 
 def predicts_velocity(checkpoint: Checkpoint) -> bool:
-    """Whether a SiT predicts a velocity, which turns with the direction of time; noise and score do not."""
+    """Return whether a SiT predicts a velocity, whose sign depends on the direction of time."""
     return str(checkpoint.args.get("prediction", "velocity")) == "velocity"
 
 
 def _of_dit_layout(checkpoint: Checkpoint, objective: Mapping[str, Any]) -> CheckpointKind:
-    """Which of the three kinds with DiT's tensors. Raises AtollError if nothing tells, and it looks like no DiT."""
-    # What decides: the training script, REPA's own layers, the caller's convention.
+    """Detect which of the three kinds with DiT's tensors it is. Raises AtollError if that is unclear."""
+    # Certain evidence: the training script, REPA's own layers, the caller's convention.
     if (trained := _kind_of_arguments(checkpoint)) is not None:
         return trained
     if any(name.startswith(PROJECTORS) for name in checkpoint.tensors):
         return "repa"
     if objective.get("prediction") == "flow" and objective.get("time_scale") == 1.0:
         return "repa"  # t = 1 at noise, unscaled
-    # What only suggests: a name, and outputs that DiT trains by default.
+    # Weak evidence: the file name, and the variance outputs that DiT trains by default.
     choose = "say which it is: --kind dit, sit or repa"
     named = _kind_of_name(checkpoint.where)
     if named == "dit":
@@ -134,7 +137,7 @@ def _of_dit_layout(checkpoint: Checkpoint, objective: Mapping[str, Any]) -> Chec
 
 
 def _kind_of_arguments(checkpoint: Checkpoint) -> CheckpointKind | None:
-    """What the arguments saved by a training script say; None if they say nothing."""
+    """Detect the kind by the training arguments in the file; None if they do not determine it."""
     args = checkpoint.args
     model = args.get("model")
     if "path_type" in args:
@@ -145,7 +148,7 @@ def _kind_of_arguments(checkpoint: Checkpoint) -> CheckpointKind | None:
 
 
 def _kind_of_name(where: str) -> CheckpointKind | None:
-    """What a file's name says, such as SiT-XL-2-256x256.pt."""
+    """Detect the kind by the file name, such as SiT-XL-2-256x256.pt; None if it names no kind."""
     name = PurePath(where).name
     for kind in DIT_LAYOUT[::-1]:
         if re.search(rf"(?<![a-z]){kind}(?![a-z])", name, re.IGNORECASE):
@@ -154,11 +157,12 @@ def _kind_of_name(where: str) -> CheckpointKind | None:
 
 
 def _no_variance(checkpoint: Checkpoint) -> str | None:
-    """Why a checkpoint does not look like DiT's default, which trains variance outputs; None if it does."""
+    """Explain why a checkpoint differs from DiT's default, which trains variance outputs; None if it does not."""
     weight, kernel = (checkpoint.tensors.get(n) for n in ("final_layer.linear.weight", "x_embedder.proj.weight"))
     if weight is None or kernel is None or weight.ndim != 2 or kernel.ndim != 4:
         return None  # damaged: the conversion names it
     channels, patch = kernel.shape[1:3]
+    # A network on pixels can only be a DiT.
     if channels in PIXEL_CHANNELS:
         return None
     if len(weight) == channels * patch**2:

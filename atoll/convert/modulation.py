@@ -38,12 +38,18 @@ def share(native: Native, fit: bool) -> Native:
     """Convert a native network's per-block modulation to AdaLN-Single.
 
     Args:
-        fit: True: the nearest AdaLN-Single; False: that of a new network (HDDM).
+        native: the network, with per-block modulation.
+        fit: True for the nearest AdaLN-Single, False for the initial one of a new network (HDDM).
+
+    Returns:
+        The network with AdaLN-Single. With `fit`, its notes hold the relative error of each block.
     """
+    # Drop the per-block maps. Without a fit, the new ones start as in a new network.
     weights = {name: value for name, value in native.weights.items() if ".modulation." not in name}
     if not fit:
         weights = {name: value for name, value in weights.items() if not name.startswith("final_modulation.")}
         return replace(native, config=native.config | {"modulation": "single"}, weights=weights)
+    # The shared map, the tables, and the error of each block, in float64 where sums are long.
     depth, width = native.config["depth"], native.config["width"]
     inputs = activations(native)  # [T,D]
     shared_weight, shared_bias = torch.zeros(6, width, width), torch.zeros(6, width)
@@ -56,15 +62,18 @@ def share(native: Native, fit: bool) -> Native:
         factor = factors(torch.cat([curve - curve.mean(1, keepdim=True) for curve in curves], dim=1))  # [b,D]
         share_of = factor / factor.square().sum(0)  # [b,D]: S = sum_b share_of_b m_b
         for slot, (weight, bias), curve in zip(slots, maps, curves, strict=True):
+            # The shared map is the weighted sum of the blocks' maps.
             one = 1.0 if slot in SCALES else 0.0
             shared_weight[slot] = torch.einsum("bd,bdi->di", share_of, weight)
             shared_bias[slot] = (share_of * bias).sum(0)
             moving = F.linear(inputs, shared_weight[slot].double(), shared_bias[slot].double())  # [T,D]
+            # Each table makes the mean over time exact; the error is what remains.
             table = (one + curve.mean(1)) / factor - one - moving.mean(0)  # [b,D]
             got = factor[:, None] * (one + moving + table[:, None]) - one  # [b,T,D]
             tables[:, slot] = table
             error += (got - curve).square().sum((1, 2))
             total += curve.square().sum((1, 2))
+        # The neighbouring layer undoes the factor.
         for i in range(depth):
             _absorb(weights, f"blocks.{i}.{layer}", factor[i].float(), before)
     # The new network's weights, and how far each block is from the old one's.
@@ -78,20 +87,24 @@ def share(native: Native, fit: bool) -> Native:
 
 
 def factors(curves: Tensor) -> Tensor:
-    """The factors [b, D] to which the blocks' curves [b, T, D], of zero mean, are most nearly proportional by channel.
+    """Compute each block's factor per channel: the loadings of the first principal component over the blocks.
 
-    They are the loadings of the first principal component over the blocks: about 1 on average, mostly positive, inside
-    FACTORS, and 1 for a channel that is constant.
+    Args:
+        curves: the blocks' curves over time [b, T, D], with zero mean.
+
+    Returns:
+        Factors [b, D]: about 1 on average, mostly positive, |r| within FACTORS, and 1 for a constant channel.
     """
     gram = torch.einsum("btd,ctd->dbc", curves, curves)  # [D,b,b]
     loading = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [b,D]
     loading = torch.where(gram.diagonal(dim1=1, dim2=2).sum(1) > 0, loading, 1.0)  # [b,D]
+    # The sign and the scale of a principal component are free: make it mostly positive, with mean |r| of 1.
     loading = loading * torch.where(loading.sum(0) < 0, -1.0, 1.0) / loading.abs().mean(0)  # [b,D]
     return torch.where(loading < 0, -1.0, 1.0) * loading.abs().clamp(*FACTORS)
 
 
 def activations(native: Native) -> Tensor:
-    """silu(c(t)) [T, D] in float64, at T times over the network's range and at the null class."""
+    """Compute silu(c(t)) [T, D] in float64, at T times over the network's range and at the null class."""
     w = {name: value.double() for name, value in native.weights.items() if name.startswith("conditioner.time.")}
     times = torch.arange(TIMES, dtype=torch.float64) * (native.time_scale / (TIMES - 1))
     features = time_features(times, native.config.get("time_period", TIME_PERIOD))  # [T,256]
@@ -100,7 +113,7 @@ def activations(native: Native) -> Tensor:
 
 
 def _maps(native: Native, slot: int) -> tuple[Tensor, Tensor]:
-    """The linear maps of one of the six vectors in all blocks: weights [b, D, D] and biases [b, D], float64."""
+    """Return the linear maps of one of the six vectors in all blocks: weights [b, D, D] and biases [b, D], float64."""
     rows = slice(slot * native.config["width"], (slot + 1) * native.config["width"])
     names = [f"blocks.{i}.modulation.linear" for i in range(native.config["depth"])]
     weight = torch.stack([native.weights[f"{name}.weight"][rows].double() for name in names])

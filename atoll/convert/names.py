@@ -1,4 +1,4 @@
-"""Tensor names without what wrappers put around them: DDP, torch.compile, FSDP, AveragedModel, Lightning, DeepSpeed."""
+"""Remove wrappers' prefixes from tensor names: DDP, torch.compile, FSDP, AveragedModel, Lightning, DeepSpeed."""
 
 import re
 from collections.abc import Iterable
@@ -11,28 +11,29 @@ from atoll.errors import AtollError
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "base_model.", "net.", "network.", "_forward_module.")
 # Inside names: a block that was compiled, sharded or recomputed by itself. No network has these names of its own.
 INSIDE = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Single numbers beside the weights, by which averages count: torch's AveragedModel, and others.
+# Scalars beside the weights, which averages count with: torch's AveragedModel, and others.
 COUNTERS = ("n_averaged", "initted", "num_updates", "step", "decay")
 
 
 def unwrapped(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors by the names that the network itself gives them.
+    """Rename tensors to the names that the network itself gives them.
 
     Args:
-        tensors: by the names in the file.
+        tensors: tensors by their names in the file.
         where: the file, for the message.
 
     Raises:
         AtollError: two tensors would have the same name.
     """
     names = {name: INSIDE.sub("", name) for name in tensors}
-    # A wrapper's counter has the prefixes of the wrappers around it alone, so both are peeled off in turns.
+    # A counter has the prefixes of the outer wrappers only, so remove prefixes and counters in turns.
     prefix = ""
     while True:
         names = {name: inner.removeprefix(prefix) for name, inner in names.items()}
         names = {name: inner for name, inner in names.items() if inner not in COUNTERS or tensors[name].numel() > 1}
         if not (prefix := _shared(names.values())):
             break
+    # Two networks in one file would overwrite each other.
     result = {inner: tensors[name] for name, inner in names.items()}
     if len(result) < len(names):
         inner = next(inner for inner in names.values() if list(names.values()).count(inner) > 1)
@@ -43,6 +44,6 @@ def unwrapped(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def _shared(names: Iterable[str]) -> str:
-    """A prefix of `PREFIXES` that all names have; "" if there is none."""
+    """Return a prefix of `PREFIXES` that all names share; "" if there is none."""
     names = list(names)
     return next((p for p in PREFIXES if names and all(n.startswith(p) and n != p for n in names)), "")

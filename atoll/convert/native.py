@@ -1,4 +1,4 @@
-"""The native network that every foreign layout is converted to, and the steps that the conversions share."""
+"""The native network, the target of all conversions, and the steps that the conversions share."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,7 +51,7 @@ DiffusersConfigT = TypeVar("DiffusersConfigT", bound=DiffusersConfig)
 
 
 def foreign_config(checkpoint: Checkpoint, kind: type[DiffusersConfigT]) -> DiffusersConfigT:
-    """The checkpoint's config.json, checked. Raises AtollError if there is none, or one that cannot be converted."""
+    """Validate the checkpoint's config.json. Raises AtollError if there is none, or it cannot be converted."""
     # Neither heads nor patch positions follow from the tensors of diffusers' layout.
     if checkpoint.config is None:
         raise AtollError(
@@ -73,19 +73,25 @@ def fill(weights: dict[str, Tensor], name: str, layer: tuple[Tensor, Tensor]) ->
 
 
 def stacked(*layers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Linear layers of the same input as one layer, such as q, k and v."""
+    """Concatenate linear layers of the same input to one layer, such as q, k and v."""
     return torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
 
 
 def patch_kernel(kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A patch embedding's convolution [D, C, p, p] as a linear layer [D, p*p*C] in (p, p, C) order."""
+    """Convert a patch embedding's convolution [D, C, p, p] to a linear layer [D, p*p*C] in (p, p, C) order."""
     return kernel.permute(0, 2, 3, 1).flatten(1), bias
 
 
 def keep_channels(layer: tuple[Tensor, Tensor], patch: int, channels: int) -> tuple[Tensor, Tensor]:
-    """A final layer's outputs for the first `channels` channels, the prediction; the others are a variance.
+    """Select a final layer's outputs for the first `channels` channels, the prediction. The others are a variance.
 
-    Rows of weight [p*p*out, D] and bias [p*p*out] are in (p, p, out) order; the result's in (p, p, channels) order.
+    Args:
+        layer: weight [p*p*out, D] and bias [p*p*out], rows in (p, p, out) order.
+        patch: p.
+        channels: the number of channels to keep.
+
+    Returns:
+        Weight and bias, rows in (p, p, channels) order.
     """
     # The channels are the fastest axis, so a slice of the last one.
     weight, bias = (values.unflatten(0, (patch * patch, -1))[:, :channels].flatten(0, 1) for values in layer)
@@ -93,8 +99,8 @@ def keep_channels(layer: tuple[Tensor, Tensor], patch: int, channels: int) -> tu
 
 
 def positions(size: tuple[int, int], patch: int, width: int, base: float) -> Tensor:
-    """Fixed positions [N, D] for a latent of `size` (H, W) in a network trained on `base` tokens per side.
+    """Compute fixed positions [N, D] for a latent of `size` (H, W) in a network trained on `base` tokens per side.
 
-    They span the same range in other steps, as in PixArt and diffusers' PatchEmbed.
+    They span the range of the training with another step, as in PixArt and diffusers' PatchEmbed.
     """
     return sincos_positions(size[0] // patch, size[1] // patch, width, span=base)

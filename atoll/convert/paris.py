@@ -1,6 +1,6 @@
-"""Paris's open weights (arXiv 2510.03434) as an ensemble's parts: eight experts of XL/2 and their router.
+"""Convert Paris's open weights (arXiv 2510.03434) to an ensemble's parts: eight experts of XL/2 and their router.
 
-Reads a directory as it was released, and in it these files:
+The source is a directory as released, with these files:
 
     expert_0/diffusion_pytorch_model.safetensors ... expert_7/...       router/pytorch_model.safetensors
 
@@ -38,7 +38,7 @@ ROUTER = ("router/pytorch_model.safetensors", "router/pytorch_model.bin")
 
 
 def is_paris(source: Path) -> bool:
-    """Whether `source` is a directory of Paris's layout: a router, and experts beside it."""
+    """Return whether `source` has Paris's layout: a router, and experts beside it."""
     return any((source / name).is_file() for name in ROUTER) and any(source.glob("expert_*"))
 
 
@@ -51,12 +51,12 @@ def convert_paris(
 ) -> tuple[list[Path], Path]:
     """Convert the directory `source` into `out`/experts/0, ... and `out`/router; return the experts and the router.
 
-    Missing experts are a warning. Memory: one expert at a time.
+    Missing experts cause a warning. Memory: one expert at a time.
 
     Args:
         condition: the text encoder, as `build_encoder` reads it; None: CLIP-L/14 by its name on the hub, not loaded.
         codec: the latent codec, as `build_codec` reads it; None: sd-vae-ft-mse by its name, not loaded.
-        heads: attention heads of experts and router, if their size was never published.
+        heads: attention heads of experts and router; needed only for sizes that were never published.
 
     Raises:
         AtollError: no router or no expert, tensors missing, misshapen or unknown, an expert of a cluster that the
@@ -64,10 +64,11 @@ def convert_paris(
     """
     if out.exists():
         raise AtollError(f"{out}: exists already; choose another directory, or remove it")
+    # The router comes first: it determines the number of clusters and the shape of the latents.
     checkpoint = read_checkpoint(_router_file(source))
     router, router_weights = _router(checkpoint, heads)
     numbers = _experts(source, router["clusters"])
-    # What all parts share: the latents, their codec, the text encoder and the clusters.
+    # Entries that all parts share: the latents, their codec, the text encoder and the clusters.
     encoder = None if condition is None else build_encoder(condition)
     decoder = None if codec is None else build_codec(codec)
     if decoder is not None and decoder.channels != router["channels"]:
@@ -82,7 +83,7 @@ def convert_paris(
         "assignment": next(iter(checkpoint.files.values())),  # only this router defines the clusters
         "training": TrainingRecord(mark=CONVERTED, steps=0),
     }
-    # The router, then one expert after the other.
+    # Write the router, then one expert after the other.
     with whole_directory(out) as directory:
         routing = RouterCard(network=router, clusters=router["clusters"], **common, conversion=_conversion(checkpoint))
         save_artifact(RunLayout(directory).router, routing, router_weights)
@@ -107,12 +108,12 @@ def convert_paris(
 
 
 def _conversion(checkpoint: Checkpoint) -> ConversionRecord:
-    """The card's entry for the conversion."""
+    """Return the card's entry for the conversion."""
     return ConversionRecord(kind="paris", modulation="kept", source=checkpoint.files)
 
 
 def _router_file(source: Path) -> Path:
-    """The router's weights in `source`. Raises AtollError if there are none."""
+    """Find the router's weights in `source`. Raises AtollError if there are none."""
     for name in ROUTER:
         if (source / name).is_file():
             return source / name
@@ -120,8 +121,8 @@ def _router_file(source: Path) -> Path:
 
 
 def _experts(source: Path, clusters: int) -> list[int]:
-    """The numbers of the experts in `source`, ascending."""
-    # expert_00 and expert_x are no numbers of this release.
+    """List the numbers of the experts in `source`, ascending."""
+    # Names such as expert_00 and expert_x are not part of the release.
     names = {path.name.removeprefix("expert_") for path in source.glob("expert_*") if path.is_dir()}
     numbers = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
     if not numbers:
@@ -137,22 +138,22 @@ def _experts(source: Path, clusters: int) -> list[int]:
 
 
 def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An expert's network, and its artifact's tensors."""
+    """Convert an expert: return its network config and its artifact's tensors."""
     taker = Taker(checkpoint)
     config = {"name": "paris", **_sizes(checkpoint, taker, heads), "states_dim": taker.shape("text_proj.weight", 2)[1]}
     return _taken(taker, config)
 
 
 def _router(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The router's network, and its artifact's tensors."""
+    """Convert the router: return its network config and its artifact's tensors."""
     taker = Taker(checkpoint)
     clusters = taker.shape("head.4.weight", 2)[0]
     return _taken(taker, {"name": "paris-router", **_sizes(checkpoint, taker, heads), "clusters": clusters})
 
 
 def _sizes(checkpoint: Checkpoint, taker: Taker, heads: int | None) -> dict[str, Any]:
-    """The sizes that the tensors determine, of an expert and of the router alike."""
-    # The latent is a square: no tensor tells its sides, only their product.
+    """Derive the sizes of an expert or the router from the tensors."""
+    # The positions determine only the product of the latent's sides, so assume a square.
     width, channels, patch, _ = taker.shape("patch_embed.weight", 4)
     tokens = taker.shape("pos_embed", 3)[1]
     side, depth = math.isqrt(tokens) * patch, taker.count("layers")
@@ -170,7 +171,8 @@ def _sizes(checkpoint: Checkpoint, taker: Taker, heads: int | None) -> dict[str,
 
 
 def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The network's complete configuration, and its tensors under an artifact's names."""
+    """Return the network's complete configuration, and its tensors under an artifact's names."""
+    # On the meta device, since only the names and shapes are needed.
     with torch.device("meta"):
         network: nn.Module = build_network(config)
     # The release has torch's names of attention: q, k and v in one tensor, or q before k and v.
@@ -193,7 +195,7 @@ def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def _check(checkpoint: Checkpoint, network: dict[str, Any], router: dict[str, Any], width: int | None) -> None:
-    """Raises AtollError unless the expert has the router's latents and reads states of the condition's width."""
+    """Raise AtollError unless the expert has the router's latents and reads states of the condition's width."""
     mine, theirs = ([config["channels"], *config["size"]] for config in (network, router))
     if mine != theirs:
         raise AtollError(f"{checkpoint.where}: its latents are {mine}, the router's {theirs}; get both from one place")

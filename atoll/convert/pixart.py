@@ -1,4 +1,4 @@
-"""PixArt (arXiv 2310.00426) in the layout of diffusers' `PixArtTransformer2DModel` as a native network.
+"""Convert PixArt (arXiv 2310.00426) in the layout of diffusers' `PixArtTransformer2DModel` to a native network.
 
 Every part has a counterpart: the block is PixArt's own, the text goes through two layers (`text_layers: 2`), and the
 fixed positions are stored, stretched by PixArt's interpolation scale. The 1024 px models also read the image's
@@ -41,15 +41,16 @@ class PixArt(Transformer):
 
 
 def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: int = 8) -> Native:
-    """Convert a checkpoint of diffusers' PixArtTransformer2DModel with its config.json; equal to what it computes.
+    """Convert a checkpoint of diffusers' PixArtTransformer2DModel with its config.json. The result is exact.
 
     Args:
         size: (H, W) of the latent; None: the square that the checkpoint was trained on.
-        factor: the codec's, image pixels per latent pixel; for networks that read the resolution.
+        factor: image pixels per latent pixel of the codec, default 8; for networks that read the resolution.
 
     Raises:
         AtollError: no config.json, one of another network, or tensors missing, misshapen or unknown.
     """
+    # Sizes from the config, then patch embedding and positions.
     config = foreign_config(checkpoint, PixArt)
     patch, channels, width = config.patch_size, config.in_channels, config.width
     size = size or (config.sample_size, config.sample_size)
@@ -65,11 +66,11 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
         parts = [taker.linear(f"{block}.attn2.to_{part}", width, width, config.attention_bias) for part in "kv"]
         fill(weights, f"{ours}.cross.kv", stacked(*parts))
         fill(weights, f"{ours}.cross.out", taker.linear(f"{block}.attn2.to_out.0", width, width))
-    # The end, time and text.
+    # Final layer and shared modulation.
     weights["final_modulation.table"] = taker.take("scale_shift_table", 2, width)
     fill(weights, "final", keep_channels(taker.linear("proj_out", config.outputs, width), patch, channels))
     fill(weights, "conditioner.shared", taker.linear("adaln_single.linear", 6 * width, width))
-    # diffusers' default: networks for 1024 px read the resolution.
+    # Time and text. By diffusers' default, networks for 1024 px read the resolution.
     reads = config.use_additional_conditions
     reads = config.sample_size == 128 if reads is None else reads
     pixels = (size[0] * factor, size[1] * factor) if reads else None
@@ -97,7 +98,7 @@ def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSiz
     name = "adaln_single.emb"
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
-    # A native network has one size, so what it would read of it is a constant.
+    # A native network has one size, so the embeddings of resolution and aspect ratio are constants.
     if pixels is not None:
         height, wide = pixels
         resolution = _embedded(
@@ -109,13 +110,13 @@ def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSiz
 
 
 def _embedded(taker: Taker, name: str, width: int, values: Tensor) -> Tensor:
-    """The output [n, width] of an embedder of numbers for `values` [n]."""
+    """Evaluate an embedder of numbers on `values` [n]: [n, width]."""
     hidden = F.silu(F.linear(time_features(values), *taker.linear(f"{name}.linear_1", width, TIME_FEATURES)))
     return F.linear(hidden, *taker.linear(f"{name}.linear_2", width, width))
 
 
 def _text(taker: Taker, weights: dict[str, Tensor], config: PixArt, width: int) -> dict[str, int]:
-    """Convert the text's projection; without one the states are as wide as the network, and it is the identity."""
+    """Convert the text's projection, or the identity if there is none. Return the config's entries for the text."""
     if config.cross_attention_dim != width:
         raise AtollError(
             f"{taker.where}: cross_attention_dim {config.cross_attention_dim}, the network is {width} wide; "

@@ -1,7 +1,7 @@
-"""PixArt's own `.pth` (alpha and sigma, arXiv 2310.00426 and 2403.04692) in the layout of diffusers.
+"""Rename PixArt's own `.pth` (alpha and sigma, arXiv 2310.00426 and 2403.04692) to the layout of diffusers.
 
-The networks are the same; the names differ, and q, k and v are one tensor. What config.json says in diffusers' layout
-follows from the tensors: the sizes from their shapes, the positions' scale from the stored positions, and whether the
+The networks are the same; the names differ, and q, k and v are one tensor. The entries of diffusers' config.json follow
+from the tensors: the sizes from their shapes, the positions' scale from the stored positions, and whether the
 network reads the image's resolution from its embedders.
 """
 
@@ -49,21 +49,21 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
 def is_original(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has PixArt's own names."""
+    """Return whether a checkpoint has PixArt's own tensor names."""
     return all(name in checkpoint.tensors for name in PIXART_LAYOUT)
 
 
 def as_diffusers(checkpoint: Checkpoint, size: ImageSize | None = None, heads: int | None = None) -> Checkpoint:
-    """The checkpoint with diffusers' names, and the config.json that diffusers' conversion would write.
+    """Rename a checkpoint's tensors as in diffusers, and derive the config.json of diffusers' conversion.
 
     Args:
         size: (H, W) of the latent; needed only if the file has no positions.
         heads: attention heads; None: those of the published sizes (XL/2: 16).
 
     Raises:
-        AtollError: sizes that nothing tells.
+        AtollError: a size cannot be determined.
     """
-    # Sizes from the shapes; what shapes do not tell from the published sizes or the caller.
+    # Sizes come from the shapes; the heads come from the published sizes or the caller.
     taker = Taker(checkpoint)
     width, channels, patch, _ = taker.shape("x_embedder.proj.weight", 4)
     depth = taker.count("blocks")
@@ -92,7 +92,7 @@ def as_diffusers(checkpoint: Checkpoint, size: ImageSize | None = None, heads: i
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by diffusers' names; those without one keep their own, so that they are named as unknown."""
+    """Rename tensors as in diffusers. Unknown ones keep their names, so that the conversion reports them."""
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         # The positions follow from the config.
@@ -117,7 +117,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tuple[int, float]:
-    """Tokens per side that the positions were made for, and the factor by which their steps are divided."""
+    """Return the tokens per side of the original positions, and the factor by which their steps are divided."""
     stored = checkpoint.tensors.get("pos_embed")
     if stored is None:
         return _published_positions(checkpoint, patch, size)
@@ -127,6 +127,7 @@ def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tu
         raise AtollError(
             f"{checkpoint.where}: pos_embed has shape {list(stored.shape)}; expected [1, N, D] with N a square"
         )
+    # So the angle of the second column is the step between tokens.
     step = torch.atan2(stored[0, 1, 0].double(), stored[0, 1, quarter].double()).item()
     if not 0.05 < step < 3:
         raise AtollError(
@@ -138,11 +139,12 @@ def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tu
 
 
 def _published_positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tuple[int, float]:
-    """The same for a file without positions: those of the published networks of that size."""
+    """Return what `_positions` does, for a file without positions, from the published networks of that size."""
     if size is None or size[0] != size[1]:
         raise AtollError(
             f"{checkpoint.where}: no pos_embed in it, which tells the latent's size; say it: --size 64 for 512 px"
         )
+    # Sigma and alpha scale positions differently below 512 px; the length of the null caption tells them apart.
     caption = checkpoint.tensors.get("y_embedder.y_embedding")
     is_sigma = caption is not None and len(caption) == SIGMA_LENGTH
     latent = size[0]

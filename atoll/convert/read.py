@@ -1,4 +1,4 @@
-"""Foreign checkpoints on disk: tensors by name, with the configuration or training arguments beside them.
+"""Read foreign checkpoints: tensors by name, with the configuration or training arguments beside them.
 
 Reads a safetensors file, a PyTorch file (`.pt`, `.pth`, `.pth.tar`, `.bin`, `.ckpt`) or a directory that diffusers
 wrote: `config.json` beside one such file, or beside shards and their index. A pipeline's directory is entered at
@@ -31,12 +31,12 @@ ARGUMENTS = ("args", "config", "cfg", "hparams", "hyper_parameters")  # under wh
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read.
+    """A checkpoint in memory.
 
     Attributes:
-        tensors: by their own names, without the prefixes of wrappers.
-        config: config.json, if there is one.
-        files: sha256 by file name, of the weights.
+        tensors: tensors by name, without the prefixes of wrappers.
+        config: the content of config.json; None if there is none.
+        files: sha256 of the weights, by file name.
         where: the path, for messages.
         args: the training arguments saved with the weights, as plain values; {} if there are none.
         key: the entry of a PyTorch file that the tensors were read from, such as "ema"; "" if at its top.
@@ -54,9 +54,9 @@ def read_checkpoint(source: Path) -> Checkpoint:
     """Read the checkpoint at `source`, a file or a directory.
 
     Raises:
-        AtollError: nothing there, an unknown kind of file, a damaged one, a pickle that could run code.
+        AtollError: `source` does not exist, is of an unknown kind or damaged, or is a pickle that could run code.
     """
-    # Which files: the given one, or those that diffusers would read.
+    # The files: `source` itself, or those that diffusers would read.
     if source.is_dir():
         directory = source / "transformer" if (source / "transformer").is_dir() else source
         files = _files_of(directory)
@@ -64,7 +64,7 @@ def read_checkpoint(source: Path) -> Checkpoint:
         directory, files = source.parent, [source]
     else:
         raise AtollError(f"{source}: not found; expected a checkpoint, a file or a directory")
-    # Their tensors. Prefixes are removed from all names together, as one shard may hold few of them.
+    # Their tensors. Prefixes are removed after all shards are read, since a prefix must be shared by all names.
     tensors: dict[str, Tensor] = {}
     args: dict[str, Any] = {}
     key = ""
@@ -92,7 +92,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def _files_of(directory: Path) -> list[Path]:
-    """The weights in a diffusers directory, in order."""
+    """List the weight files in a diffusers directory, in order."""
     weights = weight_files(directory, STEM, "index", (".safetensors", ".bin"))
     if weights is None:
         names = ", ".join(sorted(path.name for path in directory.iterdir())[:6]) or "nothing"
@@ -110,12 +110,12 @@ def _files_of(directory: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """The tensors of one file, the training arguments in it, and the key under which the tensors are."""
+    """Read one file: its tensors, its training arguments, and the key of the tensors."""
     try:
         content = content_of(file)
     except OSError as error:
         raise AtollError(f"{file}: {advice(file, error)}") from None
-    # The content decides, the suffix only where the content tells nothing.
+    # The content decides the format. The suffix decides only if the content is unknown.
     if content == "safetensors" or (content not in ("torch", "pickle") and file.suffix == ".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -131,8 +131,8 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
 
 
 def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """The tensors in a PyTorch file's content, the training arguments beside them, and the key of the tensors."""
-    # Down through the keys that hold weights, taking the arguments on the way.
+    """Extract from a PyTorch file's content the tensors, the training arguments, and the key of the tensors."""
+    # Descend through the keys that hold weights. The outermost training arguments are used.
     args: dict[str, Any] = {}
     keys: list[str] = []
     while isinstance(content, Mapping):
@@ -144,7 +144,7 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any
             break
         keys.append(key)
         content = content[key]
-    # Numbers and text beside the tensors are no weights.
+    # Skip numbers and text beside the tensors.
     tensors = {}
     if isinstance(content, Mapping):
         tensors = {str(name): _dense(file, str(name), v) for name, v in content.items() if isinstance(v, Tensor)}
@@ -155,13 +155,13 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _holds_weights(file: Path, key: str, value: Any) -> bool:
-    """Whether the entry `key` leads to tensors by name.
+    """Return whether the entry `key` holds tensors by name, at any depth.
 
     Raises:
-        AtollError: it holds averaged weights in a form without names; another entry would be other weights.
+        AtollError: it holds averaged weights without names, or a whole module. Another entry would be other weights.
     """
     if isinstance(value, Mapping):
-        # Tensors here, or further down.
+        # Tensors here, or at a deeper level.
         if any(isinstance(entry, Tensor) for entry in value.values()):
             return True
         if any(_holds_weights(file, inner, value.get(inner)) for inner in NESTED):
@@ -183,7 +183,8 @@ def _type_of(content: Any) -> str:
 
 
 def _dense(file: Path, name: str, value: Tensor) -> Tensor:
-    """The tensor without gradients and hooks. Raises AtollError unless it is dense and no larger than its file."""
+    """Detach a tensor. Raises AtollError unless it is dense and no larger than its file."""
+    # An expanded tensor takes no space in the file and could fill the memory once it is copied.
     sparse = value.layout != torch.strided or value.is_quantized or value.is_meta or hasattr(value, "device_mesh")
     if sparse or value.numel() * value.element_size() > max(file.stat().st_size, 2**20):
         kind = "not dense" if sparse else f"larger than the file ({list(value.shape)})"
@@ -194,9 +195,9 @@ def _dense(file: Path, name: str, value: Tensor) -> Tensor:
 
 
 class Taker:
-    """Hands out a checkpoint's tensors one by one and notes what is missing, misshapen or left over.
+    """Return a checkpoint's tensors one by one and record which are missing, misshapen or unused.
 
-    A conversion takes all it needs and calls `done` at the end: one message then names everything that is wrong.
+    A conversion takes all tensors that it needs and calls `done` at the end, which reports all problems in one message.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -211,7 +212,7 @@ class Taker:
             return tensor.float()
         got = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         self._wrong.append(f"{name}: {got}, expected {list(shape)}")
-        # Expanded, it takes no memory, whatever sizes a stranger's config names.
+        # Expanded zeros take no memory, whatever sizes an untrusted config names.
         return torch.zeros(()).expand(shape)
 
     def shape(self, name: str, dimensions: int) -> torch.Size:
@@ -238,16 +239,16 @@ class Taker:
         return weight, self.take(f"{name}.bias", out) if bias else torch.zeros(out)
 
     def drop(self, *names: str) -> None:
-        """Leave these tensors out, if they are there."""
+        """Ignore these tensors if they exist."""
         for name in names:
             self._left.pop(name, None)
 
     def drop_prefix(self, prefix: str) -> None:
-        """Leave out all tensors whose names begin with `prefix`."""
+        """Ignore all tensors whose names begin with `prefix`."""
         self._left = {name: value for name, value in self._left.items() if not name.startswith(prefix)}
 
     def done(self) -> None:
-        """Raises AtollError unless all tensors taken were there and none is left."""
+        """Raise AtollError if a taken tensor did not fit or a tensor is unused."""
         problems = self._wrong + [f"{name}: unknown" for name in sorted(self._left)]
         if problems:
             more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""

@@ -18,14 +18,15 @@ from atoll.nn.dit import TIME_FEATURES, TIME_PERIOD
 
 
 def unscaled(native: Native) -> Native:
-    """The network as one that reads times in [0, 1] (SiT's and REPA's), with the same weights."""
+    """Mark a network as one that reads times in [0, 1], as SiT's and REPA's do. The weights stay the same."""
     return replace(native, time_scale=1.0)
 
 
 def reversed_time(native: Native, negate: bool) -> Native:
-    """The network that computes N(x, 1 - t) or, with `negate`, -N(x, 1 - t), for times t in [0, 1].
+    """Convert a network N(x, t) to N(x, 1 - t) or, with `negate`, -N(x, 1 - t), for times t in [0, 1].
 
     Args:
+        native: the network N.
         negate: True for a velocity; False for a prediction that has no direction in time, such as eps.
     """
     weights = dict(native.weights)
@@ -37,8 +38,8 @@ def reversed_time(native: Native, negate: bool) -> Native:
 
 
 def reversed_columns(weight: Tensor, period: float) -> Tensor:
-    """The weight [D, 256] of the layer that reads the time features at t, from that of the layer that reads 1 - t."""
-    # In float64, as the sum of two rotated columns is rounded once.
+    """Convert the weight [D, 256] of a layer that reads time features at 1 - t to one that reads them at t."""
+    # In float64, so that the sum of two rotated columns is rounded only once.
     half = TIME_FEATURES // 2
     frequency = period ** -(torch.arange(half, dtype=torch.float64) / half)  # [128]
     cosine, sine = weight.double().split(half, dim=1)  # [D, 128] each
