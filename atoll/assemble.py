@@ -1,4 +1,4 @@
-"""Experts + router -> ensemble/ensemble.json, which names its parts and their hashes: `atoll assemble`."""
+"""Assemble experts and a router to ensemble/ensemble.json, which names the parts and their hashes: `atoll assemble`."""
 
 import os
 import warnings
@@ -31,7 +31,7 @@ from atoll.storage.cards import (
 from atoll.storage.layout import ENSEMBLE_CARD, STACKINGS, RunLayout, cluster_path
 from atoll.storage.shards import Shards, is_held_out
 
-_ROWS, _SAMPLES = 1024, 512  # held-out latents at most, and noisy ones at each level, that weigh replicas
+_ROWS, _SAMPLES = 1024, 512  # measuring replicas: the most held-out latents, and the noisy latents at each level
 
 # What all parts of one ensemble must share to be sampled as one model.
 _SHARED = ("assignment", "latent_shape", "codec")
@@ -44,26 +44,31 @@ def assemble(
     sampling: dict[str, Any] | None = None,
     stackings: Sequence[Stacking] = (),
 ) -> Path:
-    """Writes `out`/ensemble.json over the given artifacts (parts stay where they are, named relative to `out`).
+    """Write `out`/ensemble.json. The parts are not moved; the card names them by paths relative to `out`.
 
     Args:
         experts: directories of expert artifacts, at least one.
-        router: the router's directory; None where one expert is all there is.
+        router: the router's directory; None for a single expert.
         out: the ensemble's directory.
         sampling: defaults for the pipeline: steps, guidance_scale, method, routing, replicas.
-        stackings: the weights of replicas; see `stack_replicas`.
+        stackings: the weights of replicas, from `stack_replicas`.
+
+    Returns:
+        `out`.
 
     Raises:
-        AtollError: a part is missing or of another kind, or two parts are of different data.
+        AtollError: a part is missing or of another kind, or two parts were trained on different data.
     """
     if not experts:
         raise AtollError("no experts to assemble; train one with `atoll train expert 0`")
+    # Read all cards; the weights are not needed.
     cards = {path: read_card(path, ExpertCard) for path in experts}
     routing = None if router is None else read_card(router, RouterCard)
     first = experts[0]
     parts: dict[Path, ExpertCard | RouterCard] = {**cards}
     if router is not None and routing is not None:
         parts[router] = routing
+    # Compare every part with the first expert.
     for path, part in parts.items():
         for key in _SHARED:
             mine, theirs = part.plain().get(key), cards[first].plain().get(key)
@@ -72,11 +77,13 @@ def assemble(
                     f"{path}: its {key} is {mine}, that of {first} is {theirs}; "
                     "parts of one ensemble must come from the same clusters"
                 )
+    # The router has one output per cluster.
     for path, card in cards.items():
         if routing is not None and card.k != routing.clusters:
             raise AtollError(
                 f"{router}: knows {routing.clusters} clusters, {path} is of {card.k}; take the router trained on its"
             )
+    # Write the card. Hashes of the parts' cards pin their weights, too.
     out.mkdir(parents=True, exist_ok=True)
     shared = cards[first]
     ensemble = EnsembleCard(
@@ -96,15 +103,23 @@ def assemble(
 
 
 def assemble_run(run: Path, manifest: Manifest) -> Path:
-    """Assembles the experts that the manifest names and that are trained, with the run's router.
+    """Assemble the trained experts of a manifest with the run's router.
 
-    Experts that are not there yet are told about in a warning, and the ensemble is made without them.
+    Experts that are not trained yet are left out with a warning.
+
+    Args:
+        run: the run's directory.
+        manifest: its manifest.
+
+    Returns:
+        The ensemble's directory.
     """
     layout = RunLayout(run)
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
+    # A single expert needs no router, but one that exists is used.
     alone = len(trained) == 1 and not (layout.router / CARD).is_file()
     stackings = stack_replicas(trained, layout.clusters)
     return assemble(
@@ -113,17 +128,25 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
 
 
 def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
-    """The weights of those experts that are replicas of each other, measured on held-out latents of their clusters.
+    """Measure the weights of replicas on held-out latents of their clusters.
 
-    clusters: the run's clusters/. Replicas whose latents are not at hand are told about in a warning: they will share
-    their cluster's weight alike.
+    Replicas without local latents cause a warning; they share their cluster's weight equally.
+
+    Args:
+        experts: directories of expert artifacts.
+        clusters: the run's clusters/.
+
+    Returns:
+        One `Stacking` per group of replicas.
 
     Raises:
-        AtollError: the latents are of another assignment than the experts.
+        AtollError: the latents and the experts belong to different assignments.
     """
+    # Replicas are experts that cover the same clusters.
     groups: dict[tuple[int, ...], list[Path]] = {}
     for path in experts:
         groups.setdefault(read_card(path, ExpertCard).clusters, []).append(path)
+    # Measure each group of at least two.
     stackings = []
     for covered, replicas in groups.items():
         places = [cluster_path(clusters, cluster) for cluster in covered]
@@ -140,13 +163,15 @@ def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
 
 
 def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
+    """Measure one group of replicas on held-out rows of their clusters."""
+    # The replicas, and a check that these are the clusters that they were trained on.
     device = best_device()
     loaded = [load_expert(path, device) for path in replicas]
     for part in shards:
         for path, one in zip(replicas, loaded, strict=True):
             if part.card(ClusterShardsCard).assignment != one.card.assignment:
                 raise AtollError(f"{path}: was trained on another assignment than {part.path} is of; train it again")
-    # Rows that none of them was trained on: what all held back, or the val split.
+    # Rows that no replica was trained on: the rows that all of them held out, or the val split.
     share = min(one.card.training.calibration_holdout if one.card.training else 0.0 for one in loaded)
     val = torch.cat([part.rows("val") + start for part, start in _starts(shards)])
     rows = is_held_out(shards, share).nonzero().flatten() if share > 0 else val
@@ -155,9 +180,11 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
         raise AtollError(
             f"{names}: no row of {shards[0].path} is held out; set train.calibration_holdout, and train them again"
         )
+    # A fixed sample of them, ascending, so that each shard is read once.
     rows = rows[random_rows(len(rows), _ROWS, cpu_generator(0))].sort().values
     latents, captions = _read(shards, rows)
     conditions = [build_encoder(one.card.condition)(captions) for one in loaded]
+    # All replicas use one mean latent: that of a calibration if there is one.
     means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]
     mean = means[0] if means else latents.mean(0)
     experts = [one.expert for one in loaded]
@@ -165,12 +192,22 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
 
 
 def _starts(shards: list[Shards]) -> list[tuple[Shards, int]]:
+    """Pair each directory with the number of its first row in the concatenation."""
+    # The last start is the total, which no directory needs.
     starts = [0, *torch.tensor([len(part) for part in shards]).cumsum(0).tolist()]
     return list(zip(shards, starts, strict=False))
 
 
 def _read(shards: list[Shards], rows: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
-    """Latents [n, ...] float32 and captions of the rows [n], ascending, of directories one after the other."""
+    """Read rows of concatenated directories.
+
+    Args:
+        shards: the directories, in order.
+        rows: row numbers [n] int64 in the concatenation, ascending.
+
+    Returns:
+        Latents [n, C, H, W] float32 and n captions.
+    """
     latents, captions = [], list[str]()
     for part, start in _starts(shards):
         mine = rows[(rows >= start) & (rows < start + len(part))] - start
@@ -180,6 +217,7 @@ def _read(shards: list[Shards], rows: torch.Tensor) -> tuple[torch.Tensor, list[
 
 
 def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry:
+    """Write the mean latents of the stackings, and return the card's entry with their weights."""
     from safetensors.torch import save
 
     data = save({f"mean.{number}": stacking.mean.contiguous() for number, stacking in enumerate(stackings)})
@@ -189,5 +227,5 @@ def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry
 
 
 def _place(path: Path, out: Path) -> dict[str, str]:
-    """Where a part is, and the hash of its card (which holds that of its weights)."""
+    """Return a part's path relative to `out`, and the hash of its card, which holds the hash of its weights."""
     return {"url": Path(os.path.relpath(path, out)).as_posix(), "sha256": sha256_file(path / CARD)}

@@ -39,6 +39,7 @@ def try_lock(descriptor: int, patience: float = 0.0) -> bool:
     Returns:
         Whether the file is locked now. On a file system without locks always True.
     """
+    # A monotonic clock, since the wall clock may be set while waiting.
     deadline = time.monotonic() + patience
     while True:
         try:
