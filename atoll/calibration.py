@@ -47,6 +47,7 @@ class Calibration:
     @classmethod
     def identity(cls, mean: Tensor) -> "Calibration":
         """Return the calibration of an exact expert, which corrects nothing."""
+        # Two nodes suffice: the slope is 1 everywhere.
         ends = torch.tensor([-10.0, 10.0])
         return cls(mean, ends, torch.ones(2), torch.zeros(2), torch.zeros(2))
 
@@ -57,6 +58,7 @@ class Calibration:
         correction divides by neither sigma nor alpha.
         """
         nodes = self.log_snr.to(log_snr)
+        # Nodes and slopes follow the sampler's dtype and device.
         values = (1 - self.slope.to(log_snr)) / PATH.sigma(PATH.time_at(nodes))
         left, offset = bracket(nodes, log_snr)
         return values[left] + offset * (values[left + 1] - values[left])
@@ -72,6 +74,7 @@ class Calibration:
         Returns:
             The corrected (x0, eps), each [B, ...].
         """
+        # x0 - m times 1 - s, over sigma: moves x0 by -sigma and eps by +alpha of it, so x stays.
         excess = per_sample(self.shrinkage_over_sigma(PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
         return x0 - per_sample(PATH.sigma(t), x0) * excess, eps + per_sample(PATH.alpha(t), x0) * excess
 
@@ -101,6 +104,7 @@ class Calibration:
             AtollError: curves that are not lists of numbers of one length, or log-SNR nodes that do not increase.
         """
         try:
+            # The card may come from anywhere: check before use.
             curves = {name: torch.tensor([float(value) for value in config[name]]) for name in _CURVES}
         except (TypeError, ValueError) as error:
             raise AtollError(f"calibration: {error}; expected lists of numbers") from None

@@ -70,6 +70,7 @@ class Objective:
         determine x0 where alpha is 0, and an x0-network does not determine eps where sigma is 0.
         """
         t_min, t_max = self.schedule.support
+        # The times at which alpha or sigma becomes too small to divide by.
         limit = torch.tensor([LOG_SNR_LIMIT, -LOG_SNR_LIMIT], dtype=torch.float64)
         low, high = self.schedule.time_at(limit).tolist()
         if self.prediction == "x0":
@@ -84,6 +85,7 @@ class Objective:
         if self.time_sampling == "uniform":
             unit = torch.rand(batch, generator=generator)
         else:
+            # Denser in the middle of the support than at its ends.
             unit = torch.sigmoid(torch.randn(batch, generator=generator))
         return t_min + (t_max - t_min) * unit
 
@@ -111,6 +113,7 @@ class Objective:
         Returns:
             [B], the mean over all axes but the batch.
         """
+        # Networks may run in bfloat16; the loss does not.
         error = output.to(x0.dtype) - self.target(x0, eps, t)
         squared = error.square().flatten(1).mean(dim=1)
         return squared if self.weighting == "none" else squared * self.weight(t)

@@ -30,6 +30,7 @@ def cpu_generator(seed: int) -> torch.Generator:
 
 def seeded(seed: int, index: int, stream: Stream = Stream.BATCH) -> torch.Generator:
     """Return the generator of item `index` (a batch, an epoch, a noise level) of a stream of `seed`."""
+    # Distinct for distinct (seed, index, stream) as long as index < 1,000,003 and stream < 16.
     mixed = (seed * 1_000_003 + index) * 16 + stream
     return cpu_generator(mixed % 2**63)
 
@@ -70,12 +71,14 @@ class ShuffledPasses:
         """Return the items at positions start..stop-1 of the endless sequence, [stop - start] int64."""
         parts = []
         while start < stop:
+            # Take the rest of the current pass, then go on with the next one.
             number, offset = divmod(start, self.size)
             parts.append(self._order(number)[offset : offset + stop - start])
             start += len(parts[-1])
         return torch.cat(parts)
 
     def _order(self, number: int) -> Tensor:
+        # Only the current order is cached: a pass over a large data set is long.
         if self._current is None or self._current[0] != number:
             self._current = (number, torch.randperm(self.size, generator=self._generator_of(number)))
         return self._current[1]

@@ -84,6 +84,7 @@ class Linear(Schedule):
         return torch.ones_like(t)
 
     def log_snr(self, t: Tensor) -> Tensor:
+        # log1p keeps the digits of 1 - t for small t.
         return 2 * (torch.log1p(-t) - torch.log(t))
 
     def time_at(self, log_snr: Tensor) -> Tensor:
@@ -174,6 +175,7 @@ class TableSchedule(Schedule):
     """
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor):
+        # In float64, so that the log-SNR of the cleanest steps keeps its digits.
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
         if table.ndim != 1 or len(table) < 2:
             raise AtollError(
@@ -181,12 +183,14 @@ class TableSchedule(Schedule):
             )
         self._steps = len(table)
         self._alphas_cumprod = table
+        # Zero terminal SNR: log-SNR would be -inf at the last index.
         finite = table[:-1] if table[-1] == 0 else table
         if len(finite) < 2 or not (torch.all(finite > 0) and torch.all(finite < 1) and torch.all(finite.diff() < 0)):
             raise AtollError(
                 "TableSchedule: alphas_cumprod must be strictly decreasing inside (0, 1) (the last may be 0); "
                 f"got {len(table)} values from {table[0]:.6g} to {table[-1]:.6g}"
             )
+        # alpha^2 = sigmoid(log-SNR) for variance-preserving schedules.
         self._log_snr = torch.logit(finite)
 
     @property
@@ -226,6 +230,7 @@ class TableSchedule(Schedule):
         return self._interval(t)[1] * (self._steps - 1)
 
     def time_at(self, log_snr: Tensor) -> Tensor:
+        # log-SNR falls with t; its negative increases, as `bracket` requires.
         rising = -self._log_snr.to(log_snr.device, log_snr.dtype)
         left, offset = bracket(rising, -log_snr)
         return (left + offset) / (self._steps - 1)

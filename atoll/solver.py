@@ -82,6 +82,7 @@ def times_of(schedule: Schedule, steps: int) -> Tensor:
     if steps < 1:
         raise AtollError(f"steps is {steps}; expected at least 1")
     times = PATH.time_at(schedule.log_snr(torch.linspace(1, 0, steps + 1, dtype=torch.float64)))
+    # A table's log-SNR is finite at its clean end; sampling must still reach the data.
     times[-1] = 0.0
     return times
 

@@ -58,6 +58,7 @@ class GaussianMixture:
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draw latents x0 [count, ...] and their clusters [count]."""
+        # First the component, then the point within it.
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         noise = torch.randn(count, *self.means.shape[1:], generator=generator, dtype=self.means.dtype)
         x0 = self.means[component] + per_sample(self.scales[component], self.means) * noise
@@ -77,6 +78,7 @@ class GaussianMixture:
         """
         log_p = self._component_log_joint(x, t, schedule)
         if cluster is not None:
+            # Components of other clusters get probability 0.
             log_p = log_p.masked_fill(self.clusters != cluster, -torch.inf)
         posterior = torch.softmax(log_p, dim=1)  # [B, M]
         # The posterior means within each component, then their mean over components.
@@ -100,6 +102,7 @@ class GaussianMixture:
         """
         log_p = self._component_log_joint(x, t, PATH)
         clusters = int(self.clusters.max()) + 1
+        # p(cluster) is the sum over its components.
         per_cluster = [torch.logsumexp(log_p[:, self.clusters == k], dim=1) for k in range(clusters)]
         return torch.log_softmax(torch.stack(per_cluster, dim=1), dim=1)
 
@@ -149,5 +152,6 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 256, seed: int = 
     """
     a, b = a.flatten(1), b.flatten(1)
     direction = torch.randn(a.shape[1], directions, generator=cpu_generator(seed), dtype=a.dtype)
+    # On each direction the 1-Wasserstein distance is that of the sorted projections.
     direction = direction / direction.norm(dim=0)
     return float(((a @ direction).sort(0).values - (b @ direction).sort(0).values).abs().mean())

@@ -60,7 +60,7 @@ class RandomBatch(Task):
     def __init__(self, module: nn.Module, size: int):
         self.module, self.size, self.objective = module, size, Objective("flow", Linear())
 
-    def batch(self, index: int, share: slice) -> Batch:
+    def batch(self, index: int, local_rows: slice) -> Batch:
         g, B = seeded(0, index), self.size
         lengths = torch.randint(5, TEXT_TOKENS + 1, (B, 1), generator=g)
         drawn = {
@@ -71,7 +71,7 @@ class RandomBatch(Task):
             "mask": torch.arange(TEXT_TOKENS) < lengths,
             "dropped": torch.rand(B, generator=g) < 0.1,
         }
-        return {name: tensor[share] for name, tensor in drawn.items()}
+        return {name: tensor[local_rows] for name, tensor in drawn.items()}
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]

@@ -146,8 +146,8 @@ def test_a_step_is_the_loops_own(modules, tmp_path) -> None:
     training = modules.gpu_training
 
     class SameBatch(training.RandomBatch):
-        def batch(self, index: int, share: slice) -> Any:
-            return super().batch(0, share)
+        def batch(self, index: int, local_rows: slice) -> Any:
+            return super().batch(0, local_rows)
 
     def network() -> torch.nn.Module:
         torch.manual_seed(0)

@@ -99,7 +99,7 @@ def cluster(
         if assign_only:
             done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell)
         else:
-            done = cluster_run(run, load_manifest(run), force, router_fraction, tell)
+            done = cluster_run(run, load_manifest(run), force=force, router_fraction=router_fraction, progress=tell)
     typer.echo(done)
 
 

@@ -1,16 +1,16 @@
 """Features -> clusters/: K disjoint parts of the data, each in a directory that its island can work from alone.
 
-    clusters.json          the card: k, method, seed, counts, quality, the hash of the assignment, what it was made from
+    clusters.json          the card: k, method, seed, counts, quality, hash of the assignment, hashes of encoded/
     centroids.safetensors  fine [F,D], coarse [K,D], and the coarse cluster of every fine centroid [F]
     assignment.parquet     key, cluster, split: one line per image, in the order of encoded/
     cluster-000/ ...       shards of this cluster's latents and captions
-    router/                if asked for: a uniform sample of all shards, with the cluster of every row
-    report.html            shares, quality, images and words; made of
-    sample/ images/      the rows that it shows, kept so that data added later can be shown beside them
+    router/                optional: a uniform sample of all shards, with the cluster of every row
+    report.html            sizes, quality, images and words; made from
+    sample/ images/        the rows that it shows, stored so that it can be made again when data are added
 
 k-means runs in two stages (DDM, arXiv 2501.05450, section 3.2): many fine centroids over the features, then K coarse
-ones over the fine. An image belongs to the coarse cluster of its nearest fine centroid. Everything streams: memory is
-that of the sample which the fine stage looks at, and of a few shards.
+ones over the fine. An image belongs to the coarse cluster of its nearest fine centroid. All data are streamed: memory
+holds the sample of the fine stage and a few shards.
 """
 
 from atoll.cluster.add import assign_only

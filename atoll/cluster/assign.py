@@ -1,4 +1,4 @@
-"""The assignment: which cluster an image belongs to, as a function that new images can be put through later."""
+"""The assignment: the cluster of an image, as a function that can be applied to new images later."""
 
 import hashlib
 import json
@@ -24,13 +24,18 @@ CENTROIDS = "centroids.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Assigned:
-    """A part's clusters [n] int64 and, for those made from features, the distances [n] to the coarse centroids.
+    """The clusters of a shard's rows.
 
-    blank: how many rows have a zero vector for a feature: all of these are nearest to one and the same centroid.
+    Attributes:
+        part: the shard.
+        features: [n,D] at unit length.
+        clusters: [n] int64.
+        distances: to the coarse centroids, [n]; 0 for method "random".
+        blank: number of rows whose feature is a zero vector; all of them are nearest to the same centroid.
     """
 
     part: Shard
-    features: Tensor  # [n,D], at unit length
+    features: Tensor
     clusters: Tensor
     distances: Tensor
     blank: int
@@ -38,9 +43,15 @@ class Assigned:
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """The coarse cluster of the nearest fine centroid or, at "random", a hash of the key.
+    """The coarse cluster of the nearest fine centroid or, for method "random", a hash of the key.
 
-    fine: [F,D]. coarse_of_fine: [F] int64, the cluster of each. coarse: [k,D], the means. "random" has none of these.
+    Attributes:
+        method: "balanced", "free" or "random".
+        k: number of clusters.
+        seed: of the clustering.
+        fine: fine centroids [F,D]; None for "random".
+        coarse_of_fine: the cluster of each fine centroid, [F] int64; None for "random".
+        coarse: the clusters' means [k,D]; None for "random".
     """
 
     method: ClusterMethod
@@ -50,33 +61,39 @@ class Assignment:
     coarse_of_fine: Tensor | None = None
     coarse: Tensor | None = None
 
-    def __call__(self, part: Shard, where: Path) -> Assigned:
-        """All rows of a part, of the shards at `where`. Raises AtollError if a feature is not finite."""
-        features = unit_features(part, torch.arange(len(part)), where)
+    def __call__(self, part: Shard, path: Path) -> Assigned:
+        """Assign all rows of a shard of the shards at `path`. Raises AtollError if a feature is not finite."""
+        features = unit_features(part, torch.arange(len(part)), path)
         blank = int((features == 0).all(1).sum())
+        # Random clusters need the keys alone.
         if self.fine is None or self.coarse_of_fine is None or self.coarse is None:
-            drawn = draw(hash_keys(part.keys), self.seed, "cluster") % self.k
-            clusters, distances = torch.from_numpy(drawn.astype("int64")), torch.zeros(len(part))
+            numbers = draw(hash_keys(part.keys), self.seed, "cluster") % self.k
+            clusters, distances = torch.from_numpy(numbers.astype("int64")), torch.zeros(len(part))
         else:
             clusters = self.coarse_of_fine[nearest(features, self.fine)[0]]
             distances = (features - self.coarse[clusters]).norm(dim=1)
         return Assigned(part, features, clusters, distances, blank)
 
     def sha256(self, feature: Mapping[str, Any]) -> str:
-        """The hash of the function: what experts and router of one ensemble must share. feature: the network's config.
+        """Return the hash of the function, which experts and router of one ensemble must share.
 
-        It does not change with the images that are put through it.
+        It does not depend on the images that are assigned.
+
+        Args:
+            feature: the feature network's config.
         """
+        # Everything that determines the function, but nothing about the images.
         described: dict[str, Any] = {"method": self.method, "k": self.k}
         tensors = [tensor for tensor in (self.fine, self.coarse_of_fine) if tensor is not None]
         described |= {"feature": identity(feature)} if tensors else {"seed": self.seed}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for tensor in tensors:
+            # Dtype and shape too: equal bytes could be other centroids.
             digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Writes its centroids: fine [F,D], coarse [k,D], coarse_of_fine [F]; none of "random"."""
+        """Write the centroids: fine [F,D], coarse [k,D], coarse_of_fine [F]; an empty file for "random"."""
         from safetensors.torch import save
 
         named = {"fine": self.fine, "coarse": self.coarse, "coarse_of_fine": self.coarse_of_fine}
@@ -84,10 +101,10 @@ class Assignment:
 
 
 def load_assignment(directory: Path, card: ClustersCard) -> Assignment:
-    """The assignment of a clusters/ directory with this card.
+    """Load the assignment of a clusters/ directory with this card.
 
     Raises:
-        AtollError: its centroids are missing, damaged or not those of the card.
+        AtollError: the centroids are missing, damaged or not those of the card.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -97,9 +114,10 @@ def load_assignment(directory: Path, card: ClustersCard) -> Assignment:
         assignment = Assignment(card.method, card.k, card.seed, **load_file(file))
     except (OSError, SafetensorError, TypeError) as error:
         raise AtollError(f"{file}: cannot be read ({error}); `atoll cluster --force` makes {directory} again") from None
-    if (found := assignment.sha256(card.feature)) != card.assignment:
+    # The centroids could have been altered since the card was written.
+    if (digest := assignment.sha256(card.feature)) != card.assignment:
         raise AtollError(
-            f"{file}: gives the assignment {found[:12]}..., {directory}'s card says {card.assignment[:12]}...; "
+            f"{file}: gives the assignment {digest[:12]}..., {directory}'s card says {card.assignment[:12]}...; "
             "the file was altered or damaged: `atoll cluster --force` makes it again"
         )
     return assignment

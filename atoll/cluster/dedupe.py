@@ -29,30 +29,33 @@ def already_there(new: Shards, out: Path, k: int) -> np.ndarray:
         AtollError: a key is there with another caption, split or latent.
     """
     # Compare the keys, then the contents of those with equal keys.
-    there = _among(lambda: _assigned_hashes(out / ASSIGNMENT), lambda: (hash_keys(p.keys) for p in new.parts()))
-    if not there.any():
-        return there
+    known = _among(lambda: _assigned_hashes(out / ASSIGNMENT), lambda: (hash_keys(p.keys) for p in new.parts()))
+    if not known.any():
+        return known
+    # Features are not stored in the clusters.
     columns = [name for name in new.columns if name != "feature"]
     clusters = [Shards(cluster_path(out, number)) for number in range(k)]
     same = _among(
         lambda: (_content(part, columns) for shards in clusters for part in shards.parts()),
         lambda: (_content(part, columns) for part in new.parts()),
     )
-    if (there & ~same).any():
-        row = int(np.flatnonzero(there & ~same)[0])
+    if (known & ~same).any():
+        row = int(np.flatnonzero(known & ~same)[0])
         key = next(part.keys[row - part.start] for part in new.parts() if row < part.start + len(part))
         raise AtollError(
             f"{new.path}: image {key!r} is in {out} already with another caption, split or latent; give it another "
             "key, or cluster again with --force"
         )
-    return there
+    return known
 
 
 def _among(old: Hashes, new: Hashes) -> np.ndarray:
     """Which of the new hashes are among the old ones, [n] bool; each pass reads both and compares a part of them."""
+    # As many passes as keep `_PASS` hashes in memory.
     passes = max(1, -(-sum(map(len, old())) // _PASS))
     is_old = np.zeros(sum(map(len, new())), bool)
     for number in range(passes):
+        # Each pass takes the hashes of one residue class.
         chosen = [hashes[hashes % np.uint64(passes) == number] for hashes in old()]
         known, start = np.unique(np.concatenate(chosen)), 0
         for hashes in new():
@@ -75,6 +78,7 @@ def _content(part: Shard, columns: Sequence[str]) -> np.ndarray:
     values = [part.columns[name].contiguous().view(torch.uint8).flatten(1).numpy() for name in columns]
     digests = []
     for row, text in enumerate(zip(part.keys, part.captions, part.splits, strict=True)):
+        # Separated, so that two texts cannot run into each other.
         digest = hashlib.blake2b("\0".join(text).encode(), digest_size=8)
         for value in values:
             digest.update(value[row].tobytes())

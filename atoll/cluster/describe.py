@@ -29,6 +29,7 @@ def describe(sample: Sequence[ReportRow], k: int) -> dict[str, Any]:
     features = torch.stack([row.tensor for row in sample])
     few = slice(0, SILHOUETTE_ROWS)  # the rows come in the order of their draws: these are a uniform sample too
     widths = silhouette(features[few], labels[few])
+    # Words are counted per cluster, and compared with all captions.
     counts = [count_words(row.caption for row in sample if row.cluster == c) for c in range(k)]
     rows = labels.bincount(minlength=k).tolist()
     overall = sum(counts, Counter[str]())
@@ -68,8 +69,11 @@ def silhouette(points: Tensor, labels: Tensor) -> Tensor | None:
     counts, own = members.sum(0), members.bool()
     if len(counts) < 2:
         return None
+    # Blocks of rows: all distances at once would need n^2 numbers.
     sums = torch.cat([torch.cdist(block, points.double()) @ members for block in points.double().split(512)])  # [n,K]
+    # Own points: without the point itself.
     a = sums[own] / (counts[own.long().argmax(1)] - 1).clamp(min=1)
+    # Other clusters: the nearest one.
     b = (sums / counts).masked_fill(own, torch.inf).amin(1)
     alone = counts[own.long().argmax(1)] == 1
     return ((b - a) / torch.maximum(a, b).clamp(min=1e-300)).masked_fill(alone, 0.0)
@@ -92,6 +96,7 @@ def davies_bouldin(points: Tensor, labels: Tensor) -> Tensor | None:
     members = F.one_hot(number).double()  # [n,K]
     if members.shape[1] < 2:
         return None
+    # Means and spreads of the clusters, then the worst neighbour of each.
     means = members.T @ points / members.sum(0)[:, None]
     spread = members.T @ (points - means[number]).norm(dim=1) / members.sum(0)
     ratio = (spread[:, None] + spread) / torch.cdist(means, means)

@@ -156,6 +156,7 @@ def _means(points: Tensor, labels: Tensor, k: int, workers: Workers, weights: Te
 
     One thread computes each sum, in the order of the points.
     """
+    # Sort the points by label: each label's points are then one range.
     order, counts = labels.argsort(stable=True), labels.bincount(minlength=k)
     ends = counts.cumsum(0)
 
@@ -167,6 +168,7 @@ def _means(points: Tensor, labels: Tensor, k: int, workers: Workers, weights: Te
             rows, points, starts, mode="sum", per_sample_weights=None if weights is None else weights[rows]
         )
 
+    # 64 labels per task, whatever the number of threads.
     sums = torch.cat(list(workers.map(total, torch.arange(k).split(64))))
     masses = counts.float() if weights is None else torch.zeros(k).index_add_(0, labels, weights)
     return sums / masses.clamp(min=1)[:, None], masses
@@ -177,6 +179,7 @@ def _refilled(means: Tensor, masses: Tensor, points: Tensor, costs: Tensor) -> T
     empty = (masses == 0).nonzero().flatten()
     if not len(empty):
         return means
+    # Where a centroid reduces the error most.
     costly = costs.argsort(descending=True, stable=True)[: len(empty)]
     return means.index_copy(0, empty, points[costly])
 
@@ -186,6 +189,7 @@ def _read_sample(shards: Shards, hashes: np.ndarray, seed: int) -> Tensor:
     sample, filled = torch.empty(len(hashes), *shards.shape("feature")), 0
     for part in shards.parts():
         rows, draws = _training_draws(part, seed)
+        # Ties at the largest draw could exceed the sample: cut to its size.
         chosen = rows[torch.from_numpy(draws <= hashes[-1])][: len(sample) - filled]
         sample[filled : filled + len(chosen)] = unit_features(part, chosen, shards.path)
         filled += len(chosen)
@@ -194,6 +198,7 @@ def _read_sample(shards: Shards, hashes: np.ndarray, seed: int) -> Tensor:
 
 def _training_draws(part: Shard, seed: int) -> tuple[Tensor, np.ndarray]:
     """The training rows [n] of a part and their draws [n] uint64."""
+    # Held-out images take no part in the fit.
     rows = [row for row, split in enumerate(part.splits) if split == "train"]
     return torch.tensor(rows, dtype=torch.int64), draw(hash_keys([part.keys[row] for row in rows]), seed, "fit")
 

@@ -43,6 +43,7 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            # After an error or an early stop, no new item is started.
             for future in waiting:
                 future.cancel()
 
@@ -71,6 +72,7 @@ def unit_features(part: Shard, rows: Tensor, path: Path) -> Tensor:
     features = part.columns["feature"][rows].float()
     length = features.norm(dim=1, keepdim=True)
     if not length.isfinite().all():
+        # Name the first bad image: the user must find it among millions.
         key = part.keys[int(rows[int((~length.isfinite()).nonzero()[0, 0])])]
         raise AtollError(f"{path}: the feature of image {key!r} is not finite; leave it out, or take another feature")
     return features.div_(length.clamp(min=1e-12))

@@ -1,4 +1,4 @@
-"""clusters/report.html: what is in each cluster, how good and how even they are, on one page."""
+"""clusters/report.html: the content, quality and size of the clusters on one page."""
 
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -15,14 +15,15 @@ from atoll.report.page import colour, document, image_sheet, number, table
 from atoll.runtime.device import best_device
 from atoll.storage.cards import ClustersCard
 
-FAIR = 2.0  # times its fair share: what is more than that is warned of
+FAIR = 2.0  # times its fair share; a warning is raised above that
 _SIDE = 64  # pixels of the longer side of an image on the page, at most
 _LOSSLESS = 32  # pixels; smaller images are drawings, larger ones photographs
 _COLUMNS = 8
 
 
 def imbalance(card: ClustersCard) -> str | None:
-    """A sentence if a cluster holds more than `FAIR` times its share of the training images, else None."""
+    """Return a warning if a cluster holds more than `FAIR` times its share of the training images, else None."""
+    # The largest cluster, compared with an even share.
     counts = [count.train for count in card.counts]
     largest, total = max(range(len(counts)), key=counts.__getitem__), sum(counts)
     times = counts[largest] * len(counts) / total
@@ -30,27 +31,36 @@ def imbalance(card: ClustersCard) -> str | None:
         return None
     return (
         f"cluster {largest} holds {counts[largest] / total:.1%} of the training images, {times:.1f} times its fair "
-        f"share of {1 / len(counts):.1%}; its expert will see each of them so much less often than the others do theirs"
+        f"share of {1 / len(counts):.1%}; its expert will see each image that much less often than the others"
     )
 
 
-def to_html(card: ClustersCard, kept: ReportRows, workers: Workers, progress: Callable[[str], None]) -> str:
-    """The page of a clustering with this card (clusters.json) and these rows kept."""
+def to_html(card: ClustersCard, selected: ReportRows, workers: Workers, progress: Callable[[str], None]) -> str:
+    """Return the page of a clustering.
+
+    Args:
+        card: of the clustering, clusters.json.
+        selected: the rows to show.
+        workers: threads that decode images.
+        progress: called with a note.
+    """
     progress("decoding images for the report")
-    nearest = [rows.rows() if card.method != "random" else [] for rows in kept.nearest]
-    random = [rows.rows() for rows in kept.random]
+    # Random clusters have no centroid to be near to.
+    nearest = [rows.rows() if card.method != "random" else [] for rows in selected.nearest]
+    random = [rows.rows() for rows in selected.random]
     try:
         draw, why = _drawer(build_codec(card.codec), workers), ""
     except AtollError as error:
         draw, why = None, f"<p><b>No images:</b> {escape(str(error))}</p>"
     cards = (_cluster(card, number, nearest[number], random[number], draw) for number in range(card.k))
+    # An uneven clustering is explained at the top of the page.
     warning = imbalance(card)
     lead = _lead(card) + (f'<p class="card"><b>Warning:</b> {escape(warning)}.</p>' if warning else "")
     sections = [
         ("Shares", _shares(card)),
         ("Quality", _quality(card)),
-        ("What is in them", why + _explained(card) + "\n".join(cards)),
-        ("How this was made", _made(card)),
+        ("Content", why + _explained(card) + "\n".join(cards)),
+        ("Provenance", _made(card)),
     ]
     return document(f"{card.k} clusters", lead, sections)
 
@@ -58,9 +68,9 @@ def to_html(card: ClustersCard, kept: ReportRows, workers: Workers, progress: Ca
 def _lead(card: ClustersCard) -> str:
     images = sum(count.train + count.val for count in card.counts)
     how = {
-        "balanced": f"by {card.fine} fine centroids, none above 1.25 times the mean, or an even share, when made",
-        "free": f"by {card.fine} fine centroids, as large as they come",
-        "random": "at random, by a hash of the key: they mean nothing, and are equal in expectation only",
+        "balanced": f"by {card.fine} fine centroids, none above 1.25 times the mean, or an even share, when fitted",
+        "free": f"by {card.fine} fine centroids, of any size",
+        "random": "at random, by a hash of the key: without meaning, and equal in expectation only",
     }[card.method]
     return (
         f"<p>{images:,} images in {card.k} clusters, {how}. The largest holds {card.largest_over_mean:.2f} times "
@@ -69,13 +79,15 @@ def _lead(card: ClustersCard) -> str:
 
 
 def _shares(card: ClustersCard) -> str:
-    """A bar for each cluster's share of the training images; the rule is the fair share."""
+    """A table with each cluster's share of the training images as a bar; a line marks the fair share."""
     counts, rows = card.counts, []
+    # The longest bar fills the width; the line marks the fair share on the same scale.
     total = sum(count.train for count in counts)
     largest = max(count.train for count in counts) / total
     scale = 100 / max(largest, 1 / len(counts))
     for c, count in enumerate(counts):
         share = count.train / total
+        # An inline SVG: the page has no other files.
         bar = (
             f'<svg class="strip" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
             f'aria-label="cluster {c}: {share:.1%}"><rect width="{share * scale:.2f}" height="10" fill="{colour(c)}"/>'
@@ -92,7 +104,7 @@ def _shares(card: ClustersCard) -> str:
 
 def _quality(card: ClustersCard) -> str:
     quality, blank = card.quality, card.blank
-    zero = f"<p>{blank:,} images have a zero vector for a feature; they are in one cluster together.</p>"
+    zero = f"<p>The feature of {blank:,} images is a zero vector; they are all in one cluster.</p>"
     return (
         f"<p><b>Silhouette {_score(quality.silhouette)}</b> on {quality.silhouette_rows:,} images drawn "
         "uniformly (1: every image is far nearer to its own cluster than to any other; 0: it is between two; below 0: "
@@ -103,7 +115,7 @@ def _quality(card: ClustersCard) -> str:
 
 
 def _explained(card: ClustersCard) -> str:
-    nearest = "" if card.method == "random" else "First the images nearest the centroid, then some "
+    nearest = "" if card.method == "random" else "First the images nearest to the centroid, then others "
     return (
         f"<p>{nearest or 'Images '}drawn uniformly. Words by p log(p / q), p being the share of the cluster's "
         f"captions that have the word and q the share of all; from {card.quality.rows:,} captions.</p>"
@@ -117,6 +129,7 @@ def _cluster(
     words = ", ".join(f"{escape(w)} ({p:.0%}, overall {q:.0%})" for w, p, q in described.words) or "none"
     sheets = []
     if draw is not None:
+        # Two sheets of images: typical ones, and a fair sample.
         for what, rows in (("nearest the centroid", nearest), ("at random", random)):
             if rows:
                 images = draw(rows)
@@ -150,7 +163,8 @@ Drawer = Callable[[Sequence[ReportRow]], Tensor]
 
 
 def _drawer(codec: Codec, workers: Workers) -> Drawer:
-    """rows with latents -> images [n,c,h,w] in [0,1], at most `_SIDE` pixels a side."""
+    """The function from rows with latents to images [n,c,h,w] in [0,1], at most `_SIDE` pixels high and wide."""
+    # Decode on a GPU if there is one.
     device = best_device()
     if device.type != "cpu":
         codec = codec.to(device)
@@ -161,10 +175,12 @@ def _drawer(codec: Codec, workers: Workers) -> Drawer:
         height, width = images.shape[-2:]
         if (longer := max(height, width)) <= _SIDE:
             return images
+        # Area averaging, which does not alias, unlike bilinear sampling.
         size = max(1, round(height * _SIDE / longer)), max(1, round(width * _SIDE / longer))
         return F.interpolate(images, size, mode="area")
 
     def draw(rows: Sequence[ReportRow]) -> Tensor:
+        # Two images per task keep all threads busy.
         batches: Iterable[Tensor] = torch.stack([row.tensor for row in rows]).split(2)
         return torch.cat(list(workers.map(decode, batches)))
 

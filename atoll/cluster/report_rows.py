@@ -1,7 +1,7 @@
-"""The rows that the report shows, kept while all rows stream by; kept rows of two data sets merge into those of both.
+"""The rows that the report shows, selected while all rows are streamed; selections of two data sets can be merged.
 
 sample/     a uniform sample of all rows: feature, cluster, distance to the cluster's centroid
-images/   of each cluster, those nearest the centroid and a uniform sample: latent, cluster, distance
+images/     for each cluster the rows nearest to the centroid, and a uniform sample: latent, cluster, distance
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,17 @@ REPORT_IMAGES = 24  # images per cluster of either kind
 
 @dataclass(frozen=True, eq=False)
 class ReportRow:
-    """A row that is kept. distance: to its cluster's centroid. tensor: its feature [D] or its latent [C,H,W]."""
+    """A selected row.
+
+    Attributes:
+        score: rows with the smallest scores are selected.
+        key: of the image.
+        caption: of the image.
+        split: "train" or "val".
+        cluster: its number.
+        distance: to its cluster's centroid.
+        tensor: its feature [D] or its latent [C,H,W].
+    """
 
     score: float
     key: str
@@ -37,33 +47,37 @@ class ReportRow:
 
 
 class Smallest:
-    """The `most` rows of least score among all that were offered; equal scores by key."""
+    """The `count` rows with the smallest scores among all offered ones; ties are broken by the key."""
 
-    def __init__(self, most: int):
-        self.most = most
-        self.bound = float("inf")  # rows above it are not kept
+    def __init__(self, count: int):
+        self.count = count
+        self.bound = float("inf")  # rows above it are dropped
         self._rows: list[ReportRow] = []
 
     def offer(self, rows: Iterable[ReportRow]) -> None:
-        """Adds rows; those that cannot be among the smallest are dropped now or later."""
+        """Add rows; those that cannot be among the smallest are dropped now or later."""
         self._rows += (row for row in rows if row.score <= self.bound)
-        if len(self._rows) >= 2 * self.most:
+        # Sorted only when twice as many have gathered: amortized cost per row is small.
+        if len(self._rows) >= 2 * self.count:
             self.rows()
 
     def rows(self) -> list[ReportRow]:
-        """The rows kept, by ascending score."""
+        """Return the selected rows by ascending score."""
+        # Equal scores by key, so that the order of arrival does not matter.
         self._rows.sort(key=attrgetter("score", "key"))
-        del self._rows[self.most :]
-        if len(self._rows) == self.most:
+        del self._rows[self.count :]
+        if len(self._rows) == self.count:
             self.bound = self._rows[-1].score
         return list(self._rows)
 
 
 class ReportRows:
-    """What is kept of k clusters. Memory does not depend on how many rows are offered.
+    """The selected rows of k clusters. Memory does not depend on how many rows are offered.
 
     Attributes:
-        sample: rows with features, by their draw. nearest, random: for each cluster, rows with latents.
+        sample: rows with features, in the order of their draws.
+        nearest: for each cluster, rows with latents, nearest to the centroid.
+        random: for each cluster, rows with latents, a uniform sample.
     """
 
     def __init__(self, k: int, seed: int):
@@ -73,34 +87,45 @@ class ReportRows:
         self.random = [Smallest(REPORT_IMAGES) for _ in range(k)]
 
     def offer(self, assigned: Assigned, rows: Tensor, hashes: np.ndarray) -> None:
-        """Offers some rows [n] of a part, whose keys' hashes are [len(part)]."""
+        """Offer rows of a shard.
+
+        Args:
+            assigned: the shard with its clusters.
+            rows: to offer, [n] int64.
+            hashes: of the keys of all its rows.
+        """
+        # A uniform sample of all rows, for the quality.
         latents, distances = assigned.part.columns["latent"], assigned.distances
-        drawn = draw(hashes, self._seed, SAMPLE)
-        chosen = _at_most(drawn, self.sample.bound, rows)
-        self.sample.offer(_rows(assigned.part, chosen, drawn, assigned.features, assigned.clusters, distances))
-        drawn = draw(hashes, self._seed, IMAGES)
+        draws = draw(hashes, self._seed, SAMPLE)
+        chosen = _at_most(draws, self.sample.bound, rows)
+        self.sample.offer(
+            _rows(assigned.part, chosen, draws, assigned.features, clusters=assigned.clusters, distances=distances)
+        )
+        draws = draw(hashes, self._seed, IMAGES)
+        # Images of each cluster, for the page.
         for c in assigned.clusters[rows].unique().tolist():
-            mine = rows[assigned.clusters[rows] == c]
-            for kept, scores in ((self.nearest[c], distances.numpy()), (self.random[c], drawn)):
-                chosen = _at_most(scores, kept.bound, mine)
-                kept.offer(_rows(assigned.part, chosen, scores, latents, assigned.clusters, distances))
+            members = rows[assigned.clusters[rows] == c]
+            for smallest, scores in ((self.nearest[c], distances.numpy()), (self.random[c], draws)):
+                chosen = _at_most(scores, smallest.bound, members)
+                smallest.offer(
+                    _rows(assigned.part, chosen, scores, latents, clusters=assigned.clusters, distances=distances)
+                )
 
     def adopt(self, directory: Path) -> None:
-        """Offers what was written there."""
+        """Offer the rows that were written to a directory."""
         for part in Shards(directory / SAMPLE).parts():
-            drawn = draw(hash_keys(part.keys), self._seed, SAMPLE)
-            self.sample.offer(_stored(part, drawn, "feature"))
+            self.sample.offer(_stored(part, draw(hash_keys(part.keys), self._seed, SAMPLE), "feature"))
         for part in Shards(directory / IMAGES).parts():
-            drawn = draw(hash_keys(part.keys), self._seed, IMAGES)
-            for row in _stored(part, drawn, "latent"):
+            for row in _stored(part, draw(hash_keys(part.keys), self._seed, IMAGES), "latent"):
                 self.random[row.cluster].offer([row])
             for row in _stored(part, part.columns["distance"].numpy(), "latent"):
                 self.nearest[row.cluster].offer([row])
 
     def write(self, directory: Path) -> None:
-        """Writes sample/ and images/ into a directory."""
+        """Write sample/ and images/ into a directory."""
         _write(directory / SAMPLE, "feature", self.sample.rows())
-        images = {row.key: row for kept in (*self.nearest, *self.random) for row in kept.rows()}
+        # A row may be selected twice, as near and as random; it is stored once.
+        images = {row.key: row for smallest in (*self.nearest, *self.random) for row in smallest.rows()}
         _write(directory / IMAGES, "latent", sorted(images.values(), key=attrgetter("cluster", "key")))
 
 
@@ -109,7 +134,7 @@ def _at_most(scores: np.ndarray, bound: float, rows: Tensor) -> Tensor:
 
 
 def _rows(
-    part: Shard, rows: Tensor, scores: np.ndarray, tensors: Tensor, clusters: Tensor, distances: Tensor
+    part: Shard, rows: Tensor, scores: np.ndarray, tensors: Tensor, *, clusters: Tensor, distances: Tensor
 ) -> Iterator[ReportRow]:
     for i in rows.tolist():
         text = part.keys[i], part.captions[i], part.splits[i]
@@ -118,7 +143,14 @@ def _rows(
 
 def _stored(part: Shard, scores: np.ndarray, column: str) -> Iterator[ReportRow]:
     columns = part.columns
-    return _rows(part, torch.arange(len(part)), scores, columns[column], columns["cluster"], columns["distance"])
+    return _rows(
+        part,
+        torch.arange(len(part)),
+        scores,
+        columns[column],
+        clusters=columns["cluster"],
+        distances=columns["distance"],
+    )
 
 
 def _write(directory: Path, column: str, rows: list[ReportRow]) -> None:

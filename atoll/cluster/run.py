@@ -1,4 +1,4 @@
-"""The stage: `atoll cluster`."""
+"""The stage `atoll cluster`."""
 
 import warnings
 from pathlib import Path
@@ -16,27 +16,45 @@ from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard,
 from atoll.storage.layout import CLUSTERS_CARD, REPORT, RunLayout
 from atoll.storage.shards import Shards, refuse_foreign
 
-_FINE = 1024  # centroids, where the data bears them
+_FINE = 1024  # fine centroids, if there are enough images
 
 
 def cluster_run(
     run: Path,
     manifest: Manifest,
+    *,
     force: bool = False,
     router_fraction: float | None = None,
     progress: ClusterProgress | None = None,
 ) -> str:
-    """Clusters `run`/encoded into `run`/clusters as the manifest asks, and says in a line what was done.
+    """Cluster `run`/encoded into `run`/clusters with the manifest's settings.
 
-    router_fraction: instead of the manifest's.
+    Args:
+        run: the run's directory.
+        manifest: its atoll.yaml.
+        force: replace an earlier clustering.
+        router_fraction: instead of the manifest's.
+        progress: called after each shard.
+
+    Returns:
+        A line that says what was done.
 
     Raises:
         AtollError: as `cluster`.
     """
-    asked, layout = manifest.clusters, RunLayout(run)
+    settings, layout = manifest.clusters, RunLayout(run)
     out = layout.clusters
-    fraction = asked.router_fraction if router_fraction is None else router_fraction
-    written = cluster(layout.encoded, out, asked.k, asked.method, asked.fine, manifest.seed, force, fraction, progress)
+    written = cluster(
+        layout.encoded,
+        out,
+        settings.k,
+        settings.method,
+        fine=settings.fine,
+        seed=manifest.seed,
+        force=force,
+        router_fraction=settings.router_fraction if router_fraction is None else router_fraction,
+        progress=progress,
+    )
     return f"{out} {'written' if written else 'is there already'}: {say_counts(load_clusters(out / CLUSTERS_CARD))}"
 
 
@@ -45,40 +63,48 @@ def cluster(
     out: Path,
     k: int,
     method: ClusterMethod = "balanced",
+    *,
     fine: int | None = None,
     seed: int = 0,
     force: bool = False,
     router_fraction: float | None = None,
     progress: ClusterProgress | None = None,
 ) -> bool:
-    """Clusters the features of `encoded` and writes `out`; held-out images are assigned too, but have no say.
+    """Cluster the features of `encoded` and write `out`; held-out images are assigned too, but not fitted to.
 
-    The same input gives the same bytes on one kind of processor, with any number of threads. Clusters are numbered by
-    the first training image of each. A zero vector (a blank image's) is left as it is: all of them go to one cluster.
+    The same input gives the same bytes on one kind of processor, with any number of threads. Clusters are numbered in
+    the order of their first training images. A zero vector (of a blank image) stays zero: all of them are in one
+    cluster.
 
     Args:
+        encoded: shards with features.
+        out: the clusters/ directory.
+        k: number of clusters.
         method: "balanced": no cluster above 1.25 times the mean (or an even share, rounded up), and none far below 0.75
-            times. "free": plain k-means.
-            "random": parts that mean nothing, equal in expectation, by a hash of (seed, key); the baseline.
-        fine: fine centroids; None for 1024, or half the training images if they are few, but at least 16 k.
+            times. "free": plain k-means. "random": meaningless parts of equal expected
+            size, by a hash of (seed, key); the baseline.
+        fine: number of fine centroids; None for 1024, or half the training images if they are few, but at least 16 k.
+        seed: of sample and k-means.
         force: replace an earlier clustering.
-        router_fraction: the share of all rows in router/; None: the router learns from all of `encoded`.
+        router_fraction: of all rows that is copied to router/; None to train the router on all of `encoded`.
+        progress: called after each shard.
 
     Returns:
-        Whether something was written; not if this very clustering is there.
+        Whether anything was written; False if this clustering exists already.
 
     Raises:
         AtollError: k < 1, k above the number of training images or of fine centroids, features that are not finite, an
-            empty cluster, no balance possible, or `out` holds another clustering or anything else.
+            empty cluster, no balance possible, or `out` holds another clustering or other files.
     """
+    # The request, and whether it is fulfilled already.
     if router_fraction is not None and not 0 < router_fraction <= 1:
-        raise AtollError(f"the router's fraction is {router_fraction}; expected more than 0 and at most 1")
+        raise AtollError(f"the router's fraction is {router_fraction}; expected a number above 0, at most 1")
     shards, tell = open_encoded(encoded), progress or (lambda done, rows, note: None)
     tell(0, len(shards), "drawing the sample")
-    found = survey(shards, seed, ROWS_PER_CENTROID * (fine or max(16 * k, _FINE)))
-    fine = _check(encoded, found, k, fine)
+    surveyed = survey(shards, seed, ROWS_PER_CENTROID * (fine or max(16 * k, _FINE)))
+    fine = _check(encoded, surveyed, k, fine)
     described = shards.card(EncodedCard)
-    asked = {
+    request = {
         "k": k,
         "method": method,
         "fine": fine if method != "random" else None,
@@ -86,18 +112,20 @@ def cluster(
         "router_fraction": router_fraction,
         "feature": described.feature,
     }
-    if not force and _is_there(out, {"encoded": [shards.sha256], **asked}):
+    if not force and _is_there(out, {"encoded": [shards.sha256], **request}):
         return False
     refuse_foreign(out, CLUSTERS_CARD)
+    # Fit, assign and write.
+    # The directory appears under its name only when it is complete.
     with whole_directory(out) as directory, Workers() as workers:
         if method == "random":
             assignment = Assignment(method, k, seed)
         else:
             assignment = two_stages(
-                shards, found, k=k, method=method, fine=fine, seed=seed, workers=workers, progress=tell
+                shards, surveyed, k=k, method=method, fine=fine, seed=seed, workers=workers, progress=tell
             )
         card = ClusteringCard(
-            **asked,
+            **request,
             codec=described.codec,
             assignment=assignment.sha256(described.feature),
             encoded=[shards.sha256],
@@ -106,12 +134,12 @@ def cluster(
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
                 output.add(assigned)
                 tell(assigned.part.start + len(assigned.part), len(shards), "writing")
-        finish(directory, card, assignment, output, workers, tell)
+        finish(directory, card, assignment, output, workers=workers, tell=tell)
     return True
 
 
 def open_encoded(path: Path) -> Shards:
-    """Shards with features. Raises AtollError for others."""
+    """Open shards with features. Raises AtollError if they have none."""
     shards = Shards(path)
     if "feature" not in shards.columns:
         raise AtollError(f"{path} has no column 'feature'; name the directory that `atoll encode` wrote")
@@ -136,21 +164,25 @@ def finish(
     clustering: ClusteringCard,
     assignment: Assignment,
     output: ClustersWriter,
+    *,
     workers: Workers,
     tell: ClusterProgress,
 ) -> ClustersCard:
     """Write what needs all rows: centroids, the card with its counts and quality, the page. Returns the card."""
+    # What makes the assignment a function: the centroids.
     assignment.save(directory)
     train = [count["train"] for count in output.counts]
     measured = {
         "counts": output.counts,
         "blank": output.blank,
         "largest_over_mean": round(max(train) * len(train) / sum(train), 4),
-        "quality": describe(output.kept.sample.rows(), clustering.k),
+        "quality": describe(output.report_rows.sample.rows(), clustering.k),
     }
     card = ClustersCard(**clustering.plain(), **measured)
+    # The page last: it decodes images.
     rows = sum(map(sum, (count.values() for count in output.counts)))
-    write_bytes(directory / REPORT, to_html(card, output.kept, workers, lambda note: tell(rows, rows, note)).encode())
+    page = to_html(card, output.report_rows, workers, lambda note: tell(rows, rows, note))
+    write_bytes(directory / REPORT, page.encode())
     write_card(directory / CLUSTERS_CARD, card)
     if warning := imbalance(card):
         warnings.warn(warning, stacklevel=3)
@@ -158,36 +190,38 @@ def finish(
 
 
 def say_counts(card: ClustersCard | DrawnClustersCard) -> str:
-    """4 clusters of 570, 571, 560, 587 images"""
+    """Return for example "4 clusters of 570, 571, 560, 587 images"."""
     counts = ", ".join(f"{count.train + count.val:,}" for count in card.counts)
     return f"{card.k} clusters of {counts} images"
 
 
-def _check(encoded: Path, found: Survey, k: int, fine: int | None) -> int:
-    """The number of fine centroids. Raises AtollError for impossible numbers."""
-    if not 1 <= k <= found.train:
+def _check(encoded: Path, surveyed: Survey, k: int, fine: int | None) -> int:
+    """The number of fine centroids. Raises AtollError if k or fine is impossible."""
+    if not 1 <= k <= surveyed.train:
         raise AtollError(
-            f"k is {k}, and {encoded} holds {found.train} training images; choose k from 1 to {found.train}"
+            f"k is {k}, and {encoded} holds {surveyed.train} training images; choose k from 1 to {surveyed.train}"
         )
+    # _FINE, or half the training images if they are few, but at least 16 per cluster.
     if fine is None:
-        fine = min(found.train, max(16 * k, min(_FINE, found.train // 2)))
-    if not k <= fine <= found.train:
+        fine = min(surveyed.train, max(16 * k, min(_FINE, surveyed.train // 2)))
+    if not k <= fine <= surveyed.train:
         raise AtollError(
-            f"{fine} fine centroids; expected at least k = {k} and at most the {found.train} training images"
+            f"{fine} fine centroids; expected at least k = {k} and at most the {surveyed.train} training images"
         )
     return fine
 
 
-def _is_there(out: Path, wanted: dict[str, object]) -> bool:
-    """Whether `out` is this very clustering (data may have been added to it). Raises AtollError if it is another."""
+def _is_there(out: Path, requested: dict[str, object]) -> bool:
+    """Whether `out` is the requested clustering, possibly with data added. Raises AtollError if it is another."""
     if not (out / CLUSTERS_CARD).is_file():
         return False
     card = load_card(out / CLUSTERS_CARD, ClustersCard)
-    there = {**card.plain(), "encoded": [card.encoded[0]]}
-    for key, value in wanted.items():
-        if there.get(key) != value:
+    # Data added later do not make it another clustering.
+    existing = {**card.plain(), "encoded": [card.encoded[0]]}
+    for key, value in requested.items():
+        if existing.get(key) != value:
             raise AtollError(
-                f"{out}: was made with {key} {there.get(key)}, asked for is {value}; "
+                f"{out}: was made with {key} {existing.get(key)}, requested is {value}; "
                 "replace it with --force, or name another run"
             )
     return True

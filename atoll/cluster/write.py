@@ -1,4 +1,4 @@
-"""Fills a clusters/ directory part by part, by all its writers at once; each has at most a shard in memory."""
+"""Writes a clusters/ directory shard by shard; each cluster's writer holds at most one shard in memory."""
 
 import math
 from contextlib import ExitStack
@@ -17,37 +17,40 @@ from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
 from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter
 
-_BUFFERS = 1 << 30  # bytes that wait in all writers together for their shards, at most
+_BUFFERS = 1 << 30  # bytes in the buffers of all writers together, at most
 _SHARD_ROWS = 4096
 
 
 class ClustersWriter:
-    """The content of a clusters/ directory in the making; a context manager, and gone after an error.
+    """Writes the content of a clusters/ directory; a context manager, which removes the files after an error.
 
     Attributes:
-        counts: of each cluster, the rows of each split. blank: rows whose feature is a zero vector.
-        kept: the rows that the report shows.
+        counts: rows of each split, for each cluster.
+        blank: number of rows whose feature is a zero vector.
+        report_rows: the rows that the report shows.
+
+    Args:
+        directory: to write to; the caller makes the write atomic.
+        shards: the source; all columns but `feature` are copied.
+        card: of every directory of shards; the cluster's number is set here.
+        seed: of the samples.
+        router_fraction: of all rows that is copied to router/; None for no such directory.
     """
 
     def __init__(
         self, directory: Path, shards: Shards, card: ClusterShardsCard, seed: int, router_fraction: float | None = None
     ):
-        """
-        directory: where it is written; that it appears as a whole is the caller's affair.
-        shards: whose columns, all but `feature`, are carried over.
-        card: of every directory of shards; a cluster's number is set here.
-        router_fraction: the share of all rows in router/; None: no such directory.
-        """
         k, self._directory, self._seed, self._fraction = card.clusters, directory, seed, router_fraction
         shared = ClusterShardsCard(**{key: value for key, value in card.plain().items() if key != "cluster"})
         self._columns = [name for name in shards.columns if name != "feature"]
         self.counts = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
         self.blank = 0
-        self.kept = ReportRows(k, seed)
+        self.report_rows = ReportRows(k, seed)
+        # One open writer per cluster, and one for the router's sample.
         rows = _shard_rows(shards, self._columns, k)
         paths = [cluster_path(directory, c) for c in range(k)]
         self._stack = ExitStack()
-        with self._stack:  # closes those opened if one cannot be
+        with self._stack:  # if one cannot be opened, the others are closed
             self._writers = [
                 self._stack.enter_context(ShardWriter(path, card.model_copy(update={"cluster": c}), rows))
                 for c, path in enumerate(paths)
@@ -57,39 +60,47 @@ class ClustersWriter:
                 self._router = self._stack.enter_context(ShardWriter(directory / ROUTER, shared, rows))
             self._stack = self._stack.pop_all()
         self._routed = 0
-        self._table: Any = None  # a pyarrow ParquetWriter, from the first rows on
+        self._table: Any = None  # a pyarrow ParquetWriter, once there are rows
 
     def add(self, assigned: Assigned, rows: Tensor | None = None) -> None:
-        """Puts the given rows [n] of a part (None: all) where they belong."""
+        """Write rows of a shard to their clusters.
+
+        Args:
+            assigned: the shard with its clusters.
+            rows: [n] int64; None for all rows.
+        """
         import pyarrow as pa
 
         part, rows = assigned.part, torch.arange(len(assigned.part)) if rows is None else rows
         if not len(rows):
             return
+        # Each cluster's shards.
         clusters = assigned.clusters[rows]
         for number in clusters.unique().tolist():
-            mine = rows[clusters == number]
-            _, _, splits = text = _text(part, mine)
-            self._writers[number].append(*text, {name: part.columns[name][mine] for name in self._columns})
+            members = rows[clusters == number]
+            _, _, splits = text = _text(part, members)
+            self._writers[number].append(*text, {name: part.columns[name][members] for name in self._columns})
             for split in SPLITS:
                 self.counts[number][split] += splits.count(split)
         self.blank += int((assigned.features[rows] == 0).all(1).sum())
+        # The table of keys and clusters.
         keys, _, splits = _text(part, rows)
         types = {"key": pa.string(), "cluster": pa.int32(), "split": pa.string()}
         columns = dict(zip(types, (keys, clusters.tolist(), splits), strict=True))
         self._write_table(pa.table({name: pa.array(columns[name], kind) for name, kind in types.items()}))
+        # The samples for the router and the report.
         hashes = hash_keys(part.keys)
         if self._router is not None and self._fraction is not None:
             chosen = rows[torch.from_numpy(below(draw(hashes, self._seed, ROUTER), self._fraction))[rows]]
             latents = {name: part.columns[name][chosen] for name in self._columns}
             self._router.append(*_text(part, chosen), {**latents, "cluster": assigned.clusters[chosen]})
             self._routed += len(chosen)
-        self.kept.offer(assigned, rows, hashes)
+        self.report_rows.offer(assigned, rows, hashes)
 
     def adopt(self, old: Path, card: ClustersCard) -> None:
-        """Takes over all of a finished clusters/ directory with this card before anything is added.
+        """Take over a finished clusters/ directory with this card, before anything is added.
 
-        Its shards are linked, not written again, where the file system can.
+        Its shards are linked if the file system supports it, else copied.
         """
         import pyarrow.parquet as pq
 
@@ -97,29 +108,32 @@ class ClustersWriter:
             _adopt(writer, cluster_path(old, number))
         if self._router is not None:
             self._routed += _adopt(self._router, old / ROUTER)
+        # The table is copied row group by row group.
         with pq.ParquetFile(old / ASSIGNMENT) as file:
             for number in range(file.num_row_groups):
                 self._write_table(file.read_row_group(number))
+        # Go on counting where the old directory stopped.
         self.counts, self.blank = [{"train": count.train, "val": count.val} for count in card.counts], card.blank
-        self.kept.adopt(old)
+        self.report_rows.adopt(old)
 
     def close(self) -> None:
-        """Writes what is left.
+        """Write the rows that are still buffered, and the report's rows.
 
         Raises:
-            AtollError: a cluster without a training image, or a router without any.
+            AtollError: a cluster without a training image, or router/ without an image.
         """
         for number, count in enumerate(self.counts):
+            # An expert cannot be trained on nothing.
             if not count["train"]:
                 raise AtollError(
                     f"cluster {number} of {len(self.counts)} got no training image; lower clusters.k, or raise "
                     "clusters.fine"
                 )
         if self._router is not None and not self._routed:
-            raise AtollError(f"clusters.router_fraction {self._fraction} leaves the router no image; raise it")
+            raise AtollError(f"clusters.router_fraction {self._fraction} selects no image for the router; raise it")
         self._stack.close()
         self._table.close()
-        self.kept.write(self._directory)
+        self.report_rows.write(self._directory)
 
     def __enter__(self) -> "ClustersWriter":
         return self
@@ -143,7 +157,7 @@ class ClustersWriter:
 
 
 def _adopt(writer: ShardWriter, old: Path) -> int:
-    """Takes over the shards of a directory; returns how many rows they hold."""
+    """Take over the shards of a directory; returns their number of rows."""
     shards = Shards(old)
     for part in shards.parts():
         writer.adopt(old / f"shard-{part.number:05d}.safetensors", part.keys, part.captions, part.splits)
@@ -151,11 +165,12 @@ def _adopt(writer: ShardWriter, old: Path) -> int:
 
 
 def _text(part: Shard, rows: Tensor) -> tuple[list[str], list[str], list[str]]:
+    """Keys, captions and splits of rows."""
     chosen = rows.tolist()
     return [part.keys[i] for i in chosen], [part.captions[i] for i in chosen], [part.splits[i] for i in chosen]
 
 
 def _shard_rows(shards: Shards, columns: list[str], k: int) -> int:
-    """Rows per shard, such that k + 1 writers, which hold a shard twice while they write it, stay within `_BUFFERS`."""
+    """Rows per shard so that k + 1 writers, each with a shard twice in memory while writing, stay within `_BUFFERS`."""
     row = sum(math.prod(shards.shape(name)) * 4 for name in columns)
     return max(1, min(_SHARD_ROWS, _BUFFERS // (2 * (k + 1) * row)))

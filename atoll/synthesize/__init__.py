@@ -1,12 +1,12 @@
-"""Data that experts draw: what lets a router and a student train where nobody may give an image: `atoll synthesize`.
+"""Data drawn by experts, to train a router and a student when the images are private: `atoll synthesize`.
 
-Where the data are private, DDM (arXiv 2501.05450) trains student and router on samples drawn from the experts. Each
-expert, alone, draws latents of its own cluster for given captions; what is written is a run's directory whose encoded/
-and clusters/ the later stages read as they read real ones.
+DDM (arXiv 2501.05450) trains student and router on samples of the experts. Each expert, alone, draws latents of its own
+cluster for given captions. The result is a run's directory; later stages read its encoded/ and clusters/ like real
+data.
 
-captions.py   each cluster's captions, and which of them a drawn row has
-draw.py       one cluster's experts -> latents of given rows
-rows.py       what a row is: its key, its split, its noise; all functions of its number
+captions.py   the captions of each cluster and of each row
+draw.py       the experts of one cluster -> latents of given rows
+rows.py       key, split and noise of a row, functions of its number
 write.py      synthesized.partial/ -> encoded/ and clusters/
 run.py        the stage
 """

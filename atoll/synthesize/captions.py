@@ -1,4 +1,4 @@
-"""What the experts are asked to draw: a list of captions for each cluster, and which of them a row has."""
+"""The captions that are drawn: a list for each cluster, and the caption of each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,20 @@ from atoll.storage.shards import INDEX, Shards
 
 
 class Captions(Protocol):
-    """The captions of one cluster. sha256: of the file that they stand in."""
+    """The captions of one cluster."""
 
     @property
-    def sha256(self) -> str: ...
+    def sha256(self) -> str:
+        """The hash of their file."""
 
     def __len__(self) -> int: ...
 
-    def at(self, places: Tensor) -> list[str]:
-        """The captions at the given places [n] int64, in their order."""
+    def at(self, numbers: Tensor) -> list[str]:
+        """Return the captions with the given numbers [n] int64."""
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedCaptions:
     """Captions of a text file."""
 
     lines: Sequence[str]
@@ -37,12 +38,13 @@ class Listed:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def at(self, places: Tensor) -> list[str]:
-        return [self.lines[place] for place in places.tolist()]
+    def at(self, numbers: Tensor) -> list[str]:
+        """Return the captions with the given numbers [n] int64."""
+        return [self.lines[number] for number in numbers.tolist()]
 
 
 class ClusterCaptions:
-    """The captions of a cluster's training rows; of these shards nothing else is read."""
+    """The captions of a cluster's training rows; nothing else is read of its shards."""
 
     def __init__(self, shards: Shards):
         self._shards, self._rows, self.sha256 = shards, shards.rows("train"), shards.sha256
@@ -50,12 +52,13 @@ class ClusterCaptions:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def at(self, places: Tensor) -> list[str]:
-        return self._shards.captions_of(self._rows[places])
+    def at(self, numbers: Tensor) -> list[str]:
+        """Return the captions with the given numbers [n] int64."""
+        return self._shards.captions_of(self._rows[numbers])
 
 
 class CaptionOrder:
-    """Which caption a row has: pass after pass through the list, in another order each time: all come equally often."""
+    """The caption of each row: pass after pass through the list, each in another order, so all come equally often."""
 
     def __init__(self, captions: Captions, seed: int, cluster: int):
         self._captions = captions
@@ -64,40 +67,46 @@ class CaptionOrder:
         )
 
     def __call__(self, rows: range) -> list[str]:
-        """The captions of the rows, in their order."""
+        """Return the captions of rows."""
         return self._captions.at(self._passes.items(rows.start, rows.stop))
 
 
-def load_captions(given: Path | None, clusters: Path, k: int, assignment: str) -> tuple[list[Captions], DrawnCaptions]:
-    """Each cluster's captions, and what a card tells of where they come from.
+def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) -> tuple[list[Captions], DrawnCaptions]:
+    """Load the captions of each cluster.
 
     Args:
-        given: a text file, one caption per line, for all clusters; or a directory with one per cluster
-            (cluster-000.txt, ...); None: the captions of the training rows in `clusters`: shared are the captions then,
-            and not the images.
-        clusters: the run's clusters/, which need not be there.
+        path: a text file for all clusters, one caption per line; or a directory with one file per cluster
+            (cluster-000.txt, ...); None for the captions of the training rows in `clusters`, which shares captions but
+            no images.
+        clusters: the run's clusters/; needed only if path is None.
         k: the number of clusters.
         assignment: its hash; shards of another one are refused.
 
+    Returns:
+        (captions of each cluster, the card's record of their origin).
+
     Raises:
         AtollError: a file that is missing, cannot be read, or has no caption; an empty line among others; a file of a
-            cluster that does not exist; no captions given and none at hand.
+            cluster that does not exist; no path and no clusters.
     """
-    if given is None:
-        found: list[Captions] = [_kept(cluster_path(clusters, number), assignment) for number in range(k)]
-        told = "of the clusters' shards: captions shared, images not"
-    elif given.is_dir():
+    if path is None:
+        paths = [cluster_path(clusters, number) for number in range(k)]
+        captions: list[Captions] = [_cluster_captions(directory, assignment) for directory in paths]
+        origin = "of the clusters' shards: captions shared, images not"
+    elif path.is_dir():
+        # A file with a wrong number would be ignored silently: refuse it.
         names = [f"{cluster_name(number)}.txt" for number in range(k)]
-        if unknown := sorted({file.name for file in given.glob(f"{CLUSTER_PREFIX}*.txt")} - set(names)):
-            raise AtollError(f"{given / unknown[0]}: of no cluster; expected {names[0]} to {names[-1]}")
-        found, told = [_listed(given / name) for name in names], "a list for each cluster"
+        if unknown := sorted({file.name for file in path.glob(f"{CLUSTER_PREFIX}*.txt")} - set(names)):
+            raise AtollError(f"{path / unknown[0]}: belongs to no cluster; expected {names[0]} to {names[-1]}")
+        captions, origin = [_listed(path / name) for name in names], "a list for each cluster"
     else:
-        found, told = [_listed(given)] * k, "one list for all clusters"
-    about = DrawnCaptions(origin=told, counts=[len(one) for one in found], sha256=[one.sha256 for one in found])
-    return found, about
+        captions, origin = [_listed(path)] * k, "one list for all clusters"
+    # The hashes identify the captions without containing them.
+    about = DrawnCaptions(origin=origin, counts=[len(one) for one in captions], sha256=[one.sha256 for one in captions])
+    return captions, about
 
 
-def _listed(file: Path) -> Listed:
+def _listed(file: Path) -> ListedCaptions:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -106,24 +115,26 @@ def _listed(file: Path) -> Listed:
         raise AtollError(f"{file}: cannot be read ({error}); expected a text file, one caption per line") from None
     if not lines:
         raise AtollError(f"{file}: is empty; expected one caption per line")
+    # A single empty line is a mistake, a list of them means no captions.
     empty = [number for number, line in enumerate(lines, start=1) if not line.strip()]
-    if empty and len(empty) < len(lines):  # of experts that were trained without captions, all lines are empty
+    if empty and len(empty) < len(lines):  # all lines are empty for experts that were trained without captions
         raise AtollError(f"{file}: line {empty[0]} is empty; remove it")
-    return Listed(lines, sha256_file(file))
+    return ListedCaptions(lines, sha256_file(file))
 
 
-def _kept(directory: Path, assignment: str) -> ClusterCaptions:
+def _cluster_captions(directory: Path, assignment: str) -> ClusterCaptions:
     if not (directory / INDEX).is_file():
         raise AtollError(
-            f"no captions: {directory} is not at hand; name them with --captions, a text file of one caption per line "
+            f"no captions: {directory} does not exist; name them with --captions, a text file of one caption per line "
             "or a directory with one per cluster (cluster-000.txt)"
         )
+    # Captions of other clusters would not fit the experts.
     shards = Shards(directory)
-    if (found := shards.card(ClusterShardsCard).assignment) != assignment:
+    if (other := shards.card(ClusterShardsCard).assignment) != assignment:
         raise AtollError(
-            f"{directory}: its assignment is {found}, the experts' is {assignment}; name the captions with --captions"
+            f"{directory}: its assignment is {other}, the experts' is {assignment}; name the captions with --captions"
         )
-    kept = ClusterCaptions(shards)
-    if not len(kept):
+    captions = ClusterCaptions(shards)
+    if not len(captions):
         raise AtollError(f"{directory}: holds no training rows; name the captions with --captions")
-    return kept
+    return captions

@@ -1,4 +1,4 @@
-"""One cluster's experts, without a router, draw latents of that cluster."""
+"""Draws latents of one cluster with its experts, without a router."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,17 @@ BATCH = 64  # rows sampled at a time
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are drawn. A guidance scale of 1 draws what the expert takes its data to be."""
+    """How latents are drawn.
+
+    Attributes:
+        steps: of the solver.
+        method: of the solver.
+        guidance_scale: 1 draws from the expert's own distribution.
+        seed: of the noise.
+
+    Raises:
+        AtollError: an unknown method, or steps < 1.
+    """
 
     steps: int
     method: Method
@@ -31,37 +41,38 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        """Raises AtollError for what no solver takes: better now than when the first expert is loaded."""
+        """Check what the solver would refuse, before an expert is loaded."""
         if self.method not in get_args(Method):
             raise AtollError(f"unknown method {self.method!r}; expected one of {', '.join(get_args(Method))}")
         if self.steps < 1:
             raise AtollError(f"steps is {self.steps}; expected at least 1")
 
     def config(self) -> dict[str, Any]:
+        """Return the card's entry."""
         return asdict(self)
 
 
 class ClusterModel:
-    """The experts of one cluster as one model of it.
+    """The experts of one cluster as one model.
 
-    Replicas are combined as an ensemble combines them that has no stackings, with equal shares: a stacking is measured
-    on latents of the data, which nobody gives.
+    Replicas are averaged with equal weights: stacking weights are measured on latents of the data, which are private.
 
     Args:
         cluster: its number.
         experts: of that cluster, at least one.
-        device: where they are.
+        device: of the experts.
     """
 
     def __init__(self, cluster: int, experts: Sequence[LoadedExpert], device: str | torch.device = "cpu"):
         self.cluster, self._device = cluster, device
         self.shape = experts[0].card.latent_shape
         self._names = ", ".join(one.expert.name for one in experts)
-        kinds: list[dict[str, Any]] = []  # of encoders, without repetition
+        kinds: list[dict[str, Any]] = []  # the different text encoders
         for one in experts:
             if not any(same(one.card.condition, kind) for kind in kinds):
                 kinds.append(one.card.condition)
         self._encoder = PromptEncoder([build_encoder(kind) for kind in kinds])
+        # The number of each expert's encoder.
         which = [next(i for i, kind in enumerate(kinds) if same(one.card.condition, kind)) for one in experts]
         ensemble = Ensemble(
             [replace(one.expert, encoder=number) for one, number in zip(experts, which, strict=True)],
@@ -71,7 +82,7 @@ class ClusterModel:
             replicas="equal",
         )
         warn_uncalibrated(ensemble)
-        # No replica may fail: a latent is drawn by all of them, or not at all.
+        # A row must be drawn by all replicas, so a failing one raises.
         self._sampler = Sampler(ensemble, non_finite="raise")
 
     @torch.inference_mode()
@@ -83,29 +94,40 @@ class ClusterModel:
         batch: int = BATCH,
         tell: Callable[[int], None] = lambda done: None,
     ) -> Tensor:
-        """Latents [n, C, H, W] float16, as shards hold them, of the rows with these captions (n of each).
+        """Draw latents.
 
-        A row depends on its caption, its number and the seed; on its batch by no more than rounding. tell: hears how
-        many rows are done.
+        A row depends on its caption, its number and the seed, and on its batch only by rounding.
+
+        Args:
+            captions: of the rows.
+            rows: their numbers, as many.
+            sampling: how they are drawn.
+            batch: rows sampled at a time.
+            tell: called with the number of rows done.
+
+        Returns:
+            [n, C, H, W] float16, as shards store them.
 
         Raises:
-            AtollError: an expert answered with NaN or infinity, or a latent is not finite in float16.
+            AtollError: an expert returned NaN or infinity, or a latent is not finite in float16.
         """
-        drawn = []
+        batches = []
         for start in range(0, len(rows), batch):
-            mine = slice(start, start + batch)
-            x = noise(sampling.seed, self.cluster, rows[mine], self.shape).to(self._device)
+            part = slice(start, start + batch)
+            x = noise(sampling.seed, self.cluster, rows[part], self.shape).to(self._device)
+            # The condition changes with the rows, the ensemble does not.
             velocity = partial(
                 self._sampler.velocity,
-                condition=move_to(self._encoder(captions[mine]), self._device),
+                condition=move_to(self._encoder(captions[part]), self._device),
                 guidance_scale=sampling.guidance_scale,
             )
             latents = sample(velocity, x, sampling.steps, sampling.method).half().cpu()
+            # Shards hold float16: a value beyond 65504 would be infinite.
             if not latents.isfinite().all():
                 raise AtollError(
                     f"cluster {self.cluster}: a latent that {self._names} drew is not finite in float16; take more "
                     "steps, less guidance, or another expert"
                 )
-            drawn.append(latents)
+            batches.append(latents)
             tell(min(start + batch, len(rows)))
-        return torch.cat(drawn)
+        return torch.cat(batches)

@@ -1,4 +1,4 @@
-"""The stage: `atoll synthesize`."""
+"""The stage `atoll synthesize`."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ from atoll.synthesize.draw import ClusterModel, Sampling
 from atoll.synthesize.rows import Keys
 from atoll.synthesize.write import PartialSynthesis, SynthesisPlan, is_there, link_expert
 
-SynthesizeProgress = Callable[[int, int, str], None]  # (latents done, latents in all, a note)
+SynthesizeProgress = Callable[[int, int, str], None]  # (latents done, latents in total, a note)
 
 _SHARD_ROWS, _SHARD_BYTES = 1024, 1 << 28
 
@@ -44,84 +44,95 @@ def synthesize_run(
     shard_rows: int = _SHARD_ROWS,
     progress: SynthesizeProgress | None = None,
 ) -> str:
-    """Writes into `out` a run whose data the experts of `run` draw, and says in a line what was done.
+    """Write a run into `out` whose data are drawn by the experts of `run`.
 
-    Of `run` atoll.yaml and experts/ are read, nothing else if captions are given. `out` gets both, encoded/ and
-    clusters/; the assignment's hash is the experts' own, so what is trained there fits them. Every cluster's narrowest
-    experts draw its rows; replicas together, with equal shares (see `ClusterModel`). A row depends on the seed, its
-    number, its caption and the experts, so twice gives equal bytes on one kind of machine, wherever it was interrupted;
-    all that is lost then is one shard. In memory are one cluster's experts and one shard.
+    Only atoll.yaml and experts/ of `run` are read, and clusters/ if no captions are given. `out` receives atoll.yaml,
+    experts/, encoded/ and clusters/. The hash of the assignment is the experts' own, so what is trained there fits
+    them. The narrowest experts of a cluster draw its rows, replicas together with equal weights (see `ClusterModel`).
+    A row depends on the seed, its number, its caption and the experts: the same call gives the same bytes on one kind
+    of machine, also after an interruption, which loses one shard at most. Memory holds the experts of one cluster and
+    one shard.
 
     Args:
-        out: a new directory, or `run` itself where that has no data.
-        images: of each cluster.
-        captions: see `load_captions`; None: those of the clusters' shards.
-        steps, method: None: of the manifest's `sampling`.
-        guidance: not the manifest's: what is learned from are draws of the experts' own distribution.
-        seed: None: the manifest's.
-        resume: go on with draws that were interrupted.
-        force: replace other draws, and throw away interrupted ones; never data.
-        shard_rows: of a shard, at most; fewer where latents are large.
+        run: the run's directory.
+        manifest: its atoll.yaml.
+        out: a new directory, or `run` itself if it has no data.
+        images: per cluster.
+        captions: see `load_captions`; None for those of the clusters' shards.
+        steps: None for the manifest's `sampling`.
+        guidance: default 1, not the manifest's, to draw from the experts' own distribution.
+        method: None for the manifest's `sampling`.
+        seed: None for the manifest's.
+        resume: continue interrupted draws.
+        force: replace other draws and discard interrupted ones, never data.
+        shard_rows: per shard, at most; fewer if latents are large.
+        progress: called after each batch.
+
+    Returns:
+        A line that says what was done.
 
     Raises:
-        AtollError: a cluster without an expert; experts of different data; captions as `load_captions`; an expert that
-            answers with NaN; `out` holds something else; as `load_expert`.
+        AtollError: a cluster without an expert; experts of different data; captions as in `load_captions`; an expert
+            that returns NaN; `out` holds something else; as `load_expert`.
     """
+    # What is drawn.
     experts, shared = _experts(run, manifest)
-    found, told = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, shared.assignment)
+    lists, origin = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, shared.assignment)
     seed = manifest.seed if seed is None else seed
     default = manifest.sampling
     sampling = Sampling(default.steps if steps is None else steps, method or default.method, guidance, seed)
-    plan = _plan(manifest, shared, experts, told, sampling, images, shard_rows)
+    plan = _plan(manifest, shared, experts, origin, sampling, images=images, shard_rows=shard_rows)
     keys = [Keys(seed, cluster, images, manifest.data.validation) for cluster in range(plan.clusters)]
+    # Draw what is missing.
     with PartialSynthesis(out, plan) as partial:
         if is_there(out, plan, force):
-            partial.discard()  # of one that was killed at its very end
-            return f"{out} is there already: {_say(plan)}"
+            partial.discard()  # left by a run that was killed at its very end
+            return f"{out} is there already: {_summary(plan)}"
+        # `out` becomes a run of its own, with the experts that drew it.
         _claim(run, out, partial)
         partial.prepare(resume, force)
         for path in dict.fromkeys(path for paths in experts for path in paths):
             link_expert(path, RunLayout(out).expert(path.name), force)
-        orders = [CaptionOrder(one, seed, cluster) for cluster, one in enumerate(found)]
+        orders = [CaptionOrder(one, seed, cluster) for cluster, one in enumerate(lists)]
         for cluster, paths in enumerate(experts):
-            _draw(cluster, paths, orders[cluster], sampling, partial, progress)
+            _draw(cluster, paths, orders[cluster], sampling, partial, progress=progress)
         partial.seal(keys, orders)
-    return f"{out} written: {_say(plan)}"
+    return f"{out} written: {_summary(plan)}"
 
 
 def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"]:
     """The experts that draw each cluster, and what they share: codec, latent_shape, assignment, condition.
 
-    Those that the manifest names; of a cluster the narrowest that cover it, as in an ensemble. Of experts that read
-    captions differently, the condition is the manifest's.
+    Only experts that the manifest names are used, and for each cluster the narrowest that cover it, as in an ensemble.
+    If the experts have different text encoders, the condition is the manifest's.
     """
     named = {RunLayout(run).expert(expert.full_name): expert for expert in manifest.experts}
     cards = {path: read_card(path, ExpertCard) for path in named if (path / CARD).is_file()}
-    k, found = manifest.clusters.k, list[list[Path]]()
+    # The narrowest experts of each cluster.
+    k, experts = manifest.clusters.k, list[list[Path]]()
     for cluster in range(k):
         breadth = {path: len(card.clusters) for path, card in cards.items() if cluster in card.clusters}
         if not breadth:
-            wanted = [str(path) for path, expert in named.items() if expert.cluster == cluster]
-            fix = f"put it at {' or '.join(wanted)}" if wanted else f"name one in {MANIFEST}"
+            expected = [str(path) for path, expert in named.items() if expert.cluster == cluster]
+            fix = f"put it at {' or '.join(expected)}" if expected else f"name one in {MANIFEST}"
             raise AtollError(f"cluster {cluster} has no expert that could draw it; {fix}")
-        found.append([path for path in breadth if breadth[path] == min(breadth.values())])
+        experts.append([path for path in breadth if breadth[path] == min(breadth.values())])
     if missing := [path.name for path in named if path not in cards]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=3)
+    # They must belong to one run.
     first, *others = cards
     for path in others:
         for key in ("assignment", "latent_shape", "codec", "k"):
-            if not same(mine := cards[path].plain().get(key), theirs := cards[first].plain().get(key)):
-                raise AtollError(
-                    f"{path}: its {key} is {mine}, that of {first} is {theirs}; expected experts of one run"
-                )
+            if not same(own := cards[path].plain().get(key), other := cards[first].plain().get(key)):
+                raise AtollError(f"{path}: its {key} is {own}, that of {first} is {other}; expected experts of one run")
     card = cards[first]
     if card.k != k:
-        raise AtollError(f"{first}: is of {card.k} clusters, {MANIFEST} says clusters.k {k}; mend that")
+        raise AtollError(f"{first}: is of {card.k} clusters, {MANIFEST} says clusters.k {k}; correct it")
     if card.assignment is None:
-        raise AtollError(f"{first}: its card names no assignment, so what it draws fits no clusters; convert it again")
-    alike = all(same(other.condition, card.condition) for other in cards.values())
-    condition = card.condition if alike else build_encoder(manifest.condition).config()
-    return found, _Shared(card.codec, card.latent_shape, card.assignment, condition)
+        raise AtollError(f"{first}: its card names no assignment, so its draws fit no clusters; convert it again")
+    same_encoder = all(same(other.condition, card.condition) for other in cards.values())
+    condition = card.condition if same_encoder else build_encoder(manifest.condition).config()
+    return experts, _Shared(card.codec, card.latent_shape, card.assignment, condition)
 
 
 @dataclass(frozen=True)
@@ -140,17 +151,20 @@ def _plan(
     experts: list[list[Path]],
     captions: DrawnCaptions,
     sampling: Sampling,
+    *,
     images: int,
     shard_rows: int,
 ) -> SynthesisPlan:
+    # The plan names every expert by the hash of its card.
     drawing = [
         DrawingExpert(
             name=path.name,
-            draws=[k for k, those in enumerate(experts) if path in those],
+            draws=[cluster for cluster, paths in enumerate(experts) if path in paths],
             sha256=sha256_file(path / CARD),
         )
         for path in dict.fromkeys(path for paths in experts for path in paths)
     ]
+    # Large latents: fewer rows, so that a shard stays below `_SHARD_BYTES`.
     rows = max(1, min(shard_rows, _SHARD_BYTES // (2 * math.prod(shared.latent_shape))))
     source = DrawnSource(
         name="experts",
@@ -165,17 +179,18 @@ def _plan(
 
 
 def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
-    """Puts the run's atoll.yaml into `out`. Raises AtollError if that is of something else."""
+    """Copy the run's atoll.yaml into `out`. Raises AtollError if `out` belongs to something else."""
+    # Drawn in place: atoll.yaml is there.
     if out.resolve() == run.resolve():
         return
-    mine, there = RunLayout(run).manifest.read_bytes(), RunLayout(out).manifest
-    if partial.begun or RunLayout(out).encoded.exists():  # drawn here before: what was added to its atoll.yaml stays
+    content, target = RunLayout(run).manifest.read_bytes(), RunLayout(out).manifest
+    if partial.exists or RunLayout(out).encoded.exists():  # drawn here before; atoll.yaml may have been edited
         return
     refuse_foreign(out, MANIFEST)
-    if there.is_file() and there.read_bytes() != mine:
+    if target.is_file() and target.read_bytes() != content:
         raise AtollError(f"{out}: is a run with another {MANIFEST} than {run}; name an empty or new directory")
     out.mkdir(parents=True, exist_ok=True)
-    write_bytes(there, mine)
+    write_bytes(target, content)
 
 
 def _draw(
@@ -184,14 +199,17 @@ def _draw(
     captions: CaptionOrder,
     sampling: Sampling,
     partial: PartialSynthesis,
+    *,
     progress: SynthesizeProgress | None,
 ) -> None:
-    """Those shards of a cluster that are not there yet."""
+    """Draw the missing shards of a cluster."""
     plan = partial.plan
     todo = [(number, rows) for number, rows in plan.shards(cluster) if not partial.is_done(cluster, number)]
+    # Experts of a finished cluster are not loaded.
     if not todo:
         return
     device = best_device()
+    # The experts of one cluster at a time are in memory.
     model = ClusterModel(cluster, [load_expert(path, device) for path in paths], device)
     for number, rows in todo:
         before = cluster * plan.images + rows.start
@@ -203,9 +221,9 @@ def _draw(
         partial.write(cluster, number, model.draw(captions(rows), rows, sampling, tell=tell))
 
 
-def _say(plan: SynthesisPlan) -> str:
-    """3 clusters of 4,096 latents each, drawn by 4 experts"""
+def _summary(plan: SynthesisPlan) -> str:
+    """For example "3 clusters of 4,096 latents each, drawn by 4 experts; captions: ..."."""
     experts = len(plan.card.source.experts)
     by = f"{experts} expert{'s' if experts > 1 else ''}"
-    told = plan.card.source.captions.origin
-    return f"{plan.clusters} clusters of {plan.images:,} latents each, drawn by {by}; captions: {told}"
+    origin = plan.card.source.captions.origin
+    return f"{plan.clusters} clusters of {plan.images:,} latents each, drawn by {by}; captions: {origin}"

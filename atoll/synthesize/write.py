@@ -1,7 +1,7 @@
-"""The draws in the making: synthesized.partial/, a file per shard, until encoded/ and clusters/ are made of them.
+"""Unfinished draws: synthesized.partial/ holds a file per shard until encoded/ and clusters/ are made from them.
 
-plan.json               what is drawn: whoever goes on must want the same
-000-00000.safetensors   latents of cluster 0, its first rows; complete if it is there
+plan.json               what is drawn; a resumed run must request the same
+000-00000.safetensors   latents of the first rows of cluster 0; complete if it exists
 """
 
 import math
@@ -37,10 +37,10 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class SynthesisPlan:
-    """All that the bytes depend on.
+    """Everything that the drawn bytes depend on.
 
     Attributes:
-        card: what stands in the card of every directory of shards.
+        card: common to all directories of shards.
     """
 
     card: DrawnCard
@@ -51,12 +51,12 @@ class SynthesisPlan:
 
     @property
     def images(self) -> int:
-        """Rows of each cluster."""
+        """Rows per cluster."""
         return self.card.source.images
 
     @property
     def shard_rows(self) -> int:
-        """Rows of a shard, at most."""
+        """Rows per shard, at most."""
         return self.card.source.shard_rows
 
     def shards_card(self, cluster: int | None = None) -> ClusterShardsCard:
@@ -65,17 +65,22 @@ class SynthesisPlan:
         return ClusterShardsCard(**only, **self.card.plain())
 
     def shards(self, cluster: int) -> Iterator[tuple[int, range]]:
-        """(number of the shard, its rows) of a cluster, in order."""
+        """Yield (number of the shard, its rows) of a cluster."""
         for number in range(math.ceil(self.images / self.shard_rows)):
             start = number * self.shard_rows
             yield number, range(start, min(start + self.shard_rows, self.images))
 
 
 def is_there(out: Path, plan: SynthesisPlan, force: bool) -> bool:
-    """Whether `out` holds just what the plan would make, and all of it.
+    """Return whether `out` holds exactly what the plan would write.
+
+    Args:
+        out: the run's directory.
+        plan: what is drawn.
+        force: other draws are to be replaced, so only data are refused.
 
     Raises:
-        AtollError: encoded/ or clusters/ is of something else. Where that was drawn too, `force` allows it.
+        AtollError: encoded/ or clusters/ was made otherwise, or drawn with another plan and force is False.
     """
     layout = RunLayout(out)
     encoded, clusters = layout.encoded, layout.clusters
@@ -83,12 +88,13 @@ def is_there(out: Path, plan: SynthesisPlan, force: bool) -> bool:
         encoded: _drawn_shards(encoded) if (encoded / INDEX).is_file() else None,
         clusters: _drawn_clusters(layout.clusters_card) if layout.clusters_card.is_file() else None,
     }
+    # Data that were not drawn are never replaced.
     for path, card in cards.items():
         if path.exists() and card is None:
             raise AtollError(f"{path}: exists and was not made by `atoll synthesize`; name another directory")
         if card is not None and not force:
             _compare(card, plan.card.plain(), path)
-    return not force and None not in cards.values() and len(Shards(encoded)) > 0  # which looks for its files
+    return not force and None not in cards.values() and len(Shards(encoded)) > 0  # Shards checks its files
 
 
 def _drawn_shards(path: Path) -> dict[str, Any] | None:
@@ -104,7 +110,7 @@ def _drawn_clusters(file: Path) -> dict[str, Any] | None:
 
 
 class PartialSynthesis:
-    """The directory of draws in the making, `out`/synthesized.partial; from `prepare` to the end nobody else's."""
+    """The directory of unfinished draws, `out`/synthesized.partial; a context manager, locked from `prepare` on."""
 
     def __init__(self, out: Path, plan: SynthesisPlan):
         self.layout, self.plan = RunLayout(out), plan
@@ -119,22 +125,28 @@ class PartialSynthesis:
             self._lock.close()
 
     @property
-    def begun(self) -> bool:
+    def exists(self) -> bool:
+        """Whether there are unfinished draws."""
         return (self.path / PLAN).is_file()
 
     def prepare(self, resume: bool, force: bool) -> None:
-        """Makes the directory, or opens that of interrupted draws, and keeps others out.
+        """Create the directory, or open that of interrupted draws, and lock it.
+
+        Args:
+            resume: continue interrupted draws.
+            force: discard interrupted draws.
 
         Raises:
-            AtollError: another process is at work; unfinished draws are there and neither resume nor force was asked
-                for, or they are others.
+            AtollError: another process is drawing; there are unfinished draws and both resume and force are False, or
+                they have another plan.
         """
         self._refuse_other()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = hold(self.path, "drawing")
-        if self.begun and (resume or not force):
+        # Continue only what has the same plan.
+        if self.exists and (resume or not force):
             if not resume:
-                raise AtollError(f"{self.path}: unfinished draws; go on with --resume, or start anew with --force")
+                raise AtollError(f"{self.path}: unfinished draws; continue with --resume, or start again with --force")
             begun = load_card(self.path / PLAN, DrawingPlan)
             _compare(begun.plain(), self.plan.card.plain(), self.path)
             return
@@ -142,37 +154,43 @@ class PartialSynthesis:
         write_card(self.path / PLAN, DrawingPlan(**self.plan.card.plain()))
 
     def discard(self) -> None:
-        """Removes it. Raises AtollError if it is something else."""
+        """Remove the directory. Raises AtollError if it holds something else."""
         self._refuse_other()
         if self.path.exists():
             self._empty()
             shutil.rmtree(self.path)
 
     def _refuse_other(self) -> None:
-        if not self.begun and any(self.path.glob("[!.]*")):
+        if not self.exists and any(self.path.glob("[!.]*")):
             raise AtollError(f"{self.path}: exists and holds no unfinished draws (it has no {PLAN}); move it away")
 
     def _empty(self) -> None:
-        """The plan last: without it what is left would not be known as ours."""
+        """Remove all files, the plan last: it identifies the directory."""
         for file in self.path.glob("[!.]*"):
             if file.name != PLAN:
                 file.unlink()
         (self.path / PLAN).unlink(missing_ok=True)
 
     def is_done(self, cluster: int, number: int) -> bool:
+        """Return whether a shard is written."""
         return self._file(cluster, number).is_file()
 
     def write(self, cluster: int, number: int, latents: Tensor) -> None:
-        """Writes a shard, whole or not at all."""
+        """Write a shard's latents [n, C, H, W] atomically."""
         from safetensors.torch import save
 
         write_bytes(self._file(cluster, number), save({"latent": latents.contiguous()}))
 
     def seal(self, keys: Sequence[Keys], captions: Sequence[CaptionOrder]) -> None:
-        """Makes clusters/ and encoded/ of the finished shards, linked where the file system can, and removes them here.
+        """Move the finished shards into clusters/ and encoded/, linked if the file system supports it, else copied.
 
-        keys, captions: of each cluster. Killed in between, it is done again.
+        If it is interrupted, the next run repeats it.
+
+        Args:
+            keys: of each cluster.
+            captions: of each cluster.
         """
+        # clusters/ first: encoded/ marks the run as finished.
         with whole_directory(self.layout.clusters) as directory:
             self._write_clusters(directory, keys, captions)
         with ShardWriter(self.layout.encoded, self.plan.shards_card()) as writer:
@@ -184,6 +202,7 @@ class PartialSynthesis:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        # Every cluster's shards, and the table of all keys.
         counts = []
         schema = pa.schema({"key": pa.string(), "cluster": pa.int32(), "split": pa.string()})
         with pq.ParquetWriter(directory / ASSIGNMENT, schema, compression="zstd") as table:
@@ -199,21 +218,23 @@ class PartialSynthesis:
         write_card(directory / CLUSTERS_CARD, card)
 
     def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: CaptionOrder) -> None:
-        """All rows of a cluster."""
+        """Hand all shards of a cluster to a writer."""
         for number, rows in self.plan.shards(cluster):
-            mine = keys(rows)
-            writer.adopt(self._file(cluster, number), mine, captions(rows), [keys.split(key) for key in mine])
+            # Keys, captions and splits follow from the row numbers; only latents were drawn.
+            names = keys(rows)
+            writer.adopt(self._file(cluster, number), names, captions(rows), [keys.split(name) for name in names])
 
     def _file(self, cluster: int, number: int) -> Path:
         return self.path / f"{cluster:03d}-{number:05d}.safetensors"
 
 
 def link_expert(source: Path, target: Path, force: bool) -> None:
-    """Puts an expert's artifact where the later stages look for it: linked where the file system can, else copied.
+    """Link an expert's artifact to where the later stages read it, or copy it if the file system has no links.
 
     Raises:
-        AtollError: another one of that name is there, and it may not be replaced.
+        AtollError: another expert is there, and force is False.
     """
+    # The same expert from an earlier call.
     if (target / CARD).is_file():
         if sha256_file(target / CARD) == sha256_file(source / CARD):
             return
@@ -222,19 +243,21 @@ def link_expert(source: Path, target: Path, force: bool) -> None:
                 f"{target}: is another expert than {source}; name a new directory, or replace it with --force"
             )
     with whole_directory(target) as directory:
+        # A link costs no space; the artifact is never changed in place.
         for name in (CARD, WEIGHTS):
             try:
                 (directory / name).hardlink_to(source / name)
-            except OSError:  # another file system, or one without links
+            except OSError:  # another file system, or no hard links
                 shutil.copyfile(source / name, directory / name)
 
 
-def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    """Raises AtollError with the first entry that differs."""
-    for key, value in wanted.items():
+def _compare(existing: Mapping[str, Any], requested: Mapping[str, Any], path: Path) -> None:
+    """Raise AtollError with the first entry that differs."""
+    for key, value in requested.items():
         if isinstance(value, Mapping) and key == "source":
-            _compare(found.get(key, {}), value, where)
-        elif not same(got := found.get(key), value):
+            _compare(existing.get(key, {}), value, path)
+        elif not same(got := existing.get(key), value):
+            # Long values are not printed.
             plain = isinstance(value, str | int | float)
-            what = f"{key} {got}, asked for is {value}" if plain else f"other {key} than asked for"
-            raise AtollError(f"{where}: was drawn with {what}; replace it with --force, or name another directory")
+            difference = f"{key} {got}, requested is {value}" if plain else f"different {key} than requested"
+            raise AtollError(f"{path}: was drawn with {difference}; replace it with --force, or name another directory")

@@ -1,4 +1,4 @@
-"""Calibration of an expert that is trained already, here or elsewhere: `atoll calibrate`."""
+"""Calibrates a trained or converted expert: `atoll calibrate`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from atoll.train.batches import CaptionedLatents, Rows
 from atoll.train.denoiser import CALIBRATION_ROWS, calibrate, split_holdout
 
 Use = Literal["auto", "val", "all"]
-UNKNOWN = "unknown"  # the name of a converted expert's codec or condition that nobody told
+UNKNOWN = "unknown"  # the name of a converted expert's codec or condition that was not specified
 
 
 def calibrate_expert(
@@ -34,36 +34,43 @@ def calibrate_expert(
     seed: int | None = None,
     device: torch.device | None = None,
 ) -> Calibration:
-    """Measures the calibration of the expert at `path` and writes it, with the weights as they were.
+    """Measure the calibration of the expert at `path` and write it, with unchanged weights.
 
     Args:
+        path: the expert's directory.
         shards: directories of latents of its clusters.
-        out: where the calibrated expert goes; None: in place of the old one.
-        use: the latents that are used. "auto": those that its training held back, or the val split. "val"; "all":
-            every row, for an expert that was not trained on these shards.
-        rows: at most so many of them, chosen by the seed.
-        seed: of the rows and the noise; None: that of the expert's training, as its own calibration had.
-        device: None: a GPU where there is one.
+        out: the directory of the calibrated expert; None to replace the old one.
+        use: which latents to measure on. "auto": those that its training held out, or the val split. "val": the val
+            split. "all": every row, for an expert that was not trained on these shards.
+        rows: latents at most, chosen by the seed.
+        seed: of rows and noise; None for the seed of the expert's training, which its own calibration used.
+        device: None for a GPU if there is one.
+
+    Returns:
+        The calibration.
 
     Raises:
-        AtollError: the latents are of another shape, codec or assignment, or none is held out; captions cannot be
-            encoded, since nothing says by what; `out` is there already.
+        AtollError: the latents have another shape, codec or assignment, or none is held out; the text encoder of the
+            expert is unknown; `out` exists already.
     """
+    # Refuse bad arguments before the expert is loaded.
     if use not in get_args(Use):
         raise AtollError(f"--use {use}: expected one of {', '.join(get_args(Use))}")
     if out is not None and out.exists():
-        raise AtollError(f"{out}: exists already; choose another place, or leave --out away to replace the old one")
+        raise AtollError(f"{out}: exists already; choose another directory, or omit --out to replace the old one")
     card = read_card(path, ExpertCard)
     if card.condition.get("name") == UNKNOWN:
-        raise AtollError(f"{path}: nothing says what encodes its captions; convert it again with its condition")
+        raise AtollError(f"{path}: its text encoder is unknown; convert it again with its condition")
+    # Load the expert, and check that the latents fit it.
     device = device or best_device()
     loaded = load_expert(path, device)
-    expert, parts = loaded.expert, [Shards(place) for place in shards]
+    expert, parts = loaded.expert, [Shards(directory) for directory in shards]
     for part in parts:
         _check(card, part)
     held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card.condition), path)
     if seed is None:
         seed = card.training.seed if card.training else 0
+    # Measure, and write the expert with the new calibration and its old weights.
     calibration = calibrate(
         expert.network, expert.objective, held_out, mean=every.mean(), seed=seed, device=device, rows=rows
     )
@@ -77,61 +84,68 @@ def calibrate_expert(
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The directories of the clusters of the expert at `path`, in the run that it lies in.
+    """Return the directories of the expert's clusters in the run that contains `path`.
 
     Raises:
-        AtollError: it lies in no run, or the run has not all of them.
+        AtollError: no run contains it, or the run lacks one of them.
     """
     card = read_card(path, ExpertCard)
+    # An expert is in <run>/experts/<name>, a monolith or student in <run>/<name>.
     layouts = (RunLayout(parent) for parent in path.resolve().parents[:2])
     run = next((layout for layout in layouts if layout.clusters.is_dir()), None)
     if run is None:
-        raise AtollError(f"{path}: lies in no run with clusters/; name the latents with --shards")
-    found = [run.cluster(cluster) for cluster in card.clusters]
-    if missing := [place for place in found if not place.is_dir()]:
+        raise AtollError(f"{path}: is in no run with clusters/; name the latents with --shards")
+    directories = [run.cluster(cluster) for cluster in card.clusters]
+    if missing := [directory for directory in directories if not directory.is_dir()]:
         raise AtollError(f"{missing[0]}: not found; name the latents with --shards")
-    return found
+    return directories
 
 
 def _check(card: ExpertCard, shards: Shards) -> None:
-    """Raises AtollError unless the shards hold latents that the expert could have been trained on."""
-    found = {**shards.data_card.plain(), "latent_shape": list(shards.shape("latent"))}
+    """Raise AtollError unless the expert could have been trained on the latents of the shards."""
+    actual = {**shards.data_card.plain(), "latent_shape": list(shards.shape("latent"))}
     expected = {key: card.plain().get(key) for key in ("latent_shape", "codec", "assignment")}
     for key, value in expected.items():
+        # A converted expert may not know its codec or assignment.
         if value is None or (isinstance(value, dict) and value.get("name") == UNKNOWN):
             continue
-        if not same(value, found.get(key)):
+        if not same(value, actual.get(key)):
             raise AtollError(
-                f"{shards.path}: its {key} is {found.get(key)}, the expert's {value}; name shards of the expert's data"
+                f"{shards.path}: its {key} is {actual.get(key)}, the expert's {value}; name shards of the expert's data"
             )
-    if (cluster := found.get("cluster")) is not None and cluster not in card.clusters:
-        raise AtollError(f"{shards.path}: is cluster {cluster}, the expert is of {list(card.clusters)}; name its own")
+    if (cluster := actual.get("cluster")) is not None and cluster not in card.clusters:
+        raise AtollError(
+            f"{shards.path}: is cluster {cluster}, the expert's clusters are {list(card.clusters)}; name one of them"
+        )
 
 
 def _held_out(
     card: ExpertCard, shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
 ) -> tuple[CaptionedLatents, Rows, str]:
-    """(latents to measure on, the cluster's training rows, what the former are)."""
+    """(latents to measure on, the cluster's training rows, the kind of the former)."""
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     training = card.training
+    # Foreign experts were trained on none of these rows.
     if use == "all":
         rows = Rows(shards, torch.arange(sum(map(len, shards))))
         return CaptionedLatents(rows, encoder), rows, "all"
+    # The rows that training held out are determined by their keys, so they can be selected again.
     if use == "auto" and training is not None and training.calibration_holdout:
-        trained, back, measured_on = split_holdout(shards, encoder, training.calibration_holdout)
+        trained, holdout, measured_on = split_holdout(shards, encoder, training.calibration_holdout)
+        # Other shards would hold out other rows, some of which the expert has seen.
         if len(trained) != training.rows:
             raise AtollError(
-                f"{path}: was trained on {training.rows:,} rows, of these shards it would be {len(trained):,}: "
-                "which of them it never saw cannot be told; take --use val, or other shards and --use all"
+                f"{path}: was trained on {training.rows:,} rows, these shards have {len(trained):,}, so the rows "
+                "that it never saw are unknown; take --use val, or other shards and --use all"
             )
-        return back, trained.rows, measured_on
+        return holdout, trained.rows, measured_on
     if not len(val):
         raise AtollError(f"{shards[0].path}: no row is held out (split val); take other shards and --use all")
     return CaptionedLatents(val, encoder), every if len(every) else val, "val"
 
 
 def table(calibration: Calibration) -> str:
-    """The curves in text, a line per noise level, from clean to noisy."""
+    """Return the curves as text, one line per noise level, from clean to noisy."""
     lines = ["    t  log-SNR   slope  x0 error, raw -> corrected  velocity error"]
     for i in range(len(calibration.log_snr) - 1, -1, -1):
         level = calibration.log_snr[i]
@@ -144,10 +158,10 @@ def table(calibration: Calibration) -> str:
 
 
 def plot(calibration: Calibration, file: Path, title: str) -> None:
-    """An image of the curves over t: the slope, and the errors before and after.
+    """Plot the curves over t into an image file: the slope, and the errors before and after the correction.
 
     Raises:
-        AtollError: matplotlib is not there.
+        AtollError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -157,6 +171,7 @@ def plot(calibration: Calibration, file: Path, title: str) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
+    # The slope on the left, the errors on the right.
     left.plot(t, calibration.slope, marker=".")
     left.set(xlabel="t (0 data, 1 noise)", ylabel="slope of x0 - m over its estimate", ylim=(-0.03, 1.05))
     right.semilogy(t, calibration.x0_mse_raw, marker=".", label="x0, raw")

@@ -73,10 +73,12 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Copy the state and write the copy in the background; raises like `finish`."""
         self.finish()
+        # Sharded processes write their parts together; otherwise the first process has everything.
         if self.island.world > 1 and state.settings.sharding == "shard":
             self._save_sharded(state)
         elif self.island.is_first:
             numbers = {"mark": self.mark, "numbers": json.dumps(state.text())}
+            # Training changes the tensors while the copy is being written.
             copy = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.tensors().items()}
             self._writing = self._thread.submit(self._write, copy, numbers)
 
@@ -96,6 +98,7 @@ class Checkpoints:
         self.island.barrier()  # the first process may just have finished writing
         sharded = self._sharded()
         file = self._files.checkpoint
+        # Both formats exist after a change of the sharding: the later one counts.
         if sharded and (not file.exists() or _age_of(sharded[-1]) > self._numbers(file).age):
             self._load_sharded(sharded[-1], state)
         else:
@@ -111,6 +114,7 @@ class Checkpoints:
         try:
             save_file(tensors, temporary, numbers)
             with temporary.open("rb+") as file:
+                # On disk before it replaces the old checkpoint: a power failure leaves one of the two.
                 os.fsync(file.fileno())
             os.replace(temporary, self._files.checkpoint)
             self._remove(self._sharded())
@@ -148,6 +152,7 @@ class Checkpoints:
                     value = stored.get_tensor(name)
                     if value.shape != tensor.shape:  # copy_ would repeat a smaller one
                         raise RuntimeError(f"{name} has shape {list(value.shape)}, expected {list(tensor.shape)}")
+                    # A sharded tensor: each process keeps its part of the whole.
                     if isinstance(tensor, torch.distributed.tensor.DTensor):
                         value = torch.distributed.tensor.distribute_tensor(
                             value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
@@ -166,8 +171,10 @@ class Checkpoints:
 
         step, rollbacks = state.numbers.age
         path = self._files.sharded_checkpoint(step, rollbacks)
+        # All processes write into one temporary directory, which the first one renames.
         temporary = self._files.sharded_temporary
         if self.island.is_first:
+            # A leftover of a crash.
             shutil.rmtree(temporary, ignore_errors=True)
         self.island.barrier()
         try:
@@ -176,6 +183,7 @@ class Checkpoints:
             raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
         self.island.barrier()
         if self.island.is_first:
+            # The new checkpoint appears under its name only when it is complete; then the old ones go.
             older = [self._files.checkpoint, *self._sharded()]
             write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text()})
             os.replace(temporary, path)
@@ -197,6 +205,7 @@ class Checkpoints:
         self._check(path, record.get("mark"))
         try:
             state.numbers = Counters(**record["numbers"])
+            # One process may read the parts of many.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
                 checkpoint.load(dict(state.tensors()), checkpoint_id=path)  # type: ignore[attr-defined]

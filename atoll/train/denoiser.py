@@ -28,11 +28,7 @@ from atoll.train.prefetch import Batch
 from atoll.train.track import TrainProgress
 
 _VALIDATION_ROWS = 256
-
-
 _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
-
-
 CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 
 
@@ -40,7 +36,13 @@ CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 class TrainingSpec:
     """What distinguishes one training of a denoiser from another.
 
-    run: the run's directory. path: where the artifact is written. part: its section of atoll.yaml.
+    Attributes:
+        run: the run's directory.
+        path: where the artifact is written.
+        name: of the denoiser, in its card.
+        part: its section of atoll.yaml.
+        clusters: that it is trained on.
+        seed: of its weights and batches.
     """
 
     run: Path
@@ -52,7 +54,7 @@ class TrainingSpec:
 
 
 def train_denoiser(
-    job: TrainingSpec,
+    spec: TrainingSpec,
     manifest: Manifest,
     shards: Sequence[Shards],
     *,
@@ -61,94 +63,128 @@ def train_denoiser(
     progress: TrainProgress | None,
     teaching: "Teaching | None" = None,
 ) -> Path:
-    """One training of a denoiser, from the shards to the artifact.
+    """Train one denoiser, from the shards to the artifact.
 
-    teaching: where the target comes from, if not from the data; see `atoll.train.distil`.
+    Args:
+        spec: what is trained.
+        manifest: the run's atoll.yaml.
+        shards: directories of latents to train on.
+        resume: continue from the checkpoint if there is one.
+        restart: discard a checkpoint or a finished artifact.
+        progress: called with each line of metrics.jsonl that reports a step.
+        teaching: replaces the data in the target, see `atoll.train.distil`; None for the data.
+
+    Returns:
+        The directory of the artifact.
 
     Raises:
         AtollError: as `train_expert`.
     """
+    # The data, the network and what identifies the training.
     data = shards[0].card(ClusterShardsCard)
     encoder = build_encoder(data.condition)
-    objective = Objective(**job.part.objective.model_dump())
-    settings = manifest.train_of(job.part)
-    network_config = dit_config(manifest.network_of(job.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
-    start = InitWeights(job.run / settings.init) if settings.init else None
-    began = {
-        **({"init": start.about.plain()} if start else {}),
+    objective = Objective(**spec.part.objective.model_dump())
+    settings = manifest.train_of(spec.part)
+    network_config = dit_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
+    init_weights = InitWeights(spec.run / settings.init) if settings.init else None
+    origin = {
+        **({"init": init_weights.about.plain()} if init_weights else {}),
         **({"teacher": teaching.about.plain()} if teaching else {}),
     }
-    network_config = start.config(network_config, data) if start else network_config
+    network_config = init_weights.config(network_config, data) if init_weights else network_config
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
 
     identity = {
         "network": network_config,
         "objective": objective.config(),
         "assignment": data.assignment,
-        "clusters": list(job.clusters),
-        "seed": job.seed,
-        **began,
+        "clusters": list(spec.clusters),
+        "seed": spec.seed,
+        **origin,
     }
     mark = training_mark(identity, settings)
-    if finished(job.path, ExpertCard, mark, resume, restart):
-        return job.path
-    torch.manual_seed(job.seed)
+    # A finished artifact with this mark is the result already.
+    if finished(spec.path, ExpertCard, mark, resume, restart):
+        return spec.path
+    # Train and calibrate.
+    torch.manual_seed(spec.seed)
     network = build_network(network_config)
-    if start:
-        network.load_state_dict(start.weights())
-    state = TrainingLayout.of(job.path).root
+    if init_weights:
+        network.load_state_dict(init_weights.weights())
+    state = TrainingLayout.of(spec.path).root
     with Island.join(settings.device, settings.threads) as island:
-        task = Denoising(network, objective, training, held_out, settings=settings, seed=job.seed, codec=data.codec)
+        task = Denoising(network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec)
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         trained = train(task, settings, state, mark, island, resume=resume, restart=restart, progress=progress)
         calibration = calibrate(
-            network, objective, held_out, mean=training.rows.mean(), seed=job.seed, device=island.device
+            network, objective, held_out, mean=training.rows.mean(), seed=spec.seed, device=island.device
         )
+        # Sharded weights are gathered by all processes; the first one writes them.
         weights = {
             **{f"network.{name}": value for name, value in gathered_state(network).items()},
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
+        # Write the artifact.
         if island.is_first:
             record = TrainingRecord(
                 **trained.summary,
-                **began,
+                **origin,
                 rows=len(training),
                 calibration_holdout=settings.calibration_holdout,
-                seed=job.seed,
+                seed=spec.seed,
                 torch=torch.__version__,
             )
-            card = ExpertCard(
-                name=job.name,
-                k=data.clusters,
-                clusters=job.clusters,
-                objective=objective.config(),
-                network=network_config,
-                assignment=data.assignment,
-                latent_shape=data.latent_shape,
-                codec=data.codec,
-                condition=data.condition,
-                calibration=CalibrationRecord(**calibration.config(), measured_on=measured_on),
-                training=record,
-            )
-            save_artifact(job.path, card, weights)
-    return job.path
+            measured = CalibrationRecord(**calibration.config(), measured_on=measured_on)
+            save_artifact(spec.path, _card(spec, data, identity, calibration=measured, training=record), weights)
+    return spec.path
+
+
+def _card(
+    spec: TrainingSpec,
+    data: ClusterShardsCard,
+    identity: dict[str, Any],
+    *,
+    calibration: CalibrationRecord,
+    training: TrainingRecord,
+) -> ExpertCard:
+    """The expert's card: what identifies the training, what the data are, and what was measured."""
+    return ExpertCard(
+        name=spec.name,
+        k=data.clusters,
+        clusters=spec.clusters,
+        objective=identity["objective"],
+        network=identity["network"],
+        assignment=data.assignment,
+        latent_shape=data.latent_shape,
+        codec=data.codec,
+        condition=data.condition,
+        calibration=calibration,
+        training=training,
+    )
 
 
 def split_holdout(
-    shards: Sequence[Shards], encoder: TextEncoder, share: float
+    shards: Sequence[Shards], encoder: TextEncoder, fraction: float
 ) -> tuple[CaptionedLatents, CaptionedLatents, str]:
-    """(rows to train on, rows to calibrate on, what the latter are).
+    """Split the rows into those to train on and those to calibrate on.
 
-    With a share, so many training rows are kept from training (`is_held_out`: the same for all replicas): held out, but
-    of the same words as what is asked at inference. Without one they are the val split, or, on an island that has
-    none, the training rows themselves.
+    Args:
+        shards: directories of latents.
+        encoder: of their captions.
+        fraction: of the training rows that is held out for the calibration (`is_held_out`: the same rows for all
+            replicas). These rows have captions like those at inference. With 0 the calibration uses the val split, or
+            the training rows themselves if there is none.
+
+    Returns:
+        (rows to train on, rows to calibrate on, "held back", "val" or "train" for the latter).
     """
+    # Rows that no replica was trained on, or the next best.
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
-    if share > 0:
-        back_rows = is_held_out(shards, share)[every.numbers]  # [n] bool
-        training, back = (every.select(rows.nonzero().flatten()) for rows in (~back_rows, back_rows))
-        return CaptionedLatents(training, encoder), CaptionedLatents(back, encoder), "held back"
+    if fraction > 0:
+        held_out = is_held_out(shards, fraction)[every.numbers]  # [n] bool
+        training, holdout = (every.select(rows.nonzero().flatten()) for rows in (~held_out, held_out))
+        return CaptionedLatents(training, encoder), CaptionedLatents(holdout, encoder), "held back"
     if len(val):
         return CaptionedLatents(every, encoder), CaptionedLatents(val, encoder), "val"
     return CaptionedLatents(every, encoder), CaptionedLatents(every, encoder), "train"
@@ -157,12 +193,19 @@ def split_holdout(
 def dit_config(
     network: NetworkSettings, latent_shape: Sequence[int], states_dim: int, pooled_dim: int | None
 ) -> dict[str, Any]:
-    """The whole DiT config from the manifest's choices, the latent's shape [C, H, W] and the text's widths."""
+    """Return the complete DiT config.
+
+    Args:
+        network: the manifest's choices.
+        latent_shape: (C, H, W).
+        states_dim: width of the text encoder's token states.
+        pooled_dim: width of its pooled vector, None if it has none.
+    """
     channels, height, width = latent_shape
-    free = network.model_dump(exclude={"pooled"})
+    choices = network.model_dump(exclude={"pooled"})
     return {
         "name": "dit",
-        **free,
+        **choices,
         "channels": channels,
         "size": [height, width],
         "states_dim": states_dim,
@@ -170,20 +213,25 @@ def dit_config(
     }
 
 
-# (objective, x, t, condition, cluster) -> (x0, eps): what stands behind the student's x at its own time t.
+# (objective, x, t, condition, cluster) -> (x0, eps) of the student's x at its own time t.
 Teacher = Callable[[Objective, Tensor, Tensor, Condition, Tensor], tuple[Tensor, Tensor]]
 
 
 class Teaching(Protocol):
-    """A teacher that is not loaded yet; about: what the card tells of it, and the training's mark depends on."""
+    """A teacher that is not loaded yet.
+
+    Attributes:
+        about: its record in the card; the training's mark depends on it.
+    """
 
     about: TeacherRecord
 
-    def on(self, device: torch.device) -> Teacher: ...
+    def on(self, device: torch.device) -> Teacher:
+        """Load the teacher on a device."""
 
 
 class Denoising(Task):
-    """An expert's training: the loss of its objective, with the condition dropped in a share of the rows."""
+    """The training of an expert: the loss of its objective, with the condition dropped in a fraction of the rows."""
 
     def __init__(
         self,
@@ -203,35 +251,38 @@ class Denoising(Task):
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
 
-    def batch(self, index: int, share: slice) -> Batch:
+    def batch(self, index: int, local_rows: slice) -> Batch:
         g = seeded(self.seed, index)
         count = self.settings.batch
+        # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
         t = self.objective.sample_time(count, g)
         eps = torch.randn(count, *self.shape, generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
-        rows = self.data.batch(self.order.at(index)[share], mirrored(self.seed, index, count)[share])
-        made = {**rows, "t": t[share], "eps": eps[share], "dropped": dropped[share]}
+        rows = self.order.at(index)[local_rows]
+        batch = self.data.batch(rows, mirrored(self.seed, index, count)[local_rows])
+        batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
         if self.teacher is not None:
-            made["cluster"] = self.data.rows.clusters(self.order.at(index)[share])
-        return made
+            batch["cluster"] = self.data.rows.clusters(rows)
+        return batch
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
         condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
         x = self.objective.schedule.diffuse(x0, eps, t)
         if self.teacher is not None:
-            # The targets of all predictions are linear in (x0, eps): the teacher's estimates take the data's place.
+            # The targets of all predictions are linear in (x0, eps): the teacher's estimates replace the data.
             x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
         output = module(x, t * self.objective.time_scale, condition)
         return self.objective.loss(output, x0, eps, t)
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
-        """The objective's loss on held-out latents at some log-SNR of its path, conditioned: {"+2": 0.31, ...}."""
+        """Return the objective's loss on held-out latents with captions, by log-SNR: {"+2": 0.31, ...}."""
         x0, condition = self.held_out.some(_VALIDATION_ROWS, self.seed)
         device = next(self.module.parameters()).device
         losses = {}
         for level in _VALIDATION_LOG_SNR:
             t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
+            # The same noise at every validation, so losses compare.
             eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, Stream.VALIDATION))
             x, scaled = self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale
             output = module(x.to(device), scaled.to(device), condition.to(device)).cpu()
@@ -239,12 +290,13 @@ class Denoising(Task):
         return losses
 
     def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:
-        """A grid of images by this expert alone, for captions that it was not trained on."""
+        """Draw a grid of images by this expert alone, for captions that it was not trained on."""
         from atoll.train.draw import draw_grid
 
         draw_grid(module, self.objective, self.held_out, codec=self.codec, file=file, seed=self.seed)
 
     def _null(self, device: torch.device) -> Condition:
+        # On the device once, not at every step.
         if self.null is None:
             self.null = self.data.encoder.null(1).to(device)
         return self.null
@@ -260,10 +312,20 @@ def calibrate(
     device: torch.device,
     rows: int = CALIBRATION_ROWS,
 ) -> Calibration:
-    """The expert's calibration on at most `rows` held-out latents with their own captions; mean: the cluster's."""
+    """Measure an expert's calibration on held-out latents with their own captions.
+
+    Args:
+        network: of the expert, on `device`.
+        objective: what it was trained with.
+        data: held-out latents.
+        mean: the cluster's mean latent.
+        seed: of rows and noise.
+        device: of the network.
+        rows: latents at most.
+    """
     x0, condition = data.some(rows, seed)
 
-    def on_device(x: Tensor, time: Tensor, given: Condition | None) -> Tensor:
-        return network(x.to(device), time.to(device), None if given is None else given.to(device)).cpu()
+    def on_device(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
+        return network(x.to(device), time.to(device), None if rows is None else rows.to(device)).cpu()
 
     return measure_calibration(on_device, objective, x0, condition.to("cpu"), mean=mean, seed=seed)

@@ -1,8 +1,8 @@
-"""One dense model that learns from the ensemble: `atoll distil` (DDM, arXiv 2501.05450, section 5).
+"""Distils the ensemble into one dense model: `atoll distil` (DDM, arXiv 2501.05450, section 5).
 
-At the student's own (x, t) the teacher's x0 and eps take the data's place in the student's target. Since the targets of
-all predictions are linear in both, student and teacher may have any objectives. The student is a plain expert of all
-clusters, which is sampled alone.
+At the student's own (x, t) the teacher's x0 and eps replace the data in the student's target. Since the targets of all
+predictions are linear in both, student and teacher may have any objectives. The student is a plain expert of all
+clusters, and is sampled alone.
 """
 
 from dataclasses import replace
@@ -37,17 +37,28 @@ def distil_run(
     restart: bool = False,
     progress: TrainProgress | None = None,
 ) -> Path:
-    """Trains the run's student on its ensemble and all clusters' latents, and returns the student's directory.
+    """Train the run's student on its ensemble and all clusters' latents.
+
+    Args:
+        run: the run's directory.
+        manifest: its atoll.yaml.
+        resume: continue from the checkpoint if there is one.
+        restart: discard a checkpoint or a finished student.
+        progress: called with each line of metrics.jsonl that reports a step.
+
+    Returns:
+        The student's directory.
 
     Raises:
-        AtollError: the manifest names no student, there is no ensemble, or it reads captions otherwise than the data's
-            encoder; and as `train_expert`.
+        AtollError: the manifest names no student, there is no ensemble, or the ensemble encodes captions otherwise than
+            the data's encoder; and as `train_expert`.
     """
     if manifest.student is None:
         raise AtollError("atoll.yaml names no student; add a `student:` section with its objective")
     clusters, layout = tuple(range(manifest.clusters.k)), RunLayout(run)
     shards = [Shards(layout.cluster(k)) for k in clusters]
-    job = TrainingSpec(
+    # A student is trained like an expert of all clusters, with the ensemble as its target.
+    spec = TrainingSpec(
         run=run,
         path=layout.student,
         name=STUDENT,
@@ -56,37 +67,38 @@ def distil_run(
         seed=student_seed(manifest.seed),
     )
     teaching = _Teaching(layout.ensemble, manifest.student.teacher, shards[0].card(ClusterShardsCard).condition)
-    return train_denoiser(job, manifest, shards, resume=resume, restart=restart, progress=progress, teaching=teaching)
+    return train_denoiser(spec, manifest, shards, resume=resume, restart=restart, progress=progress, teaching=teaching)
 
 
 class _Teaching:
-    """The run's ensemble, to be loaded where the student trains."""
+    """The run's ensemble, loaded on the device where the student trains."""
 
     def __init__(self, path: Path, teacher: str, condition: dict[str, Any]):
         if not (path / ENSEMBLE_CARD).is_file():
-            raise AtollError(f"{path}: no ensemble to learn from; `atoll assemble` makes it")
+            raise AtollError(f"{path}: no ensemble to learn from; run `atoll assemble`")
         read_json(path / ENSEMBLE_CARD)
         self._path, self._teacher, self._encoder = path, teacher, PromptEncoder([build_encoder(condition)])
         self.about = TeacherRecord(ensemble=sha256_file(path / ENSEMBLE_CARD), by=teacher)
 
     def on(self, device: torch.device) -> Teacher:
+        # Loaded only here: the mark of the training needs the hash of the ensemble, not its weights.
         loaded = load_ensemble(self._path, device=device)
         if not loaded.encoder.reads_like(self._encoder):
             raise AtollError(
-                f"{self._path}: its experts read captions by {loaded.encoder.configs()}, the data's encoder is "
-                f"{self._encoder.configs()[0]}; distil from experts that read what the student reads"
+                f"{self._path}: its experts encode captions with {loaded.encoder.configs()}, the data's encoder is "
+                f"{self._encoder.configs()[0]}; distil from experts with the data's encoder"
             )
         ensemble = loaded.ensemble
-        if self._teacher == "owner":  # the cluster is known: no router is asked
+        if self._teacher == "owner":  # the cluster is known, so no router is needed
             ensemble = replace(ensemble, router=None, routing="oracle", alignment="snr")
         return teacher_of(ensemble)
 
 
 def teacher_of(ensemble: Ensemble) -> Teacher:
-    """The ensemble's (x0, eps) at any point of any schedule.
+    """Return the teacher that gives the ensemble's (x0, eps) at any point of any schedule.
 
-    At the student's x = alpha x0 + sigma eps the ensemble is asked on the linear path, at the time of equal log-SNR,
-    where the same (x0, eps) make c x: c is the ratio of the alphas, or of the sigmas, which are equal.
+    For the student's x = alpha x0 + sigma eps the ensemble is evaluated at c x on the linear path, at the time of equal
+    log-SNR, where it has the same (x0, eps). c is the ratio of the alphas, and equally of the sigmas.
     """
 
     sampler = Sampler(ensemble)
@@ -97,11 +109,11 @@ def teacher_of(ensemble: Ensemble) -> Teacher:
     ) -> tuple[Tensor, Tensor]:
         schedule = objective.schedule
         log_snr = schedule.log_snr(t)
-        at = PATH.time_at(log_snr)
+        t_path = PATH.time_at(log_snr)
         # Each ratio is used on the side where it does not divide by a small number.
-        ratio = torch.where(log_snr < 0, PATH.sigma(at) / schedule.sigma(t), PATH.alpha(at) / schedule.alpha(t))
-        asked = per_sample(ratio, x) * x
-        u = sampler.velocity(asked, at, condition, cluster=cluster)
-        return asked - per_sample(at, x) * u, asked + per_sample(1 - at, x) * u
+        ratio = torch.where(log_snr < 0, PATH.sigma(t_path) / schedule.sigma(t), PATH.alpha(t_path) / schedule.alpha(t))
+        x_scaled = per_sample(ratio, x) * x
+        u = sampler.velocity(x_scaled, t_path, condition, cluster=cluster)
+        return x_scaled - per_sample(t_path, x) * u, x_scaled + per_sample(1 - t_path, x) * u
 
     return teach

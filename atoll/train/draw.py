@@ -42,6 +42,7 @@ def draw_grid(
         seed: of captions and noise, the same at every call.
     """
     device = next(module.parameters()).device  # type: ignore[attr-defined]
+    # The same captions and noise at every call, so grids of different steps compare.
     x0, condition = data.some(_IMAGES, seed)
     condition = condition.to(device)
 
@@ -62,11 +63,13 @@ def draw_grid(
 
 def _png(images: Tensor) -> bytes:
     """A square grid of images [n, c, h, w] in [0, 1], each enlarged to at least 64 pixels, with white between."""
+    # Grey images become RGB; small ones are enlarged by whole pixels.
     images = images.expand(-1, 3, -1, -1)
     scale = max(1, math.ceil(64 / images.shape[-1]))
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     columns = math.ceil(math.sqrt(len(images)))
     rows, (h, w) = math.ceil(len(images) / columns), images.shape[-2:]
+    # One pixel of white around each image.
     grid = torch.ones(3, rows * (h + 2), columns * (w + 2))
     for i, image in enumerate(images):
         y, x = i // columns * (h + 2), i % columns * (w + 2)

@@ -22,6 +22,7 @@ def gamma_of(sigma_rel: float) -> float:
     """
     if not 0 < sigma_rel < WIDEST:
         raise AtollError(f"sigma_rel {sigma_rel}: expected a width above 0 and below {WIDEST:.4f}, the plain mean's")
+    # The cubic (g+2)^2 (g+3) - (g+1) / sigma_rel^2 in powers of g.
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -44,6 +45,7 @@ def products(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.
         [n, m] float64.
     """
     t_a, gamma_a, t_b, gamma_b = t_a[:, None], gamma_a[:, None], t_b[None], gamma_b[None]
+    # Closed form of the integral of both profiles over the time that they share.
     longer, shorter = np.maximum(t_a, t_b), np.minimum(t_a, t_b)
     exponent = np.where(t_a < t_b, gamma_b, gamma_a)  # of the profile that ends later
     shape = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)

@@ -37,6 +37,7 @@ def train_expert(
     """
     expert = manifest.find_expert(name)
     shards = Shards(RunLayout(run).cluster(expert.cluster))
+    # The seed depends on the expert's position in atoll.yaml.
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
     spec = TrainingSpec(
         run=run,
@@ -60,6 +61,7 @@ def train_monolith(
     """Train the monolith, the dense model to compare with, on all clusters; see `train_expert`."""
     if manifest.monolith is None:
         raise AtollError("atoll.yaml names no monolith; add a `monolith:` section with its objective")
+    # The monolith sees what all experts together see.
     clusters = tuple(range(manifest.clusters.k))
     layout = RunLayout(run)
     shards = [Shards(layout.cluster(k)) for k in clusters]

@@ -1,4 +1,4 @@
-"""Training that starts from weights that are there: `train.init`, the directory of an expert."""
+"""Training that starts from the weights of an expert: `train.init`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ from atoll.nn import DiTConfig
 from atoll.storage.artifact import CARD, read_card, read_tensors
 from atoll.storage.cards import ClusterShardsCard, ExpertCard, InitRecord
 
-_FOREIGN = ("final", "text_layers", "mlp_eps", "time_period")  # what atoll.yaml cannot say: the expert's own
+_FOREIGN = ("final", "text_layers", "mlp_eps", "time_period")  # atoll.yaml has no keys for these: taken from the expert
 
 
 class InitWeights:
-    """An expert to start from: its network's config and weights, and what the new card tells of it.
+    """An expert whose network and weights a training starts from.
+
+    Attributes:
+        about: the record of it in the new expert's card.
+
+    Args:
+        path: the expert's directory.
 
     Raises:
-        AtollError: no expert, or one that is damaged.
+        AtollError: no expert, or a damaged one.
     """
 
     def __init__(self, path: Path):
@@ -35,34 +41,43 @@ class InitWeights:
                 f"{path / CARD}: network: {error.errors()[0]['msg']}; update atoll, or convert it again"
             ) from None
 
-    def config(self, wanted: dict[str, Any], data: ClusterShardsCard) -> dict[str, Any]:
-        """The config `wanted`, with what only weights from elsewhere have; of a network that is kept as it came
-        (`atoll convert --keep`), its own, whatever is wanted.
+    def config(self, requested: dict[str, Any], data: ClusterShardsCard) -> dict[str, Any]:
+        """Return the config of the network to train.
 
         Args:
-            data: the card of the shards that are trained on.
+            requested: the config that atoll.yaml asks for.
+            data: the card of the shards to train on.
+
+        Returns:
+            `requested` with the keys that only converted weights have. For a network that is kept as it came (`atoll
+            convert --keep`), its own config, whatever is requested.
 
         Raises:
-            AtollError: the expert's network is another one; one that is kept takes other latents or captions.
+            AtollError: the expert's network differs from `requested`, or takes other latents or captions than the data.
         """
         if self._is_kept:
             for key in ("latent_shape", "condition"):
-                if not same(mine := self._card.plain()[key], theirs := data.plain()[key]):
+                if not same(own := self._card.plain()[key], required := data.plain()[key]):
                     raise AtollError(
-                        f"train.init: {self.path} has {key} {mine}, the data {theirs}; "
+                        f"train.init: {self.path} has {key} {own}, the data {required}; "
                         "convert it for this run, or leave it out"
                     )
             return dict(self._card.network)
-        merged = {**wanted, **{key: self._config[key] for key in _FOREIGN}}
-        whole = DiTConfig.model_validate(merged).model_dump(mode="json")
-        other = [f"{key} {self._config[key]} (here {whole[key]})" for key in whole if whole[key] != self._config[key]]
-        if other:
+        # Compare the complete configs: what atoll.yaml cannot express is taken from the expert.
+        merged = {**requested, **{key: self._config[key] for key in _FOREIGN}}
+        complete = DiTConfig.model_validate(merged).model_dump(mode="json")
+        differences = [
+            f"{key} {self._config[key]} (here {value})" for key, value in complete.items() if value != self._config[key]
+        ]
+        if differences:
             raise AtollError(
-                f"train.init: {self.path} is a network of {', '.join(other)}; make atoll.yaml's equal, or leave it out"
+                f"train.init: {self.path} is a network with {', '.join(differences)}; make atoll.yaml's equal, or "
+                "leave it out"
             )
         return merged
 
     def weights(self) -> dict[str, Tensor]:
-        """By the network's names. Raises AtollError if the file is damaged."""
+        """Return the weights by the network's names. Raises AtollError if the file is damaged."""
         tensors = read_tensors(self.path, self._card)
+        # The calibration's tensors stay behind: they belong to the old weights.
         return {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}

@@ -46,6 +46,7 @@ class Island:
         Raises:
             AtollError: CUDA is requested and there is none, or fewer GPUs than processes.
         """
+        # torchrun's variables; `atoll.train.workers` sets the same ones.
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         own_device = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
         torch.set_num_threads(threads)
@@ -61,7 +62,7 @@ class Island:
         finally:
             torch.distributed.destroy_process_group()
 
-    def share(self, batch: int, parts: int = 1) -> slice:
+    def local_rows(self, batch: int, parts: int = 1) -> slice:
         """Return the rows of a batch that this process trains on.
 
         Args:
@@ -71,6 +72,7 @@ class Island:
         Raises:
             AtollError: the batch cannot be divided evenly among the processes and parts.
         """
+        # Equal parts, so that the mean of the means is the batch's mean.
         if batch % (self.world * parts):
             cut = f" in {parts} parts each (train.accumulate)" if parts > 1 else ""
             raise AtollError(
@@ -85,10 +87,12 @@ class Island:
         if self.world == 1:
             return module
         if sharding == "replicate":
+            # DDP averages the gradients during backward.
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(module, device_ids=ids)
         from torch.distributed.fsdp import fully_shard
 
+        # Block by block, so that the whole network is never gathered at once.
         mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (self.world,))
         for block in module.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
@@ -101,6 +105,7 @@ class Island:
             return nullcontext()
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return nullcontext() if last else module.no_sync()
+        # FSDP2 has a switch instead of a context.
         module.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 

@@ -1,4 +1,4 @@
-"""The training loop, in the open: experts, the router and the monolith all go through it."""
+"""The training loop, in the open: experts, the router, the monolith and the student all run through it."""
 
 import math
 import signal
@@ -29,51 +29,57 @@ from atoll.train.track import Tracker, TrainProgress
 
 
 class Task(ABC):
-    """One training. Nothing in it may be random but generators that are seeded by a batch's index."""
+    """What is trained: batches and their losses. All randomness must come from generators seeded by a batch's index."""
 
     module: nn.Module
 
     @abstractmethod
-    def batch(self, index: int, share: slice) -> Batch:
-        """The rows `share` of a batch, on the CPU, with all that is random in it: a function of the index alone."""
+    def batch(self, index: int, local_rows: slice) -> Batch:
+        """Return the rows `local_rows` of a batch, on the CPU, with all its random numbers.
+
+        The whole batch is a function of the index alone; each process takes its rows of it.
+        """
 
     @abstractmethod
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
-        """The loss [b] of each row; `module` is the task's own, perhaps wrapped."""
+        """Return the loss [b] of each row; `module` is the task's own, possibly wrapped for several processes."""
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
-        """Losses on rows that are not trained on, by name; the same rows and noise at every call."""
+        """Return losses on held-out rows by name, for the same rows and noise at every call."""
         return {}
 
     def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:  # noqa: B027 (a router draws nothing)
-        """Draws what the module can do by now; nothing where that is no image. Without a file: for the others of the
-        island, whose parts of the weights are needed."""
+        """Draw samples into a file, if the task's module draws.
+
+        With file None the samples are computed but not written: sharded weights need every process.
+        """
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state is saved."""
+    """SIGTERM or SIGINT arrived; the state is saved."""
 
 
-# Settings that may differ between a run and its continuation: they do not change what is computed, but for rounding.
+# Settings that may change when a training is resumed: they change its result by rounding at most.
 _MAY_CHANGE = {
     *("threads", "device", "accumulate", "compile", "checkpointing", "sharding"),
     *("checkpoint_every", "log_every", "validate_every", "sample_every", "ema_snapshot_every", "track"),
-    "init",  # training_mark has the hash of what it names
+    "init",  # the mark holds the hash of the weights that it names
 }
-_ROLLBACKS = 3  # after which training gives up
-_CALM = 100  # steps after which a spike can be told from the beginning
+_ROLLBACKS = 3  # at most; after one more, training fails
+_CALM = 100  # steps before a spike can be distinguished from the fall at the start
 
 
 def training_mark(identity: dict[str, Any], settings: TrainSettings) -> str:
-    """A hash of all that a training's result depends on: data, network, objective, seed and settings."""
+    """Return a hash of everything that the result depends on: data, network, objective, seed and settings."""
     return fingerprint({**identity, "train": settings.model_dump(exclude=_MAY_CHANGE)})
 
 
 def finished(path: Path, kind: type[ExpertCard | RouterCard], mark: str, resume: bool, restart: bool) -> bool:
-    """Whether the artifact at `path` is already what a training of this mark would make.
+    """Return whether the artifact at `path` is the finished result of the training with this mark.
 
     Raises:
-        AtollError: an artifact is there, and neither resume nor restart was asked or its mark is another.
+        AtollError: an artifact of another mark exists and restart is False, or one of this mark and both resume and
+            restart are False.
     """
     if restart or not (path / CARD).exists():
         return False
@@ -87,7 +93,7 @@ def finished(path: Path, kind: type[ExpertCard | RouterCard], mark: str, resume:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop returns: what the card tells of the training. The module has its EMA weights in place."""
+    """The result of the loop: the card's record of the training. The module holds its EMA weights."""
 
     summary: dict[str, Any]
 
@@ -103,22 +109,25 @@ def train(
     restart: bool = False,
     progress: TrainProgress | None = None,
 ) -> Trained:
-    """Trains the task's module in place for settings.steps steps and leaves its EMA weights in it.
+    """Train the task's module in place for settings.steps steps and leave its EMA weights in it.
 
     Args:
-        directory: of checkpoint, metrics.jsonl, summary.json and the sample grids; made if missing.
-        mark: of `training_mark`; a checkpoint of another mark is refused.
-        island: the processes that train together; each calls this.
+        task: batches and losses.
+        settings: of the training.
+        directory: for checkpoints, metrics.jsonl, summary.json and sample grids; created if missing.
+        mark: from `training_mark`; a checkpoint with another mark is refused.
+        island: the processes that train together; each of them calls this.
         resume: continue from the checkpoint, bit for bit as if never stopped; without one, start.
-        restart: throw an existing checkpoint away.
-        progress: called with each line of metrics.jsonl that tells of a step.
+        restart: discard an existing checkpoint.
+        progress: called with each line of metrics.jsonl that reports a step.
 
     Raises:
-        AtollError: a checkpoint exists and neither resume nor restart was asked; the loss was not finite, or leapt,
-            once more than can be skipped; the disk is full.
+        AtollError: a checkpoint exists, and resume and restart are False; the loss was not finite, or spiked, more
+            often than `_ROLLBACKS`; the disk is full.
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    # Set up the module, its optimizer state and its wrapping for several processes.
     task.module.to(island.device)
     module = island.wrap(prepared(task.module, settings), settings.sharding)
     state = State(task.module, settings)
@@ -136,6 +145,7 @@ def train(
             progress=progress,
         )
     with torch.no_grad():
+        # The EMA weights are what the artifact holds.
         for parameter, average in zip(state.parameters, state.ema, strict=True):
             parameter.copy_(average)
     task.module.eval()
@@ -155,10 +165,11 @@ def _run(
     restart: bool,
     progress: TrainProgress | None,
 ) -> Tracker:
-    """The steps that are still to be done."""
-    share = island.share(settings.batch, settings.accumulate)
+    """Run the steps that are not done yet."""
+    # Start from the checkpoint, or from the initial weights.
+    local_rows = island.local_rows(settings.batch, settings.accumulate)
     snapshots = Snapshots(directory, checkpoints.mark, island)
-    _begin(state, checkpoints, snapshots, resume, restart)
+    _load_or_save(state, checkpoints, snapshots, resume, restart)
     numbers = state.numbers
     log = Tracker(
         directory, numbers.step, settings, mark=checkpoints.mark, progress=progress, quiet=not island.is_first
@@ -166,9 +177,10 @@ def _run(
     autocast = autocast_of(settings.precision, island.device)
 
     module.train()
-    with Prefetcher(lambda index: task.batch(index, share), island.device) as feed, _stop_signals() as stopped:
+    with Prefetcher(lambda index: task.batch(index, local_rows), island.device) as batches, _stop_signals() as stopped:
         while numbers.step < settings.steps:
-            batch = feed.get(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
+            # Gradients; a bad loss goes back to the last checkpoint.
+            batch = batches.get(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
             value, norm = gradients(task, module, batch, state=state, island=island, autocast=autocast)
             if not _is_sound(value, norm, numbers, settings):
                 numbers = _roll_back(state, checkpoints, value, log)
@@ -178,22 +190,24 @@ def _run(
             lr = learning_rate(numbers.step, settings)
             state.update(lr)
             done = numbers.step
-            # Log, look and save.
+            # Log, validate, draw.
             log.step(done, value, norm, lr)
             if _due(done, settings.validate_every, settings):
                 log.validated(done, _with_average(state, task.validate))
             if _due(done, settings.sample_every, settings):
                 image = TrainingLayout(directory).samples(done) if island.is_first else None
                 _with_average(state, partial(task.draw, file=image))
+            # Save.
             if settings.ema_profiles and _due(done, settings.ema_snapshot_every, settings):
                 snapshots.save(state)
+            # A signal may reach one process only; all must stop at the same step.
             stop = island.any(stopped())
             if stop or done % settings.checkpoint_every == 0 or done == settings.steps:
                 checkpoints.save(state)
             if stop and done < settings.steps:
                 checkpoints.finish()
                 log.stop()
-                raise Interrupted(f"stopped at step {done} of {settings.steps}; --resume goes on from there")
+                raise Interrupted(f"stopped at step {done} of {settings.steps}; continue with --resume")
     checkpoints.finish()
     return log
 
@@ -201,11 +215,13 @@ def _run(
 def gradients(
     task: Task, module: nn.Module, batch: Batch, *, state: State, island: Island, autocast: Callable[[], Any]
 ) -> tuple[float, float]:
-    """Forward and backward, part by part: the batch's mean loss, and the norm of the gradients before clipping.
+    """Run forward and backward, part by part, and leave the clipped gradients in the parameters.
 
-    The clipped gradients are left in the parameters, for `state.update`.
+    Returns:
+        (mean loss of the batch, norm of the gradients before clipping).
     """
     settings = state.settings
+    # The mean over the batch: each part contributes its sum over this process's rows.
     rows = settings.batch // island.world
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=island.device)
@@ -218,8 +234,8 @@ def gradients(
     return value, float(gather(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
 
 
-def _begin(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
-    """Puts the last checkpoint into the state, or writes the first one."""
+def _load_or_save(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
+    """Load the last checkpoint into the state, or save the first one."""
     if restart:
         checkpoints.clear()
     if not checkpoints.exists():
@@ -227,89 +243,98 @@ def _begin(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume:
     elif resume:
         checkpoints.load(state)
     else:
-        where = checkpoints.directory
-        raise AtollError(f"{where}: holds a checkpoint; --resume goes on from it, --restart begins again")
+        raise AtollError(
+            f"{checkpoints.directory}: holds a checkpoint; --resume continues from it, --restart discards it"
+        )
     snapshots.drop_after(state.numbers.step)
 
 
 def prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
-    """The module with the switches that trade time for memory or for compilation.
+    """Return the module with activation checkpointing and compilation set up.
 
     Raises:
-        AtollError: a switch is asked for that a network from elsewhere does not have.
+        AtollError: the settings need a switch that a converted network does not have.
     """
+    # Only Atoll's own networks have blocks with these switches.
     blocks: list[Any] = list(getattr(module, "blocks", ()))
     if not blocks or not all(hasattr(block, "checkpointing") for block in blocks):
         for key, off in (("checkpointing", "none"), ("compile", False), ("sharding", "replicate")):
             if getattr(settings, key) != off:
-                raise AtollError(f"train.{key}: a network that is kept as it came has no such switch; leave it out")
+                raise AtollError(f"train.{key}: a network that is kept as it came does not support it; leave it out")
         return module
     for block in blocks:
         block.checkpointing = settings.checkpointing
         if settings.compile:
-            block.compile()  # one block is compiled and serves for all: seconds, where the whole network takes minutes
+            block.compile()  # one compiled block serves for all: seconds instead of minutes for the whole network
     return module
 
 
 def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in `count` equal parts."""
     size = len(next(iter(batch.values()))) // count
     for start in range(0, size * count, size):
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
 
 
 def _is_sound(loss: float, norm: float, numbers: Counters, settings: TrainSettings) -> bool:
-    """Whether loss and gradient are finite and the loss did not leap; takes it into the running moments if so."""
+    """Whether loss and gradient are finite and the loss is no spike; if so, the running moments are updated."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return False
+    # A spike is measured in the log-loss, whose spread does not depend on the scale of the loss.
     level = math.log(max(loss, 1e-30))
     spread = math.sqrt(max(numbers.square - numbers.mean**2, 1e-4))
     if numbers.seen >= _CALM and level > numbers.mean + settings.spike * spread:
         return False
-    keep = min(0.99, numbers.seen / (numbers.seen + 1))
-    numbers.mean = keep * numbers.mean + (1 - keep) * level
-    numbers.square = keep * numbers.square + (1 - keep) * level**2
+    # Plain means at first, then exponential ones over about 100 steps.
+    decay = min(0.99, numbers.seen / (numbers.seen + 1))
+    numbers.mean = decay * numbers.mean + (1 - decay) * level
+    numbers.square = decay * numbers.square + (1 - decay) * level**2
     numbers.seen += 1
     return True
 
 
 def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker) -> Counters:
-    """Goes back to the last checkpoint and skips the batches since: the numbers to go on with, saved at once."""
-    bad = state.numbers
+    """Load the last checkpoint and skip the batches since; returns the counters to continue with, already saved."""
+    failed = state.numbers
     checkpoints.load(state)
     numbers = state.numbers
-    what = f"the loss of step {bad.step + 1} is {loss:.4g}"
+    reason = f"the loss of step {failed.step + 1} is {loss:.4g}"
+    # After several returns, the cause is in the settings or the data.
     if numbers.rollbacks == _ROLLBACKS:
         raise AtollError(
-            f"{what}, after {_ROLLBACKS} returns to a checkpoint; the one of step {numbers.step} is whole: "
-            "lower train.lr or set train.precision to fp32, and start again"
+            f"{reason}, after {_ROLLBACKS} returns to a checkpoint; the one of step {numbers.step} is valid: "
+            "lower train.lr or set train.precision to fp32, and train again"
         )
-    numbers.skipped += bad.step + 1 - numbers.step
+    # Skipping moves all later batches, so the same ones are not tried again.
+    numbers.skipped += failed.step + 1 - numbers.step
     numbers.rollbacks += 1
     checkpoints.save(state)
-    told = f"{what}: back to step {numbers.step}, {numbers.skipped} batches skipped so far"
-    warnings.warn(told, stacklevel=2)
-    log.event(numbers.step, told)
+    message = f"{reason}: back to step {numbers.step}, {numbers.skipped} batches skipped so far"
+    warnings.warn(message, stacklevel=2)
+    log.event(numbers.step, message)
     return numbers
 
 
 def _due(done: int, every: int, settings: TrainSettings) -> bool:
+    """Whether something that happens every `every` steps, 0 for never, and at the end, happens now."""
     return every > 0 and (done % every == 0 or done == settings.steps)
 
 
 @torch.no_grad()
-def _with_average(state: State, look: Callable[[nn.Module], Any]) -> Any:
-    """What `look` sees of the module with its averaged weights, as it will be delivered; the same in every process."""
+def _with_average(state: State, evaluate: Callable[[nn.Module], Any]) -> Any:
+    """The result of `evaluate` for the module with its EMA weights; every process must call this."""
+    # EMA weights in place of the current ones, which come back whatever happens.
     state.module.eval()
     state.swap()
     try:
-        return look(state.module)
+        return evaluate(state.module)
     finally:
         state.swap()
         state.module.train()
 
 
 def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:
-    """bf16 autocast where asked, and with "auto" where the hardware multiplies bf16 matrices."""
+    """Return bf16 autocast for "bf16", and for "auto" if the hardware multiplies bf16 matrices; else no autocast."""
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
@@ -317,14 +342,14 @@ def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM and SIGINT are noted instead of ending the process: the loop saves and leaves by itself."""
-    seen: list[int] = []
+    """Within it, SIGTERM and SIGINT are only recorded, and the loop saves and exits; yields whether one arrived."""
+    received: list[int] = []
     previous = {
-        number: signal.signal(number, lambda signum, _: seen.append(signum))
+        number: signal.signal(number, lambda signum, _: received.append(signum))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        yield lambda: bool(seen)
+        yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -46,6 +46,7 @@ class Prefetcher:
         for upcoming in range(index, min(index + _AHEAD, last) + 1):
             if upcoming not in self._pending:
                 self._pending[upcoming] = self._thread.submit(self._pinned, upcoming)
+        # Only the copy to the device is left for this thread.
         batch = self._pending.pop(index).result()
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
 

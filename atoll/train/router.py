@@ -1,4 +1,4 @@
-"""Trains the router: which cluster does a noisy latent belong to? (DDM section 3.3): `atoll train router`."""
+"""Trains the router, p(cluster | noisy latent, t) (DDM section 3.3): `atoll train router`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
 from atoll.train.track import TrainProgress
 
-NoisePath = tuple[Schedule, Tensor]  # a schedule, and the clusters [n] int64 whose latents are noised by it
+NoisePath = tuple[Schedule, Tensor]  # a schedule, and the clusters [n] int64 whose latents it diffuses
 _EVALUATED_AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 _EVALUATED_ON = 2048  # held-out latents at most
 
@@ -37,25 +37,38 @@ def train_router(
     restart: bool = False,
     progress: TrainProgress | None = None,
 ) -> Path:
-    """Trains the router on latents and their clusters, and returns its artifact's directory.
+    """Train the router on latents and their clusters.
 
-    The data set is clusters/router where that is there (it needs nothing beside it), else all of encoded/.
+    The data set is clusters/router if it exists (nothing else is needed then), else all of encoded/.
+
+    Args:
+        run: the run's directory.
+        manifest: its atoll.yaml.
+        resume: continue from the checkpoint if there is one.
+        restart: discard a checkpoint or a finished router.
+        progress: called with each line of metrics.jsonl that reports a step.
+
+    Returns:
+        The directory of its artifact.
 
     Raises:
-        AtollError: missing or damaged shards, an assignment that lacks a latent, NaN loss, a checkpoint in the way.
+        AtollError: missing or damaged shards, an assignment that lacks a latent, NaN loss, or an existing checkpoint or
+            router.
     """
+    # The data, the network and what identifies the training.
     encoded, labels, clusters, assignment = _data_set(run)
     settings = manifest.train_of(manifest.router)
-    free = manifest.router.network
+    choices = manifest.router.network
     encoder = build_encoder(encoded.data_card.condition)
     latent_shape = list(encoded.shape("latent"))
+    # The router's config follows from the latents, the number of clusters and the text encoder.
     config = {
         "name": "router",
         "size": latent_shape[1:],
         "channels": latent_shape[0],
         "clusters": clusters,
-        "pooled_dim": encoder.pooled_dim if free.pooled else None,
-        **free.model_dump(exclude={"pooled"}),
+        "pooled_dim": encoder.pooled_dim if choices.pooled else None,
+        **choices.model_dump(exclude={"pooled"}),
     }
     seed, path = router_seed(manifest.seed), RunLayout(run).router
     paths = _paths(manifest, clusters)
@@ -63,6 +76,7 @@ def train_router(
     mark = training_mark({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
     if finished(path, RouterCard, mark, resume, restart):
         return path
+    # Train, then write the artifact.
     torch.manual_seed(seed)
     router = build_network(config)
     training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
@@ -96,9 +110,18 @@ def train_router(
 
 
 class RouterTask(Task):
-    """The router's training: cross-entropy of log p(cluster | x_t, t[, text]), t uniform on each cluster's path.
+    """The training of the router: cross-entropy of log p(cluster | x_t, t[, text]), t uniform on each cluster's path.
 
-    The text is dropped in a share of the rows as in an expert's training, so that the router answers without it too.
+    The text is dropped in a fraction of the rows, as in an expert's training, so that the router works without it too.
+
+    Args:
+        router: the network.
+        data: latents to train on.
+        held_out: latents to evaluate on, diffused along the linear path, where sampling evaluates the router.
+        labels: clusters of all rows that `data` and `held_out` are selected from, [n] int64.
+        settings: of the training.
+        seed: of the batches.
+        paths: the clusters' paths in training; none for the linear path for all.
     """
 
     def __init__(
@@ -112,23 +135,21 @@ class RouterTask(Task):
         seed: int,
         paths: Sequence[NoisePath] = (),
     ):
-        """labels: [n] int64, the clusters of all rows that `data` and `held_out` are chosen from.
-
-        paths: of training; none: the linear one for all. What is held out is asked on that, where sampling will be."""
         self.module, self.data, self.held_out, self.labels = router, data, held_out, labels
         self.settings, self.seed, self.paths = settings, seed, paths
         self.order = SeededSampler(len(data), settings.batch, seed)
         self.null = data.encoder.null(1)
 
-    def batch(self, index: int, share: slice) -> Batch:
+    def batch(self, index: int, local_rows: slice) -> Batch:
         g = seeded(self.seed, index)
-        count, rows = self.settings.batch, self.order.at(index)[share]
+        count, rows = self.settings.batch, self.order.at(index)[local_rows]
+        # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
         t = torch.rand(count, generator=g)
         eps = torch.randn(count, *self.data.rows.shards[0].shape("latent"), generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         labels = self.labels[self.data.rows.numbers[rows]]
-        random = {"t": t[share], "eps": eps[share], "dropped": dropped[share]}
-        return {**self.data.batch(rows, mirrored(self.seed, index, count)[share]), **random, "label": labels}
+        random = {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
+        return {**self.data.batch(rows, mirrored(self.seed, index, count)[local_rows]), **random, "label": labels}
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         condition = self.data.condition(batch)
@@ -137,9 +158,10 @@ class RouterTask(Task):
         return F.nll_loss(module(x, batch["t"], condition.pooled), batch["label"], reduction="none")
 
     def _diffuse(self, x0: Tensor, t: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
-        """Each row on the path of its cluster."""
+        """Diffuse each row along the path of its cluster."""
         if not self.paths:
             return PATH.diffuse(x0, eps, t)
+        # Experts on other schedules see other noise; the router then learns each cluster on its own path.
         x = torch.empty_like(x0)
         for schedule, clusters in self.paths:
             rows = torch.isin(labels, clusters.to(labels.device)).nonzero().flatten()
@@ -147,35 +169,38 @@ class RouterTask(Task):
         return x
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
-        return {f"accuracy at {time}": share for time, share in self.accuracy(module).items()}
+        return {f"accuracy at {time}": accuracy for time, accuracy in self.accuracy(module).items()}
 
     @torch.inference_mode()
     def accuracy(self, module: Callable[..., Tensor]) -> dict[str, float]:
-        """Top-1 accuracy on held-out latents at a few times: {"0.1": 0.98, ...}; empty without such latents."""
+        """Return the top-1 accuracy on held-out latents by time: {"0.1": 0.98, ...}; empty without such latents."""
         if not len(self.held_out):
             return {}
         rows = random_rows(len(self.held_out), _EVALUATED_ON, seeded(self.seed, 0, Stream.SUBSET)).sort().values
         device = next(self.module.parameters()).device
+        # The same rows at every time, decoded once.
         batch = {name: tensor.to(device) for name, tensor in self.held_out.batch(rows).items()}
         labels = self.labels[self.held_out.rows.numbers[rows]].to(device)
-        pooled, found = self.held_out.condition(batch).pooled, {}
+        pooled, accuracies = self.held_out.condition(batch).pooled, {}
         for number, time in enumerate(_EVALUATED_AT):
+            # The same noise at every validation, so accuracies compare.
             generator = seeded(self.seed, number, Stream.ROUTER_VALIDATION)
             eps = torch.randn(batch["x0"].shape, generator=generator).to(device)
             t = torch.full((len(rows),), time, device=device)
-            answers = module(PATH.diffuse(batch["x0"].float(), eps, t), t, pooled).argmax(1)
-            found[str(time)] = round(float((answers == labels).float().mean()), 4)
-        return found
+            predicted = module(PATH.diffuse(batch["x0"].float(), eps, t), t, pooled).argmax(1)
+            accuracies[str(time)] = round(float((predicted == labels).float().mean()), 4)
+        return accuracies
 
 
 def _paths(manifest: Manifest, clusters: int) -> list[NoisePath]:
-    """Of training; none for the linear one. Raises AtollError for a cluster without an expert to follow."""
+    """The clusters' paths in training, none for the linear one. Raises AtollError for a cluster without an expert."""
     if manifest.router.path == "linear":
         return []
+    # The first expert of each cluster determines its path.
     first = {expert.cluster: expert for expert in reversed(manifest.experts)}
     if missing := [str(cluster) for cluster in range(clusters) if cluster not in first]:
         raise AtollError(
-            f"router.path: experts, but no expert of cluster {', '.join(missing)} stands in atoll.yaml; name one, or "
+            f"router.path: experts, but no expert of cluster {', '.join(missing)} is in atoll.yaml; add one, or "
             "take path: linear"
         )
     schedules = [Objective(**first[cluster].objective.model_dump()).schedule for cluster in range(clusters)]
@@ -183,8 +208,9 @@ def _paths(manifest: Manifest, clusters: int) -> list[NoisePath]:
 
 
 def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
-    """Latents, their clusters [n] int64, how many clusters there are, and the hash of the assignment."""
+    """(latents, their clusters [n] int64, number of clusters, hash of the assignment)."""
     layout = RunLayout(run)
+    # The sample holds latents and clusters; otherwise the assignment is joined by the keys.
     if (layout.router_sample / INDEX).is_file():
         sample = Shards(layout.router_sample)
         described = sample.card(ClusterShardsCard)
@@ -195,13 +221,14 @@ def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
         labels = torch.tensor([cluster_of[key] for key in encoded.keys])
     except KeyError as error:
         raise AtollError(
-            f"{layout.clusters}: the assignment lacks the key {error}; it is of other data: run `atoll cluster --force`"
+            f"{layout.clusters}: the assignment lacks the key {error}, so it belongs to other data; "
+            "run `atoll cluster --force`"
         ) from None
     return encoded, labels, card.k, card.assignment
 
 
 def _assignment(file: Path) -> dict[str, int]:
-    """key -> cluster."""
+    """The cluster of each key."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

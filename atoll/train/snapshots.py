@@ -1,4 +1,4 @@
-"""Snapshots of power-function EMA weights, and experts reconstructed from them with another width."""
+"""Snapshots of power-function averages, and experts reconstructed from them with another width."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,30 +18,39 @@ from atoll.train.state import State
 
 @dataclass(frozen=True)
 class Snapshot:
+    """A saved average.
+
+    Attributes:
+        file: of its tensors.
+        step: of the training.
+        profile: the number of its width in train.ema_profiles.
+    """
+
     file: Path
     step: int
     profile: int
 
 
 class Snapshots:
-    """The snapshots of one training, in ema/ of its directory; those later than its state are dropped."""
+    """The snapshots of one training, in ema/ of its directory."""
 
     def __init__(self, directory: Path, mark: str, island: Island):
         self.files, self.mark, self.island = TrainingLayout(directory), mark, island
 
     def save(self, state: "State") -> None:
-        """Writes each width's average of now, whole or not at all; every process of the island must call this."""
+        """Write the current average of each width, atomically; every process of the island must call this."""
         from safetensors.torch import save
 
+        # One file per width; the name holds step and number of the width.
         for number, (sigma_rel, average) in enumerate(zip(state.settings.ema_profiles, state.profiles, strict=True)):
             tensors = {name: gather(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
             if self.island.is_first:
                 self.files.ema.mkdir(exist_ok=True)
-                told = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}
-                write_bytes(self.files.snapshot(state.numbers.step, number), save(tensors, told))
+                metadata = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}
+                write_bytes(self.files.snapshot(state.numbers.step, number), save(tensors, metadata))
 
     def drop_after(self, step: int) -> None:
-        """Removes those of later steps, which are to be done again."""
+        """Remove the snapshots of later steps, which will be trained again."""
         if self.island.is_first:
             for snapshot in snapshots_of(self.files.ema):
                 if snapshot.step > step:
@@ -49,26 +58,35 @@ class Snapshots:
 
 
 def snapshots_of(directory: Path) -> list[Snapshot]:
-    """In the order of their steps."""
-    found = []
+    """Return the snapshots in a directory, in the order of their steps."""
+    snapshots = []
     for file in sorted(directory.glob("[0-9]*.safetensors")):
+        # The name holds the step and the number of the width.
         step, profile = file.stem.split("-")
-        found.append(Snapshot(file, int(step), int(profile)))
-    return found
+        snapshots.append(Snapshot(file, int(step), int(profile)))
+    return snapshots
 
 
 def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
-    """The expert whose weights are averaged with another width, made from the snapshots of its training.
+    """Reconstruct the expert whose weights are averaged with another width, from the snapshots of its training.
 
-    The artifact at `expert` lies where training wrote it, beside its .train- directory. The new one has no calibration,
-    since that was measured on other weights.
+    The new expert has no calibration, since that was measured on other weights.
+
+    Args:
+        expert: the artifact where training wrote it, beside its .train- directory.
+        sigma_rel: the width, see `atoll.train.ema`.
+        out: the directory of the new artifact.
+
+    Returns:
+        `out`.
 
     Raises:
-        AtollError: no snapshots, or those of another training; sigma_rel out of range; something is at `out` already.
+        AtollError: no snapshots, or those of another training; sigma_rel out of range; `out` exists already.
     """
+    # Check the arguments, then fit the width by the snapshots' profiles.
     gamma = gamma_of(sigma_rel)
     if out.exists():
-        raise AtollError(f"{out}: exists already; choose another place, or remove it")
+        raise AtollError(f"{out}: exists already; choose another directory, or remove it")
     card = read_card(expert, ExpertCard)
     training = card.training
     if training is None:
@@ -81,6 +99,7 @@ def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
     widths = [_width(snapshot, training.mark) for snapshot in snapshots]
     gammas = [gamma_of(width) for width in widths]
     factors = solve([s.step for s in snapshots], gammas, training.steps, gamma)
+    # The same factors, applied to the weights.
     average = _weighted(snapshots, factors, {k: v for k, v in tensors.items() if k.startswith("network.")})
     ema = EmaRecord(sigma_rel=sigma_rel, snapshots=len(snapshots), widths=sorted(set(widths)), of=card.weights_sha256)
     changes = {"training": training.model_copy(update={"ema": ema}), "calibration": None}
@@ -93,22 +112,25 @@ def _width(snapshot: Snapshot, mark: str) -> float:
 
     try:
         with safe_open(snapshot.file, framework="pt") as stored:
-            told: dict[str, Any] = stored.metadata() or {}
+            metadata: dict[str, Any] = stored.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise AtollError(f"{snapshot.file}: damaged ({error}); remove it, and the others are used") from None
-    if told.get("mark") != mark:
-        raise AtollError(f"{snapshot.file}: is of another training than the expert; name the expert that it belongs to")
-    return float(told["sigma_rel"])
+        raise AtollError(f"{snapshot.file}: damaged ({error}); remove it to use the others") from None
+    if metadata.get("mark") != mark:
+        raise AtollError(
+            f"{snapshot.file}: belongs to another training than the expert; name the expert of that training"
+        )
+    return float(metadata["sigma_rel"])
 
 
 def _weighted(snapshots: list[Snapshot], factors: np.ndarray, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums of the snapshots' tensors, in float64; what is no parameter stays as it is in `tensors`."""
+    """The weighted sums of the snapshots' tensors, in float64; buffers keep their values in `tensors`."""
     from safetensors import safe_open
 
     sums: dict[str, Tensor] = {}
     for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
         with safe_open(snapshot.file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (it is no dict)
+            for name in stored.keys():  # noqa: SIM118 (not a dict)
+                # In float64: factors of both signs cancel.
                 part = stored.get_tensor(name).double() * factor
                 key = f"network.{name}"
                 sums[key] = sums[key].add_(part) if key in sums else part

@@ -55,6 +55,7 @@ class State:
         self.parameters: list[nn.Parameter] = list(module.parameters())
         self.optimizer = _optimizer(self.parameters, settings)
         self._eight_bit = settings.optimizer_state == "8bit"
+        # An average in CPU memory saves GPU memory, and is updated less often for it.
         device = "cpu" if settings.ema_device == "cpu" else None
         self.ema = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
         self._every = _EMA_EVERY_ON_CPU if settings.ema_device == "cpu" else 1
@@ -71,6 +72,7 @@ class State:
         for (name, parameter), average in zip(self.module.named_parameters(), self.ema, strict=True):
             named[f"model.{name}"] = parameter.detach()
             named[f"ema.{name}"] = average
+            # The optimizer's moments, by the parameter's name.
             for moment, value in self.optimizer.state[parameter].items():
                 entry = f"optimizer.{moment}.{name}"
                 named |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
@@ -86,6 +88,7 @@ class State:
     def update(self, lr: float) -> None:
         """Step the optimizer along the gradients at learning rate `lr`, then update the averages."""
         group = self.optimizer.param_groups[0]
+        # torchao's AdamW holds its learning rate as a tensor.
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
         else:
@@ -135,6 +138,7 @@ def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch
         return adamw_8bit(parameters, options)
     optimizer = torch.optim.AdamW(parameters, **options, fused=True)
     for p in parameters:
+        # As AdamW itself would at its first step: a checkpoint is loaded into existing tensors.
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer

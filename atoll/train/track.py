@@ -45,6 +45,7 @@ class Tracker:
             temporary = temporary_of(self.files.metrics)
             temporary.write_text("".join(json.dumps(line) + "\n" for line in earlier))
             os.replace(temporary, self.files.metrics)
+        # Continue counting time and losses where the checkpoint was.
         steps = [line for line in earlier if "loss" in line]
         self.last_line: dict[str, Any] = steps[-1] if steps else {}
         self.validation: dict[str, float] = next((line["val"] for line in reversed(earlier) if "val" in line), {})
@@ -63,10 +64,13 @@ class Tracker:
             lr: learning rate.
         """
         self.losses.append(loss)
+        # Between two lines, losses are only accumulated.
         if done % self.settings.log_every and done != self.settings.steps:
             return
         now = time.monotonic()
+        # Steps per second since the last line, not since the start, so that slowdowns show.
         rate = len(self.losses) / max(now - self.last_time, 1e-9)
+        # A line of means since the last one, with an estimate of the time left.
         line = {
             "step": done,
             "steps": self.settings.steps,
@@ -93,6 +97,7 @@ class Tracker:
 
     def close(self, rollbacks: int, skipped: int) -> dict[str, Any]:
         """Write summary.json, and return it for the card."""
+        # The last values, as the card and `atoll launch` read them.
         summary = {
             "mark": self.mark,
             "settings": self.settings.model_dump(),
@@ -119,6 +124,7 @@ class Tracker:
         with self.files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.writer is not None:
+            # Trackers take numbers only.
             numbers = {k: v for k, v in line.items() if isinstance(v, float)}
             numbers |= {f"val/{name}": value for name, value in line.get("val", {}).items()}
             self.writer.add(numbers, line["step"])
@@ -159,6 +165,7 @@ def _writer(settings: TrainSettings, directory: Path) -> _TensorBoard | _Wandb |
     try:
         return _Wandb(directory, settings) if settings.track == "wandb" else _TensorBoard(directory)
     except ImportError:
+        # "auto" is TensorBoard if it is installed.
         if settings.track == "auto":
             return None
         raise AtollError(

@@ -53,6 +53,7 @@ def train_together(arguments: Sequence[str], count: int) -> None:
     with tempfile.TemporaryDirectory(prefix="atoll-") as directory, _counted_signals() as stop_requests:
         reports = Path(directory)
         try:
+            # Start all, then watch them until the last one exits.
             for rank in range(count):
                 ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
                 workers.append(_start(arguments, {**os.environ, **rendezvous, **ranks}, reports, rank))
@@ -68,6 +69,7 @@ def train_together(arguments: Sequence[str], count: int) -> None:
 def _start(arguments: Sequence[str], environment: dict[str, str], reports: Path, rank: int) -> Worker:
     environment = {**environment, _REPORT: str(_report(reports, rank)), _PARENT: str(os.getpid())}
     command = [sys.executable, "-m", "atoll", *arguments]
+    # The first worker owns the terminal; the others write to files that are read if they fail.
     if rank == 0:
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     with _report(reports, rank).open("wb") as report:
@@ -84,19 +86,22 @@ def _watch(workers: Sequence[Worker], stop_requests: Callable[[], int]) -> list[
     """
     stopping, deadline = False, float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline and stop_requests() < 2:
+        # One failed worker or one signal stops all.
         failed = any(worker.returncode for worker in workers)
         if (failed or stop_requests()) and not stopping:
             stopping = True
             for worker in workers:
                 worker.send_signal(signal.SIGTERM)
         if failed:
-            deadline = min(deadline, time.monotonic() + _GRACE)  # they may wait forever for the failed one
+            # They may wait forever for the failed one.
+            deadline = min(deadline, time.monotonic() + _GRACE)
         time.sleep(0.05)
     return [worker.poll() for worker in workers]
 
 
 def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) -> None:
     """Report the first cause in one line: a user's mistake, else a killed process, else a crashed one."""
+    # A user's mistake explains everything else.
     count = len(codes)
     for rank, code in enumerate(codes):
         if code == EXIT_USER_ERROR and (lines := _lines(_report(reports, rank))):
@@ -104,7 +109,8 @@ def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) ->
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and code != -signal.SIGTERM:
             _end(f"process {rank} of {count} was killed by signal {-code}; --resume continues from the last checkpoint")
-    if stopped:  # before the first or after the last step: there is nothing new to save
+    # Before the first or after the last step: there is nothing new to save.
+    if stopped:
         print("stopped outside of the training steps; --resume continues from the last checkpoint", flush=True)
         return
     for rank, code in enumerate(codes):
@@ -148,11 +154,13 @@ def reporting() -> Iterator[None]:
     if _REPORT not in os.environ:
         yield
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent forwards it
+    # Ctrl-C reaches the whole process group; the parent forwards it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
     try:
         yield
     except Exception as error:
+        # The report is one line for a mistake, a traceback for a crash.
         mistake = isinstance(error, AtollError)
         with Path(os.environ[_REPORT]).open("a") as report:
             report.write(f"{error}\n" if mistake else traceback.format_exc())

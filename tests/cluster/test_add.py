@@ -1,4 +1,4 @@
-"""`--assign-only`: new images enter the clusters that are there."""
+"""`--assign-only`: new images are added to existing clusters."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from atoll.cluster import assign_only, cluster, load_assignment
-from atoll.cluster import dedupe as present_module
-from atoll.cluster import report_rows as kept_module
+from atoll.cluster import dedupe as dedupe_module
+from atoll.cluster import report_rows as rows_module
 from atoll.cluster.sampling import draw, hash_keys
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, read_json, write_json
@@ -24,7 +24,7 @@ CARD = encoded_card(feature={"name": "blobs", "weights": "/here", "sha256": "a"}
 
 
 def write(path: Path, numbers: range, blobs=None, card=CARD, shape=(1, 2, 3), flip=True, shard_rows=32) -> Path:
-    """Row i lies in blob i % 3; its latent and its feature follow from i alone."""
+    """Row i belongs to blob i % 3; its latent and feature are functions of i."""
     rows = list(numbers)
     features, latents = [], []
     for i in rows:
@@ -56,23 +56,23 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def refused(out: Path, encoded: Path, said: str) -> None:
+def refused(out: Path, encoded: Path, message: str) -> None:
     before = content(out)
-    with pytest.raises(AtollError, match=said):
+    with pytest.raises(AtollError, match=message):
         assign_only(out, encoded)
     assert content(out) == before
     assert not list(out.parent.glob(".*"))
 
 
-def test_new_images_join_the_old(tmp_path, out) -> None:
+def test_new_images_join_the_old_ones(tmp_path, out) -> None:
     old, card = labels(out), read_json(out / CLUSTERS_CARD)
     nodes = {c: (out / f"cluster-00{c}" / "shard-00000.safetensors").stat().st_ino for c in range(K)}
     more = write(tmp_path / "more", range(90, 161), card={**CARD, "feature": {**CARD["feature"], "weights": "/there"}})
     assert "71 images added: 3 clusters of" in assign_only(out, more)
-    found, again = labels(out), read_json(out / CLUSTERS_CARD)
-    assert list(found) == [f"k{i}" for i in range(161)]
-    assert {key: found[key] for key in old} == old
-    assert all(found[f"k{i}"] == found[f"k{i % 3}"] for i in range(161))
+    after, again = labels(out), read_json(out / CLUSTERS_CARD)
+    assert list(after) == [f"k{i}" for i in range(161)]
+    assert {key: after[key] for key in old} == old
+    assert all(after[f"k{i}"] == after[f"k{i % 3}"] for i in range(161))
     assert (
         again["assignment"]
         == card["assignment"]
@@ -82,47 +82,47 @@ def test_new_images_join_the_old(tmp_path, out) -> None:
     for c in range(K):
         shards = Shards(out / f"cluster-00{c}", verify=True)
         assert (shards.path / "shard-00000.safetensors").stat().st_ino == nodes[c]  # a link, not a copy
-        mine = [int(key[1:]) for key in found if found[key] == c]
-        assert shards.keys == [f"k{i}" for i in mine]
-        assert shards.captions == [f"caption {i}" for i in mine]
-        assert shards.read("latent", slice(None))[:, 0, 0, 0].tolist() == [i % 100 for i in mine]
-        assert shards.read("latent_flip", slice(None))[:, 0, 0, 0].tolist() == [i % 100 + 1 for i in mine]
+        members = [int(key[1:]) for key in after if after[key] == c]
+        assert shards.keys == [f"k{i}" for i in members]
+        assert shards.captions == [f"caption {i}" for i in members]
+        assert shards.read("latent", slice(None))[:, 0, 0, 0].tolist() == [i % 100 for i in members]
+        assert shards.read("latent_flip", slice(None))[:, 0, 0, 0].tolist() == [i % 100 + 1 for i in members]
         assert shards.card(ClusterShardsCard).assignment == card["assignment"]
         counts = {split: shards.splits.count(split) for split in ("train", "val")}
         assert again["counts"][c] == counts
     assert "161 images in 3 clusters" in (out / "report.html").read_text()
-    # What made the clusters is still what `atoll cluster` finds there.
+    # `atoll cluster` still recognizes its own clustering.
     assert cluster(tmp_path / "encoded", out, K, fine=12) is False
 
 
-def test_what_the_report_shows_is_drawn_from_old_and_new(tmp_path, out, monkeypatch) -> None:
-    monkeypatch.setattr(kept_module, "SAMPLED", 20)
-    monkeypatch.setattr(kept_module, "REPORT_IMAGES", 4)
+def test_the_report_samples_old_and_new_images(tmp_path, out, monkeypatch) -> None:
+    monkeypatch.setattr(rows_module, "SAMPLED", 20)
+    monkeypatch.setattr(rows_module, "REPORT_IMAGES", 4)
     cluster(tmp_path / "encoded", out, K, fine=12, force=True)
     assign_only(out, write(tmp_path / "more", range(90, 150)))
-    found, assignment = labels(out), load_assignment(out, load_card(out / CLUSTERS_CARD, ClustersCard))
-    keys = list(found)
-    drawn = dict(zip(keys, draw(hash_keys(keys), 0, "sample").tolist(), strict=True))
-    assert Shards(out / "sample").keys == sorted(keys, key=drawn.get)[:20]
+    after, assignment = labels(out), load_assignment(out, load_card(out / CLUSTERS_CARD, ClustersCard))
+    keys = list(after)
+    draws = dict(zip(keys, draw(hash_keys(keys), 0, "sample").tolist(), strict=True))
+    assert Shards(out / "sample").keys == sorted(keys, key=draws.get)[:20]
     both = [Shards(tmp_path / name).read("feature", slice(None)) for name in ("encoded", "more")]
     feature = dict(zip(keys, F.normalize(torch.cat(both)), strict=True))
-    drawn = dict(zip(keys, draw(hash_keys(keys), 0, "images").tolist(), strict=True))
+    draws = dict(zip(keys, draw(hash_keys(keys), 0, "images").tolist(), strict=True))
     for c in range(K):
-        mine = [key for key in keys if found[key] == c]
-        distance = {key: float((feature[key] - assignment.coarse[c]).norm()) for key in mine}
-        expected = {*sorted(mine, key=distance.get)[:4], *sorted(mine, key=drawn.get)[:4]}
+        members = [key for key in keys if after[key] == c]
+        distance = {key: float((feature[key] - assignment.coarse[c]).norm()) for key in members}
+        expected = {*sorted(members, key=distance.get)[:4], *sorted(members, key=draws.get)[:4]}
         images = Shards(out / "images")
         shown = [k for k, n in zip(images.keys, images.read("cluster", slice(None)).tolist(), strict=True) if n == c]
         assert set(shown) >= expected
         assert len(shown) <= 2 * 4
 
 
-def test_what_is_there_is_passed_over(tmp_path, out, monkeypatch) -> None:
+def test_known_images_are_skipped(tmp_path, out, monkeypatch) -> None:
     more = write(tmp_path / "more", range(90, 120))
     assign_only(out, more)
     before = content(out)
     assert "all images of" in assign_only(out, more)
-    monkeypatch.setattr(present_module, "_PASS", 7)
+    monkeypatch.setattr(dedupe_module, "_PASS", 7)
     again = write(tmp_path / "again", range(100, 120), shard_rows=7)
     assert "no image added, 20 were there already" in assign_only(out, again)
     assert content(out) == before
@@ -131,7 +131,7 @@ def test_what_is_there_is_passed_over(tmp_path, out, monkeypatch) -> None:
     assert list(labels(out)) == [f"k{i}" for i in range(140)]
 
 
-def test_another_image_under_a_key_that_is_there(tmp_path, out) -> None:
+def test_another_image_with_a_known_key_is_refused(tmp_path, out) -> None:
     more = tmp_path / "more"
     columns = {name: torch.full((2, 1, 2, 3), 7.0).half() for name in ("latent", "latent_flip")}
     with ShardWriter(more, CARD) as writer:
@@ -140,7 +140,7 @@ def test_another_image_under_a_key_that_is_there(tmp_path, out) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"card": {**CARD, "feature": {"name": "blobs", "sha256": "b"}}}, r"feature is .*\"b\".*is .*\"a\""),
         ({"card": {**CARD, "codec": {"name": "pixels", "channels": 3}}}, r"codec is .*3.* is .*1"),
@@ -148,11 +148,11 @@ def test_another_image_under_a_key_that_is_there(tmp_path, out) -> None:
         ({"flip": False}, r"columns is \[\"latent\"\], that of .* is \[\"latent\", \"latent_flip\"\]"),
     ],
 )
-def test_data_of_another_kind(tmp_path, out, change, said) -> None:
-    refused(out, write(tmp_path / "more", range(90, 99), **change), said)
+def test_data_of_another_kind_are_refused(tmp_path, out, change, message) -> None:
+    refused(out, write(tmp_path / "more", range(90, 99), **change), message)
 
 
-def test_no_clusters_or_damaged_ones(tmp_path, out) -> None:
+def test_missing_or_damaged_clusters_are_named(tmp_path, out) -> None:
     more = write(tmp_path / "more", range(90, 99))
     with pytest.raises(AtollError, match=r"clusters.json: not found"):
         assign_only(tmp_path / "nowhere", more)
@@ -164,7 +164,7 @@ def test_no_clusters_or_damaged_ones(tmp_path, out) -> None:
     refused(out, more, "cannot be read")
 
 
-def test_a_failure_leaves_what_was_there(tmp_path, out, monkeypatch) -> None:
+def test_a_failure_changes_nothing(tmp_path, out, monkeypatch) -> None:
     more = write(tmp_path / "more", range(90, 140))
 
     def broken(*_):
@@ -186,21 +186,21 @@ def test_a_feature_that_is_not_finite_is_named(tmp_path, out) -> None:
     refused(out, tmp_path / "bad", "'k93' is not finite")
 
 
-def test_a_lost_balance_is_told(tmp_path, out) -> None:
+def test_a_lost_balance_raises_a_warning(tmp_path, out) -> None:
     with pytest.warns(UserWarning, match=r"no longer balanced: its largest cluster holds 1\.\d+ times the mean"):
         assign_only(out, write(tmp_path / "more", range(90, 130), blobs=1))
 
 
-def test_the_routers_share_of_the_new(tmp_path) -> None:
+def test_new_images_are_sampled_for_the_router(tmp_path) -> None:
     encoded, out = write(tmp_path / "encoded", range(90)), tmp_path / "clusters"
     cluster(encoded, out, K, fine=12, router_fraction=0.4)
     assign_only(out, write(tmp_path / "more", range(90, 200)))
     at_once = tmp_path / "at_once"
     cluster(write(tmp_path / "all", range(200)), at_once, K, fine=12, router_fraction=0.4)
-    found, router = labels(out), Shards(out / "router", verify=True)
+    after, router = labels(out), Shards(out / "router", verify=True)
     assert router.keys == Shards(at_once / "router").keys
     assert 50 < len(router) < 110
-    assert router.read("cluster", slice(None)).tolist() == [found[key] for key in router.keys]
+    assert router.read("cluster", slice(None)).tolist() == [after[key] for key in router.keys]
     assert router.columns == ("cluster", "latent", "latent_flip")
     assert os.path.exists(out / "router" / "shard-00001.safetensors")
     assert router.read("latent", slice(None))[:, 0, 0, 0].tolist() == [int(key[1:]) % 100 for key in router.keys]

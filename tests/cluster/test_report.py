@@ -1,3 +1,5 @@
+"""The report of a clustering: self-contained, safe, and honest about what is missing."""
+
 import re
 from dataclasses import replace
 
@@ -29,7 +31,7 @@ def card(counts=(30, 10), method="free", codec=None) -> ClustersCard:
     return parse_card(ClustersCard, values, "clusters.json")
 
 
-def kept(side: int = 8) -> ReportRows:
+def selected(side: int = 8) -> ReportRows:
     g, rows = torch.Generator().manual_seed(0), ReportRows(2, 0)
     for i in range(12):
         row = ReportRow(i, f"k{i}", EVIL, "train", i % 2, 0.1 * i, torch.randn(3, side, side + 2, generator=g).half())
@@ -43,48 +45,48 @@ def page(card: ClustersCard, rows: ReportRows) -> str:
         return to_html(card, rows, workers, lambda note: None)
 
 
-def test_the_page_needs_nothing_else_and_executes_nothing() -> None:
-    html = page(card(), kept())
+def test_the_page_is_self_contained_and_runs_no_script() -> None:
+    html = page(card(), selected())
     assert "<script" not in html
     assert "http" not in html.replace("https://", "http")
     assert set(re.findall(r'src="([^"]{10})', html)) == {"data:image"}
     assert html.count("<img") == 4
     assert "6 images of cluster 1, nearest the centroid" in html
-    for told in ("75.0%", "0.25", "not defined", "3 images have a zero vector"):
-        assert told in html
+    for text in ("75.0%", "0.25", "not defined", "The feature of 3 images is a zero vector"):
+        assert text in html
 
 
-def test_large_images_are_reduced_and_small_ones_are_kept_exact() -> None:
-    assert page(card(), kept(8)).count("data:image/png") == 4
-    large = page(card(), kept(300))
+def test_large_images_are_reduced_and_small_ones_are_exact() -> None:
+    assert page(card(), selected(8)).count("data:image/png") == 4
+    large = page(card(), selected(300))
     assert large.count("data:image/webp") == 4
     assert len(large) < 150_000
 
 
 def test_a_random_clustering_has_no_centroid() -> None:
-    html = page(card(method="random"), kept())
+    html = page(card(method="random"), selected())
     assert html.count("<img") == 2
     assert "nearest the centroid" not in html
 
 
-def test_a_codec_that_cannot_be_found_is_told(tmp_path) -> None:
+def test_a_missing_codec_is_reported(tmp_path) -> None:
     codec = {"name": "taef2", "weights": str(tmp_path / "nothing"), "sha256": "0" * 64}
-    html = page(card(codec=codec), kept())
+    html = page(card(codec=codec), selected())
     assert "<img" not in html
     assert "No images:" in html
     assert "nothing" in html
 
 
 @pytest.mark.parametrize(("counts", "warned"), [((30, 10), False), ((100, 0), False), ((95, 3, 2), True)])
-def test_more_than_twice_the_fair_share_is_warned_of(counts, warned) -> None:
+def test_more_than_twice_the_fair_share_raises_a_warning(counts, warned) -> None:
     rows = [{"train": n, "val": 99} for n in counts]
-    found = imbalance(parse_card(ClustersCard, clusters_card(len(counts), counts=rows), "clusters.json"))
-    assert bool(found) == warned
-    if found:
-        assert "cluster 0 holds 95.0% of the training images, 2.9 times its fair share of 33.3%" in found
+    warning = imbalance(parse_card(ClustersCard, clusters_card(len(counts), counts=rows), "clusters.json"))
+    assert bool(warning) == warned
+    if warning:
+        assert "cluster 0 holds 95.0% of the training images, 2.9 times its fair share of 33.3%" in warning
 
 
-def test_the_warning_stands_on_the_page(monkeypatch) -> None:
-    assert "Warning" not in page(card(), kept())
+def test_the_warning_is_on_the_page(monkeypatch) -> None:
+    assert "Warning" not in page(card(), selected())
     monkeypatch.setattr(report, "FAIR", 1.4)
-    assert "<b>Warning:</b> cluster 0 holds 75.0%" in page(card(), kept())
+    assert "<b>Warning:</b> cluster 0 holds 75.0%" in page(card(), selected())

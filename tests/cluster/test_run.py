@@ -54,12 +54,12 @@ def content(path: Path) -> dict[str, bytes]:
 
 def test_free_finds_the_blobs(tmp_path, encoded) -> None:
     assert cluster(encoded, tmp_path / "out", 3, "free")
-    found = labels(tmp_path / "out")
-    pairs = {(key[-1], number) for key, number in found.items()}
+    assigned = labels(tmp_path / "out")
+    pairs = {(key[-1], number) for key, number in assigned.items()}
     assert len(pairs) == 3
     assert len({number for _, number in pairs}) == 3
     # Numbered by the first image of each.
-    assert list(dict.fromkeys(found.values())) == [0, 1, 2]
+    assert list(dict.fromkeys(assigned.values())) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("count", [5, 6, 9])
@@ -78,10 +78,10 @@ def test_equal_images_that_prevent_balance_are_named_with_advice_that_helps(tmp_
     assert cluster(encoded, tmp_path / "out", 3, "free")
 
 
-def test_what_is_written(tmp_path, encoded) -> None:
+def test_the_result_holds_centroids_assignment_and_shards(tmp_path, encoded) -> None:
     out = tmp_path / "out"
     cluster(encoded, out, 3, "free", fine=7, seed=5)
-    shards, card, found = Shards(encoded), read_json(out / CLUSTERS_CARD), labels(out)
+    shards, card, assigned = Shards(encoded), read_json(out / CLUSTERS_CARD), labels(out)
     assert {key: card[key] for key in ("format", "kind", "k", "method", "fine", "seed")} == {
         "format": 1, "kind": "clusters", "k": 3, "method": "free", "fine": 7, "seed": 5,
     }  # fmt: skip
@@ -89,25 +89,25 @@ def test_what_is_written(tmp_path, encoded) -> None:
     assert card["assignment"] == load_assignment(out, load_card(out / CLUSTERS_CARD, ClustersCard)).sha256(
         {"name": "blobs"}
     )
-    assert list(found) == shards.keys
+    assert list(assigned) == shards.keys
     centroids = load_file(out / "centroids.safetensors")
     assert {name: tuple(c.shape) for name, c in centroids.items()} == {
         "fine": (7, 5), "coarse": (3, 5), "coarse_of_fine": (7,),
     }  # fmt: skip
     # Assignment is by the nearest fine centroid, and can be done again from the file.
     distances = torch.cdist(F.normalize(shards.read("feature", slice(None))), centroids["fine"])
-    assert centroids["coarse_of_fine"][distances.argmin(1)].tolist() == list(found.values())
-    counts = [[sum(found[k] == c for k, s in zip(shards.keys, shards.splits, strict=True) if s == split)
+    assert centroids["coarse_of_fine"][distances.argmin(1)].tolist() == list(assigned.values())
+    counts = [[sum(assigned[k] == c for k, s in zip(shards.keys, shards.splits, strict=True) if s == split)
                for split in ("train", "val")] for c in range(3)]  # fmt: skip
     assert [[c["train"], c["val"]] for c in card["counts"]] == counts
     assert card["largest_over_mean"] == round(max(c[0] for c in counts) * 3 / 72, 4)
 
 
-def test_an_island_needs_its_directory_and_nothing_else(tmp_path, encoded) -> None:
+def test_an_island_needs_only_its_directory(tmp_path, encoded) -> None:
     out = tmp_path / "out"
     cluster(encoded, out, 3)
-    found, whole = labels(out), Shards(encoded)
-    rows = [i for i, key in enumerate(whole.keys) if found[key] == 1]
+    assigned, whole = labels(out), Shards(encoded)
+    rows = [i for i, key in enumerate(whole.keys) if assigned[key] == 1]
     expected = [[column[i] for i in rows] for column in (whole.keys, whole.captions, whole.splits)]
     hashed = read_json(out / CLUSTERS_CARD)["assignment"]
     island = shutil.move(out / "cluster-001", tmp_path / "island")
@@ -123,7 +123,7 @@ def test_an_island_needs_its_directory_and_nothing_else(tmp_path, encoded) -> No
     }  # fmt: skip
 
 
-def test_clusters_are_disjoint_and_whole(tmp_path, encoded) -> None:
+def test_clusters_are_disjoint_and_complete(tmp_path, encoded) -> None:
     for method in ("balanced", "free", "random"):
         cluster(encoded, tmp_path / method, 3, method)
         keys = [key for c in range(3) for key in Shards(tmp_path / method / f"cluster-{c:03d}").keys]
@@ -141,7 +141,7 @@ def test_balanced_keeps_the_bounds_where_free_does_not(tmp_path) -> None:
     assert min(c["train"] for c in read_json(balanced / CLUSTERS_CARD)["counts"]) >= SMALLEST * 36 - 2
 
 
-def test_random_means_nothing_and_is_about_equal(tmp_path) -> None:
+def test_random_clusters_are_about_equal(tmp_path) -> None:
     encoded = write(tmp_path / "encoded", sizes=(200, 200, 200))
     cluster(encoded, tmp_path / "out", 4, "random")
     sizes = [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS_CARD)["counts"]]
@@ -152,7 +152,7 @@ def test_random_means_nothing_and_is_about_equal(tmp_path) -> None:
     assert labels(tmp_path / "other") != labels(tmp_path / "out")
 
 
-def test_held_out_images_have_no_say(tmp_path, encoded) -> None:
+def test_held_out_images_do_not_influence_the_clusters(tmp_path, encoded) -> None:
     cluster(encoded, tmp_path / "a", 3)
     cluster(write(tmp_path / "changed", change_val=3.0), tmp_path / "b", 3)
     a, b = load_file(tmp_path / "a" / "centroids.safetensors"), load_file(tmp_path / "b" / "centroids.safetensors")
@@ -161,8 +161,8 @@ def test_held_out_images_have_no_say(tmp_path, encoded) -> None:
 
 
 @pytest.mark.parametrize("method", ["balanced", "free"])
-def test_the_same_bytes_whatever_the_number_of_threads(tmp_path, method) -> None:
-    """Each image is there four times, as a letter is in several scripts: then the last bit of a sum decides."""
+def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path, method) -> None:
+    """Each image occurs four times, like a letter of several scripts: the last bit of a sum then decides."""
     feature = torch.rand(500, 256, generator=torch.Generator().manual_seed(0)).repeat(4, 1)
     with ShardWriter(tmp_path / "encoded", CARD, shard_rows=900) as writer:
         columns = {"latent": torch.zeros(2000, 1, 1, 2), "feature": feature}
@@ -178,12 +178,12 @@ def test_the_same_bytes_whatever_the_number_of_threads(tmp_path, method) -> None
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
 
 
-def test_the_same_clustering_is_not_made_again_and_another_not_replaced(tmp_path, encoded) -> None:
+def test_an_existing_clustering_is_kept_and_another_refused(tmp_path, encoded) -> None:
     out = tmp_path / "out"
     assert cluster(encoded, out, 3)
     before = content(out)
     assert cluster(encoded, out, 3) is False
-    with pytest.raises(AtollError, match=r"with k 3, asked for is 2.*--force"):
+    with pytest.raises(AtollError, match=r"with k 3, requested is 2.*--force"):
         cluster(encoded, out, 2)
     write(encoded, sizes=(20, 20, 20))
     with pytest.raises(AtollError, match="with encoded"):
@@ -193,7 +193,7 @@ def test_the_same_clustering_is_not_made_again_and_another_not_replaced(tmp_path
     assert not (out / "cluster-002").exists()
 
 
-def test_a_failure_leaves_what_was_there(tmp_path, encoded, monkeypatch) -> None:
+def test_a_failure_changes_nothing(tmp_path, encoded, monkeypatch) -> None:
     out = tmp_path / "out"
     cluster(encoded, out, 3)
     before = content(out)
@@ -217,7 +217,7 @@ def test_other_directories_are_not_replaced(tmp_path, encoded) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "fine", "said"),
+    ("k", "fine", "message"),
     [
         (0, None, "k is 0.*72"),
         (73, None, "k is 73.*from 1 to 72"),
@@ -225,14 +225,14 @@ def test_other_directories_are_not_replaced(tmp_path, encoded) -> None:
         (2, 99, "at most the 72"),
     ],
 )
-def test_impossible_numbers(tmp_path, encoded, k, fine, said) -> None:
-    with pytest.raises(AtollError, match=said):
-        cluster(encoded, tmp_path / "out", k, "free", fine)
+def test_impossible_numbers_are_refused(tmp_path, encoded, k, fine, message) -> None:
+    with pytest.raises(AtollError, match=message):
+        cluster(encoded, tmp_path / "out", k, "free", fine=fine)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["balanced", "free"])
-def test_as_many_clusters_as_images_and_one(tmp_path, method) -> None:
+def test_as_many_clusters_as_images_or_one(tmp_path, method) -> None:
     encoded = write(tmp_path / "encoded", sizes=(6, 4))
     cluster(encoded, tmp_path / "out", 8, method)
     assert [c["train"] for c in read_json(tmp_path / "out" / CLUSTERS_CARD)["counts"]] == [1] * 8
@@ -250,7 +250,7 @@ def test_a_feature_that_is_not_finite_is_named(tmp_path) -> None:
         cluster(tmp_path / "encoded", tmp_path / "out", 2)
 
 
-def test_images_that_all_look_the_same(tmp_path) -> None:
+def test_equal_features_are_refused(tmp_path) -> None:
     with ShardWriter(tmp_path / "encoded", CARD) as writer:
         feature = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat_interleave(torch.tensor([18, 2]), dim=0)
         columns = {"latent": torch.zeros(20, 1, 2, 3), "feature": feature}
@@ -262,13 +262,13 @@ def test_images_that_all_look_the_same(tmp_path) -> None:
     assert cluster(tmp_path / "encoded", tmp_path / "out", 2, "free")
 
 
-def test_a_directory_without_features(tmp_path, encoded) -> None:
+def test_a_directory_without_features_is_refused(tmp_path, encoded) -> None:
     cluster(encoded, tmp_path / "out", 2)
     with pytest.raises(AtollError, match="no column 'feature'"):
         cluster(tmp_path / "out" / "cluster-000", tmp_path / "again", 2)
 
 
-def test_the_clusters_of_a_run(run, manifest) -> None:
+def test_a_run_is_clustered_with_its_settings(run, manifest) -> None:
     shutil.rmtree(run / "clusters")
     encoded = Shards(run / "encoded")
     everything = [getattr(encoded, name) for name in ("keys", "captions", "splits")]
@@ -280,11 +280,11 @@ def test_the_clusters_of_a_run(run, manifest) -> None:
     assert json.loads((run / "clusters" / CLUSTERS_CARD).read_text())["k"] == 3
 
 
-def test_nothing_is_read_as_a_whole(tmp_path, encoded, monkeypatch) -> None:
+def test_shards_are_read_one_at_a_time(tmp_path, encoded, monkeypatch) -> None:
     """A hundred million keys, captions or features would not fit: only `Shards.parts` may be used."""
 
     def refuse(*_):
-        raise AssertionError("the whole of something was asked for")
+        raise AssertionError("everything was read at once")
 
     with monkeypatch.context() as patch:
         for name in ("keys", "captions", "splits"):
@@ -296,7 +296,7 @@ def test_nothing_is_read_as_a_whole(tmp_path, encoded, monkeypatch) -> None:
     assert len(Shards(tmp_path / "random" / "router")) < 90
 
 
-def test_the_assignment_is_a_function_not_a_list(tmp_path, encoded) -> None:
+def test_the_assignment_applies_to_new_images(tmp_path, encoded) -> None:
     """Fewer held-out images, or none: the same function, the same hash. Another seed or k: another."""
     hashes = {}
     for name, change in (("a", {}), ("b", {"change_val": 2.0})):
@@ -312,7 +312,7 @@ def test_the_assignment_is_a_function_not_a_list(tmp_path, encoded) -> None:
     assert len(seen) == 6
 
 
-def test_where_the_weights_lie_does_not_change_the_assignment(tmp_path, encoded) -> None:
+def test_the_path_of_the_weights_does_not_change_the_assignment(tmp_path, encoded) -> None:
     cluster(encoded, tmp_path / "out", 3)
     assignment = load_assignment(tmp_path / "out", load_card(tmp_path / "out" / CLUSTERS_CARD, ClustersCard))
     here = assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "a"})
@@ -320,20 +320,20 @@ def test_where_the_weights_lie_does_not_change_the_assignment(tmp_path, encoded)
     assert here != assignment.sha256({"name": "dinov2", "weights": "/here", "sha256": "b"})
 
 
-def test_blank_images_stay_together(tmp_path) -> None:
+def test_blank_images_are_in_one_cluster(tmp_path) -> None:
     feature = F.normalize(torch.rand(60, 4, generator=torch.Generator().manual_seed(0)) - 0.5)
     feature[::7] = 0
     with ShardWriter(tmp_path / "encoded", CARD) as writer:
         columns = {"latent": torch.zeros(60, 1, 2, 3), "feature": feature}
         writer.append([f"k{i:02d}" for i in range(60)], [""] * 60, ["train"] * 60, columns)
     cluster(tmp_path / "encoded", tmp_path / "out", 3, "free")
-    found = labels(tmp_path / "out")
-    assert len({found[f"k{i:02d}"] for i in range(0, 60, 7)}) == 1
+    assigned = labels(tmp_path / "out")
+    assert len({assigned[f"k{i:02d}"] for i in range(0, 60, 7)}) == 1
     assert read_json(tmp_path / "out" / CLUSTERS_CARD)["blank"] == 9
-    assert "9 images have a zero vector" in (tmp_path / "out" / "report.html").read_text()
+    assert "The feature of 9 images is a zero vector" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_other_columns_are_carried_over_in_short_shards(tmp_path, monkeypatch) -> None:
+def test_other_columns_are_copied_in_short_shards(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("atoll.cluster.write._BUFFERS", 4 * 2 * 4 * 36 * 5)  # 5 rows of 36 values, in 4 writers, twice
     with ShardWriter(tmp_path / "encoded", CARD) as writer:
         g = torch.Generator().manual_seed(0)
@@ -349,12 +349,12 @@ def test_the_other_columns_are_carried_over_in_short_shards(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])
-def test_impossible_fractions_for_the_router(tmp_path, encoded, fraction) -> None:
-    with pytest.raises(AtollError, match="more than 0 and at most 1"):
+def test_impossible_router_fractions_are_refused(tmp_path, encoded, fraction) -> None:
+    with pytest.raises(AtollError, match="a number above 0, at most 1"):
         cluster(encoded, tmp_path / "out", 3, router_fraction=fraction)
 
 
-def test_a_fraction_that_leaves_nothing(tmp_path, encoded) -> None:
-    with pytest.raises(AtollError, match="leaves the router no image"):
+def test_a_fraction_that_selects_no_image_is_refused(tmp_path, encoded) -> None:
+    with pytest.raises(AtollError, match="selects no image for the router"):
         cluster(encoded, tmp_path / "out", 3, router_fraction=1e-9)
     assert not (tmp_path / "out").exists()

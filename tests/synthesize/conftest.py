@@ -1,4 +1,4 @@
-"""What a collective without images has: atoll.yaml, experts, and a list of captions."""
+"""Fixtures of a run without images: atoll.yaml, experts, and a list of captions."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from atoll.synthesize import synthesize_run
 
 
 def keep_private(run: Path, path: Path) -> Path:
-    """A copy of a run's atoll.yaml and experts, and of nothing else."""
+    """Copy only a run's atoll.yaml and experts."""
     shutil.copytree(run / "experts", path / "experts", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(run / "atoll.yaml", path)
     return path
@@ -29,7 +29,7 @@ def listed(tmp_path) -> Path:
 
 
 class Stop(BaseException):
-    """What nothing catches."""
+    """An interruption that no code catches."""
 
 
 def synthesize(run, out, captions=None, **options) -> str:

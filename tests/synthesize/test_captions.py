@@ -1,4 +1,4 @@
-"""Captions come from strangers' files; every row's caption, key and split is a function of its number."""
+"""Captions from any file; the caption, key and split of a row are functions of its number."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
-from atoll.synthesize.captions import CaptionOrder, Listed, load_captions
+from atoll.synthesize.captions import CaptionOrder, ListedCaptions, load_captions
 from atoll.synthesize.rows import Keys
 
 HERE = "8950abfda7b727630760dd35bcf5c3daa7631aff223a90f7728c0d2521dde10c"  # the assignment of tests/conftest.py
@@ -19,7 +19,7 @@ def write(directory, **texts) -> None:
         (directory / f"{name.replace('_', '-')}.txt").write_text(text)
 
 
-def test_one_list_for_all_or_one_for_each(tmp_path) -> None:
+def test_one_list_for_all_clusters_or_one_for_each(tmp_path) -> None:
     write(tmp_path / "lists", cluster_000="moss\n", cluster_001="sand\nrain\n", cluster_002="rust", notes="")
     each, about = load_captions(tmp_path / "lists", tmp_path, 3, HERE)
     assert [list(one.lines) for one in each] == [["moss"], ["sand", "rain"], ["rust"]]
@@ -31,17 +31,17 @@ def test_one_list_for_all_or_one_for_each(tmp_path) -> None:
 
 
 def test_captions_of_shards_are_those_of_training_rows(run) -> None:
-    found, about = load_captions(None, run / "clusters", 3, HERE)
+    captions, about = load_captions(None, run / "clusters", 3, HERE)
     assert about.origin == "of the clusters' shards: captions shared, images not"
-    assert about.counts == tuple(len(one) for one in found) == (14, 14, 14)
+    assert about.counts == tuple(len(one) for one in captions) == (14, 14, 14)
     rows = [i for i in range(60) if i % 3 == 1 and i % 10 < 7]
     words = ("moss", "sand", "rain", "rust")
-    drawn = CaptionOrder(found[1], 0, 1)(range(14))
+    drawn = CaptionOrder(captions[1], 0, 1)(range(14))
     assert Counter(drawn) == Counter(f"{words[i % 4]} {words[i // 4 % 4]}" for i in rows)
 
 
-def test_what_is_missing_or_wrong_is_told(run, tmp_path) -> None:
-    with pytest.raises(AtollError, match=r"no captions: .*cluster-000 is not at hand; name them with --captions"):
+def test_missing_and_bad_captions_are_named(run, tmp_path) -> None:
+    with pytest.raises(AtollError, match=r"no captions: .*cluster-000 does not exist; name them with --captions"):
         load_captions(None, tmp_path, 3, HERE)
     with pytest.raises(AtollError, match=r"its assignment is 8950\S+, the experts' is other; name the captions"):
         load_captions(None, run / "clusters", 3, "other")
@@ -49,7 +49,7 @@ def test_what_is_missing_or_wrong_is_told(run, tmp_path) -> None:
     with pytest.raises(AtollError, match=r"cluster-002.txt: not found; write the captions there"):
         load_captions(tmp_path / "lists", tmp_path, 3, HERE)
     with pytest.raises(
-        AtollError, match=r"cluster-001.txt: of no cluster; expected cluster-000.txt to cluster-000.txt"
+        AtollError, match=r"cluster-001.txt: belongs to no cluster; expected cluster-000.txt to cluster-000.txt"
     ):
         load_captions(tmp_path / "lists", tmp_path, 1, HERE)
     for text, told in ((b"", "is empty"), (b"moss\n\nsand\n", "line 2 is empty"), (b"\xff\xfe\x00", "cannot be read")):
@@ -58,14 +58,14 @@ def test_what_is_missing_or_wrong_is_told(run, tmp_path) -> None:
             load_captions(tmp_path / "list.txt", tmp_path, 3, HERE)
 
 
-def test_experts_of_no_captions_take_a_list_of_empty_lines(tmp_path) -> None:
+def test_a_list_of_empty_lines_is_allowed(tmp_path) -> None:
     (tmp_path / "none.txt").write_text("\n\n")
     (one,), _ = load_captions(tmp_path / "none.txt", tmp_path, 1, HERE)
     assert CaptionOrder(one, 0, 0)(range(5)) == [""] * 5
 
 
 @given(st.binary(max_size=60))
-def test_any_file_is_a_list_or_a_mistake(tmp_path_factory, content) -> None:
+def test_any_file_is_a_list_or_an_error(tmp_path_factory, content) -> None:
     file = tmp_path_factory.mktemp("any") / "captions.txt"
     file.write_bytes(content)
     try:
@@ -78,8 +78,8 @@ def test_any_file_is_a_list_or_a_mistake(tmp_path_factory, content) -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 40), st.integers(0, 3))
-def test_captions_come_equally_often_wherever_the_rows_are_cut(size, rows, cut, seed) -> None:
-    order = CaptionOrder(Listed([str(i) for i in range(size)], ""), seed, 2)
+def test_captions_come_equally_often_for_any_split_of_the_rows(size, rows, cut, seed) -> None:
+    order = CaptionOrder(ListedCaptions([str(i) for i in range(size)], ""), seed, 2)
     whole = order(range(rows))
     cut = min(cut, rows - 1)
     assert (order(range(cut)) if cut else []) + order(range(cut, rows)) == whole
@@ -87,8 +87,8 @@ def test_captions_come_equally_often_wherever_the_rows_are_cut(size, rows, cut, 
     assert max(counts.values()) - min(counts.get(str(i), 0) for i in range(size)) <= 1
 
 
-def test_captions_come_in_another_order_of_each_seed_cluster_and_pass() -> None:
-    lines = Listed([str(i) for i in range(30)], "")
+def test_the_order_differs_between_seeds_clusters_and_passes() -> None:
+    lines = ListedCaptions([str(i) for i in range(30)], "")
     orders = [CaptionOrder(lines, seed, cluster)(range(60)) for seed in (0, 1) for cluster in (0, 1)]
     assert len({tuple(part) for order in orders for part in (order[:30], order[30:])}) == 8
 
@@ -107,7 +107,7 @@ def test_keys_are_unique_and_some_are_held_out(rows, validation, seed, cluster) 
     assert keys(range(rows // 2, rows)) == names[rows // 2 :]
 
 
-def test_the_share_held_out_is_the_manifests() -> None:
+def test_the_held_out_fraction_is_the_manifests() -> None:
     keys = Keys(0, 0, 5000, 0.2)
     assert 900 < sum(keys.split(key) == "val" for key in keys(range(5000))) < 1100
     with pytest.raises(AtollError, match="images is 1; expected at least 2"):

@@ -1,4 +1,4 @@
-"""What exact experts draw has their cluster's distribution, whichever rows are drawn together."""
+"""Drawing: exact experts reproduce their cluster's distribution, and rows do not depend on each other."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ OBJECTIVES = [Objective("eps", "cosine"), Objective("flow", "linear"), Objective
 
 
 def single(mixture: GaussianMixture) -> GaussianMixture:
-    """In float32, as networks are."""
+    """The mixture in float32, the networks' dtype."""
     return GaussianMixture(mixture.means.float(), mixture.scales.float(), mixture.weights.float(), mixture.clusters)
 
 
@@ -35,18 +35,18 @@ MIXTURE = single(GaussianMixture.random(6, 3, SHAPE, seed=4))
 
 def exact(cluster, name="exact", condition=HASH, mixture=MIXTURE, shape=SHAPE) -> LoadedExpert:
     objective = OBJECTIVES[cluster]
-    nothing = Calibration.identity(torch.zeros(shape))
-    expert = Expert(mixture.network(objective, cluster), objective, (cluster,), nothing, name)
+    identity = Calibration.identity(torch.zeros(shape))
+    expert = Expert(mixture.network(objective, cluster), objective, (cluster,), identity, name)
     return LoadedExpert(expert, ExpertCard(**expert_card(latent_shape=shape, condition=condition)))
 
 
 def failing(loaded, value, above=0.5) -> LoadedExpert:
-    """The same, but for what it answers at noisier times than `above`."""
-    right = loaded.expert.network
+    """The expert, returning `value` at times above `above`."""
+    network_before = loaded.expert.network
 
     def network(x, time, condition=None):
-        late = (time / loaded.expert.objective.time_scale > above).reshape(-1, 1, 1, 1)
-        return torch.where(late, torch.full_like(x, value), right(x, time))
+        failing_rows = (time / loaded.expert.objective.time_scale > above).reshape(-1, 1, 1, 1)
+        return torch.where(failing_rows, torch.full_like(x, value), network_before(x, time))
 
     return LoadedExpert(replace(loaded.expert, network=network), loaded.card)
 
@@ -56,7 +56,7 @@ def draw(experts, rows=range(40), cluster=0, sampling=SAMPLING, **options) -> to
 
 
 @pytest.mark.parametrize("cluster", [0, 1, 2])
-def test_exact_experts_draw_their_clusters_mean_and_covariance(cluster) -> None:
+def test_draws_have_the_clusters_mean_and_covariance(cluster) -> None:
     count = 4000
     sampling = Sampling(steps=40, method="heun", guidance_scale=1.0, seed=1)
     x = draw([exact(cluster)], range(count), cluster, sampling, batch=count).double().flatten(1)
@@ -71,7 +71,7 @@ def test_exact_experts_draw_their_clusters_mean_and_covariance(cluster) -> None:
     assert ((x.T.cov() - covariance).abs() < 5 * error).all()
 
 
-def test_a_row_depends_on_no_other() -> None:
+def test_a_row_does_not_depend_on_other_rows() -> None:
     whole = draw([exact(1)], range(11), cluster=1)
     assert whole.dtype == torch.float16
     assert torch.equal(whole, draw([exact(1)], range(11), cluster=1))
@@ -87,19 +87,19 @@ def test_every_row_has_its_own_noise() -> None:
 
 
 @pytest.mark.parametrize("conditions", [(HASH, HASH), (HASH, {**HASH, "seed": 1})], ids=["one encoder", "two"])
-def test_replicas_draw_together_with_equal_shares(conditions) -> None:
+def test_replicas_draw_together_with_equal_weights(conditions) -> None:
     shifted = single(GaussianMixture.random(6, 3, SHAPE, seed=9))
     replicas = [exact(0, "a", conditions[0]), exact(0, "b", conditions[1], shifted)]
 
     def mean(x, t):
         return (replicas[0].expert.velocity(x, t) + replicas[1].expert.velocity(x, t)) / 2
 
-    wanted = sample(mean, noise(5, 0, range(9), SHAPE), 12, "dpm++2m").half()
-    torch.testing.assert_close(draw(replicas, range(9)), wanted, atol=2e-3, rtol=2e-3)
+    expected = sample(mean, noise(5, 0, range(9), SHAPE), 12, "dpm++2m").half()
+    torch.testing.assert_close(draw(replicas, range(9)), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_captions_and_guidance_reach_the_expert() -> None:
-    """A network that draws a number of its caption's; guided by 3, three times as far from the null condition's."""
+    """A network that draws its caption's first number; with guidance 3 three times as far from the null condition's."""
     encoder = build_encoder(HASH)
 
     def network(x, time, condition):
@@ -109,16 +109,16 @@ def test_captions_and_guidance_reach_the_expert() -> None:
     expert = Expert(network, Objective("flow", "linear"), (0,), Calibration.identity(torch.zeros(SHAPE)), "told")
     model = ClusterModel(0, [LoadedExpert(expert, ExpertCard(**expert_card(latent_shape=SHAPE, condition=HASH)))])
     captions = ["moss", "sand", "rain", "rust"]
-    told, null = encoder(captions).pooled[:, 0], encoder.null(1).pooled[0, 0]
-    assert len({*told.tolist(), float(null)}) == 5
+    conditioned, null = encoder(captions).pooled[:, 0], encoder.null(1).pooled[0, 0]
+    assert len({*conditioned.tolist(), float(null)}) == 5
     for scale in (1.0, 3.0):
         drawn = model.draw(captions, range(4), Sampling(1, "euler", scale, 0), batch=3)
-        wanted = (null + scale * (told - null)).reshape(-1, 1, 1, 1).expand_as(drawn)
-        torch.testing.assert_close(drawn.float(), wanted, atol=5e-3, rtol=5e-3)
+        expected = (null + scale * (conditioned - null)).reshape(-1, 1, 1, 1).expand_as(drawn)
+        torch.testing.assert_close(drawn.float(), expected, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_expert_that_fails_is_named_also_among_replicas(value, recwarn) -> None:
+def test_a_failing_expert_is_named_also_among_replicas(value, recwarn) -> None:
     with pytest.raises(AtollError, match="broken answered with NaN or infinity"):
         draw([failing(exact(0, "broken"), value)])
     with pytest.raises(AtollError, match="broken answered with NaN or infinity; train or convert it again"):
@@ -131,7 +131,7 @@ def test_a_latent_beyond_float16_is_refused() -> None:
         draw([failing(exact(1, "wild"), 3e5, above=0.0)], cluster=1)
 
 
-def test_what_no_solver_takes_is_told_before_anything_is_loaded() -> None:
+def test_bad_solver_settings_are_refused_before_loading() -> None:
     with pytest.raises(AtollError, match=r"unknown method 'rk4'; expected one of euler, heun"):
         replace(SAMPLING, method="rk4")
     with pytest.raises(AtollError, match="steps is 0"):

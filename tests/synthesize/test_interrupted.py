@@ -1,4 +1,4 @@
-"""The plug is pulled while experts draw: lost is a shard at most, and the bytes are those of an unbroken run."""
+"""Interrupted draws: one shard is lost at most, and the bytes equal those of an uninterrupted run."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tests.synthesize.conftest import Stop, content, synthesize
 from tests.waiting import run_to_end
 
 
-def test_twice_gives_equal_bytes_and_is_done_once(drawn, private, listed, tmp_path) -> None:
+def test_drawing_twice_gives_equal_bytes_and_a_finished_run_is_kept(drawn, private, listed, tmp_path) -> None:
     synthesize(private, tmp_path / "again", listed)
     assert content(tmp_path / "again") == content(drawn)
     before = {file: file.stat().st_mtime_ns for file in drawn.rglob("*")}
@@ -23,8 +23,8 @@ def test_twice_gives_equal_bytes_and_is_done_once(drawn, private, listed, tmp_pa
 
 
 @pytest.mark.parametrize("done", [0, 2, 3, 8])
-def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(drawn, private, listed, tmp_path, done) -> None:
-    out, asked = tmp_path / "out", []
+def test_resume_after_any_shard_gives_the_same_bytes(drawn, private, listed, tmp_path, done) -> None:
+    out, batches = tmp_path / "out", []
 
     def stop(rows, of, note):
         assert of == 22 * K
@@ -35,20 +35,20 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(drawn, private, liste
         synthesize(private, out, listed, progress=stop)
     assert not (out / "encoded").exists()
     assert not (out / "clusters").exists()
-    with pytest.raises(AtollError, match="unfinished draws; go on with --resume"):
+    with pytest.raises(AtollError, match="unfinished draws; continue with --resume"):
         synthesize(private, out, listed)
-    synthesize(private, out, listed, resume=True, progress=lambda rows, of, note: asked.append(rows))
-    assert len(asked) == 9 - done  # a shard is drawn in one batch here
+    synthesize(private, out, listed, resume=True, progress=lambda rows, of, note: batches.append(rows))
+    assert len(batches) == 9 - done  # a shard is drawn in one batch here
     assert content(out) == content(drawn)
 
 
-@pytest.mark.parametrize("asked", [{}, {"resume": True}, {"force": True}])
-def test_a_second_one_in_the_same_directory_is_refused(drawn, private, listed, tmp_path, asked) -> None:
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"force": True}])
+def test_a_second_process_in_the_same_directory_is_refused(drawn, private, listed, tmp_path, options) -> None:
     out, tries = tmp_path / "out", []
 
     def second(rows, of, note):
         with pytest.raises(AtollError, match="another process is drawing here; wait for it, or stop it"):
-            synthesize(private, out, listed, **asked)
+            synthesize(private, out, listed, **options)
         tries.append(rows)
 
     synthesize(private, out, listed, progress=second)
@@ -56,7 +56,7 @@ def test_a_second_one_in_the_same_directory_is_refused(drawn, private, listed, t
     assert content(out) == content(drawn)
 
 
-def test_killed_with_signal_9_it_goes_on_to_the_same_bytes(drawn, private, listed, tmp_path) -> None:
+def test_resume_after_sigkill_gives_the_same_bytes(drawn, private, listed, tmp_path) -> None:
     out = tmp_path / "out"
     program = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom atoll.manifest import load_manifest\n"
@@ -74,16 +74,16 @@ def test_killed_with_signal_9_it_goes_on_to_the_same_bytes(drawn, private, liste
 
 
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
-def test_interrupted_while_it_is_sealed_it_goes_on_to_the_same_bytes(
+def test_resume_after_interrupted_sealing_gives_the_same_bytes(
     drawn, private, listed, tmp_path, monkeypatch, written
 ) -> None:
     class Writer(writing.ShardWriter):
-        made = 0
+        closed = 0
 
         def close(self):
-            if Writer.made == written:
+            if Writer.closed == written:
                 raise Stop
-            Writer.made += 1
+            Writer.closed += 1
             return super().close()
 
     out = tmp_path / "out"
@@ -97,7 +97,7 @@ def test_interrupted_while_it_is_sealed_it_goes_on_to_the_same_bytes(
     assert content(out) == content(drawn)
 
 
-def test_interrupted_while_it_tidies_up_it_is_done(drawn, private, listed, tmp_path, monkeypatch) -> None:
+def test_interrupted_cleanup_leaves_a_finished_run(drawn, private, listed, tmp_path, monkeypatch) -> None:
     out, rmtree = tmp_path / "out", shutil.rmtree
 
     def stop(path, **options):
@@ -109,6 +109,6 @@ def test_interrupted_while_it_tidies_up_it_is_done(drawn, private, listed, tmp_p
         patched.setattr(shutil, "rmtree", stop)
         with pytest.raises(Stop):
             synthesize(private, out, listed)
-    assert [file.name for file in (out / "synthesized.partial").iterdir()] == [".lock"]  # nothing that could be lost
+    assert [file.name for file in (out / "synthesized.partial").iterdir()] == [".lock"]  # nothing else is left
     assert "is there already" in synthesize(private, out, listed)
     assert content(out) == content(drawn)

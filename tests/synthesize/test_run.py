@@ -1,4 +1,4 @@
-"""Drawn data are data: what is written, what is refused, and what the later stages make of it."""
+"""Drawn data: what is written, what is refused, and that the later stages train on it."""
 
 import json
 import shutil
@@ -35,9 +35,9 @@ from tests.waiting import run_to_end
 STUDENT = {"objective": {"prediction": "v", "schedule": "cosine"}}
 
 
-def test_what_is_written_is_a_run(private, listed, tmp_path) -> None:
-    said = synthesize(private, tmp_path / "drawn", listed, seed=3)
-    assert "3 clusters of 22 latents each, drawn by 3 experts" in said
+def test_the_result_is_a_complete_run(private, listed, tmp_path) -> None:
+    summary = synthesize(private, tmp_path / "drawn", listed, seed=3)
+    assert "3 clusters of 22 latents each, drawn by 3 experts" in summary
     drawn = tmp_path / "drawn"
     assert sorted(entry.name for entry in drawn.iterdir()) == ["atoll.yaml", "clusters", "encoded", "experts"]
     encoded = Shards(drawn / "encoded", verify=True)
@@ -63,11 +63,11 @@ def test_what_is_written_is_a_run(private, listed, tmp_path) -> None:
         assert Counter(part.captions).keys() == {"moss sand", "rain", "rust"}
 
 
-def test_the_card_says_what_made_it(private, listed, tmp_path) -> None:
+def test_the_card_records_experts_captions_and_sampling(private, listed, tmp_path) -> None:
     synthesize(private, tmp_path / "drawn", listed, seed=3, guidance=1.5, method="heun")
     source = Shards(tmp_path / "drawn" / "encoded").card(ClusterShardsCard).source
-    told = {"steps": 2, "method": "heun", "guidance_scale": 1.5, "seed": 3, "images": 22, "name": "experts"}
-    assert told.items() <= source.items()
+    expected = {"steps": 2, "method": "heun", "guidance_scale": 1.5, "seed": 3, "images": 22, "name": "experts"}
+    assert expected.items() <= source.items()
     assert source["captions"]["sha256"] == [sha256_file(listed)] * K
     names = ["0-eps-cosine", "1-flow-linear", "2-x0-linear-beta"]
     assert source["experts"] == [
@@ -76,13 +76,13 @@ def test_the_card_says_what_made_it(private, listed, tmp_path) -> None:
     ]
 
 
-def test_defaults_are_the_manifests_but_unguided(private, listed, tmp_path) -> None:
+def test_defaults_are_the_manifests_without_guidance(private, listed, tmp_path) -> None:
     synthesize_run(private, load_manifest(private), tmp_path / "drawn", images=4, captions=listed)
     source = Shards(tmp_path / "drawn" / "encoded").card(ClusterShardsCard).source
     assert (source["steps"], source["method"], source["seed"], source["guidance_scale"]) == (3, "euler", 0, 1.0)
 
 
-def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
+def test_router_ensemble_and_student_train_on_it(drawn, private) -> None:
     (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "student": STUDENT}))
     manifest = load_manifest(drawn)
     router = read_card(train_router(drawn, manifest), RouterCard).plain()
@@ -92,7 +92,7 @@ def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
     x, condition = torch.randn(2, *SHAPE), build_encoder(RUN["condition"])(["moss"] * 2)
     assert loaded.ensemble.velocity(x, torch.rand(2), condition).isfinite().all()
     shutil.copytree(drawn / "router", private / "router")
-    assemble_run(private, load_manifest(private))  # the router fits where the experts came from too
+    assemble_run(private, load_manifest(private))  # the router fits the experts' own run too
     student = distil_run(drawn, manifest)
     assert read_card(student, ExpertCard).training.rows == 14 * K
     of_all = manifest.model_copy(update={"student": manifest.student.model_copy(update={"teacher": "ensemble"})})
@@ -100,21 +100,21 @@ def test_router_ensemble_and_student_are_made_of_it(drawn, private) -> None:
     assert load_ensemble(student).ensemble.velocity(x, torch.rand(2), condition).isfinite().all()
 
 
-def test_a_routers_paths_are_the_experts(drawn) -> None:
+def test_the_router_can_follow_the_experts_paths(drawn) -> None:
     (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "router": {**RUN["router"], "path": "experts"}}))
     assert len(read_card(train_router(drawn, load_manifest(drawn)), RouterCard).path) == K
 
 
-def test_each_cluster_is_drawn_by_its_own_exact_expert(private, listed, tmp_path, monkeypatch) -> None:
+def test_each_cluster_is_drawn_by_its_own_expert(private, listed, tmp_path, monkeypatch) -> None:
     mixture = GaussianMixture.random(6, K, SHAPE, seed=2)
     mixture = GaussianMixture(mixture.means.float(), mixture.scales.float(), mixture.weights.float(), mixture.clusters)
 
     def load(path, device):
         card = read_card(path, ExpertCard)
         objective, (cluster,) = Objective(**card.objective), card.clusters
-        nothing = Calibration.identity(torch.zeros(SHAPE))
+        identity = Calibration.identity(torch.zeros(SHAPE))
         return LoadedExpert(
-            Expert(mixture.network(objective, cluster), objective, (cluster,), nothing, path.name), card
+            Expert(mixture.network(objective, cluster), objective, (cluster,), identity, path.name), card
         )
 
     monkeypatch.setattr(stage, "load_expert", load)
@@ -127,7 +127,7 @@ def test_each_cluster_is_drawn_by_its_own_exact_expert(private, listed, tmp_path
         assert ((latents.mean(0) - mean).abs() < 5 * (latents.std(0) / count**0.5)).all()
 
 
-def test_replicas_draw_together_and_are_stacked_on_what_they_drew(trained_run, listed, tmp_path) -> None:
+def test_replicas_draw_together_and_are_stacked_on_their_draws(trained_run, listed, tmp_path) -> None:
     run = shutil.copytree(trained_run, tmp_path / "run")
     second = {"cluster": 0, "name": "second", "objective": {"prediction": "v", "schedule": "linear"}}
     (run / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "experts": [*RUN["experts"], second]}))
@@ -150,16 +150,16 @@ def test_replicas_draw_together_and_are_stacked_on_what_they_drew(trained_run, l
     assert torch.equal(alone[22:], both[22:])
 
 
-def test_captions_may_be_those_of_the_shards(trained_run, tmp_path) -> None:
-    said = synthesize(trained_run, tmp_path / "drawn")
-    assert "captions shared, images not" in said
+def test_captions_of_the_shards_are_used_by_default(trained_run, tmp_path) -> None:
+    summary = synthesize(trained_run, tmp_path / "drawn")
+    assert "captions shared, images not" in summary
     mine, theirs = (Shards(path / "clusters" / "cluster-001") for path in (tmp_path / "drawn", trained_run))
     assert set(mine.captions) == {
         c for c, split in zip(theirs.captions, theirs.splits, strict=True) if split == "train"
     }
 
 
-def test_a_run_without_data_may_be_filled_in_place(private, listed) -> None:
+def test_a_run_without_data_can_be_filled_in_place(private, listed) -> None:
     before = content(private)
     synthesize(private, private, listed)
     assert before.items() <= content(private).items()
@@ -168,34 +168,34 @@ def test_a_run_without_data_may_be_filled_in_place(private, listed) -> None:
 
 
 def test_other_draws_are_refused_or_replaced(drawn, private, listed, tmp_path) -> None:
-    for options, told in (
-        ({"images": 23}, "drawn with images 22, asked for is 23"),
+    for options, message in (
+        ({"images": 23}, "drawn with images 22, requested is 23"),
         ({"guidance": 2.0}, "drawn with guidance_scale 1.0"),
-        ({"seed": 1}, "drawn with seed 0, asked for is 1; replace it with --force"),
+        ({"seed": 1}, "drawn with seed 0, requested is 1; replace it with --force"),
     ):
-        with pytest.raises(AtollError, match=told):
+        with pytest.raises(AtollError, match=message):
             synthesize(private, drawn, listed, **options)
-    right = listed.read_text()
+    original = listed.read_text()
     listed.write_text("moss sand\nrain\nrusty\n")
-    with pytest.raises(AtollError, match="was drawn with other captions than asked for"):
+    with pytest.raises(AtollError, match="was drawn with different captions than requested"):
         synthesize(private, drawn, listed)
-    listed.write_text(right)
+    listed.write_text(original)
     first = content(drawn)["encoded/shard-00000.safetensors"]
     (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "student": STUDENT}))
     synthesize(private, drawn, listed, seed=1, force=True)
     assert content(drawn)["encoded/shard-00000.safetensors"] != first
-    assert load_manifest(drawn).student is not None  # what was added there stays
+    assert load_manifest(drawn).student is not None  # edits of atoll.yaml stay
 
     out = tmp_path / "out"
     with pytest.raises(Stop):
         synthesize(private, out, listed, progress=lambda *_: (_ for _ in ()).throw(Stop()))
-    with pytest.raises(AtollError, match="drawn with steps 2, asked for is 3"):
+    with pytest.raises(AtollError, match="drawn with steps 2, requested is 3"):
         synthesize(private, out, listed, steps=3, resume=True)
     synthesize(private, out, listed, steps=3, force=True)
     assert Shards(out / "encoded").card(ClusterShardsCard).source["steps"] == 3
 
 
-def test_what_is_something_else_is_never_touched(trained_run, private, listed, tmp_path) -> None:
+def test_other_directories_are_refused_and_unchanged(trained_run, private, listed, tmp_path) -> None:
     data = shutil.copytree(trained_run, tmp_path / "data")
     other = keep_private(trained_run, tmp_path / "other")
     (other / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "name": "other"}))
@@ -204,7 +204,7 @@ def test_what_is_something_else_is_never_touched(trained_run, private, listed, t
     (begun / "synthesized.partial" / "letter").write_text("dear")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter").write_text("dear")
-    for out, told in (
+    for out, message in (
         (data, "encoded: exists and was not made by `atoll synthesize`"),
         (other, "is a run with another atoll.yaml"),
         (begun, "exists and holds no unfinished draws"),
@@ -213,12 +213,12 @@ def test_what_is_something_else_is_never_touched(trained_run, private, listed, t
     ):
         before = content(out)
         for force in (False, True):
-            with pytest.raises(AtollError, match=told):
+            with pytest.raises(AtollError, match=message):
                 synthesize(private, out, listed, force=force)
         assert content(out) == before
 
 
-def test_another_expert_of_that_name_is_not_replaced(trained_run, private, listed, tmp_path) -> None:
+def test_another_expert_of_the_same_name_is_not_replaced(trained_run, private, listed, tmp_path) -> None:
     out = keep_private(trained_run, tmp_path / "out")
     card = out / "experts" / "1-flow-linear" / CARD
     card.write_text(card.read_text() + "\n")
@@ -226,17 +226,17 @@ def test_another_expert_of_that_name_is_not_replaced(trained_run, private, liste
         synthesize(private, out, listed)
 
 
-def test_experts_must_be_there_and_of_one_run(private, listed, tmp_path) -> None:
+def test_every_cluster_needs_an_expert_of_one_run(private, listed, tmp_path) -> None:
     card = private / "experts" / "2-x0-linear-beta" / CARD
     right = json.loads(card.read_text())
-    for change, told in (
+    for change, message in (
         ({"assignment": "0" * 64}, "2-x0-linear-beta: its assignment is 000"),
         ({"latent_shape": [1, 8, 4]}, r"its latent_shape is \[1, 8, 4\]"),
         ({"k": 4}, "its k is 4"),
         ({"clusters": [0]}, "cluster 2 has no expert that could draw it; put it at .*2-x0-linear-beta"),
     ):
         card.write_text(json.dumps({**right, **change}))
-        with pytest.raises(AtollError, match=told):
+        with pytest.raises(AtollError, match=message):
             synthesize(private, tmp_path / "out", listed)
     shutil.rmtree(card.parent)
     with pytest.raises(AtollError, match="cluster 2 has no expert"):
@@ -251,7 +251,7 @@ def test_experts_must_be_there_and_of_one_run(private, listed, tmp_path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_generalist_draws_the_clusters_that_have_none_of_their_own(trained_run, private, listed, tmp_path) -> None:
+def test_a_generalist_draws_clusters_without_an_expert(trained_run, private, listed, tmp_path) -> None:
     shutil.rmtree(private / "experts" / "2-x0-linear-beta")
     shutil.copytree(trained_run / "monolith", private / "experts" / "2-all")
     everything = {"cluster": 2, "name": "all", "objective": {"prediction": "flow", "schedule": "linear"}}
@@ -263,11 +263,11 @@ def test_a_generalist_draws_the_clusters_that_have_none_of_their_own(trained_run
     assert draws == {"0-eps-cosine": [0], "1-flow-linear": [1], "2-all": [2]}
 
 
-def test_an_expert_that_answers_with_nan_leaves_no_data(private, listed, tmp_path, monkeypatch) -> None:
-    sound = stage.load_expert
+def test_an_expert_that_returns_nan_leaves_no_data(private, listed, tmp_path, monkeypatch) -> None:
+    load_expert = stage.load_expert
 
     def load(path, device):
-        loaded = sound(path, device)
+        loaded = load_expert(path, device)
         if path.name == "1-flow-linear":
             for weight in loaded.expert.network.parameters():
                 weight.fill_(torch.nan)
@@ -284,7 +284,7 @@ def test_an_expert_that_answers_with_nan_leaves_no_data(private, listed, tmp_pat
     assert {file.name[:3] for file in (out / "synthesized.partial").glob("0*")} == {"000"}
 
 
-def test_a_mistake_writes_nothing(private, listed, tmp_path) -> None:
+def test_a_bad_argument_writes_nothing(private, listed, tmp_path) -> None:
     for options in ({"steps": 0}, {"method": "rk4"}, {"images": 1}, {"captions": tmp_path / "none.txt"}):
         with pytest.raises(AtollError):
             synthesize(private, tmp_path / "out", **{"captions": listed, **options})

@@ -1,3 +1,5 @@
+"""`atoll calibrate`: measures again, calibrates foreign experts, and refuses data that do not fit."""
+
 import json
 import shutil
 from dataclasses import replace
@@ -23,7 +25,7 @@ def shards(trained_run):
 
 
 def changed(path, **values):
-    """The expert with another card."""
+    """Change entries of the expert's card."""
     card = read_card(path, ExpertCard).plain()
     tensors = read_tensors(path, read_card(path, ExpertCard))
     card = {key: value for key, value in card.items() if key not in ("format", "kind", "weights")}
@@ -31,7 +33,7 @@ def changed(path, **values):
 
 
 def without(path) -> None:
-    """The expert as it would come from elsewhere: with no calibration and no word about its training."""
+    """Remove calibration, training and assignment from the card, as in a converted expert."""
     card = read_card(path, ExpertCard).plain()
     tensors = {k: v for k, v in read_tensors(path, read_card(path, ExpertCard)).items() if k.startswith("network.")}
     plain = {k: v for k, v in card.items() if k not in ("format", "kind", "weights")}
@@ -39,7 +41,7 @@ def without(path) -> None:
     save_artifact(path, ExpertCard(**elsewhere), tensors)
 
 
-def test_it_measures_again_what_the_training_measured(expert, shards) -> None:
+def test_calibration_is_that_of_the_training(expert, shards) -> None:
     before = load_expert(expert)
     calibrate_expert(expert, shards)
     after = load_expert(expert)
@@ -54,19 +56,19 @@ def test_it_measures_again_what_the_training_measured(expert, shards) -> None:
     }
 
 
-def test_a_foreign_expert_gains_one(expert, shards, tmp_path) -> None:
+def test_a_foreign_expert_gets_a_calibration(expert, shards, tmp_path) -> None:
     without(expert)
-    found = calibrate_expert(expert, shards, out=tmp_path / "calibrated", rows=5)
+    calibration = calibrate_expert(expert, shards, out=tmp_path / "calibrated", rows=5)
     assert load_expert(expert).expert.calibration is None
     loaded = load_expert(tmp_path / "calibrated")
-    torch.testing.assert_close(loaded.expert.calibration.slope, found.slope.float())
+    torch.testing.assert_close(loaded.expert.calibration.slope, calibration.slope.float())
     assert loaded.card.plain()["calibration"]["measured_on"] == "val"
     assert loaded.card.plain()["calibration"]["rows"] == 5
-    assert len(loaded.card.plain()["calibration"]["velocity_mse"]) == len(found.log_snr)
+    assert len(loaded.card.plain()["calibration"]["velocity_mse"]) == len(calibration.log_snr)
 
 
-def test_the_velocity_error_is_that_of_the_velocity(expert, shards) -> None:
-    """u = (x - x0)/sigma on the linear path, so a given x0 error weighs 1/t^2."""
+def test_velocity_error_is_the_x0_error_over_sigma(expert, shards) -> None:
+    """u = (x - x0)/sigma on the linear path, so an x0 error counts 1/t^2."""
     calibration = calibrate_expert(expert, shards)
     t = 1 / (1 + (calibration.log_snr.double() / 2).exp())
     torch.testing.assert_close(calibration.velocity_mse.double(), calibration.x0_mse.double() / t**2, rtol=1e-4, atol=0)
@@ -81,15 +83,15 @@ def test_the_velocity_error_is_that_of_the_velocity(expert, shards) -> None:
             "its codec is .*'channels': 1.*name shards of",
         ),
         ({"assignment": "another"}, "its assignment is .* the expert's another"),
-        ({"clusters": [1]}, r"is cluster 0, the expert is of \[1\]; name its own"),
-        ({"condition": {"name": "unknown", "dim": 8}}, "nothing says what encodes its captions"),
+        ({"clusters": [1]}, r"is cluster 0, the expert's clusters are \[1\]; name one of them"),
+        ({"condition": {"name": "unknown", "dim": 8}}, "its text encoder is unknown"),
         (
             {"training": {"mark": "elsewhere", "steps": 8, "calibration_holdout": 0.25, "seed": 0, "rows": 3}},
-            "was trained on 3 rows, of these shards it would be",
+            "was trained on 3 rows, these shards have",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_changed(expert, shards, card, message) -> None:
+def test_data_that_do_not_fit_are_refused_and_nothing_changes(expert, shards, card, message) -> None:
     changed(expert, **card)
     before = (expert / CARD).read_text()
     with pytest.raises(AtollError, match=message):
@@ -97,7 +99,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(expert, shards, car
     assert (expert / CARD).read_text() == before
 
 
-def test_rows_that_were_held_back_are_found_again(run, manifest) -> None:
+def test_held_out_rows_are_selected_again(run, manifest) -> None:
     from atoll.train.expert import train_expert
 
     settings = replace_train(manifest, calibration_holdout=0.3)
@@ -116,14 +118,14 @@ def replace_train(manifest, **values):
     return manifest.model_copy(update={"train": manifest.train.model_copy(update=values)})
 
 
-def test_out_that_exists_and_unknown_rows(expert, shards) -> None:
-    with pytest.raises(AtollError, match="exists already; choose another place"):
+def test_existing_output_and_unknown_rows_are_refused(expert, shards) -> None:
+    with pytest.raises(AtollError, match="exists already; choose another directory"):
         calibrate_expert(expert, shards, out=expert)
     with pytest.raises(AtollError, match="--use some: expected one of auto, val, all"):
         calibrate_expert(expert, shards, use="some")
 
 
-def test_table_and_plot(expert, shards, tmp_path) -> None:
+def test_table_and_plot_show_all_nodes(expert, shards, tmp_path) -> None:
     calibration = calibrate_expert(expert, shards)
     lines = table(calibration).splitlines()
     assert len(lines) == 1 + len(calibration.log_snr)

@@ -1,4 +1,4 @@
-"""A student learns what the ensemble knows, whatever objective either has."""
+"""Distillation: the teacher is exact for any objectives, and the student trains like any expert."""
 
 import shutil
 
@@ -26,16 +26,16 @@ SCHEDULES = (Linear(), Cosine(), LinearBeta(), TableSchedule([0.99, 0.7, 0.4, 0.
 
 
 def exact_ensemble(mixture, routing) -> Ensemble:
-    nothing = Calibration.identity(torch.zeros(SHAPE, dtype=torch.float64))
+    identity = Calibration.identity(torch.zeros(SHAPE, dtype=torch.float64))
     objectives = [Objective("eps", "cosine"), Objective("flow", "linear")]
-    experts = [Expert(mixture.network(o, k), o, (k,), nothing, str(k)) for k, o in enumerate(objectives)]
+    experts = [Expert(mixture.network(o, k), o, (k,), identity, str(k)) for k, o in enumerate(objectives)]
     return Ensemble(experts, None if routing == "oracle" else mixture.router, routing)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
 @pytest.mark.parametrize("routing", ["oracle", "full"])
-def test_what_is_taught_is_exact_at_any_point_of_any_schedule(prediction, schedule, routing) -> None:
+def test_the_teacher_is_exact_at_any_point_of_any_schedule(prediction, schedule, routing) -> None:
     mixture = GaussianMixture.random(6, 2, SHAPE, seed=2)
     objective = Objective(prediction, schedule)
     low, high = objective.support
@@ -47,10 +47,10 @@ def test_what_is_taught_is_exact_at_any_point_of_any_schedule(prediction, schedu
     taught = teacher_of(exact_ensemble(mixture, routing))(objective, x, t, None, cluster)
     for name, value in zip(("x0", "eps"), taught, strict=True):
         for k in (0, 1):
-            mine = cluster == k
+            rows = cluster == k
             own = k if routing == "oracle" else None
-            exact = mixture.x0_eps(x[mine], t[mine], schedule, own)[("x0", "eps").index(name)]
-            torch.testing.assert_close(value[mine], exact, atol=1e-6, rtol=1e-6)
+            exact = mixture.x0_eps(x[rows], t[rows], schedule, own)[("x0", "eps").index(name)]
+            torch.testing.assert_close(value[rows], exact, atol=1e-6, rtol=1e-6)
 
 
 def with_student(run, **student):
@@ -64,7 +64,7 @@ def run(trained_run, tmp_path):
     return shutil.copytree(trained_run, tmp_path / "run")
 
 
-def test_the_student_is_an_expert_of_everything_that_is_sampled_alone(run) -> None:
+def test_the_student_covers_all_clusters_and_is_sampled_alone(run) -> None:
     path = distil_run(run, with_student(run))
     card = read_card(path, ExpertCard).plain()
     assert (card["clusters"], card["objective"]["prediction"]) == ([0, 1, 2], "v")
@@ -74,15 +74,15 @@ def test_the_student_is_an_expert_of_everything_that_is_sampled_alone(run) -> No
     assert alone.velocity(torch.randn(2, 1, 4, 8), torch.rand(2), condition).isfinite().all()
 
 
-def test_owner_and_ensemble_teach_differently_and_data_otherwise(run) -> None:
-    found = {}
+def test_owner_and_ensemble_teach_differently(run) -> None:
+    weights = {}
     for teacher in ("owner", "ensemble"):
         path = distil_run(run, with_student(run, teacher=teacher), restart=True)
-        found[teacher] = load_file(path / WEIGHTS)["network.final.weight"]
-    assert not torch.equal(found["owner"], found["ensemble"])
+        weights[teacher] = load_file(path / WEIGHTS)["network.final.weight"]
+    assert not torch.equal(weights["owner"], weights["ensemble"])
 
 
-def test_a_student_goes_on_bit_for_bit_and_knows_its_teacher(run) -> None:
+def test_a_student_resumes_bit_exactly_with_the_same_teacher_only(run) -> None:
     manifest = with_student(run)
     whole = load_file(distil_run(run, manifest) / WEIGHTS)
     shutil.rmtree(run / "student")
@@ -103,7 +103,7 @@ def test_a_student_goes_on_bit_for_bit_and_knows_its_teacher(run) -> None:
         distil_run(run, with_student(run, teacher="ensemble"), resume=True)
 
 
-def test_what_is_missing_is_told(run) -> None:
+def test_a_missing_student_or_ensemble_is_named(run) -> None:
     with pytest.raises(AtollError, match="names no student"):
         distil_run(run, load_manifest(run))
     shutil.rmtree(run / "ensemble")

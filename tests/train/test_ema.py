@@ -1,4 +1,4 @@
-"""Averages whose width is chosen after training: EDM2's formulas, snapshots on the disk, and what kills do to them."""
+"""Averages whose width is chosen after training: EDM2's formulas, snapshots on disk, and kills."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ NAME, WIDTHS = "1-flow-linear", (0.05, 0.15)
 
 
 def profile(gamma: float, steps: int, length: int) -> np.ndarray:
-    """How much each of `length` steps' weights count after `steps` updates: by the updates themselves."""
+    """The weight of each of `length` steps after `steps` updates, computed by the updates themselves."""
     weights = np.zeros(length)
     for step in range(1, steps + 1):
         beta = decay(gamma, step)
@@ -33,12 +33,12 @@ def profile(gamma: float, steps: int, length: int) -> np.ndarray:
 
 
 @given(st.floats(0.01, 0.28))
-def test_the_exponent_gives_the_width_back(width) -> None:
+def test_the_exponent_has_the_width(width) -> None:
     g = gamma_of(width)
     assert (g + 1) ** 0.5 / (g + 2) / (g + 3) ** 0.5 == pytest.approx(width, rel=1e-6)  # EDM2, appendix C
 
 
-def test_published_widths() -> None:
+def test_exponents_of_published_widths() -> None:
     assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)
     assert gamma_of(0.1) == pytest.approx(6.94, abs=0.01)
     assert gamma_of(WIDEST - 1e-9) == pytest.approx(0, abs=1e-6)
@@ -48,7 +48,7 @@ def test_published_widths() -> None:
 
 
 def test_the_updates_follow_the_profile() -> None:
-    """Its standard deviation over its length is sigma_rel, and its products are the closed form's."""
+    """Standard deviation over length is sigma_rel, and scalar products equal the closed form."""
     length, time = 2000, np.arange(2000) + 0.5
     first, second = profile(gamma_of(0.1), 2000, length), profile(gamma_of(0.2), 1500, length)
     assert first.sum() == pytest.approx(1)
@@ -61,21 +61,21 @@ def test_the_updates_follow_the_profile() -> None:
         assert products(t_b, g_b, t_a, g_a)[0, 0] == pytest.approx(a @ b, rel=1e-3)
 
 
-def test_a_tracked_width_is_itself_and_another_one_is_near_the_direct_average() -> None:
-    """Over a synthetic trajectory: a drifting curve with noise on it."""
+def test_reconstructed_averages_are_close_to_direct_ones() -> None:
+    """Over a synthetic trajectory, a drifting curve with noise; a tracked width is reproduced."""
     length, every = 4096, 256
     g = torch.Generator().manual_seed(0)
     drift = torch.linspace(0, 1, length, dtype=torch.float64)[:, None] ** torch.tensor([0.5, 1.0, 2.0])
     path = (drift + 0.3 * torch.randn(length, 3, generator=g)).numpy()
     steps = [s for s in range(every, length + 1, every) for _ in WIDTHS]
     gammas = [gamma_of(width) for _ in range(every, length + 1, every) for width in WIDTHS]
-    kept = np.stack([profile(g, s, length) @ path for s, g in zip(steps, gammas, strict=True)])
-    exact = solve(steps, gammas, length, gamma_of(WIDTHS[1])) @ kept
-    assert exact == pytest.approx(kept[-1], abs=1e-6)
+    snapshots = np.stack([profile(g, s, length) @ path for s, g in zip(steps, gammas, strict=True)])
+    exact = solve(steps, gammas, length, gamma_of(WIDTHS[1])) @ snapshots
+    assert exact == pytest.approx(snapshots[-1], abs=1e-6)
     for width in (0.06, 0.1, 0.2):
         direct = profile(gamma_of(width), length, length) @ path
-        assert solve(steps, gammas, length, gamma_of(width)) @ kept == pytest.approx(direct, abs=2e-3)
-        assert abs(kept[-1] - direct).max() > 5e-3  # what is not fitted is not near
+        assert solve(steps, gammas, length, gamma_of(width)) @ snapshots == pytest.approx(direct, abs=2e-3)
+        assert abs(snapshots[-1] - direct).max() > 5e-3  # a tracked average alone is not close
 
 
 def tracked(run: Path) -> Manifest:
@@ -92,7 +92,7 @@ def files(run: Path) -> list[str]:
 ALL = [f"{step:09d}-{number}.safetensors" for step in (2, 4, 6, 8) for number in (0, 1)]
 
 
-def test_atoll_ema_makes_an_expert_of_another_width(run, tmp_path) -> None:
+def test_an_expert_is_reconstructed_with_another_width(run, tmp_path) -> None:
     manifest = tracked(run)
     expert = train_expert(run, manifest, "1")
     assert files(run) == ALL
@@ -110,12 +110,12 @@ def test_atoll_ema_makes_an_expert_of_another_width(run, tmp_path) -> None:
         reconstruct_expert(expert, 0.1, tmp_path / "other")
 
 
-def test_killed_and_resumed_the_snapshots_are_those_of_the_run_never_killed(run, tmp_path) -> None:
+def test_snapshots_are_bit_exact_after_a_kill(run, tmp_path) -> None:
     class Stop(Exception):
         pass
 
     def stop(line):
-        if line["step"] == 6:  # the checkpoint is of step 6 too, the snapshot of 8 is not there yet
+        if line["step"] == 6:  # the last checkpoint is of step 6, and the snapshot of step 8 does not exist yet
             raise Stop
 
     whole = shutil.copytree(run, tmp_path / "whole")
@@ -133,12 +133,12 @@ def test_killed_and_resumed_the_snapshots_are_those_of_the_run_never_killed(run,
         assert all(torch.equal(mine[key], other[key]) for key in other)
 
 
-def test_snapshots_of_another_training_and_none_at_all_are_named(run, trained_run, tmp_path) -> None:
+def test_missing_and_foreign_snapshots_are_named(run, trained_run, tmp_path) -> None:
     with pytest.raises(AtollError, match=r"no snapshots.*ema_profiles"):
         reconstruct_expert(trained_run / "experts" / NAME, 0.1, tmp_path / "out")
     expert = train_expert(run, tracked(run), "1")
     shutil.rmtree(expert)
     shutil.copytree(trained_run / "experts" / NAME, expert)
-    with pytest.raises(AtollError, match="of another training"):
+    with pytest.raises(AtollError, match="belongs to another training"):
         reconstruct_expert(expert, 0.1, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""train.init: an expert that starts from another one's weights."""
+"""train.init: training that starts from the weights of another expert."""
 
 import shutil
 
@@ -16,30 +16,30 @@ from atoll.train.expert import train_expert
 from tests.conftest import RUN, write_run
 
 
-def begin_from(run, path: str, more: str = "") -> None:
+def set_init(run, path: str, more: str = "") -> None:
     text = (run / "atoll.yaml").read_text()
     (run / "atoll.yaml").write_text(text.replace("steps: 8", f"steps: 8\n  init: {path}{more}"))
 
 
-def test_training_begins_with_the_weights_and_the_card_says_whose(run, trained_run) -> None:
-    """With a learning rate of next to nothing, what comes out is what went in; the objective is another one."""
+def test_training_starts_from_the_weights_and_the_card_records_them(run, trained_run) -> None:
+    """With a negligible learning rate the weights stay the same; the objective differs."""
     shutil.copytree(trained_run / "experts/0-eps-cosine", run / "foreign")
-    begin_from(run, "foreign", "\n  lr: 1.0e-12")
+    set_init(run, "foreign", "\n  lr: 1.0e-12")
     path = train_expert(run, load_manifest(run), "1")
     mine, other = load_file(path / WEIGHTS), load_file(run / "foreign" / WEIGHTS)
     for name in other:
         if name.startswith("network."):
             torch.testing.assert_close(mine[name], other[name], rtol=0, atol=1e-10)
-    told = read_card(path, ExpertCard).plain()["training"]["init"]
-    assert told == {
+    record = read_card(path, ExpertCard).plain()["training"]["init"]
+    assert record == {
         "name": "0-eps-cosine",
         "sha256": read_card(run / "foreign", ExpertCard).weights_sha256,
     }
 
 
-def test_other_weights_at_the_same_place_are_another_training(run, trained_run) -> None:
+def test_other_weights_at_the_same_path_are_another_training(run, trained_run) -> None:
     shutil.copytree(trained_run / "experts/0-eps-cosine", run / "foreign")
-    begin_from(run, "foreign")
+    set_init(run, "foreign")
     train_expert(run, load_manifest(run), "1")
     train_expert(run, load_manifest(run), "1", resume=True)
     shutil.rmtree(run / "foreign")
@@ -48,8 +48,8 @@ def test_other_weights_at_the_same_place_are_another_training(run, trained_run) 
         train_expert(run, load_manifest(run), "1", resume=True)
 
 
-def test_a_network_that_differs_is_refused_by_its_keys(run, trained_run) -> None:
-    begin_from(run, str(trained_run / "experts/0-eps-cosine"))
+def test_a_different_network_is_refused_with_its_keys(run, trained_run) -> None:
+    set_init(run, str(trained_run / "experts/0-eps-cosine"))
     text = (run / "atoll.yaml").read_text()
     (run / "atoll.yaml").write_text(text.replace("depth: 1", "depth: 2", 1).replace("width: 16", "width: 32", 1))
     with pytest.raises(AtollError, match=r"width 16 \(here 32\), depth 1 \(here 2\)") as error:
@@ -57,14 +57,14 @@ def test_a_network_that_differs_is_refused_by_its_keys(run, trained_run) -> None
     assert "\n" not in str(error.value)
 
 
-def test_no_expert_there_is_one_line(run) -> None:
-    begin_from(run, "nowhere")
+def test_a_missing_expert_is_one_line(run) -> None:
+    set_init(run, "nowhere")
     with pytest.raises(AtollError, match=r"nowhere.card.json: not found"):
         train_expert(run, load_manifest(run), "1")
 
 
 def small_pixart(path):
-    """A random PixArt as diffusers saves it, and as `atoll convert --keep` makes it a start for the tiny run."""
+    """Convert a random PixArt with `atoll convert --keep`, to start the tiny run from."""
     from diffusers import PixArtTransformer2DModel
 
     from atoll.convert.foreign import keep
@@ -78,17 +78,17 @@ def small_pixart(path):
     return keep(path / "pixart", path / "start", clusters=[1], k=3, **frozen)
 
 
-def test_a_network_that_is_kept_as_it_came_is_trained_on(tmp_path) -> None:
+def test_a_kept_network_is_trained_further(tmp_path) -> None:
     run = write_run(tmp_path / "run", shape=(1, 4, 4))
     small_pixart(run)
-    begin_from(run, "start")
+    set_init(run, "start")
     path = train_expert(run, load_manifest(run), "1")
     card = read_card(path, ExpertCard).plain()
     assert card["network"] == read_card(run / "start", ExpertCard).network
     assert card["objective"]["prediction"] == "flow"
     assert len(card["calibration"]["slope"]) == 19
-    mine, began = load_file(path / WEIGHTS), load_file(run / "start" / WEIGHTS)
-    assert any(not torch.equal(mine[name], began[name]) for name in began)
+    mine, initial = load_file(path / WEIGHTS), load_file(run / "start" / WEIGHTS)
+    assert any(not torch.equal(mine[name], initial[name]) for name in initial)
     assert (
         load_expert(path)
         .expert.velocity(torch.randn(2, 1, 4, 4), torch.rand(2), encoder()(["moss"] * 2))
@@ -97,16 +97,16 @@ def test_a_network_that_is_kept_as_it_came_is_trained_on(tmp_path) -> None:
     )
 
 
-def test_what_a_kept_network_cannot_take_is_refused(tmp_path) -> None:
+def test_data_and_switches_that_a_kept_network_lacks_are_refused(tmp_path) -> None:
     run = write_run(tmp_path / "run")  # latents of another shape
     small_pixart(run)
-    begin_from(run, "start")
+    set_init(run, "start")
     with pytest.raises(AtollError, match=r"start has latent_shape \[1, 4, 4\], the data \[1, 4, 8\]"):
         train_expert(run, load_manifest(run), "1")
     other = write_run(tmp_path / "other", shape=(1, 4, 4))
     shutil.copytree(run / "start", other / "start")
-    begin_from(other, "start", "\n  checkpointing: full")
-    with pytest.raises(AtollError, match=r"train.checkpointing: a network that is kept as it came has no such switch"):
+    set_init(other, "start", "\n  checkpointing: full")
+    with pytest.raises(AtollError, match=r"train.checkpointing: a network that is kept as it came does not support it"):
         train_expert(other, load_manifest(other), "1")
 
 

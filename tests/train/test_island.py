@@ -1,7 +1,7 @@
-"""Two processes that train one expert together, on CPUs with gloo, against one process alone.
+"""Two processes that train one expert together, on CPUs with gloo, compared with one process alone.
 
-What differs is the order in which the rows of a gradient are summed: some 1e-7 of it. Measured on these runs, the
-losses differ by 9e-8 of themselves and the weights by 3e-8; the tolerances leave other machines room.
+Only the order in which the rows of a gradient are summed differs, by about 1e-7. On these runs the losses differ by
+9e-8 (relative) and the weights by 3e-8; the tolerances leave room for other machines.
 """
 
 import shutil
@@ -75,7 +75,7 @@ def alone(run: Path, stop: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def island(tmp_path_factory) -> Path:
-    """Every training of two processes that the tests look at, in one pair of processes: <sharding>-<what>/."""
+    """Every training of two processes that the tests need, run by one pair of processes: <sharding>-<what>/."""
     path = tmp_path_factory.mktemp("island")
     trainings: list[Training] = []
     for sharding in SHARDINGS:
@@ -93,7 +93,7 @@ def island(tmp_path_factory) -> Path:
         ]
     other = {"replicate": "shard", "shard": "replicate"}
     for sharding in SHARDINGS:
-        # What one way began, the other way finishes.
+        # Started with one sharding, finished with the other.
         halted, continued = path / f"{sharding}-halted", path / f"{sharding}-continued"
         trainings += [Training(str(continued), stop=4), Training(str(halted), resume=True)]
     start(trainings)
@@ -110,21 +110,21 @@ def island(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("what", ["whole", "from-one", "to-one", "continued", "accumulated"])
-def test_two_processes_train_as_one_does(island, trained_run, sharding, what) -> None:
+def test_two_processes_train_like_one(island, trained_run, sharding, what) -> None:
     run = island / f"{sharding}-{what}"
     assert_close(run, trained_run)
-    begun = 0 if what in ("whole", "accumulated") else 2  # the line after a resumption tells of fewer steps
-    for mine, other in list(zip(curve(run), curve(trained_run), strict=True))[begun:]:
+    start = 0 if what in ("whole", "accumulated") else 2  # the first line after resuming covers fewer steps
+    for mine, other in list(zip(curve(run), curve(trained_run), strict=True))[start:]:
         assert mine == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_killed_and_resumed_by_as_many_is_equal_bit_for_bit(island, sharding) -> None:
+def test_resume_by_as_many_processes_is_bit_exact(island, sharding) -> None:
     assert_equal(island / f"{sharding}-halted", island / f"{sharding}-whole")
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_they_validate_and_draw_what_one_would(island, sharding, tmp_path) -> None:
+def test_two_processes_validate_and_draw_like_one(island, sharding, tmp_path) -> None:
     one = make(tmp_path / "one", "replicate")
     alone(one)
     both = [
@@ -141,25 +141,25 @@ def test_they_validate_and_draw_what_one_would(island, sharding, tmp_path) -> No
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_nan_in_an_island_rolls_all_its_processes_back(island, sharding) -> None:
+def test_nan_rolls_all_processes_back(island, sharding) -> None:
     run = island / f"{sharding}-poisoned"
-    told = read_card(run / "experts" / NAME, ExpertCard).plain()["training"]
-    assert (told["rollbacks"], told["skipped_batches"]) == (1, 2)
+    training = read_card(run / "experts" / NAME, ExpertCard).plain()["training"]
+    assert (training["rollbacks"], training["skipped_batches"]) == (1, 2)
     assert all(torch.isfinite(value).all() for value in tensors(run).values())
 
 
-def test_one_checkpoint_is_kept_in_the_form_of_the_last_writer(island) -> None:
-    def kept(run):
+def test_one_checkpoint_is_left_in_the_last_writers_format(island) -> None:
+    def checkpoints(run):
         return sorted(path.name for path in state(island / run).iterdir() if "checkpoint" in path.name)
 
-    assert kept("shard-whole") == ["checkpoint-000000008-0.dcp"]
-    assert kept("shard-poisoned") == ["checkpoint-000000008-1.dcp"]
+    assert checkpoints("shard-whole") == ["checkpoint-000000008-0.dcp"]
+    assert checkpoints("shard-poisoned") == ["checkpoint-000000008-1.dcp"]
     for run in ("shard-to-one", "shard-continued", "replicate-whole"):
-        assert kept(run) == ["checkpoint.safetensors"]
-    assert kept("replicate-continued") == ["checkpoint-000000008-0.dcp"]
+        assert checkpoints(run) == ["checkpoint.safetensors"]
+    assert checkpoints("replicate-continued") == ["checkpoint-000000008-0.dcp"]
 
 
-def test_a_damaged_part_of_a_sharded_checkpoint_is_named(island, tmp_path) -> None:
+def test_a_damaged_sharded_checkpoint_is_named(island, tmp_path) -> None:
     from atoll.errors import AtollError
 
     run = shutil.copytree(island / "shard-whole", tmp_path / "run")

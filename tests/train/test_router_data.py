@@ -1,4 +1,4 @@
-"""What the router learns from: clusters/router where it is there, else all of encoded/."""
+"""The router's data: clusters/router if it exists, else all of encoded/; and its paths."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from atoll.train.router import RouterTask, _data_set, train_router
 from tests.cards import cluster_shards_card
 
 
-def test_all_of_encoded(run) -> None:
+def test_without_a_sample_the_router_reads_all_of_encoded(run) -> None:
     shards, labels, clusters, assignment = _data_set(run)
     assert (len(shards), clusters, len(assignment)) == (60, 3, 64)
     assert labels.tolist() == [i % 3 for i in range(60)]
@@ -27,7 +27,7 @@ def test_all_of_encoded(run) -> None:
         _data_set(run)
 
 
-def test_the_part_that_is_set_apart_needs_nothing_beside_it(run, manifest) -> None:
+def test_the_routers_sample_is_sufficient(run, manifest) -> None:
     encoded = Shards(run / "encoded")
     rows = torch.arange(0, 60, 2)
     text = [[column[i] for i in rows.tolist()] for column in (encoded.keys, encoded.captions, encoded.splits)]
@@ -44,7 +44,7 @@ def test_the_part_that_is_set_apart_needs_nothing_beside_it(run, manifest) -> No
     assert (train_router(run, manifest) / "card.json").is_file()
 
 
-def test_each_row_is_noised_on_its_clusters_path(run) -> None:
+def test_each_row_is_diffused_along_its_clusters_path(run) -> None:
     data = CaptionedLatents(Rows.of([Shards(run / "encoded")], "train"), HashEncoder(dim=8, length=4))
     paths = [(Cosine(), torch.tensor([0, 2])), (Linear(), torch.tensor([1]))]
     labels = torch.arange(len(data.rows.shards[0])) % 3
@@ -62,7 +62,7 @@ def test_each_row_is_noised_on_its_clusters_path(run) -> None:
         torch.testing.assert_close(x, objective.schedule.diffuse(x0[None].float(), eps[None], t[None])[0])
 
 
-def test_a_router_on_the_experts_paths_says_so_and_is_another_training(run, manifest) -> None:
+def test_the_experts_paths_are_in_the_card_and_in_the_mark(run, manifest) -> None:
     content = manifest.model_dump()
     content["router"]["path"] = "experts"
     content["experts"] = [{"cluster": k, "objective": {"prediction": "eps", "schedule": "cosine"}} for k in range(3)]

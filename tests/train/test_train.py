@@ -1,3 +1,5 @@
+"""Training of experts, router and monolith: results, resuming, rollbacks, and what is refused."""
+
 import errno
 import json
 import os
@@ -43,7 +45,7 @@ class Stop(Exception):
 
 
 def stop_at(step: int):
-    """A progress callback that ends the process's work as kill -9 would: nothing is saved after it."""
+    """A progress callback that stops the training like kill -9: nothing is saved after it."""
 
     def progress(line):
         if line["step"] >= step:
@@ -52,7 +54,7 @@ def stop_at(step: int):
     return progress
 
 
-def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
+def test_the_card_records_objective_calibration_and_validation(trained_run) -> None:
     card = read_card(trained_run / "experts" / NAME, ExpertCard).plain()
     assert card["objective"]["prediction"] == "flow"
     assert card["clusters"] == [1]
@@ -64,7 +66,7 @@ def test_the_expert_learns_and_its_card_tells_how(trained_run) -> None:
     assert set(lines[-1]["val"]) == {"-6", "-4", "-2", "+0", "+2", "+4", "+6"}
 
 
-def test_the_artifact_holds_the_average_of_the_weights(trained_run) -> None:
+def test_the_artifact_holds_the_ema_weights(trained_run) -> None:
     state = load_file(trained_run / "experts" / f".train-{NAME}" / "checkpoint.safetensors")
     saved = weights(trained_run)
     for name in ("final.weight", "embed.weight"):
@@ -72,8 +74,8 @@ def test_the_artifact_holds_the_average_of_the_weights(trained_run) -> None:
         assert not torch.equal(state[f"ema.{name}"], state[f"model.{name}"])
 
 
-def test_a_router_with_pooled_reads_the_prompt(tmp_path) -> None:
-    """Latents that say nothing, captions that say all: it must learn from the words, and be unsure without them."""
+def test_a_router_with_a_pooled_vector_learns_from_the_prompt(tmp_path) -> None:
+    """Latents without information, captions with all of it: the router must learn the words, and be unsure without."""
     encoder = HashEncoder(dim=8, length=4)
     labels = torch.arange(40) % 2
     with ShardWriter(tmp_path / "data", {}) as writer:
@@ -94,7 +96,7 @@ def test_a_router_with_pooled_reads_the_prompt(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("killed_at", [2, 4, 6])
-def test_killed_and_resumed_equals_never_killed_bit_for_bit(run, trained_run, manifest, killed_at) -> None:
+def test_resume_is_bit_exact_after_a_kill(run, trained_run, manifest, killed_at) -> None:
     with pytest.raises(Stop):
         train_expert(run, manifest, "1", progress=stop_at(killed_at))
     train_expert(run, manifest, "1", resume=True)
@@ -104,7 +106,7 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(run, trained_run, ma
     assert steps[-1] == 8
 
 
-def test_the_router_and_the_monolith_resume_too(run, trained_run, manifest) -> None:
+def test_router_and_monolith_resume_bit_exactly(run, trained_run, manifest) -> None:
     for train, part in ((train_router, "router"), (train_monolith, "monolith")):
         with pytest.raises(Stop):
             train(run, manifest, progress=stop_at(4))
@@ -112,7 +114,7 @@ def test_the_router_and_the_monolith_resume_too(run, trained_run, manifest) -> N
         assert_equal(weights(run, part), weights(trained_run, part))
 
 
-def test_an_expert_needs_its_clusters_shards_and_nothing_else(run, trained_run, manifest) -> None:
+def test_an_expert_reads_its_clusters_shards_alone(run, trained_run, manifest) -> None:
     shutil.rmtree(run / "encoded")
     shutil.rmtree(run / "clusters" / "cluster-000")
     shutil.rmtree(run / "clusters" / "cluster-002")
@@ -122,19 +124,19 @@ def test_an_expert_needs_its_clusters_shards_and_nothing_else(run, trained_run, 
     assert_equal(weights(run), weights(trained_run))
 
 
-def test_sigterm_saves_and_leaves(run, manifest) -> None:
+def test_sigterm_saves_and_stops(run, manifest) -> None:
     def terminate(line):
         if line["step"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)  # not always the default: other libraries install theirs
+    before = signal.getsignal(signal.SIGTERM)  # not always the default: other libraries install handlers
     with pytest.raises(Interrupted, match="stopped at step 4 of 8"):
         train_expert(run, manifest, "1", progress=terminate)
     assert signal.getsignal(signal.SIGTERM) == before
     train_expert(run, manifest, "1", resume=True)
 
 
-def test_a_checkpoint_in_the_way_is_refused(run, manifest) -> None:
+def test_an_existing_checkpoint_needs_resume_or_restart(run, manifest) -> None:
     with pytest.raises(Stop):
         train_expert(run, manifest, "1", progress=stop_at(4))
     with pytest.raises(AtollError, match="--resume"):
@@ -151,7 +153,7 @@ def changed(run: Path, old: str, new: str):
     return load_manifest(run)
 
 
-def test_resuming_under_other_settings_is_refused(run, manifest) -> None:
+def test_resuming_with_other_settings_is_refused(run, manifest) -> None:
     with pytest.raises(Stop):
         train_expert(run, manifest, "1", progress=stop_at(4))
     other = changed(run, "batch: 6", "batch: 5")
@@ -179,13 +181,13 @@ def test_a_damaged_checkpoint_is_named(run, manifest) -> None:
 
 
 def poison(monkeypatch, *indices, value=float("nan")):
-    """The losses of these batches are multiplied by `value`."""
-    real = atoll.train.denoiser.Denoising.batch
+    """Multiply the losses of these batches by `value`."""
+    original = atoll.train.denoiser.Denoising.batch
     losses = atoll.train.denoiser.Denoising.losses
 
-    def batch(self, index, share):
+    def batch(self, index, rows):
         factor = value if index in indices else 1.0
-        return {**real(self, index, share), "factor": torch.full((share.stop - share.start,), factor)}
+        return {**original(self, index, rows), "factor": torch.full((rows.stop - rows.start,), factor)}
 
     monkeypatch.setattr(atoll.train.denoiser.Denoising, "batch", batch)
     monkeypatch.setattr(
@@ -194,11 +196,12 @@ def poison(monkeypatch, *indices, value=float("nan")):
 
 
 @pytest.mark.filterwarnings("ignore:the loss of step")
-def test_nan_rolls_back_and_skips_the_batches_since(run, trained_run, manifest, monkeypatch) -> None:
+def test_nan_rolls_back_and_skips_batches(run, trained_run, manifest, monkeypatch) -> None:
     poison(monkeypatch, 4)
     path = train_expert(run, manifest, "1")
-    told = read_card(path, ExpertCard).plain()["training"]
-    assert (told["rollbacks"], told["skipped_batches"]) == (1, 2)  # batches 3 and 4: the checkpoint is of step 3
+    training = read_card(path, ExpertCard).plain()["training"]
+    # The checkpoint is of step 3: batches 3 and 4 are skipped.
+    assert (training["rollbacks"], training["skipped_batches"]) == (1, 2)
     with pytest.raises(AssertionError):
         assert_equal(weights(run), weights(trained_run))
     events = [line for line in read_metrics(run / f"experts/.train-{NAME}") if "event" in line]
@@ -207,7 +210,7 @@ def test_nan_rolls_back_and_skips_the_batches_since(run, trained_run, manifest, 
 
 
 @pytest.mark.filterwarnings("ignore:the loss of step")
-def test_killed_after_a_rollback_equals_never_killed(run, tmp_path, monkeypatch) -> None:
+def test_resume_is_bit_exact_after_a_rollback_and_kills(run, tmp_path, monkeypatch) -> None:
     other = write_run(tmp_path / "other")
     poison(monkeypatch, 4)
     train_expert(run, load_manifest(run), "1")
@@ -219,9 +222,9 @@ def test_killed_after_a_rollback_equals_never_killed(run, tmp_path, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:the loss of step")
-def test_nan_again_and_again_gives_up_and_keeps_the_last_good_checkpoint(run, manifest, monkeypatch) -> None:
+def test_repeated_nan_fails_and_leaves_the_last_checkpoint(run, manifest, monkeypatch) -> None:
     poison(monkeypatch, *range(4, 40))
-    with pytest.raises(AtollError, match=r"is nan, after 3 returns to a checkpoint; the one of step 3 is whole"):
+    with pytest.raises(AtollError, match=r"is nan, after 3 returns to a checkpoint; the one of step 3 is valid"):
         train_expert(run, manifest, "1")
     assert not (run / "experts" / NAME).exists()
     with __import__("safetensors").safe_open(run / f"experts/.train-{NAME}" / "checkpoint.safetensors", "pt") as stored:
@@ -230,28 +233,28 @@ def test_nan_again_and_again_gives_up_and_keeps_the_last_good_checkpoint(run, ma
 
 
 @pytest.mark.filterwarnings("ignore:the loss of step")
-def test_a_leap_of_the_loss_rolls_back(run, manifest, monkeypatch) -> None:
+def test_a_spike_of_the_loss_rolls_back(run, manifest, monkeypatch) -> None:
     monkeypatch.setattr(atoll.train.loop, "_CALM", 3)
     poison(monkeypatch, 5, value=1e6)
     path = train_expert(run, manifest, "1")
     assert read_card(path, ExpertCard).training.rollbacks == 1
 
 
-def test_parts_of_a_batch_give_the_same_step(run, trained_run) -> None:
+def test_gradient_accumulation_gives_the_same_steps(run, trained_run) -> None:
     train_expert(run, changed(run, "log_every: 2", "log_every: 2\n  accumulate: 3"), "1")
-    mine, whole = weights(run), weights(trained_run)
-    for name in mine:
-        torch.testing.assert_close(mine[name], whole[name], rtol=2e-3, atol=2e-5)
+    accumulated, whole = weights(run), weights(trained_run)
+    for name in accumulated:
+        torch.testing.assert_close(accumulated[name], whole[name], rtol=2e-3, atol=2e-5)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(run, trained_run, manifest, monkeypatch) -> None:
-    real, calls = os.fsync, []
+def test_a_full_disk_leaves_the_previous_checkpoint_valid(run, trained_run, manifest, monkeypatch) -> None:
+    fsync, calls = os.fsync, []
 
     def full(descriptor):
         calls.append(descriptor)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
+        fsync(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
@@ -279,7 +282,7 @@ def test_an_assignment_of_other_data_is_refused(run, manifest) -> None:
         train_router(run, manifest)
 
 
-def test_order_is_a_permutation_per_epoch_whatever_the_batch() -> None:
+def test_each_epoch_is_a_permutation_for_any_batch_size() -> None:
     for rows, batch in ((10, 3), (7, 7), (3, 8)):
         order = SeededSampler(rows, batch, seed=1)
         seen = torch.cat([order.at(step) for step in range(rows * 2)])
@@ -289,7 +292,7 @@ def test_order_is_a_permutation_per_epoch_whatever_the_batch() -> None:
     assert not torch.equal(SeededSampler(100, 50, seed=1).at(0), SeededSampler(100, 50, seed=2).at(0))
 
 
-def test_dropped_rows_become_the_null_condition() -> None:
+def test_dropped_rows_get_the_null_condition() -> None:
     encoder = HashEncoder(dim=8, length=5)
     condition = drop_condition(encoder(["a b", "c"]), encoder.null(1), torch.tensor([False, True]))
     expected = encoder(["a b", ""])
@@ -298,8 +301,8 @@ def test_dropped_rows_become_the_null_condition() -> None:
     assert torch.equal(condition.pooled, expected.pooled)
 
 
-def test_a_batch_is_the_same_however_it_is_shared(tmp_path) -> None:
-    """Mirrored images too: every process draws for the whole batch, and takes its part."""
+def test_a_batch_does_not_depend_on_the_number_of_processes(tmp_path) -> None:
+    """Including mirrored images: every process draws for the whole batch and takes its rows."""
     latents = torch.arange(40.0).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 8).half()
     with ShardWriter(tmp_path / "data", {}) as writer:
         captions = ["moss", "sand"] * 20

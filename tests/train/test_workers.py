@@ -84,7 +84,7 @@ def test_a_signal_saves_and_a_killed_worker_is_reported(tmp_path, number) -> Non
     process.send_signal(number)
     out, err = communicate(process)
     assert process.returncode == 0, err
-    assert re.fullmatch(r"stopped at step \d+ of 100000; --resume goes on from there\n", out)
+    assert re.fullmatch(r"stopped at step \d+ of 100000; continue with --resume\n", out)
     assert err == ""
     if number == signal.SIGINT:
         return

@@ -1,4 +1,4 @@
-"""One of the processes of an island under test; it takes part in one training after the other.
+"""One of the processes of an island under test; it runs several trainings in turn.
 
 RANK and WORLD_SIZE are set; the argument is a JSON list of trainings, see `Training`.
 """
@@ -20,7 +20,7 @@ from tests.waiting import run_ranks
 
 @dataclass
 class Training:
-    """run: its directory. stop: the step at which they die, saving nothing. poison: batches whose loss is NaN."""
+    """run: its directory. stop: the step at which the processes die without saving. poison: batches with a NaN loss."""
 
     run: str
     stop: int = 0
@@ -37,12 +37,12 @@ def take_part(training: Training) -> None:
     os.environ["MASTER_PORT"] = str(training.port)
     batch, losses = atoll.train.denoiser.Denoising.batch, atoll.train.denoiser.Denoising.losses
 
-    def poisoned(self, index, share):
+    def poisoned(self, index, rows):
         print(f"{Path(training.run).name}: batch {index}")  # whoever waits for the ranks sees that they move
         if training.stop and index >= training.stop:
             raise Stop
         factor = float("nan") if index in training.poison else 1.0
-        return {**batch(self, index, share), "factor": torch.full((share.stop - share.start,), factor)}
+        return {**batch(self, index, rows), "factor": torch.full((rows.stop - rows.start,), factor)}
 
     atoll.train.denoiser.Denoising.batch = poisoned
     atoll.train.denoiser.Denoising.losses = lambda self, module, part: losses(self, module, part) * part["factor"]
