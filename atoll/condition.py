@@ -12,9 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Captions as integers; what an integer means is known to the encoder that made it, in this process.
+    """Captions as token numbers. Only the encoder that tokenized them knows what a number means, in this process.
 
-    ids: [B,L] int64. mask: [B,L] bool, True where a token stands.
+    Attributes:
+        ids: token numbers [B, L] int64.
+        mask: True at a token, False at padding [B, L] bool.
     """
 
     ids: Tensor
@@ -24,19 +26,25 @@ class Tokens:
         return len(self.ids)
 
     def index(self, rows: Tensor) -> "Tokens":
-        """The given rows ([b] int64), in their order."""
+        """Return the given rows ([b] int64), in their order."""
         return Tokens(self.ids[rows], self.mask[rows])
 
     def to(self, device: torch.device | str) -> "Tokens":
+        """Return the tokens on a device."""
         return Tokens(self.ids.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Encoded captions. Every row has at least one token: attention over an empty row would be 0/0.
+    """Captions as one text encoder represents them. Every row has at least one token: attention over none is 0/0.
 
-    states: [B,L,D] float. mask: [B,L] bool, True where a token stands. pooled: [B,P] float, or None.
-    Raises ValueError if the shapes do not belong together.
+    Attributes:
+        states: token states [B, L, D] float.
+        mask: True at a token, False at padding [B, L] bool.
+        pooled: one vector per caption [B, P] float, or None.
+
+    Raises:
+        ValueError: the shapes do not fit together.
     """
 
     states: Tensor
@@ -44,6 +52,7 @@ class Condition:
     pooled: Tensor | None = None
 
     def __post_init__(self) -> None:
+        # A wrong mask or pooled vector would broadcast silently.
         if self.states.ndim != 3 or self.mask.shape != self.states.shape[:2] or self.mask.dtype != torch.bool:
             raise ValueError(
                 f"a condition needs states [B,L,D] and a bool mask [B,L]; got {tuple(self.states.shape)} and "
@@ -56,18 +65,24 @@ class Condition:
         return len(self.states)
 
     def index(self, rows: Tensor) -> "Condition":
-        """The given rows ([b] int64, or a [B] bool mask), in their order."""
+        """Return the given rows ([b] int64, or a [B] bool mask), in their order."""
         pooled = None if self.pooled is None else self.pooled[rows]
         return Condition(self.states[rows], self.mask[rows], pooled)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Condition":
-        """Moved to a device and, except for the mask, cast to a dtype."""
+        """Return the condition on a device and, except for the mask, in a dtype."""
+        # The mask stays bool.
         pooled = None if self.pooled is None else self.pooled.to(device, dtype)
         return Condition(self.states.to(device, dtype), self.mask.to(device), pooled)
 
     @staticmethod
     def cat(conditions: "Sequence[Condition]") -> "Condition":
-        """Joined along the batch; all must share L, D and having a pooled vector or not (else ValueError)."""
+        """Return the conditions joined along the batch.
+
+        Raises:
+            ValueError: only some of them have a pooled vector.
+        """
+        # A pooled vector for all rows, or for none.
         pooled = [c.pooled for c in conditions if c.pooled is not None]
         if len(pooled) not in (0, len(conditions)):
             raise ValueError("some conditions have a pooled vector and some have none")

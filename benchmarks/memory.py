@@ -83,7 +83,7 @@ def draw(path: Path, budget: int | None, weights: Any, steps: int) -> dict[str, 
         "load": loaded - start,
         "step": step,
         "added": status("VmHWM") - before,
-        "fetched": network.store.loads if isinstance(network, Offloaded) else EXPERTS,
+        "fetched": network.cache.loads if isinstance(network, Offloaded) else EXPERTS,
         "image": hashlib.sha256(drawn.latents.numpy().tobytes()).hexdigest()[:12],
     }
 

@@ -160,9 +160,9 @@ def test_clusters_must_be_one_per_prompt(trained_run) -> None:
 
 def test_a_prompt_that_is_cut_is_told(trained_run) -> None:
     pipe = Pipeline.from_pretrained(trained_run / "ensemble")
-    with pytest.warns(UserWarning, match=r"'moss sand rain rust fern' is too long: not read is 'rust fern'") as told:
+    with pytest.warns(UserWarning, match=r"'moss sand rain rust fern' is too long: 'rust fern' is cut off") as warned:
         pipe(["moss", "moss sand rain rust fern"], num_inference_steps=1)
-    assert told[0].filename == __file__
+    assert warned[0].filename == __file__
 
 
 def test_a_router_of_another_number_of_clusters_is_refused(trained_run, tmp_path) -> None:

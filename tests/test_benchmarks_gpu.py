@@ -184,7 +184,7 @@ def test_experts_under_a_budget_draw_the_same_and_do_not_all_fit(modules) -> Non
     expected = ensemble.velocity(x, t, condition, 7.5)
     held = sampling.under_budget(ensemble, sampling.TINY_BUDGET, CPU)
     assert torch.equal(held.velocity(x, t, condition, 7.5), expected)
-    store = held.experts[0].network.store
+    store = held.experts[0].network.cache
     assert len(store.resident) == 4
     assert store.loads == 8
 

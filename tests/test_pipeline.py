@@ -1,3 +1,5 @@
+"""Prompts to images: seeds, batches, routing traces, the sheet of images."""
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe, routing, batch_size) -> Non
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
-def test_a_cluster_belongs_to_its_image_in_every_batch(pipe) -> None:
+def test_each_image_keeps_its_cluster_in_any_batch(pipe) -> None:
     arguments = {"seeds": range(7), "routing": "oracle", "num_inference_steps": 4}
     together = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 0]).latents
     apart = pipe(PROMPTS, **arguments, clusters=[0, 1, 2, 0, 1, 2, 0], batch_size=2).latents
@@ -34,26 +36,26 @@ def test_a_cluster_belongs_to_its_image_in_every_batch(pipe) -> None:
     assert not torch.allclose(other[6], together[6], rtol=1e-3, atol=1e-3)
 
 
-def test_seeds_and_generators_decide(pipe) -> None:
+def test_seeds_and_generators_determine_the_image(pipe) -> None:
     same = [np.asarray(pipe("moss", seeds=[5]).images[0]) for _ in range(2)]
     other = np.asarray(pipe("moss", seeds=[6]).images[0])
     assert (same[0] == same[1]).all()
     assert (same[0] != other).any()
-    drawn = [np.asarray(pipe("moss", generator=torch.Generator().manual_seed(1)).images[0]) for _ in range(2)]
-    assert (drawn[0] == drawn[1]).all()
+    images = [np.asarray(pipe("moss", generator=torch.Generator().manual_seed(1)).images[0]) for _ in range(2)]
+    assert (images[0] == images[1]).all()
 
 
-def test_guidance_and_prompt_matter(pipe) -> None:
+def test_guidance_and_prompt_change_the_image(pipe) -> None:
     noise = {"seeds": [3], "num_inference_steps": 6}
     a = pipe("moss", **noise, guidance_scale=1.0).latents
     assert not torch.allclose(a, pipe("moss", **noise, guidance_scale=5.0).latents)
     assert not torch.allclose(a, pipe("rain", **noise, guidance_scale=1.0).latents)
 
 
-def test_traces_and_callback_tell_every_step(pipe) -> None:
-    told = []
-    out = pipe(PROMPTS, num_inference_steps=4, seeds=range(7), batch_size=4, callback=lambda *a: told.append(a))
-    assert told == [(i, 8) for i in range(1, 9)]
+def test_traces_and_callback_cover_every_step(pipe) -> None:
+    calls = []
+    out = pipe(PROMPTS, num_inference_steps=4, seeds=range(7), batch_size=4, callback=lambda *a: calls.append(a))
+    assert calls == [(i, 8) for i in range(1, 9)]
     assert [len(trace.weights) for trace in out.traces] == [4, 4]
     assert out.traces[1].weights[0].shape == (3, 3)
 
@@ -69,12 +71,12 @@ def test_traces_and_callback_tell_every_step(pipe) -> None:
         ({"prompts": "moss", "method": "rk4"}, "unknown method"),
     ],
 )
-def test_mistakes_are_named(pipe, arguments, message) -> None:
+def test_invalid_arguments_are_refused(pipe, arguments, message) -> None:
     with pytest.raises(AtollError, match=message):
         pipe(**arguments)
 
 
-def test_grid_shows_every_image_enlarged() -> None:
+def test_the_grid_shows_every_image_enlarged() -> None:
     images = [Image.new("L", (8, 4), value) for value in (0, 50, 100)]
     sheet = grid(images, columns=2, min_side=16)
     assert sheet.size == (2 * 16 + 8, 2 * 8 + 8)
@@ -82,7 +84,7 @@ def test_grid_shows_every_image_enlarged() -> None:
     assert grid(images[:1], min_side=4).size == (8, 4)
 
 
-def test_sample_to_file(trained_run, tmp_path) -> None:
+def test_images_are_sampled_to_a_file(trained_run, tmp_path) -> None:
     sample_to_file(trained_run / "ensemble", ["moss", "rain"], tmp_path / "out.png", steps=2)
     assert Image.open(tmp_path / "out.png").size == (2 * 128 + 8, 64)
     with pytest.raises(AtollError, match="no image format"):

@@ -12,6 +12,6 @@ from atoll.diffusers.sigmas import flow_sigmas
 
 __all__ = ["AtollEnsemble", "AtollPipeline", "ModelMixin", "flow_sigmas"]
 
-# What model_index.json names must not depend on which file here holds the class. ModelMixin stands here because
-# diffusers looks, in the module of a component's class, for the base class that tells how the component is loaded.
+# The names in model_index.json must not depend on the file that defines a class. ModelMixin is here because diffusers
+# looks in the module of a component's class for the base class that says how the component is loaded.
 AtollEnsemble.__module__ = AtollPipeline.__module__ = __name__

@@ -32,14 +32,14 @@ _WEIGHTS: dict[torch.dtype | None, WeightDtype | None] = {
 
 
 class AtollEnsemble(ModelMixin):
-    """An ensemble (or one expert) of Atoll's as a component of a diffusers pipeline.
+    """An ensemble (or a single expert) as a component of a diffusers pipeline.
 
     Args:
         path: its directory.
-        weights: what the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as they are stored.
+        weights: the dtype that the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as stored.
 
     Attributes:
-        loaded: the ensemble with its text encoder and codec; these two follow what they are given to its device.
+        loaded: the ensemble with its text encoder and codec; these two compute on the device of their input.
 
     Raises:
         AtollError: as `load_ensemble` does.
@@ -47,35 +47,37 @@ class AtollEnsemble(ModelMixin):
 
     def __init__(self, path: str | os.PathLike[str], weights: WeightDtype | None = None):
         super().__init__()  # type: ignore[no-untyped-call]
+        # Load it on the CPU; diffusers moves it.
         self.path = Path(path)
         self.loaded = load_ensemble(self.path, weights=weights)
         own = self.loaded.ensemble
         used = (*(expert.network for expert in own.experts), own.router)
-        # What .to() moves and casts; the ensemble's other tensors follow x.
+        # The modules that .to() moves and casts; the ensemble's other tensors follow x.
         self.networks = nn.ModuleList(network for network in used if isinstance(network, nn.Module))
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the base class has nothing but keywords
+    def from_pretrained(  # type: ignore[override]  # the base class has only keywords
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         torch_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> "AtollEnsemble":
-        """The ensemble at a local path.
+        """Load the ensemble at a local path.
 
         Args:
-            torch_dtype: float32, bfloat16 or float16, what the experts' weights are rounded to; None: as stored.
-            options: what `DiffusionPipeline.from_pretrained` hands to models of its own; most mean nothing here.
+            pretrained_model_name_or_path: its directory.
+            torch_dtype: float32, bfloat16 or float16, which the experts' weights are rounded to; None: as stored.
+            options: those that `DiffusionPipeline.from_pretrained` passes to diffusers' models; most have no meaning
+                here.
 
         Raises:
             AtollError: as `load_ensemble` does; another dtype; a device_map or a variant, which would be ignored.
         """
+        # Options that would be ignored are refused.
         if torch_dtype not in _WEIGHTS:
             raise AtollError(f"dtype {torch_dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
         if unknown := [name for name in ("device_map", "variant") if options.get(name) is not None]:
-            raise AtollError(
-                f"{unknown[0]}: an ensemble of Atoll's has none; load it without, and move it by .to(device)"
-            )
+            raise AtollError(f"{unknown[0]}: an ensemble has none; load it without, and move it by .to(device)")
         return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype])
 
     def forward(
@@ -85,11 +87,20 @@ class AtollEnsemble(ModelMixin):
         t: Tensor,
         prompt_cache: PromptCache,
         guidance_scale: float,
+        *,
         guidance_range: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
-        """Return the velocity [B, C, H, W] of a sampler (from `sampler`) for x [B, C, H, W] at times t [B] in [0, 1].
+        """Return the sampler's velocity [B, C, H, W].
 
-        A call of the module, and not of the sampler, runs the hooks that diffusers puts on its components.
+        Calling the module instead of the sampler runs the hooks that diffusers adds to its components.
+
+        Args:
+            sampler: from `sampler`.
+            x: samples [B, C, H, W].
+            t: their times [B] in [0, 1].
+            prompt_cache: of B rows.
+            guidance_scale: as in `Ensemble.velocity`.
+            guidance_range: likewise.
         """
         return sampler.velocity(
             x, t, guidance_scale=guidance_scale, guidance_range=guidance_range, prompt_cache=prompt_cache
@@ -98,11 +109,17 @@ class AtollEnsemble(ModelMixin):
     def sampler(
         self, routing: str | None = None, alignment: Alignment | None = None, replicas: str | None = None
     ) -> Sampler:
-        """Return a sampler of the ensemble under other options (None: its own).
+        """Return a sampler of the ensemble with other options (None: its own).
+
+        Args:
+            routing: a name of `atoll.ensemble.routing`.
+            alignment: "snr" or "native".
+            replicas: how replicas are combined.
 
         Raises:
             AtollError: an unknown routing, alignment or way to combine replicas.
         """
+        # The ensemble is immutable: other options are another ensemble of the same networks.
         own = self.loaded.ensemble
         return Sampler(
             replace(
@@ -114,13 +131,17 @@ class AtollEnsemble(ModelMixin):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
-        """Copies what it was loaded from, with every part and the frozen networks inside; whole or not at all.
+        """Copy the files that it was loaded from, with every part and the frozen networks; all of them or none.
 
-        Weights are written as they were read, not as `.to(dtype)` made them. `options` are those of diffusers' own
-        models (safe_serialization, max_shard_size): what is written is safetensors and JSON, whatever they say.
+        Weights are written as they were read, not as `.to(dtype)` cast them.
+
+        Args:
+            save_directory: is replaced.
+            options: those of diffusers' models (safe_serialization, max_shard_size); ignored, the files are always
+                safetensors and JSON.
 
         Raises:
-            AtollError: a part is gone or was changed since it was loaded, frozen weights that are pickled, a full disk.
+            AtollError: a part is gone or has changed since it was loaded, frozen weights that are pickled, a full disk.
         """
         with whole_directory(Path(save_directory)) as directory:
             if isinstance(self.loaded.card, EnsembleCard):
@@ -131,13 +152,16 @@ class AtollEnsemble(ModelMixin):
 
     def _copy_ensemble(self, card: EnsembleCard, directory: Path) -> None:
         """Copy the parts that are there into the directory, and write the card that names them."""
-        there = [entry for entry in card.experts if (self.path / entry.url / CARD).is_file()]
-        experts = [entry.model_copy(update={"url": f"{EXPERTS}/{number:03d}"}) for number, entry in enumerate(there)]
+        # The card's entries with their new places.
+        present = [entry for entry in card.experts if (self.path / entry.url / CARD).is_file()]
+        experts = [entry.model_copy(update={"url": f"{EXPERTS}/{number:03d}"}) for number, entry in enumerate(present)]
         changes: dict[str, Any] = {"experts": tuple(experts)}
-        parts: list[tuple[ExpertEntry | RouterEntry, ExpertEntry | RouterEntry]] = [*zip(there, experts, strict=True)]
+        parts: list[tuple[ExpertEntry | RouterEntry, ExpertEntry | RouterEntry]] = [*zip(present, experts, strict=True)]
         if card.router is not None:
             changes["router"] = card.router.model_copy(update={"url": ROUTER})
             parts.append((card.router, changes["router"]))
+
+        # The parts; their hash must be that of the loaded card.
         for old, new in parts:
             _copy_part(self.path / old.url, directory / new.url)
             if sha256_file(directory / new.url / CARD) != old.sha256:
@@ -148,22 +172,25 @@ class AtollEnsemble(ModelMixin):
         write_card(directory / ENSEMBLE_CARD, card.model_copy(update=changes))
 
     def _copy_frozen(self, directory: Path) -> None:
-        """The weights of the text encoders and the codec, each under the last part of the name that cards call it."""
+        """Copy the weights of the text encoders and the codec, each to a directory with the last part of its name."""
         configs = (self.loaded.codec.config(), *self.loaded.encoder.configs())
         names = dict[str, str]()
         for config in (config for config in configs if "weights" in config):
-            given, subfolder = config["weights"], config.get("subfolder", "")
-            name = Path(given).name
+            # The name under which `find_weights` will find them again.
+            weights, subfolder = config["weights"], config.get("subfolder", "")
+            name = Path(weights).name
             if not name.strip("."):
                 raise AtollError(
-                    f"weights {given!r}: no name to save them under; load from their directory's whole path"
+                    f"weights {weights!r}: no name to save them under; load from their directory's whole path"
                 )
-            if names.setdefault(name, given) != given:
-                raise AtollError(f"weights {given!r} and {names[name]!r}: both would be saved as {name}; rename one")
+            if names.setdefault(name, weights) != weights:
+                raise AtollError(f"weights {weights!r} and {names[name]!r}: both would be saved as {name}; rename one")
+
+            # Their files, safetensors and JSON only.
             tokenizer = subfolder if config.get("tokenizer") is None else config["tokenizer"]
             folders = list(dict.fromkeys((subfolder, tokenizer)))
             with also_found_in(self.path / FROZEN):
-                root = find_weights(given, folders)
+                root = find_weights(weights, folders)
             for folder in folders:
                 files = {file for pattern in WANTED for file in (root / folder).glob(pattern)}
                 if folder == subfolder and not any(file.suffix == ".safetensors" for file in files):
@@ -174,13 +201,15 @@ class AtollEnsemble(ModelMixin):
 
 
 def _copy_part(source: Path, directory: Path) -> None:
-    """Copies a card and its weights, and nothing else that lies there."""
+    """Copy a card and its weights, and no other file of the directory."""
+    # A directory of experts may hold checkpoints and logs too.
     directory.mkdir(parents=True, exist_ok=True)
     for name in (CARD, WEIGHTS):
         _copy_file(source / name, directory / name)
 
 
 def _copy_file(source: Path, target: Path) -> None:
+    """Copy a file that was there when the ensemble was loaded."""
     if not source.is_file():
-        raise AtollError(f"{source}: is gone since it was loaded; what was loaded from there cannot be saved")
+        raise AtollError(f"{source}: is gone since it was loaded; put it back, or load the ensemble again")
     shutil.copyfile(source, target)

@@ -1,7 +1,7 @@
-"""The one edge between Atoll's times and the sigmas of diffusers' schedulers.
+"""The edge between Atoll's times and the sigmas of diffusers' schedulers.
 
 The path is the same on both sides, x = (1 - sigma) x0 + sigma noise with velocity noise - x0, and t = sigma. A
-scheduler's timesteps are no measure of t: several round them to integers.
+scheduler's timesteps are not used as times: several schedulers round them to integers.
 """
 
 from typing import Any
@@ -19,27 +19,40 @@ _EXPECTED = (
     "expected FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, or UniPC or DPM-Solver++ with "
     "prediction_type='flow_prediction' and use_flow_sigmas=True"
 )
-_START = 0.9  # the least sigma at which x may be noise alone; UniPC with Karras' spacing starts at 0.994
+_START = 0.9  # the smallest sigma at which x may be pure noise; UniPC with Karras' spacing starts at 0.994
 
 
 def flow_sigmas(scheduler: Any, steps: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sets the timesteps of a scheduler of diffusers, and gives the sigma that belongs to each of the N: [N] float32.
+    """Set the timesteps of a diffusers scheduler, and return the sigma of each.
 
-    FlowMatchEulerDiscreteScheduler is given even sigmas, as `solver.sample` has them: by itself it goes from 0.001 to 0
-    in its last step, which is all but wasted. Where its config asks for a spacing (Karras, exponential, beta), and with
-    every other scheduler, the scheduler's own stand.
+    FlowMatchEulerDiscreteScheduler gets even sigmas, like `solver.sample`: its own last step goes from 0.001 to 0,
+    which is nearly wasted. If its config names a spacing (Karras, exponential, beta), and with every other scheduler,
+    the scheduler's own sigmas are used.
+
+    Args:
+        scheduler: of diffusers.
+        steps: N.
+        device: for the timesteps and the sigmas.
+
+    Returns:
+        Sigmas [N] float32.
 
     Raises:
-        AtollError: it is not of flow matching, its sigmas do not lead from noise to data, or it asks for more than
-            a number of steps (`use_dynamic_shifting` does).
+        AtollError: the scheduler is not for flow matching, its sigmas do not lead from noise to data, or it needs more
+            than a number of steps (with `use_dynamic_shifting`).
     """
+    # Only flow matching has this path.
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("prediction_type", "flow_prediction") != "flow_prediction" or not config.get("use_flow_sigmas", True):
-        raise AtollError(f"{name}, as it is set, is not of flow matching; {_EXPECTED}")
+        raise AtollError(f"{name}, as it is set, is not for flow matching; {_EXPECTED}")
+
+    # Even sigmas for the Euler scheduler.
     options: dict[str, Any] = {"num_inference_steps": steps, "device": device}
     spaced = any(config.get(f"use_{spacing}_sigmas") for spacing in ("karras", "exponential", "beta"))
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not spaced:
         options["sigmas"] = torch.linspace(1, 0, steps + 1)[:-1].numpy()
+
+    # The sigmas must fall from noise to data.
     try:
         scheduler.set_timesteps(**options)
         sigmas, count = scheduler.sigmas.float().cpu(), len(scheduler.timesteps)
@@ -53,6 +66,6 @@ def flow_sigmas(scheduler: Any, steps: int, device: torch.device | str = "cpu") 
     if sigmas[-1] != 0:
         raise AtollError(f"{name} stops in noise, at sigma {float(sigmas[-1]):.3g}; set its final_sigmas_type='zero'")
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks the first timestep up, among rounded ones
+        scheduler.set_begin_index(0)  # otherwise it looks up the first timestep, among rounded ones
     output: Tensor = sigmas[:-1].to(device)
     return output

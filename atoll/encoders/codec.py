@@ -1,4 +1,4 @@
-"""Latent codecs: images to what is diffused, and back. The latent's shift and scale live only here."""
+"""Latent codecs: images to latents, and back. The latent's shift and scale are applied only here."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -26,41 +26,47 @@ from atoll.errors import AtollError
 from atoll.nn import taef2
 from atoll.storage.content import advice
 
-# Pixels that a network sees at once on a CPU: four images of 128 x 128. Their maps stay in the cache, which makes a
-# batch of four up to a third faster than one of 16.
+# Pixels per call of a network on a CPU: four images of 128 x 128. Their activations stay in the processor's cache, so a
+# batch of four is up to a third faster than one of 16.
 CPU_PIXELS = 2**16
 
 
 class Codec(ABC):
-    """A frozen pair of maps. Subclasses are final; `build_codec` makes one again from its config.
+    """A frozen encoder and decoder of images. Subclasses are final; `build_codec` creates one from its config.
 
-    It computes where its input lies, without gradients, and gives float32.
+    It computes on the device of its input, without gradients, and returns float32.
+
+    Attributes:
+        name: the name in configs.
+        channels: C of the latent.
+        factor: image height / latent height, and the same for the width.
+        image_channels: c of the images.
     """
 
     name: str
-    channels: int  # C of the latent
-    factor: int  # image height / latent height, and the same for the width
-    image_channels: int  # c of the images
+    channels: int
+    factor: int
+    image_channels: int
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B,c,h,w] in [0,1] to latents [B,C,h/factor,w/factor] of about unit variance.
+        """Encode images [B, c, h, w] in [0, 1] as latents [B, C, h/factor, w/factor] of about unit variance.
 
         Raises:
-            AtollError: other channels, or sides that are no multiples of the factor.
+            AtollError: another number of channels, or sides that are not multiples of the factor.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B,C,H,W] to images [B,c,H*factor,W*factor], clamped to [0,1]."""
+        """Decode latents [B, C, H, W] to images [B, c, H*factor, W*factor], clamped to [0, 1]."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The plain values that stand in cards."""
+        """Return the plain values that are stored in cards."""
 
     @abstractmethod
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Itself, moved to a device; `dtype` is what it computes in."""
+        """Move the codec to a device and set the dtype that it computes in; return it."""
 
 
 class PixelConfig(BaseModel):
@@ -68,8 +74,8 @@ class PixelConfig(BaseModel):
 
     name: Literal["pixels"] = "pixels"
     channels: Literal[1, 3] = 1
-    shift: float = 0.0  # the data's mean, and
-    scale: float = Field(1.0, gt=0)  # one over its standard deviation, once it is mapped to [-1,1]
+    shift: float = 0.0  # the mean of the data, mapped to [-1, 1]
+    scale: float = Field(1.0, gt=0)  # 1 / standard deviation of the same
 
 
 class PixelCodec(Codec):
@@ -104,10 +110,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Standardised(BaseModel):
-    """latent = (z - shift) * scale, of all channels or of each; None: the constants that come with the network.
+    """latent = (z - shift) * scale, with one constant or one per channel; None: the network's own constants.
 
-    They bring the latents to zero mean and unit variance. Where a network is used far from what it was made for (TAEF2
-    below 128 pixels), measure mean and 1 / standard deviation of z on the data (shift 0, scale 1), and set them.
+    They bring the latents to zero mean and unit variance. If a network is used far from its training data (TAEF2 below
+    128 pixels), measure mean and 1 / standard deviation of z on the data (with shift 0, scale 1), and set them.
     """
 
     shift: float | tuple[float, ...] | None = None
@@ -117,8 +123,8 @@ class Standardised(BaseModel):
 class KLConfig(PretrainedConfig, Standardised):
     """diffusers' AutoencoderKL: sd-vae-ft-mse, SDXL's, SD3's, FLUX's.
 
-    z is the mean of its posterior, so that an image has one latent. What a draw would add is small against the latents'
-    own spread: these networks are trained with a KL term weighted by 1e-6.
+    z is the mean of its posterior, so that an image has one latent. Sampling the posterior would add little compared
+    with the latents' own spread: these networks are trained with a KL term weighted by 1e-6.
     """
 
     name: Literal["kl"] = "kl"
@@ -141,9 +147,21 @@ CodecNetworkConfig = KLConfig | TinyConfig | TAEF2Config
 
 @dataclass(frozen=True, eq=False)
 class Autoencoder:
-    """A loaded network: encode gives z [B,C,h/factor,w/factor] of images [B,c,h,w] in [0,1], decode goes back."""
+    """A loaded network.
 
-    network: nn.Module  # what is moved and cast
+    Attributes:
+        network: the module to move and cast.
+        encode: images [B, c, h, w] in [0, 1] -> z [B, C, h/factor, w/factor].
+        decode: z -> images.
+        image_channels: c.
+        channels: C.
+        factor: image height / latent height.
+        sha256: the hash of its weights.
+        shift: the network's own constant, or one per channel.
+        scale: the same.
+    """
+
+    network: nn.Module
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     image_channels: int
@@ -158,7 +176,7 @@ class NetworkCodec(Codec):
     """A codec with a network: latent = (z - shift) * scale.
 
     Raises:
-        AtollError: `shift` or `scale` of the config is a list of another length than the latent has channels.
+        AtollError: `shift` or `scale` in the config is a list whose length is not the number of latent channels.
     """
 
     def __init__(self, config: CodecNetworkConfig, autoencoder: Autoencoder):
@@ -166,15 +184,18 @@ class NetworkCodec(Codec):
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
         self.image_channels = autoencoder.image_channels
         self._autoencoder = autoencoder
+        # The config's constants, or those that come with the network.
         constants = {
             "shift": autoencoder.shift if config.shift is None else config.shift,
             "scale": autoencoder.scale if config.scale is None else config.scale,
         }
         self._shift, self._scale = (self._per_channel(key, value) for key, value in constants.items())
+        # Cards store the constants and the hash, so that the codec is the same everywhere.
         self._config = config.model_copy(update={**constants, "sha256": autoencoder.sha256})
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
+        # Refuse what the network would fail on, or crop.
         channels, height, width = images.shape[1:]
         if channels != self.image_channels:
             raise AtollError(f"the codec {self.name!r} takes images of {self.image_channels} channels; got {channels}")
@@ -183,11 +204,14 @@ class NetworkCodec(Codec):
                 f"the codec {self.name!r} takes sides that are multiples of {self.factor}; got {height} x {width}: "
                 f"set data.size to {max(height // self.factor, 1) * self.factor}"
             )
+
+        # Encode, then standardise.
         z = self._run(self._autoencoder.encode, images, height * width)  # [B,C,h/factor,w/factor]
         return (z - self._shift.to(z.device)) * self._scale.to(z.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        # The inverse of `encode`, in float32.
         z = latents.float() / self._scale.to(latents.device) + self._shift.to(latents.device)
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         return self._run(self._autoencoder.decode, z, pixels).clamp(0, 1)
@@ -200,16 +224,19 @@ class NetworkCodec(Codec):
         return self
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
-        """function(x) [B,...] as float32, on the device of x, in the network's dtype; in small batches on a CPU."""
+        """Return function(x) [B, ...] as float32, computed in the network's dtype; in small batches on a CPU."""
+        # The network follows its input to the device.
         weight = next(self._autoencoder.network.parameters())
         if weight.device != x.device:
             self._autoencoder.network.to(x.device)
+        # On a CPU, a few images per call; on a GPU, all of them.
         x = x.to(weight.dtype, memory_format=torch.channels_last)
         size = max(1, CPU_PIXELS // pixels) if x.device.type == "cpu" else max(1, len(x))
         return torch.cat([function(part).float() for part in x.split(size)]).contiguous()
 
     def _per_channel(self, key: str, value: float | tuple[float, ...]) -> Tensor:
-        """[1,C,1,1], or [1,1,1,1] for a single number."""
+        """Return a constant as [1, C, 1, 1], or [1, 1, 1, 1] for a single number."""
+        # One constant per channel, or one for all.
         values = value if isinstance(value, tuple) else (value,)
         if len(values) not in (1, self.channels):
             raise AtollError(
@@ -220,23 +247,27 @@ class NetworkCodec(Codec):
 
 
 def _load_diffusers(config: KLConfig | TinyConfig) -> Autoencoder:
-    """AutoencoderKL or AutoencoderTiny, both for images in [-1,1]."""
+    """Load an AutoencoderKL or AutoencoderTiny, both for images in [-1, 1]."""
     directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
-    found = sha256_files(pretrained_files(directory, "diffusion_pytorch_model"))
-    require_sha256(f"codec {config.name!r}", directory, found, config.sha256)
+    # Check the hash before anything is loaded.
+    sha256 = sha256_files(pretrained_files(directory, "diffusion_pytorch_model"))
+    require_sha256(f"codec {config.name!r}", directory, sha256, config.sha256)
+    # Load the network.
     cls = "AutoencoderKL" if config.name == "kl" else "AutoencoderTiny"
     network: Any = load_pretrained("diffusers", {cls: cls}, directory)
     own = network.config
-    # None in the files of many networks, which means that they have none.
+    # Many config.json files hold None, which means no shift and no scale.
     shift, scale = own.shift_factor or 0.0, own.scaling_factor or 1.0
+    # The two classes differ in the output of `encode` and in the names of their settings.
     if config.name == "kl":
         encode = lambda images: network.encode(2 * images - 1).latent_dist.mode()  # noqa: E731
         stages = own.block_out_channels
-        if own.latents_mean is not None and own.latents_std is not None:  # as diffusers' pipelines use them
+        if own.latents_mean is not None and own.latents_std is not None:  # as diffusers' pipelines apply them
             shift, scale = tuple(own.latents_mean), tuple(scale / std for std in own.latents_std)
     else:
         encode = lambda images: network.encode(2 * images - 1).latents  # noqa: E731
         stages = own.encoder_block_out_channels
+    # Each stage but the first halves the sides.
     return Autoencoder(
         network,
         encode,
@@ -244,29 +275,34 @@ def _load_diffusers(config: KLConfig | TinyConfig) -> Autoencoder:
         own.in_channels,
         own.latent_channels,
         2 ** (len(stages) - 1),
-        found,
+        sha256,
         shift,
         scale,
     )
 
 
 def _load_taef2(config: TAEF2Config) -> Autoencoder:
+    """Load FLUX.2's tiny autoencoder, for images in [0, 1]."""
+    # Two files: encoder and decoder.
     directory = find_weights(config.weights)
     files = [_either(directory, f"taef2_{part}") for part in ("encoder", "decoder")]
-    found = sha256_weights(directory, [file.name for file in files])
-    require_sha256("codec 'taef2'", directory, found, config.sha256)
+    sha256 = sha256_weights(directory, [file.name for file in files])
+    require_sha256("codec 'taef2'", directory, sha256, config.sha256)
+    # They must agree on the latent's channels.
     encoder = taef2.load_encoder(_read_tensors(files[0]), str(files[0]))
     decoder = taef2.load_decoder(_read_tensors(files[1]), str(files[1]))
     if encoder.head.out_channels != decoder.stem.in_channels:
         raise AtollError(
-            f"{directory}: the encoder gives {encoder.head.out_channels} channels, the decoder takes "
+            f"{directory}: the encoder returns {encoder.head.out_channels} channels, the decoder takes "
             f"{decoder.stem.in_channels}; get both from one place"
         )
+    # One module, to be moved and cast together.
     network = freeze(nn.ModuleList([encoder, decoder]))
-    return Autoencoder(network, encoder, decoder, 3, encoder.head.out_channels, 8, found)
+    return Autoencoder(network, encoder, decoder, 3, encoder.head.out_channels, 8, sha256)
 
 
 def _either(directory: Path, stem: str) -> Path:
+    """Return the .safetensors or the .pth file of this stem."""
     for file in (directory / f"{stem}.safetensors", directory / f"{stem}.pth"):
         if file.is_file():
             return file
@@ -274,7 +310,7 @@ def _either(directory: Path, stem: str) -> Path:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth; nothing in either is executed."""
+    """Return the tensors of a .safetensors or .pth file; nothing in either is executed."""
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -299,7 +335,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 
 
 def build_codec(config: Mapping[str, Any]) -> Codec:
-    """The codec that a manifest's or a card's config describes.
+    """Create the codec that a manifest's or a card's config describes.
 
     Raises:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
@@ -312,4 +348,4 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
             return NetworkCodec(checked, _load_taef2(checked))
         case PixelConfig() as checked:
             return PixelCodec(checked.channels, checked.shift, checked.scale)
-    raise AssertionError("a name without its codec")
+    raise AssertionError("a config without its codec")

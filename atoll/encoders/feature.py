@@ -1,4 +1,4 @@
-"""The vector per image that is clustered. "hog" and "pixels" need no download and no fit; the others are networks."""
+"""Features: one vector per image, for clustering. "hog" and "pixels" need no download; the others are networks."""
 
 import math
 from abc import ABC, abstractmethod
@@ -31,23 +31,29 @@ from atoll.storage.content import advice
 
 
 class Feature(ABC):
-    """A frozen map from images to vectors. Subclasses are final; `build_feature` makes one again from its config."""
+    """A frozen map from images to vectors. Subclasses are final; `build_feature` creates one from its config.
+
+    Attributes:
+        name: the name in configs.
+        dim: the width of a vector.
+        takes_bf16: whether its vectors hardly change in bf16; clusters depend on them.
+    """
 
     name: str
     dim: int
-    takes_bf16: bool = False  # whether its vectors hardly change in bf16; clusters hang on them
+    takes_bf16: bool = False
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B,C,H,W] in [0,1] to features [B,dim] float32, on the same device, without gradients."""
+        """Return features [B, dim] float32 of images [B, C, H, W] in [0, 1], on the same device, without gradients."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The plain values that stand in cards."""
+        """Return the plain values that are stored in cards."""
 
     @abstractmethod
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Itself, moved to a device; `dtype` is what a network computes in."""
+        """Move the feature to a device and set the dtype that a network computes in; return it."""
 
 
 class HogConfig(BaseModel):
@@ -61,10 +67,10 @@ class HogConfig(BaseModel):
 class Hog(Feature):
     """Histograms of gradient orientations (Dalal and Triggs 2005), `bins` per cell of a `grid` x `grid` over the image.
 
-    Orientations are unsigned, so that dark on light equals light on dark. The square root of the histograms, at unit
-    length, is compared: distances between such vectors are Hellinger distances (Arandjelovic and Zisserman 2012). An
-    image without any edge gives zeros. Chosen among 24 features by how well k-means finds the glyphs' kinds and keeps a
-    character together over the faces (docs/log.md).
+    Orientations are unsigned, so that dark on light equals light on dark. The vector is the square root of the
+    histograms at unit length: distances between such vectors are Hellinger distances (Arandjelovic and Zisserman 2012).
+    An image without any edge has the zero vector. Chosen among 24 features by how well k-means separates the kinds of
+    glyphs and keeps a character together over the typefaces (docs/log.md).
     """
 
     name = "hog"
@@ -75,16 +81,19 @@ class Hog(Feature):
         self.dim = bins * grid * grid
 
     def __call__(self, images: Tensor) -> Tensor:
+        # Gradients of the grey image.
         grey = F.pad(images.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")  # [B,1,H+2,W+2]
         dx = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]  # [B,1,H,W]
         dy = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
         strength = torch.hypot(dx, dy)
+        # Each gradient counts for its two nearest orientation bins, linearly.
         place = torch.atan2(dy, dx) * (self.bins / math.pi)  # each half turn passes all bins once
         low = place.floor()
-        share = place - low  # a gradient counts for the two nearest bins, the nearer the more
+        fraction = place - low
         maps = grey.new_zeros(len(grey), self.bins, *images.shape[-2:])  # [B,bins,H,W]
-        maps.scatter_add_(1, low.long() % self.bins, strength * (1 - share))
-        maps.scatter_add_(1, (low.long() + 1) % self.bins, strength * share)
+        maps.scatter_add_(1, low.long() % self.bins, strength * (1 - fraction))
+        maps.scatter_add_(1, (low.long() + 1) % self.bins, strength * fraction)
+        # Histograms per cell, then the Hellinger map.
         cells = F.adaptive_avg_pool2d(maps, self.grid).flatten(1)  # [B,bins*grid*grid]
         return F.normalize(cells.sqrt())
 
@@ -103,7 +112,7 @@ class PixelsConfig(BaseModel):
 
 
 class Pixels(Feature):
-    """The image itself, at `size` x `size` pixels of red, green and blue: what features are compared with."""
+    """The image itself at `size` x `size` RGB pixels: the baseline for features."""
 
     name = "pixels"
     takes_bf16 = True
@@ -125,14 +134,14 @@ class DINOv2Config(PretrainedConfig):
     """DINOv2 (Oquab et al. 2023), the papers' feature: facebook/dinov2-small to -giant; 1024-d for -large."""
 
     name: Literal["dinov2"] = "dinov2"
-    size: int = Field(224, gt=0)  # pixels of a side; a multiple of the network's patch, 14
+    size: int = Field(224, gt=0)  # pixels per side; a multiple of the network's patch, 14
 
 
 class CLIPImageConfig(PretrainedConfig):
-    """The image half of a CLIP (Radford et al. 2021), in the space that it shares with texts."""
+    """The image encoder of a CLIP (Radford et al. 2021), in the space that it shares with texts."""
 
     name: Literal["clip-image"] = "clip-image"
-    size: int | None = Field(None, gt=0)  # None: the network's own, the only one that it takes (224)
+    size: int | None = Field(None, gt=0)  # None: the network's own size, the only one that it takes (224)
 
 
 class MobileNetConfig(WeightsConfig):
@@ -151,18 +160,27 @@ class SqueezeNetConfig(WeightsConfig):
 
 FeatureNetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig
 
-# Mean and standard deviation [1,3,1,1] of red, green and blue, as the networks were trained.
+# Mean and standard deviation [1, 3, 1, 1] of red, green and blue that the networks were trained with.
 _IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
-_NEITHER = torch.tensor([[0.0], [1.0]]).reshape(2, 1, 1, 1, 1)  # the network standardises by itself
+_UNCHANGED = torch.tensor([[0.0], [1.0]]).reshape(2, 1, 1, 1, 1)  # the network standardises by itself
 _CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).reshape(2, 1, 3, 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A loaded network: `vector` gives [B,dim] of images [B,3,size,size], standardised by mean and std
-    ([1,3,1,1], or [1,1,1,1] for all channels)."""
+    """A loaded network.
 
-    network: nn.Module  # what is moved and cast
+    Attributes:
+        network: the module to move and cast.
+        vector: standardised images [B, 3, size, size] -> vectors [B, dim].
+        dim: the width of a vector.
+        size: pixels per side.
+        sha256: the hash of its weights.
+        mean: of the standardisation [1, 3, 1, 1], or [1, 1, 1, 1] for all channels.
+        std: the same.
+    """
+
+    network: nn.Module
     vector: Callable[[Tensor], Tensor]
     dim: int
     size: int
@@ -172,11 +190,11 @@ class Backbone:
 
 
 class NetworkFeature(Feature):
-    """A network's vector of an image. The image's shorter side is resized to `size`, then its middle is taken."""
+    """A network's vector of an image: the shorter side is resized to `size`, and the centre is cropped."""
 
     def __init__(self, config: FeatureNetworkConfig, backbone: Backbone):
         self.name, self.dim, self.size = config.name, backbone.dim, backbone.size
-        # Transformers are run in 16 bits everywhere; MobileNetV2's vector, of 8-bit weights, moves by a fifth.
+        # Transformers run in 16 bits everywhere; the vector of MobileNetV2, with its 8-bit weights, changes by a fifth.
         self.takes_bf16 = config.name in ("dinov2", "clip-image")
         self._backbone = backbone
         self._config = config.model_copy(update={"sha256": backbone.sha256, "size": backbone.size})
@@ -187,14 +205,16 @@ class NetworkFeature(Feature):
 
     @torch.no_grad()
     def taps(self, images: Tensor) -> list[Tensor]:
-        """SqueezeNet's seven maps [B,D,h,w] of the images at their own size, float32: for a perceptual distance.
+        """Return SqueezeNet's seven feature maps [B, D, h, w] of the images at their own size, float32.
+
+        They are for a perceptual distance.
 
         Raises:
-            AtollError: the feature is another, or the images are smaller than 17 pixels.
+            AtollError: another feature, or images smaller than 17 pixels.
         """
         network = self._backbone.network
         if not isinstance(network, squeezenet.SqueezeNet):
-            raise AtollError(f"the feature {self.name!r} has no taps; take 'squeezenet'")
+            raise AtollError(f"the feature {self.name!r} has no taps; use 'squeezenet'")
         return [tap.float() for tap in network.taps(self._input(images.float()))]
 
     def config(self) -> dict[str, Any]:
@@ -205,20 +225,24 @@ class NetworkFeature(Feature):
         return self
 
     def _input(self, images: Tensor) -> Tensor:
-        """Images [B,1 or 3,h,w] as the network takes them, [B,3,h,w]; the network follows them to their device."""
+        """Return images [B, 1 or 3, h, w] as the network takes them, [B, 3, h, w]; move the network to their device."""
+        # Colour channels and device.
         images = rgb(images, self.name)
         weight = next(self._backbone.network.parameters())
         if weight.device != images.device:
             self._backbone.network.to(images.device)
+        # Standardised as in the network's training.
         mean, std = self._backbone.mean.to(images.device), self._backbone.std.to(images.device)
         images = (images - mean) / std  # [B,3,h,w]
         return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _load_dinov2(config: DINOv2Config) -> Backbone:
-    directory, found = _pretrained(config, "dinov2")
+    # With or without register tokens.
+    directory, sha256 = _pretrained(config, "dinov2")
     classes = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
     network: Any = load_pretrained("transformers", classes, directory)
+    # The image must consist of whole patches.
     patch = network.config.patch_size
     if config.size % patch:
         raise AtollError(
@@ -230,15 +254,17 @@ def _load_dinov2(config: DINOv2Config) -> Backbone:
         lambda images: network(images).pooler_output,  # the class token after the last layer norm
         network.config.hidden_size,
         config.size,
-        found,
+        sha256,
         *_IMAGENET,
     )
 
 
 def _load_clip_image(config: CLIPImageConfig) -> Backbone:
-    directory, found = _pretrained(config, "clip-image")
+    # A whole CLIP, or its image half.
+    directory, sha256 = _pretrained(config, "clip-image")
     classes = dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection")
     network: Any = load_pretrained("transformers", classes, directory)
+    # Its position embeddings fix the size.
     own = network.config
     if config.size not in (None, own.image_size):
         raise AtollError(
@@ -246,51 +272,63 @@ def _load_clip_image(config: CLIPImageConfig) -> Backbone:
             f"set feature.size to {own.image_size}, or leave it out"
         )
     return Backbone(
-        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, found, *_CLIP
+        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, sha256, *_CLIP
     )
 
 
 def _load_npz(config: MobileNetConfig | SqueezeNetConfig) -> Backbone:
+    # One file of arrays, checked by its hash.
     path = find_weights(config.weights)
     if not path.is_file():
         raise AtollError(f"feature {config.name!r}: {path} is a directory; name the .npz file in it")
-    found = sha256_weights(path)
-    require_sha256(f"feature {config.name!r}", path, found, config.sha256)
+    sha256 = sha256_weights(path)
+    require_sha256(f"feature {config.name!r}", path, sha256, config.sha256)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zip, header and value errors: whatever a damaged file makes numpy raise
         raise AtollError(f"{path}: {advice(path, error)}") from None
+    # Its name says which network.
     network: nn.Module
     if config.name == "mobilenetv2":
         network, dim = mobilenet.load_mobilenet(arrays, str(path)), mobilenet.DIM
     else:
         network, dim = squeezenet.load_squeezenet(arrays, str(path)), squeezenet.DIM
-    return Backbone(freeze(network), network, dim, config.size, found, *_NEITHER)
+    return Backbone(freeze(network), network, dim, config.size, sha256, *_UNCHANGED)
 
 
 def _pretrained(config: PretrainedConfig, name: str) -> tuple[Path, str]:
-    """(the directory of a network of transformers, its sha256, which is the config's if that names one)."""
+    """Return the directory of a transformers network, and its sha256, checked against the config's if it has one."""
     directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
-    found = sha256_files(pretrained_files(directory, "model"))
-    require_sha256(f"feature {name!r}", directory, found, config.sha256)
-    return directory, found
+    sha256 = sha256_files(pretrained_files(directory, "model"))
+    require_sha256(f"feature {name!r}", directory, sha256, config.sha256)
+    return directory, sha256
 
 
 def rgb(images: Tensor, feature: str) -> Tensor:
-    """Images [B,1 or 3,H,W] -> [B,3,H,W]. Raises AtollError for other channels; `feature` says whose."""
+    """Return images [B, 1 or 3, H, W] as [B, 3, H, W].
+
+    Args:
+        images: grey or RGB.
+        feature: the name for the error text.
+
+    Raises:
+        AtollError: another number of channels.
+    """
     if images.shape[1] not in (1, 3):
         raise AtollError(f"the feature {feature!r} takes images of 1 or 3 channels; got {images.shape[1]}")
     return images.expand(-1, 3, -1, -1)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Images [B,C,H,W] in [0,1] to [B,C,size,size]: bicubic with antialiasing by the shorter side, then the middle."""
+    """Resize images [B, C, H, W] in [0, 1] to [B, C, size, size]: bicubic by the shorter side, then a centre crop."""
+    # The shorter side becomes `size`.
     height, width = images.shape[-2:]
     if min(height, width) != size:
         shape = [max(size, round(side * size / min(height, width))) for side in (height, width)]
         images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)  # bicubic overshoots
         height, width = shape
+    # The centre of the longer one.
     top, left = (height - size) // 2, (width - size) // 2
     return images[..., top : top + size, left : left + size]
 
@@ -306,7 +344,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 
 
 def build_feature(config: Mapping[str, Any]) -> Feature:
-    """The feature that a manifest's or a card's config describes.
+    """Create the feature that a manifest's or a card's config describes.
 
     Raises:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
@@ -323,4 +361,4 @@ def build_feature(config: Mapping[str, Any]) -> Feature:
             return Hog(checked.bins, checked.grid)
         case PixelsConfig() as checked:
             return Pixels(checked.size)
-    raise AssertionError("a name without its feature")
+    raise AssertionError("a config without its feature")

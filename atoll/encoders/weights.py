@@ -1,7 +1,7 @@
-"""The weights of frozen networks: where they lie, whether they are the right ones, how they are loaded.
+"""The weights of frozen networks: finding them, checking their hash, loading them.
 
-A frozen network's config names its `weights` as they were given (a local path, or a repository of the hub) and their
-`sha256`. Where they lie differs between machines; what they are does not: `identity`.
+A frozen network's config names its `weights` as the user did (a local path, or a repository of the hub) and their
+`sha256`. Their place differs between machines; the rest of the config, their `identity`, does not.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from atoll.runtime.libraries import import_library, quiet
 from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.content import advice, content_of, is_cut_off, is_out_of_memory
 
-STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # how the libraries call their weights
-VARIABLE = "ATOLL_WEIGHTS"  # the directory in which weights are looked for where their path does not exist
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no pickles, no copies for other frameworks
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # the names of the libraries' weight files
+VARIABLE = "ATOLL_WEIGHTS"  # names a directory that is searched for weights whose path does not exist
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no pickles, no other frameworks
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 _ALSO_IN: ContextVar[Path | None] = ContextVar("also_found_in", default=None)
-_LOCATION = ("weights", "subfolder", "tokenizer")  # the keys of a config that say where something lies
+_LOCATION = ("weights", "subfolder", "tokenizer")  # the keys of a config that name places
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -36,7 +36,7 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class WeightsConfig(BaseModel):
-    """What every network with weights is configured by. sha256: None is filled in when they are found."""
+    """The config of every network with weights. sha256: None is filled in when the weights are found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -51,16 +51,23 @@ class PretrainedConfig(WeightsConfig):
 
 
 def parse_config(kind: str, known: Mapping[str, type[Model]], config: Mapping[str, Any]) -> Model:
-    """`config` as the model that its "name" asks for.
+    """Validate `config` by the model that belongs to its "name".
+
+    Args:
+        kind: of the configured object, for error texts: "codec".
+        known: the models by name.
+        config: from a manifest or a card.
 
     Raises:
-        AtollError: an unknown name, key or value; `kind` ("codec") says of what.
+        AtollError: an unknown name, key or value.
     """
+    # The name selects the model.
     name = config.get("name")
     if name == "unknown":  # of a converted expert
         raise AtollError(f"the {kind} is not known: convert the expert again with --{kind.split()[0]}")
     if not isinstance(name, str) or name not in known:
         raise AtollError(f"unknown {kind} {name!r}; known: {', '.join(map(repr, known))}")
+    # Pydantic's first complaint, in one line.
     try:
         return known[name].model_validate(dict(config))
     except ValidationError as error:
@@ -74,26 +81,26 @@ def parse_config(kind: str, known: Mapping[str, type[Model]], config: Mapping[st
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` without where the weights lie: two networks are the same if their identities are equal."""
+    """Return `config` without the place of the weights: two networks are the same if their identities are equal."""
     return {key: value for key, value in config.items() if key not in _LOCATION}
 
 
 def same(one: object, other: object) -> bool:
-    """Whether two entries of cards are equal; of networks' configurations, whether their identities are."""
+    """Whether two entries of cards are equal; configs of networks are compared by their identities."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return identity(one) == identity(other)
     return one == other
 
 
 def unset_variable(path: str) -> str | None:
-    """The first environment variable in an expanded path, "$NAME", that was not expanded because it is not set."""
-    found = re.search(r"\$\w+|\$\{\w+\}", path)
-    return found.group() if found else None
+    """Return the first "$NAME" in an expanded path, whose environment variable is not set; None if there is none."""
+    match = re.search(r"\$\w+|\$\{\w+\}", path)
+    return match.group() if match else None
 
 
 @contextmanager
 def also_found_in(directory: Path) -> Iterator[None]:
-    """While the block runs, `find_weights` looks into this directory too, if there is one, before $ATOLL_WEIGHTS."""
+    """Let `find_weights` also search this directory, if it exists, before $ATOLL_WEIGHTS, while the block runs."""
     token = _ALSO_IN.set(directory if directory.is_dir() else None)
     try:
         yield
@@ -101,62 +108,68 @@ def also_found_in(directory: Path) -> Iterator[None]:
         _ALSO_IN.reset(token)
 
 
-def find_weights(given: str, subfolders: Sequence[str] = ("",)) -> Path:
-    """The local file or directory of the weights `given`; downloaded only where nothing local is called so.
+def find_weights(name: str, subfolders: Sequence[str] = ("",)) -> Path:
+    """Return the local file or directory of weights; download them only if nothing local has their name.
 
-    Looked for as a path (`~` and `$VAR` expanded), then below the directories of `also_found_in` and $ATOLL_WEIGHTS by
-    its whole and by its last name, then, if it looks like "organisation/name", on the hub (or in the hub's cache,
-    without a network).
+    The places, in this order: the name as a path (`~` and `$VAR` expanded); the directories of `also_found_in` and
+    $ATOLL_WEIGHTS, by the whole name and by its last part; and, if the name looks like "organisation/name", the hub
+    (or the hub's cache, without a network).
 
     Args:
-        subfolders: of a repository, what is downloaded; "" are the files at its top.
+        name: the path or repository.
+        subfolders: of a repository, those to download; "" is its top.
 
     Raises:
-        AtollError: nothing is found; it says where it was looked for.
+        AtollError: nothing is found; the text names the places.
     """
-    path = Path(os.path.expanduser(os.path.expandvars(given)))
+    # Local places first.
+    path = Path(os.path.expanduser(os.path.expandvars(name)))
     roots = [root for root in (_ALSO_IN.get(),) if root is not None]
     if os.environ.get(VARIABLE):
         roots.append(Path(os.path.expanduser(os.environ[VARIABLE])))
-    tried = list(dict.fromkeys((path, *(place for root in roots for place in (root / given, root / path.name)))))
+    tried = list(dict.fromkeys((path, *(place for root in roots for place in (root / name, root / path.name)))))
     for place in tried:
         if place.exists():
             return place
+
+    # Then the hub, if the name can be a repository.
     if unset := unset_variable(str(path)):
-        raise AtollError(f"weights {given!r}: {unset} is not set in the environment; set it, or correct the path")
+        raise AtollError(f"weights {name!r}: {unset} is not set in the environment; set it, or correct the path")
     places = ", ".join(map(str, tried))
-    if not _REPOSITORY.fullmatch(given):
-        raise AtollError(f"weights {given!r}: not found (tried {places}); correct the path, or set ${VARIABLE}")
+    if not _REPOSITORY.fullmatch(name):
+        raise AtollError(f"weights {name!r}: not found (tried {places}); correct the path, or set ${VARIABLE}")
     try:
-        return _download(given, subfolders)
+        return _download(name, subfolders)
     except AtollError:
         raise
-    # The hub's client raises its own errors, those of its HTTP library, and the system's: all mean the same here.
+    # The hub's client raises its own errors, those of its HTTP library, and the system's: all have the same remedy.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise AtollError(
-            f"weights {given!r}: not found (tried {places}), nor can they be had from the hub ({reason:.200}); "
+            f"weights {name!r}: not found (tried {places}), and the hub does not provide them ({reason:.200}); "
             f"put them into a local directory and name that, or set ${VARIABLE}"
         ) from None
 
 
 def _download(repository: str, subfolders: Sequence[str]) -> Path:
-    """The repository's files of those subfolders, in the hub's cache."""
+    """Download the files of a repository's subfolders to the hub's cache, and return its directory."""
+    # Only files that are read: a repository may hold the same weights in several formats.
     hub = import_library("huggingface_hub")
     wanted = [f"{folder}/{pattern}" if folder else pattern for folder in subfolders for pattern in WANTED]
-    # A pattern's * matches slashes too: without this, the top of a pipeline's repository would be all of it.
+    # A pattern's * also matches slashes: without this, the top of a pipeline's repository would be all of it.
     unwanted = ["*/*"] if all(folder == "" for folder in subfolders) else None
     return Path(hub.snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
 
 
 def sha256_weights(path: Path, files: Sequence[str] | None = None) -> str:
-    """The hash of a file; or, of a directory, that of its sorted (relative name, sha256).
+    """Return the hash of a file, or of a directory's sorted (relative name, sha256).
 
     Args:
-        files: of the directory, what the network reads; None: every file.
+        path: the file or directory.
+        files: the files in the directory that the network reads; None: every file.
 
     Raises:
-        AtollError: a file that is not there, or cannot be read.
+        AtollError: a file is missing or cannot be read.
     """
     try:
         if path.is_file():
@@ -171,28 +184,29 @@ def sha256_weights(path: Path, files: Sequence[str] | None = None) -> str:
 
 
 def sha256_files(files: Mapping[str, Path]) -> str:
-    """The hash of the sorted (name, sha256 of the file), wherever the files lie."""
+    """Return the hash of the sorted (name, sha256 of the file), which does not depend on the files' directory."""
     lines = "".join(f"{sha256_file(files[name])}  {name}\n" for name in sorted(files))  # as `sha256sum` writes them
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def require_sha256(name: str, path: Path, found: str, expected: str | None) -> None:
-    """Raises AtollError unless the weights found are those that the config (of a card) asks for."""
-    if expected is not None and found != expected:
+def require_sha256(name: str, path: Path, actual: str, expected: str | None) -> None:
+    """Raise AtollError unless the hash of the weights is that of the config, if it has one."""
+    if expected is not None and actual != expected:
         raise AtollError(
-            f"{name}: the weights at {path} have sha256 {found[:16]}..., the config asks for {expected[:16]}...; "
-            "get the very weights that were used, or remove sha256 from the config to use these"
+            f"{name}: the weights at {path} have sha256 {actual[:16]}..., the config expects {expected[:16]}...; "
+            "get the weights that were used, or remove sha256 from the config to use these"
         )
 
 
 def pretrained_files(directory: Path, stem: str) -> dict[str, Path]:
-    """The files that transformers ("model") or diffusers ("diffusion_pytorch_model") reads of a directory, by name.
+    """Return the files that transformers ("model") or diffusers ("diffusion_pytorch_model") reads, by name.
 
     With a whole file and an index side by side, transformers reads the whole file and diffusers the index.
 
     Raises:
         AtollError: no config.json, or no safetensors; pickles are not read, as they can execute.
     """
+    # An index belongs to what is hashed: it decides which shards are read.
     weights = _weights_in(directory, stem)
     names = [file.name for file in ((weights.index,) if weights.index else ()) + weights.files]
     if not (directory / "config.json").is_file():
@@ -201,8 +215,9 @@ def pretrained_files(directory: Path, stem: str) -> dict[str, Path]:
 
 
 def _weights_in(directory: Path, stem: str) -> WeightFiles:
-    """The weight files in a directory, as its library would choose them. Raises AtollError if there are none."""
+    """Return the weight files in a directory that its library would choose. Raises AtollError if there are none."""
     weights = weight_files(directory, stem, "whole" if stem == STEMS["transformers"] else "index")
+    # Say what is there instead, if it is a pickle.
     if weights is None:
         pickles = sorted(file.name for file in directory.glob("*") if file.suffix in (".bin", ".pt", ".ckpt", ".h5"))
         instead = f", only {pickles[0]}, which is never read; convert it to safetensors" if pickles else ""
@@ -215,31 +230,35 @@ def _weights_in(directory: Path, stem: str) -> WeightFiles:
 def load_pretrained(
     library: str, classes: Mapping[str, str], directory: Path, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """The network in a local directory, frozen; neither the hub nor a pickle is touched.
+    """Load a frozen network from a local directory, without the hub and without pickles.
 
     Args:
         library: "transformers" or "diffusers".
-        classes: what its config.json may call itself (model_type or _class_name) -> the class to load.
+        classes: the accepted kinds (model_type or _class_name in config.json), each with the class to load.
+        directory: with config.json and safetensors.
+        dtype: of the network.
 
     Raises:
-        AtollError: another kind of network, weights that are damaged or not all there, a missing library.
+        AtollError: another kind of network, weights that are damaged or incomplete, a missing library.
     """
+    # The kind of network decides the class.
     key = "model_type" if library == "transformers" else "_class_name"
     kind = str(_read_object(directory / "config.json").get(key))
     if kind not in classes:
         raise AtollError(f"{directory}: its config.json says {kind!r}; expected one of {', '.join(classes)}")
+    # Load it.
     dtype_key = "dtype" if library == "transformers" else "torch_dtype"
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, dtype_key: dtype}
     with quiet(library) as module:
         weights = _weights_in(directory, STEMS[library])
         if weights.variant is not None:
-            options["variant"] = weights.variant  # half-precision values, computed with in `dtype`
+            options["variant"] = weights.variant  # half-precision values, which are computed in `dtype`
         try:
             cls = getattr(module, classes[kind])
             network, info = cls.from_pretrained(str(directory), output_loading_info=True, **options)
-        except Exception as error:  # safetensors, JSON, shapes, unknown keys: the libraries raise whatever they meet
+        except Exception as error:  # anything: safetensors, JSON, shapes, unknown keys
             raise AtollError(_not_loaded(directory, weights, library, error)) from None
-    # The libraries fill what is missing with random numbers, and say so in a log at most.
+    # The libraries fill missing tensors with random numbers, and at most log it.
     if absent := sorted(map(str, info["missing_keys"])):
         raise AtollError(
             f"{directory}: {len(absent)} of the network's tensors are not in its weights (first: {absent[0]}); "
@@ -250,7 +269,8 @@ def load_pretrained(
 
 
 def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exception) -> str:
-    """Why a library could not load a network, and what helps."""
+    """Return why a library could not load a network, and the remedy."""
+    # A file that is no safetensors, or cut off, explains it best.
     for file in weights.files:
         if content_of(file) != "safetensors" or is_cut_off(file):
             return f"{file}: {advice(file, error)}"
@@ -263,7 +283,7 @@ def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exce
 
 
 def freeze(network: NetworkT) -> NetworkT:
-    """In evaluation mode and without gradients; convolutions in channels_last, which is faster on CPUs too."""
+    """Put the network into evaluation mode without gradients, convolutions in channels_last, faster also on CPUs."""
     network.eval().requires_grad_(False)
     for parameter in network.parameters():
         if parameter.ndim == 4:
@@ -272,6 +292,7 @@ def freeze(network: NetworkT) -> NetworkT:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises AtollError if the file holds anything else."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise AtollError(
@@ -281,4 +302,5 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
+    """Return an error as one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,7 +15,14 @@ from atoll.condition import Condition, as_conditions
 from atoll.ensemble.expert import Alignment, Expert, RouterNetwork
 from atoll.ensemble.offload import selection_probs
 from atoll.ensemble.prompt_cache import CACHE_BYTES, PromptCache
-from atoll.ensemble.replicas import Stacking, check_replicas, replica_shares
+from atoll.ensemble.replicas import (
+    ReplicaGroup,
+    Stacking,
+    check_replicas,
+    cluster_owners,
+    replica_groups,
+    replica_weights,
+)
 from atoll.ensemble.routing import Routing, RoutingContext, parse_routing
 from atoll.errors import AtollError
 from atoll.shapes import per_sample
@@ -71,14 +78,6 @@ class Routed:
         if self.log_p is None or self.owners is None:
             return []
         return selection_probs(self.log_p, self.owners)
-
-
-@dataclass(frozen=True)
-class ReplicaGroup:
-    """Experts of the very same clusters, and how their answers are stacked; None: shared as `replicas` says."""
-
-    members: tuple[int, ...]
-    stacking: Stacking | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,8 +137,8 @@ class Ensemble:
             "stackings": tuple(self.stackings),
             "null": None if self.null is None else as_conditions(self.null),
             "rule": rule,
-            "_owners": _owners(self.experts, self.excluded),
-            "_groups": _groups(self.experts, stackings, self.excluded),
+            "_owners": cluster_owners(self.experts, self.excluded),
+            "_groups": replica_groups(self.experts, stackings, self.excluded),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -242,22 +241,27 @@ class Ensemble:
         prompt_cache: PromptCache | None = None,
     ) -> Query:
         """Return the validated query; arguments and errors as in `velocity`."""
+        # A condition alone is a cache that caches nothing.
         if condition is not None:
             if prompt_cache is not None:
                 raise AtollError("condition and prompt_cache were both passed; expected one of them")
             prompt_cache = self.prompt_cache(as_conditions(condition), limit=0)
+        # Guidance needs both branches.
         if guidance_scale != 1.0 and (prompt_cache is None or prompt_cache.null is None):
             missing = "condition" if prompt_cache is None else "null condition (Ensemble(..., null=...))"
             raise AtollError(f"guidance_scale is {guidance_scale} but there is no {missing}")
+        # Outside its range, guidance is off: a scale of 1 for these samples.
         inside = (t >= guidance_range[0]) & (t <= guidance_range[1])
         return Query(x, t, prompt_cache, torch.where(inside, guidance_scale, 1.0).to(x.dtype), cluster)
 
     def route(self, query: Query) -> Routed:
         """Select the experts of a query and compute their weights."""
+        # Each expert's weight; rows sum to 1.
         x, t = query.x, query.t
         log_p, owners = self._cluster_log_p(x, t, self._pooled(query))
         weights = self._weights(x, t, query.cluster, log_p, owners)
 
+        # Stacked replicas: their velocities are combined as their x0 are, with the mean in the place of the rest.
         # sum_r w_r u_r + (1 - sum_r w_r)/sigma (x - m): x0 = m + sum_r w_r (x0_r - m), with x explained.
         factors, offset, stacked = weights.clone(), torch.zeros_like(x), set[int]()
         for members, stacking in ((list(group.members), group.stacking) for group in self._groups):
@@ -269,20 +273,28 @@ class Ensemble:
             offset += per_sample((group_weight * mean_weight).to(x), x) * (x - stacking.mean.to(x))
             stacked |= set(members)
 
+        # Rows by expert: each expert is evaluated once, for all samples that selected it.
         rows = tuple(column.nonzero().squeeze(1) for column in factors.T)
         active = tuple(index for index, selected in enumerate(rows) if len(selected))
         return Routed(query, weights, factors, offset, rows, active, frozenset(stacked), log_p, owners)
 
     def expert_velocity(self, routed: Routed, index: int) -> Tensor:
         """Return one active expert's guided velocity [b, ...] for its rows of the batch."""
+        # Only the expert's own rows.
         query, rows, expert = routed.query, routed.rows[index], self.experts[index]
         x, t, scale, raw = query.x[rows], query.t[rows], query.scale[rows], index in routed.stacked
+
+        # An unconditional network.
         if query.prompts is None:
             return expert.velocity(x, t, None, self.alignment, raw)
+
+        # Without guidance, the condition alone.
         guided = bool((scale != 1.0).any())
         condition = query.prompts.for_expert(expert.network, expert.encoder, rows, guided)
         if not guided:
             return expert.velocity(x, t, condition, self.alignment, raw)
+
+        # u_null + g (u_cond - u_null), with both branches in one call.
         u_both = expert.velocity(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), condition, self.alignment, raw)
         u_condition, u_null = u_both.chunk(2)
         return u_null + per_sample(scale, x) * (u_condition - u_null)
@@ -292,6 +304,7 @@ class Ensemble:
 
         The order of the sum is that of `routed.active`, in whichever order the experts were evaluated.
         """
+        # A copy: `routed` is not changed.
         velocity = routed.offset.clone()
         for index in routed.active:
             rows, u = routed.rows[index], velocities[index]
@@ -307,10 +320,13 @@ class Ensemble:
         """
         if self.rule.over_experts or (self.router is None and len(self.experts) == 1):
             return None, None
-        if self.router is None:  # the caller passes the clusters
+        # Without a router the caller passes the clusters: all are equally probable until then.
+        if self.router is None:
             log_p = x.new_zeros(len(x), self._owners.shape[1])
         else:
             log_p = self.router(x, t, pooled).to(x.dtype)
+
+        # A cluster without an expert has no probability.
         owners = self._owners.to(log_p)
         if owners.shape[1] > log_p.shape[1]:
             raise AtollError(
@@ -324,25 +340,32 @@ class Ensemble:
         self, x: Tensor, t: Tensor, cluster: Tensor | None, log_p: Tensor | None, owners: Tensor | None
     ) -> Tensor:
         """Return each expert's weight [B, E] from what `_cluster_log_p` returned."""
+        # A routing over experts, or a single expert: no clusters.
         context = RoutingContext(x, t, cluster, [expert.name for expert in self.experts])
         if self.rule.over_experts:
             return self.rule.weights(x.new_zeros(len(x), 0), context)
         if log_p is None or owners is None:
             return x.new_ones(len(x), 1)
+
+        # Clusters to experts; the owners of a cluster share its weight equally.
         per_cluster = self.rule.weights(log_p, context)  # [B, K]
-        weights = per_cluster @ (owners / owners.sum(0).clamp(min=1)).T  # replicas of a cluster alike
+        weights = per_cluster @ (owners / owners.sum(0).clamp(min=1)).T
+        # Replicas divide the weight of their group by their own mode.
         for group in self._groups:
             members = list(group.members)
-            weights[:, members] = weights[:, members].sum(1, keepdim=True) * self._shares(group, t)
+            weights[:, members] = weights[:, members].sum(1, keepdim=True) * self._replica_weights(group, t)
         return weights
 
-    def _shares(self, group: ReplicaGroup, t: Tensor) -> Tensor:
-        """Return how replicas share their clusters' weight [B, R]; rows sum to 1."""
+    def _replica_weights(self, group: ReplicaGroup, t: Tensor) -> Tensor:
+        """Return each replica's fraction of its group's weight [B, R]; rows sum to 1."""
+        # By another mode than stacking, or without a stacking: equally.
         experts = [self.experts[member] for member in group.members]
         if self.replicas != "stacked":
-            return replica_shares(self.replicas, experts, t)
+            return replica_weights(self.replicas, experts, t)
         if group.stacking is None:
-            return replica_shares("equal", experts, t)
+            return replica_weights("equal", experts, t)
+
+        # For the trace, stacked weights are normalised; `route` applies them as they are.
         solved, _ = group.stacking.at(t)
         total = solved.sum(1, keepdim=True)
         return torch.where(total > 0, solved / total.clamp(min=1e-12), 1 / len(experts)).to(t)
@@ -353,36 +376,3 @@ class Ensemble:
             return query.prompts.conditions[self.router_encoder].pooled
         pooled = None if self.null is None else self.null[self.router_encoder].pooled
         return None if pooled is None else pooled.expand(len(query.x), -1)
-
-
-def _owners(experts: Sequence[Expert], excluded: frozenset[int]) -> Tensor:
-    """Return [E, K]: 1 where the expert is among the narrowest that cover the cluster."""
-    clusters = max(max(expert.clusters) for expert in experts) + 1
-    owners = torch.zeros(len(experts), clusters)
-    for k in range(clusters):
-        breadths = {
-            index: len(expert.clusters)
-            for index, expert in enumerate(experts)
-            if k in expert.clusters and index not in excluded
-        }
-        for index, breadth in breadths.items():
-            if breadth == min(breadths.values()):
-                owners[index, k] = 1
-    return owners
-
-
-def _groups(
-    experts: Sequence[Expert], stackings: Sequence[Stacking], excluded: frozenset[int]
-) -> tuple[ReplicaGroup, ...]:
-    """Return the groups of replicas, each with the stacking of just these experts, if there is one, in its order."""
-    groups = []
-    for clusters in dict.fromkeys(expert.clusters for expert in experts):
-        members = [index for index, expert in enumerate(experts) if expert.clusters == clusters]
-        names = {experts[index].name: index for index in members}
-        fitting = next((s for s in stackings if set(s.names) == names.keys() and len(names) == len(members)), None)
-        members = [names[name] for name in fitting.names] if fitting else members
-        # Without one of its members, a stacking's weights are wrong: the others share equally.
-        left = tuple(index for index in members if index not in excluded)
-        if len(left) > 1:
-            groups.append(ReplicaGroup(left, fitting if len(left) == len(members) else None))
-    return tuple(groups)

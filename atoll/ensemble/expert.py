@@ -65,10 +65,12 @@ class Expert:
             raw: neither calibrate nor clamp x0; what `Stacking` combines.
         """
 
+        # Alignment calls the network at the expert's own time and scale.
         def predict(x_scaled: Tensor, time: Tensor) -> Tensor:
             return self.network(x_scaled, time, condition)
 
         if alignment == "native":
             return native_velocity(predict, self.objective, x, t)
+        # Raw: an identity calibration turns off both the correction and HDDM's clamp.
         calibration = Calibration.identity(torch.zeros((), dtype=x.dtype)) if raw else self.calibration
         return snr_velocity(predict, self.objective, x, t, calibration)

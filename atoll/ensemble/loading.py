@@ -1,4 +1,4 @@
-"""From the disk to running objects: expert, router and ensemble artifacts, their hashes checked."""
+"""Expert, router and ensemble artifacts, loaded from disk with their hashes checked."""
 
 import json
 import warnings
@@ -36,28 +36,38 @@ from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_ten
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard, SamplingDefaults
 from atoll.storage.layout import ENSEMBLE_CARD
 
-FROZEN = "frozen"  # beside ensemble.json: text encoders and codec, where somebody has put them there
+FROZEN = "frozen"  # beside ensemble.json: the weights of text encoders and codec, if they were saved with it
 
 
 @dataclass(frozen=True)
 class LoadedExpert:
+    """An expert with its card."""
+
     expert: Expert
     card: ExpertCard
 
 
 @dataclass(frozen=True)
 class LoadedEnsemble:
-    """An ensemble ready to sample, with the frozen networks it needs around it."""
+    """An ensemble ready to sample, with its frozen networks.
+
+    Attributes:
+        ensemble: experts and router.
+        encoder: the text encoders that the experts read; `Expert.encoder` is an index of them.
+        codec: latents to images.
+        latent_shape: (C, H, W).
+        card: the ensemble's card, or the expert's if a single expert was loaded as an ensemble.
+    """
 
     ensemble: Ensemble
     encoder: PromptEncoder
     codec: Codec
-    latent_shape: tuple[int, ...]  # (C, H, W)
-    card: EnsembleCard | ExpertCard  # of an expert that is an ensemble of its own
+    latent_shape: tuple[int, ...]
+    card: EnsembleCard | ExpertCard
 
     @property
     def sampling(self) -> SamplingDefaults:
-        """How it is sampled where the caller does not say."""
+        """The defaults of sampling."""
         return self.card.sampling if isinstance(self.card, EnsembleCard) else SamplingDefaults()
 
 
@@ -65,36 +75,43 @@ def load_expert(
     path: str | Path,
     device: str | torch.device = "cpu",
     weights: WeightDtype | None = None,
-    store: ExpertCache | None = None,
+    cache: ExpertCache | None = None,
 ) -> LoadedExpert:
-    """The expert artifact at `path`.
+    """Load an expert artifact.
 
     Args:
-        weights: what its weights are rounded to; None: as they are stored.
-        store: what brings its weights when it is asked; None: they are there for good.
+        path: its directory.
+        device: where it is evaluated.
+        weights: the dtype that its weights are rounded to; None: as stored.
+        cache: loads its weights on demand; None: they are loaded now and stay.
 
     Raises:
-        AtollError: missing, altered, of another format, weights that do not fit the card's network, or unknown weights.
+        AtollError: missing, altered, of another format, weights that do not fit the card's network, or an unknown
+            dtype.
     """
+    # The card, and the weights with their hash checked.
     path = Path(path)
     card = read_card(path, ExpertCard)
     tensors = read_tensors(path, card)
+
+    # Network and calibration; a network whose weights are read later is built without memory.
     with _sound(path / CARD):
-        network = _network(path, card, tensors, "meta" if store or weights else device)  # after the weights' check
+        network = _network(path, card, tensors, "meta" if cache or weights else device)
         calibration = None
         if card.calibration is not None:
             mean = _mean(tensors["calibration.mean"], card.latent_shape).to(device, copy=True)
             calibration = Calibration.load(card.calibration.model_dump(), mean)
         expert = Expert(network, Objective(**card.objective), card.clusters, calibration, card.name)
-    if store or weights:
-        fetch = partial(_fetched, path, card, weights, _state(path / WEIGHTS))
+    # Rounded weights, and those that load on demand, are read again: one tensor at a time, or memory-mapped.
+    if cache or weights:
+        fetch = partial(_reload, path, card, weights, _state(path / WEIGHTS))
         size = bytes_of(cast_weights(network, weights))
-        expert = replace(expert, network=store.add(expert.name, size, fetch) if store else fetch().to(device))
+        expert = replace(expert, network=cache.add(expert.name, size, fetch) if cache else fetch().to(device))
     return LoadedExpert(expert, card)
 
 
 def load_router(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The router artifact at `path`. Raises AtollError as `load_expert` does."""
+    """Load a router artifact. Raises AtollError as `load_expert` does."""
     path = Path(path)
     card = read_card(path, RouterCard)
     return _network(path, card, read_tensors(path, card), device)
@@ -106,32 +123,41 @@ def load_ensemble(
     alignment: Alignment = "snr",
     strict: bool = False,
     device: str | torch.device = "cpu",
+    *,
     replicas: str | None = None,
     memory_budget: str | int | None = None,
     weights: WeightDtype | None = None,
 ) -> LoadedEnsemble:
-    """The ensemble that `path` (a directory with ensemble.json, or an expert's own directory) describes.
+    """Load an ensemble, or a single expert as an ensemble. Warns about eps-experts without calibration.
 
     Args:
-        routing: instead of the ensemble's own default.
-        strict: an expert that is missing is an error; otherwise a warning, and its weight goes to the others.
-        replicas: how they are combined, instead of the ensemble's own default.
-        memory_budget: "16GB", or bytes, for the weights of the experts and the router on the device (the text encoder,
-            the codec and activations are not counted); the experts that do not fit are brought when they are asked.
-        weights: what the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as they are stored.
+        path: a directory with ensemble.json, or an expert's directory.
+        routing: in place of the ensemble's default.
+        alignment: "snr" (exact) or "native" (HDDM's formulas).
+        strict: whether a missing expert is an error; otherwise it is a warning, and its weight goes to the others.
+        device: where experts and router are evaluated.
+        replicas: how replicas are combined, in place of the ensemble's default.
+        memory_budget: "16GB", or bytes, for the weights of the experts and the router on the device (text encoder,
+            codec and activations are not counted); experts that do not fit load on demand.
+        weights: the dtype that the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as stored.
 
     Raises:
-        AtollError: nothing there, a part altered, no expert left, no router, (strict) an expert missing, or a budget
-            too small for one expert and the router.
+        AtollError: nothing to load, an altered part, no expert left, no router, a missing expert with `strict`, or a
+            budget too small for one expert and the router.
     """
+    # Options that cannot work fail before anything is read.
     path = Path(path)
     check_weights(weights)
-    store = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
+    cache = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
+
+    # The directory of an ensemble, or of one expert. Frozen weights that were saved with it are found there.
     with also_found_in(path / FROZEN):
         if (path / ENSEMBLE_CARD).is_file():
-            loaded = _assembled(path, routing, alignment, strict, device, replicas, weights, store)
+            card = load_card(path / ENSEMBLE_CARD, EnsembleCard)
+            experts = _load_experts(path, card, strict=strict, device=device, weights=weights, cache=cache)
+            loaded = _assembled(path, card, experts, routing, alignment, replicas=replicas, device=device, cache=cache)
         elif (path / CARD).is_file():
-            loaded = _alone(path, alignment, device, weights, store)
+            loaded = _alone(load_expert(path, device, weights, cache), alignment, device, cache)
         else:
             raise AtollError(
                 f"{path}: no {ENSEMBLE_CARD} and no {CARD} in it; expected an ensemble's or an expert's directory"
@@ -150,37 +176,56 @@ def warn_uncalibrated(ensemble: Ensemble) -> None:
         )
 
 
-def _assembled(
+def _load_experts(
     path: Path,
-    routing: str | None,
-    alignment: Alignment,
+    card: EnsembleCard,
+    *,
     strict: bool,
     device: str | torch.device,
-    replicas: str | None,
     weights: WeightDtype | None,
-    store: ExpertCache | None,
-) -> LoadedEnsemble:
-    """What ensemble.json describes."""
-    card = load_card(path / ENSEMBLE_CARD, EnsembleCard)
-    loaded = []
+    cache: ExpertCache | None,
+) -> list[LoadedExpert]:
+    """Load the experts of the ensemble at `path` that are there."""
+    experts = []
     for entry in card.experts:
+        # A missing expert is left out; its weight goes to the others.
         part = path / entry.url
         if not (part / CARD).is_file():
             if strict:
-                raise AtollError(f"{part}: the expert {entry.name} is missing, and --strict asks for all of them")
+                raise AtollError(f"{part}: the expert {entry.name} is missing, and --strict requires all of them")
             warnings.warn(f"the expert {entry.name} is missing ({part}); sampling without it", stacklevel=3)
             continue
+        # The card names the weights' hash, so checking the card checks both.
         _check_hash(part / CARD, entry.sha256)
-        loaded.append(load_expert(part, device, weights, store))
-    if not loaded:
+        experts.append(load_expert(part, device, weights, cache))
+    if not experts:
         raise AtollError(f"{path}: none of its {len(card.experts)} experts is there; fetch at least one")
+    return experts
+
+
+def _assembled(
+    path: Path,
+    card: EnsembleCard,
+    experts: Sequence[LoadedExpert],
+    routing: str | None,
+    alignment: Alignment,
+    *,
+    replicas: str | None,
+    device: str | torch.device,
+    cache: ExpertCache | None,
+) -> LoadedEnsemble:
+    """Return the ensemble of these experts that the card at `path` describes."""
+    # The router always stays on the device.
     router, router_card = _router_of(path, card, device)
-    if store is not None:
-        store.reserve(bytes_of(router))
-    kinds, which = _kinds([one.card.condition for one in loaded])
+    if cache is not None:
+        cache.reserve(bytes_of(router))
+
+    # Text encoders, each loaded once.
+    kinds, encoder_indices = _kinds([one.card.condition for one in experts])
     encoder = PromptEncoder([build_encoder(config) for config in kinds])
+
     ensemble = Ensemble(
-        [replace(one.expert, encoder=number) for one, number in zip(loaded, which, strict=True)],
+        [replace(one.expert, encoder=index) for one, index in zip(experts, encoder_indices, strict=True)],
         router,
         routing or card.sampling.routing or "top-2",
         alignment,
@@ -195,7 +240,7 @@ def _assembled(
 def _router_of(
     path: Path, card: EnsembleCard, device: str | torch.device
 ) -> tuple[nn.Module | None, RouterCard | None]:
-    """The router that the ensemble at `path` names, and its card; None if it has none."""
+    """Load the router of the ensemble at `path`, and its card; None if it has none."""
     if card.router is None:
         return None, None
     part = path / card.router.url
@@ -204,17 +249,19 @@ def _router_of(
 
 
 def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The encoders' configs without repetition, and which of them each one is: an encoder is loaded once for all."""
+    """Return the text encoders' configs without repetition, and for each given config its index among them."""
+    # Configs that differ only in the place of their weights are the same encoder.
     kinds = list({json.dumps(identity(config), sort_keys=True): config for config in configs}.values())
     return kinds, [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in configs]
 
 
 def _stackings(path: Path, card: EnsembleCard, device: str | torch.device) -> list[Stacking]:
-    """The weights of replicas that the ensemble at `path` was assembled with."""
+    """Load the stackings of the ensemble at `path`."""
     if card.stackings is None:
         return []
     from safetensors.torch import load
 
+    # Weights are in the card, mean latents in a file beside it.
     file = path / card.stackings.file
     _check_hash(file, card.stackings.sha256)
     with _sound(file):
@@ -226,24 +273,24 @@ def _stackings(path: Path, card: EnsembleCard, device: str | torch.device) -> li
 
 
 def _mean(mean: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
-    """A mean latent, after a check of its shape (C, H, W)."""
+    """Return a mean latent. Raises ValueError if its shape is not (C, H, W)."""
     if tuple(mean.shape) != latent_shape:
         raise ValueError(f"a mean latent of shape {list(mean.shape)}, expected {list(latent_shape)}")
     return mean
 
 
 def _encoder_of(router: RouterCard | None, kinds: list[dict[str, Any]]) -> int:
-    """The number of the encoder whose pooled vector the router was trained with; 0 if there is none."""
+    """Return the index of the text encoder that the router was trained with; 0 if it is not there."""
     return next((i for i, kind in enumerate(kinds) if router is not None and same(kind, router.condition)), 0)
 
 
 def _alone(
-    path: Path, alignment: Alignment, device: str | torch.device, weights: WeightDtype | None, store: ExpertCache | None
+    loaded: LoadedExpert, alignment: Alignment, device: str | torch.device, cache: ExpertCache | None
 ) -> LoadedEnsemble:
-    """One expert (a monolith, say) as an ensemble of its own."""
-    loaded = load_expert(path, device, weights, store)
-    if store is not None:
-        store.reserve(0)
+    """Return a single expert, such as a monolith, as an ensemble."""
+    # No router to reserve memory for, but the expert itself must fit.
+    if cache is not None:
+        cache.reserve(0)
     encoder = PromptEncoder([build_encoder(loaded.card.condition)])
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=move_to(encoder.null(1), device))
     card = loaded.card
@@ -252,17 +299,18 @@ def _alone(
 
 @contextmanager
 def _sound(card: Path) -> Iterator[None]:
-    """Cards come from strangers: whatever in one cannot be read is a mistake of the card, told in one line."""
+    """Turn any error that a card's content causes into one line: cards come from strangers."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
         raise AtollError(f"{card}: cannot be read ({type(error).__name__}: {error}); get a fresh copy of it") from None
 
 
-def _check_hash(card: Path, wanted: str) -> None:
+def _check_hash(card: Path, expected: str) -> None:
+    """Raise AtollError unless a part is the one that was assembled."""
     if not card.is_file():
         raise AtollError(f"{card}: not found; fetch the part again")
-    if sha256_file(card) != wanted:
+    if sha256_file(card) != expected:
         raise AtollError(
             f"{card}: is not the one that was assembled (its sha256 differs); restore it, or run `atoll assemble` again"
         )
@@ -271,7 +319,8 @@ def _check_hash(card: Path, wanted: str) -> None:
 def _network(
     path: Path, card: ExpertCard | RouterCard, tensors: dict[str, Tensor], device: str | torch.device
 ) -> nn.Module:
-    """The card's network with the artifact's weights, in inference mode."""
+    """Return the card's network with the artifact's weights, in evaluation mode and without gradients."""
+    # Built without memory: the weights are assigned, not copied.
     with torch.device("meta"):
         network = build_network(card.network)
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
@@ -285,13 +334,14 @@ def _network(
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    """What tells whether a file whose hash was checked is still the same one."""
+    """Return what identifies a file whose hash was checked, without reading it again."""
+    # A replaced or rewritten file differs in one of these.
     stat = file.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _fetched(path: Path, card: ExpertCard, weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
-    """The network of an artifact whose hash was checked when it was in the state `checked`."""
+def _reload(path: Path, card: ExpertCard, weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
+    """Load the network of an artifact whose hash was checked when its file was in the state `checked`."""
     if not (path / WEIGHTS).is_file() or _state(path / WEIGHTS) != checked:
         raise AtollError(f"{path / WEIGHTS}: changed while it was in use; load the ensemble again")
     return cast_weights(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)

@@ -1,15 +1,15 @@
-"""Several experts of the same clusters as one: stacking, and what it is compared with (DESIGN: Replicas).
+"""Several experts of the same clusters as one: stacking, and the methods that it is compared with.
 
 The errors of replicas are correlated, so weights by inverse error are worse than the better replica alone. Stacking
-(Wolpert 1992, Breiman 1996) asks the data: at each noise level the non-negative least-squares weights of the replicas'
-x0_hat - m onto x0 - m over held-out latents. They need not sum to 1: what is missing is the shrinkage towards the
+(Wolpert 1992, Breiman 1996) measures the weights: at each noise level, the non-negative least-squares weights of the
+replicas' x0_hat - m onto x0 - m over held-out latents. They need not sum to 1: the rest is the shrinkage to the
 cluster's mean m that `Calibration` measures for one expert.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from torch import Tensor
 from atoll.alignment import snr_x0_eps
 from atoll.calibration import NODES, Calibration
 from atoll.condition import Condition
+from atoll.ensemble.expert import Expert
 from atoll.errors import AtollError
 from atoll.interpolation import bracket
-from atoll.objective import Objective
 from atoll.randomness import cpu_generator
 from atoll.schedule import PATH
 
@@ -28,25 +28,12 @@ _BATCH = 64  # noisy latents per call of a network
 EXPECTED = "stacked, inverse-error, equal, or time-switch-0.5 (eps-experts below that time, the others above)"
 
 
-class Replica(Protocol):
-    """What is looked at of an `Expert`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def calibration(self) -> Calibration | None: ...
-    @property
-    def network(self) -> Callable[[Tensor, Tensor, Condition | None], Tensor]: ...
-
-
 @dataclass(frozen=True)
 class Stacking:
     """The weights of the replicas of one set of clusters.
 
     Attributes:
-        names: the replicas' names [R], two at least.
+        names: the replicas' names [R], at least two.
         mean: their clusters' mean latent m, [...] as one latent.
         log_snr: nodes [M], increasing.
         weights: [M, R], not negative.
@@ -60,16 +47,24 @@ class Stacking:
     x0_mse: Tensor
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """For times t [B] of the linear path: the weights w [B, R], and what the mean weighs in the velocity,
-        (1 - sum w)/sigma [B]; linear between nodes, constant beyond them, so that nothing is divided by 0 at t = 0."""
+        """Return the weights w [B, R] and the mean's weight in the velocity, (1 - sum w)/sigma [B].
+
+        Linear between nodes, and constant beyond them, so that nothing is divided by 0 at t = 0.
+
+        Args:
+            t: times on the linear path [B].
+        """
+        # Interpolate the table of weights at the path's log-SNR.
         nodes, table = self.log_snr.to(t), self.weights.to(t)
         log_snr = PATH.log_snr(t)
         left, offset = bracket(nodes, log_snr)
         weights = torch.lerp(table[left], table[left + 1], offset[:, None])
+        # The mean's weight uses the clamped time, where sigma is not 0.
         return weights, (1 - weights.sum(1)) / PATH.sigma(PATH.time_at(log_snr.clamp(nodes[0], nodes[-1])))
 
     def config(self) -> dict[str, Any]:
-        """What goes into ensemble.json."""
+        """Return the entry for ensemble.json; `load` reads it."""
+        # Rounded, since people read cards too.
         return {
             "names": list(self.names),
             "log_snr": [round(float(value), 6) for value in self.log_snr],
@@ -79,7 +74,12 @@ class Stacking:
 
     @classmethod
     def load(cls, config: dict[str, Any], mean: Tensor) -> "Stacking":
-        """The inverse of `config`. Raises AtollError where its lists do not fit each other."""
+        """Return the stacking that `config` described.
+
+        Raises:
+            AtollError: the lists do not fit each other.
+        """
+        # Cards come from strangers: any shape or type may be wrong.
         try:
             names = tuple(str(name) for name in config["names"])
             values = {key: torch.tensor(config[key], dtype=torch.float32) for key in ("log_snr", "weights", "x0_mse")}
@@ -97,45 +97,49 @@ class Stacking:
 
 @torch.inference_mode()
 def measure_stacking(
-    experts: Sequence[Replica],
+    experts: Sequence[Expert],
     latents: Tensor,
     conditions: Sequence[Condition | None],
     mean: Tensor,
     seed: int = 0,
+    *,
     samples: int = 256,
     device: torch.device | str = "cpu",
 ) -> Stacking:
-    """The non-negative least-squares weights of the replicas at each of `NODES`.
+    """Measure the non-negative least-squares weights of the replicas at each of `NODES`.
 
     Args:
         experts: two or more, of the same clusters.
-        latents: held-out latents [n, ...] of them, which none of the experts was trained on.
-        conditions: their captions' encoding, n rows, for each expert; None for an unconditional network.
+        latents: held-out latents [n, ...] of these clusters, which no expert was trained on.
+        conditions: for each expert its condition of n rows; None for an unconditional network.
         mean: the clusters' mean latent.
-        samples: noisy latents per node; latents are used again with fresh noise until there are so many.
-        device: where the experts' networks are.
+        seed: of the noise.
+        samples: noisy latents per node; latents repeat with fresh noise up to this number.
+        device: of the experts' networks.
 
     Raises:
-        AtollError: scipy is not there.
+        AtollError: scipy is not installed.
     """
     try:
         from scipy.optimize import nnls
     except ImportError:
         raise AtollError("weights of replicas need scipy: pip install 'atoll[data]'") from None
+    # Repeat latents and conditions up to the number of samples.
     order = torch.tensor(sorted(NODES, reverse=True), dtype=torch.float64)  # increasing log-SNR
     rows = torch.arange(samples) % len(latents)
-    x0, given = latents[rows], [None if c is None else c.index(rows) for c in conditions]
+    x0, repeated = latents[rows], [None if c is None else c.index(rows) for c in conditions]
     weights, errors = [], []
     for node, time in enumerate(order.tolist()):
+        # Every replica's x0 at the same noisy latents.
         eps = torch.randn(x0.shape, generator=cpu_generator(seed * 1000 + node), dtype=x0.dtype)
         t = torch.full((samples,), time, dtype=x0.dtype)
         x = PATH.diffuse(x0, eps, t)
         estimates = [
             (_estimate(expert, x, t, condition, mean, device) - mean).flatten().double()
-            for expert, condition in zip(experts, given, strict=True)
+            for expert, condition in zip(experts, repeated, strict=True)
         ]
         columns, truth = torch.stack(estimates, dim=1), (x0 - mean).flatten().double()
-        # Estimates at high noise reach 1e4: columns of unit length keep the least squares well posed.
+        # Least squares. Estimates at high noise reach 1e4: columns of unit length keep the problem well posed.
         length = columns.norm(dim=0).clamp(min=1e-12)
         solved = torch.from_numpy(nnls((columns / length).numpy(), truth.numpy())[0]) / length
         weights.append(solved)
@@ -150,54 +154,123 @@ def measure_stacking(
 
 
 def _estimate(
-    expert: Replica, x: Tensor, t: Tensor, condition: Condition | None, mean: Tensor, device: torch.device | str
+    expert: Expert, x: Tensor, t: Tensor, condition: Condition | None, mean: Tensor, device: torch.device | str
 ) -> Tensor:
-    """The expert's x0 as it comes, without correction, for x [B, ...] at t [B]; in batches."""
-    raw, found = Calibration.identity(mean), []
+    """Return the expert's uncorrected x0 for x [B, ...] at t [B], computed in batches."""
+    raw, estimates = Calibration.identity(mean), []
+    # In batches: the noisy latents of a node do not have to fit on the device.
     for rows in torch.arange(len(x)).split(_BATCH):
-        given = None if condition is None else condition.index(rows).to(device)
+        own = None if condition is None else condition.index(rows).to(device)
 
-        def predict(asked: Tensor, time: Tensor, given: Condition | None = given) -> Tensor:
-            return expert.network(asked.to(device), time.to(device), given).cpu()
+        def predict(x_scaled: Tensor, time: Tensor, own: Condition | None = own) -> Tensor:
+            return expert.network(x_scaled.to(device), time.to(device), own).cpu()
 
-        found.append(snr_x0_eps(predict, expert.objective, x[rows], t[rows], raw)[0])
-    return torch.cat(found)
+        estimates.append(snr_x0_eps(predict, expert.objective, x[rows], t[rows], raw)[0])
+    return torch.cat(estimates)
 
 
-def replica_shares(mode: str, experts: Sequence[Replica], t: Tensor) -> Tensor:
-    """The shares [B, R] (rows sum to 1) of replicas at times t [B], by the modes that are compared with stacking.
+def replica_weights(mode: str, experts: Sequence[Expert], t: Tensor) -> Tensor:
+    """Return the replicas' weights [B, R] by a mode that is compared with stacking; rows sum to 1.
+
+    Args:
+        mode: "equal", "inverse-error", or "time-switch-0.5": eps-experts below that time, the others above.
+        experts: the replicas, R of them.
+        t: times [B].
 
     Raises:
-        AtollError: an unknown mode; inverse-error of an expert without calibration; a time switch between experts that
-            are all of one kind.
+        AtollError: an unknown mode; inverse-error for an expert without calibration; a time switch between experts
+            that are all eps-experts, or none of them.
     """
+    # No measurement: every replica counts the same.
     if mode == "equal":
         return t.new_full((len(t), len(experts)), 1 / len(experts))
+    # Weights by calibrated error, as if errors were independent.
     if mode == "inverse-error":
         errors = [_error(expert, t) for expert in experts]
         inverse = 1 / torch.stack(errors, dim=1).clamp(min=1e-12)
         return inverse / inverse.sum(1, keepdim=True)
+    # HDDM section 4.3: eps-experts near the data, the others near the noise.
     if match := re.fullmatch(r"time-switch-(\d*\.?\d+)", mode):
         below = torch.tensor([expert.objective.prediction == "eps" for expert in experts], device=t.device)
         if below.all() or not below.any():
             kinds = ", ".join(f"{expert.name} ({expert.objective.prediction})" for expert in experts)
-            raise AtollError(f"{mode} needs an eps-expert and another one; got {kinds}: take stacked or equal")
+            raise AtollError(f"{mode} needs an eps-expert and another one; got {kinds}: use stacked or equal")
         chosen = torch.where((t >= float(match[1]))[:, None], ~below, below).to(t.dtype)
         return chosen / chosen.sum(1, keepdim=True)
     raise AtollError(f"unknown way to combine replicas {mode!r}; expected {EXPECTED}")
 
 
 def check_replicas(mode: str) -> str:
-    """`mode`, if it is known. Raises AtollError otherwise."""
+    """Return `mode` if it is a known way to combine replicas. Raises AtollError otherwise."""
     if mode in ("stacked", "inverse-error", "equal") or re.fullmatch(r"time-switch-(\d*\.?\d+)", mode):
         return mode
     raise AtollError(f"unknown way to combine replicas {mode!r}; expected {EXPECTED}")
 
 
-def _error(expert: Replica, t: Tensor) -> Tensor:
-    """The expert's calibrated x0 error [B] at times t [B]: geometric between nodes, constant beyond them."""
+def _error(expert: Expert, t: Tensor) -> Tensor:
+    """Return the expert's calibrated x0 error [B] at times t [B]: geometric between nodes, constant beyond them."""
     if expert.calibration is None:
         raise AtollError(f"{expert.name}: inverse-error needs its calibration; run `atoll calibrate` on it")
+    # The logarithm is interpolated: errors span orders of magnitude.
     nodes, log_error = expert.calibration.log_snr.to(t), expert.calibration.x0_mse.to(t).clamp(min=1e-12).log()
     left, offset = bracket(nodes, PATH.log_snr(t))
     return torch.lerp(log_error[left], log_error[left + 1], offset).exp()
+
+
+@dataclass(frozen=True)
+class ReplicaGroup:
+    """Experts of exactly the same clusters.
+
+    Attributes:
+        members: their indices in the ensemble, at least two.
+        stacking: their stacking, in this order; None if they are combined by another mode.
+    """
+
+    members: tuple[int, ...]
+    stacking: Stacking | None
+
+
+def replica_groups(
+    experts: Sequence[Expert], stackings: Sequence[Stacking], excluded: frozenset[int] = frozenset()
+) -> tuple[ReplicaGroup, ...]:
+    """Return the groups of replicas among the experts, each with the stacking that names just its members.
+
+    Args:
+        experts: all of an ensemble's.
+        stackings: those that may be used.
+        excluded: the indices of experts that take no part.
+    """
+    groups = []
+    for clusters in dict.fromkeys(expert.clusters for expert in experts):
+        members = [index for index, expert in enumerate(experts) if expert.clusters == clusters]
+        names = {experts[index].name: index for index in members}
+        # The group takes the order of its stacking's columns.
+        fitting = next((s for s in stackings if set(s.names) == names.keys() and len(names) == len(members)), None)
+        members = [names[name] for name in fitting.names] if fitting else members
+        # Without one of its members, a stacking's weights are wrong: the others share equally.
+        left = tuple(index for index in members if index not in excluded)
+        if len(left) > 1:
+            groups.append(ReplicaGroup(left, fitting if len(left) == len(members) else None))
+    return tuple(groups)
+
+
+def cluster_owners(experts: Sequence[Expert], excluded: frozenset[int] = frozenset()) -> Tensor:
+    """Return [E, K]: 1 where an expert is among the narrowest that cover a cluster.
+
+    Args:
+        experts: E of them.
+        excluded: the indices of experts that take no part.
+    """
+    clusters = max(max(expert.clusters) for expert in experts) + 1
+    owners = torch.zeros(len(experts), clusters)
+    for k in range(clusters):
+        breadths = {
+            index: len(expert.clusters)
+            for index, expert in enumerate(experts)
+            if k in expert.clusters and index not in excluded
+        }
+        # A generalist stands in only where no narrower expert covers the cluster.
+        for index, breadth in breadths.items():
+            if breadth == min(breadths.values()):
+                owners[index, k] = 1
+    return owners

@@ -97,6 +97,7 @@ class TopK(Routing):
         return cls(int(match[1])) if match else None
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        # A softmax over the k values is their renormalisation.
         values, clusters = log_p.topk(min(self.k, log_p.shape[1]), dim=1)  # [B, k]
         return torch.zeros_like(log_p).scatter_(1, clusters, torch.softmax(values, dim=1))
 
@@ -130,6 +131,7 @@ class Threshold(Routing):
         return cls(float(match[1])) if match and float(match[1]) < 1 else None
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        # A tie for the largest probability keeps all of the tied clusters.
         p = torch.softmax(log_p, dim=1)
         large = (p >= self.minimum) | (p == p.amax(1, keepdim=True))
         return torch.softmax(log_p.masked_fill(~large, -torch.inf), dim=1)
@@ -153,6 +155,7 @@ class Nucleus(Routing):
         return cls(mass, temperature) if 0 < mass <= 1 and temperature > 0 else None
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        # A cluster is inside if those before it do not hold the mass yet.
         p, order = torch.softmax(log_p / self.temperature, dim=1).sort(dim=1, descending=True, stable=True)
         inside = p.cumsum(1) - p < self.mass
         inside[:, 0] = True
@@ -178,6 +181,7 @@ class Sample(Routing):
         return cls(int(match[1])) if match else None
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        # The inverse of the cumulative distribution, at numbers that are a hash of x.
         cumulative = torch.softmax(log_p.double(), dim=1).cumsum(1)  # [B, K]
         cumulative = cumulative / cumulative[:, -1:]  # exactly 1 from the last cluster on that has an expert
         u = _uniform(context.x, self.count).to(cumulative)  # [B, count]
@@ -208,6 +212,7 @@ class Oracle(Routing):
         Raises:
             AtollError: there are no clusters in the context, not one per sample, or one of them does not exist.
         """
+        # One cluster for all, or each sample's own.
         cluster = context.cluster
         if self.cluster is not None:
             cluster = torch.full((len(log_p),), self.cluster, device=log_p.device)
@@ -218,6 +223,8 @@ class Oracle(Routing):
         if cluster.shape != (len(log_p),) or not ((cluster >= 0) & (cluster < log_p.shape[1])).all():
             got = cluster.tolist() if cluster.numel() < 10 else f"{cluster.numel()} of them"
             raise AtollError(f"routing oracle: clusters {got}; expected {len(log_p)} numbers below {log_p.shape[1]}")
+
+        # All weight on it, if an expert covers it.
         own = cluster.to(log_p.device)[:, None]  # [B, 1]
         one_hot = torch.zeros_like(log_p).scatter_(1, own, 1.0)
         return torch.where(log_p.isfinite().gather(1, own), one_hot, torch.softmax(log_p, dim=1))
@@ -272,6 +279,7 @@ def parse_routing(text: str) -> Routing:
     Raises:
         AtollError: an unknown name, or a number out of its range.
     """
+    # At most one class takes a name.
     for kind in ROUTINGS:
         routing = kind.parse(text)
         if routing is not None:
@@ -286,6 +294,7 @@ def _match(pattern: str, text: str) -> re.Match[str] | None:
 
 def _uniform(x: Tensor, count: int) -> Tensor:
     """Return uniform numbers [B, count] in [0, 1), float64: a hash of each sample."""
+    # Six bytes per number: 48 bits, which float64 holds exactly.
     rows = [hashlib.shake_128(row.tobytes()).digest(6 * count) for row in x.detach().float().cpu().numpy()]
     numbers = [[int.from_bytes(row[6 * i : 6 * i + 6]) / 2**48 for i in range(count)] for row in rows]
     return torch.tensor(numbers, dtype=torch.float64).reshape(len(x), count)

@@ -87,17 +87,22 @@ class Sampler:
             prompt_cache=prompt_cache,
         )
         while True:
+            # Evaluate the selected experts, until one of them fails.
             routed = self.ensemble.route(query)
             velocities: dict[int, Tensor] = {}
             failed = None
             for index in self._order(routed):
                 velocities[index] = u = self.ensemble.expert_velocity(routed, index)
+                # An answer to x that is not finite itself is not the expert's fault.
                 if self.non_finite != "keep" and not u.isfinite().all() and x[routed.rows[index]].isfinite().all():
                     failed = index
                     break
             if failed is None:
                 break
+            # Without the failed expert, the weights of all others change: route again.
             self._drop(failed)
+
+        # One entry per call, on the CPU, so that a trace holds no memory of the device.
         if self._trace is not None:
             self._trace.times.append(t.detach().cpu())
             self._trace.weights.append(routed.weights.detach().float().cpu())
@@ -116,14 +121,18 @@ class Sampler:
         """Return the order in which to evaluate the active experts: with an expert cache, resident ones first."""
         if self._expert_cache is None:
             return routed.active
+        # The order changes no number: `Ensemble.fuse` has its own.
         networks = [expert.network for expert in self.ensemble.experts]
         return self._expert_cache.plan(networks, routed.active, routed.selection_probs())
 
     def _drop(self, index: int) -> None:
         """Exclude an expert from now on, or raise."""
+        # The policy "raise".
         ensemble, name = self.ensemble, self.ensemble.experts[index].name
         if self.non_finite == "raise":
             raise AtollError(f"{name} {_NON_FINITE}; train or convert it again, or leave it out")
+
+        # The policy "drop", if another expert can take over. A routing that names its experts has no other.
         self.dropped[name] = _NON_FINITE
         excluded = ensemble.excluded | {index}
         if len(excluded) == len(ensemble.experts) or ensemble.rule.over_experts:

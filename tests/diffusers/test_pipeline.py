@@ -1,4 +1,4 @@
-"""Atoll as a diffusers pipeline: the same images, diffusers' manners, and whatever is saved is whole."""
+"""Atoll as a diffusers pipeline: the same images, diffusers' conventions, and complete saved pipelines."""
 
 import json
 import shutil
@@ -56,12 +56,18 @@ def generators(count: int) -> list[torch.Generator]:
 def latents(pipe: AtollPipeline, **options) -> torch.Tensor:
     """[5, 1, 4, 8], each image from a generator of its own."""
     pipe.set_progress_bar_config(disable=True)
-    given = {"prompt": PROMPTS, "generator": generators(5), "num_inference_steps": 6, "guidance_scale": 2.0, **options}
-    return pipe(**given, output_type="latent").images
+    arguments = {
+        "prompt": PROMPTS,
+        "generator": generators(5),
+        "num_inference_steps": 6,
+        "guidance_scale": 2.0,
+        **options,
+    }
+    return pipe(**arguments, output_type="latent").images
 
 
 @pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (6, 3.0), (17, 2.0)])
-def test_images_are_those_of_atolls_pipeline(pipe, trained_run, steps, scale) -> None:
+def test_images_equal_those_of_atolls_pipeline(pipe, trained_run, steps, scale) -> None:
     options = {"num_inference_steps": steps, "guidance_scale": scale}
     own = Pipeline.from_pretrained(trained_run / "ensemble")(PROMPTS, seeds=range(5), method="euler", **options)
     assert torch.equal(latents(pipe, **options), own.latents)
@@ -70,34 +76,34 @@ def test_images_are_those_of_atolls_pipeline(pipe, trained_run, steps, scale) ->
         assert (np.asarray(mine) == np.asarray(theirs)).all()
 
 
-def test_guidance_may_end_before_the_end(pipe, trained_run) -> None:
-    asked = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_range": (0.3, 0.7)}
+def test_guidance_is_limited_to_its_range(pipe, trained_run) -> None:
+    options = {"num_inference_steps": 6, "guidance_scale": 2.0, "guidance_range": (0.3, 0.7)}
     own = Pipeline.from_pretrained(trained_run / "ensemble")
-    expected = own(PROMPTS, seeds=range(5), method="euler", **asked).latents
-    assert torch.equal(latents(pipe, **asked), expected)
+    expected = own(PROMPTS, seeds=range(5), method="euler", **options).latents
+    assert torch.equal(latents(pipe, **options), expected)
     assert not torch.equal(latents(pipe), expected)
 
 
-def test_the_block_cache_is_that_of_the_prompts(pipe, monkeypatch) -> None:
-    made = []
+def test_the_block_cache_reaches_the_prompt_cache(pipe, monkeypatch) -> None:
+    caches = []
 
     def spy(self, *arguments, **options):
-        made.append(prompt_cache(self, *arguments, **options))
-        return made[-1]
+        caches.append(prompt_cache(self, *arguments, **options))
+        return caches[-1]
 
     prompt_cache = Ensemble.prompt_cache
     monkeypatch.setattr(Ensemble, "prompt_cache", spy)
     latents(pipe, block_cache=0.2)
-    assert [one.block_cache for one in made] == [0.2]
+    assert [one.block_cache for one in caches] == [0.2]
 
 
-def test_the_ensembles_own_defaults_stand(pipe, trained_run) -> None:
+def test_the_ensembles_sampling_defaults_are_used(pipe, trained_run) -> None:
     own = Pipeline.from_pretrained(trained_run / "ensemble")(PROMPTS, seeds=range(5), method="euler")
-    drawn = pipe(PROMPTS, generator=generators(5), output_type="latent").images
-    assert torch.equal(drawn, own.latents)
+    images = pipe(PROMPTS, generator=generators(5), output_type="latent").images
+    assert torch.equal(images, own.latents)
 
 
-def test_saved_and_loaded_it_is_the_same(copied, tmp_path) -> None:
+def test_a_saved_pipeline_loads_as_it_was(copied, tmp_path) -> None:
     """Also without the directory it came from, and under the options and the scheduler it had."""
     pipe = AtollPipeline.from_pretrained(copied / "ensemble", routing="top-1", alignment="native")
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config, **FLOW)
@@ -117,18 +123,18 @@ def test_saved_and_loaded_it_is_the_same(copied, tmp_path) -> None:
     assert not torch.equal(latents(changed), expected)
 
 
-def test_what_is_saved_executes_nothing_and_is_an_ensemble(pipe, tmp_path) -> None:
+def test_a_saved_pipeline_executes_nothing_and_is_an_ensemble(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path)
     assert {file.suffix for file in tmp_path.rglob("*") if file.is_file()} == {".json", ".safetensors"}
     assert {file.name for file in tmp_path.iterdir()} == {"model_index.json", "scheduler", "ensemble"}
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["ensemble"] == ["atoll.diffusers", "AtollEnsemble"]
     own = Pipeline.from_pretrained(tmp_path / "ensemble", strict=True)
-    drawn = own(PROMPTS, seeds=range(5), num_inference_steps=6, guidance_scale=2.0, method="euler")
-    assert torch.equal(drawn.latents, latents(pipe))
+    images = own(PROMPTS, seeds=range(5), num_inference_steps=6, guidance_scale=2.0, method="euler")
+    assert torch.equal(images.latents, latents(pipe))
 
 
-def test_saving_over_itself(pipe, tmp_path) -> None:
+def test_a_pipeline_can_be_saved_over_itself(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path)
     again = AtollPipeline.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path)
@@ -136,7 +142,7 @@ def test_saving_over_itself(pipe, tmp_path) -> None:
     assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path)), latents(pipe))
 
 
-def test_a_missing_expert_stays_missing(copied, tmp_path) -> None:
+def test_a_missing_expert_is_missing_in_the_saved_pipeline(copied, tmp_path) -> None:
     entry = json.loads((copied / "ensemble" / "ensemble.json").read_text())["experts"][1]
     shutil.rmtree(copied / "ensemble" / entry["url"])
     with pytest.warns(UserWarning, match="is missing"):
@@ -146,7 +152,7 @@ def test_a_missing_expert_stays_missing(copied, tmp_path) -> None:
     assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path / "saved")), latents(pipe))
 
 
-def test_a_part_that_was_changed_is_not_saved(copied, tmp_path) -> None:
+def test_a_part_that_changed_after_loading_is_not_saved(copied, tmp_path) -> None:
     pipe = AtollPipeline.from_pretrained(copied / "ensemble")
     card = copied / "router" / CARD
     card.write_text(card.read_text() + " ")
@@ -197,7 +203,7 @@ def write_expert(path: Path, frozen: Path) -> Path:
     return path
 
 
-def test_frozen_networks_are_inside(tmp_path, monkeypatch) -> None:
+def test_frozen_networks_are_saved_too(tmp_path, monkeypatch) -> None:
     """The text encoder, its tokenizer and the codec are found though they are gone from where the card says."""
     monkeypatch.setenv("ATOLL_WEIGHTS", str(tmp_path / "nowhere"))
     frozen = write_pretrained(tmp_path / "sd")
@@ -218,8 +224,10 @@ def test_frozen_networks_are_inside(tmp_path, monkeypatch) -> None:
         again.save_pretrained(tmp_path / "again")
     assert not list(tmp_path.rglob("*.bin"))
     own = Pipeline.from_pretrained(tmp_path / "saved" / "ensemble")  # the directory is all that it needs too
-    drawn = own(PROMPTS[:3], seeds=range(3), num_inference_steps=2, guidance_scale=3.0, method="euler").latents
-    assert torch.equal(own.loaded.codec.decode(drawn), expected)
+    expected_latents = own(
+        PROMPTS[:3], seeds=range(3), num_inference_steps=2, guidance_scale=3.0, method="euler"
+    ).latents
+    assert torch.equal(own.loaded.codec.decode(expected_latents), expected)
 
 
 def test_frozen_pickles_are_not_saved(tmp_path) -> None:
@@ -263,7 +271,7 @@ def test_flow_sigmas_lead_any_flow_scheduler_to_the_data(scheduler, bound) -> No
     assert driven(scheduler, 40) < bound  # it may be used again
 
 
-def test_timesteps_are_no_times() -> None:
+def test_timesteps_are_not_used_as_times() -> None:
     scheduler = diffusers.UniPCMultistepScheduler(**FLOW)
     exact, rounded = driven(scheduler, 160), driven(scheduler, 160, rounded=True)
     assert exact < 0.0003
@@ -285,21 +293,21 @@ def test_schedulers_drive_the_pipeline(pipe, fine, scheduler) -> None:
 
 def test_stochastic_schedulers_follow_the_generators(pipe) -> None:
     pipe.scheduler = diffusers.FlowMatchLCMScheduler()
-    drawn = [latents(pipe, generator=generators(5)) for _ in range(2)]
-    assert torch.equal(*drawn)
+    images = [latents(pipe, generator=generators(5)) for _ in range(2)]
+    assert torch.equal(*images)
     other = [torch.Generator().manual_seed(seed) for seed in (0, 1, 2, 3, 9)]
     assert (
-        (latents(pipe, generator=other) != drawn[0]).flatten(1).any(1) == torch.tensor([0, 0, 0, 0, 1]).bool()
+        (latents(pipe, generator=other) != images[0]).flatten(1).any(1) == torch.tensor([0, 0, 0, 0, 1]).bool()
     ).all()
 
 
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (diffusers.DDIMScheduler(), "DDIMScheduler.*not of flow matching; expected FlowMatchEuler"),
-        (diffusers.EulerDiscreteScheduler(), "EulerDiscreteScheduler.*not of flow matching"),
-        (diffusers.UniPCMultistepScheduler(), "UniPC.*not of flow matching"),
-        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "not of flow matching"),
+        (diffusers.DDIMScheduler(), "DDIMScheduler.*not for flow matching; expected FlowMatchEuler"),
+        (diffusers.EulerDiscreteScheduler(), "EulerDiscreteScheduler.*not for flow matching"),
+        (diffusers.UniPCMultistepScheduler(), "UniPC.*not for flow matching"),
+        (diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "not for flow matching"),
         (diffusers.UniPCMultistepScheduler(**FLOW, use_beta_sigmas=True), "no sigmas that fall from 1 to 0"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "no sigmas that fall from 1 to 0"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "`mu` must be passed"),
@@ -317,62 +325,62 @@ def test_other_schedulers_are_refused(scheduler, message) -> None:
 
 
 def test_a_callback_sees_every_step_and_may_change_the_latents(pipe) -> None:
-    told = []
+    calls = []
 
-    def double(given, step, timestep, inputs) -> dict:
-        assert given is pipe
-        told.append((step, round(float(timestep)), tuple(inputs["latents"].shape)))
+    def double(pipeline, step, timestep, inputs) -> dict:
+        assert pipeline is pipe
+        calls.append((step, round(float(timestep)), tuple(inputs["latents"].shape)))
         return {"latents": 2 * inputs["latents"]} if step == 5 else inputs
 
     assert torch.equal(latents(pipe, callback_on_step_end=double), 2 * latents(pipe))
-    assert told == [(step, round(1000 * (6 - step) / 6), (5, 1, 4, 8)) for step in range(6)]
+    assert calls == [(step, round(1000 * (6 - step) / 6), (5, 1, 4, 8)) for step in range(6)]
 
 
-def test_a_callback_may_end_it(pipe) -> None:
-    def end(given, step, _, inputs) -> dict:
-        given._interrupt = step == 2
+def test_a_callback_may_stop_sampling(pipe) -> None:
+    def end(pipeline, step, _, inputs) -> dict:
+        pipeline._interrupt = step == 2
         return inputs
 
     ended = latents(pipe, callback_on_step_end=end)
-    kept = []
-    latents(pipe, callback_on_step_end=lambda _, __, ___, inputs: kept.append(inputs["latents"]) or {})
-    assert torch.equal(ended, kept[2])
-    assert len(kept) == 6
+    steps = []
+    latents(pipe, callback_on_step_end=lambda _, __, ___, inputs: steps.append(inputs["latents"]) or {})
+    assert torch.equal(ended, steps[2])
+    assert len(steps) == 6
 
 
-def test_images_of_one_prompt_stand_side_by_side(pipe) -> None:
-    drawn = latents(pipe, prompt=["moss", "rain rust"], num_images_per_prompt=3, generator=generators(6))
+def test_images_of_one_prompt_are_consecutive(pipe) -> None:
+    images = latents(pipe, prompt=["moss", "rain rust"], num_images_per_prompt=3, generator=generators(6))
     apart = latents(pipe, prompt=["moss"] * 3 + ["rain rust"] * 3, generator=generators(6))
-    assert drawn.shape == (6, 1, 4, 8)
-    assert torch.equal(drawn, apart)
+    assert images.shape == (6, 1, 4, 8)
+    assert torch.equal(images, apart)
 
 
 def test_output_types(pipe) -> None:
     options = {"num_inference_steps": 3}
-    drawn = {
+    images = {
         kind: pipe(PROMPTS, generator=generators(5), output_type=kind, **options).images
         for kind in ("pil", "np", "pt", "latent")
     }
-    assert drawn["pt"].shape == (5, 1, 4, 8)
-    assert torch.equal(drawn["pt"], pipe.ensemble.loaded.codec.decode(drawn["latent"]))
-    assert (drawn["np"] == drawn["pt"].permute(0, 2, 3, 1).numpy()).all()
-    for image, array in zip(drawn["pil"], drawn["np"], strict=True):
+    assert images["pt"].shape == (5, 1, 4, 8)
+    assert torch.equal(images["pt"], pipe.ensemble.loaded.codec.decode(images["latent"]))
+    assert (images["np"] == images["pt"].permute(0, 2, 3, 1).numpy()).all()
+    for image, array in zip(images["pil"], images["np"], strict=True):
         assert isinstance(image, Image.Image)
         assert (np.asarray(image) == (array[..., 0] * 255).round()).all()
     alone = pipe(PROMPTS, generator=generators(5), output_type="np", return_dict=False, **options)
     assert isinstance(alone, tuple)
-    assert (alone[0] == drawn["np"]).all()
+    assert (alone[0] == images["np"]).all()
 
 
-def test_one_generator_or_latents(pipe) -> None:
-    drawn = [latents(pipe, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert torch.equal(*drawn)
-    assert not torch.equal(drawn[0], latents(pipe, generator=torch.Generator().manual_seed(4)))
+def test_a_single_generator_or_given_latents(pipe) -> None:
+    images = [latents(pipe, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*images)
+    assert not torch.equal(images[0], latents(pipe, generator=torch.Generator().manual_seed(4)))
     noise = torch.randn(5, 1, 4, 8, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(latents(pipe, generator=None, latents=noise), drawn[0])
+    assert torch.equal(latents(pipe, generator=None, latents=noise), images[0])
 
 
-def test_a_negative_prompt_takes_the_null_conditions_place(pipe) -> None:
+def test_a_negative_prompt_replaces_the_null_condition(pipe) -> None:
     plain = latents(pipe)
     assert torch.equal(latents(pipe, negative_prompt=""), plain)  # the null condition is the empty prompt's
     assert not torch.allclose(latents(pipe, negative_prompt="rust"), plain)
@@ -380,7 +388,7 @@ def test_a_negative_prompt_takes_the_null_conditions_place(pipe) -> None:
     assert torch.allclose(same, latents(pipe, guidance_scale=1.0), atol=1e-4)
 
 
-def test_negative_prompts_of_their_own(pipe) -> None:
+def test_each_prompt_may_have_its_own_negative_prompt(pipe) -> None:
     each = ["rust", "", "rust", "sand", "moss"]
     together = latents(pipe, negative_prompt=each)
     for row, text in enumerate(each):
@@ -420,13 +428,13 @@ def test_negative_prompts_of_their_own(pipe) -> None:
         ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2)}}, r"latents are \[2\]"),
     ],
 )
-def test_mistakes_are_one_line(pipe, arguments, message) -> None:
+def test_invalid_arguments_are_refused_in_one_line(pipe, arguments, message) -> None:
     with pytest.raises(AtollError, match=message) as caught:
         pipe(**{"prompt": PROMPTS, **arguments})
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_loaded_is_told(pipe, trained_run, tmp_path) -> None:
+def test_what_cannot_be_loaded_is_refused(pipe, trained_run, tmp_path) -> None:
     with pytest.raises(AtollError, match=r"no model_index\.json, no ensemble\.json and no card\.json"):
         AtollPipeline.from_pretrained(tmp_path / "nothing")
     pipe.save_pretrained(tmp_path)
@@ -461,7 +469,7 @@ def test_weights_of_a_saved_pipeline_are_checked(pipe, tmp_path) -> None:
         AtollPipeline.from_pretrained(tmp_path)
 
 
-def test_an_expert_alone(trained_run, tmp_path) -> None:
+def test_a_single_expert_is_a_pipeline(trained_run, tmp_path) -> None:
     pipe = AtollPipeline.from_pretrained(trained_run / "monolith")
     own = Pipeline.from_pretrained(trained_run / "monolith")(PROMPTS, seeds=range(5), num_inference_steps=6)
     assert torch.equal(latents(pipe, guidance_scale=1.0), own.latents)
@@ -469,7 +477,7 @@ def test_an_expert_alone(trained_run, tmp_path) -> None:
     assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path)), latents(pipe))
 
 
-def test_to_and_dtype(trained_run, tmp_path) -> None:
+def test_moving_and_casting(trained_run, tmp_path) -> None:
     pipe = AtollPipeline.from_pretrained(trained_run / "ensemble")
     expected = latents(pipe)
     assert pipe.to("cpu") is pipe
@@ -486,7 +494,7 @@ def test_to_and_dtype(trained_run, tmp_path) -> None:
     assert torch.equal(latents(AtollPipeline.from_pretrained(tmp_path)), expected)  # as the weights were
 
 
-def test_progress_is_told_unless_it_is_not_wanted(loaded, capfd) -> None:
+def test_the_progress_bar_can_be_disabled(loaded, capfd) -> None:
     pipe = AtollPipeline(**loaded.components)
     pipe("moss", num_inference_steps=4)
     assert "4/4" in capfd.readouterr().err
@@ -496,7 +504,7 @@ def test_progress_is_told_unless_it_is_not_wanted(loaded, capfd) -> None:
 
 
 @pytest.mark.parametrize("routing", [None, "full"])
-def test_an_expert_that_fails_is_not_asked_again(trained_run, routing) -> None:
+def test_an_expert_that_answered_nan_stays_excluded(trained_run, routing) -> None:
     pipe = AtollPipeline.from_pretrained(trained_run / "ensemble", routing=routing)
     with torch.no_grad():
         for parameter in pipe.ensemble.networks[1].parameters():
@@ -509,6 +517,6 @@ def test_an_expert_that_fails_is_not_asked_again(trained_run, routing) -> None:
         assert latents(pipe).isfinite().all()
 
 
-def test_it_is_a_pipeline_of_diffusers() -> None:
+def test_it_is_a_diffusers_pipeline() -> None:
     assert atoll.AtollPipeline is AtollPipeline
     assert issubclass(AtollPipeline, diffusers.DiffusionPipeline)

@@ -1,4 +1,4 @@
-"""Codecs: the pixels, and real networks of diffusers at random and small, loaded as any other."""
+"""Codecs: pixels, and small random networks of diffusers, loaded like any other."""
 
 import io
 import json
@@ -24,7 +24,7 @@ STEM = "diffusion_pytorch_model"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_round_trip(channels) -> None:
+def test_pixels_round_trip(channels) -> None:
     codec = PixelCodec(channels, shift=0.7, scale=1.6)
     images = torch.rand(2, channels, 4, 6)
     latents = codec.encode(images)
@@ -41,11 +41,11 @@ def test_shift_and_scale_standardise_the_data() -> None:
     assert abs(latents.std() - 1) < 1e-5
 
 
-def test_decode_clamps() -> None:
+def test_decoded_pixels_are_clamped() -> None:
     assert PixelCodec().decode(torch.tensor([[[[-9.0, 0.0, 9.0]]]])).flatten().tolist() == [0, 0.5, 1]
 
 
-def test_other_channels_are_refused_with_the_fix() -> None:
+def test_the_wrong_channels_are_refused_with_the_fix() -> None:
     with pytest.raises(AtollError, match=r"3 channels.*set to 1.*codec.channels to 3"):
         PixelCodec(1).encode(torch.rand(2, 3, 4, 5))
 
@@ -58,7 +58,7 @@ def test_build_codec_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"name": "jpeg"}, "'jpeg'.*'pixels'"),
         ({"name": ["pixels"]}, "unknown codec"),
@@ -73,12 +73,12 @@ def test_build_codec_round_trip() -> None:
         ({"name": "pixels", "size": 3}, "size"),
     ],
 )
-def test_build_codec_refuses(config, said) -> None:
-    with pytest.raises(AtollError, match=said):
+def test_build_codec_refuses_bad_configs(config, message) -> None:
+    with pytest.raises(AtollError, match=message):
         build_codec(config)
 
 
-def test_pixels_say_their_channels_and_move() -> None:
+def test_pixels_have_channels_and_can_be_moved() -> None:
     codec = PixelCodec(3)
     assert codec.image_channels == codec.channels == 3
     assert codec.to("cpu", torch.bfloat16) is codec
@@ -147,7 +147,7 @@ def images_of(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quant", [True, False])
-def test_kl_is_the_posteriors_mean_shifted_and_scaled(tmp_path, quant) -> None:
+def test_kl_latents_are_the_shifted_scaled_posterior_mean(tmp_path, quant) -> None:
     from diffusers import AutoencoderKL
 
     path = save_kl(tmp_path, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=quant, use_post_quant_conv=quant)
@@ -166,7 +166,7 @@ def test_kl_is_the_posteriors_mean_shifted_and_scaled(tmp_path, quant) -> None:
     assert (config["shift"], config["scale"]) == (0.12, 0.36)
 
 
-def test_kl_with_a_mean_and_deviation_per_channel(tmp_path) -> None:
+def test_kl_uses_a_mean_and_deviation_per_channel(tmp_path) -> None:
     """As diffusers' SDXL pipeline: z = latent * std / scaling_factor + mean."""
     mean, std = [0.5, -1.0, 2.0], [2.0, 4.0, 0.5]
     path = save_kl(tmp_path, scaling_factor=0.5, latents_mean=mean, latents_std=std)
@@ -178,7 +178,7 @@ def test_kl_with_a_mean_and_deviation_per_channel(tmp_path) -> None:
     assert codec.config()["scale"] == [0.25, 0.125, 1.0]
 
 
-def test_tiny_takes_images_as_diffusers_does(tmp_path) -> None:
+def test_tiny_equals_diffusers(tmp_path) -> None:
     from diffusers import AutoencoderTiny
 
     path = save_tiny(tmp_path, scaling_factor=0.7, shift_factor=0.2)
@@ -193,7 +193,7 @@ def test_tiny_takes_images_as_diffusers_does(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_taef2_takes_images_as_they_are(tmp_path, suffix) -> None:
+def test_taef2_equals_its_networks(tmp_path, suffix) -> None:
     codec = build_codec({"name": "taef2", "weights": str(save_taef2(tmp_path, suffix))})
     file = tmp_path / f"taef2_encoder{suffix}"
     tensors = load_file(file) if suffix == ".safetensors" else torch.load(file, weights_only=True)
@@ -211,7 +211,7 @@ def test_halves_of_different_autoencoders_are_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_card_round_trip_elsewhere(tmp_path, name) -> None:
+def test_a_codec_is_built_from_its_card_on_another_machine(tmp_path, name) -> None:
     codec = build_codec({"name": name, "weights": str(SAVE[name](tmp_path / "here"))})
     card = json.loads(json.dumps(codec.config()))
     assert card == codec.config()
@@ -226,7 +226,7 @@ def test_card_round_trip_elsewhere(tmp_path, name) -> None:
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_shift_and_scale_per_channel_bring_latents_to_unit_variance(tmp_path, name) -> None:
+def test_constants_per_channel_give_latents_of_unit_variance(tmp_path, name) -> None:
     config = {"name": name, "weights": str(SAVE[name](tmp_path))}
     images = images_of(5, 3, 32, 24)
     z = build_codec({**config, "shift": 0.0, "scale": 1.0}).encode(images)
@@ -241,7 +241,7 @@ def test_shift_and_scale_per_channel_bring_latents_to_unit_variance(tmp_path, na
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_frozen_in_any_dtype_and_batch(tmp_path, name, monkeypatch) -> None:
+def test_a_codec_is_frozen_in_any_dtype_and_batch(tmp_path, name, monkeypatch) -> None:
     codec = build_codec({"name": name, "weights": str(SAVE[name](tmp_path))})
     images = images_of(5, 3, 16, 24).requires_grad_()
     latents = codec.encode(images)
@@ -260,7 +260,7 @@ def test_frozen_in_any_dtype_and_batch(tmp_path, name, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_images_that_do_not_fit_are_refused(tmp_path, name) -> None:
+def test_images_of_the_wrong_size_or_channels_are_refused(tmp_path, name) -> None:
     codec = build_codec({"name": name, "weights": str(SAVE[name](tmp_path))})
     with pytest.raises(AtollError, match=rf"'{name}' takes images of 3 channels; got 1"):
         codec.encode(torch.rand(2, 1, 16, 24))
@@ -268,7 +268,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path, name) -> None:
         codec.encode(torch.rand(2, 3, 17, 24))
 
 
-def test_in_a_subfolder_of_a_pipeline(tmp_path) -> None:
+def test_a_codec_in_a_pipelines_subfolder_is_loaded(tmp_path) -> None:
     save_kl(tmp_path / "vae")
     whole = build_codec({"name": "kl", "weights": str(tmp_path), "subfolder": "vae"})
     alone = build_codec({"name": "kl", "weights": str(tmp_path / "vae")})
@@ -321,7 +321,7 @@ def test_a_pickle_executes_nothing(tmp_path, content, monkeypatch) -> None:
     assert not Path("exploded").exists()
 
 
-def test_missing_package_and_files(tmp_path, monkeypatch) -> None:
+def test_missing_packages_and_files_are_named(tmp_path, monkeypatch) -> None:
     save_kl(tmp_path)
     with pytest.raises(AtollError, match=r"neither taef2_encoder.safetensors nor taef2_encoder.pth"):
         build_codec({"name": "taef2", "weights": str(tmp_path)})
@@ -333,7 +333,7 @@ def test_missing_package_and_files(tmp_path, monkeypatch) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the real images and weights beside the checkout")
 @pytest.mark.parametrize(("file", "known"), [("eurosat64_0of2.parquet", 31.4), ("flowers128.parquet", 25.7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_taef2_on_images(file, known, dtype) -> None:
+def test_taef2_reconstructs_images(file, known, dtype) -> None:
     import pyarrow.parquet as pq
 
     rows = next(pq.ParquetFile(DATA / file).iter_batches(32 if "64" in file else 8, columns=["image_bytes"]))

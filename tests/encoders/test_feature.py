@@ -1,4 +1,4 @@
-"""Features: the built-in one, and networks: transformers' own classes and npz files, small or at random."""
+"""Features: the built-in ones, and small or random networks from transformers and npz files."""
 
 import json
 import math
@@ -39,40 +39,40 @@ def reference(image: torch.Tensor, bins: int, grid: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("bins", "grid"), [(4, 2), (3, 4)])
-def test_equals_the_histograms_written_out(bins, grid) -> None:
+def test_hog_equals_histograms_written_out(bins, grid) -> None:
     images = torch.rand(3, 1, 8, 12, generator=torch.Generator().manual_seed(0))
     feature = Hog(bins, grid)
-    found = feature(images)
-    assert (found.shape, found.dtype) == ((3, feature.dim), torch.float32)
+    vectors = feature(images)
+    assert (vectors.shape, vectors.dtype) == ((3, feature.dim), torch.float32)
     expected = torch.stack([reference(image[0], bins, grid) for image in images])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vectors, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_unit_length_and_blind_to_contrast_and_inversion() -> None:
+def test_hog_has_unit_length_and_ignores_contrast_and_inversion() -> None:
     images = torch.rand(4, 3, 16, 20)
-    found = Hog()(images)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
-    torch.testing.assert_close(Hog()(0.3 * images + 0.2), found, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(Hog()(1 - images), found, rtol=1e-3, atol=1e-3)
+    vectors = Hog()(images)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(Hog()(0.3 * images + 0.2), vectors, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(Hog()(1 - images), vectors, rtol=1e-3, atol=1e-3)
 
 
-def test_blank_images_give_zeros() -> None:
+def test_hog_of_blank_images_is_zero() -> None:
     assert torch.equal(Hog()(torch.ones(2, 1, 8, 16)), torch.zeros(2, 256))
 
 
-def test_a_thin_shape_is_near_its_bold_and_far_from_another() -> None:
+def test_hog_of_a_thin_shape_is_near_its_bold_one() -> None:
     thin, bold, lying = torch.ones(3, 1, 16, 18)
     thin[0, 2:14, 8:10], bold[0, 2:14, 7:11], lying[0, 7:9, 2:14] = 0, 0, 0
     a, b, c = Hog()(torch.stack([thin, bold, lying]))
     assert (a - b).norm() < 0.8 * (a - c).norm()
 
 
-def test_rows_do_not_depend_on_the_batch() -> None:
+def test_a_feature_does_not_depend_on_its_batch() -> None:
     images = torch.rand(5, 1, 16, 18)
     torch.testing.assert_close(Hog()(images)[2:4], Hog()(images[2:4]))
 
 
-def test_pixels_are_the_image_made_small() -> None:
+def test_pixels_are_the_resized_image() -> None:
     images = torch.rand(3, 3, 8, 12)
     assert build_feature({"name": "pixels", "size": 8}).dim == 192
     assert torch.equal(Pixels(8)(images), images[..., 2:10].flatten(1))
@@ -89,11 +89,11 @@ def test_build_feature_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [({"name": "dino"}, "'dino'.*'hog'"), ({"name": "hog", "bins": 1}, "bins"), ({"name": "hog", "cells": 2}, "cells")],
 )
-def test_build_feature_refuses(config, said) -> None:
-    with pytest.raises(AtollError, match=said):
+def test_build_feature_refuses_bad_configs(config, message) -> None:
+    with pytest.raises(AtollError, match=message):
         build_feature(config)
 
 
@@ -192,25 +192,25 @@ def images_of(*shape: int) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_networks_give_vectors_of_colour_and_grey_images(built) -> None:
+def test_networks_take_colour_and_grey_images(built) -> None:
     name, _, feature = built
     images = images_of(3, 3, 30, 44)
-    found = feature(images.requires_grad_())
-    assert (found.shape, found.dtype, found.requires_grad) == ((3, DIM[name]), torch.float32, False)
+    vectors = feature(images.requires_grad_())
+    assert (vectors.shape, vectors.dtype, vectors.requires_grad) == ((3, DIM[name]), torch.float32, False)
     assert feature.dim == DIM[name]
-    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert (vectors[0] - vectors[1]).abs().max() > 1e-3
     grey = images[:, :1]
     torch.testing.assert_close(feature(grey), feature(grey.expand(-1, 3, -1, -1)))
-    torch.testing.assert_close(feature(images[1:2]), found[1:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(feature(images[1:2]), vectors[1:2], rtol=1e-4, atol=1e-4)
     with pytest.raises(AtollError, match=rf"'{name}' takes images of 1 or 3 channels; got 4"):
         feature(images_of(3, 4, 30, 44))
     assert feature.to("cpu", torch.bfloat16) is feature
     rough = feature(images)
     assert rough.dtype == torch.float32
-    assert 0 < (rough - found).abs().max() < 0.1 * found.abs().max()
+    assert 0 < (rough - vectors).abs().max() < 0.1 * vectors.abs().max()
 
 
-def test_network_card_round_trip_elsewhere(built, tmp_path) -> None:
+def test_a_feature_is_built_from_its_card_on_another_machine(built, tmp_path) -> None:
     _, config, feature = built
     card = json.loads(json.dumps(feature.config()))
     assert card == feature.config()
@@ -255,7 +255,7 @@ def test_clip_image_equals_transformers(tmp_path, no_network, kind) -> None:
     torch.testing.assert_close(feature(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_that_networks_cannot_take(tmp_path, no_network) -> None:
+def test_sizes_that_a_network_cannot_take_are_refused(tmp_path, no_network) -> None:
     with pytest.raises(AtollError, match=r"size 30 is no multiple of the network's patch, 7; set feature.size to 28"):
         build_feature({"name": "dinov2", "weights": str(save_dinov2(tmp_path / "a")), "size": 30})
     with pytest.raises(AtollError, match=r"size 35, but the network takes 28"):
@@ -264,11 +264,11 @@ def test_sizes_that_networks_cannot_take(tmp_path, no_network) -> None:
         build_feature({"name": "dinov2", "weights": str(tmp_path / "b")})
 
 
-def test_resize_is_by_the_shorter_side_and_keeps_the_middle() -> None:
+def test_resize_uses_the_shorter_side_and_crops_the_centre() -> None:
     images = images_of(2, 3, 24, 40)
-    found = resize(images, 12)
+    resized = resize(images, 12)
     scaled = F.interpolate(images, (12, 20), mode="bicubic", antialias=True).clamp(0, 1)
-    torch.testing.assert_close(found, scaled[..., 4:16])
+    torch.testing.assert_close(resized, scaled[..., 4:16])
     assert torch.equal(resize(images[..., :24], 24), images[..., :24])
     assert torch.equal(resize(images, 24), images[..., 8:32])
     step = torch.zeros(2, 1, 10, 20)
@@ -279,7 +279,7 @@ def test_resize_is_by_the_shorter_side_and_keeps_the_middle() -> None:
     assert resize(images_of(2, 1, 7, 1000), 3).shape == (2, 1, 3, 3)
 
 
-def test_taps_are_squeezenets_at_the_images_size(tmp_path, no_network) -> None:
+def test_taps_are_squeezenets_maps_at_the_images_size(tmp_path, no_network) -> None:
     feature = build_feature({"name": "squeezenet", "weights": str(save_squeezenet(tmp_path)), "size": 40})
     taps = feature.taps(images_of(2, 1, 32, 48))
     assert [tap.shape[1] for tap in taps] == [64, 128, 256, 384, 384, 512, 512]
@@ -315,7 +315,7 @@ def test_damaged_arrays_are_refused(tmp_path, no_network, damage, monkeypatch) -
     assert not Path("exploded").exists()
 
 
-def test_the_packages_of_a_network_are_asked_for(tmp_path, monkeypatch, no_network) -> None:
+def test_a_networks_missing_package_is_named(tmp_path, monkeypatch, no_network) -> None:
     path = save_dinov2(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(AtollError, match=r"pip install 'atoll\[hub\]'"):
@@ -327,7 +327,7 @@ def test_the_packages_of_a_network_are_asked_for(tmp_path, monkeypatch, no_netwo
     ("name", "file"),
     [("mobilenetv2", "mobilenetv2_tf_int8.npz"), ("squeezenet", "squeezenet11_caffe_fp16.npz")],
 )
-def test_real_networks_know_what_images_show(name, file) -> None:
+def test_real_networks_recognise_images(name, file) -> None:
     """The nearest neighbour among 300 satellite photos is of the same of ten classes far more often than by pixels."""
     import io
 
@@ -348,7 +348,7 @@ def test_real_networks_know_what_images_show(name, file) -> None:
     assert hits(feature(images)) > hits(images.flatten(1)) + 0.2
 
 
-def test_which_networks_bear_bf16(tmp_path) -> None:
+def test_which_networks_take_bf16(tmp_path) -> None:
     assert not Hog().takes_bf16
     for name in SAVE:
         (tmp_path / name).mkdir()

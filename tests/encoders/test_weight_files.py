@@ -137,8 +137,8 @@ def test_convert_reads_the_index_and_says_what_it_leaves(tmp_path) -> None:
 def test_the_order_of_preference(tmp_path, names, chosen) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    found = weight_files(tmp_path, "m", "index", (".safetensors", ".bin"))
-    assert (None if found is None else found.files[0].name) == chosen
+    weights = weight_files(tmp_path, "m", "index", (".safetensors", ".bin"))
+    assert (None if weights is None else weights.files[0].name) == chosen
 
 
 def test_several_unknown_variants_are_refused(tmp_path) -> None:

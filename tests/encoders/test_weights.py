@@ -1,4 +1,4 @@
-"""Where weights are found, and that the wrong ones are refused. No test touches a network."""
+"""Weights are found, and wrong ones are refused. No test touches the network."""
 
 import json
 import socket
@@ -50,7 +50,7 @@ def hub(monkeypatch) -> list:
     return calls
 
 
-def test_a_local_path_is_taken_and_the_hub_left_alone(tmp_path, monkeypatch, no_network) -> None:
+def test_a_local_path_is_used_without_the_hub(tmp_path, monkeypatch, no_network) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "net.npz").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def test_a_local_path_is_taken_and_the_hub_left_alone(tmp_path, monkeypatch, no_
     assert find_weights("~/net.npz") == find_weights("$SOMEWHERE/net.npz") == tmp_path / "net.npz"
 
 
-def test_a_variable_that_is_not_set_is_told(monkeypatch) -> None:
+def test_a_variable_that_is_not_set_is_named(monkeypatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(AtollError, match=r"weights '\$NOWHERE/a': \$NOWHERE is not set in the environment"):
         find_weights("$NOWHERE/a")
@@ -76,7 +76,7 @@ def test_the_directory_of_weights_is_searched_by_whole_and_last_name(tmp_path, m
 
 
 @pytest.mark.parametrize("given_", ["/no/such/place", "./org/name", "org/name/more", "name.npz", "../org/name"])
-def test_what_is_no_repository_is_not_asked_for(given_, hub, tmp_path, monkeypatch) -> None:
+def test_a_name_that_is_no_repository_is_not_downloaded(given_, hub, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ATOLL_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AtollError, match=r"not found \(tried .*correct the path, or set \$ATOLL_WEIGHTS") as caught:
@@ -85,14 +85,14 @@ def test_what_is_no_repository_is_not_asked_for(given_, hub, tmp_path, monkeypat
     assert not hub
 
 
-def test_an_offline_hub_is_one_line(hub, tmp_path, monkeypatch) -> None:
+def test_an_offline_hub_is_an_error_of_one_line(hub, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AtollError, match=r"'org/name': not found \(tried org/name\).*hub \(offline\)") as caught:
         find_weights("org/name")
     assert "\n" not in str(caught.value)
 
 
-def test_of_a_repository_only_what_is_read_is_asked_for(hub, tmp_path, monkeypatch) -> None:
+def test_only_the_needed_files_of_a_repository_are_downloaded(hub, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for subfolders in (("",), ("vae",)):
         with pytest.raises(AtollError):
@@ -104,7 +104,7 @@ def test_of_a_repository_only_what_is_read_is_asked_for(hub, tmp_path, monkeypat
     assert vae["ignore_patterns"] is None
 
 
-def test_the_hub_cannot_be_asked_without_its_package(tmp_path, monkeypatch) -> None:
+def test_the_hubs_missing_package_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ATOLL_WEIGHTS", raising=False)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -130,19 +130,19 @@ def test_hash_of_a_file_and_of_a_directory(tmp_path) -> None:
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers()), st.text(), st.text())
-def test_identity_is_blind_to_where_weights_lie_and_to_nothing_else(options, here, there) -> None:
+def test_identity_ignores_only_the_place_of_the_weights(options, here, there) -> None:
     options = {key: value for key, value in options.items() if key not in ("weights", "subfolder", "tokenizer")}
     assert identity({**options, "weights": here}) == identity({**options, "weights": there}) == options
 
 
-def test_other_weights_are_refused(tmp_path) -> None:
+def test_weights_with_another_hash_are_refused(tmp_path) -> None:
     require_sha256("codec 'kl'", tmp_path, "a" * 64, None)
     require_sha256("codec 'kl'", tmp_path, "a" * 64, "a" * 64)
     with pytest.raises(AtollError, match=r"codec 'kl'.*sha256 aaaaaaaaaaaaaaaa\.\.\., the config asks for bbbbbbbb"):
         require_sha256("codec 'kl'", tmp_path, "a" * 64, "b" * 64)
 
 
-def test_files_of_a_network(tmp_path) -> None:
+def test_the_files_of_a_network_are_listed(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "other.txt").write_text("")
     save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00001.safetensors")
@@ -192,14 +192,14 @@ def test_another_kind_of_network_is_refused_before_it_is_loaded(content, tmp_pat
         load_pretrained("transformers", {"dinov2": "Dinov2Model"}, tmp_path)
 
 
-def test_a_missing_library_says_what_to_install(tmp_path, monkeypatch) -> None:
+def test_a_missing_library_is_named_with_its_installation(tmp_path, monkeypatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(AtollError, match=r"transformers is needed: pip install 'atoll\[hub\]'"):
         load_pretrained("transformers", {"dinov2": "Dinov2Model"}, tmp_path)
 
 
-def test_quiet_leaves_the_library_as_it_was() -> None:
+def test_quiet_restores_the_librarys_settings() -> None:
     import logging
 
     from transformers.utils import logging as settings
@@ -211,7 +211,7 @@ def test_quiet_leaves_the_library_as_it_was() -> None:
     assert (settings.get_verbosity(), settings.is_progress_bar_enabled(), logging.root.manager.disable) == before
 
 
-def test_entries_of_cards_are_compared_by_what_they_are() -> None:
+def test_configs_in_cards_are_compared_by_identity() -> None:
     assert same({"name": "kl", "weights": "a", "sha256": "1"}, {"name": "kl", "weights": "b", "sha256": "1"})
     assert not same({"name": "kl", "weights": "a", "sha256": "1"}, {"name": "kl", "weights": "a", "sha256": "2"})
     assert same([4, 8, 8], [4, 8, 8])

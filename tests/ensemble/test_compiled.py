@@ -1,4 +1,4 @@
-"""Compiled experts: the same answers, and few graphs whatever the groups' sizes."""
+"""Compiled experts: the same velocities, and few graphs for batches of any size."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
 
 
 @given(st.integers(1, 10**6))
-def test_sizes_are_few_and_near(rows: int) -> None:
+def test_padded_sizes_are_few_and_close(rows: int) -> None:
     size = padded_size(rows)
     odd = size // (size & -size)
     assert odd in (1, 3)
@@ -57,20 +57,20 @@ def ask(network: object, rows: int, read: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("read", [False, True])
-def test_groups_of_any_size_make_few_graphs_and_the_same_answers(read: bool) -> None:
+def test_batches_of_any_size_share_few_graphs_and_give_the_same(read: bool) -> None:
     torch._dynamo.reset()
     plain = [dit(0), dit(1)]
-    made = [compile_network(copy.deepcopy(network), backend="eager") for network in plain]
+    compiled = [compile_network(copy.deepcopy(network), backend="eager") for network in plain]
     counters.clear()
     with torch.inference_mode():
         for rows in range(1, 17):
-            for one, other in zip(made, plain, strict=True):
+            for one, other in zip(compiled, plain, strict=True):
                 torch.testing.assert_close(ask(one, rows, read), ask(other, rows, read))
     assert counters["stats"]["unique_graphs"] == len([size for size in SIZES if size <= 16])
     assert not counters["graph_break"]
 
 
-def test_more_graphs_than_torchs_own_limit_are_made() -> None:
+def test_the_graph_limit_of_torch_is_raised() -> None:
     torch._dynamo.reset()
     network = compile_network(dit(0), backend="eager")
     counters.clear()
@@ -80,10 +80,10 @@ def test_more_graphs_than_torchs_own_limit_are_made() -> None:
     assert counters["stats"]["unique_graphs"] == len(SIZES) > 8
 
 
-def test_a_compiled_one_is_not_compiled_again() -> None:
-    made = compile_network(dit(0), backend="eager")
-    assert isinstance(made, PaddedReader)
-    assert compile_network(made) is made
+def test_a_compiled_network_is_returned_as_it_is() -> None:
+    compiled = compile_network(dit(0), backend="eager")
+    assert isinstance(compiled, PaddedReader)
+    assert compile_network(compiled) is compiled
 
 
 def test_a_network_without_blocks_is_compiled_as_a_whole() -> None:
@@ -92,26 +92,26 @@ def test_a_network_without_blocks_is_compiled_as_a_whole() -> None:
             return x * time[:, None]
 
     torch._dynamo.reset()
-    made = compile_network(Plain(), backend="eager")
+    compiled = compile_network(Plain(), backend="eager")
     counters.clear()
-    assert isinstance(made, Padded)
-    assert not isinstance(made, PaddedReader)
+    assert isinstance(compiled, Padded)
+    assert not isinstance(compiled, PaddedReader)
     for rows in (5, 6):
         torch.testing.assert_close(
-            made(torch.ones(rows, 3), torch.arange(rows), None)[:, 0], torch.arange(rows).float()
+            compiled(torch.ones(rows, 3), torch.arange(rows), None)[:, 0], torch.arange(rows).float()
         )
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_what_cannot_be_compiled_is_refused(trained_run) -> None:
-    with pytest.raises(AtollError, match=r"function is no torch\.nn\.Module"):
+def test_offloaded_networks_and_plain_callables_are_refused(trained_run) -> None:
+    with pytest.raises(AtollError, match=r"function cannot be compiled; expected a torch\.nn\.Module"):
         compile_network(ask)
     budgeted = Pipeline.from_pretrained(trained_run / "ensemble", memory_budget="1GB")
     with pytest.raises(AtollError, match="memory budget cannot be compiled"):
         budgeted.compile()
 
 
-def test_a_compiled_pipeline_draws_the_same(trained_run) -> None:
+def test_a_compiled_pipeline_draws_the_same_images(trained_run) -> None:
     torch._dynamo.reset()
     arguments = {"seeds": range(5), "guidance_scale": 2.0, "num_inference_steps": 3}
     prompts = ["moss sand", "rain", "rust rust", "sand", "moss"]
@@ -119,9 +119,9 @@ def test_a_compiled_pipeline_draws_the_same(trained_run) -> None:
     pipe = Pipeline.from_pretrained(trained_run / "ensemble")
     assert pipe.compile(backend="eager") is pipe
     counters.clear()
-    drawn = pipe(prompts, **arguments)
-    torch.testing.assert_close(drawn.latents, plain.latents, rtol=1e-4, atol=1e-4)
-    for one, other in zip(drawn.images, plain.images, strict=True):
+    output = pipe(prompts, **arguments)
+    torch.testing.assert_close(output.latents, plain.latents, rtol=1e-4, atol=1e-4)
+    for one, other in zip(output.images, plain.images, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
     graphs = counters["stats"]["unique_graphs"]
     assert 1 <= graphs <= 2 * math.ceil(math.log2(10)) + 2
@@ -131,10 +131,10 @@ def test_a_compiled_pipeline_draws_the_same(trained_run) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_for_real_it_says_the_same() -> None:
+def test_the_inductor_backend_gives_the_same_velocity() -> None:
     torch._dynamo.reset()
     network = dit(0)
-    made = compile_network(copy.deepcopy(network))
+    compiled = compile_network(copy.deepcopy(network))
     with torch.inference_mode():
         for rows in (3, 5):
-            torch.testing.assert_close(ask(made, rows, True), ask(network, rows, True), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ask(compiled, rows, True), ask(network, rows, True), rtol=1e-4, atol=1e-5)

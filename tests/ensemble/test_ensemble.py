@@ -46,7 +46,7 @@ def condition(count, value=1.0):
     )
 
 
-def test_top_2_renormalises_and_calls_nobody_in_vain() -> None:
+def test_top_2_renormalises_and_evaluates_no_other_expert() -> None:
     networks = [Constant(1.0), Constant(10.0), Constant(100.0)]
     experts = [Expert(n, FLOW, (k,)) for k, n in enumerate(networks)]
     x, t = batch(2)
@@ -56,7 +56,7 @@ def test_top_2_renormalises_and_calls_nobody_in_vain() -> None:
     assert [len(n.calls) for n in networks] == [1, 1, 0]
 
 
-def test_one_call_per_expert_in_use_with_both_guidance_branches() -> None:
+def test_an_active_expert_is_called_once_for_both_guidance_branches() -> None:
     networks = [Constant(1.0), Constant(10.0), Constant(100.0)]
     experts = [Expert(n, FLOW, (k,)) for k, n in enumerate(networks)]
     x, t = batch(4)
@@ -64,15 +64,15 @@ def test_one_call_per_expert_in_use_with_both_guidance_branches() -> None:
     ensemble = Ensemble(experts, router, routing="top-1", null=(condition(1, 0.0),))
     ensemble.velocity(x, t, condition(4), guidance_scale=3.0)
     assert [len(n.calls) for n in networks] == [1, 1, 0]
-    asked, time, given = networks[0].calls[0]
-    torch.testing.assert_close(asked, x[[0, 2, 0, 2]])
+    x_scaled, time, own = networks[0].calls[0]
+    torch.testing.assert_close(x_scaled, x[[0, 2, 0, 2]])
     torch.testing.assert_close(time, t[[0, 2, 0, 2]])
-    assert given.states[:, 0, 0].tolist() == [1, 1, 0, 0]
+    assert own.states[:, 0, 0].tolist() == [1, 1, 0, 0]
 
 
 def test_guidance_extrapolates_from_null_to_condition() -> None:
-    def network(x, time, given):
-        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
+    def network(x, time, own):
+        return own.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
 
     ensemble = Ensemble([Expert(network, FLOW)], None, null=(condition(1, 0.5),))
     x, t = batch(3)
@@ -81,7 +81,7 @@ def test_guidance_extrapolates_from_null_to_condition() -> None:
     torch.testing.assert_close(ensemble.velocity(x, t, condition(3, 2.0)), torch.full_like(u, 2.0))
 
 
-def test_the_router_sees_the_conditional_branchs_pooled_vector() -> None:
+def test_the_router_sees_the_pooled_vector_of_the_condition() -> None:
     seen = []
 
     def router(x, t, pooled=None):
@@ -103,27 +103,27 @@ def test_a_missing_expert_loses_its_weight_to_the_others() -> None:
         torch.testing.assert_close(u, torch.full_like(u, expected))
 
 
-def test_a_last_cluster_without_expert_is_no_matter() -> None:
+def test_the_last_cluster_may_have_no_expert() -> None:
     x, t = batch(1)
     u = Ensemble([Expert(Constant(3.0), FLOW, (0,))], router_of([[0.1, 0.9]])).velocity(x, t)
     torch.testing.assert_close(u, torch.full_like(u, 3.0))
 
 
-def test_a_generalist_stands_in_only_where_nobody_else_does() -> None:
+def test_a_generalist_is_used_only_for_clusters_without_another_expert() -> None:
     experts = [Expert(Constant(1.0), FLOW, (0,)), Expert(Constant(10.0), FLOW, (0, 1, 2))]
     x, t = batch(1)
     u = Ensemble(experts, router_of([[0.5, 0.2, 0.3]]), routing="full").velocity(x, t)
     torch.testing.assert_close(u, torch.full_like(u, 0.5 + 0.5 * 10))
 
 
-def test_replicas_share_their_clusters_weight() -> None:
+def test_replicas_share_the_weight_of_their_cluster() -> None:
     experts = [Expert(Constant(v), FLOW, (k,)) for v, k in ((1.0, 0), (3.0, 0), (10.0, 1))]
     x, t = batch(1)
     u = Ensemble(experts, router_of([[0.6, 0.4]]), routing="full").velocity(x, t)
     torch.testing.assert_close(u, torch.full_like(u, 0.6 * 2 + 4))
 
 
-def test_refusals() -> None:
+def test_invalid_ensembles_and_calls_are_refused() -> None:
     one = Expert(Constant(1.0), FLOW, (0,))
     x, t = batch(1)
     with pytest.raises(AtollError, match="no experts"):
@@ -142,9 +142,9 @@ def test_refusals() -> None:
         Ensemble([one, Expert(Constant(1.0), FLOW, (4,))], router_of([[0.5, 0.5]])).velocity(x, t)
 
 
-def test_experts_read_the_prompt_by_encoders_of_their_own() -> None:
-    def reads(x, time, given):
-        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)
+def test_each_expert_and_the_router_read_their_own_text_encoder() -> None:
+    def reads(x, time, own):
+        return own.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)
 
     experts = [Expert(reads, FLOW, (0,), encoder=0), Expert(reads, FLOW, (1,), encoder=1)]
     seen = []
@@ -156,15 +156,15 @@ def test_experts_read_the_prompt_by_encoders_of_their_own() -> None:
     null = (condition(1, 0.0), condition(1, 1.0))
     ensemble = Ensemble(experts, router, "full", null=null, router_encoder=1)
     x, t = batch(2)
-    given = (condition(2, 2.0), condition(2, 10.0))
-    u = ensemble.velocity(x, t, given)
+    own = (condition(2, 2.0), condition(2, 10.0))
+    u = ensemble.velocity(x, t, own)
     torch.testing.assert_close(u[:, 0, 0, 0], torch.tensor([6.0, 8.0]).double())
-    guided = ensemble.velocity(x, t, given, guidance_scale=2.0)  # 2 * 2 - 0 = 4; 2 * 10 - 1 = 19
+    guided = ensemble.velocity(x, t, own, guidance_scale=2.0)  # 2 * 2 - 0 = 4; 2 * 10 - 1 = 19
     torch.testing.assert_close(guided[:, 0, 0, 0], torch.tensor([11.5, 15.25]).double())
     assert seen == [[10.0, 10.0]] * 2
 
 
-def test_a_time_switch_asks_one_expert_above_and_another_below() -> None:
+def test_a_time_switch_evaluates_one_expert_above_and_another_below() -> None:
     networks = [Constant(1.0), Constant(2.0), Constant(3.0)]
     experts = [Expert(n, FLOW, (k,), name=f"e{k}") for k, n in enumerate(networks)]
     x, _ = batch(3)
@@ -186,12 +186,12 @@ def test_oracle_routing_follows_the_samples_clusters() -> None:
         ensemble.velocity(x, t)
 
 
-def test_guidance_outside_its_range_asks_the_condition_alone() -> None:
+def test_outside_the_guidance_range_only_the_condition_is_evaluated() -> None:
     calls = []
 
-    def network(x, time, given):
+    def network(x, time, own):
         calls.append(len(x))
-        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
+        return own.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)  # u_cond = 2, u_null = 0.5
 
     ensemble = Ensemble([Expert(network, FLOW)], None, null=(condition(1, 0.5),))
     x, _ = batch(3)
@@ -251,9 +251,9 @@ def test_a_replaced_option_leaves_the_original_as_it_was() -> None:
     assert float(ensemble.velocity(x, t).mean()) == 1
 
 
-def test_a_bare_condition_is_wrapped_at_the_edge_alone() -> None:
-    def reads(x, time, given):
-        return given.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)
+def test_a_bare_condition_is_wrapped_in_a_tuple() -> None:
+    def reads(x, time, own):
+        return own.states[:, 0, 0].reshape(-1, 1, 1, 1).expand_as(x)
 
     bare = Ensemble([Expert(reads, FLOW)], None, null=condition(1, 0.5))
     assert isinstance(bare.null, tuple)
@@ -262,7 +262,7 @@ def test_a_bare_condition_is_wrapped_at_the_edge_alone() -> None:
     assert torch.equal(bare.velocity(x, t, condition(3), 2.0), wrapped.velocity(x, t, (condition(3),), 2.0))
 
 
-def test_the_experts_whose_x0_is_clamped() -> None:
+def test_only_uncalibrated_unstacked_eps_experts_are_clamped() -> None:
     eps, calibration = Objective("eps", "cosine"), Calibration.identity(torch.zeros(SHAPE))
     experts = [
         Expert(Constant(1.0), eps, (0,), name="a"),

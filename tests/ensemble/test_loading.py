@@ -1,3 +1,5 @@
+"""Experts, routers and ensembles from disk: hashes, missing parts, cards with anything in them."""
+
 import json
 import shutil
 import warnings
@@ -23,7 +25,7 @@ def edit(file, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_an_expert_comes_back_as_it_was_trained(run) -> None:
+def test_a_loaded_expert_is_as_it_was_trained(run) -> None:
     loaded = load_expert(run / "experts" / "0-eps-cosine")
     assert loaded.expert.objective.prediction == "eps"
     assert loaded.expert.clusters == (0,)
@@ -31,7 +33,7 @@ def test_an_expert_comes_back_as_it_was_trained(run) -> None:
     assert not any(p.requires_grad for p in loaded.expert.network.parameters())
 
 
-def test_the_whole_directory_can_be_moved(run, tmp_path) -> None:
+def test_a_run_can_be_moved_to_another_directory(run, tmp_path) -> None:
     moved = run.rename(tmp_path / "elsewhere")
     assert len(load_ensemble(moved / "ensemble").ensemble.experts) == 3
 
@@ -52,7 +54,7 @@ def test_a_tampered_card_is_refused(run, part, change) -> None:
         load_ensemble(run / "ensemble")
 
 
-def test_a_missing_expert_is_a_warning_and_with_strict_an_error(run) -> None:
+def test_a_missing_expert_is_a_warning_or_with_strict_an_error(run) -> None:
     shutil.rmtree(run / "experts" / "1-flow-linear")
     with pytest.warns(UserWarning, match="1-flow-linear is missing"):
         loaded = load_ensemble(run / "ensemble")
@@ -62,7 +64,7 @@ def test_a_missing_expert_is_a_warning_and_with_strict_an_error(run) -> None:
         load_ensemble(run / "ensemble", strict=True)
 
 
-def test_without_any_expert_or_router_nothing_can_be_sampled(run) -> None:
+def test_no_experts_or_no_router_is_an_error(run) -> None:
     shutil.rmtree(run / "router")
     with pytest.raises(AtollError, match="router"):
         load_ensemble(run / "ensemble")
@@ -96,7 +98,7 @@ def test_a_card_of_an_unknown_network_is_refused(run) -> None:
             load_expert(path)
 
 
-def test_parts_of_other_clusters_are_not_assembled(run, tmp_path) -> None:
+def test_parts_with_different_assignments_are_not_assembled(run, tmp_path) -> None:
     experts = [run / "experts" / name for name in ("0-eps-cosine", "1-flow-linear")]
     edit(experts[1] / CARD, assignment="another")
     with pytest.raises(AtollError, match="assignment"):
@@ -108,7 +110,7 @@ def test_parts_of_other_clusters_are_not_assembled(run, tmp_path) -> None:
         assemble([], None, tmp_path / "out")
 
 
-def test_an_expert_alone_is_an_ensemble(run) -> None:
+def test_a_single_expert_loads_as_an_ensemble(run) -> None:
     loaded = load_ensemble(run / "monolith")
     x, t = torch.randn(4, 1, 4, 8), torch.full((4,), 0.5)
     u = loaded.ensemble.velocity(x, t, loaded.encoder(["moss"] * 4), guidance_scale=2.0)
@@ -122,7 +124,7 @@ JUNK = st.none() | st.integers() | st.text(max_size=3) | st.lists(st.integers(),
 
 @settings(max_examples=120)
 @given(data=st.data())
-def test_a_card_with_anything_in_it_loads_or_is_refused_in_one_line(trained_run, tmp_path, data) -> None:
+def test_a_fuzzed_card_loads_or_is_refused_in_one_line(trained_run, tmp_path, data) -> None:
     """Fuzz: one value anywhere in the card replaced by junk, the hash of the weights left as it is."""
     source = trained_run / "experts" / "1-flow-linear"
     card = json.loads((source / CARD).read_text())
@@ -141,7 +143,7 @@ def test_a_card_with_anything_in_it_loads_or_is_refused_in_one_line(trained_run,
     assert "\n" not in message
 
 
-def test_an_eps_expert_without_calibration_is_a_warning_where_it_is_loaded(run) -> None:
+def test_loading_an_uncalibrated_eps_expert_warns(run) -> None:
     path = run / "experts" / "0-eps-cosine"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

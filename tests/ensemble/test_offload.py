@@ -1,4 +1,4 @@
-"""A budget of bytes changes where weights are, and no image."""
+"""A memory budget changes where weights are, and no image."""
 
 import os
 import re
@@ -76,8 +76,8 @@ def small(tmp_path_factory) -> Path:
     return write_ensemble(tmp_path_factory.mktemp("small"), 32, 1)
 
 
-def store_in(pipe: Pipeline) -> ExpertCache:
-    return pipe.loaded.ensemble.experts[0].network.store
+def cache_of(pipe: Pipeline) -> ExpertCache:
+    return pipe.loaded.ensemble.experts[0].network.cache
 
 
 def budget_of(path: Path, experts: float) -> int:
@@ -87,30 +87,30 @@ def budget_of(path: Path, experts: float) -> int:
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
-def test_images_are_the_same_with_a_budget(small, experts) -> None:
+def test_images_are_the_same_with_a_memory_budget(small, experts) -> None:
     plain = Pipeline.from_pretrained(small)
     pipe = Pipeline.from_pretrained(small, memory_budget=budget_of(small, experts))
     for routing in ("top-1", "top-2", "full", "sample-2"):
         expected = plain(PROMPTS, seeds=range(5), routing=routing)
-        drawn = pipe(PROMPTS, seeds=range(5), routing=routing)
-        assert torch.equal(drawn.latents, expected.latents)
-        for mine, theirs in zip(drawn.traces[0].weights, expected.traces[0].weights, strict=True):
+        output = pipe(PROMPTS, seeds=range(5), routing=routing)
+        assert torch.equal(output.latents, expected.latents)
+        for mine, theirs in zip(output.traces[0].weights, expected.traces[0].weights, strict=True):
             assert torch.equal(mine, theirs)
-    assert len(store_in(pipe).resident) == experts
-    assert store_in(pipe).peak_bytes == budget_of(small, experts) - budget_of(small, 0)
+    assert len(cache_of(pipe).resident) == experts
+    assert cache_of(pipe).peak_bytes == budget_of(small, experts) - budget_of(small, 0)
 
 
-def test_what_is_at_hand_is_asked_first(small) -> None:
+def test_resident_experts_are_evaluated_first(small) -> None:
     """All eight in each of four steps: the last ones of a step are the first ones of the next."""
     pipe = Pipeline.from_pretrained(small, memory_budget=budget_of(small, 3))
     pipe(PROMPTS, seeds=range(5), routing="full")
-    assert store_in(pipe).loads == 8 + 3 * (8 - 3)
+    assert cache_of(pipe).loads == 8 + 3 * (8 - 3)
     enough = Pipeline.from_pretrained(small, memory_budget=budget_of(small, 8))
     enough(PROMPTS, seeds=range(5), routing="full")
-    assert store_in(enough).loads == 8
+    assert cache_of(enough).loads == 8
 
 
-def test_an_expert_alone_has_a_budget_too(small) -> None:
+def test_a_single_expert_can_have_a_memory_budget(small) -> None:
     plain = load_ensemble(small.parent / "3").ensemble
     size = bytes_of(plain.experts[0].network)
     held = load_ensemble(small.parent / "3", memory_budget=size).ensemble
@@ -155,15 +155,15 @@ def test_peak_memory_with_a_budget_of_two_experts_is_below_three(tmp_path) -> No
     assert unbounded > 7 * expert  # the measure sees what is mapped
 
 
-def test_the_file_of_an_expert_at_hand_is_mapped_and_not_copied(small) -> None:
+def test_the_file_of_a_resident_expert_is_mapped_and_not_copied(small) -> None:
     pipe = Pipeline.from_pretrained(small, memory_budget=budget_of(small, 2))
-    with store_in(pipe).using(0):
+    with cache_of(pipe).using(0):
         maps = Path("/proc/self/maps")
         if not maps.exists():
             pytest.skip("maps are read from Linux's /proc")
         assert str(small.parent / "0" / WEIGHTS) in maps.read_text()
     for key in (1, 2):
-        with store_in(pipe).using(key):
+        with cache_of(pipe).using(key):
             pass
     assert str(small.parent / "0" / WEIGHTS) not in maps.read_text()
 
@@ -181,16 +181,16 @@ class Fake(nn.Module):
 
 
 def fakes(count: int, budget: int, prefetch: bool = False) -> tuple[ExpertCache, list[Offloaded], list[int]]:
-    """A store of `count` networks with room for `budget`, and what it fetched, in order."""
-    store, fetched = ExpertCache(4 * budget, prefetch=prefetch), []
+    """A cache of `count` networks with room for `budget`, the networks, and the keys it loads, in order."""
+    cache, fetched = ExpertCache(4 * budget, prefetch=prefetch), []
 
     def fetch(number: int) -> Fake:
         fetched.append(number)
         return Fake(number)
 
-    networks = [store.add(str(n), 4, lambda n=n: fetch(n)) for n in range(count)]
-    store.reserve(0)
-    return store, networks, fetched
+    networks = [cache.add(str(n), 4, lambda n=n: fetch(n)) for n in range(count)]
+    cache.reserve(0)
+    return cache, networks, fetched
 
 
 def ask(*networks: Offloaded) -> None:
@@ -199,73 +199,73 @@ def ask(*networks: Offloaded) -> None:
         assert (network(x, torch.zeros(2), None) == network.key).all()
 
 
-def test_the_least_recently_used_goes_first() -> None:
-    store, n, fetched = fakes(4, 2)
+def test_the_least_recently_used_network_is_evicted_first() -> None:
+    cache, n, fetched = fakes(4, 2)
     ask(n[0], n[1], n[0], n[2])
-    assert store.resident == (0, 2)
+    assert cache.resident == (0, 2)
     ask(n[0], n[3])
-    assert store.resident == (0, 3)
+    assert cache.resident == (0, 3)
     assert fetched == [0, 1, 2, 3]
-    assert store.peak_bytes == 8
+    assert cache.peak_bytes == 8
 
 
-def test_a_step_asks_what_is_at_hand_first_and_keeps_what_it_still_asks() -> None:
-    store, n, fetched = fakes(5, 2)
+def test_a_step_starts_with_resident_networks_and_keeps_pending_ones() -> None:
+    cache, n, fetched = fakes(5, 2)
     ask(n[3], n[1])
-    order = store.plan(n, [0, 1, 2, 3])
+    order = cache.plan(n, [0, 1, 2, 3])
     assert order == [1, 3, 0, 2]
-    ask(n[1], n[0])  # 3, the least recently used, is asked next: 1 goes
-    assert store.resident == (3, 0)
+    ask(n[1], n[0])  # 3, the least recently used, is pending: 1 is evicted
+    assert cache.resident == (3, 0)
     ask(n[3], n[2])
     assert fetched == [3, 1, 0, 2]
 
 
-def test_what_the_router_finds_likely_stays() -> None:
-    store, n, _ = fakes(4, 3)
+def test_a_likely_network_is_not_evicted() -> None:
+    cache, n, _ = fakes(4, 3)
     ask(n[0], n[1], n[2])
-    store.plan(n, [3], [0.3, 0.01, 0.2, 0.9])
+    cache.plan(n, [3], [0.3, 0.01, 0.2, 0.9])
     ask(n[3])
-    assert store.resident == (0, 2, 3)  # 1 goes, though 0 was used before it
+    assert cache.resident == (0, 2, 3)  # 1 is evicted, though 0 was used before it
 
 
-def test_the_next_of_a_step_is_brought_while_one_computes() -> None:
-    store, n, fetched = fakes(5, 2, prefetch=True)
-    store.plan(n, [0, 1, 2])
-    with store.using(0):
-        assert store.resident == (0, 1)
-    with store.using(1):
-        assert store.resident == (1, 2)
-    with store.using(2):
-        assert store.resident == (1, 2)  # nothing to come is known: nothing is moved
+def test_the_next_network_is_loaded_while_one_computes() -> None:
+    cache, n, fetched = fakes(5, 2, prefetch=True)
+    cache.plan(n, [0, 1, 2])
+    with cache.using(0):
+        assert cache.resident == (0, 1)
+    with cache.using(1):
+        assert cache.resident == (1, 2)
+    with cache.using(2):
+        assert cache.resident == (1, 2)  # the step needs nothing else
     assert fetched == [0, 1, 2]
 
 
-def test_between_steps_likely_experts_take_the_place_of_idle_ones() -> None:
-    store, n, fetched = fakes(5, 2, prefetch=True)
+def test_likely_networks_replace_idle_ones_between_steps() -> None:
+    cache, n, fetched = fakes(5, 2, prefetch=True)
     ask(n[4])
-    store.plan(n, [0], [0.9, 0.02, 0.3, 0.6, 0.0])
+    cache.plan(n, [0], [0.9, 0.02, 0.3, 0.6, 0.0])
     ask(n[0])
-    assert store.resident == (0, 3)  # the most probable that the step did not ask, in the place of 4
-    store.plan(n, [0, 3], [0.5, 0.9, 0.9, 0.5, 0.9])
+    assert cache.resident == (0, 3)  # the most probable one outside the step replaces 4
+    cache.plan(n, [0, 3], [0.5, 0.9, 0.9, 0.5, 0.9])
     ask(n[0], n[3])
-    assert store.resident == (0, 3)  # what was asked does not go for what may be
+    assert cache.resident == (0, 3)  # an active network is not evicted for a likely one
     assert fetched == [4, 0, 3]
-    store.plan(n, [3], [0.03, 0.04, 0.04, 0.9, 0.0])
+    cache.plan(n, [3], [0.03, 0.04, 0.04, 0.9, 0.0])
     ask(n[3])
     assert fetched == [4, 0, 3]  # too unlikely to be worth a copy
 
 
-def test_what_is_in_use_never_goes() -> None:
-    store, n, _ = fakes(3, 2, prefetch=True)
-    with store.using(0) as network:
-        store.plan(n, [1, 2], [0.0, 1.0, 1.0])
+def test_a_network_in_use_is_never_evicted() -> None:
+    cache, n, _ = fakes(3, 2, prefetch=True)
+    with cache.using(0) as network:
+        cache.plan(n, [1, 2], [0.0, 1.0, 1.0])
         ask(n[1], n[2], n[1])
-        assert 0 in store.resident
-        with store.using(1), pytest.raises(AtollError, match="no room for 2 beside 0, 1 in use"):
+        assert 0 in cache.resident
+        with cache.using(1), pytest.raises(AtollError, match="no room for 2 beside 0, 1 in use"):
             ask(n[2])
         assert network.number == 0
     ask(n[1], n[2])
-    assert store.resident == (1, 2)
+    assert cache.resident == (1, 2)
 
 
 @given(
@@ -273,27 +273,27 @@ def test_what_is_in_use_never_goes() -> None:
     prefetch=st.booleans(),
     steps=st.lists(st.tuples(st.sets(st.integers(0, 5)), st.lists(st.floats(0, 1), min_size=6, max_size=6))),
 )
-def test_whatever_is_asked_is_answered_within_the_budget(budget, prefetch, steps) -> None:
-    store, n, fetched = fakes(6, budget, prefetch)
-    for asked, chances in steps:
-        order = store.plan(n, sorted(asked), chances)
-        assert sorted(order) == sorted(asked)
-        before = store.resident
-        assert [key in before for key in order] == sorted((key in before for key in asked), reverse=True)
+def test_any_sequence_of_steps_stays_within_the_budget(budget, prefetch, steps) -> None:
+    cache, n, fetched = fakes(6, budget, prefetch)
+    for active, probabilities in steps:
+        order = cache.plan(n, sorted(active), probabilities)
+        assert sorted(order) == sorted(active)
+        before = cache.resident
+        assert [key in before for key in order] == sorted((key in before for key in active), reverse=True)
         ask(*(n[number] for number in order))
-    assert store.peak_bytes <= 4 * budget
-    assert store.loads == len(fetched)
+    assert cache.peak_bytes <= 4 * budget
+    assert cache.loads == len(fetched)
     if not prefetch:
-        assert len(fetched) <= sum(len(asked) for asked, _ in steps)
+        assert len(fetched) <= sum(len(active) for active, _ in steps)
 
 
-def test_networks_that_are_in_no_store_are_always_at_hand() -> None:
-    store, n, _ = fakes(2, 1)
+def test_networks_outside_the_cache_count_as_resident() -> None:
+    cache, n, _ = fakes(2, 1)
     ask(n[1])
-    assert store.plan([n[0], Fake(7), n[1]], [0, 1, 2]) == [1, 2, 0]
+    assert cache.plan([n[0], Fake(7), n[1]], [0, 1, 2]) == [1, 2, 0]
 
 
-def test_chances_are_those_of_being_asked_by_any_sample() -> None:
+def test_selection_probabilities_by_hand() -> None:
     log_p = torch.log(torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.0, 0.8]]))
     owners = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 1]])  # two replicas, and a generalist
     expected = [1 - 0.5 * 0.8, 1 - 0.5 * 0.8, 0.5, 1 - 0.5 * 0.2]
@@ -309,9 +309,9 @@ def test_a_sampler_prefetches_what_the_router_ranks_below_the_cut() -> None:
     assert fetched == [0, 2]
 
 
-def test_an_expert_that_answers_nan_is_dropped_within_a_budget_too() -> None:
-    store, n, _ = fakes(3, 1)
-    store._fetches[1] = lambda: Fake(float("nan"))
+def test_an_expert_that_answers_nan_is_dropped_within_a_budget() -> None:
+    cache, n, _ = fakes(3, 1)
+    cache._fetches[1] = lambda: Fake(float("nan"))
     log_p = torch.log(torch.tensor([[0.2, 0.5, 0.3]] * 2))
     ensemble = Ensemble([Expert(n[k], FLOW, (k,), name=str(k)) for k in range(3)], lambda x, t, pooled=None: log_p)
     x, t = torch.randn(2, 2, 3, 5), torch.full((2,), 0.5)
@@ -320,7 +320,7 @@ def test_an_expert_that_answers_nan_is_dropped_within_a_budget_too() -> None:
         u = sampler.velocity(x, t)
     torch.testing.assert_close(u, torch.full_like(u, 2 * 0.3 / 0.5))
     assert trace.weights[0][:, 1].tolist() == [0, 0]
-    assert len(store.resident) == 1
+    assert len(cache.resident) == 1
 
 
 # --- weights of fewer bits ---
@@ -329,7 +329,7 @@ def test_an_expert_that_answers_nan_is_dropped_within_a_budget_too() -> None:
 @pytest.mark.parametrize(
     ("weights", "bytes_each", "error"), [("bf16", 2, 0.03), ("fp16", 2, 0.01), ("int8", 1.2, 0.06)]
 )
-def test_weights_of_fewer_bits_are_smaller_and_nearly_as_good(tmp_path, weights, bytes_each, error) -> None:
+def test_rounded_weights_are_smaller_and_nearly_as_accurate(tmp_path, weights, bytes_each, error) -> None:
     path = write_ensemble(tmp_path, 128, 1)
     x, t = torch.randn(5, *LATENT), torch.full((5,), 0.4)
     loaded = load_ensemble(path)
@@ -343,10 +343,10 @@ def test_weights_of_fewer_bits_are_smaller_and_nearly_as_good(tmp_path, weights,
     budget = bytes_of(plain.router) + 2 * bytes_of(network)
     held = load_ensemble(path, weights=weights, memory_budget=budget).ensemble
     assert torch.equal(held.velocity(x, t, loaded.encoder(PROMPTS)), u)
-    store = held.experts[0].network.store
-    assert len(store.resident) == 2
-    with store.using(0) as network:
-        assert bytes_of(network) == store._sizes[0]  # known before it was brought
+    cache = held.experts[0].network.cache
+    assert len(cache.resident) == 2
+    with cache.using(0) as network:
+        assert bytes_of(network) == cache._sizes[0]  # known before it is loaded
 
 
 def test_a_rounded_file_is_read_one_tensor_at_a_time(small) -> None:
@@ -361,7 +361,7 @@ def test_a_rounded_file_is_read_one_tensor_at_a_time(small) -> None:
 
 
 @pytest.mark.parametrize("weights", [None, "bf16", "int8"])
-def test_a_moved_network_has_tensors_of_its_own_and_answers_alike(small, weights) -> None:
+def test_a_moved_network_shares_no_tensor_and_computes_the_same(small, weights) -> None:
     """What is pinned, and what is copied to a GPU: here, cloned."""
     network = cast_weights(load_expert(small.parent / "0").expert.network, weights)
     moved = _moved(network, torch.clone)
@@ -375,7 +375,7 @@ def test_a_moved_network_has_tensors_of_its_own_and_answers_alike(small, weights
     assert [type(p) for p in moved.parameters()] == [type(p) for p in network.parameters()]
 
 
-def test_int8_are_the_linear_layers(small) -> None:
+def test_int8_quantizes_the_linear_layers_only(small) -> None:
     network = cast_weights(load_expert(small.parent / "0").expert.network, "int8")
     assert type(network.blocks[0].mlp[0].weight).__name__ == "Int8Tensor"
     assert network.positions.dtype == torch.bfloat16
@@ -385,23 +385,23 @@ def test_int8_are_the_linear_layers(small) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "size"),
+    ("text", "size"),
     [("16GB", 16 * 10**9), ("6GB", 6 * 10**9), ("500MB", 500 * 10**6), ("2GiB", 2**31), ("1.5 kb", 1500), ("7", 7)],
 )
-def test_budgets_are_read(given, size) -> None:
-    assert parse_budget(given) == size
+def test_budgets_are_parsed(text, size) -> None:
+    assert parse_budget(text) == size
     assert parse_budget(size) == size
 
 
-@pytest.mark.parametrize("given", ["", "GB", "-1GB", "0", "0GB", "16 gigs", "1e9", "16GB GB", "٣GB", "nan", -5, 0.5])
-def test_what_is_no_budget_is_told_in_one_line(given) -> None:
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0GB", "16 gigs", "1e9", "16GB GB", "٣GB", "nan", -5, 0.5])
+def test_an_invalid_budget_is_refused_in_one_line(text) -> None:
     with pytest.raises(AtollError, match="expected a size such as 16GB") as caught:
-        parse_budget(given)
+        parse_budget(text)
     assert "\n" not in str(caught.value)
 
 
 @given(st.text(max_size=8))
-def test_any_text_is_a_budget_or_an_error(text) -> None:
+def test_any_text_is_a_budget_or_refused(text) -> None:
     message = ""
     try:
         assert parse_budget(text) > 0
@@ -410,18 +410,18 @@ def test_any_text_is_a_budget_or_an_error(text) -> None:
     assert "\n" not in message
 
 
-def test_a_budget_too_small_for_one_expert_names_the_least(small) -> None:
-    least = budget_of(small, 1)
-    load_ensemble(small, memory_budget=least)
+def test_too_small_a_budget_is_refused_with_the_minimum(small) -> None:
+    minimum = budget_of(small, 1)
+    load_ensemble(small, memory_budget=minimum)
     with pytest.raises(AtollError, match=r"^memory budget \S+KB: the largest expert, e\d, needs \S+KB and") as caught:
-        load_ensemble(small, memory_budget=least - 1)
-    named = re.search(r"give (\S+) at least", str(caught.value))[1]
+        load_ensemble(small, memory_budget=minimum - 1)
+    named = re.search(r"set it to at least (\S+),", str(caught.value))[1]
     load_ensemble(small, memory_budget=named)
-    with pytest.raises(AtollError, match=r"needs 1?\d\d?KB; give"):
+    with pytest.raises(AtollError, match=r"needs 1?\d\d?KB; set it to at least"):
         load_ensemble(small.parent / "0", memory_budget=5)
 
 
-def test_unknown_weights_and_a_missing_torchao_are_told(small, monkeypatch) -> None:
+def test_unknown_weights_and_a_missing_torchao_are_refused(small, monkeypatch) -> None:
     with pytest.raises(AtollError, match="unknown weights 'int4'; expected fp32, bf16, fp16, int8"):
         load_ensemble(small, weights="int4")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
@@ -429,16 +429,16 @@ def test_unknown_weights_and_a_missing_torchao_are_told(small, monkeypatch) -> N
         check_weights("int8")
 
 
-def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path) -> None:
+def test_a_file_that_changes_while_in_use_is_refused(tmp_path) -> None:
     path = write_ensemble(tmp_path, 32, 1)
     ensemble = load_ensemble(path, memory_budget=budget_of(path, 1)).ensemble
     file = tmp_path / "2" / WEIGHTS
     os.utime(file, ns=(0, 0))
-    with pytest.raises(AtollError, match="changed while it was in use"), ensemble.experts[2].network.store.using(2):
+    with pytest.raises(AtollError, match="changed while it was in use"), ensemble.experts[2].network.cache.using(2):
         pass
 
 
-def test_sample_takes_a_budget(small, tmp_path) -> None:
+def test_the_sample_command_takes_a_budget(small, tmp_path) -> None:
     images = []
     budget = str(budget_of(small, 2))
     for number, options in enumerate(([], ["--memory-budget", budget], ["--weights", "bf16"])):
@@ -454,14 +454,14 @@ def test_sample_takes_a_budget(small, tmp_path) -> None:
 
 def test_conditions_reach_the_network_unchanged() -> None:
     seen = []
-    store = ExpertCache(4)
+    cache = ExpertCache(4)
 
     class Noting(Fake):
         def forward(self, x, time, condition):
             seen.append((x, time, condition))
             return x
 
-    network = store.add("one", 4, lambda: Noting(0))
+    network = cache.add("one", 4, lambda: Noting(0))
     given_ = torch.randn(2, 3), torch.rand(2), Condition(torch.randn(2, 4, 6), torch.ones(2, 4, dtype=torch.bool), None)
     network(*given_)
     assert all(a is b for a, b in zip(seen[0], given_, strict=True))

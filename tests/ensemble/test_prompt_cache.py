@@ -1,4 +1,4 @@
-"""Prompts that are read once: the same images, fewer operations, within a limit."""
+"""Prompts that each network reads once: the same images, fewer operations, within a limit."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ NETWORKS = {
 
 
 class Counted:
-    """How often it was asked to read, and of how many prompts."""
+    """A network that records the number of prompts in each call of `read_prompt`."""
 
     def __init__(self, network: Network):
         self.network, self.read = network, []
@@ -86,7 +86,7 @@ def ensemble_of(networks: list, routing: str = "top-1", null: bool = True) -> En
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_says_the_same_of_what_it_has_read(name: str) -> None:
+def test_a_network_computes_the_same_from_cached_text(name: str) -> None:
     network, condition = NETWORKS[name](), condition_of(4)
     x, time = torch.randn(4, C, SIDE, SIDE, dtype=torch.float64), torch.tensor([1.0, 40.0, 500.0, 999.0]).double()
     read = network.read_prompt(condition)
@@ -100,7 +100,7 @@ def test_a_network_says_the_same_of_what_it_has_read(name: str) -> None:
     assert not torch.allclose(network(x, time, network.read_prompt(condition_of(4, seed=1))), network(x, time, read))
 
 
-def test_another_number_of_prompts_is_refused() -> None:
+def test_cached_text_with_the_wrong_number_of_rows_is_refused() -> None:
     x, time = torch.randn(3, C, SIDE, SIDE, dtype=torch.float64), torch.ones(3).double()
     with pytest.raises(AtollError, match="got 2 rows, expected 3 rows"):
         dit()(x, time, dit().read_prompt(condition_of(2)))
@@ -115,7 +115,7 @@ def test_another_number_of_prompts_is_refused() -> None:
     seed=st.integers(0, 999),
     limit=st.sampled_from([0, 20_000, 60_000, 2**31]),
 )
-def test_images_are_the_same(routing, guidance, guided, rows, seed, limit) -> None:
+def test_images_are_the_same_with_and_without_a_cache(routing, guidance, guided, rows, seed, limit) -> None:
     ensemble = ensemble_of([dit(0), paris(1), dit(2)], routing)
     condition = condition_of(rows, seed)
     g = torch.Generator().manual_seed(seed)
@@ -132,7 +132,7 @@ def test_images_are_the_same(routing, guidance, guided, rows, seed, limit) -> No
     assert cache.nbytes <= limit
 
 
-def test_each_prompt_is_read_once_by_the_experts_that_are_asked() -> None:
+def test_each_active_expert_reads_a_prompt_once() -> None:
     networks = [Counted(dit(k)) for k in range(K)]
     ensemble = ensemble_of(networks, "top-1")
     prompts = ensemble.prompt_cache((condition_of(6),))
@@ -147,14 +147,14 @@ def test_each_prompt_is_read_once_by_the_experts_that_are_asked() -> None:
     assert all(isinstance(network.saw, TextKV) for network in networks)
 
 
-def test_without_prompts_nothing_is_read_beforehand() -> None:
+def test_without_a_cache_the_network_gets_the_condition() -> None:
     network = Counted(dit())
     ensemble_of([network]).velocity(torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2, condition_of(2))
     assert network.read == []
     assert isinstance(network.saw, Condition)
 
 
-def test_networks_that_cannot_read_get_the_condition() -> None:
+def test_networks_without_read_prompt_get_the_condition() -> None:
     seen = []
 
     def plain(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
@@ -168,7 +168,7 @@ def test_networks_that_cannot_read_get_the_condition() -> None:
     assert len(seen[0]) == 4
 
 
-def test_every_expert_reads_by_its_own_encoder() -> None:
+def test_each_expert_caches_the_condition_of_its_own_encoder() -> None:
     wide = condition_of(2, 5, length=3, states=12)
     experts = [
         Expert(dit(0), Objective("flow", "linear"), (0,), name="a"),
@@ -185,21 +185,21 @@ def test_every_expert_reads_by_its_own_encoder() -> None:
     assert prompts.nbytes == 3 * 2 * (L + 3) * 64 * 8
 
 
-def test_guidance_of_prompts_without_a_null_condition_is_refused() -> None:
+def test_guidance_with_a_cache_without_null_condition_is_refused() -> None:
     ensemble, other = ensemble_of([dit()]), ensemble_of([dit()], null=False)
     x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
     with pytest.raises(AtollError, match="there is no null condition"):
         ensemble.velocity(x, t, None, 2.0, prompt_cache=other.prompt_cache((condition_of(2),)))
 
 
-def test_a_condition_beside_its_cache_is_refused() -> None:
+def test_a_condition_together_with_a_cache_is_refused() -> None:
     ensemble, condition = ensemble_of([dit()]), condition_of(2)
     x, t = torch.zeros(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
     with pytest.raises(AtollError, match="both passed; expected one of them"):
         ensemble.velocity(x, t, condition, prompt_cache=ensemble.prompt_cache((condition,)))
 
 
-def test_another_null_condition_takes_the_place_of_the_ensembles() -> None:
+def test_a_cache_can_have_another_null_condition() -> None:
     network, condition, other = dit(), condition_of(2), condition_of(1, seed=4)
     ensemble = ensemble_of([network])
     x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.ones(2).double() / 2
@@ -211,38 +211,38 @@ def test_another_null_condition_takes_the_place_of_the_ensembles() -> None:
 class TestBlockCache:
     @pytest.mark.parametrize("network", [dit(0, depth=3), paris(0), dit(1, depth=1)])
     @pytest.mark.parametrize("guidance", [1.0, 2.0])
-    def test_below_every_change_nothing_is_spared(self, network, guidance) -> None:
+    def test_a_tiny_threshold_skips_nothing(self, network, guidance) -> None:
         ensemble, condition = ensemble_of([network]), condition_of(3)
         g = torch.Generator().manual_seed(0)
         noise = torch.randn(3, C, SIDE, SIDE, generator=g, dtype=torch.float64)
         prompts = ensemble.prompt_cache((condition,), block_cache=1e-12)
-        drawn = [
+        images = [
             sample(lambda x, t, c=c: ensemble.velocity(x, t, guidance_scale=guidance, **c), noise, 4)
             for c in ({"prompt_cache": prompts}, {"condition": condition})
         ]
-        torch.testing.assert_close(*drawn)
+        torch.testing.assert_close(*images)
         assert prompts.skip_rate == 0
 
-    def test_above_every_change_the_first_block_is_all_that_is_asked(self) -> None:
+    def test_a_huge_threshold_evaluates_only_the_first_block(self) -> None:
         network = dit(0, depth=3)
-        asked = []
+        calls = []
         for number, block in enumerate(network.blocks):
-            block.register_forward_hook(lambda _, inputs, __, number=number: asked.append((number, len(inputs[0]))))
+            block.register_forward_hook(lambda _, inputs, __, number=number: calls.append((number, len(inputs[0]))))
         ensemble = ensemble_of([network])
         prompts = ensemble.prompt_cache((condition_of(3),), block_cache=1e9)
         x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.9).double()
         first = ensemble.velocity(x, t, None, 2.0, prompt_cache=prompts)
-        assert asked == [(0, 6), (1, 6), (2, 6)]
+        assert calls == [(0, 6), (1, 6), (2, 6)]
         torch.testing.assert_close(
             ensemble.velocity(x, t, None, 2.0, prompt_cache=prompts), first
         )  # nothing changed: the same answer
-        assert asked[3:] == [(0, 6)]
+        assert calls[3:] == [(0, 6)]
         another = ensemble.prompt_cache((condition_of(2),), block_cache=1e9)
         ensemble.velocity(x[:2], t[:2], prompt_cache=another)
-        assert asked[4:] == [(0, 2), (1, 2), (2, 2)]
+        assert calls[4:] == [(0, 2), (1, 2), (2, 2)]
         assert prompts.skip_rate == 0.5
 
-    def test_every_sample_decides_for_itself(self) -> None:
+    def test_each_sample_is_skipped_by_itself(self) -> None:
         network, condition = dit(0, depth=3), condition_of(3)
         sizes = []
         network.blocks[1].register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
@@ -262,7 +262,7 @@ class TestBlockCache:
         assert sizes == [3, 1, 3, 3]  # of the condition itself, twice
         assert 0 < (third - exact).abs().max() < 0.01 * exact.abs().max()
 
-    def test_guidances_branches_are_apart(self) -> None:
+    def test_guidance_branches_are_cached_separately(self) -> None:
         ensemble = ensemble_of([dit(0, depth=3)])
         x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
         prompts = ensemble.prompt_cache((condition_of(2),), block_cache=1e9)
@@ -274,7 +274,7 @@ class TestBlockCache:
         torch.testing.assert_close(plain, ensemble.velocity(x, t, condition_of(2)))
         assert prompts.skip_rate == 2 / 6
 
-    def test_what_cannot_is_refused(self, trained_run) -> None:
+    def test_networks_without_block_cache_are_refused(self, trained_run) -> None:
         def plain(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
             return x
 
@@ -286,24 +286,24 @@ class TestBlockCache:
             with pytest.raises(AtollError, match="expected a threshold from 0"):
                 ensemble.prompt_cache((condition_of(2),), block_cache=threshold)
         pipe = Pipeline.from_pretrained(trained_run / "ensemble")
-        with pytest.raises(AtollError, match="compiled experts ask all blocks"):
+        with pytest.raises(AtollError, match="compiled experts evaluate all blocks"):
             pipe.compile(backend="eager")("moss", num_inference_steps=2, block_cache=0.1)
 
-    def test_by_the_pipeline(self, trained_run, monkeypatch: pytest.MonkeyPatch) -> None:
-        made, prompt_cache = [], Ensemble.prompt_cache
+    def test_the_pipeline_uses_the_block_cache(self, trained_run, monkeypatch: pytest.MonkeyPatch) -> None:
+        caches, prompt_cache = [], Ensemble.prompt_cache
 
         def spy(self, *arguments, **options) -> PromptCache:
-            made.append(prompt_cache(self, *arguments, **options))
-            return made[-1]
+            caches.append(prompt_cache(self, *arguments, **options))
+            return caches[-1]
 
         monkeypatch.setattr(Ensemble, "prompt_cache", spy)
         pipe = Pipeline.from_pretrained(trained_run / "ensemble")
         pipe(["moss", "rain", "moss"], seeds=[0, 1, 2], num_inference_steps=6, batch_size=2, block_cache=5.0)
-        assert [(len(one), one.block_cache) for one in made] == [(2, 5.0), (1, 5.0)]
-        assert all(one.skip_rate > 0.5 for one in made)
+        assert [(len(one), one.block_cache) for one in caches] == [(2, 5.0), (1, 5.0)]
+        assert all(one.skip_rate > 0.5 for one in caches)
 
 
-def test_the_texts_part_is_spared() -> None:
+def test_a_cache_saves_the_operations_of_the_text_layers() -> None:
     """Of a B/2 with 256 image and 77 text tokens: what its text layers cost, counted by hand."""
     config = DiTConfig(size=(32, 32), channels=4, patch=2, width=768, depth=2, heads=12, states_dim=768)
     network = DiT(config)

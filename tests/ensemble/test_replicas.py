@@ -7,7 +7,7 @@ import torch
 
 from atoll.calibration import NODES, Calibration
 from atoll.ensemble import Ensemble, Expert
-from atoll.ensemble.replicas import Stacking, measure_stacking, replica_shares
+from atoll.ensemble.replicas import Stacking, measure_stacking, replica_weights
 from atoll.errors import AtollError
 from atoll.objective import Objective
 from atoll.testing import GaussianMixture
@@ -66,8 +66,8 @@ def test_a_perfect_replica_gets_all_the_weight(mixture, latents) -> None:
     assert (stacking.weights >= 0).all()
 
 
-def test_weights_change_hands_where_the_experts_do(mixture, latents) -> None:
-    """One is right below t = 0.5, the other above: no single switch was told to it."""
+def test_weights_switch_where_the_better_replica_changes(mixture, latents) -> None:
+    """One replica is right below t = 0.5, the other above; stacking finds the switch."""
     early, late = noisy(mixture, FLOW, 0.7, 1, start=0.5), noisy(mixture, FLOW, 0.0, 2)
 
     def wrong_below(x, time, condition=None):
@@ -80,8 +80,8 @@ def test_weights_change_hands_where_the_experts_do(mixture, latents) -> None:
     assert (weights[2:, 1] > 0.9).all()
 
 
-def test_one_stacked_expert_is_one_calibrated_expert(mixture, latents) -> None:
-    """With a useless second replica, stacking finds the slope that calibration measures."""
+def test_stacking_a_useless_replica_equals_calibration(mixture, latents) -> None:
+    """With a useless second replica, stacking measures the slope that calibration measures."""
     expert = noisy(mixture, EPS, 0.3, 1)
     noise = Objective("x0", "linear")
     useless = Expert(lambda x, time, condition=None: torch.sin(1e6 * x), noise, (0,), name="useless")
@@ -128,22 +128,22 @@ def test_stacked_velocity_by_hand_and_finite_at_both_ends() -> None:
     torch.testing.assert_close(ensemble.weights(x, t).sum(1), torch.ones(4, dtype=torch.float64))
 
 
-def test_an_expert_without_weight_is_not_asked() -> None:
+def test_a_replica_without_weight_is_not_evaluated() -> None:
     calls = []
 
-    def asked(x, time, condition=None):
+    def counted(x, time, condition=None):
         calls.append(len(x))
         return x
 
     weights = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     stacking = Stacking(("a", "b"), torch.zeros(SHAPE), torch.tensor([-0.1, 0.1]), weights, torch.zeros(2))
-    experts = [Expert(asked, FLOW, (0,), name="a"), Expert(lambda x, time, c=None: x, FLOW, (0,), name="b")]
+    experts = [Expert(counted, FLOW, (0,), name="a"), Expert(lambda x, time, c=None: x, FLOW, (0,), name="b")]
     ensemble = Ensemble(experts, lambda x, t, p=None: x.new_zeros(len(x), 1), "full", stackings=[stacking])
     ensemble.velocity(torch.randn(3, *SHAPE), torch.tensor([0.1, 0.9, 0.9]))
     assert calls == [1]
 
 
-def test_what_it_is_compared_with(mixture, latents) -> None:
+def test_other_ways_to_combine_replicas_by_hand(mixture, latents) -> None:
     t = torch.tensor([0.2, 0.49, 0.5, 0.8], dtype=torch.float64)
     nodes = torch.tensor([-5.0, 5.0])
     errors = [torch.tensor([0.1, 0.1]), torch.tensor([0.3, 0.3])]
@@ -151,22 +151,22 @@ def test_what_it_is_compared_with(mixture, latents) -> None:
         replace(noisy(mixture, objective, 0.1, seed), calibration=Calibration(latents[0], nodes, nodes, error, error))
         for seed, (objective, error) in enumerate(zip((EPS, FLOW), errors, strict=True))
     ]
-    torch.testing.assert_close(replica_shares("equal", experts, t), torch.full((4, 2), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(replica_weights("equal", experts, t), torch.full((4, 2), 0.5, dtype=torch.float64))
     expected = torch.tensor([[0.75, 0.25]] * 4, dtype=torch.float64)
-    torch.testing.assert_close(replica_shares("inverse-error", experts, t), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(replica_weights("inverse-error", experts, t), expected, rtol=1e-5, atol=0)
     switched = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]], dtype=torch.float64)
-    torch.testing.assert_close(replica_shares("time-switch-0.5", experts, t), switched)
+    torch.testing.assert_close(replica_weights("time-switch-0.5", experts, t), switched)
     with pytest.raises(AtollError, match="needs an eps-expert and another one"):
-        replica_shares("time-switch-0.5", experts[:1] * 2, t)
+        replica_weights("time-switch-0.5", experts[:1] * 2, t)
     with pytest.raises(AtollError, match="inverse-error needs its calibration"):
-        replica_shares("inverse-error", [replace(e, calibration=None) for e in experts], t)
+        replica_weights("inverse-error", [replace(e, calibration=None) for e in experts], t)
     for wrong in ("best", "time-switch-", "stack"):
         with pytest.raises(AtollError, match="expected stacked, inverse-error"):
             Ensemble(experts, lambda x, t, p=None: x.new_zeros(len(x), 1), replicas=wrong)
 
 
-def test_stacking_is_of_just_these_replicas(mixture, latents) -> None:
-    """With a third one that it does not know, or one that is missing, it would be wrong: they share alike then."""
+def test_a_stacking_applies_to_exactly_its_replicas(mixture, latents) -> None:
+    """With a third or a missing replica its weights would be wrong: the replicas then have equal weights."""
     experts = [noisy(mixture, FLOW, 0.0, seed) for seed in (1, 2, 3)]
     stacking = Stacking(
         ("flow-1", "flow-2"), latents.mean(0), torch.tensor([-9.0, 9.0]), torch.tensor([[1.0, 0.0]] * 2), torch.zeros(2)
@@ -184,7 +184,7 @@ def test_stacking_is_of_just_these_replicas(mixture, latents) -> None:
     torch.testing.assert_close(three, torch.full((5, 3), 1 / 3, dtype=torch.float64))
 
 
-def test_it_survives_the_disk_and_broken_ones_are_told(mixture, latents) -> None:
+def test_a_stacking_is_saved_and_loaded_and_broken_ones_are_refused(mixture, latents) -> None:
     stacking = stack([noisy(mixture, EPS, 0.1, 1), noisy(mixture, FLOW, 0.2, 2)], latents)
     again = Stacking.load(stacking.config(), stacking.mean)
     torch.testing.assert_close(again.weights, stacking.weights, atol=1e-6, rtol=0)

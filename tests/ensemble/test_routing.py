@@ -52,23 +52,23 @@ def test_top_k_keeps_the_k_largest(clusters, k, seed) -> None:
     log_p = log_probabilities(clusters, seed)
     weights = parse_routing(f"top-{k}").weights(log_p, context())
     assert ((weights > 0).sum(1) == min(k, clusters)).all()
-    kept = torch.where(weights > 0, log_p.exp(), 0)
-    torch.testing.assert_close(weights, kept / kept.sum(1, keepdim=True))
-    assert (kept.amax(1) == log_p.exp().amax(1)).all()
+    expected = torch.where(weights > 0, log_p.exp(), 0)
+    torch.testing.assert_close(weights, expected / expected.sum(1, keepdim=True))
+    assert (expected.amax(1) == log_p.exp().amax(1)).all()
 
 
-def test_full_is_the_routers_own_probability() -> None:
+def test_full_keeps_the_routers_probabilities() -> None:
     log_p = log_probabilities(4, 0)
     torch.testing.assert_close(parse_routing("full").weights(log_p, context()), log_p.exp())
 
 
 @given(st.integers(1, 9), st.floats(0, 0.99), st.integers(0, 2**31))
-def test_threshold_keeps_what_reaches_it(clusters, least, seed) -> None:
+def test_threshold_keeps_probabilities_that_reach_it(clusters, minimum, seed) -> None:
     p = log_probabilities(clusters, seed).exp()
-    weights = parse_routing(f"threshold-{least:.6f}").weights(p.log(), context())
-    kept = torch.where(p >= round(least, 6) - 1e-6, p, 0)
-    kept = torch.where(kept.sum(1, keepdim=True) > 0, kept, torch.where(p == p.amax(1, keepdim=True), p, 0))
-    torch.testing.assert_close(weights, kept / kept.sum(1, keepdim=True), atol=2e-5, rtol=0)
+    weights = parse_routing(f"threshold-{minimum:.6f}").weights(p.log(), context())
+    expected = torch.where(p >= round(minimum, 6) - 1e-6, p, 0)
+    expected = torch.where(expected.sum(1, keepdim=True) > 0, expected, torch.where(p == p.amax(1, keepdim=True), p, 0))
+    torch.testing.assert_close(weights, expected / expected.sum(1, keepdim=True), atol=2e-5, rtol=0)
 
 
 def test_nucleus_by_hand() -> None:
@@ -81,7 +81,7 @@ def test_nucleus_by_hand() -> None:
     torch.testing.assert_close(parse_routing("nucleus-1@0.5").weights(p.log(), context(count=1)), cold)
 
 
-def test_draws_are_full_on_the_mean_and_depend_on_the_sample_alone() -> None:
+def test_samples_average_to_full_and_depend_on_x_alone() -> None:
     log_p = torch.tensor([0.1, 0.6, 0.3]).log().expand(4000, -1)
     many = context(count=4000)
     weights = parse_routing("sample-1").weights(log_p, many)
@@ -96,7 +96,7 @@ def test_draws_are_full_on_the_mean_and_depend_on_the_sample_alone() -> None:
     torch.testing.assert_close(three.mean(0), torch.tensor([0.1, 0.6, 0.3]), atol=0.03, rtol=0)
 
 
-def test_oracle_takes_the_cluster_that_is_named() -> None:
+def test_oracle_uses_the_given_cluster() -> None:
     log_p = log_probabilities(4, 3)
     cluster = torch.tensor([3, 0, 2, 2, 1])
     weights = parse_routing("oracle").weights(log_p, context(cluster=cluster))
@@ -148,14 +148,14 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_parsed_and_says_whether_it_needs_a_router(name) -> None:
+def test_a_parsed_routing_says_whether_it_needs_a_router(name) -> None:
     expected, needs_router = NAMES[name]
     routing = parse_routing(name)
     assert routing == expected
     assert routing.needs_router is needs_router
 
 
-def test_every_routing_is_frozen_and_tested_here() -> None:
+def test_every_routing_is_frozen() -> None:
     assert {type(routing) for routing, _ in NAMES.values()} == set(ROUTINGS)
     for routing, _ in NAMES.values():
         with pytest.raises(FrozenInstanceError):
@@ -196,6 +196,6 @@ def test_unknown_names_are_refused(name) -> None:
 
 
 @given(st.text())
-def test_any_name_is_understood_or_refused(name) -> None:
+def test_any_text_is_a_routing_or_refused(name) -> None:
     with suppress(AtollError):
         assert isinstance(parse_routing(name), ROUTINGS)

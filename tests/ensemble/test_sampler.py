@@ -54,7 +54,7 @@ def test_a_trace_records_times_and_weights_of_each_call() -> None:
     assert trace.weights[0].tolist() == [[1, 0], [0, 1]]
 
 
-def test_an_expert_that_answers_nan_is_dropped_and_the_rest_continue() -> None:
+def test_an_expert_that_answers_nan_is_dropped_with_a_warning() -> None:
     ensemble, x, t = with_a_broken_expert()
     sampler = Sampler(ensemble)
     with pytest.warns(UserWarning, match="bad answered with NaN or infinity; sampling goes on without it"):
@@ -88,7 +88,7 @@ def test_the_policies_raise_and_keep() -> None:
     assert (trace.weights[0][:, 1] > 0).all()
 
 
-def test_a_pure_velocity_returns_an_answer_that_is_not_finite_as_it_is() -> None:
+def test_a_pure_velocity_returns_nan_as_it_is() -> None:
     ensemble, x, t = with_a_broken_expert()
     assert ensemble.velocity(x, t).isnan().all()
     assert ensemble.excluded == frozenset()
@@ -109,7 +109,7 @@ def test_samplers_of_one_ensemble_do_not_see_each_others_state() -> None:
     assert (second.weights[0][:, 1] > 0).all()
 
 
-def test_two_replicas_of_three_share_equally_when_the_stacked_third_is_dropped() -> None:
+def test_replicas_share_equally_after_one_of_their_stack_is_dropped() -> None:
     networks = (Constant(1.0), Constant(torch.nan), Constant(4.0))
     experts = [Expert(n, FLOW, (0,), name=name) for n, name in zip(networks, "abc", strict=True)]
     table = torch.tensor([[0.7, 0.2, 0.1]] * 2)
@@ -121,14 +121,14 @@ def test_two_replicas_of_three_share_equally_when_the_stacked_third_is_dropped()
     torch.testing.assert_close(u, torch.full_like(u, 2.5))
 
 
-def test_a_sampler_and_the_pure_velocity_agree_bit_for_bit() -> None:
+def test_a_sampler_equals_the_pure_velocity_bit_for_bit() -> None:
     experts = [Expert(Constant(float(k)), FLOW, (k,)) for k in range(3)]
     ensemble = Ensemble(experts, router_of([[0.5, 0.3, 0.2]] * 4), "full")
     x, t = batch(4)
     assert torch.equal(Sampler(ensemble).velocity(x, t), ensemble.velocity(x, t))
 
 
-def test_a_replica_that_answers_nan_leaves_its_cluster_to_the_other() -> None:
+def test_a_dropped_replica_leaves_its_cluster_to_the_other() -> None:
     experts = [
         Expert(Constant(1.0), FLOW, (0,), name="good"),
         Expert(Constant(torch.inf), FLOW, (0,), name="bad"),

@@ -1,4 +1,4 @@
-"""What guides a network, and the frozen encoders of captions: hash, label, clip, t5."""
+"""Conditions, and the frozen text encoders of captions: hash, label, clip, t5."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 
 
 def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
-    """The encoder that a manifest's or a card's config describes.
+    """Create the encoder that a manifest's or a card's config describes.
 
     Raises:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
@@ -49,4 +49,4 @@ def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
             return T5Encoder(checked)
         case HashConfig() as checked:
             return HashEncoder(checked.dim, checked.length, checked.seed)
-    raise AssertionError("a name without its encoder")
+    raise AssertionError("a config without its encoder")

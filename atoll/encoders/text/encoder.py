@@ -1,6 +1,6 @@
-"""What guides a network: token states, a mask, perhaps a pooled vector; and what every frozen encoder of captions is.
+"""The interface of a frozen text encoder: captions to a condition.
 
-An encoder works in two steps, so that a training loop tokenises its captions once and encodes every batch:
+An encoder works in two steps, so that a training loop tokenizes its captions once and encodes every batch:
 `tokens = encoder.tokenize(captions)`, then `encoder.encode(tokens.index(rows))`.
 """
 
@@ -12,32 +12,40 @@ from atoll.condition import Condition, Tokens
 
 
 class TextEncoder(ABC):
-    """A frozen text encoder. Subclasses are final; `build_encoder` makes one again from its config."""
+    """A frozen text encoder. Subclasses are final; `build_encoder` creates one from its config.
+
+    Attributes:
+        name: the name in configs.
+        dim: D, the width of the states.
+        pooled_dim: P; None without a pooled vector.
+        length: L, tokens per caption: longer captions are cut, shorter ones padded.
+    """
 
     name: ClassVar[str]
-    dim: int  # D, the width of the states
-    pooled_dim: int | None  # P, or None where there is no pooled vector
-    length: int  # L, tokens per caption: longer captions are cut, shorter ones padded
+    dim: int
+    pooled_dim: int | None
+    length: int
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Captions to tokens [B,L]."""
+        """Tokenize B captions to [B, L]."""
 
     @abstractmethod
     def encode(self, tokens: Tokens) -> Condition:
-        """Tokens [B,L] to states [B,L,D], mask [B,L] and pooled [B,P], on the device of the tokens."""
+        """Encode tokens [B, L] as states [B, L, D], mask [B, L] and pooled [B, P], on the device of the tokens."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The plain values that stand in cards; `build_encoder(config)` makes an equal encoder anywhere."""
+        """Return the plain values that are stored in cards; `build_encoder` creates an equal encoder from them."""
 
     def truncated_text(self, caption: str) -> str:
-        """What of a caption stands beyond `length` tokens and is cut; "" where nothing does."""
+        """Return the end of a caption that is beyond `length` tokens and cut off; "" if nothing is."""
         return ""
 
     def __call__(self, captions: Sequence[str]) -> Condition:
+        """Tokenize and encode B captions."""
         return self.encode(self.tokenize(captions))
 
     def null(self, batch: int) -> Condition:
-        """The null condition, that is the encoding of the empty prompt, `batch` times."""
+        """Return the null condition, which is the encoding of the empty prompt, as `batch` rows."""
         return self([""] * batch)

@@ -1,4 +1,4 @@
-"""Captions that are class names, of a closed list: each is one token, its number as a one-hot vector."""
+"""A text encoder for class names from a closed list: each is one token, a one-hot vector."""
 
 import difflib
 import os
@@ -16,7 +16,7 @@ from atoll.errors import AtollError
 
 
 class LabelConfig(BaseModel):
-    """labels: the class names, or the path of a text file with one a line (blank lines are none)."""
+    """labels: the class names, or the path of a text file with one per line (blank lines are ignored)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,16 +25,22 @@ class LabelConfig(BaseModel):
 
 
 class LabelEncoder(TextEncoder):
-    """A class name to states [B,1,n] and pooled [B,n], one-hot; the empty caption is zeros: no class.
+    """A class name as one-hot states [B, 1, n] and pooled [B, n]; the empty caption, no class, is zeros.
 
-    Its card holds the names themselves, so that their numbers never change with a file.
+    Cards store the names themselves, so that their numbers never change with a file.
+
+    Args:
+        labels: the class names.
+
+    Raises:
+        AtollError: no labels, an empty one (it would be the null condition), or a repeated one.
     """
 
     name = "label"
     length = 1
 
     def __init__(self, labels: Sequence[str]):
-        """Raises AtollError: no label, an empty one (it would be the null condition), or one that stands twice."""
+        # Names must be unique, and none may be the empty caption.
         self._labels = tuple(label.strip() for label in labels)
         if not self._labels or "" in self._labels:
             raise AtollError(
@@ -44,15 +50,20 @@ class LabelEncoder(TextEncoder):
         self._numbers = {label: number for number, label in enumerate(self._labels, start=1)}  # 0 is the null condition
         if len(self._numbers) < len(self._labels):
             twice = next(label for label in self._labels if self._labels.count(label) > 1)
-            raise AtollError(f"condition encoder 'label': the label {twice!r} stands there twice; rename or remove one")
+            raise AtollError(f"condition encoder 'label': the label {twice!r} is repeated; rename or remove one")
         self.dim = self.pooled_dim = len(self._labels)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Raises AtollError for a caption that is none of the labels; it names the nearest."""
+        """Tokenize B class names to [B, 1].
+
+        Raises:
+            AtollError: a caption that is not a label; the text names the nearest label.
+        """
         ids = torch.tensor([self._number(caption.strip()) for caption in captions], dtype=torch.int64).reshape(-1, 1)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def encode(self, tokens: Tokens) -> Condition:
+        # Number 0, the null condition, has no place in the vector: it is all zeros.
         states = F.one_hot(tokens.ids, self.dim + 1)[..., 1:].float()  # [B,1,n]
         return Condition(states, tokens.mask, states[:, 0])
 
@@ -62,6 +73,7 @@ class LabelEncoder(TextEncoder):
     def _number(self, caption: str) -> int:
         if not caption:
             return 0
+        # A caption that is no label is a mistake in the data: name the nearest label.
         number = self._numbers.get(caption)
         if number is None:
             near = difflib.get_close_matches(caption, self._labels, n=1, cutoff=0)
@@ -73,9 +85,10 @@ class LabelEncoder(TextEncoder):
 
 
 def read_labels(labels: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The labels themselves, or the lines of the file that they name. Raises AtollError if it cannot be read."""
+    """Return the labels, or the lines of the file that is named instead. Raises AtollError if it cannot be read."""
     if not isinstance(labels, str):
         return labels
+    # One label per line; a byte-order mark is ignored.
     path = Path(os.path.expanduser(os.path.expandvars(labels)))
     try:
         text = path.read_text(encoding="utf-8-sig")

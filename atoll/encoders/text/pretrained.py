@@ -1,4 +1,4 @@
-"""CLIP's and T5's text encoders, as transformers loads them."""
+"""CLIP's and T5's text encoders, loaded by transformers."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,56 +28,67 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextConfig(PretrainedConfig):
-    """tokenizer: the subfolder with its files; None: that of the network. precision: what the network computes in."""
+    """tokenizer: the subfolder with its files; None: the network's. precision: the dtype of the computation."""
 
     tokenizer: str | None = Field(None, pattern=r"^[\w-]*$")
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class CLIPConfig(TextConfig):
-    """A CLIP, or its text half: openai/clip-vit-large-patch14, or the text_encoder of a Stable Diffusion.
+    """A CLIP, or its text encoder: openai/clip-vit-large-patch14, or the text_encoder of a Stable Diffusion.
 
-    pooled: "last" is the state of the end token, as Stable Diffusion's and FLUX's (pooler_output); "projected" is that
-    in the space that texts and images share, as SD3's (text_embeds).
+    pooled: "last" is the state of the end token (pooler_output), as in Stable Diffusion and FLUX; "projected" is its
+    projection to the space that texts and images share (text_embeds), as in SD3.
     """
 
     name: Literal["clip"] = "clip"
-    length: int | None = Field(None, ge=2)  # None: all that the network has positions for (77)
+    length: int | None = Field(None, ge=2)  # None: as many as the network has positions (77)
     pooled: Literal["last", "projected"] = "last"
 
 
 class T5Config(TextConfig):
-    """An encoder of T5 or T5 v1.1, such as PixArt's text_encoder: 120 tokens there, 256 in SD3."""
+    """The encoder of a T5 or T5 v1.1, such as PixArt's text_encoder: 120 tokens there, 256 in SD3."""
 
     name: Literal["t5"] = "t5"
     length: int = Field(120, ge=2)
 
 
 class _PretrainedTextEncoder(TextEncoder):
-    """A tokenizer and a network of transformers. The network follows the tokens to their device."""
+    """A tokenizer and a network from transformers. The network moves to the device of the tokens.
 
-    _classes: Mapping[str, str]  # what config.json calls itself -> transformers' class
+    Args:
+        config: with the place of the weights.
+
+    Raises:
+        AtollError: weights or a tokenizer that are not found, damaged, of another kind, or not those of the config's
+            sha256.
+    """
+
+    _classes: Mapping[str, str]  # model_type in config.json -> transformers' class
     _tokenizer_class: str
 
     def __init__(self, config: CLIPConfig | T5Config):
-        """Raises AtollError: weights or tokenizer that are not found, damaged, of another kind, or not the config's."""
+        # Find the network and its tokenizer, and check their hash.
         folder = config.subfolder if config.tokenizer is None else config.tokenizer
         root = find_weights(config.weights, (config.subfolder, folder))
         directory = root / config.subfolder
         files = {**_tokenizer_files(root / folder), **pretrained_files(directory, "model")}
-        found = sha256_files(files)
-        require_sha256(f"condition encoder {self.name!r}", directory, found, config.sha256)
+        sha256 = sha256_files(files)
+        require_sha256(f"condition encoder {self.name!r}", directory, sha256, config.sha256)
+
+        # Load both; they must fit each other.
         self._tokenizer = _load_tokenizer(self._tokenizer_class, root / folder)
         self._network: nn.Module = load_pretrained("transformers", self._classes, directory, _DTYPES[config.precision])
         vocabulary = self._network.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if len(self._tokenizer) > vocabulary:
             raise AtollError(
                 f"{root / folder}: the tokenizer has {len(self._tokenizer)} tokens, the network in {directory} "
-                f"{vocabulary}; they do not belong together"
+                f"{vocabulary}; get both from one place"
             )
-        self._config = config.model_copy(update={"sha256": found})
+        self._config = config.model_copy(update={"sha256": sha256})
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
+        # transformers' tokenizers refuse an empty list.
         if not captions:
             return Tokens(torch.zeros(0, self.length, dtype=torch.int64), torch.zeros(0, self.length, dtype=torch.bool))
         encoded = self._tokenizer(
@@ -87,12 +98,13 @@ class _PretrainedTextEncoder(TextEncoder):
 
     def truncated_text(self, caption: str) -> str:
         ids = self._tokenizer(caption, verbose=False).input_ids
-        # Of what is kept, the last place is the end token's.
+        # The last position is the end token's.
         return self._tokenizer.decode(ids[self.length - 1 : -1]).strip() if len(ids) > self.length else ""
 
-    # Not inference_mode: a trained network reads the states, and autograd keeps them.
+    # Not inference_mode: a network in training reads the states, and autograd saves them.
     @torch.no_grad()
     def encode(self, tokens: Tokens) -> Condition:
+        # The network follows the tokens to their device; states are float32 whatever it computes in.
         if next(self._network.parameters()).device != tokens.ids.device:
             self._network.to(tokens.ids.device)
         states, pooled = self._states(tokens)
@@ -103,23 +115,25 @@ class _PretrainedTextEncoder(TextEncoder):
 
     @abstractmethod
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
-        """(states [B,L,D], pooled [B,P] or None) as the network gives them."""
+        """Return (states [B, L, D], pooled [B, P] or None) as the network computes them."""
 
 
 class CLIPEncoder(_PretrainedTextEncoder):
     """CLIP's text encoder (Radford et al. 2021): the last hidden states, normalised, and the end token's as pooled.
 
     The mask is True from the start token to the first end token. CLIP pads with the end token, and its attention is
-    causal: what stands behind does not change what stands before.
+    causal: padding does not change the tokens before it.
     """
 
     name = "clip"
     _tokenizer_class = "CLIPTokenizer"
 
     def __init__(self, config: CLIPConfig):
+        # A projected vector needs the class with the projection.
         cls = "CLIPTextModel" if config.pooled == "last" else "CLIPTextModelWithProjection"
         self._classes = {"clip": cls, "clip_text_model": cls}
         super().__init__(config)
+        # As many tokens as the network has positions, or fewer.
         network: Any = self._network
         own = network.config
         self.length = own.max_position_embeddings if config.length is None else config.length
@@ -128,11 +142,11 @@ class CLIPEncoder(_PretrainedTextEncoder):
                 f"condition encoder 'clip': length {self.length}, but the network has {own.max_position_embeddings} "
                 "positions; lower condition.length"
             )
-        # 2 stands in OpenAI's files for "the token of the highest number", which is the end token.
+        # In OpenAI's files, 2 means "the token with the highest number", which is the end token.
         if own.eos_token_id not in (2, self._tokenizer.eos_token_id):
             raise AtollError(
                 f"condition encoder 'clip': the network's end token is {own.eos_token_id}, the tokenizer's "
-                f"{self._tokenizer.eos_token_id}; they do not belong together"
+                f"{self._tokenizer.eos_token_id}; get both from one place"
             )
         self.dim = own.hidden_size
         self.pooled_dim = own.hidden_size if config.pooled == "last" else own.projection_dim
@@ -159,12 +173,14 @@ class T5Encoder(_PretrainedTextEncoder):
         self.dim = network.config.d_model
 
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        # Unlike CLIP's, T5's attention is not causal: it needs the mask.
         output = self._network(input_ids=tokens.ids, attention_mask=tokens.mask)
         return output.last_hidden_state, None  # [B,L,D]
 
 
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    """What a tokenizer is read from. Raises AtollError where nothing is."""
+    """Return the files that a tokenizer is loaded from. Raises AtollError if they are missing."""
+    # Any of three sets of files will do.
     files = {name: folder / name for name in TOKENIZER if (folder / name).is_file()}
     whole = "tokenizer.json" in files or "spiece.model" in files or {"vocab.json", "merges.txt"} <= files.keys()
     if not whole:
@@ -176,10 +192,11 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def _load_tokenizer(cls: str, folder: Path) -> Any:
+    """Load a tokenizer of transformers from local files."""
     with quiet("transformers") as transformers:
         try:
             return getattr(transformers, cls).from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # whatever a damaged file, or a missing sentencepiece, makes the library raise
+        except Exception as error:  # anything: a damaged file, or a missing sentencepiece
             reason = " ".join(str(error).split())[:200]
             raise AtollError(
                 f"{folder}: its tokenizer cannot be loaded ({reason}); install what that names "

@@ -14,7 +14,7 @@ class PromptEncoder:
     """One or several encoders side by side: each caption is tokenized and encoded once by each of them.
 
     Args:
-        encoders: one at least.
+        encoders: at least one.
     """
 
     def __init__(self, encoders: Sequence[TextEncoder]):
@@ -22,11 +22,13 @@ class PromptEncoder:
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         """Return the tokens of all encoders side by side [B, L1 + L2 + ...]."""
+        # Side by side, so that rows can be selected before they are encoded.
         parts = [encoder.tokenize(captions) for encoder in self.encoders]
         return Tokens(torch.cat([part.ids for part in parts], 1), torch.cat([part.mask for part in parts], 1))
 
     def encode(self, tokens: Tokens) -> tuple[Condition, ...]:
         """Return one condition of B rows per encoder, from tokens [B, L1 + L2 + ...]."""
+        # Each encoder gets its own columns back.
         lengths = [encoder.length for encoder in self.encoders]
         parts = zip(tokens.ids.split(lengths, dim=1), tokens.mask.split(lengths, dim=1), self.encoders, strict=True)
         return tuple(encoder.encode(Tokens(ids, mask)) for ids, mask, encoder in parts)
@@ -36,7 +38,7 @@ class PromptEncoder:
         return max((encoder.truncated_text(caption) for encoder in self.encoders), key=len)
 
     def configs(self) -> list[dict[str, Any]]:
-        """Return each encoder's config, as it stands in the cards of the experts."""
+        """Return each encoder's config, as in the cards of the experts."""
         return [encoder.config() for encoder in self.encoders]
 
     def reads_like(self, other: "PromptEncoder") -> bool:
@@ -45,6 +47,7 @@ class PromptEncoder:
         return len(one) == len(two) and all(same(a, b) for a, b in zip(one, two, strict=True))
 
     def __call__(self, captions: Sequence[str]) -> tuple[Condition, ...]:
+        """Tokenize and encode B captions: one condition per encoder."""
         return self.encode(self.tokenize(captions))
 
     def null(self, batch: int) -> tuple[Condition, ...]:

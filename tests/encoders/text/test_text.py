@@ -1,4 +1,4 @@
-"""Conditions and their encoders; CLIP and T5 are transformers' own classes, small and at random."""
+"""Conditions and their encoders; CLIP and T5 are transformers' own classes, small and random."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def test_hash_shapes_and_mask() -> None:
     torch.testing.assert_close(encoded.pooled.square().mean(1), torch.ones(3))
 
 
-def test_words_have_unit_variance_and_no_likeness() -> None:
+def test_word_vectors_have_unit_variance_and_no_correlation() -> None:
     encoder = HashEncoder(dim=512, length=4)
     encoded = encoder(["moss", "mosses"]).states[:, 1]
     word = encoded - HashEncoder(dim=512, length=4)._position[1]
@@ -45,7 +45,7 @@ def test_words_have_unit_variance_and_no_likeness() -> None:
     assert abs(torch.nn.functional.cosine_similarity(*word, dim=0)) < 0.2
 
 
-def test_encoding_leaves_alone_what_another_thread_tokenizes() -> None:
+def test_one_thread_may_encode_while_another_tokenizes() -> None:
     """While one batch is encoded, on a device, the next is tokenized: its new words must not be lost."""
     encoder = HashEncoder(dim=10, length=7)
     encoder.encode(encoder.tokenize(["moss"]).to("meta"))
@@ -54,7 +54,7 @@ def test_encoding_leaves_alone_what_another_thread_tokenizes() -> None:
     torch.testing.assert_close(encoder.encode(late).states, HashEncoder(dim=10, length=7)(["sand and rain"]).states)
 
 
-def test_position_tells_the_order_of_words_in_the_states_only() -> None:
+def test_word_order_changes_the_states_and_not_the_pooled_vector() -> None:
     one, other = HashEncoder()(["red on blue", "blue on red"]).index(torch.tensor([0, 1])).states
     assert not torch.allclose(one, other)
     pooled = HashEncoder()(["red on blue", "blue on red"]).pooled
@@ -71,7 +71,7 @@ def test_long_captions_are_cut() -> None:
     assert torch.equal(encoder(["one two three"]).states, encoder(["one two four"]).states)
 
 
-def test_encoding_does_not_depend_on_what_was_met_before() -> None:
+def test_encoding_does_not_depend_on_earlier_captions() -> None:
     fresh, used = HashEncoder(), HashEncoder()
     used(["many other words came first", "a serif"])
     a, b = fresh(CAPTIONS), used(CAPTIONS)
@@ -79,7 +79,7 @@ def test_encoding_does_not_depend_on_what_was_met_before() -> None:
     torch.testing.assert_close(a.pooled, b.pooled)
 
 
-def test_vectors_never_change() -> None:
+def test_word_vectors_are_the_same_on_every_machine() -> None:
     """Experts are trained on these very numbers: another vector for a word breaks every artifact."""
     encoder = HashEncoder(dim=4, length=2)
     word = encoder(["omega"]).states[0, 1] - encoder._position[1]
@@ -88,7 +88,7 @@ def test_vectors_never_change() -> None:
     torch.testing.assert_close(word, torch.tensor([(b / 2**31 - 1) * 3**0.5 for b in bits]), rtol=0, atol=1e-6)
 
 
-def test_seeds_differ() -> None:
+def test_different_seeds_give_different_vectors() -> None:
     assert not torch.allclose(HashEncoder(seed=0)(["a"]).states, HashEncoder(seed=1)(["a"]).states)
 
 
@@ -102,7 +102,7 @@ def test_tokens_of_a_data_set_are_encoded_row_by_row() -> None:
     assert torch.equal(encoded.mask, whole.mask[rows])
 
 
-def test_null_is_the_empty_prompt() -> None:
+def test_the_null_condition_is_the_empty_prompt() -> None:
     encoder = HashEncoder()
     assert torch.equal(encoder.null(2).states, encoder(["", ""]).states)
     assert encoder.null(2).mask.any(1).all()
@@ -116,7 +116,7 @@ def test_any_text_gives_finite_states_and_a_token(captions) -> None:
     assert encoded.pooled.isfinite().all()
 
 
-def test_condition_index_cat_to() -> None:
+def test_conditions_are_indexed_joined_and_moved() -> None:
     whole = condition()
     parts = [whole.index(torch.tensor([0])), whole.index(torch.tensor([False, True, True]))]
     joined = Condition.cat(parts)
@@ -128,7 +128,7 @@ def test_condition_index_cat_to() -> None:
     assert Condition.cat([condition(pooled=0)] * 2).pooled is None
 
 
-def test_condition_refuses_what_does_not_belong_together() -> None:
+def test_a_condition_refuses_shapes_that_do_not_fit() -> None:
     whole = condition()
     with pytest.raises(ValueError, match="bool mask"):
         Condition(whole.states, whole.mask.float())
@@ -149,7 +149,7 @@ def test_build_encoder_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"name": "clap"}, "'clap'.*'hash'"),
         ({}, "None.*'hash'"),
@@ -158,8 +158,8 @@ def test_build_encoder_round_trip() -> None:
         ({"name": "hash", "length": 1}, "length"),
     ],
 )
-def test_build_encoder_refuses(config, said) -> None:
-    with pytest.raises(AtollError, match=said):
+def test_build_encoder_refuses_bad_configs(config, message) -> None:
+    with pytest.raises(AtollError, match=message):
         build_encoder(config)
 
 
@@ -264,7 +264,7 @@ def test_clip_equals_transformers(tmp_path, no_network, kind, end) -> None:
     assert projected.pooled_dim == 10
 
 
-def test_clip_with_a_whole_tokenizer_and_a_length(tmp_path, no_network) -> None:
+def test_clip_with_a_tokenizer_file_and_a_length(tmp_path, no_network) -> None:
     size = save_clip_tokenizer(tmp_path / "tokenizer", whole=True)
     save_clip(tmp_path / "text_encoder", words=size)
     save_clip(tmp_path / "flat")
@@ -298,7 +298,7 @@ def test_t5_equals_transformers(tmp_path, no_network) -> None:
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_text_encoders_are_frozen_and_their_states_can_be_trained_on(tmp_path, no_network, name) -> None:
+def test_text_encoders_are_frozen_and_usable_in_training(tmp_path, no_network, name) -> None:
     encoder = build_encoder({"name": name, "weights": str(SAVE[name](tmp_path)), "length": 6})
     tokens = encoder.tokenize([SHORT, "", LONG])
     whole = encoder.encode(tokens)
@@ -322,7 +322,7 @@ def test_half_precision_gives_float32_states(tmp_path, no_network, name) -> None
 
 
 @pytest.mark.parametrize("name", SAVE)
-def test_text_card_round_trip_elsewhere(tmp_path, no_network, name) -> None:
+def test_an_encoder_is_built_from_its_card_on_another_machine(tmp_path, no_network, name) -> None:
     encoder = build_encoder({"name": name, "weights": str(SAVE[name](tmp_path / "here")), "length": 6})
     card = json.loads(json.dumps(encoder.config()))
     shutil.move(tmp_path / "here", tmp_path / "there")
@@ -330,12 +330,12 @@ def test_text_card_round_trip_elsewhere(tmp_path, no_network, name) -> None:
     assert identity(again.config()) == identity(card)
     assert torch.equal(again([SHORT]).states, encoder([SHORT]).states)
     (tmp_path / "there" / "tokenizer_config.json").write_text("{ }")
-    with pytest.raises(AtollError, match=r"have sha256 .*, the config asks for"):
+    with pytest.raises(AtollError, match=r"have sha256 .*, the config expects"):
         build_encoder({**card, "weights": str(tmp_path / "there")})
 
 
 @given(st.lists(st.text(), min_size=1, max_size=4))
-def test_any_text_is_tokens_of_clip(clip_encoder, captions) -> None:
+def test_clip_tokenizes_any_text(clip_encoder, captions) -> None:
     encoded = clip_encoder(captions)
     assert encoded.mask.any(1).all()
     assert encoded.states.isfinite().all()
@@ -347,7 +347,7 @@ def clip_encoder(tmp_path_factory):
     return build_encoder({"name": "clip", "weights": str(save_clip(tmp_path_factory.mktemp("clip")))})
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path, no_network) -> None:
+def test_a_tokenizer_of_another_network_is_refused(tmp_path, no_network) -> None:
     save_clip(tmp_path / "small", words=40)
     size = save_clip_tokenizer(tmp_path / "small")
     with pytest.raises(AtollError, match=rf"tokenizer has {size} tokens, the network .* 40"):
@@ -384,7 +384,7 @@ def test_labels_are_one_hot_and_the_null_condition_zero(tmp_path) -> None:
     assert encoder([]).states.shape == (0, 1, 3)
 
 
-def test_labels_of_a_file_stand_in_the_card(tmp_path, monkeypatch) -> None:
+def test_labels_from_a_file_are_stored_in_the_card(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HERE", str(tmp_path))
     (tmp_path / "labels.txt").write_text("moss\n\nred rust \nMöwe\n", encoding="utf-8-sig")
     encoder = build_encoder({"name": "label", "labels": "$HERE/labels.txt"})
@@ -404,14 +404,14 @@ def test_unknown_labels_are_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"), [([], "no labels"), (["a", " "], "empty label"), (["a", "b", "a "], "'a' stands there twice")]
+    ("labels", "message"), [([], "no labels"), (["a", " "], "empty label"), (["a", "b", "a "], "'a' is repeated")]
 )
-def test_labels_that_cannot_be(labels, said) -> None:
-    with pytest.raises(AtollError, match=said):
+def test_missing_empty_and_repeated_labels_are_refused(labels, message) -> None:
+    with pytest.raises(AtollError, match=message):
         build_encoder({"name": "label", "labels": labels})
 
 
-def test_what_is_cut_off_a_long_caption_is_told() -> None:
+def test_the_truncated_text_of_a_long_caption() -> None:
     encoder = HashEncoder(dim=8, length=4)
     assert encoder.truncated_text("moss, sand rain") == ""
     assert encoder.truncated_text("moss, Sand rain RUST; fern") == "rust fern"
@@ -420,13 +420,13 @@ def test_what_is_cut_off_a_long_caption_is_told() -> None:
     assert LabelEncoder(("moss", "sand")).truncated_text("moss") == ""
 
 
-def test_what_clip_cuts_off_is_told(clip_encoder) -> None:
+def test_the_truncated_text_of_clip(clip_encoder) -> None:
     words = list("abcdefghijklmnopqrstuvwxyz")
     caption = " ".join(words * 8)
     rest = clip_encoder.truncated_text(caption)
-    kept = caption.replace(" ", "")[: -len(rest.replace(" ", ""))]
+    read = caption.replace(" ", "")[: -len(rest.replace(" ", ""))]
     assert rest
-    assert clip_encoder.truncated_text(" ".join(kept)) == ""
+    assert clip_encoder.truncated_text(" ".join(read)) == ""
     tokens = clip_encoder.tokenize([caption]).ids
-    torch.testing.assert_close(tokens, clip_encoder.tokenize([" ".join(kept)]).ids)
+    torch.testing.assert_close(tokens, clip_encoder.tokenize([" ".join(read)]).ids)
     assert clip_encoder.truncated_text("") == ""
