@@ -62,6 +62,7 @@ class CaptionOrder:
 
     def __init__(self, captions: Captions, seed: int, cluster: int):
         self._captions = captions
+        # The seed of each pass includes the cluster, so clusters that share a list order it differently.
         self._passes = ShuffledPasses(
             len(captions), lambda number: cpu_generator(hashed_seed("captions", seed, cluster, number))
         )
@@ -90,6 +91,7 @@ def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) ->
             cluster that does not exist; no path and no clusters.
     """
     if path is None:
+        # The clusters' own captions: each cluster is drawn with those of its training rows.
         paths = [cluster_path(clusters, number) for number in range(k)]
         captions: list[Captions] = [_cluster_captions(directory, assignment) for directory in paths]
         origin = "of the clusters' shards: captions shared, images not"
@@ -100,6 +102,7 @@ def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) ->
             raise AtollError(f"{path / unknown[0]}: belongs to no cluster; expected {names[0]} to {names[-1]}")
         captions, origin = [_listed(path / name) for name in names], "a list for each cluster"
     else:
+        # One object for all clusters: the file is read once.
         captions, origin = [_listed(path)] * k, "one list for all clusters"
     # The hashes identify the captions without containing them.
     about = DrawnCaptions(origin=origin, counts=[len(one) for one in captions], sha256=[one.sha256 for one in captions])
@@ -108,6 +111,7 @@ def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) ->
 
 def _listed(file: Path) -> ListedCaptions:
     try:
+        # utf-8-sig also drops the byte order mark that some editors write.
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise AtollError(f"{file}: not found; write the captions there, one per line") from None
@@ -123,6 +127,7 @@ def _listed(file: Path) -> ListedCaptions:
 
 
 def _cluster_captions(directory: Path, assignment: str) -> ClusterCaptions:
+    # An island may hold experts without any data: explain how to name captions.
     if not (directory / INDEX).is_file():
         raise AtollError(
             f"no captions: {directory} does not exist; name them with --captions, a text file of one caption per line "
@@ -134,6 +139,7 @@ def _cluster_captions(directory: Path, assignment: str) -> ClusterCaptions:
         raise AtollError(
             f"{directory}: its assignment is {other}, the experts' is {assignment}; name the captions with --captions"
         )
+    # Held-out captions are not drawn, so a cluster needs training rows.
     captions = ClusterCaptions(shards)
     if not len(captions):
         raise AtollError(f"{directory}: holds no training rows; name the captions with --captions")

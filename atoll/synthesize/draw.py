@@ -67,6 +67,7 @@ class ClusterModel:
         self.cluster, self._device = cluster, device
         self.shape = experts[0].card.latent_shape
         self._names = ", ".join(one.expert.name for one in experts)
+        # Experts with the same encoder share one, which encodes each prompt once.
         kinds: list[dict[str, Any]] = []  # the different text encoders
         for one in experts:
             if not any(same(one.card.condition, kind) for kind in kinds):
@@ -74,6 +75,7 @@ class ClusterModel:
         self._encoder = PromptEncoder([build_encoder(kind) for kind in kinds])
         # The number of each expert's encoder.
         which = [next(i for i, kind in enumerate(kinds) if same(one.card.condition, kind)) for one in experts]
+        # No router: the routing "oracle-N" always selects this cluster.
         ensemble = Ensemble(
             [replace(one.expert, encoder=number) for one, number in zip(experts, which, strict=True)],
             None,
@@ -113,6 +115,7 @@ class ClusterModel:
         """
         batches = []
         for start in range(0, len(rows), batch):
+            # Each row has noise of its own, so the size of the batches does not change it.
             part = slice(start, start + batch)
             x = noise(sampling.seed, self.cluster, rows[part], self.shape).to(self._device)
             # The condition changes with the rows, the ensemble does not.

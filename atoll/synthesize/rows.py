@@ -29,11 +29,15 @@ class Keys:
     def __init__(self, seed: int, cluster: int, rows: int, validation: float):
         if rows < 2:
             raise AtollError(f"images is {rows}; expected at least 2 per cluster: one to train on, one to hold out")
+        # The key contains seed and cluster, so draws of two seeds never share keys.
         self._prefix = f"drawn-{seed}-{cluster:03d}"
+        # A small cluster holds out half of its rows at most.
         at_least = min(_HELD_OUT, rows // 2)
         # The key's hash decides; for few rows the bound is raised to the smallest hashes.
         fractions = heapq.nsmallest(at_least, (key_fraction(self._key(row)) for row in range(rows)))
+        # nextafter: the bound is exclusive, and must include the largest of these hashes.
         self._fraction = max(validation, math.nextafter(fractions[-1], 1))
+        # A large fraction could leave nothing to train on.
         if all(self.split(self._key(row)) == "val" for row in range(rows)):
             raise AtollError(f"data.validation {validation} holds out all {rows} images of cluster {cluster}; lower it")
 

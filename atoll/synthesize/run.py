@@ -90,12 +90,15 @@ def synthesize_run(
             return f"{out} is there already: {_summary(plan)}"
         # `out` becomes a run of its own, with the experts that drew it.
         _claim(run, out, partial)
+        # From here on the directory is locked.
         partial.prepare(resume, force)
         for path in dict.fromkeys(path for paths in experts for path in paths):
             link_expert(path, RunLayout(out).expert(path.name), force)
+        # The order of captions follows from the seed, so a resumed run continues it.
         orders = [CaptionOrder(one, seed, cluster) for cluster, one in enumerate(lists)]
         for cluster, paths in enumerate(experts):
             _draw(cluster, paths, orders[cluster], sampling, partial, progress=progress)
+        # All shards are drawn: turn them into the directories that the later stages read.
         partial.seal(keys, orders)
     return f"{out} written: {_summary(plan)}"
 
@@ -117,6 +120,7 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"
             fix = f"put it at {' or '.join(expected)}" if expected else f"name one in {MANIFEST}"
             raise AtollError(f"cluster {cluster} has no expert that could draw it; {fix}")
         experts.append([path for path in breadth if breadth[path] == min(breadth.values())])
+    # Clusters that are covered can be drawn even if other experts are missing.
     if missing := [path.name for path in named if path not in cards]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=3)
     # They must belong to one run.
@@ -125,11 +129,13 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"
         for key in ("assignment", "latent_shape", "codec", "k"):
             if not same(own := cards[path].plain().get(key), other := cards[first].plain().get(key)):
                 raise AtollError(f"{path}: its {key} is {own}, that of {first} is {other}; expected experts of one run")
+    # They must also fit the manifest, and name an assignment that later stages can compare.
     card = cards[first]
     if card.k != k:
         raise AtollError(f"{first}: is of {card.k} clusters, {MANIFEST} says clusters.k {k}; correct it")
     if card.assignment is None:
         raise AtollError(f"{first}: its card names no assignment, so its draws fit no clusters; convert it again")
+    # With different encoders there is no common condition, so the manifest's decides.
     same_encoder = all(same(other.condition, card.condition) for other in cards.values())
     condition = card.condition if same_encoder else build_encoder(manifest.condition).config()
     return experts, _Shared(card.codec, card.latent_shape, card.assignment, condition)
@@ -166,6 +172,7 @@ def _plan(
     ]
     # Large latents: fewer rows, so that a shard stays below `_SHARD_BYTES`.
     rows = max(1, min(shard_rows, _SHARD_BYTES // (2 * math.prod(shared.latent_shape))))
+    # The source lists everything that a drawn row depends on, so a resumed run can compare it.
     source = DrawnSource(
         name="experts",
         experts=drawing,
@@ -186,6 +193,7 @@ def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
     content, target = RunLayout(run).manifest.read_bytes(), RunLayout(out).manifest
     if partial.exists or RunLayout(out).encoded.exists():  # drawn here before; atoll.yaml may have been edited
         return
+    # A first draw: `out` must be empty, or a run with this very manifest.
     refuse_foreign(out, MANIFEST)
     if target.is_file() and target.read_bytes() != content:
         raise AtollError(f"{out}: is a run with another {MANIFEST} than {run}; name an empty or new directory")
@@ -212,6 +220,7 @@ def _draw(
     # The experts of one cluster at a time are in memory.
     model = ClusterModel(cluster, [load_expert(path, device) for path in paths], device)
     for number, rows in todo:
+        # Progress counts the rows of all clusters.
         before = cluster * plan.images + rows.start
 
         def tell(done: int, before: int = before) -> None:

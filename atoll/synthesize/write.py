@@ -61,6 +61,7 @@ class SynthesisPlan:
 
     def shards_card(self, cluster: int | None = None) -> ClusterShardsCard:
         """The card of one cluster's shards; None: of all rows."""
+        # The field is absent, rather than None, in the card of all rows.
         only = {} if cluster is None else {"cluster": cluster}
         return ClusterShardsCard(**only, **self.card.plain())
 
@@ -147,10 +148,12 @@ class PartialSynthesis:
         if self.exists and (resume or not force):
             if not resume:
                 raise AtollError(f"{self.path}: unfinished draws; continue with --resume, or start again with --force")
+            # Shards of another plan would mix with those of this one.
             begun = load_card(self.path / PLAN, DrawingPlan)
             _compare(begun.plain(), self.plan.card.plain(), self.path)
             return
         self._empty()
+        # The plan comes first: it identifies the directory if the run is killed.
         write_card(self.path / PLAN, DrawingPlan(**self.plan.card.plain()))
 
     def discard(self) -> None:
@@ -161,6 +164,7 @@ class PartialSynthesis:
             shutil.rmtree(self.path)
 
     def _refuse_other(self) -> None:
+        # Hidden files do not count; without a plan, other files were not drawn.
         if not self.exists and any(self.path.glob("[!.]*")):
             raise AtollError(f"{self.path}: exists and holds no unfinished draws (it has no {PLAN}); move it away")
 
@@ -193,6 +197,7 @@ class PartialSynthesis:
         # clusters/ first: encoded/ marks the run as finished.
         with whole_directory(self.layout.clusters) as directory:
             self._write_clusters(directory, keys, captions)
+        # encoded/ holds the rows of all clusters.
         with ShardWriter(self.layout.encoded, self.plan.shards_card()) as writer:
             for cluster in range(self.plan.clusters):
                 self._adopt(writer, cluster, keys[cluster], captions[cluster])
@@ -213,6 +218,7 @@ class PartialSynthesis:
                 for part in (shards := Shards(path)).parts():
                     rows = {"key": part.keys, "cluster": [cluster] * len(part), "split": part.splits}
                     table.write_table(pa.table(rows, schema=schema), row_group_size=len(part))
+                # The counts come from the finished shards.
                 counts.append({split: len(shards.rows(split)) for split in SPLITS})
         card = DrawnClustersCard(**self.plan.card.plain(), k=self.plan.clusters, counts=counts)
         write_card(directory / CLUSTERS_CARD, card)
@@ -242,6 +248,7 @@ def link_expert(source: Path, target: Path, force: bool) -> None:
             raise AtollError(
                 f"{target}: is another expert than {source}; name a new directory, or replace it with --force"
             )
+    # Written as a whole: an interrupted call leaves no incomplete expert.
     with whole_directory(target) as directory:
         # A link costs no space; the artifact is never changed in place.
         for name in (CARD, WEIGHTS):
@@ -255,6 +262,7 @@ def _compare(existing: Mapping[str, Any], requested: Mapping[str, Any], path: Pa
     """Raise AtollError with the first entry that differs."""
     for key, value in requested.items():
         if isinstance(value, Mapping) and key == "source":
+            # Compare the source entry by entry, so that the message names the one that differs.
             _compare(existing.get(key, {}), value, path)
         elif not same(got := existing.get(key), value):
             # Long values are not printed.
