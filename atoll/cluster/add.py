@@ -52,22 +52,27 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
     if shards.sha256 in card.encoded:
         return f"{out}: all images of {encoded} are there already: {say_counts(card)}"
     tell(0, len(shards), "looking for known images")
+    # Rows that the clusters hold already are skipped; without new rows there is nothing to write.
     known = torch.from_numpy(already_there(shards, out, card.k))
     skipped = f", {int(known.sum()):,} were there already" if known.any() else ""
     if known.all():
         return f"{out}: no image added{skipped}: {say_counts(card)}"
+    # The new card describes the same clustering, with one more data set.
     values = {key: value for key, value in card.plain().items() if key in ClusteringCard.model_fields}
     clustering = ClusteringCard(**{**values, "encoded": (*card.encoded, shards.sha256)})
     # Write the old and the new images.
     island = first.card(ClusterShardsCard)
     with whole_directory(out) as directory, Workers() as workers:
         with ClustersWriter(directory, shards, island, card.seed, card.router_fraction) as output:
+            # The old shards come first, so the numbers of their rows do not change.
             output.adopt(out, card)
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
                 start, end = assigned.part.start, assigned.part.start + len(assigned.part)
+                # Positions of the new rows within their shard.
                 output.add(assigned, (~known[start:end]).nonzero().flatten())
                 tell(end, len(shards), "adding")
         card = finish(directory, clustering, assignment, output, workers=workers, tell=tell)
+    # New data may unbalance the clusters: warn, since only a new clustering can change that.
     total = sum(count.train for count in card.counts)
     most = most_images(total, card.k) * card.k / total
     if card.method == "balanced" and most < card.largest_over_mean <= FAIR:  # above FAIR, `finish` has warned
@@ -81,6 +86,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
 
 def _refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -> None:
     """Raise AtollError unless the new shards fit the clusters."""
+    # The clusters store no features, so their columns are compared without them.
     columns = tuple(name for name in shards.columns if name != "feature")
     described = shards.card(EncodedCard)
     pairs: dict[str, tuple[Any, Any]] = {
@@ -90,6 +96,7 @@ def _refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) 
         "columns": (list(columns), list(first.columns)),
     }
     for what, (new, old) in pairs.items():
+        # The first difference is enough: the images must be encoded again anyway.
         if new != old:
             raise AtollError(
                 f"{shards.path}: its {what} is {json.dumps(new)}, that of {out} is {json.dumps(old)}; encode the new "

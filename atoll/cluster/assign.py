@@ -64,12 +64,14 @@ class Assignment:
     def __call__(self, part: Shard, path: Path) -> Assigned:
         """Assign all rows of a shard of the shards at `path`. Raises AtollError if a feature is not finite."""
         features = unit_features(part, torch.arange(len(part)), path)
+        # Blank images have a zero feature; the report counts them.
         blank = int((features == 0).all(1).sum())
         # Random clusters need the keys alone.
         if self.fine is None or self.coarse_of_fine is None or self.coarse is None:
             numbers = draw(hash_keys(part.keys), self.seed, "cluster") % self.k
             clusters, distances = torch.from_numpy(numbers.astype("int64")), torch.zeros(len(part))
         else:
+            # The nearest fine centroid decides, not the nearest coarse one, as in the fit.
             clusters = self.coarse_of_fine[nearest(features, self.fine)[0]]
             distances = (features - self.coarse[clusters]).norm(dim=1)
         return Assigned(part, features, clusters, distances, blank)
@@ -84,6 +86,7 @@ class Assignment:
         """
         # Everything that determines the function, but nothing about the images.
         described: dict[str, Any] = {"method": self.method, "k": self.k}
+        # The coarse means are left out: they describe the clusters but assign nothing.
         tensors = [tensor for tensor in (self.fine, self.coarse_of_fine) if tensor is not None]
         described |= {"feature": identity(feature)} if tensors else {"seed": self.seed}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
@@ -96,6 +99,7 @@ class Assignment:
         """Write the centroids: fine [F,D], coarse [k,D], coarse_of_fine [F]; an empty file for "random"."""
         from safetensors.torch import save
 
+        # Random clusters have no tensors; the empty file tells that nothing is missing.
         named = {"fine": self.fine, "coarse": self.coarse, "coarse_of_fine": self.coarse_of_fine}
         write_bytes(directory / CENTROIDS, save({name: t for name, t in named.items() if t is not None}))
 
@@ -111,6 +115,7 @@ def load_assignment(directory: Path, card: ClustersCard) -> Assignment:
 
     file = directory / CENTROIDS
     try:
+        # A file with unknown names raises TypeError.
         assignment = Assignment(card.method, card.k, card.seed, **load_file(file))
     except (OSError, SafetensorError, TypeError) as error:
         raise AtollError(f"{file}: cannot be read ({error}); `atoll cluster --force` makes {directory} again") from None

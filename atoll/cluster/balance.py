@@ -33,6 +33,7 @@ def weighted_means(points: Tensor, weights: Tensor, labels: Tensor, k: int) -> T
     Returns:
         [k, D] float64; zero for a label without points.
     """
+    # In float64, since a cluster may sum millions of images.
     members = F.one_hot(labels, k).double() * weights.unsqueeze(1)  # [n,k]
     return (members.T @ points.double()) / members.sum(0).clamp(min=1).unsqueeze(1)
 
@@ -55,6 +56,7 @@ def balanced(points: Tensor, weights: Tensor, labels: Tensor, k: int, distinct: 
     Raises:
         AtollError: single points weigh too much for balance.
     """
+    # Alternate until no label changes.
     total = float(weights.sum())
     mean, most = total / k, most_images(total, k)
     for _ in range(_ROUNDS):
@@ -68,6 +70,7 @@ def balanced(points: Tensor, weights: Tensor, labels: Tensor, k: int, distinct: 
         return labels
     if heaviest <= most and (whole := whole_transport(distances, weights, most)) is not None:
         return whole
+    # Only the user can resolve it: the message names the settings that help.
     problem = f"no balance: a cluster would hold {largest:.0f} images where the mean is {mean:.1f}"
     if not distinct:
         raise AtollError(
@@ -99,8 +102,10 @@ def whole_transport(distances: Tensor, weights: Tensor, most: float) -> Tensor |
     from scipy.sparse import csr_array, eye_array, kron
 
     n, k = distances.shape
+    # Larger problems could take hours.
     if n * k > _CHOICES:
         return None
+    # One binary variable per point and label; the cost is the squared distance times the images.
     solution = milp(
         (distances * weights.unsqueeze(1)).flatten().numpy(),
         integrality=np.ones(n * k),
@@ -114,6 +119,7 @@ def whole_transport(distances: Tensor, weights: Tensor, most: float) -> Tensor |
     )
     if solution.x is None:
         return None
+    # The solver works with tolerances: check the bound on the rounded labels.
     labels = torch.from_numpy(solution.x).reshape(n, k).argmax(1)
     return labels if float(labels.bincount(weights, minlength=k).max()) <= most else None
 
@@ -149,11 +155,13 @@ def transport(distances: Tensor, weights: Tensor, least: float, most: float) -> 
         b_eq=np.ones(n),
         method="highs-ds",
     )
+    # Most points belong to one label alone.
     fraction = torch.from_numpy(solution.x).reshape(n, k)
     labels = fraction.argmax(1)
     # Assign the points whole that it splits over several labels.
     split = fraction.amax(1) < 1 - 1e-6
     weight = labels[~split].bincount(weights[~split], minlength=k)  # [k], of the labels so far
+    # The heaviest first: light points still fit into the room that is left.
     for point in sorted(split.nonzero().flatten().tolist(), key=lambda i: (-float(weights[i]), i)):
         fits = weight + weights[point] <= most
         lacks = fits & (weight < least)

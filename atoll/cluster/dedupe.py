@@ -30,6 +30,7 @@ def already_there(new: Shards, out: Path, k: int) -> np.ndarray:
     """
     # Compare the keys, then the contents of those with equal keys.
     known = _among(lambda: _assigned_hashes(out / ASSIGNMENT), lambda: (hash_keys(p.keys) for p in new.parts()))
+    # No common key: the contents need no comparison.
     if not known.any():
         return known
     # Features are not stored in the clusters.
@@ -39,6 +40,7 @@ def already_there(new: Shards, out: Path, k: int) -> np.ndarray:
         lambda: (_content(part, columns) for shards in clusters for part in shards.parts()),
         lambda: (_content(part, columns) for part in new.parts()),
     )
+    # Name the first image whose key is known but whose content is not.
     if (known & ~same).any():
         row = int(np.flatnonzero(known & ~same)[0])
         key = next(part.keys[row - part.start] for part in new.parts() if row < part.start + len(part))
@@ -59,6 +61,7 @@ def _among(old: Hashes, new: Hashes) -> np.ndarray:
         chosen = [hashes[hashes % np.uint64(passes) == number] for hashes in old()]
         known, start = np.unique(np.concatenate(chosen)), 0
         for hashes in new():
+            # Binary search; clipped, since a hash above all known ones has no position among them.
             position = np.searchsorted(known, hashes).clip(max=max(0, len(known) - 1))
             is_old[start : start + len(hashes)] |= known[position] == hashes if len(known) else False
             start += len(hashes)
@@ -68,6 +71,7 @@ def _among(old: Hashes, new: Hashes) -> np.ndarray:
 def _assigned_hashes(file: Path) -> Iterator[np.ndarray]:
     import pyarrow.parquet as pq
 
+    # One row group at a time: the table may exceed the memory.
     with pq.ParquetFile(file) as opened:
         for number in range(opened.num_row_groups):
             yield hash_keys(opened.read_row_group(number, columns=["key"])["key"].to_pylist())
@@ -75,6 +79,7 @@ def _assigned_hashes(file: Path) -> Iterator[np.ndarray]:
 
 def _content(part: Shard, columns: Sequence[str]) -> np.ndarray:
     """Hashes [n] uint64 of the rows' contents: key, caption, split and the given columns."""
+    # The bytes of each row, whatever the dtype of the column.
     values = [part.columns[name].contiguous().view(torch.uint8).flatten(1).numpy() for name in columns]
     digests = []
     for row, text in enumerate(zip(part.keys, part.captions, part.splits, strict=True)):

@@ -25,6 +25,7 @@ def describe(sample: Sequence[ReportRow], k: int) -> dict[str, Any]:
         Plain values for the card. silhouette and davies_bouldin are None where they are undefined, as for a single
         cluster. words are (word, fraction of the cluster's captions, fraction of all captions).
     """
+    # The quality is measured on the features of the sample.
     labels = torch.tensor([row.cluster for row in sample])
     features = torch.stack([row.tensor for row in sample])
     few = slice(0, SILHOUETTE_ROWS)  # the rows come in the order of their draws: these are a uniform sample too
@@ -66,6 +67,7 @@ def silhouette(points: Tensor, labels: Tensor) -> Tensor | None:
         [n] float64, 0 for a point that is alone; None for fewer than two labels.
     """
     members = F.one_hot(labels.unique(return_inverse=True)[1]).double()  # [n,K]
+    # A silhouette compares clusters, so it needs two.
     counts, own = members.sum(0), members.bool()
     if len(counts) < 2:
         return None
@@ -75,6 +77,7 @@ def silhouette(points: Tensor, labels: Tensor) -> Tensor | None:
     a = sums[own] / (counts[own.long().argmax(1)] - 1).clamp(min=1)
     # Other clusters: the nearest one.
     b = (sums / counts).masked_fill(own, torch.inf).amin(1)
+    # A point alone has no distance to its own cluster: its silhouette is 0 by definition.
     alone = counts[own.long().argmax(1)] == 1
     return ((b - a) / torch.maximum(a, b).clamp(min=1e-300)).masked_fill(alone, 0.0)
 
@@ -101,6 +104,7 @@ def davies_bouldin(points: Tensor, labels: Tensor) -> Tensor | None:
     spread = members.T @ (points - means[number]).norm(dim=1) / members.sum(0)
     ratio = (spread[:, None] + spread) / torch.cdist(means, means)
     worst = ratio.fill_diagonal_(-torch.inf).amax(1).mean()
+    # Two equal means divide by zero.
     return worst if worst.isfinite() else None
 
 

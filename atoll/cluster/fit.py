@@ -46,6 +46,7 @@ def survey(shards: Shards, seed: int, sample_rows: int) -> Survey:
     """Count the rows and sample at most `sample_rows` training images."""
     rows = train = 0
 
+    # Counts while it yields, so that one pass over the keys suffices.
     def draws() -> Iterator[np.ndarray]:
         nonlocal rows, train
         for part in shards.parts():
@@ -89,9 +90,11 @@ def two_stages(
     del sample
     distinct = len(centroids) < fine  # the fine stage drops centroids that get no feature of their own
     counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
+    # Dropping a centroid moves its images to others, so count again.
     while not counts.all():
         centroids = centroids[counts > 0]
         counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
+    # Every cluster needs a centroid of its own.
     if len(centroids) < k:
         raise AtollError(
             f"{len(centroids)} distinct features among {surveyed.train} training images; choose k up to "
@@ -105,6 +108,7 @@ def two_stages(
     )
     coarse, _ = min(starts, key=lambda result: result[1])
     coarse_of, _ = nearest(centroids, coarse)
+    # The free k-means is the starting point of the balanced one.
     if method == "balanced":
         coarse_of = balanced(centroids, weights, coarse_of, k, distinct)
     # Number the clusters by their first training images, so that the numbers do not depend on the k-means.
@@ -132,9 +136,11 @@ def kmeans(
     Returns:
         (centroids [<=k, D], mean squared distance to them). A centroid that ends without points is left out.
     """
+    # The first centroids are random points, of weight one until they are counted.
     centroids = means = points[random_rows(len(points), k, cpu_generator(seed))]
     masses = torch.ones(len(centroids))
     labels, error = torch.empty(0, dtype=torch.int64), 0.0
+    # Without weights, every point counts once.
     point_weights = torch.ones(len(points)) if weights is None else weights
     for _ in range(rounds):
         # Assign.
@@ -143,6 +149,7 @@ def kmeans(
         labels = torch.cat([numbers for numbers, _ in results])
         costs = torch.cat([distances for _, distances in results]) * point_weights
         error = float(costs.sum() / point_weights.sum())
+        # Equal labels give equal means: it has converged.
         if torch.equal(labels, before):
             break
         # Update.
@@ -160,6 +167,7 @@ def _means(points: Tensor, labels: Tensor, k: int, workers: Workers, weights: Te
     order, counts = labels.argsort(stable=True), labels.bincount(minlength=k)
     ends = counts.cumsum(0)
 
+    # The sums of a group of labels, as one embedding bag over its range of points.
     def total(group: Tensor) -> Tensor:
         low, high = int(ends[group[0]] - counts[group[0]]), int(ends[group[-1]])
         rows = order[low:high]
@@ -207,6 +215,7 @@ def _count(
     shards: Shards, centroids: Tensor, workers: Workers, progress: ClusterProgress, rows: int
 ) -> tuple[Tensor, Tensor]:
     """The number of training images nearest to each centroid [F], and the row of the first of them [F] int64."""
+    # `rows` means none: it is larger than the number of any row.
     counts = torch.zeros(len(centroids), dtype=torch.int64)
     first = torch.full((len(centroids),), rows)
 
@@ -214,6 +223,7 @@ def _count(
         train = torch.tensor([split == "train" for split in part.splits]).nonzero().flatten()
         return part, train, nearest(unit_features(part, train, shards.path), centroids)[0]
 
+    # The workers search; this thread alone adds up.
     for part, train, numbers in workers.map(nearest_of, shards.parts()):
         counts += numbers.bincount(minlength=len(centroids))
         first.scatter_reduce_(0, numbers, train + part.start, "amin")

@@ -29,11 +29,13 @@ class Workers:
 
     def __init__(self) -> None:
         self.count = torch.get_num_threads()
+        # The parallelism is across blocks: torch's own threads would compete with it.
         self._pool = ThreadPoolExecutor(self.count)
         torch.set_num_threads(1)
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Yield the function's results in the order of the items; at most two items per thread are taken ahead."""
+        # A queue of bounded length: items are shards, which may be large.
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
@@ -51,6 +53,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Later code gets its threads back.
         self._pool.shutdown()
         torch.set_num_threads(self.count)
 
@@ -75,6 +78,7 @@ def unit_features(part: Shard, rows: Tensor, path: Path) -> Tensor:
         # Name the first bad image: the user must find it among millions.
         key = part.keys[int(rows[int((~length.isfinite()).nonzero()[0, 0])])]
         raise AtollError(f"{path}: the feature of image {key!r} is not finite; leave it out, or take another feature")
+    # The clamp leaves a zero vector at zero.
     return features.div_(length.clamp(min=1e-12))
 
 
@@ -91,5 +95,6 @@ def nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     # |p - c|^2 = |p|^2 - 2 p c + |c|^2, block by block; |p|^2 does not change which is nearest.
     offset, transposed = centroids.square().sum(1), centroids.T.contiguous()
     minima = [torch.addmm(offset, block, transposed, alpha=-2).min(1) for block in points.split(BLOCK)]
+    # Add |p|^2 at the end; rounding may make a distance slightly negative.
     numbers = torch.cat([block.indices for block in minima])
     return numbers, (torch.cat([block.values for block in minima]) + points.square().sum(1)).clamp(min=0)

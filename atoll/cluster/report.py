@@ -49,6 +49,7 @@ def to_html(card: ClustersCard, selected: ReportRows, workers: Workers, progress
     nearest = [rows.rows() if card.method != "random" else [] for rows in selected.nearest]
     random = [rows.rows() for rows in selected.random]
     try:
+        # The codec may be missing on this machine; the page then has no images but all numbers.
         draw, why = _drawer(build_codec(card.codec), workers), ""
     except AtollError as error:
         draw, why = None, f"<p><b>No images:</b> {escape(str(error))}</p>"
@@ -126,6 +127,7 @@ def _cluster(
     card: ClustersCard, number: int, nearest: Sequence[ReportRow], random: Sequence[ReportRow], draw: "Drawer | None"
 ) -> str:
     described, count = card.quality.clusters[number], card.counts[number]
+    # Captions come from the data: escape them.
     words = ", ".join(f"{escape(w)} ({p:.0%}, overall {q:.0%})" for w, p, q in described.words) or "none"
     sheets = []
     if draw is not None:
@@ -171,6 +173,7 @@ def _drawer(codec: Codec, workers: Workers) -> Drawer:
 
     @torch.inference_mode()
     def decode(latents: Tensor) -> Tensor:
+        # Small images stay as they are; large ones are reduced to keep the page small.
         images = codec.decode(latents.float().to(device)).float().cpu()
         height, width = images.shape[-2:]
         if (longer := max(height, width)) <= _SIDE:

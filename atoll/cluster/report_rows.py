@@ -66,6 +66,7 @@ class Smallest:
         # Equal scores by key, so that the order of arrival does not matter.
         self._rows.sort(key=attrgetter("score", "key"))
         del self._rows[self.count :]
+        # Once full, later rows must be below the largest selected score.
         if len(self._rows) == self.count:
             self.bound = self._rows[-1].score
         return list(self._rows)
@@ -113,8 +114,10 @@ class ReportRows:
 
     def adopt(self, directory: Path) -> None:
         """Offer the rows that were written to a directory."""
+        # The draws follow from the keys, so the stored rows need no scores.
         for part in Shards(directory / SAMPLE).parts():
             self.sample.offer(_stored(part, draw(hash_keys(part.keys), self._seed, SAMPLE), "feature"))
+        # Each stored image is offered to both selections: it may be near, random, or both.
         for part in Shards(directory / IMAGES).parts():
             for row in _stored(part, draw(hash_keys(part.keys), self._seed, IMAGES), "latent"):
                 self.random[row.cluster].offer([row])
@@ -138,6 +141,7 @@ def _rows(
 ) -> Iterator[ReportRow]:
     for i in rows.tolist():
         text = part.keys[i], part.captions[i], part.splits[i]
+        # A copy: a view would hold the whole shard in memory.
         yield ReportRow(scores[i].item(), *text, int(clusters[i]), float(distances[i]), tensors[i].clone())
 
 

@@ -42,6 +42,7 @@ def cluster_run(
     Raises:
         AtollError: as `cluster`.
     """
+    # Options of the call take precedence over the manifest.
     settings, layout = manifest.clusters, RunLayout(run)
     out = layout.clusters
     written = cluster(
@@ -101,9 +102,11 @@ def cluster(
         raise AtollError(f"the router's fraction is {router_fraction}; expected a number above 0, at most 1")
     shards, tell = open_encoded(encoded), progress or (lambda done, rows, note: None)
     tell(0, len(shards), "drawing the sample")
+    # The sample of the fine stage, and the number of training images that bounds k.
     surveyed = survey(shards, seed, ROWS_PER_CENTROID * (fine or max(16 * k, _FINE)))
     fine = _check(encoded, surveyed, k, fine)
     described = shards.card(EncodedCard)
+    # Everything that distinguishes this clustering from another one of the same data.
     request = {
         "k": k,
         "method": method,
@@ -132,6 +135,7 @@ def cluster(
         )
         with ClustersWriter(directory, shards, island_card(card, shards), seed, router_fraction) as output:
             for assigned in workers.map(lambda part: assignment(part, encoded), shards.parts()):
+                # Shards arrive in order, so the output does not depend on the threads.
                 output.add(assigned)
                 tell(assigned.part.start + len(assigned.part), len(shards), "writing")
         finish(directory, card, assignment, output, workers=workers, tell=tell)
@@ -172,6 +176,7 @@ def finish(
     # What makes the assignment a function: the centroids.
     assignment.save(directory)
     train = [count["train"] for count in output.counts]
+    # Balance is judged by the training images, as in the fit.
     measured = {
         "counts": output.counts,
         "blank": output.blank,
@@ -218,6 +223,7 @@ def _is_there(out: Path, requested: dict[str, object]) -> bool:
     card = load_card(out / CLUSTERS_CARD, ClustersCard)
     # Data added later do not make it another clustering.
     existing = {**card.plain(), "encoded": [card.encoded[0]]}
+    # Name the first setting that differs.
     for key, value in requested.items():
         if existing.get(key) != value:
             raise AtollError(

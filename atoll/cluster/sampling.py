@@ -10,6 +10,7 @@ _FULL = 1 << 64
 
 def hash_keys(keys: Sequence[str]) -> np.ndarray:
     """Return uniform hashes of n keys, [n] uint64."""
+    # One buffer for all keys: numpy reads it without a copy.
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, "<u8")
 
@@ -27,6 +28,7 @@ def draw(hashes: np.ndarray, seed: int, purpose: str) -> np.ndarray:
     Returns:
         [n] uint64.
     """
+    # Sums and products wrap around modulo 2^64, as SplitMix64 requires.
     z = hashes + np.frombuffer(hashlib.blake2b(f"{seed} {purpose}".encode(), digest_size=8).digest(), "<u8")
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -41,6 +41,7 @@ class ClustersWriter:
         self, directory: Path, shards: Shards, card: ClusterShardsCard, seed: int, router_fraction: float | None = None
     ):
         k, self._directory, self._seed, self._fraction = card.clusters, directory, seed, router_fraction
+        # The router's shards hold rows of all clusters, so their card names none.
         shared = ClusterShardsCard(**{key: value for key, value in card.plain().items() if key != "cluster"})
         self._columns = [name for name in shards.columns if name != "feature"]
         self.counts = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
@@ -72,6 +73,7 @@ class ClustersWriter:
         import pyarrow as pa
 
         part, rows = assigned.part, torch.arange(len(assigned.part)) if rows is None else rows
+        # All rows of this shard may be there already.
         if not len(rows):
             return
         # Each cluster's shards.
@@ -129,8 +131,10 @@ class ClustersWriter:
                     f"cluster {number} of {len(self.counts)} got no training image; lower clusters.k, or raise "
                     "clusters.fine"
                 )
+        # A small fraction of few images may select none.
         if self._router is not None and not self._routed:
             raise AtollError(f"clusters.router_fraction {self._fraction} selects no image for the router; raise it")
+        # Closing a writer writes its last shard and its index.
         self._stack.close()
         self._table.close()
         self.report_rows.write(self._directory)
@@ -142,6 +146,7 @@ class ClustersWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            # The writers see the error, and remove their files.
             self._stack.__exit__(kind, error, trace)
             if self._table is not None:
                 self._table.close()
@@ -151,6 +156,7 @@ class ClustersWriter:
     def _write_table(self, table: Any) -> None:
         import pyarrow.parquet as pq
 
+        # The first table determines the schema.
         if self._table is None:
             self._table = pq.ParquetWriter(self._directory / ASSIGNMENT, table.schema, compression="zstd")
         self._table.write_table(table, row_group_size=len(table))
