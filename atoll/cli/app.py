@@ -30,6 +30,7 @@ app = typer.Typer(
     cls=_InOrder,
     no_args_is_help=True,
     add_completion=False,
+    # The help texts use markdown for bold names.
     rich_markup_mode="markdown",
     help="One diffusion model, trained on many machines that never talk to each other.\n\n"
     "A run is a directory with an atoll.yaml. Its stages, in order: **init**, **encode**, **cluster**, **train** "
@@ -59,6 +60,7 @@ def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task(what, total=None, note="")
 
+        # The total may be unknown at first, or change on the way.
         def update(done: int, total: int | None, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
 
@@ -93,6 +95,7 @@ def main() -> None:
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
+    # Without --version, the command itself runs next.
     if version:
         from atoll import __version__
 

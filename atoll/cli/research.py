@@ -22,9 +22,11 @@ def compare(
 
     from atoll.evaluate.pages.compare_page import compare_runs, lines
 
+    # The page and its .json are written first, then summarised here.
     numbers = compare_runs(a, b, out)
     # The same numbers in the terminal.
     table = Table("", a, b, "difference (95 %)")
+    # Numbers align at the right, names at the left.
     for column in table.columns[1:]:
         column.justify = "right"
     for row in lines(numbers):
@@ -46,6 +48,7 @@ def study(
     # The study's name is its directory's.
     loaded = load_study(recipe)
     directory = out or Path("studies") / loaded.name
+    # Options replace the recipe's values; the log goes to stderr.
     done = run_study(
         loaded, directory, seeds or loaded.seeds, jobs, lambda what: typer.secho(what, bold=True, err=True)
     )
@@ -62,6 +65,7 @@ def statistics(
     from atoll.evaluate.run_statistics import statistics_run
     from atoll.manifest import load_manifest
 
+    # One pass over the images serves all features.
     with bar("statistics", "images", quiet) as update:
         written = statistics_run(run, load_manifest(run), out, update)
     for file in written:

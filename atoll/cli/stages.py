@@ -53,8 +53,10 @@ def encode(
     from atoll.data.encode import encode_run
     from atoll.manifest import load_manifest
 
+    # Check the backend before anything is loaded.
     if on not in ("local", "ray"):
         raise AtollError(f"--on {on}: expected local or ray")
+    # Options that are not given leave the decision to atoll.yaml.
     with bar("encode", "images", quiet) as tell:
         done = encode_run(
             run,
@@ -96,6 +98,7 @@ def cluster(
     if assign_only and (force or router_fraction is not None):
         raise AtollError("--assign-only does not change the clusters; leave --force and --router-fraction out")
     with bar("cluster", "images", quiet) as tell:
+        # New images join the clusters, or new clusters are made.
         if assign_only:
             done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell)
         else:
@@ -141,6 +144,7 @@ def sample(
     from atoll.pipeline import sample_to_file
 
     with bar("sample", "steps", quiet) as update:
+        # Options that are None take the ensemble's own values.
         dropped = sample_to_file(
             ensemble,
             prompts,
@@ -185,6 +189,7 @@ def evaluate(
 
     # Options replace values of atoll.yaml for this evaluation only.
     settings = load_manifest(run).evaluate
+    # All --sweep options together form one sweep, which replaces the manifest's.
     if sweep:
         settings = settings.model_copy(update={"sweep": (parse_sweep(sweep),)})
     if prompts:
@@ -209,6 +214,7 @@ def demo(
     init_run(run, recipe, data, again=True)
     layout = RunLayout(run)
     prompts = list(load_manifest(run).evaluate.prompts)
+    # Lambdas, so that each stage reads what the stages before it wrote.
     stages: list[tuple[str, Callable[[], None]]] = [
         ("encode", lambda: encode(run, resume=True)),
         ("cluster", lambda: cluster(run)),

@@ -40,6 +40,7 @@ def plan(
     # The size of a caption, if the recipe does not determine it.
     caption = parse_text(text) if text else None
     if compare:
+        # A comparison measures this machine, so options of other machines contradict it.
         if gpu not in (None, "here") or islands or mfu is not None:
             raise AtollError("--compare measures this machine: leave --gpu, --islands and --mfu out")
         comparisons = compare_run(Path(recipe), caption)
@@ -116,6 +117,7 @@ def convert(
         "classes": classes, "keep": keep or None, "pooled": pooled or None, "name": name or None,
     }  # fmt: skip
     paris = kind == "paris" or (kind == "auto" and is_paris(source))
+    # None means that an option is not used; 0 and "" count as used.
     _check_options({option for option, value in options.items() if value is not None}, paris)
     if paris:
         _convert_paris(source, out, encoder, decoder, heads)
@@ -134,9 +136,11 @@ def convert(
             "pooled": pooled,
             "name": name,
         }
+    # A kept network is an expert as it is; any other is converted to a network of Atoll's.
     if keep:
         _keep(source, out, kind, arguments | ({"condition": encoder} if encoder else {}))
     else:
+        # These options concern the conversion alone.
         more = {"modulation": modulation, "heads": heads, "seed": seed, "classes": classes}
         _convert(source, out, kind, arguments | more)
 
@@ -155,6 +159,7 @@ def _keep(source: Path, out: Path, kind: str, arguments: dict[str, Any]) -> None
     from atoll.convert.arguments import summary
     from atoll.convert.foreign import keep
 
+    # The kept network determines these two itself.
     own = {key: value for key, value in arguments.items() if key not in ("network", "pooled")}
     typer.echo(summary(keep(source, out, _kind(kind), **own)))
 
@@ -169,8 +174,10 @@ def _check_options(used: set[str], paris: bool) -> None:
     # Paris's release determines everything but its frozen networks.
     if paris and used & {*of_run, "run", "expert", "modulation", "keep", "classes"}:
         raise AtollError("Paris needs only --condition, --codec and --heads; leave the other options out")
+    # Without a conversion, its options would be ignored silently.
     if "keep" in used and used & {"modulation", "pooled", "heads", "classes"}:
         raise AtollError("--keep does not convert; leave --modulation, --pooled, --heads and --classes out")
+    # A run has many experts, and an expert's name alone names no run.
     if ("run" in used) != ("expert" in used):
         raise AtollError("--run and --expert belong together; name both the run and its expert")
     # A kept network has its own encoder, which must be named even with a run.
@@ -188,6 +195,7 @@ def _convert_paris(
     from atoll.assemble import assemble
     from atoll.convert.paris import SAMPLING, convert_paris
 
+    # A release is a whole ensemble: convert its parts, then assemble them.
     experts, router = convert_paris(source, out, condition, codec, heads)
     assemble(experts, router, out, SAMPLING)
     typer.echo(f"{out} written: an ensemble of Paris's {len(experts)} experts and its router")

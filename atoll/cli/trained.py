@@ -28,9 +28,11 @@ def calibrate(
     """Measure an expert's calibration on held-out latents, and write it into its card."""
     from atoll.train import calibrate_expert as work
 
+    # Without --shards, the run of the expert holds them.
     held_out = shards or work.shards_of(expert)
     curve = work.calibrate_expert(expert, held_out, out=out, use=cast("Use", use), rows=rows, seed=seed)
     typer.echo(work.table(curve))
+    # The plot is optional, and needs no second measurement.
     if plot is not None:
         work.plot(curve, plot, expert.name)
         typer.echo(f"{plot} written")

@@ -37,6 +37,7 @@ def train_expert(
 def _command(part: str, text: str) -> Callable[..., None]:
     """The command that trains a part which a run has once. text: its help."""
 
+    # Each part gets a function of its own: typer reads the options from the signature.
     def train(
         run: RunOption = Path(),
         resume: Resume = False,
@@ -49,6 +50,7 @@ def _command(part: str, text: str) -> Callable[..., None]:
     return train_app.command(part, help=text)(train)
 
 
+# Parts that a run has once take no name.
 train_router = _command("router", "Train the router on latents of all clusters -> router/.")
 train_monolith = _command("monolith", "Train one dense model on all data, to compare with -> monolith/.")
 train_student = _command("student", "Distil the ensemble into one dense model -> student/; same as `atoll distil`.")
@@ -78,6 +80,7 @@ def synthesize(
     from atoll.manifest import load_manifest
     from atoll.synthesize import synthesize_run
 
+    # Options that are None take the values of atoll.yaml.
     with bar("synthesize", "latents", quiet) as update:
         done = synthesize_run(
             run,
@@ -118,6 +121,7 @@ def launch(
     """
     from atoll.launch.run import launch_run
 
+    # An interrupted launch is no error, but has an exit code of its own.
     if not launch_run(where or run, on=on, jobs=jobs, gpus=gpus, retries=retries, options=slurm or []):
         typer.echo("stopped; all progress is saved; run the same command to resume", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -125,6 +129,7 @@ def launch(
 
 def _trainer(part: str) -> Callable[..., Path]:
     """The function that trains a part: (run, manifest[, name], resume=, restart=, progress=) -> its directory."""
+    # Imported late: each command loads only what it trains.
     if part == "router":
         from atoll.train.router import train_router
 
@@ -166,10 +171,13 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
             update(metrics["step"], metrics["steps"], note)
 
         try:
+            # Only experts have a name.
             part, *which = what
             options = {"resume": resume, "restart": restart, "progress": show}
             done = f"{_trainer(part)(run, load_manifest(run), *which, **options)} written"
+        # The training has saved its state: report how to resume.
         except Interrupted as stop:
             done = str(stop)
+        # Other processes would print the same line again.
         if first:
             typer.echo(done)

@@ -95,6 +95,7 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
         student: include the student, which needs the ensemble that the other parts make.
     """
     layout = RunLayout(run.resolve())  # absolute, because another machine has another working directory
+    # Every part with its artifact, its command and its settings.
     parts: list[tuple[Path, list[str], Any]] = [
         (layout.expert(e.full_name), ["train", "expert", e.full_name], e) for e in manifest.experts
     ]
@@ -111,6 +112,7 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
         arguments = ("-m", "atoll", *command, "--run", str(layout.root), "--resume", "--quiet")
         # The student trains on one GPU at most.
         part_gpus = 0 if settings.device == "cpu" else min(gpus, 1) if artifact.name == STUDENT else gpus
+        # Several GPUs are one process each; the command starts them.
         if part_gpus > 1:
             arguments += ("--nproc", str(part_gpus))
         job = Job(
@@ -141,6 +143,7 @@ class Process:
         self.job = job
         job.directory.mkdir(parents=True, exist_ok=True)
         with job.files.lock.open("w") as lock:
+            # Only the process that holds the lock may write into the directory.
             self._held_elsewhere = not try_lock(lock.fileno(), lock_timeout)
             if self._held_elsewhere:
                 return
@@ -164,6 +167,7 @@ class Process:
         if self._held_elsewhere:
             message = f"another process trains it: stop it or wait; if none is running, remove {self.job.files.lock}"
             return ExitStatus(EXIT_USER_ERROR, message)
+        # The last line of the output usually names the error.
         code = self._child.poll()
         return None if code is None else ExitStatus(code, last_output_line(self.job))
 
@@ -196,6 +200,7 @@ def supervise(process: Process, token: str, sleep: Callable[[float], None] = tim
     with files.starts.open("a") as starts:
         starts.write(f"{token}\n")
     while (exit_status := process.poll()) is None:
+        # Once is enough: a second signal could interrupt the saving.
         if not stopping and files.stop.exists():
             process.stop()
             stopping = True

@@ -61,7 +61,9 @@ def local_backend(jobs: int | None, gpus: int | None, threads: int = 1) -> Itera
     devices = _devices() if gpus != 0 else []
     if gpus and gpus > len(devices):
         raise AtollError(f"--gpus {gpus}: this machine has {len(devices)}; lower it")
+    # Without GPUs, jobs share the cores.
     gpus_per_job = (gpus or 1) if devices else 0
+    # The cores that this process may use, which a scheduler can restrict.
     cores = len(os.sched_getaffinity(0))
     # More jobs than cores are the user's choice; more jobs than GPUs are not possible.
     max_jobs = len(devices) // gpus_per_job if gpus_per_job else jobs or max(1, cores // threads)
@@ -71,6 +73,7 @@ def local_backend(jobs: int | None, gpus: int | None, threads: int = 1) -> Itera
 def _devices() -> list[str]:
     import torch
 
+    # Without a GPU there is nothing to hand out.
     if not torch.cuda.is_available():
         return []
     # Respect a restriction by the user or by a scheduler, whose names may be UUIDs.

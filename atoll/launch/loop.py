@@ -66,6 +66,7 @@ def run_jobs(
         The parts in their final states.
     """
     parts = [TrackedJob(job) for job in jobs]
+    # A backend with a queue of its own takes all parts at once.
     slots = min(backend.slots or len(parts), limit or len(parts))
     with _signals_to_stop(backend.survives_launch) as stopped:
         try:
@@ -91,6 +92,7 @@ def _ready(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
     # A submitted part holds its slot even while it waits in the backend's own queue.
     free = slots - sum(part.handle is not None for part in parts)
     now = time.monotonic()
+    # A part that crashed waits until its pause is over.
     ready = [p for p in parts if p.state == "waiting" and p.handle is None and p.restart_at <= now]
     return ready[: max(0, free)]
 
@@ -99,6 +101,7 @@ def _submit(part: TrackedJob, backend: Backend) -> None:
     # Metrics of an earlier start give the step to show, but no rate.
     part.metrics, part.fresh = last_metrics(part.job), False
     try:
+        # A backend that refuses one part does not stop the others.
         part.handle = backend.submit(part.job)
     except AtollError as error:
         part.state, part.error = "failed", str(error)
@@ -145,6 +148,7 @@ def _describe(exit_status: ExitStatus, crashes: int) -> str:
         reason.append("killed by SIGKILL (out of memory?)")
     elif code is not None:
         reason.append(f"killed by {name_of_signal(-code)}" if code < 0 else f"exited with code {code}")
+    # How often it was tried before it was given up.
     if crashes:
         reason.append(f"after {crashes} restart{'s' if crashes > 1 else ''}")
     return ": ".join(text for text in (", ".join(reason), exit_status.message) if text)
@@ -165,6 +169,7 @@ def _stop(parts: list[TrackedJob], update: Callable[[list[TrackedJob]], None], i
             part.metrics = last_metrics(part.job) or part.metrics
             status = part.handle.poll()
             if status.exit_status is not None:
+                # It may have finished just before the signal arrived.
                 done = status.exit_status.code == 0 and part.job.result.exists()
                 part.state = "done" if done else "stopped" if status.started else "waiting"
                 part.handle = None
@@ -190,6 +195,7 @@ def _signals_to_stop(survives_launch: bool) -> Iterator[Callable[[], bool]]:
     numbers = [signal.SIGINT, signal.SIGTERM]
     if not survives_launch and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
+    # The earlier handlers return when the launch is over.
     previous = {number: signal.signal(number, record) for number in numbers}
     try:
         yield lambda: bool(received)

@@ -51,6 +51,7 @@ class LaunchView:
     ) -> None:
         if self.live:
             self.live.stop()
+        # A log ends with the final counts.
         elif self.parts:
             self._log(self._summary(self.parts))
 
@@ -62,6 +63,7 @@ class LaunchView:
             return
         # Without a terminal: one line per event, and a summary now and then.
         for part in parts:
+            # Compare with the state that was logged last.
             before = self.seen.get(part.job.name, ("waiting", 0))
             if part.state in ("done", "failed", "stopped") and part.state != before[0]:
                 self._log(f"{part.job.name} {part.state}" + (f": {part.error}" if part.state == "failed" else ""))
@@ -89,6 +91,7 @@ class LaunchView:
             table.add_column("", width=_BAR)
         for head, width in zip(heads[2:], widths[2:], strict=True):
             table.add_column(head, justify="right", no_wrap=True, width=width)
+        # One row per part; numbers stay right-aligned.
         for part, (name, state, *numbers) in zip(shown, rows, strict=True):
             bar = [ProgressBar(total=part.job.steps, completed=_step(part))] if with_bar else []
             table.add_row(name, Text(state, style=_COLOURS[part.state]), *bar, *numbers)
@@ -105,6 +108,7 @@ class LaunchView:
         room = max(3, self.console.height - _OTHER_LINES - errors)
         if len(parts) <= room:
             return parts
+        # Choose by priority, but show the chosen ones in the usual order.
         top = sorted(parts, key=lambda part: _PRIORITY.index(part.state))[:room]
         return [part for part in parts if part in top]
 
@@ -149,6 +153,7 @@ def _has_error(part: TrackedJob) -> bool:
 
 def _state(part: TrackedJob) -> str:
     """The state; "running" is refined by the steps: "starting" before the first, "finishing" after the last."""
+    # Not submitted, but with restarts: it waits for the next one.
     if part.state == "waiting" and part.handle is None and part.restarts:
         return "restarting"
     if part.state != "running":
@@ -180,6 +185,7 @@ def seconds_left(parts: list[TrackedJob], slots: int | None) -> float | None:
     waiting = [part for part in parts if part.state == "waiting" or (part.state == "running" and not part.fresh)]
     if not running:
         return None if waiting else 0.0
+    # A waiting part counts all its images, even if it resumes from a checkpoint.
     rate = sum(part.metrics["images_per_s"] for part in running) / len(running)
     remaining = [float(part.metrics["eta_s"]) for part in running] + [part.job.images / rate for part in waiting]
     # The longest part is a lower bound, however many slots there are.

@@ -45,6 +45,7 @@ class RayJob:
         import ray
 
         clear_stop_request(job)
+        # A new token per submission: starts of earlier ones do not count.
         self.job, self.token = job, uuid.uuid4().hex
         # Ray places the task by these numbers; they do not limit it.
         remote = ray.remote(num_cpus=job.threads, num_gpus=job.gpus, max_retries=0)(_task)
@@ -95,9 +96,11 @@ def ray_backend(gpus: int | None) -> Iterator[Ray]:
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
         except (ConnectionError, ValueError, RuntimeError) as error:
+            # Ray's messages are long; the first line states the cause.
             reason = str(error).strip().splitlines()[0]
             raise AtollError(f"Ray: cannot connect to a cluster ({reason}); check RAY_ADDRESS") from None
     try:
+        # One GPU per part if the cluster has any, unless the user decided.
         cluster_gpus = int(ray.cluster_resources().get("GPU", 0))
         yield Ray(gpus if gpus is not None else min(1, cluster_gpus))
     finally:

@@ -53,6 +53,7 @@ def launch_run(
         # The student needs the assembled ensemble, so it is trained only if named.
         todo = jobs_of(run, manifest, backend.gpus, student=only is not None)
         if only is not None:
+            # A misspelt name must not be skipped silently.
             names = [job.name for job in todo]
             if unknown := [name for name in only if name not in names]:
                 raise AtollError(f"{run}: no part {', '.join(unknown)}; expected some of {', '.join(names)}")
@@ -74,6 +75,7 @@ def launch_run(
 
 
 def _pairs(options: Sequence[str]) -> dict[str, str]:
+    # Options are passed on to sbatch, so only their form is checked.
     pairs = [option.partition("=") for option in options]
     for key, equals, value in pairs:
         if not (key and equals and value):

@@ -40,6 +40,7 @@ class Training:
     def __call__(self) -> ExitStatus:
         import submitit
 
+        # The process is stored so that `checkpoint` can stop it.
         self.process = Process(self.job, lock_timeout=LOCK_TIMEOUT)
         return supervise(self.process, submitit.JobEnvironment().job_id)
 
@@ -70,6 +71,7 @@ class Slurm:
     def __init__(self, run: Path, gpus: int, options: Mapping[str, str], cluster: str = "slurm"):
         logging.getLogger("submitit").setLevel(logging.ERROR)
         self.folder, self.gpus, self.cluster = RunLayout(run.resolve()).slurm, gpus, cluster
+        # The time limit is submitit's own argument; the other options go to sbatch, with its names.
         self.minutes = _minutes(options.get("time", str(_TIME)))
         self.options = {key.replace("-", "_"): value for key, value in options.items() if key != "time"}
         self.last_refresh = time.monotonic()
@@ -97,6 +99,7 @@ class Slurm:
     def _executor(self, job: Job) -> Any:
         import submitit
 
+        # A job at its time limit is requeued this often.
         timeouts = {f"{self.cluster}_max_num_timeout": _REQUEUES}
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **timeouts)
         # One task on one node per part: an island is one node at most.
@@ -132,6 +135,7 @@ class SlurmJob:
     def poll(self) -> Status:
         self.backend.refresh()
         exit_status = None
+        # A job cancelled in the queue has no result to wait for.
         if self.cancelled:
             exit_status = ExitStatus(EXIT_USER_ERROR, "cancelled")
         elif self.submission.done() and self._has_surely_ended():
@@ -154,6 +158,7 @@ class SlurmJob:
         if not self.submission.paths.result_pickle.exists():
             code = EXIT_USER_ERROR if state.startswith("CANCELLED") else None
             return ExitStatus(code, f"Slurm job {self.submission.job_id} is {state}; see {log}")
+        # With a result, the task ended in order, or raised an error that submitit recorded.
         error = self.submission.exception()
         if error is None:
             exit_status: ExitStatus = self.submission.result()
@@ -171,6 +176,7 @@ class SlurmJob:
             runs = _state_in_queue(number) == "RUNNING"
         else:
             runs = count_starts(self.job, number) > 0
+        # A queued job has no state to save: cancel it.
         if not runs:
             self.submission.cancel(check=False)
             self.cancelled = True

@@ -61,6 +61,7 @@ class StudyRun(Section):
         """List (cluster, name of the objective) for every expert of a run with k clusters."""
         if not isinstance(self.experts, dict):
             return [(cluster, name) for name in self.experts for cluster in range(k)]
+        # A cluster without an entry of its own gets the experts of "all".
         default = self.experts.get("all", ())
         names_of = {cluster: _as_tuple(self.experts.get(cluster, default)) for cluster in range(k)}
         # By objective first, then by cluster, in the order in which the objectives appear.
@@ -169,6 +170,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """
     out = copy.deepcopy(base)
     for key, value in changes.items():
+        # Only two mappings can be merged; any other value replaces the old one.
         mergeable = isinstance(value, dict) and isinstance(out.get(key), dict)
         mergeable = mergeable and value.get("name", out[key].get("name")) == out[key].get("name")
         out[key] = merged(out[key], value) if mergeable else copy.deepcopy(value)
@@ -181,6 +183,7 @@ def load_study(name: str) -> Study:
     Raises:
         AtollError: there is no such file, or something in it is unknown or out of range.
     """
+    # A built-in study takes precedence over a file of the same name.
     file = next((f for f in (STUDIES / f"{name}.yaml", Path(name)) if f.is_file()), None)
     if file is None:
         known = ", ".join(sorted(f.stem for f in STUDIES.glob("*.yaml")))

@@ -143,6 +143,7 @@ def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int
 
 def encode_once(manifest: Manifest, out: Path) -> Path:
     """Encode the manifest's data unless another run of the study did; return the run that holds encoded/."""
+    # The settings that determine encoded/, and nothing else.
     content = manifest.model_dump(mode="json", include=set(_ENCODING_SECTIONS))
     # Runs that agree in these sections share one encoding, across seeds.
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -165,6 +166,7 @@ def _is_done(file: Path, settings: dict[str, object]) -> bool:
 def _link(link: Path, target: Path) -> None:
     """Make a link, relative, so that the study may be moved as a whole."""
     relative = os.path.relpath(target, link.parent)
+    # An earlier call made it.
     if link.is_symlink() and os.readlink(link) == relative:
         return
     # Never replace data: a directory here was not made by a study.

@@ -36,6 +36,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
         for seed in seeds:
             directory = run_path(out, seed, run)
             report = RunLayout(directory).report_json
+            # The table grows while the study runs: skip what is not evaluated yet.
             if not report.is_file():
                 continue
             for score in read_json(report)["results"]["scores"]:
@@ -51,6 +52,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
 
 def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> float | None:
     """How alike a variant's images and the baseline's are, from the same noise; None if they cannot be compared."""
+    # Without a baseline there is nothing to be alike to.
     if study.baseline is None:
         return None
     base_run, _, base_variant = study.baseline.partition(":")
@@ -65,6 +67,7 @@ def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> flo
 
 def write_results(study: Study, out: Path, seeds: Sequence[int]) -> Path:
     """Write results.json (every number of every seed) and results.md (the table); return the path of the table."""
+    # Read everything anew: reports of an earlier call count too.
     rows = collect(study, out, seeds)
     content = {
         "format": FORMAT,
@@ -102,6 +105,7 @@ def _is_column(study: Study, name: str) -> bool:
 
 def mean_and_spread(values: dict[int, float]) -> str:
     """Format the values of all seeds as mean ± standard deviation; of one seed, as its value; of none, as ""."""
+    # One value has no standard deviation.
     numbers = list(values.values())
     if len(numbers) < 2:
         return number(numbers[0]) if numbers else ""
@@ -118,5 +122,6 @@ def difference(values: dict[int, float], base: dict[int, float]) -> str:
     text = f"{'+' if mean > 0 else ''}{number(mean)}"
     if len(paired) < 2:
         return text
+    # n differences have n - 1 degrees of freedom; the table starts at 1.
     t = _T[len(paired) - 2] if len(paired) - 2 < len(_T) else _NORMAL
     return f"{text} ± {number(t * statistics.stdev(paired) / len(paired) ** 0.5, 2)}"
