@@ -47,6 +47,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")
 @contextmanager
 def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
     """Show a progress bar on the terminal, and yield its update function (done, total, note); silent without one."""
+    # Imported late: only commands with a progress bar need them.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -58,9 +59,10 @@ def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        # The total is not known before the first update.
         task = progress.add_task(what, total=None, note="")
 
-        # The total may be unknown at first, or change on the way.
+        # `done` counts from the start, not since the last call.
         def update(done: int, total: int | None, note: str = "") -> None:
             progress.update(task, completed=done, total=total, note=note)
 

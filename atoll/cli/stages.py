@@ -58,6 +58,7 @@ def encode(
         raise AtollError(f"--on {on}: expected local or ray")
     # Options that are not given leave the decision to atoll.yaml.
     with bar("encode", "images", quiet) as tell:
+        # Without --allow-uncaptioned, atoll.yaml decides: the flag can only allow.
         done = encode_run(
             run,
             load_manifest(run),

@@ -50,6 +50,7 @@ def plan(
         planned = plan_run(recipe, gpu, islands=islands, mfu=mfu, images=images, text=caption, trials=trials, seed=seed)
         Console().print(render(planned))
         value = as_json(planned)
+    # The same content as in the terminal, for scripts.
     if json:
         write_json(json, value)
         typer.echo(f"{json} written")
@@ -108,6 +109,7 @@ def convert(
 
     # `atoll convert KIND DIR` is short for `atoll convert DIR --kind KIND`.
     source, kind = (source, kind) if directory is None else (directory, str(source))
+    # Frozen networks are read from the options before anything is converted.
     encoder = frozen_network("condition", condition) if condition else None
     decoder = codec_of(codec) if codec else None
     # Refuse options that contradict each other.
@@ -117,9 +119,10 @@ def convert(
         "classes": classes, "keep": keep or None, "pooled": pooled or None, "name": name or None,
     }  # fmt: skip
     paris = kind == "paris" or (kind == "auto" and is_paris(source))
-    # None means that an option is not used; 0 and "" count as used.
+    # None means that an option is not used, while 0 is a value.
     _check_options({option for option, value in options.items() if value is not None}, paris)
     if paris:
+        # Several experts and a router, so none of the options below apply.
         _convert_paris(source, out, encoder, decoder, heads)
         return
     # The new expert: as the run describes it, or as the options do.

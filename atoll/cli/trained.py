@@ -30,6 +30,7 @@ def calibrate(
 
     # Without --shards, the run of the expert holds them.
     held_out = shards or work.shards_of(expert)
+    # Without --out, the card of the expert is replaced in place.
     curve = work.calibrate_expert(expert, held_out, out=out, use=cast("Use", use), rows=rows, seed=seed)
     typer.echo(work.table(curve))
     # The plot is optional, and needs no second measurement.

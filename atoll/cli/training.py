@@ -37,7 +37,7 @@ def train_expert(
 def _command(part: str, text: str) -> Callable[..., None]:
     """The command that trains a part which a run has once. text: its help."""
 
-    # Each part gets a function of its own: typer reads the options from the signature.
+    # One function per part: typer reads the options from its signature.
     def train(
         run: RunOption = Path(),
         resume: Resume = False,
@@ -121,7 +121,7 @@ def launch(
     """
     from atoll.launch.run import launch_run
 
-    # An interrupted launch is no error, but has an exit code of its own.
+    # An interrupted launch is no error, but has a distinct exit code.
     if not launch_run(where or run, on=on, jobs=jobs, gpus=gpus, retries=retries, options=slurm or []):
         typer.echo("stopped; all progress is saved; run the same command to resume", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
@@ -175,7 +175,7 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
             part, *which = what
             options = {"resume": resume, "restart": restart, "progress": show}
             done = f"{_trainer(part)(run, load_manifest(run), *which, **options)} written"
-        # The training has saved its state: report how to resume.
+        # The training has saved its state, so this is no failure.
         except Interrupted as stop:
             done = str(stop)
         # Other processes would print the same line again.

@@ -99,7 +99,7 @@ class Assignment:
         """Write the centroids: fine [F,D], coarse [k,D], coarse_of_fine [F]; an empty file for "random"."""
         from safetensors.torch import save
 
-        # Random clusters have no tensors; the empty file tells that nothing is missing.
+        # Random clusters have no tensors, but the file must exist to be loaded.
         named = {"fine": self.fine, "coarse": self.coarse, "coarse_of_fine": self.coarse_of_fine}
         write_bytes(directory / CENTROIDS, save({name: t for name, t in named.items() if t is not None}))
 

@@ -94,7 +94,7 @@ def two_stages(
     while not counts.all():
         centroids = centroids[counts > 0]
         counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
-    # Every cluster needs a centroid of its own.
+    # Every cluster needs at least one centroid.
     if len(centroids) < k:
         raise AtollError(
             f"{len(centroids)} distinct features among {surveyed.train} training images; choose k up to "
@@ -215,8 +215,8 @@ def _count(
     shards: Shards, centroids: Tensor, workers: Workers, progress: ClusterProgress, rows: int
 ) -> tuple[Tensor, Tensor]:
     """The number of training images nearest to each centroid [F], and the row of the first of them [F] int64."""
-    # `rows` means none: it is larger than the number of any row.
     counts = torch.zeros(len(centroids), dtype=torch.int64)
+    # `rows` means none: it is larger than the number of any row.
     first = torch.full((len(centroids),), rows)
 
     def nearest_of(part: Shard) -> tuple[Shard, Tensor, Tensor]:

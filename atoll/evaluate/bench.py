@@ -121,6 +121,7 @@ class Evaluator:
         if self.agreement is None:
             return {}
         drawn = statistics[min(1, len(self.spaces) - 1)]
+        # One diverged image makes the score of all images meaningless.
         if drawn.broken:
             return {self.agreement.name: None}
         # Only the images whose features are in memory, at most `max_features`.
@@ -138,7 +139,9 @@ class Evaluator:
         scale = s.guidance_scale if variant.guidance_scale is None else variant.guidance_scale
         sampling = _Sampling(variant.steps or s.steps, variant.method or s.method, scale, variant.grid)
         steps, times = sampling.steps, variant.times(sampling.steps)
+        # Without an identity, results are cached for this evaluation only.
         directory = self.paths.path_for(variant.identity)
+        # The key contains the sampling: a sweep caches each of its values.
         store = ResultCache(directory, self._describe_images(variant, sampling))
 
         # One batch of images, from seeded noise.
@@ -209,11 +212,13 @@ class Evaluator:
 
             # Draw one batch; keep its features, CLIP scores and seconds, not its images.
             def compute() -> TensorDict:
+                # Time the drawing alone, without the feature networks.
                 start = time.perf_counter()
                 images = draw(self.prompts.index(rows), [self.settings.seed + row for row in rows.tolist()])
                 seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
                 part = {**self.real.features(images.cpu()), "seconds": seconds}
                 if self.clip is not None:
+                    # CLIP reads the image with its own prompt.
                     part["clip"] = self.clip(images, [self.captions[row] for row in rows.tolist()])
                 return part
 
@@ -229,10 +234,12 @@ class Evaluator:
             seconds += float(part["seconds"])
             clip += float(part["clip"].sum()) if "clip" in part else 0.0
             self._report_progress(variant.name, len(part["0"]) * steps * variant.calls)
+        # Batches run in parallel, so the speed counts all workers.
         return statistics, clip / len(self.probe), len(self.probe) / seconds * self.workers
 
     def _count_operations(self, draw: _Draw) -> TensorDict:
         """Floating-point operations of one image, as a part; NaN for experts that are not torch networks."""
+        # A few images suffice: the operations per image hardly vary.
         numbers = torch.arange(min(_COUNTED, len(self.probe)))
         try:
             with torch.inference_mode():
@@ -268,6 +275,7 @@ class Evaluator:
 
         def load_or_draw(prompt: int) -> TensorDict:
             def compute() -> TensorDict:
+                # One prompt is one cached part.
                 rows = torch.arange(prompt * count, (prompt + 1) * count)
                 images = draw(tokens.index(rows), range(self.settings.seed, self.settings.seed + count)).cpu()
                 return {"distance": torch.tensor([mean_distance(distance, images)], dtype=torch.float64)}
@@ -279,6 +287,7 @@ class Evaluator:
         for part in self.run(load_or_draw, range(len(prompts))):
             means.append(float(part["distance"]))
             self._report_progress(variant.name, count * steps * variant.calls)
+        # Diverged images give NaN, which the report shows as missing.
         summary = Diversity.of(means)
         return {distance.name: _number(summary.mean), f"std of {distance.name}": _number(summary.std)}
 
@@ -309,6 +318,7 @@ class Evaluator:
 
     def _report_progress(self, what: str, calls: int) -> None:
         """Add network calls to the progress; the estimated total is its upper limit."""
+        # Cached batches count too, so a resumed evaluation reaches the total.
         self._done += calls
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total, what)
@@ -317,6 +327,7 @@ class Evaluator:
         """Combine scores with what all variants share: spaces, counts, the real images' metrics, warnings."""
         # Warn about every Fréchet distance from too few images, ours or published.
         n, m = len(self.probe), len(self.real.base)
+        # The smaller side of each distance determines its bias.
         counts: list[tuple[Features, float]] = [(space, m) for space in self.spaces]
         sides = zip(self.spaces, self.real.published, strict=True)
         counts += [(space, published.count) for space, published in sides if published is not None]

@@ -66,6 +66,7 @@ class EvaluatedVariant:
 
     def diversity(self) -> Tensor | None:
         """Mean distance between the images of each prompt, [P]; None if it was not measured."""
+        # The evaluation measures diversity only if its settings name a distance.
         parts = load_parts(self.store / self.score["key"], "diversity")
         return torch.cat([part["distance"] for part in parts]) if parts else None
 
@@ -122,6 +123,7 @@ def open_evaluated(named: str) -> EvaluatedVariant:
         raise AtollError(f"{file}: written by an older version; run `atoll evaluate --run {directory}` again")
     # The variant's score in it.
     scores = {score["name"]: score for score in report["results"]["scores"]}
+    # Without a name, take the variant that a user samples by default.
     variant = variant or _default(report)
     if variant not in scores:
         raise AtollError(f"{file}: no variant {variant!r}; expected one of {', '.join(scores)}")
@@ -155,6 +157,7 @@ def differences(a: EvaluatedVariant, b: EvaluatedVariant) -> list[Difference]:
         half_widths |= {
             name: paired_half_width(two - one) for name in a.score["metrics"] if kind_of(name) == "diversity"
         }
+    # A standard deviation gets no interval: the pairs estimate the mean.
     result = [
         Difference(name, value, b.score["metrics"][name], None if name.startswith("std") else half_widths.get(name))
         for name, value in a.score["metrics"].items()
@@ -199,6 +202,7 @@ def _half_widths(a: EvaluatedVariant, b: EvaluatedVariant) -> dict[str, float]:
         named = Space(**space)
         every_metric = max(len(one), len(real)) <= _JACKKNIFED
         measure = partial(_metrics, named, Statistics.of(named.dim, len(real), [real]), every_metric)
+        # Both sides leave out the same images, so the difference is paired.
         half_widths |= jackknife(partial(_difference, measure, one, two), len(one))
     return half_widths
 
@@ -214,6 +218,7 @@ def _metrics(space: Space, real: Statistics, every_metric: bool, drawn: Tensor) 
 
 def _difference(measure: Callable[[Tensor], dict[str, float]], a: Tensor, b: Tensor, rows: Tensor) -> dict[str, float]:
     """The difference b - a of every metric, on the images in `rows`."""
+    # The same rows on both sides: equal prompts and equal noise.
     one, two = measure(a[rows]), measure(b[rows])
     return {name: value - one[name] for name, value in two.items()}
 
@@ -248,6 +253,7 @@ def jackknife(difference: Callable[[Tensor], dict[str, float]], count: int) -> d
 
 def paired_half_width(differences: Tensor) -> float | None:
     """Half the width of the 95 % interval of a mean of paired differences [n]; None for fewer than two."""
+    # One difference has no spread.
     if len(differences) < 2:
         return None
     return 1.96 * float(differences.double().std()) / math.sqrt(len(differences))
@@ -270,6 +276,7 @@ def likeness(a: EvaluatedVariant, b: EvaluatedVariant) -> tuple[float, float]:
 
 def _next_of_prompt(prompts: Sequence[int]) -> Tensor:
     """For each image, the number of the next one of the same prompt, or of the next one if there is no other."""
+    # The images of each prompt.
     members: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(number)

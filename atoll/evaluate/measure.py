@@ -75,6 +75,7 @@ def evaluate(
 
 def resolve_precision(settings: EvaluateSettings, device: str | torch.device) -> EvaluateSettings:
     """Replace the codec's precision "auto": bf16 decodes twice as fast and changes a pixel by a third of 1/255."""
+    # The caller has decided.
     if settings.precision != "auto":
         return settings
     return settings.model_copy(update={"precision": "bf16" if has_bf16(torch.device(device)) else "fp32"})
@@ -82,6 +83,7 @@ def resolve_precision(settings: EvaluateSettings, device: str | torch.device) ->
 
 def worker_count(settings: EvaluateSettings, device: str | torch.device) -> int:
     """Batches that run in parallel: `settings.workers`, or one per core; one on an accelerator."""
+    # A number in the settings takes precedence.
     if settings.workers is not None:
         return settings.workers
     # An accelerator is busy with one batch.

@@ -57,6 +57,7 @@ class ReferenceData:
     def _describe(self) -> dict[str, Any]:
         """Everything that the features and their comparison depend on: its hash is the key."""
         s = self.settings
+        # Of the settings, those that the features and the noise depend on.
         keys = ("seed", "images", "reference", "components", "batch", "held_out", "levels")
         return {
             "format": FORMAT,
@@ -81,6 +82,7 @@ class ReferenceData:
         missing = [fit for name, fit in fits.items() if not self._store.has(name)]
         for rows in self.base.split(self.settings.batch) if missing else ():
             images = self.reference.images(rows)
+            # Decode each batch once for all fits.
             for fit in missing:
                 fit.update(images)
         # Build every space from its fit, from published statistics, or from the network alone.
@@ -95,6 +97,7 @@ class ReferenceData:
             if name not in fits:
                 spaces.append(FeatureSpace(feature))
                 continue
+            # Load the fitted projection, or cache the new one.
             part = self._store.part(name, partial(_tensors_of, fits[name]))
             spaces.append(FeatureSpace(feature, part["mean"], part["basis"], float(part["explained"])))
         return spaces
@@ -102,6 +105,7 @@ class ReferenceData:
     def _load_statistics(self) -> list[Gaussian | None]:
         """Published statistics for each space of the settings, or None."""
         files = [space.statistics for space in self.settings.spaces]
+        # Without statistics, no image has to be decoded for its size.
         if not any(files):
             return [None] * len(files)
         # Statistics are valid for one image size.
@@ -129,6 +133,7 @@ class ReferenceData:
         rows = self.probe if which == "probe" else self.base
 
         def load_or_compute(numbered: tuple[int, Tensor]) -> TensorDict:
+            # The images are decoded only if the part is not cached.
             number, part = numbered
             return self._store.part(f"{which}-{number:05d}", lambda: self.features(self.reference.images(part)))
 
@@ -146,6 +151,7 @@ def _expand(path: str) -> Path:
 
 def _tensors_of(fit: PixelFit | SpaceFit) -> TensorDict:
     """The tensors of a finished fit, for the cache."""
+    # A fit always has a projection; whole spaces are not fitted.
     fitted = fit.done()
     assert fitted.mean is not None
     assert fitted.basis is not None

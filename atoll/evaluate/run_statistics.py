@@ -42,12 +42,14 @@ def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Statistic
     if not features:
         raise AtollError(f"{run}: evaluate.spaces is empty; name a feature, such as [{{feature: {{name: hog}}}}]")
     encoded = Shards(RunLayout(run).encoded)
+    # Held-out images are left out, as in the evaluation's base.
     rows = encoded.rows("train")
     if len(rows) < 2:
         raise AtollError(f"{encoded.path}: {len(rows)} training images; expected at least 2")
     # Sum up batch by batch.
     codec, sums, shape, done = build_codec(encoded.data_card.codec), [Moments(f.dim) for f in features], None, 0
     for part in rows.split(manifest.evaluate.batch):
+        # One decoding serves all features.
         images = codec.decode(encoded.read("latent", part).float())  # [B,C,H,W]
         for feature, moments in zip(features, sums, strict=True):
             moments.update(feature(images))

@@ -50,6 +50,7 @@ class ResultCache:
         file = self.path / f"{name}.safetensors"
         if file.is_file():
             return _load(file)
+        # Stored contiguous and on the CPU, as safetensors requires.
         tensors = compute()
         write_bytes(file, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
         return tensors

@@ -37,8 +37,10 @@ def aligned(ensemble: Ensemble, alignment: str) -> Ensemble:
         case "snr" | "native":
             return replace(ensemble, alignment=alignment)
         case "snr-clamp":
+            # Without a calibration, the x0 of eps-experts is clamped.
             experts = [replace(expert, calibration=None) for expert in ensemble.experts]
         case "snr-alone":
+            # A calibration that changes nothing also switches the clamp off.
             experts = [replace(expert, calibration=_identity(expert)) for expert in ensemble.experts]
         case _:
             raise AtollError(f"alignment {alignment!r}; expected one of {', '.join(ALIGNMENTS)}")
@@ -47,6 +49,7 @@ def aligned(ensemble: Ensemble, alignment: str) -> Ensemble:
 
 def _identity(expert: Expert) -> Calibration:
     """A calibration that changes nothing."""
+    # The mean keeps its shape, although the identity does not use it.
     mean = torch.zeros(()) if expert.calibration is None else torch.zeros_like(expert.calibration.mean)
     return Calibration.identity(mean)
 
@@ -105,6 +108,7 @@ def variants_of_sweep(sweep: SweepSettings, ensemble: Ensemble, dense: Mapping[s
             )
     # Dense models vary in their sampling only, ensembles also in their own options.
     axes = {axis: values for axis in ("steps", "method", "grid", "guidance_scale") if (values := getattr(sweep, axis))}
+    # One group of variants per combination of sampling values.
     for sampling in _combinations(axes):
         for name in dense_names:
             yield _variant(name, dense[name], {}, sampling)
@@ -140,6 +144,7 @@ def _variant(name: str, ensemble: Ensemble, options: dict[str, Any], sampling: d
     words += [str(value) for value in options.values()]
     words += [_AXIS_TEXT[axis].format(value) for axis, value in sampling.items()]
     axes = {**({"experts": name} if name else {}), **options, **sampling}
+    # The default grid is stored as None, so both share the cache.
     drawn = {**sampling, "grid": None if sampling.get("grid") == EVEN else sampling.get("grid")}
     return Variant(", ".join(words) or ensemble.routing, ensemble, axes=axes, **drawn)
 
@@ -162,6 +167,7 @@ def parse_sweep(text: list[str]) -> SweepSettings:
         axis, equals, values = part.partition("=")
         # The command line has a short word for the guidance scale.
         axis = {"guidance": "guidance_scale"}.get(axis, axis)
+        # A dense model is chosen by its name alone.
         if axis in _DENSE and not equals:
             content[axis] = True
         elif axis in ("experts", *_DENSE) or axis not in SweepSettings.model_fields or not values:
@@ -169,6 +175,7 @@ def parse_sweep(text: list[str]) -> SweepSettings:
             raise AtollError(f"--sweep {part}: expected an axis with values, such as routing=top-1,top-2; axes: "
                              f"{known}, or monolith or student alone")  # fmt: skip
         else:
+            # Spaces around commas do not matter.
             content[axis] = re.split(r"\s*,\s*", values.strip())
     # Validate; report the first problem in one line.
     try:

@@ -94,6 +94,7 @@ class Reference:
             AtollError: fewer than four training images.
         """
         rows = self.encoded.rows("train")
+        # Each set needs two images for its covariance.
         if len(rows) < 4:
             raise AtollError(f"{self.encoded.path}: {len(rows)} training images; expected at least 4 to compare with")
         # Shuffle once; small data sets are split in halves.
@@ -104,6 +105,7 @@ class Reference:
 
     def held_out(self, settings: EvaluateSettings) -> Tensor:
         """At most `settings.held_out` random validation rows, sorted. Raises AtollError if there are none."""
+        # The denoising error needs latents that no model was trained on.
         rows = self.encoded.rows("val")
         if len(rows) == 0:
             raise AtollError(f"{self.encoded.path}: no held-out rows (split val); encode the data with some held out")

@@ -68,6 +68,7 @@ def variants_of_sweeps(
     unique: dict[str, Variant] = {}
     for sweep in sweeps:
         for variant in variants_of_sweep(sweep, ensemble, dense):
+            # Equal names mean equal values on all axes, so the first one counts.
             unique.setdefault(variant.name, variant)
     # Dense models form their own group in the report.
     dense_names = tuple(name for name, variant in unique.items() if _source_of(variant, dense) != "ensemble")
@@ -95,6 +96,7 @@ def _source_of(variant: Variant, dense: Mapping[str, Ensemble]) -> str:
 
 def _hash_of(ensemble: Ensemble, parts: str) -> str:
     """Hash of the weights, the chosen experts with their calibrations, and the options."""
+    # An alignment may replace calibrations, so they are part of the identity.
     experts = [[expert.name, list(expert.clusters), _slopes(expert)] for expert in ensemble.experts]
     # The sampling is not part of the identity: caches add it.
     options = [ensemble.routing, ensemble.alignment, ensemble.replicas, ensemble.router is not None]
@@ -111,6 +113,7 @@ def alone(expert: Expert, ensemble: Ensemble) -> Ensemble:
     Raises:
         AtollError: the expert is not in the ensemble.
     """
+    # Compare by identity: experts with equal values may be different networks.
     if all(expert is not other for other in ensemble.experts):
         raise AtollError(f"{expert.name} is not an expert of this ensemble")
     # Cluster 0 stands for all: there is no router.

@@ -112,7 +112,7 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
         arguments = ("-m", "atoll", *command, "--run", str(layout.root), "--resume", "--quiet")
         # The student trains on one GPU at most.
         part_gpus = 0 if settings.device == "cpu" else min(gpus, 1) if artifact.name == STUDENT else gpus
-        # Several GPUs are one process each; the command starts them.
+        # The command starts one process per GPU.
         if part_gpus > 1:
             arguments += ("--nproc", str(part_gpus))
         job = Job(

@@ -66,7 +66,7 @@ def run_jobs(
         The parts in their final states.
     """
     parts = [TrackedJob(job) for job in jobs]
-    # A backend with a queue of its own takes all parts at once.
+    # A backend without slots queues the parts itself, so all of them can be submitted.
     slots = min(backend.slots or len(parts), limit or len(parts))
     with _signals_to_stop(backend.survives_launch) as stopped:
         try:

@@ -91,7 +91,7 @@ class LaunchView:
             table.add_column("", width=_BAR)
         for head, width in zip(heads[2:], widths[2:], strict=True):
             table.add_column(head, justify="right", no_wrap=True, width=width)
-        # One row per part; numbers stay right-aligned.
+        # A finished part has a full bar, whatever its last metrics are.
         for part, (name, state, *numbers) in zip(shown, rows, strict=True):
             bar = [ProgressBar(total=part.job.steps, completed=_step(part))] if with_bar else []
             table.add_row(name, Text(state, style=_COLOURS[part.state]), *bar, *numbers)

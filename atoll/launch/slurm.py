@@ -99,7 +99,7 @@ class Slurm:
     def _executor(self, job: Job) -> Any:
         import submitit
 
-        # A job at its time limit is requeued this often.
+        # A job that reaches its time limit is requeued up to this many times.
         timeouts = {f"{self.cluster}_max_num_timeout": _REQUEUES}
         executor = submitit.AutoExecutor(self.folder, cluster=self.cluster, **timeouts)
         # One task on one node per part: an island is one node at most.
@@ -176,7 +176,7 @@ class SlurmJob:
             runs = _state_in_queue(number) == "RUNNING"
         else:
             runs = count_starts(self.job, number) > 0
-        # A queued job has no state to save: cancel it.
+        # A job that does not run has nothing left to save: cancel it.
         if not runs:
             self.submission.cancel(check=False)
             self.cancelled = True

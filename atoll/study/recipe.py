@@ -61,7 +61,7 @@ class StudyRun(Section):
         """List (cluster, name of the objective) for every expert of a run with k clusters."""
         if not isinstance(self.experts, dict):
             return [(cluster, name) for name in self.experts for cluster in range(k)]
-        # A cluster without an entry of its own gets the experts of "all".
+        # A cluster without an entry gets the experts of "all".
         default = self.experts.get("all", ())
         names_of = {cluster: _as_tuple(self.experts.get(cluster, default)) for cluster in range(k)}
         # By objective first, then by cluster, in the order in which the objectives appear.

@@ -36,7 +36,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
         for seed in seeds:
             directory = run_path(out, seed, run)
             report = RunLayout(directory).report_json
-            # The table grows while the study runs: skip what is not evaluated yet.
+            # The table grows while the study runs: skip runs without a report.
             if not report.is_file():
                 continue
             for score in read_json(report)["results"]["scores"]:

@@ -115,7 +115,7 @@ class ClusterModel:
         """
         batches = []
         for start in range(0, len(rows), batch):
-            # Each row has noise of its own, so the size of the batches does not change it.
+            # The noise depends on the number of the row, not on its batch.
             part = slice(start, start + batch)
             x = noise(sampling.seed, self.cluster, rows[part], self.shape).to(self._device)
             # The condition changes with the rows, the ensemble does not.

@@ -31,7 +31,7 @@ class Keys:
             raise AtollError(f"images is {rows}; expected at least 2 per cluster: one to train on, one to hold out")
         # The key contains seed and cluster, so draws of two seeds never share keys.
         self._prefix = f"drawn-{seed}-{cluster:03d}"
-        # A small cluster holds out half of its rows at most.
+        # A small cluster holds out no more than half of its rows.
         at_least = min(_HELD_OUT, rows // 2)
         # The key's hash decides; for few rows the bound is raised to the smallest hashes.
         fractions = heapq.nsmallest(at_least, (key_fraction(self._key(row)) for row in range(rows)))

@@ -109,6 +109,7 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"
     Only experts that the manifest names are used, and for each cluster the narrowest that cover it, as in an ensemble.
     If the experts have different text encoders, the condition is the manifest's.
     """
+    # An expert that the manifest does not name is ignored, though its directory exists.
     named = {RunLayout(run).expert(expert.full_name): expert for expert in manifest.experts}
     cards = {path: read_card(path, ExpertCard) for path in named if (path / CARD).is_file()}
     # The narrowest experts of each cluster.
@@ -233,6 +234,7 @@ def _draw(
 def _summary(plan: SynthesisPlan) -> str:
     """For example "3 clusters of 4,096 latents each, drawn by 4 experts; captions: ..."."""
     experts = len(plan.card.source.experts)
+    # Replicas count, since each of them draws.
     by = f"{experts} expert{'s' if experts > 1 else ''}"
     origin = plan.card.source.captions.origin
     return f"{plan.clusters} clusters of {plan.images:,} latents each, drawn by {by}; captions: {origin}"

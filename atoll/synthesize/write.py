@@ -68,6 +68,7 @@ class SynthesisPlan:
     def shards(self, cluster: int) -> Iterator[tuple[int, range]]:
         """Yield (number of the shard, its rows) of a cluster."""
         for number in range(math.ceil(self.images / self.shard_rows)):
+            # The last shard may have fewer rows.
             start = number * self.shard_rows
             yield number, range(start, min(start + self.shard_rows, self.images))
 

@@ -67,6 +67,7 @@ class ClusterSpace:
         centroids = torch.stack(
             [sums[k] / counts[k] if k in sums else torch.full_like(some, math.nan) for k in clusters_in_order]
         )
+        # Memory holds the sums and the samples, however many batches arrive.
         return cls(centroids, [samples.get(k, some[None][:0]) for k in clusters_in_order], features, name)
 
     def distances(self, x0: Tensor) -> dict[str, Tensor]:
@@ -79,6 +80,7 @@ class ClusterSpace:
         vectors = _vectors(x0, self.features).to(self.centroids)
         known = torch.tensor([len(sample) > 0 for sample in self.samples], device=vectors.device)
         centroid = torch.cdist(vectors, self.centroids.nan_to_num()).masked_fill(~known, math.inf)
+        # A cluster without a sample has no nearest neighbour.
         missing = vectors.new_full((len(vectors),), math.inf)
         nearest = [torch.cdist(vectors, sample).amin(1) if len(sample) else missing for sample in self.samples]
         # Per value, so that spaces of different size are comparable.

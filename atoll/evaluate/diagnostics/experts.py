@@ -94,6 +94,7 @@ def measure_experts(
     errors = torch.stack([_errors(alone, held_out, levels, batch, device) for alone in each_alone(ensemble)], dim=2)
     chosen, unchosen = by_choice(errors, weights)  # [2, M] each: mean and standard error
     # Means and standard errors by cluster, at each level and over the levels.
+    # A cluster may have an expert but no held-out latents, or the reverse.
     k = max(held_out.clusters, 1 + max(max(expert.clusters) for expert in experts))
     labels = held_out.labels.cpu()
     mine = [errors[labels == cluster] for cluster in range(k)]  # [n_k, M, E] each
@@ -131,9 +132,11 @@ def _ensemble_errors(
     sampler = Sampler(ensemble, non_finite="keep")
     fused, weights = [], []
     for part in held_out.batches(batch, device):
+        # The labels serve routing "oracle"; other routings ignore them.
         velocity = partial(sampler.velocity, cluster=part.labels)
         with sampler.tracing() as trace:
             fused.append(squared_errors(velocity, part.x0, part.condition, levels, part.seeds).cpu())
+        # The trace holds one entry per level.
         weights.append(torch.stack(trace.weights, dim=1))
     return torch.cat(fused), torch.cat(weights)
 
@@ -150,6 +153,7 @@ def _errors(
 
 def each_alone(ensemble: Ensemble) -> tuple[Ensemble, ...]:
     """Each expert as an ensemble of one: guided and aligned as it is within the ensemble."""
+    # One expert needs no router.
     return tuple(
         Ensemble([expert], None, "full", ensemble.alignment, null=ensemble.null) for expert in ensemble.experts
     )
@@ -187,6 +191,7 @@ def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
     if len(values) == 0:
         nothing = values.new_full(values.shape[1:], math.nan)
         return nothing, nothing
+    # One value has no spread.
     error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full_like(values[0], math.nan)
     return values.mean(0), error
 
@@ -206,5 +211,6 @@ def _over_other_experts(matrix: Tensor, owned: Tensor) -> Series:
     """[E] from the same: the mean over an expert's clusters of its error over the mean error of the others."""
     # The mean error of the experts that do not cover each cluster.
     others = torch.where(owned, 0, matrix).sum(1) / (~owned).sum(1)  # [K]
+    # A cluster that every expert covers has no others to compare with.
     has_others = owned & ~owned.all(1, keepdim=True)
     return tuple(float((matrix[rows, e] / others[rows]).mean()) for e, rows in enumerate(has_others.T))

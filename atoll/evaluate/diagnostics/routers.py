@@ -53,12 +53,14 @@ class HeldOut:
     condition: ConditionSource | None = None
 
     def __post_init__(self) -> None:
+        # A wrong number of labels would shift all of them silently.
         n = len(self.x0)
         if n == 0 or self.labels.shape != (n,) or len(self.seeds) != n:
             raise AtollError(
                 f"{n} held-out latents with labels {list(self.labels.shape)} and {len(self.seeds)} seeds; expected at "
                 "least one latent, and a label and a seed for each"
             )
+        # Labels index the router's outputs.
         if self.labels.is_floating_point() or int(self.labels.min()) < 0:
             raise AtollError(
                 f"held-out labels of {self.labels.dtype}, minimum {self.labels.min()}; expected clusters from 0"
@@ -133,6 +135,7 @@ class Reliability:
     @property
     def error(self) -> float:
         """The calibration error, sum_m n_m/n |accuracy_m - confidence_m|."""
+        # With sums instead of means, the counts of the bins cancel.
         count, confidence, correct = self.bins.unbind(1)
         return float((correct - confidence).abs().sum() / count.sum())
 
@@ -144,6 +147,7 @@ class Reliability:
         sqrt(n_m c (1 - c)); a Gaussian's mean absolute value is sqrt(2/pi) times that.
         """
         count, confidence, _ = self.bins.unbind(1)
+        # An empty bin contributes nothing.
         mean = confidence / count.clamp(min=1)
         return float((2 / math.pi * count * mean * (1 - mean)).clamp(min=0).sqrt().sum() / count.sum())
 
@@ -157,6 +161,7 @@ def calibration_error(log_p: Tensor, labels: Tensor) -> float:
         log_p: log-probabilities [n, K].
         labels: true classes [n] int64.
     """
+    # All predictions are one batch here.
     bins = Reliability()
     confidence, predictions = log_p.max(1)
     bins.update(confidence.exp(), predictions == labels)
@@ -192,11 +197,13 @@ def measure_router(
     negative_log_p = torch.zeros(len(levels), dtype=torch.float64)
     confusion = None
     for rows in held_out.batches(batch, device):
+        # The router reads the pooled vector alone.
         pooled = None if rows.condition is None else rows.condition[encoder].pooled
         for level, (x, _, t) in enumerate(noisy_latents(rows.x0, levels, rows.seeds)):
             log_p = router(x, t, pooled)  # [B, K]
             k = log_p.shape[1]
             if confusion is None:
+                # Labels of another assignment would give meaningless numbers.
                 if held_out.clusters > k:
                     raise AtollError(
                         f"held-out latents of cluster {held_out.clusters - 1}, but the router has {k} clusters; "
@@ -217,6 +224,7 @@ def _scores(
     held_out: HeldOut, levels: Sequence[float], bins: Sequence[Reliability], negative_log_p: Tensor, confusion: Tensor
 ) -> RouterScores:
     """Means over n latents, from the sums at each level."""
+    # The confusion is stored flat, with k^2 entries per level.
     n, k = len(held_out.x0), math.isqrt(confusion.shape[1])
     # Accuracy is the diagonal of the confusion; frequencies come from the labels.
     counts = confusion.reshape(len(levels), k, k)

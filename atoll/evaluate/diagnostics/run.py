@@ -50,6 +50,7 @@ def diagnose_run(
         raise AtollError(
             "evaluate.diagnostic_samples needs the clusters' shards in the run; copy clusters/ here, or set it to 0"
         )
+    # The trajectories use the captions of some of the held-out latents.
     held_out, encode = _held_out_latents(clusters, encoder, settings)
     sampled = random_rows(len(held_out.x0), settings.diagnostic_samples, cpu_generator(settings.seed))
 
@@ -81,6 +82,7 @@ def _held_out_latents(
     count = -(-4 * settings.diagnostic_samples // len(clusters))
     rows = [_random_rows(shards, "val", count, settings.seed) for shards in clusters]
     x0 = torch.cat([shards.read("latent", own).float() for shards, own in zip(clusters, rows, strict=True)])
+    # Diagnostics on training latents would favour the experts that have seen them.
     if len(x0) == 0:
         raise AtollError(f"{clusters[0].path} and the others: no rows of split val; encode with some held out")
     # The cluster of each latent is its label.

@@ -148,7 +148,9 @@ def diagnose_trajectory(
     # Sample and observe batch by batch.
     batches = []
     for rows in torch.arange(len(noise)).split(batch):
+        # Each batch has its own condition, labels and seeds.
         labels = None if clusters is None else clusters[rows].to(device)
+        # The seeds depend on the row alone, so the batch size changes nothing.
         seeds = [_DIRECTIONS + seed + row for row in rows.tolist()]
         batch_trajectory = _BatchTrajectory(
             ensemble, condition=rows_of(condition, rows, device), cluster=labels, space=space, draw=draw, seeds=seeds
@@ -206,11 +208,13 @@ class _BatchTrajectory:
 
         # Observe each state before its step; follow a perturbation from each start.
         def observe(index: int, x: Tensor) -> None:
+            # The last state has no step after it.
             if index < steps:
                 self._observe(x, grid[index].expand(len(x)))
             if index in starts:
                 self.growth.append(self._growth(x, grid[index:], self.seeds, index))
 
+        # The solver calls back after each step; the first state is observed by hand.
         observe(0, noise)
         ends = [self._sample(noise, grid, lambda index, x: observe(index + 1, x))]
         # Sample again with finer steps, and compare the results.
@@ -218,6 +222,7 @@ class _BatchTrajectory:
             fine = torch.linspace(1, 0, factor * steps + 1, dtype=noise.dtype, device=noise.device)
             ends.append(self._sample(noise, fine))
         for a, b in ((0, 1), (1, 2), (0, 2)):
+            # Differences of the final latents, not of decoded images.
             self.changes.append((ends[a] - ends[b]).flatten(1).square().mean(1).sqrt().cpu().double())
 
     def _sample(self, x: Tensor, times: Tensor, callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
@@ -226,6 +231,7 @@ class _BatchTrajectory:
 
     def _observe(self, x: Tensor, t: Tensor) -> None:
         """Record the weights, the distances of the x0 estimate, and the angles between velocities at x [B, ...]."""
+        # The trace records the weights that the velocity used.
         with self.sampler.tracing() as trace:
             u = self.velocity(x, t)
         # The x0 estimate of the ensemble, and its distance to each cluster.
@@ -236,6 +242,7 @@ class _BatchTrajectory:
                 self.distances.setdefault(kind, []).append(distances.cpu().double())
         # The experts alone at the same state.
         velocities = torch.stack([velocity(x, t) for velocity in self.alone], dim=1)
+        # Means over pairs of chosen experts, then over all pairs.
         angles, chosen = angles_between(velocities), chosen_of(self.weights[-1]).to(x.device)
         means = [mean_of_pairs(angles, mask) for mask in (chosen, torch.ones_like(chosen))]
         self.angles.append(torch.stack(means, dim=1).cpu().double())
@@ -262,6 +269,7 @@ def angles_between(velocities: Tensor) -> Tensor:
 
     Computed as 2 atan2(|a - b|, |a + b|) for unit vectors (Kahan), which is accurate near 0, unlike the arc cosine.
     """
+    # The angle does not depend on the length.
     unit = F.normalize(velocities.flatten(2), dim=2)
     angles = unit.new_zeros(len(unit), unit.shape[1], unit.shape[1])
     # Each pair once.

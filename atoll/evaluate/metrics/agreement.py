@@ -38,6 +38,7 @@ class CLIPScore:
     """
 
     def __init__(self, images: Feature, texts: TextEncoder):
+        # A cosine needs two vectors of one space.
         if texts.pooled_dim != images.dim:
             raise AtollError(
                 f"the CLIP's images have {images.dim} dimensions, its texts {texts.pooled_dim}; "
@@ -68,6 +69,7 @@ class CLIPScore:
         image_vectors = self._images(images)  # [B,D]
         text_vectors = self._texts.encode(self._texts.tokenize(prompts).to(image_vectors.device)).pooled  # [B,D]
         assert text_vectors is not None  # the projected vector
+        # A negative cosine counts as 0, as published.
         score = 100 * F.cosine_similarity(image_vectors, text_vectors).clamp(min=0)
         return score.masked_fill(~torch.isfinite(images).flatten(1).all(1).to(score.device), torch.nan)
 
@@ -104,6 +106,7 @@ class RidgeAgreement:
         """mean [D], target_mean [P], weights [D, P]; ridge: the chosen parameter, in units of a variance."""
         self.features, self.ridge = features, ridge
         self._mean, self._target_mean, self._weights = mean, target_mean, weights
+        # The name identifies the fit: scores of another fit are not comparable.
         digest = hashlib.sha256(features.sha256.encode())
         for part in (mean, target_mean, weights):
             digest.update(part.float().contiguous().numpy().tobytes())
@@ -134,6 +137,7 @@ class RidgeAgreement:
         n, dim = moments.count, features.dim
         covariance = moments.covariance * ((n - 1) / n)
         xx, xy, yy = covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
+        # Without variance on one side, a regression predicts a constant.
         if float(xx.trace()) <= 0 or float(yy.trace()) <= 0:
             raise AtollError("all images have the same features, or all prompts the same vector: nothing to tell apart")
         weights, ridge = _ridge(xx, xy, float(yy.trace()), n)
@@ -164,6 +168,7 @@ class RidgeAgreement:
         if len(number) < 2:
             raise AtollError(f"{len(number)} distinct prompts; expected at least 2 to tell apart")
         own = torch.tensor([number[prompt] for prompt in prompts])  # [n]
+        # The first image of each prompt provides its vector.
         first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
         distinct = F.normalize(_unit(vectors[[first[prompt] for prompt in number]]) - self._target_mean)  # [M,P]
         # Is the own prompt the nearest? Ties share the hit.
@@ -173,6 +178,7 @@ class RidgeAgreement:
         hits = 0.0
         for row, mine in enumerate(own.tolist()):
             others = _others(mine, len(distinct), generator)
+            # Cosines with the other candidates; both sides have unit length.
             rivals = distinct[others] @ predicted[row]  # [99] or fewer
             if bool((rivals <= cosines[row] + EQUAL).all()):
                 hits += 1 / (1 + int((rivals >= cosines[row] - EQUAL).sum()))
@@ -192,6 +198,7 @@ def pooled_vectors(conditions: Sequence[Condition]) -> Tensor:
 def _pooled_vector(condition: Condition) -> Tensor:
     if condition.pooled is not None:
         return condition.pooled
+    # Padding does not count in the mean.
     mask = condition.mask[..., None].to(condition.states.dtype)  # [B,L,1]
     return (condition.states * mask).sum(1) / mask.sum(1)
 
@@ -205,6 +212,7 @@ def _others(own: int, count: int, generator: torch.Generator) -> Tensor:
     """At most 99 numbers of 0..count-1 without `own`."""
     if count <= CANDIDATES:
         return torch.tensor([other for other in range(count) if other != own])
+    # Numbers from `own` on move up by one, which skips it.
     drawn = random_rows(count - 1, CANDIDATES - 1, generator)
     return drawn + (drawn >= own)
 
@@ -219,14 +227,17 @@ def _ridge(xx: Tensor, xy: Tensor, yy: float, n: int) -> tuple[Tensor, float]:
     values = values.clamp(min=0)
     along = rotation.T @ xy  # [D,P]
     power = along.square().sum(1)  # [D]
+    # Relative to the variance, so that the scale of the features does not matter.
     ridges = [relative * float(values.mean()) for relative in RELATIVE_LAMBDAS]
     best, chosen = float("inf"), ridges[-1]
     for ridge in ridges:
         residual = yy - float((power * (values + 2 * ridge) / (values + ridge).square()).sum())
         freedom = 1 + float((values / (values + ridge)).sum())
+        # Nearly interpolating fits make the criterion 0 / 0.
         if freedom > FREEDOM * n:
             continue
         error = max(residual, 0.0) / (1 - freedom / n) ** 2
         if error < best:
             best, chosen = error, ridge
+    # Back from the eigenbasis.
     return rotation @ (along / (values + chosen)[:, None]), chosen

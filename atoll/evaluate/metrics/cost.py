@@ -43,12 +43,14 @@ def count_flops(draw: Callable[[], object], images: int) -> SamplingCost:
         raise ValueError(f"the cost of {images} images; expected at least 1")
     with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch()) as counter:
         draw()
+    # Zero means that the counter saw nothing, not that it was free.
     total = counter.get_total_flops()
     if total == 0:
         raise AtollError(
             "no operations were counted: the images were drawn in another thread, or by a compiled network; draw "
             "them eagerly in the calling thread"
         )
+    # "Global" sums over all modules.
     counts = counter.get_flop_counts()["Global"]
     shares = sorted(((str(operator), count / images) for operator, count in counts.items()), key=lambda x: -x[1])
     return SamplingCost(total / images, dict(shares))

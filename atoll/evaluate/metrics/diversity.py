@@ -49,10 +49,12 @@ class SqueezeDist:
         if enlarged < SMALLEST:
             raise AtollError(f"images enlarged to {enlarged} pixels; SqueezeNet needs at least {SMALLEST}")
         self.feature, self.enlarged = feature, enlarged
+        # The enlargement changes the distance, so it is part of the name.
         digest = hashlib.sha256(f"{feature.config()['sha256']} enlarged {enlarged}".encode())
         self.name = f"SqueezeDist [{digest.hexdigest()[:8]}]"
 
     def pairwise(self, images: Tensor, /) -> Tensor:
+        # Sum over the taps; in float32, whatever the images are.
         total = images.new_zeros(len(images) * (len(images) - 1) // 2, dtype=torch.float32)
         for tap in self.feature.taps(_enlarged(images, self.enlarged)):  # [n,D,h,w]
             unit = tap / (tap.norm(dim=1, keepdim=True) + 1e-10)  # 0 if no channel is active
@@ -94,6 +96,7 @@ class LPIPS:
     @torch.no_grad()
     def pairwise(self, images: Tensor, /) -> Tensor:
         self._network.to(images.device)
+        # Grey images become three equal channels.
         images, pairs = images.float().expand(-1, 3, -1, -1), combinations(range(len(images)), 2)
         distances = [self._network(images[i : i + 1], images[j : j + 1], normalize=True) for i, j in pairs]
         return torch.cat(distances).flatten()
@@ -118,6 +121,7 @@ class Diversity:
         """From `mean_distance` of each prompt's images. Raises AtollError for no prompts."""
         if not by_prompt:
             raise AtollError("the diversity of no prompts; expected at least one")
+        # One prompt has a spread of 0; the product passes NaN on.
         values = torch.tensor(by_prompt, dtype=torch.float64)
         return cls(float(values.mean()), float(values.std()) if len(values) > 1 else float(values[0] * 0))
 
@@ -139,6 +143,7 @@ def _enlarged(images: Tensor, size: int) -> Tensor:
     least = min(height, width)
     if least >= SMALLEST:
         return images
+    # The longer side grows in proportion.
     shape = [max(size, round(side * size / least)) for side in (height, width)]
     return F.interpolate(images.float(), shape, mode="bilinear", align_corners=False)
 

@@ -103,6 +103,7 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, size: int = 
         AtollError: shapes that do not fit, features that are not finite, or fewer than two vectors on a side.
     """
     real, fake = _checked(real, fake, 2)
+    # Both subsets have the same size, as the estimate requires.
     size = min(size, len(real), len(fake))
     if size == len(real) == len(fake):
         subsets = 1  # all subsets would be equal
@@ -127,12 +128,14 @@ def rbf_distance(real: Tensor, fake: Tensor, sigma: float = 10.0, scale: float =
         AtollError: shapes that do not fit, features that are not finite, vectors of zeros, or none.
     """
     real, fake = _checked(real, fake, 1)
+    # The kernel works on directions.
     for vectors in (real, fake):
         if bool((vectors.norm(dim=1) == 0).any()):
             raise AtollError("a feature of zeros has no direction; take another feature, or leave out blank images")
     real, fake = F.normalize(real), F.normalize(fake)
 
     def mean_kernel(a: Tensor, b: Tensor) -> float:
+        # Some rows at a time: the whole kernel matrix may exceed the memory.
         kernels = [(-_squared_distances(part, b) / (2 * sigma**2)).exp().sum() for part in a.split(chunk)]
         total = sum(float(kernel) for kernel in kernels)
         return total / (len(a) * len(b))
@@ -154,6 +157,7 @@ def _checked(real: Tensor, fake: Tensor, least: int) -> tuple[Tensor, Tensor]:
         raise AtollError(
             f"features of shapes {list(real.shape)} and {list(fake.shape)}; expected [n, D] and [m, D], of one space"
         )
+    # Name the side that is wrong.
     for name, vectors in (("real", real), ("drawn", fake)):
         if len(vectors) < least:
             raise AtollError(f"{len(vectors)} {name} images; expected at least {least}: give more images")

@@ -111,6 +111,7 @@ def bias_warning(n: int, m: float, dim: int) -> str | None:
     it is (D + 5)/4 (1/n + 1/m) of the total variance (second order in 1/n), a tenth at n = m = 5 D. With n <= D
     images the covariance is also singular: most directions were not measured.
     """
+    # The smaller side dominates the bias.
     side, enough = int(min(n, m)), BIAS_IMAGES_PER_DIMENSION * dim
     if side >= enough:
         return None
@@ -176,6 +177,7 @@ def principal_components(moments: TwoMoments, components: int) -> tuple[Tensor, 
 
     There are at most as many as dimensions, and as images minus one. Raises AtollError below two images.
     """
+    # n centred vectors span at most n - 1 directions.
     count = int(min(components, len(moments.mean), moments.count - 1))
     variances, vectors = torch.linalg.eigh(moments.covariance)
     basis = vectors.flip(1)[:, :count]
@@ -236,6 +238,7 @@ class PixelFit:
         if self._moments is None:
             while images[0].numel() / self._pool**2 > PCA_VALUES_MAX and min(images.shape[-2:]) >= 2 * self._pool:
                 self._pool *= 2
+        # Later batches have the same pooling.
         vectors = _pooled(images, self._pool)
         self._moments = self._moments or Moments(vectors.shape[1])
         self._moments.update(vectors)
@@ -272,6 +275,7 @@ class DenoisingError:
     def of(cls, levels: Sequence[float], errors: Tensor) -> "DenoisingError":
         """From the errors [images, M] of `squared_errors`."""
         errors = errors.double()
+        # Levels of one image are not independent: the spread is between images.
         spread = errors.mean(1).std() if len(errors) > 1 else torch.tensor(0.0)
         return cls(
             tuple(levels),
@@ -312,6 +316,7 @@ def noisy_latents(x0: Tensor, levels: Sequence[float], seeds: Sequence[int]) -> 
         seeds: one per latent; the noise at level m depends on the seed and m only, whatever is measured.
     """
     for level, time in enumerate(levels):
+        # Each pair of seed and level has other noise.
         eps = seeded_noise([seed * len(levels) + level for seed in seeds], x0.shape[1:]).to(x0)
         t = torch.full((len(x0),), time, dtype=x0.dtype, device=x0.device)
         yield PATH.diffuse(x0, eps, t), eps, t

@@ -58,6 +58,7 @@ class Gaussian:
 
     def projected(self, mean: Tensor, basis: Tensor) -> "Gaussian":
         """The Gaussian of (f - mean) @ basis, with mean [D] and basis [D, d]."""
+        # A linear map of a Gaussian is a Gaussian: no image is needed.
         mean, basis = mean.double(), basis.double()
         return Gaussian(
             self.name, self.sha256, (self.mean - mean) @ basis, basis.T @ self.covariance @ basis, self.count
@@ -104,6 +105,7 @@ def load_gaussian(file: Path, feature: Feature, image_shape: Sequence[int]) -> G
             _check_made_of(file, metadata, feature, image_shape)
     except (KeyError, ValueError, TypeError) as error:
         raise AtollError(f"{file}: its metadata cannot be read ({error}); make it by `atoll statistics`") from None
+    # Foreign files name no network; the dimensions still reveal most mistakes.
     sizes = (tuple(mean.shape), tuple(covariance.shape))
     if sizes != ((feature.dim,), (feature.dim, feature.dim)):
         raise AtollError(
@@ -154,6 +156,7 @@ def _read_safetensors(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
 
 def _read_npz(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
     try:
+        # No pickles: a downloaded file must not execute code.
         with np.load(file, allow_pickle=False) as content:
             mean, covariance = (_moment(file, name, content[name]) for name in _names(file, content))
             return mean, covariance, {}
@@ -176,12 +179,14 @@ def _names(file: Path, content: Mapping[str, Any]) -> tuple[str, str]:
     for pair in _MOMENTS:
         if all(name in content for name in pair):
             return pair
+    # List what the file holds instead.
     names = ", ".join(map(str, list(content)[:6])) or "nothing"
     raise AtollError(f"{file}: holds {names}; expected mu and sigma, as pytorch-fid writes them: {_SAVE}")
 
 
 def _moment(file: Path, name: str, value: Any) -> Tensor:
     """One of the two as a tensor in float64. Raises AtollError unless it is an array of real numbers."""
+    # Floating-point tensors become arrays; other tensors fail the check below.
     if isinstance(value, Tensor):
         value = value.detach().cpu().double().numpy() if value.dtype.is_floating_point else value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
@@ -193,10 +198,12 @@ def _moment(file: Path, name: str, value: Any) -> Tensor:
 def _check_made_of(file: Path, metadata: dict[str, str], feature: Feature, image_shape: Sequence[int]) -> None:
     theirs: dict[str, Any] = json.loads(metadata["feature"])
     ours = identity(feature.config())
+    # The settings that differ, whichever side names them.
     other = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if other:
         said = ", ".join(f"{key} {str(theirs.get(key))[:16]} (here {str(ours.get(key))[:16]})" for key in other)
         raise AtollError(f"{file}: statistics of another feature network: {said}; make them by `atoll statistics` here")
+    # Features depend on the size of the images.
     size = json.loads(metadata["image"])
     if size != list(image_shape):
         raise AtollError(

@@ -48,6 +48,7 @@ class Statistics:
         """Add features [n, D]."""
         self.moments.update(features)
         self.broken += int((~torch.isfinite(features).all(1)).sum())
+        # The moments count all images; only the first ones are stored.
         if self._count < self.max_features:
             self._first.append(features[: self.max_features - self._count].detach().cpu().float())
             self._count += len(self._first[-1])
@@ -90,6 +91,7 @@ def image_metrics(
 
 def kind_of(metric: str) -> str:
     """The kind of a metric by its full name, a key of KINDS: "FD" for "FD-MNv2-pca64 [3fa9c2d1]"."""
+    # FID, KID and CMMD are names of kinds in particular spaces.
     own = {"FID": "FD", "KID": "KD", "CMMD": "MMD"}
     word = metric.split(" ")[0]
     kind = next((kind for kind in KINDS if word == kind or word.startswith(f"{kind}-")), None)

@@ -66,8 +66,10 @@ class Inception(Feature):
     def __call__(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
             raise AtollError(f"the feature 'inception' takes images of 1 or 3 channels; got {images.shape[1]}")
+        # Move the network to the images once, at the first batch.
         if next(self._network.parameters()).device != images.device:
             self._network.to(images.device)
+        # FID is defined on images of 8 bits.
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)  # [B,1 or 3,H,W]
         output: Tensor = self._network(pixels.expand(-1, 3, -1, -1).contiguous())[0].float()  # [B,2048]
         return output

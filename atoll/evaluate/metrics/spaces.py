@@ -42,6 +42,7 @@ class FeatureSpace:
     def __init__(
         self, feature: Feature, mean: Tensor | None = None, basis: Tensor | None = None, explained: float = 1.0
     ):
+        # A projection needs both.
         if (mean is None) != (basis is None):
             raise ValueError("a mean without its basis, or a basis without its mean")
         if basis is not None and len(basis) != feature.dim:
@@ -85,6 +86,7 @@ class FeatureSpace:
         vectors = self.feature(images)  # [B,D]
         if self.mean is not None and self.basis is not None:
             vectors = (vectors - self.mean.to(vectors.device)) @ self.basis.to(vectors.device)
+        # Some networks return finite numbers for NaN, so check the images themselves.
         broken = ~torch.isfinite(images).flatten(1).all(1)
         return vectors.masked_fill(broken[:, None].to(vectors.device), torch.nan)
 
@@ -125,6 +127,7 @@ def hash_of(feature: Feature, mean: Tensor | None = None, basis: Tensor | None =
     config = feature.config()
     if feature.name == "inception" and basis is None:
         return str(config["sha256"])  # the published hash
+    # Without paths: the same network elsewhere gets the same hash.
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
     for part in (mean, basis):
         if part is not None:

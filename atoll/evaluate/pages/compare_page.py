@@ -23,6 +23,7 @@ def compare_runs(a: str, b: str, out: Path | None = None) -> list[Difference]:
     one, two = open_evaluated(a), open_evaluated(b)
     all_differences, correlations = differences(one, two), likeness(one, two)
     if out is not None:
+        # The .json holds the same numbers, for scripts.
         content = {
             "format": FORMAT,
             "kind": "comparison",

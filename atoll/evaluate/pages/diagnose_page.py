@@ -264,6 +264,7 @@ def _confusion(scores: RouterScores) -> str:
     middle = min(range(len(scores.levels)), key=lambda index: abs(scores.levels[index] - 0.5))
     rows = []
     for k, row in enumerate(scores.confusion[middle]):
+        # A cluster without latents has no fractions.
         total = sum(row)
         fractions = [count / total if total else 0.0 for count in row]
         texts = [f"{fraction:.0%}" if total else "–" for fraction in fractions]
@@ -279,6 +280,7 @@ def _confusion(scores: RouterScores) -> str:
 
 def _cell(text: str, strength: float, own: bool) -> str:
     """A shaded table cell. strength: 0 to 1; own: bold."""
+    # No more than 45 % of the colour, so that the text stays readable.
     percent = 45 * strength if math.isfinite(strength) else 0.0
     weight = ";font-weight:700" if own else ""
     return f'<td style="background:color-mix(in srgb,var(--c0) {percent:.0f}%,transparent){weight}">{text}</td>'

@@ -153,6 +153,7 @@ def to_json(report: Report) -> dict[str, Any]:
             for usage in report.usages
         ],
     }
+    # JSON has no NaN or infinity.
     result: dict[str, Any] = finite(value)
     return result
 
@@ -271,6 +272,7 @@ def _clusters(report: Report) -> str:
             f'<img class="sheet" src="{image_sheet(c.images, 8)}" alt="{alt}">'
             f'<figcaption><ul class="legend">{experts or "<li>no expert</li>"}</ul>Words: {words}</figcaption></figure>'
         )
+    # A run with an ensemble and encoded/ alone can be evaluated too.
     if not cards:
         return "<p>The run has no clusters.</p>"
     return (
@@ -295,6 +297,7 @@ def _alignment(report: Report) -> str:
         "replaced by m + s (x₀ − m), where m is the cluster's mean. 1: fully; 0: only the mean."
     )
     figure = f"<figure>{chart}<figcaption>{note}</figcaption></figure>"
+    # A chart without lines would only show its axes.
     if not slopes:
         figure = "<p>No expert has a calibration.</p>"
     return (

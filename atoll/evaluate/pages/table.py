@@ -42,6 +42,7 @@ def head_of(results: Results) -> str:
 
 def _space_of(metric: str) -> tuple[str, str]:
     """(space, hash) of a metric: ("MNv2-pca64", "3fa9c2d1") for "FD-MNv2-pca64 [3fa9c2d1]"; Inception for FID."""
+    # The hash is at the end, in brackets.
     name, _, sha = metric.removeprefix("std of ").partition(" [")
     space = name.removeprefix(f"{kind_of(metric)}-")
     return {"FID": "Inception", "KID": "Inception", "CMMD": "CLIP", "CLIPScore": "CLIP"}.get(name, space), sha[:-1]
