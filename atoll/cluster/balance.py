@@ -102,7 +102,7 @@ def whole_transport(distances: Tensor, weights: Tensor, most: float) -> Tensor |
     from scipy.sparse import csr_array, eye_array, kron
 
     n, k = distances.shape
-    # Larger problems could take hours.
+    # The time can grow exponentially with the size.
     if n * k > _CHOICES:
         return None
     # One binary variable per point and label; the cost is the squared distance times the images.

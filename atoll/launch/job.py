@@ -200,7 +200,7 @@ def supervise(process: Process, token: str, sleep: Callable[[float], None] = tim
     with files.starts.open("a") as starts:
         starts.write(f"{token}\n")
     while (exit_status := process.poll()) is None:
-        # Once is enough: a second signal could interrupt the saving.
+        # Stop it once: it needs time to save its state.
         if not stopping and files.stop.exists():
             process.stop()
             stopping = True

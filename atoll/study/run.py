@@ -166,7 +166,7 @@ def _is_done(file: Path, settings: dict[str, object]) -> bool:
 def _link(link: Path, target: Path) -> None:
     """Make a link, relative, so that the study may be moved as a whole."""
     relative = os.path.relpath(target, link.parent)
-    # An earlier call made it.
+    # The link exists from an earlier call.
     if link.is_symlink() and os.readlink(link) == relative:
         return
     # Never replace data: a directory here was not made by a study.

@@ -52,7 +52,7 @@ def collect(study: Study, out: Path, seeds: Sequence[int]) -> list[ResultRow]:
 
 def _likeness(study: Study, out: Path, seed: int, run: str, variant: str) -> float | None:
     """How alike a variant's images and the baseline's are, from the same noise; None if they cannot be compared."""
-    # Without a baseline there is nothing to be alike to.
+    # Likeness is measured against the baseline.
     if study.baseline is None:
         return None
     base_run, _, base_variant = study.baseline.partition(":")
