@@ -214,6 +214,7 @@ def demo(
     # An existing run is continued; every stage skips what is finished.
     init_run(run, recipe, data, again=True)
     layout = RunLayout(run)
+    # The sample draws the prompts of the report.
     prompts = list(load_manifest(run).evaluate.prompts)
     # Lambdas, so that each stage reads what the stages before it wrote.
     stages: list[tuple[str, Callable[[], None]]] = [

@@ -109,7 +109,6 @@ def convert(
 
     # `atoll convert KIND DIR` is short for `atoll convert DIR --kind KIND`.
     source, kind = (source, kind) if directory is None else (directory, str(source))
-    # Frozen networks are read from the options before anything is converted.
     encoder = frozen_network("condition", condition) if condition else None
     decoder = codec_of(codec) if codec else None
     # Refuse options that contradict each other.
@@ -119,10 +118,8 @@ def convert(
         "classes": classes, "keep": keep or None, "pooled": pooled or None, "name": name or None,
     }  # fmt: skip
     paris = kind == "paris" or (kind == "auto" and is_paris(source))
-    # None means that an option is not used, while 0 is a value.
     _check_options({option for option, value in options.items() if value is not None}, paris)
     if paris:
-        # Several experts and a router, so none of the options below apply.
         _convert_paris(source, out, encoder, decoder, heads)
         return
     # The new expert: as the run describes it, or as the options do.
@@ -139,11 +136,9 @@ def convert(
             "pooled": pooled,
             "name": name,
         }
-    # A kept network is an expert as it is; any other is converted to a network of Atoll's.
     if keep:
         _keep(source, out, kind, arguments | ({"condition": encoder} if encoder else {}))
     else:
-        # These options concern the conversion alone.
         more = {"modulation": modulation, "heads": heads, "seed": seed, "classes": classes}
         _convert(source, out, kind, arguments | more)
 
@@ -173,6 +168,7 @@ def _kind(kind: str) -> 'CheckpointKind | Literal["auto"]':
 
 def _check_options(used: set[str], paris: bool) -> None:
     """Raise AtollError for options of `atoll convert` that contradict each other. used: their names."""
+    # The options that a run determines by itself.
     of_run = {"objective", "schedule", "cluster", "of", "size", "pooled", "name"}
     # Paris's release determines everything but its frozen networks.
     if paris and used & {*of_run, "run", "expert", "modulation", "keep", "classes"}:

@@ -156,6 +156,7 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
 
     # Several processes: start this command in each.
     if nproc > 1:
+        # The processes get the same options as this command.
         flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
         train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
         return

@@ -75,7 +75,7 @@ def evaluate(
 
 def resolve_precision(settings: EvaluateSettings, device: str | torch.device) -> EvaluateSettings:
     """Replace the codec's precision "auto": bf16 decodes twice as fast and changes a pixel by a third of 1/255."""
-    # The caller has decided.
+    # An explicit precision is used as it is.
     if settings.precision != "auto":
         return settings
     return settings.model_copy(update={"precision": "bf16" if has_bf16(torch.device(device)) else "fp32"})
