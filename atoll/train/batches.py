@@ -25,11 +25,13 @@ class Rows:
 
     def __init__(self, shards: Sequence[Shards], numbers: Tensor):
         self.shards, self.numbers = tuple(shards), numbers
+        # The end of each directory's numbers locates the directory of a row.
         self._ends = torch.tensor([len(part) for part in shards]).cumsum(0)
 
     @staticmethod
     def of(shards: Sequence[Shards], split: Split) -> "Rows":
         """Return all rows of a split."""
+        # A directory's rows are numbered after those of the directories before it.
         starts = [0, *torch.tensor([len(part) for part in shards]).cumsum(0).tolist()]
         return Rows(shards, torch.cat([part.rows(split) + start for part, start in zip(shards, starts, strict=False)]))
 
@@ -55,6 +57,7 @@ class Rows:
         Returns:
             [b,C,H,W] float16, as stored.
         """
+        # The stored latents of all rows, then the mirrored ones in place.
         latents = self._read("latent", self.numbers[rows])
         if mirrored is not None and mirrored.any():
             # Only the mirrored rows are read again.
@@ -63,6 +66,7 @@ class Rows:
 
     def clusters(self, rows: Tensor) -> Tensor:
         """Return the clusters [b] int64 of rows [b] int64, which their directories name."""
+        # A directory of cluster shards holds one cluster.
         known = torch.tensor([part.card(ClusterShardsCard).cluster for part in self.shards])
         return known[self._part(self.numbers[rows])]
 
@@ -115,6 +119,7 @@ class SeededSampler:
 
     def __init__(self, rows: int, batch: int, seed: int):
         self.batch = batch
+        # An epoch's order depends on its number alone, so a resumed training repeats it.
         self._epochs = ShuffledPasses(rows, lambda epoch: seeded(seed, epoch, Stream.ORDER))
 
     def at(self, step: int) -> Tensor:
@@ -129,6 +134,7 @@ def mirrored(seed: int, index: int, count: int) -> Tensor:
 
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
     """Return `condition` with the rows marked in dropped [B] bool replaced by the one row of `null`."""
+    # Networks without a pooled vector have none in either condition.
     pooled = None
     if condition.pooled is not None and null.pooled is not None:
         pooled = torch.where(dropped[:, None], null.pooled, condition.pooled)
@@ -170,6 +176,7 @@ class CaptionedLatents:
 
     def some(self, count: int, seed: int) -> tuple[Tensor, Condition]:
         """Return x0 [b,C,H,W] float32 of at most `count` random rows and their condition; the seed determines them."""
+        # Sorted, so that the shards are read in order.
         chosen = random_rows(len(self), count, seeded(seed, 0, Stream.SUBSET)).sort().values
         batch = self.batch(chosen)
         return batch["x0"].float(), self.condition(batch)

@@ -68,6 +68,7 @@ def calibrate_expert(
     for part in parts:
         _check(card, part)
     held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card.condition), path)
+    # The seed of the training reproduces its own calibration.
     if seed is None:
         seed = card.training.seed if card.training else 0
     # Measure, and write the expert with the new calibration and its old weights.
@@ -113,6 +114,7 @@ def _check(card: ExpertCard, shards: Shards) -> None:
             raise AtollError(
                 f"{shards.path}: its {key} is {actual.get(key)}, the expert's {value}; name shards of the expert's data"
             )
+    # The latents of another cluster would give a curve for images that the expert never sees.
     if (cluster := actual.get("cluster")) is not None and cluster not in card.clusters:
         raise AtollError(
             f"{shards.path}: is cluster {cluster}, the expert's clusters are {list(card.clusters)}; name one of them"
@@ -123,6 +125,7 @@ def _held_out(
     card: ExpertCard, shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
 ) -> tuple[CaptionedLatents, Rows, str]:
     """(latents to measure on, the cluster's training rows, the kind of the former)."""
+    # The cluster's mean is computed from the training rows in every case.
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     training = card.training
     # Foreign experts were trained on none of these rows.
@@ -139,6 +142,7 @@ def _held_out(
                 "that it never saw are unknown; take --use val, or other shards and --use all"
             )
         return holdout, trained.rows, measured_on
+    # Last choice: the val split, which no training reads.
     if not len(val):
         raise AtollError(f"{shards[0].path}: no row is held out (split val); take other shards and --use all")
     return CaptionedLatents(val, encoder), every if len(every) else val, "val"
@@ -146,6 +150,7 @@ def _held_out(
 
 def table(calibration: Calibration) -> str:
     """Return the curves as text, one line per noise level, from clean to noisy."""
+    # The nodes increase in log-SNR, so clean comes first when they are read backwards.
     lines = ["    t  log-SNR   slope  x0 error, raw -> corrected  velocity error"]
     for i in range(len(calibration.log_snr) - 1, -1, -1):
         level = calibration.log_snr[i]
@@ -163,6 +168,7 @@ def plot(calibration: Calibration, file: Path, title: str) -> None:
     Raises:
         AtollError: matplotlib is not installed.
     """
+    # Matplotlib is optional: only this function needs it.
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -179,6 +185,7 @@ def plot(calibration: Calibration, file: Path, title: str) -> None:
     right.semilogy(t, calibration.velocity_mse, marker=".", label="velocity, corrected")
     right.set(xlabel="t", ylabel="mean squared error")
     right.legend()
+    # A grid makes values readable at the noise levels between.
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=110)

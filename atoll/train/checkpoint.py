@@ -31,6 +31,7 @@ NUMBERS = "numbers.json"
 
 def fingerprint(settings: dict[str, Any]) -> str:
     """Return a hash of the settings that must not change when a training is resumed."""
+    # Sorted keys, so that the order of the settings does not matter.
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -48,6 +49,7 @@ class Checkpoints:
     def __init__(self, directory: Path, mark: str, island: Island):
         self.directory, self.mark, self.island = directory, mark, island
         self._files = TrainingLayout(directory)
+        # One thread: checkpoints are written one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -59,6 +61,7 @@ class Checkpoints:
 
     def exists(self) -> bool:
         """Return whether there is a checkpoint, the same answer in every process."""
+        # Every process looks before any of them changes the directory.
         exists = self._files.checkpoint.exists() or bool(self._sharded())
         self.island.barrier()  # before the first process writes one
         return exists
@@ -72,6 +75,7 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Copy the state and write the copy in the background; raises like `finish`."""
+        # The last checkpoint must be complete before the next one is copied.
         self.finish()
         # Sharded processes write their parts together; otherwise the first process has everything.
         if self.island.world > 1 and state.settings.sharding == "shard":
@@ -85,6 +89,7 @@ class Checkpoints:
     def finish(self) -> None:
         """Wait until the last checkpoint is on disk. Raises AtollError if it could not be written."""
         if self._writing is not None:
+            # Cleared first, so that an error is raised only once.
             writing, self._writing = self._writing, None
             writing.result()
 
@@ -107,16 +112,19 @@ class Checkpoints:
         self.island.barrier()  # only then may the first process write the next one
 
     def _write(self, tensors: dict[str, Tensor], numbers: dict[str, str]) -> None:
+        # Imported here: sharded training writes no safetensors file.
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         temporary = temporary_of(self._files.checkpoint)  # overwrites one that a crash left incomplete
         try:
+            # Write beside the old checkpoint, then replace it.
             save_file(tensors, temporary, numbers)
             with temporary.open("rb+") as file:
                 # On disk before it replaces the old checkpoint: a power failure leaves one of the two.
                 os.fsync(file.fileno())
             os.replace(temporary, self._files.checkpoint)
+            # A sharded checkpoint of an earlier run is now outdated.
             self._remove(self._sharded())
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -130,6 +138,7 @@ class Checkpoints:
 
         try:
             with safe_open(file, framework="pt") as stored:
+                # The header alone holds the counters; no tensor is read.
                 metadata = stored.metadata() or {}
             self._check(file, metadata.get("mark"))
             return Counters(**json.loads(metadata["numbers"]))
@@ -137,6 +146,7 @@ class Checkpoints:
             raise AtollError(f"{file}: damaged ({error}); train again with --restart") from None
 
     def _check(self, file: Path, mark: str | None) -> None:
+        # Another mark means other settings or data, and a resumed training would differ.
         if mark != self.mark:
             raise AtollError(
                 f"{file}: was written with other settings or data; restore them, or train again with --restart"
@@ -148,6 +158,7 @@ class Checkpoints:
 
         try:
             with safe_open(file, framework="pt") as stored:
+                # Each tensor is copied into the one that training already uses.
                 for name, tensor in tensors.items():
                     value = stored.get_tensor(name)
                     if value.shape != tensor.shape:  # copy_ would repeat a smaller one
@@ -181,6 +192,7 @@ class Checkpoints:
             checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)  # type: ignore[attr-defined]
         except (OSError, CheckpointException) as error:
             raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
+        # Every process has written its part.
         self.island.barrier()
         if self.island.is_first:
             # The new checkpoint appears under its name only when it is complete; then the old ones go.
@@ -188,10 +200,12 @@ class Checkpoints:
             write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text()})
             os.replace(temporary, path)
             self._remove(older)
+        # No process trains on before the checkpoint has its final name.
         self.island.barrier()
 
     def _remove(self, paths: Sequence[Path]) -> None:
         for path in paths:
+            # A sharded checkpoint is a directory, the other a file.
             if path.suffix == ".dcp":
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -201,6 +215,7 @@ class Checkpoints:
         from torch.distributed import checkpoint
         from torch.distributed.checkpoint.api import CheckpointException
 
+        # The counters and the mark are in a file beside the tensors.
         record = read_json(path / NUMBERS)
         self._check(path, record.get("mark"))
         try:
@@ -214,6 +229,7 @@ class Checkpoints:
 
 
 def _age_of(path: Path) -> tuple[int, ...]:
+    # The file name holds step and rollbacks.
     return tuple(int(number) for number in path.stem.split("-")[1:])
 
 

@@ -92,8 +92,10 @@ def train_denoiser(
         **({"teacher": teaching.about.plain()} if teaching else {}),
     }
     network_config = init_weights.config(network_config, data) if init_weights else network_config
+    # The rows that calibrate the expert are not trained on.
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
 
+    # A change of any of these makes another expert, so they are part of the mark.
     identity = {
         "network": network_config,
         "objective": objective.config(),
@@ -108,15 +110,18 @@ def train_denoiser(
         return spec.path
     # Train and calibrate.
     torch.manual_seed(spec.seed)
+    # The seed determines the initial weights, unless another expert's replace them.
     network = build_network(network_config)
     if init_weights:
         network.load_state_dict(init_weights.weights())
     state = TrainingLayout.of(spec.path).root
     with Island.join(settings.device, settings.threads) as island:
+        # The task holds the network; training changes it in place.
         task = Denoising(network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec)
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         trained = train(task, settings, state, mark, island, resume=resume, restart=restart, progress=progress)
+        # Calibrate with the EMA weights, which training leaves in the network.
         calibration = calibrate(
             network, objective, held_out, mean=training.rows.mean(), seed=spec.seed, device=island.device
         )
@@ -128,6 +133,7 @@ def train_denoiser(
         # Write the artifact.
         if island.is_first:
             record = TrainingRecord(
+                # The record of the training, and of the calibration, for the card.
                 **trained.summary,
                 **origin,
                 rows=len(training),
@@ -182,9 +188,11 @@ def split_holdout(
     # Rows that no replica was trained on, or the next best.
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     if fraction > 0:
+        # The same numbers in all replicas, so the held-out rows are unseen by each of them.
         held_out = is_held_out(shards, fraction)[every.numbers]  # [n] bool
         training, holdout = (every.select(rows.nonzero().flatten()) for rows in (~held_out, held_out))
         return CaptionedLatents(training, encoder), CaptionedLatents(holdout, encoder), "held back"
+    # Without a hold-out, the val split is the nearest to unseen captions.
     if len(val):
         return CaptionedLatents(every, encoder), CaptionedLatents(val, encoder), "val"
     return CaptionedLatents(every, encoder), CaptionedLatents(every, encoder), "train"
@@ -202,6 +210,7 @@ def dit_config(
         pooled_dim: width of its pooled vector, None if it has none.
     """
     channels, height, width = latent_shape
+    # The text encoder fixes the width of the pooled vector; the manifest only says whether it is used.
     choices = network.model_dump(exclude={"pooled"})
     return {
         "name": "dit",
@@ -247,6 +256,7 @@ class Denoising(Task):
         self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
         self.settings, self.seed, self.codec = settings, seed, codec
         self.order = SeededSampler(len(data), settings.batch, seed)
+        # All directories of a run hold latents of one shape.
         self.shape = data.rows.shards[0].shape("latent")
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
@@ -258,25 +268,30 @@ class Denoising(Task):
         t = self.objective.sample_time(count, g)
         eps = torch.randn(count, *self.shape, generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
+        # Each process reads its own rows only.
         rows = self.order.at(index)[local_rows]
         batch = self.data.batch(rows, mirrored(self.seed, index, count)[local_rows])
         batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
+        # A teacher routes by cluster, so each row carries its own.
         if self.teacher is not None:
             batch["cluster"] = self.data.rows.clusters(rows)
         return batch
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
+        # The loss is computed in float32, whatever the latents are stored in.
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
         condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
         x = self.objective.schedule.diffuse(x0, eps, t)
         if self.teacher is not None:
             # The targets of all predictions are linear in (x0, eps): the teacher's estimates replace the data.
             x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
+        # The network predicts from the noisy latents, at its own time scale.
         output = module(x, t * self.objective.time_scale, condition)
         return self.objective.loss(output, x0, eps, t)
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
         """Return the objective's loss on held-out latents with captions, by log-SNR: {"+2": 0.31, ...}."""
+        # The same rows at every validation.
         x0, condition = self.held_out.some(_VALIDATION_ROWS, self.seed)
         device = next(self.module.parameters()).device
         losses = {}
@@ -323,8 +338,10 @@ def calibrate(
         device: of the network.
         rows: latents at most.
     """
+    # The same rows for the same seed, so a calibration can be repeated.
     x0, condition = data.some(rows, seed)
 
+    # The samples stay on the CPU; each batch moves to the network's device and back.
     def on_device(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
         return network(x.to(device), time.to(device), None if rows is None else rows.to(device)).cpu()
 

@@ -74,8 +74,10 @@ class _Teaching:
     """The run's ensemble, loaded on the device where the student trains."""
 
     def __init__(self, path: Path, teacher: str, condition: dict[str, Any]):
+        # A missing ensemble is reported before the student's data are read.
         if not (path / ENSEMBLE_CARD).is_file():
             raise AtollError(f"{path}: no ensemble to learn from; run `atoll assemble`")
+        # A damaged card fails here, not when the teacher is loaded.
         read_json(path / ENSEMBLE_CARD)
         self._path, self._teacher, self._encoder = path, teacher, PromptEncoder([build_encoder(condition)])
         self.about = TeacherRecord(ensemble=sha256_file(path / ENSEMBLE_CARD), by=teacher)
@@ -83,11 +85,13 @@ class _Teaching:
     def on(self, device: torch.device) -> Teacher:
         # Loaded only here: the mark of the training needs the hash of the ensemble, not its weights.
         loaded = load_ensemble(self._path, device=device)
+        # The teacher reads the student's encodings, so both need one text encoder.
         if not loaded.encoder.reads_like(self._encoder):
             raise AtollError(
                 f"{self._path}: its experts encode captions with {loaded.encoder.configs()}, the data's encoder is "
                 f"{self._encoder.configs()[0]}; distil from experts with the data's encoder"
             )
+        # The teacher that the manifest names: the whole ensemble, or each cluster's own expert.
         ensemble = loaded.ensemble
         if self._teacher == "owner":  # the cluster is known, so no router is needed
             ensemble = replace(ensemble, router=None, routing="oracle", alignment="snr")
@@ -101,18 +105,21 @@ def teacher_of(ensemble: Ensemble) -> Teacher:
     log-SNR, where it has the same (x0, eps). c is the ratio of the alphas, and equally of the sigmas.
     """
 
+    # The sampler evaluates the teacher as sampling does.
     sampler = Sampler(ensemble)
 
     @torch.no_grad()
     def teach(
         objective: Objective, x: Tensor, t: Tensor, condition: Condition, cluster: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # The point of equal log-SNR on the linear path.
         schedule = objective.schedule
         log_snr = schedule.log_snr(t)
         t_path = PATH.time_at(log_snr)
         # Each ratio is used on the side where it does not divide by a small number.
         ratio = torch.where(log_snr < 0, PATH.sigma(t_path) / schedule.sigma(t), PATH.alpha(t_path) / schedule.alpha(t))
         x_scaled = per_sample(ratio, x) * x
+        # The velocity on the linear path determines both estimates.
         u = sampler.velocity(x_scaled, t_path, condition, cluster=cluster)
         return x_scaled - per_sample(t_path, x) * u, x_scaled + per_sample(1 - t_path, x) * u
 

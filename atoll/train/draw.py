@@ -53,10 +53,12 @@ def draw_grid(
     # It has no calibration yet; until then its x0 is clamped.
     ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", null=(null,))
     sampler = Sampler(ensemble)
+    # Noise, then the images that this expert alone makes of it.
     noise = torch.randn(x0.shape, generator=seeded(seed, 0, Stream.SAMPLES)).to(device)
     latents = sample(lambda x, t: sampler.velocity(x, t, (condition,)), noise, steps=_STEPS)
     if file is None:
         return
+    # Only the first process decodes, since only it writes the file.
     images = build_codec(codec).decode(latents.cpu().float())  # [B,C,h,w]
     write_bytes(file, _png(images))
 
@@ -74,6 +76,7 @@ def _png(images: Tensor) -> bytes:
     for i, image in enumerate(images):
         y, x = i // columns * (h + 2), i % columns * (w + 2)
         grid[:, y : y + h, x : x + w] = image
+    # Encode the grid as PNG in memory.
     sink = io.BytesIO()
     Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(sink, "png")
     return sink.getvalue()

@@ -27,9 +27,11 @@ def block_size(shape: Sequence[int]) -> int | None:
 
     The largest divisor of a row's length, up to BLOCK.
     """
+    # A vector has no rows to shard by, and small tensors are not worth quantising.
     row = math.prod(shape[1:])
     if len(shape) < 2 or shape[0] * row < LEAST_VALUES:
         return None
+    # The largest block that divides a row, so none crosses into the next.
     block = next(size for size in range(min(BLOCK, row), 0, -1) if row % size == 0)
     return block if block >= SMALLEST_BLOCK else None
 
@@ -56,12 +58,14 @@ def adamw_8bit(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         # The whole tensor's shape decides. A process may have no row of a short tensor.
         block = block_size(parameter.shape)
+        # Small tensors, and shards without rows, keep their moments in float32.
         if block is None or not local.numel():
             value = torch.zeros_like(local)
         else:
             value = OptimState8bit.zeros(local.shape, signed, block, local.device, dtype=local.dtype)
         return _sharded_as(parameter, value, parameter.shape) if isinstance(parameter, DTensor) else value
 
+    # Both moments of each parameter: the first is signed, the second is not.
     with torch.no_grad():
         for p in parameters:
             moments = {"exp_avg": moment(p, signed=True), "exp_avg_sq": moment(p, signed=False)}
@@ -75,6 +79,7 @@ def eager_on_cpu(device: torch.device) -> Iterator[None]:
 
     Compilation would take minutes there, and brings nothing.
     """
+    # Only the CPU's step is uncompiled.
     if device.type != "cpu":
         yield
         return
@@ -90,6 +95,7 @@ def moment_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
     same shapes and values for whole and for sharded weights.
     """
     block = block_size(value.shape)
+    # Moments that are not quantised are stored as they are.
     if block is None:
         return {name: value.detach()}
     # This process's codes and scales, one row of scales for each row of codes.
@@ -108,6 +114,7 @@ def moment_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
 
 def _sharded_as(like: DTensor, local: Tensor, shape: Sequence[int]) -> Tensor:
     """The DTensor of `shape`, contiguous, whose rows are sharded as those of `like`; this process's are `local`."""
+    # The strides of a contiguous tensor.
     stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)

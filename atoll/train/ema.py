@@ -24,6 +24,7 @@ def gamma_of(sigma_rel: float) -> float:
         raise AtollError(f"sigma_rel {sigma_rel}: expected a width above 0 and below {WIDEST:.4f}, the plain mean's")
     # The cubic (g+2)^2 (g+3) - (g+1) / sigma_rel^2 in powers of g.
     inverse = sigma_rel**-2
+    # At step 0 the cubic has one root above -1, the largest one.
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
@@ -61,8 +62,10 @@ def solve(steps: list[int], gammas: list[float], step: int, gamma: float) -> np.
         step: last step of the profile to fit.
         gamma: its exponent.
     """
+    # One profile per snapshot, in float64 since the system is nearly singular.
     t, g = np.array(steps, dtype=np.float64), np.array(gammas, dtype=np.float64)
     norm = np.sqrt(np.diag(products(t, g, t, g)))  # unit length makes the system well conditioned
     matrix = products(t, g, t, g) / norm / norm[:, None]
+    # The profile to fit, in the same scale; the factors come back for the unscaled profiles.
     target = products(t, g, np.array([step], float), np.array([gamma]))[:, 0] / norm
     return np.asarray(np.linalg.lstsq(matrix, target, rcond=1e-13)[0] / norm)

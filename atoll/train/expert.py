@@ -39,6 +39,7 @@ def train_expert(
     shards = Shards(RunLayout(run).cluster(expert.cluster))
     # The seed depends on the expert's position in atoll.yaml.
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
+    # The expert learns from one cluster, under its name in atoll.yaml.
     spec = TrainingSpec(
         run=run,
         path=RunLayout(run).expert(expert.full_name),

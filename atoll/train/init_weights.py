@@ -31,9 +31,11 @@ class InitWeights:
     def __init__(self, path: Path):
         card = read_card(path, ExpertCard)
         self.path, self.about = path, InitRecord(name=card.name, sha256=card.weights_sha256)
+        # A network of another kind is kept as it came; its config is not compared.
         self._card, self._is_kept = card, card.network.get("name") != "dit"
         if self._is_kept:
             return
+        # A card of a newer or older Atoll may have keys that this version lacks.
         try:
             self._config = DiTConfig.model_validate(card.network).model_dump(mode="json")
         except ValidationError as error:
@@ -56,6 +58,7 @@ class InitWeights:
             AtollError: the expert's network differs from `requested`, or takes other latents or captions than the data.
         """
         if self._is_kept:
+            # A kept network reads the data as they are, so latents and captions must be of its kind.
             for key in ("latent_shape", "condition"):
                 if not same(own := self._card.plain()[key], required := data.plain()[key]):
                     raise AtollError(
@@ -66,6 +69,7 @@ class InitWeights:
         # Compare the complete configs: what atoll.yaml cannot express is taken from the expert.
         merged = {**requested, **{key: self._config[key] for key in _FOREIGN}}
         complete = DiTConfig.model_validate(merged).model_dump(mode="json")
+        # Each key that differs, with both values.
         differences = [
             f"{key} {self._config[key]} (here {value})" for key, value in complete.items() if value != self._config[key]
         ]
@@ -78,6 +82,7 @@ class InitWeights:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights by the network's names. Raises AtollError if the file is damaged."""
+        # The card's hash is checked while the file is read.
         tensors = read_tensors(self.path, self._card)
         # The calibration's tensors stay behind: they belong to the old weights.
         return {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}

@@ -48,11 +48,14 @@ class Island:
         """
         # torchrun's variables; `atoll.train.workers` sets the same ones.
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        # One GPU per process, in the order of the local ranks.
         own_device = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        # Several processes on one machine share its CPU cores.
         torch.set_num_threads(threads)
         if world == 1:
             yield Island(0, 1, own_device)
             return
+        # The communication between the processes, NCCL for GPUs.
         if own_device.type == "cuda":
             torch.cuda.set_device(own_device)
         torch.distributed.init_process_group("nccl" if own_device.type == "cuda" else "gloo")
@@ -79,6 +82,7 @@ class Island:
                 f"a batch of {batch} cannot be divided among {self.world} processes{cut}; "
                 f"choose a multiple of {self.world * parts}"
             )
+        # Consecutive rows, in the order of the ranks.
         size = batch // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
 
@@ -101,6 +105,7 @@ class Island:
 
     def accumulating(self, module: nn.Module, last: bool) -> Any:
         """Return a context in which gradients are averaged over the processes only for the last part of a batch."""
+        # A single process has nothing to average.
         if self.world == 1:
             return nullcontext()
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -120,6 +125,7 @@ class Island:
         """Return whether the flag is set in any process."""
         if self.world == 1:
             return flag
+        # A flag becomes a number, since collectives work on tensors.
         count = torch.tensor(float(flag), device=self.device)
         torch.distributed.all_reduce(count)
         return bool(count > 0)
@@ -132,6 +138,7 @@ class Island:
 
 def gather(tensor: Tensor) -> Tensor:
     """Return the full tensor of a sharded one, in every process; other tensors are returned as they are."""
+    # Only sharded tensors need communication.
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
@@ -141,10 +148,12 @@ def gathered_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _device(requested: str, local_rank: int) -> torch.device:
+    # CPU if chosen, or if there is no GPU to choose.
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise AtollError("train.device is cuda, and torch finds no CUDA device here; set it to auto or cpu")
+    # Each process needs a GPU for itself.
     if local_rank >= torch.cuda.device_count():
         raise AtollError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()}; lower --nproc")
     return torch.device("cuda", local_rank)

@@ -131,9 +131,11 @@ def train(
     task.module.to(island.device)
     module = island.wrap(prepared(task.module, settings), settings.sharding)
     state = State(task.module, settings)
+    # A checkpoint in progress is completed on every exit.
     with Checkpoints(directory, mark, island) as checkpoints:
         log = _run(
             task,
+            # The arguments of the run, unchanged.
             module,
             state,
             checkpoints,
@@ -170,12 +172,14 @@ def _run(
     local_rows = island.local_rows(settings.batch, settings.accumulate)
     snapshots = Snapshots(directory, checkpoints.mark, island)
     _load_or_save(state, checkpoints, snapshots, resume, restart)
+    # A rollback replaces this object, so it is read again afterwards.
     numbers = state.numbers
     log = Tracker(
         directory, numbers.step, settings, mark=checkpoints.mark, progress=progress, quiet=not island.is_first
     )
     autocast = autocast_of(settings.precision, island.device)
 
+    # The steps, with batches prefetched and stop signals deferred.
     module.train()
     with Prefetcher(lambda index: task.batch(index, local_rows), island.device) as batches, _stop_signals() as stopped:
         while numbers.step < settings.steps:
@@ -223,6 +227,7 @@ def gradients(
     settings = state.settings
     # The mean over the batch: each part contributes its sum over this process's rows.
     rows = settings.batch // island.world
+    # Set to None, so that no memory is spent on zeros.
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=island.device)
     for number, part in enumerate(_parts(batch, settings.accumulate)):
@@ -230,14 +235,17 @@ def gradients(
             loss = task.losses(module, part).sum() / rows
             loss.backward()
         total += loss.detach()
+    # The losses of all processes, and the norm of the clipped gradients.
     value = float(island.mean(total))
     return value, float(gather(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
 
 
 def _load_or_save(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
     """Load the last checkpoint into the state, or save the first one."""
+    # A restart discards the old checkpoints before anything is loaded.
     if restart:
         checkpoints.clear()
+    # The first checkpoint holds the initial weights, where a rollback at the start returns to.
     if not checkpoints.exists():
         checkpoints.save(state)
     elif resume:
@@ -246,6 +254,7 @@ def _load_or_save(state: State, checkpoints: Checkpoints, snapshots: Snapshots, 
         raise AtollError(
             f"{checkpoints.directory}: holds a checkpoint; --resume continues from it, --restart discards it"
         )
+    # Snapshots of later steps would be written twice.
     snapshots.drop_after(state.numbers.step)
 
 
@@ -271,6 +280,7 @@ def prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
 
 def _parts(batch: Batch, count: int) -> Iterator[Batch]:
     """The batch in `count` equal parts."""
+    # The rows are divided evenly; `local_rows` has checked that.
     size = len(next(iter(batch.values()))) // count
     for start in range(0, size * count, size):
         yield {name: tensor[start : start + size] for name, tensor in batch.items()}
@@ -282,6 +292,7 @@ def _is_sound(loss: float, norm: float, numbers: Counters, settings: TrainSettin
         return False
     # A spike is measured in the log-loss, whose spread does not depend on the scale of the loss.
     level = math.log(max(loss, 1e-30))
+    # A lower bound on the spread: an even loss is no reason for a rollback.
     spread = math.sqrt(max(numbers.square - numbers.mean**2, 1e-4))
     if numbers.seen >= _CALM and level > numbers.mean + settings.spike * spread:
         return False
@@ -295,6 +306,7 @@ def _is_sound(loss: float, norm: float, numbers: Counters, settings: TrainSettin
 
 def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker) -> Counters:
     """Load the last checkpoint and skip the batches since; returns the counters to continue with, already saved."""
+    # The counters of the failed step, before the checkpoint replaces them.
     failed = state.numbers
     checkpoints.load(state)
     numbers = state.numbers
@@ -308,6 +320,7 @@ def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker
     # Skipping moves all later batches, so the same ones are not tried again.
     numbers.skipped += failed.step + 1 - numbers.step
     numbers.rollbacks += 1
+    # Saved at once, so that a crash does not try the bad batches again.
     checkpoints.save(state)
     message = f"{reason}: back to step {numbers.step}, {numbers.skipped} batches skipped so far"
     warnings.warn(message, stacklevel=2)
@@ -335,6 +348,7 @@ def _with_average(state: State, evaluate: Callable[[nn.Module], Any]) -> Any:
 
 def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:
     """Return bf16 autocast for "bf16", and for "auto" if the hardware multiplies bf16 matrices; else no autocast."""
+    # Without hardware support bf16 is slower than float32.
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
@@ -343,6 +357,7 @@ def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Within it, SIGTERM and SIGINT are only recorded, and the loop saves and exits; yields whether one arrived."""
+    # The handler only records; a step is never interrupted.
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda signum, _: received.append(signum))

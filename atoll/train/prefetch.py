@@ -22,6 +22,7 @@ class Prefetcher:
 
     def __init__(self, make: Callable[[int], Batch], device: torch.device):
         self._make, self._device = make, device
+        # One thread: batches are made in order, and reading does not slow down the step.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._pending: dict[int, Future[Batch]] = {}
 
@@ -31,6 +32,7 @@ class Prefetcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Batches that are not started are dropped.
         self._thread.shutdown(cancel_futures=True)
 
     def get(self, index: int, last: int) -> Batch:
@@ -43,6 +45,7 @@ class Prefetcher:
         # After a rollback or a jump, batches that are not next are dropped.
         for stale in [i for i in self._pending if not index <= i <= index + _AHEAD]:
             self._pending.pop(stale).cancel()
+        # Start the batches that follow, up to the last one.
         for upcoming in range(index, min(index + _AHEAD, last) + 1):
             if upcoming not in self._pending:
                 self._pending[upcoming] = self._thread.submit(self._pinned, upcoming)
@@ -52,5 +55,6 @@ class Prefetcher:
 
     def _pinned(self, index: int) -> Batch:
         """The batch in pinned memory, from which a GPU copies in the background."""
+        # A copy from ordinary memory would wait for the transfer.
         batch = self._make(index)
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._device.type == "cuda" else batch
