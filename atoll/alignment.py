@@ -80,6 +80,7 @@ def snr_velocity(
     predict: Predict, objective: Objective, x: Tensor, t: Tensor, calibration: Calibration | None = None
 ) -> Tensor:
     """Return u = dx/dt = eps - x0 on the linear path, [B, ...], by exact alignment; see `snr_x0_eps`."""
+    # On the linear path the velocity is the difference of the two.
     x0, eps = snr_x0_eps(predict, objective, x, t, calibration)
     return eps - x0
 
@@ -101,6 +102,7 @@ def native_velocity(predict: Predict, objective: Objective, x: Tensor, t: Tensor
     Returns:
         The velocity [B, ...].
     """
+    # Outside the schedule's support the expert was never trained: it stays at the edge.
     t_min, t_max = objective.schedule.support
     t_expert = t.clamp(t_min, t_max)
     output = predict(x, t_expert * objective.time_scale).to(x.dtype)
@@ -108,6 +110,7 @@ def native_velocity(predict: Predict, objective: Objective, x: Tensor, t: Tensor
         return output
     # Solve the output for (x0, eps) with clamped divisions.
     schedule = objective.schedule
+    # The factors of the expert's own schedule, per sample.
     alpha, sigma = per_sample(schedule.alpha(t_expert), x), per_sample(schedule.sigma(t_expert), x)
     if objective.prediction == "eps":
         eps = output
@@ -117,6 +120,7 @@ def native_velocity(predict: Predict, objective: Objective, x: Tensor, t: Tensor
     else:
         x0 = output
         eps = (x - alpha * x0) / sigma.clamp(min=ALPHA_FLOOR)
+    # The paper's clamp; eps stays as it was.
     x0 = x0.clamp(-X0_CLAMP, X0_CLAMP)
     # The velocity on the expert's own path, damped at high noise.
     velocity = per_sample(schedule.d_alpha(t_expert), x) * x0 + per_sample(schedule.d_sigma(t_expert), x) * eps

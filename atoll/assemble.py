@@ -87,6 +87,7 @@ def assemble(
     out.mkdir(parents=True, exist_ok=True)
     shared = cards[first]
     ensemble = EnsembleCard(
+        # Each expert by name, clusters and place, with the hash of its card.
         experts=[
             ExpertEntry(name=card.name, clusters=card.clusters, **_place(path, out)) for path, card in cards.items()
         ],
@@ -115,6 +116,7 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
         The ensemble's directory.
     """
     layout = RunLayout(run)
+    # Directories that exist without a card are trainings in progress.
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
@@ -183,11 +185,13 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
     # A fixed sample of them, ascending, so that each shard is read once.
     rows = rows[random_rows(len(rows), _ROWS, cpu_generator(0))].sort().values
     latents, captions = _read(shards, rows)
+    # Each replica reads the captions by its own text encoder.
     conditions = [build_encoder(one.card.condition)(captions) for one in loaded]
     # All replicas use one mean latent: that of a calibration if there is one.
     means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]
     mean = means[0] if means else latents.mean(0)
     experts = [one.expert for one in loaded]
+    # The measurement treats all replicas alike, whatever their objectives.
     return measure_stacking(experts, latents, conditions, mean, samples=_SAMPLES, device=device)
 
 
@@ -210,6 +214,7 @@ def _read(shards: list[Shards], rows: torch.Tensor) -> tuple[torch.Tensor, list[
     """
     latents, captions = [], list[str]()
     for part, start in _starts(shards):
+        # The rows of this directory, by their numbers in it.
         mine = rows[(rows >= start) & (rows < start + len(part))] - start
         latents.append(part.read("latent", mine).float())
         captions += part.captions_of(mine)
@@ -220,6 +225,7 @@ def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry
     """Write the mean latents of the stackings, and return the card's entry with their weights."""
     from safetensors.torch import save
 
+    # A mean latent is too large for a card; weights are in the card itself.
     data = save({f"mean.{number}": stacking.mean.contiguous() for number, stacking in enumerate(stackings)})
     write_bytes(out / STACKINGS, data)
     weights = [stacking.config() for stacking in stackings]
@@ -228,4 +234,5 @@ def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry
 
 def _place(path: Path, out: Path) -> dict[str, str]:
     """Return a part's path relative to `out`, and the hash of its card, which holds the hash of its weights."""
+    # Relative paths, so that a copied run still finds its parts.
     return {"url": Path(os.path.relpath(path, out)).as_posix(), "sha256": sha256_file(path / CARD)}

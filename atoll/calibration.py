@@ -90,6 +90,7 @@ class Calibration:
     def config(self) -> dict[str, Any]:
         """Return the card's entry: the curves, as lists of M numbers."""
         names = ("log_snr", "slope", "x0_mse", "x0_mse_raw", "velocity_mse")
+        # Plain numbers, since a card is JSON.
         return {name: [float(value) for value in getattr(self, name)] for name in names}
 
     @classmethod

@@ -27,6 +27,7 @@ class Tokens:
 
     def index(self, rows: Tensor) -> "Tokens":
         """Return the given rows ([b] int64), in their order."""
+        # The order of the rows is the caller's, and repetitions are allowed.
         return Tokens(self.ids[rows], self.mask[rows])
 
     def to(self, device: torch.device | str) -> "Tokens":
@@ -66,6 +67,7 @@ class Condition:
 
     def index(self, rows: Tensor) -> "Condition":
         """Return the given rows ([b] int64, or a [B] bool mask), in their order."""
+        # All three fields have the same rows.
         pooled = None if self.pooled is None else self.pooled[rows]
         return Condition(self.states[rows], self.mask[rows], pooled)
 

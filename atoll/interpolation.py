@@ -17,6 +17,7 @@ def bracket(nodes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         (left, offset), both shaped like x: the index int64 in 0..M-2 of the node at or below x, and the position in
         [0, 1] between that node and the next.
     """
+    # Beyond the ends the value of the end counts, so nothing is extrapolated.
     inside = x.clamp(nodes[0], nodes[-1])
     # The last node belongs to the last interval, at offset 1; contiguous, else searchsorted copies with a warning.
     left = (torch.searchsorted(nodes, inside.contiguous(), right=True) - 1).clamp(0, len(nodes) - 2)

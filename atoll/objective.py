@@ -49,6 +49,7 @@ class Objective:
         time_sampling: TimeSampling = "uniform",
         weighting: Weighting = "none",
     ):
+        # Configurations come from cards and atoll.yaml, so every choice is checked.
         for name, value, known in (
             ("prediction", prediction, get_args(Prediction)),
             ("time_sampling", time_sampling, get_args(TimeSampling)),
@@ -57,6 +58,7 @@ class Objective:
             if value not in known:
                 raise AtollError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
         self.prediction: Prediction = prediction
+        # A card holds the schedule's configuration, a script may pass the object.
         self.schedule = schedule if isinstance(schedule, Schedule) else build_schedule(schedule)
         self.time_scale = time_scale
         self.time_sampling: TimeSampling = time_sampling
@@ -73,6 +75,7 @@ class Objective:
         # The times at which alpha or sigma becomes too small to divide by.
         limit = torch.tensor([LOG_SNR_LIMIT, -LOG_SNR_LIMIT], dtype=torch.float64)
         low, high = self.schedule.time_at(limit).tolist()
+        # An x0-network determines no eps near the data, an eps-network no x0 near the noise.
         if self.prediction == "x0":
             t_min = max(t_min, low)
         if self.prediction == "eps":
@@ -81,6 +84,7 @@ class Objective:
 
     def sample_time(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw training times inside the support, [batch] float32."""
+        # Times outside the support would train on targets that are not finite.
         t_min, t_max = self.support
         if self.time_sampling == "uniform":
             unit = torch.rand(batch, generator=generator)
@@ -98,6 +102,7 @@ class Objective:
         if self.prediction == "v":
             alpha, sigma = self._alpha_sigma(t, x0)
             return alpha * eps - sigma * x0
+        # Flow: the derivative of x along the schedule.
         d_alpha, d_sigma = self._derivatives(t, x0)
         return d_alpha * x0 + d_sigma * eps
 
@@ -115,6 +120,7 @@ class Objective:
         """
         # Networks may run in bfloat16; the loss does not.
         error = output.to(x0.dtype) - self.target(x0, eps, t)
+        # The mean over all axes but the batch, so that samples are weighted one by one.
         squared = error.square().flatten(1).mean(dim=1)
         return squared if self.weighting == "none" else squared * self.weight(t)
 
@@ -133,6 +139,7 @@ class Objective:
 
     def x0_error_gain(self, t: Tensor) -> Tensor:
         """Return |d output / d x0| at fixed x, [B]: the output's error for an x0 error of 1."""
+        # From x = alpha x0 + sigma eps at fixed x: d eps / d x0 = -alpha / sigma.
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         if self.prediction == "eps":
             return alpha / sigma
@@ -153,12 +160,14 @@ class Objective:
         Returns:
             (x0, eps), each [B, ...], with x = alpha x0 + sigma eps.
         """
+        # The dtype of x: a network in bfloat16 must not round the sampler's state.
         output = output.to(x.dtype)
         alpha, sigma = self._alpha_sigma(t, x)
         if self.prediction == "eps":
             return (x - sigma * output) / alpha, output
         if self.prediction == "x0":
             return output, (x - alpha * output) / sigma
+        # A table's alpha^2 + sigma^2 is 1 only up to rounding.
         if self.prediction == "v":
             norm = alpha**2 + sigma**2
             return (alpha * x - sigma * output) / norm, (sigma * x + alpha * output) / norm
@@ -180,6 +189,7 @@ class Objective:
         """
         if self.prediction == "flow":
             return output.to(x.dtype)
+        # The velocity follows from the two estimates by the schedule's derivatives.
         x0, eps = self.to_x0_eps(output, x, t)
         d_alpha, d_sigma = self._derivatives(t, x)
         return d_alpha * x0 + d_sigma * eps
@@ -192,6 +202,7 @@ class Objective:
 
     def config(self) -> dict[str, Any]:
         """Return the card's entry; `Objective(**config)` is its inverse."""
+        # Everything that the constructor takes, so that the card alone rebuilds the objective.
         return {
             "prediction": self.prediction,
             "schedule": self.schedule.config(),

@@ -96,6 +96,7 @@ class Pipeline:
             routing,
             alignment,
             strict,
+            # Each network is compiled by itself; experts of one architecture share their graphs.
             device,
             replicas=replicas,
             memory_budget=memory_budget,
@@ -233,6 +234,7 @@ def _short(text: str) -> str:
 
 def to_pil(images: Tensor) -> list["Image"]:
     """Convert images [B, 1 or 3, h, w] in [0, 1] to grey or RGB PIL images with 8 bits."""
+    # PIL is imported here: latents alone need no image library.
     from PIL import Image
 
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -250,6 +252,7 @@ def grid(images: Sequence["Image"], columns: int | None = None, min_side: int = 
     from PIL import Image
 
     width, height = images[0].size
+    # Small images are enlarged, large ones stay as they are.
     factor = max(1, -(-min_side // max(width, height)))
     # The sheet: cells of one image and a gap each.
     columns = columns or min(len(images), max(1, round(len(images) ** 0.5 + 0.49)))
@@ -320,6 +323,7 @@ def sample_to_file(
     if trace is not None and (trace.suffix != ".json" or not trace.parent.is_dir()):
         raise AtollError(f"{trace}: expected a file that ends in .json, in a directory that exists")
 
+    # One seed per image, counted from the first one.
     pipe = Pipeline.from_pretrained(
         ensemble, routing, alignment, strict, replicas=replicas, memory_budget=memory_budget, weights=weights
     )

@@ -32,11 +32,13 @@ def seeded(seed: int, index: int, stream: Stream = Stream.BATCH) -> torch.Genera
     """Return the generator of item `index` (a batch, an epoch, a noise level) of a stream of `seed`."""
     # Distinct for distinct (seed, index, stream) as long as index < 1,000,003 and stream < 16.
     mixed = (seed * 1_000_003 + index) * 16 + stream
+    # torch takes seeds below 2^64; one bit less keeps them positive.
     return cpu_generator(mixed % 2**63)
 
 
 def hashed_seed(purpose: str, *numbers: int) -> int:
     """Return a seed in 0..2^32-1 for a purpose and numbers that identify its item."""
+    # A hash, so that seeds of different purposes have no arithmetic relation.
     return int.from_bytes(hashlib.sha256(f"{purpose} {numbers}".encode()).digest()[:4], "big")
 
 
@@ -47,11 +49,13 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
         seeds: B seeds. The CPU generator uses 32 bits of each.
         shape: of one row.
     """
+    # Stacked rows: each has its own generator.
     return torch.stack([torch.randn(*shape, generator=cpu_generator(seed)) for seed in seeds])
 
 
 def random_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
     """Return at most `count` different numbers of 0..total-1 in random order, [min(count, total)] int64."""
+    # A permutation draws without repetition.
     return torch.randperm(total, generator=generator)[:count]
 
 

@@ -117,6 +117,7 @@ class Cosine(Schedule):
         self.s = s
         self._a0 = s / (1 + s) * math.pi / 2
         self._speed = math.pi / 2 / (1 + s)  # da/dt
+        # The edge of the support is where log-SNR reaches its maximum.
         highest = torch.tensor(self.LOG_SNR_MAX, dtype=torch.float64)
         self._t_min = float(self._inverse(highest))
 
@@ -134,9 +135,11 @@ class Cosine(Schedule):
         return torch.sqrt(torch.sin(step) * torch.sin(step + 2 * self._a0)) / math.cos(self._a0)
 
     def d_alpha(self, t: Tensor) -> Tensor:
+        # The derivative of the sine form of alpha.
         return -self._speed * torch.cos(self._speed * (1 - t)) / math.cos(self._a0)
 
     def d_sigma(self, t: Tensor) -> Tensor:
+        # From alpha^2 + sigma^2 = 1.
         return -self.alpha(t) * self.d_alpha(t) / self.sigma(t)
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -204,8 +207,10 @@ class TableSchedule(Schedule):
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The log-SNR at the left end of t's interval, its slope per index, and t's distance from there in indices."""
+        # Evaluated in the caller's dtype, on its device.
         table = self._log_snr.to(t.device, t.dtype)
         position = t * (self._steps - 1)
+        # The last index belongs to the last interval.
         left = position.floor().clamp(0, len(table) - 2).long()
         return table[left], table[left + 1] - table[left], position - left
 
@@ -214,6 +219,7 @@ class TableSchedule(Schedule):
         return value + slope * offset
 
     def alpha(self, t: Tensor) -> Tensor:
+        # Variance preserving: alpha^2 and sigma^2 are sigmoids of +- log-SNR.
         return torch.sqrt(torch.sigmoid(self.log_snr(t)))
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -227,6 +233,7 @@ class TableSchedule(Schedule):
         return -0.5 * self.sigma(t) * self.alpha(t) ** 2 * self._d_log_snr(t)
 
     def _d_log_snr(self, t: Tensor) -> Tensor:
+        # A slope per index becomes a slope per time.
         return self._interval(t)[1] * (self._steps - 1)
 
     def time_at(self, log_snr: Tensor) -> Tensor:
@@ -250,6 +257,7 @@ class LinearBeta(TableSchedule):
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000):
         self.beta_start, self.beta_end = beta_start, beta_end
+        # In float64: a product of 1000 factors loses digits in float32.
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
         super().__init__(torch.cumprod(1 - betas, dim=0))
 

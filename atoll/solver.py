@@ -51,6 +51,7 @@ def sample(
         if steps < 1:
             raise AtollError(f"steps is {steps}; expected at least 1")
         times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
+    # The grid has the dtype and the device of the noise.
     grid = times.to(noise)
     grid = grid[:, None].expand(-1, len(noise)) if grid.ndim == 1 else grid
     if len(grid) < 2 or (grid.diff(dim=0) >= 0).any() or grid.max() > 1 or grid.min() < 0:
@@ -93,9 +94,11 @@ def _euler(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 def _heun(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     """Trapezoid rule; samples that arrive at t = 0 take the Euler step, since no expert was trained there."""
+    # The Euler step predicts the point at which the slope is evaluated again.
     h = per_sample(t_next - t, x)
     u = velocity(x, t)
     x_next = x + h * u
+    # Samples may have different times, so some can arrive before others.
     inside = t_next > 0
     if not inside.any():
         return x_next
@@ -114,10 +117,12 @@ class _Multistep:
         self.previous: tuple[Tensor, Tensor] | None = None  # (x0, h) of the last step
 
     def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        # The data estimate at this point, from the velocity.
         x0 = x - per_sample(t, x) * velocity(x, t)
         h = (torch.log1p(-t_next) - torch.log(t_next)) - (torch.log1p(-t) - torch.log(t))
         # D: the estimate of x0, extrapolated from the last two steps.
         extrapolated = x0
+        # The first step has no predecessor and is first order.
         if self.previous is not None:
             x0_previous, h_previous = self.previous
             ratio = torch.where(torch.isfinite(h), h / (2 * h_previous), 0)

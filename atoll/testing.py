@@ -42,14 +42,17 @@ class GaussianMixture:
             seed: of means, scales and weights.
             spread: standard deviation of the means, default 1.5.
         """
+        # Float64: the oracle is the reference for everything else.
         generator = cpu_generator(seed)
         means = spread * torch.randn(components, *shape, generator=generator, dtype=torch.float64)
+        # Scales and weights stay away from 0, so no component degenerates.
         scales = 0.2 + 0.6 * torch.rand(components, generator=generator, dtype=torch.float64)
         weights = 0.2 + torch.rand(components, generator=generator, dtype=torch.float64)
         return cls(means, scales, weights / weights.sum(), torch.arange(components) % clusters)
 
     def cluster(self, k: int) -> "GaussianMixture":
         """Return the mixture of cluster k alone, as a mixture with one cluster."""
+        # The components of this cluster, with their weights renormalised.
         inside = self.clusters == k
         weights = self.weights[inside] / self.weights[inside].sum()
         return GaussianMixture(
@@ -116,6 +119,7 @@ class GaussianMixture:
             cluster: the cluster that it is trained on; None for the whole mixture.
         """
 
+        # The trained network's input is the scaled time; the oracle takes the time itself.
         def exact(x: Tensor, time: Tensor, condition: Condition | None = None) -> Tensor:
             t = time / objective.time_scale
             x0, eps = self.x0_eps(x, t, objective.schedule, cluster)
@@ -130,6 +134,7 @@ class GaussianMixture:
 
     def _component_log_joint(self, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
         """log w_m + log N(x; alpha mu_m, (alpha^2 s_m^2 + sigma^2) I) up to a constant, [B, M]."""
+        # Each component's marginal at time t is a Gaussian again.
         alpha, _, variance = self._moments(t, schedule)
         residual = (x[:, None] - _like(alpha[:, None], x[:, None]) * self.means).flatten(2)  # [B, M, D]
         distance = residual.square().sum(-1) / variance

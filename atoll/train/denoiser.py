@@ -130,10 +130,9 @@ def train_denoiser(
             **{f"network.{name}": value for name, value in gathered_state(network).items()},
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
-        # Write the artifact.
         if island.is_first:
+            # The card records the training and the calibration.
             record = TrainingRecord(
-                # The record of the training, and of the calibration, for the card.
                 **trained.summary,
                 **origin,
                 rows=len(training),

@@ -24,7 +24,6 @@ def gamma_of(sigma_rel: float) -> float:
         raise AtollError(f"sigma_rel {sigma_rel}: expected a width above 0 and below {WIDEST:.4f}, the plain mean's")
     # The cubic (g+2)^2 (g+3) - (g+1) / sigma_rel^2 in powers of g.
     inverse = sigma_rel**-2
-    # At step 0 the cubic has one root above -1, the largest one.
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 

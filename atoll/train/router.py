@@ -70,6 +70,7 @@ def train_router(
         "pooled_dim": encoder.pooled_dim if choices.pooled else None,
         **choices.model_dump(exclude={"pooled"}),
     }
+    # Experts on other schedules change what the router must learn, so their paths are part of the mark.
     seed, path = router_seed(manifest.seed), RunLayout(run).router
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
@@ -79,6 +80,7 @@ def train_router(
     # Train, then write the artifact.
     torch.manual_seed(seed)
     router = build_network(config)
+    # The router is trained on one split and evaluated on the other.
     training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island:
         task = RouterTask(router, training, held_out, labels, settings=settings, seed=seed, paths=paths)
@@ -92,6 +94,7 @@ def train_router(
             restart=restart,
             progress=progress,
         )
+        # The accuracy is measured with the EMA weights, which training leaves in the router.
         card = RouterCard(
             network=config,
             clusters=clusters,
@@ -103,6 +106,7 @@ def train_router(
             accuracy_at_t=task.accuracy(router),
             training=TrainingRecord(**trained.summary, rows=len(training), seed=seed, torch=torch.__version__),
         )
+        # Every process takes part in gathering, only the first one writes.
         weights = {f"network.{name}": value for name, value in gathered_state(router).items()}
         if island.is_first:
             save_artifact(path, card, weights)
@@ -147,6 +151,7 @@ class RouterTask(Task):
         t = torch.rand(count, generator=g)
         eps = torch.randn(count, *self.data.rows.shards[0].shape("latent"), generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
+        # The labels count through all rows of the data set, so they are looked up by row number.
         labels = self.labels[self.data.rows.numbers[rows]]
         random = {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
         return {**self.data.batch(rows, mirrored(self.seed, index, count)[local_rows]), **random, "label": labels}
@@ -154,6 +159,7 @@ class RouterTask(Task):
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         condition = self.data.condition(batch)
         condition = drop_condition(condition, self.null.to(condition.states.device), batch["dropped"])
+        # In float32: float16 latents would round the noise.
         x = self._diffuse(batch["x0"].float(), batch["t"], batch["eps"], batch["label"])
         return F.nll_loss(module(x, batch["t"], condition.pooled), batch["label"], reduction="none")
 
@@ -215,6 +221,7 @@ def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
         sample = Shards(layout.router_sample)
         described = sample.card(ClusterShardsCard)
         return sample, sample.read("cluster", slice(None)), described.clusters, described.assignment
+    # All of encoded/: the clusters come from the assignment, by key.
     encoded, card = Shards(layout.encoded), load_clusters(layout.clusters_card)
     cluster_of = _assignment(layout.assignment)
     try:
@@ -236,4 +243,5 @@ def _assignment(file: Path) -> dict[str, int]:
         table = pq.read_table(file, columns=["key", "cluster"])
     except (OSError, pa.ArrowException) as error:
         raise AtollError(f"{file}: cannot be read ({error}); run `atoll cluster --force`") from None
+    # A dictionary, since the rows of the assignment need not have the order of the latents.
     return dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))

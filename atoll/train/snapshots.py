@@ -43,6 +43,7 @@ class Snapshots:
 
         # One file per width; the name holds step and number of the width.
         for number, (sigma_rel, average) in enumerate(zip(state.settings.ema_profiles, state.profiles, strict=True)):
+            # Sharded tensors are gathered by all processes.
             tensors = {name: gather(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
             if self.island.is_first:
                 self.files.ema.mkdir(exist_ok=True)
@@ -51,6 +52,7 @@ class Snapshots:
 
     def drop_after(self, step: int) -> None:
         """Remove the snapshots of later steps, which will be trained again."""
+        # Only the process that writes snapshots removes them.
         if self.island.is_first:
             for snapshot in snapshots_of(self.files.ema):
                 if snapshot.step > step:

@@ -69,6 +69,7 @@ class State:
         The names of a quantised tensor's parts end in #part.
         """
         named: dict[str, Tensor] = {}
+        # Weights and their average, under the parameter's own name.
         for (name, parameter), average in zip(self.module.named_parameters(), self.ema, strict=True):
             named[f"model.{name}"] = parameter.detach()
             named[f"ema.{name}"] = average
@@ -76,6 +77,7 @@ class State:
             for moment, value in self.optimizer.state[parameter].items():
                 entry = f"optimizer.{moment}.{name}"
                 named |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
+        # The power-function averages, one set per width.
         for number, averages in enumerate(self.profiles):
             named |= {f"profile-{number}.{name}": value for name, value in zip(self.names, averages, strict=True)}
         return named
@@ -93,6 +95,7 @@ class State:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+        # Compilation of torchao's step is skipped on a CPU.
         with eager_on_cpu(self.parameters[0].device) if self._eight_bit else nullcontext():
             self.optimizer.step()
         self.numbers.step += 1
@@ -103,6 +106,7 @@ class State:
                 beta *= ema_decay(step, self.settings)
             weights = [p.detach().to(e.device) for p, e in zip(self.parameters, self.ema, strict=True)]
             torch._foreach_lerp_(self.ema, weights, 1 - beta)
+            # The power-function averages take the same weights.
             for gamma, averages in zip(self.gammas, self.profiles, strict=True):
                 torch._foreach_lerp_(averages, weights, 1 - decay(gamma, self.numbers.step, self._every))
 
@@ -125,14 +129,17 @@ def ema_decay(step: int, settings: TrainSettings) -> float:
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
     """Return the learning rate of a step: linear warm-up, constant, then linear to 0 from `decay_from` on."""
+    # Warm-up: Adam's moments are not reliable yet.
     warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
     decay_start = settings.decay_from * settings.steps
+    # The decay to 0 lets the loss fall once more at the end.
     cooldown = 1.0 if step < decay_start else (settings.steps - step) / max(1.0, settings.steps - decay_start)
     return settings.lr * warmup * cooldown
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW with its moments allocated: torch's fused one, or torchao's with 8 bits per moment."""
+    # The same options for both optimizers.
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer_state == "8bit":
         return adamw_8bit(parameters, options)

@@ -42,6 +42,7 @@ class Tracker:
         # Lines after the checkpoint belong to steps that are done again.
         earlier = [line for line in read_metrics(directory) if line["step"] <= step]
         if not quiet:
+            # The lines that stay replace the file at once, so a crash leaves a complete one.
             temporary = temporary_of(self.files.metrics)
             temporary.write_text("".join(json.dumps(line) + "\n" for line in earlier))
             os.replace(temporary, self.files.metrics)
@@ -52,6 +53,7 @@ class Tracker:
         self.seconds_before = self.last_line.get("seconds", 0.0)
         self.start_time = self.last_time = time.monotonic()
         self.losses: list[float] = []
+        # One process per island reports to the tracker.
         self.writer = None if quiet else _writer(settings, directory)
 
     def step(self, done: int, loss: float, norm: float, lr: float) -> None:
@@ -81,6 +83,7 @@ class Tracker:
             "seconds": self.seconds_before + now - self.start_time,
             "eta_s": (self.settings.steps - done) / rate,
         }
+        # Start the next interval.
         self.last_line, self.losses, self.last_time = line, [], now
         self._write(line)
         if self.progress is not None:
@@ -110,6 +113,7 @@ class Tracker:
         }
         if not self.quiet:
             write_json(self.files.summary, summary)
+        # The trackers may hold lines that they have not written yet.
         self.stop()
         return summary
 
@@ -121,6 +125,7 @@ class Tracker:
     def _write(self, line: dict[str, Any]) -> None:
         if self.quiet:
             return
+        # Opened per line: a reader sees each line as soon as it is written.
         with self.files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self.writer is not None:
@@ -134,6 +139,7 @@ class _TensorBoard:
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
 
+        # TensorBoard's events are written beside metrics.jsonl.
         self._writer = SummaryWriter(str(TrainingLayout(directory).tensorboard))
 
     def add(self, numbers: dict[str, float], step: int) -> None:
@@ -148,6 +154,7 @@ class _Wandb:
     def __init__(self, directory: Path, settings: TrainSettings):
         import wandb
 
+        # The name is the id, so that a resumed training continues its own W&B run.
         name = TrainingLayout(directory).name
         self._run = wandb.init(project="atoll", name=name, id=name, resume="allow", config=settings.model_dump())
 
@@ -177,6 +184,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl up to the first incomplete one, which a crash may leave."""
     file = TrainingLayout(directory).metrics
     lines: list[dict[str, Any]] = []
+    # Without a file, training has not started.
     for text in file.read_text().splitlines() if file.exists() else ():
         try:
             lines.append(json.loads(text))

@@ -67,6 +67,7 @@ def train_together(arguments: Sequence[str], count: int) -> None:
 
 
 def _start(arguments: Sequence[str], environment: dict[str, str], reports: Path, rank: int) -> Worker:
+    # A worker learns where to report, and whose exit to watch.
     environment = {**environment, _REPORT: str(_report(reports, rank)), _PARENT: str(os.getpid())}
     command = [sys.executable, "-m", "atoll", *arguments]
     # The first worker owns the terminal; the others write to files that are read if they fail.
@@ -84,6 +85,7 @@ def _watch(workers: Sequence[Worker], stop_requests: Callable[[], int]) -> list[
     Returns:
         The exit codes, None for a worker that is still running and must be killed.
     """
+    # The deadline starts with the first failure.
     stopping, deadline = False, float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline and stop_requests() < 2:
         # One failed worker or one signal stops all.
@@ -106,6 +108,7 @@ def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) ->
     for rank, code in enumerate(codes):
         if code == EXIT_USER_ERROR and (lines := _lines(_report(reports, rank))):
             raise AtollError(lines[-1])
+    # A killed process comes next: others crash because it is missing.
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and code != -signal.SIGTERM:
             _end(f"process {rank} of {count} was killed by signal {-code}; --resume continues from the last checkpoint")
@@ -113,6 +116,7 @@ def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) ->
     if stopped:
         print("stopped outside of the training steps; --resume continues from the last checkpoint", flush=True)
         return
+    # A crash is reported with the last line of its traceback.
     for rank, code in enumerate(codes):
         if code is not None and code > 0:
             lines = _lines(_report(reports, rank)) or ["no message"]
@@ -131,6 +135,7 @@ def _report(reports: Path, rank: int) -> Path:
 
 
 def _lines(file: Path) -> list[str]:
+    # A worker that was killed may have written nothing.
     text = file.read_text(errors="replace") if file.exists() else ""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -139,6 +144,7 @@ def _lines(file: Path) -> list[str]:
 def _counted_signals() -> Iterator[Callable[[], int]]:
     """Within it, SIGTERM and SIGINT are only counted; yields a function that returns the count."""
     seen: list[int] = []
+    # Both ask for the same: save and exit.
     stops = (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, lambda signum, _: seen.append(signum)) for number in stops}
     try:
@@ -156,6 +162,7 @@ def reporting() -> Iterator[None]:
         return
     # Ctrl-C reaches the whole process group; the parent forwards it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker that outlives its parent would hold the GPU.
     threading.Thread(target=_exit_with, args=(int(os.environ[_PARENT]),), daemon=True).start()
     try:
         yield
@@ -170,6 +177,7 @@ def reporting() -> Iterator[None]:
 
 def _leave(code: int) -> None:
     """Exit without stopping torch's other threads, which aborts occasionally."""
+    # os._exit does not flush.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -177,6 +185,7 @@ def _leave(code: int) -> None:
 
 def _exit_with(parent: int) -> None:
     """Exit when the parent is gone, so that no worker is left when the training is started again."""
+    # A process whose parent dies gets another parent.
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(EXIT_CRASH)
