@@ -20,6 +20,7 @@ _GRAPHS = 64  # per block: batch sizes, times the architectures in an ensemble
 
 def padded_size(rows: int) -> int:
     """Return the smallest 2^k or 3 * 2^k that is at least `rows` (which is at least 1)."""
+    # The power of two at or above `rows`, or three quarters of it if that suffices.
     power = 1 << (rows - 1).bit_length()
     return 3 * power // 4 if power >= 4 and 3 * power // 4 >= rows else power
 
@@ -54,6 +55,7 @@ class PaddedReader(Padded):
 
     def read_prompt(self, condition: Any) -> Any:
         """Return the network's own `read_prompt(condition)`, which is not compiled."""
+        # The text's keys and values are computed once per prompt, so compiling them gains nothing.
         assert isinstance(self.network, CachesPrompt)
         return self.network.read_prompt(condition)
 
@@ -75,6 +77,7 @@ def compile_network(network: object, **options: Any) -> Padded:
         raise AtollError("experts within a memory budget cannot be compiled; load them without one")
     if not isinstance(network, nn.Module):
         raise AtollError(f"{type(network).__name__} cannot be compiled; expected a torch.nn.Module")
+    # Only the blocks are compiled: the rest of the network is small.
     compile_blocks(network, **options)
     return (PaddedReader if isinstance(network, CachesPrompt) else Padded)(network)
 

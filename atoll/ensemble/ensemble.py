@@ -124,6 +124,7 @@ class Ensemble:
             raise AtollError("an ensemble of no experts; expected at least one")
         if self.alignment not in get_args(Alignment):
             raise AtollError(f"unknown alignment {self.alignment!r}; expected snr or native")
+        # Names are checked here, so that a wrong one fails before sampling.
         check_replicas(self.replicas)
         rule = parse_routing(self.routing)
         if self.router is None and len(self.experts) > 1 and rule.needs_router:
@@ -189,6 +190,7 @@ class Ensemble:
     @property
     def clamped(self) -> tuple[Expert, ...]:
         """The eps-experts whose x0 is clamped to +-20 as in HDDM: neither calibration nor stacking corrects it."""
+        # A stacking corrects its members' x0 together, so none of them is clamped.
         stacked = {index for group in self._groups if group.stacking is not None for index in group.members}
         return tuple(
             expert
@@ -225,6 +227,7 @@ class Ensemble:
             limit: as in `PromptCache`.
             block_cache: as in `PromptCache`.
         """
+        # The caller's null condition replaces the ensemble's own, for a negative prompt.
         return PromptCache(conditions, self.null if null is None else null, limit, block_cache)
 
     # The steps of `velocity`, each pure, for whoever samples.
@@ -318,6 +321,7 @@ class Ensemble:
 
         Both are None if clusters play no part: a routing over experts, or a single expert without a router.
         """
+        # Nothing to route: no router is evaluated.
         if self.rule.over_experts or (self.router is None and len(self.experts) == 1):
             return None, None
         # Without a router the caller passes the clusters: all are equally probable until then.
@@ -333,6 +337,7 @@ class Ensemble:
                 f"the router knows {log_p.shape[1]} clusters, the experts cover cluster {owners.shape[1] - 1}; "
                 "expected a router of the experts' own assignment"
             )
+        # The router may know clusters that no expert covers.
         owners = torch.nn.functional.pad(owners, (0, log_p.shape[1] - owners.shape[1]))
         return log_p.masked_fill(owners.sum(0) == 0, -torch.inf), owners
 
@@ -372,6 +377,7 @@ class Ensemble:
 
     def _pooled(self, query: Query) -> Tensor | None:
         """Return what the router sees of the prompt [B, P]; the null condition's vector if there is no prompt."""
+        # Guidance does not change the routing: the router sees the prompt alone.
         if query.prompts is not None:
             return query.prompts.conditions[self.router_encoder].pooled
         pooled = None if self.null is None else self.null[self.router_encoder].pooled

@@ -69,6 +69,7 @@ class Expert:
         def predict(x_scaled: Tensor, time: Tensor) -> Tensor:
             return self.network(x_scaled, time, condition)
 
+        # HDDM's formulas evaluate at the same x and t.
         if alignment == "native":
             return native_velocity(predict, self.objective, x, t)
         # Raw: an identity calibration turns off both the correction and HDDM's clamp.

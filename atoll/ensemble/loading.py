@@ -97,8 +97,10 @@ def load_expert(
     # Network and calibration; a network whose weights are read later is built without memory.
     with _sound(path / CARD):
         network = _network(path, card, tensors, "meta" if cache or weights else device)
+        # Without a calibration, HDDM's clamp takes its place.
         calibration = None
         if card.calibration is not None:
+            # A copy, since the file stays memory-mapped otherwise.
             mean = _mean(tensors["calibration.mean"], card.latent_shape).to(device, copy=True)
             calibration = Calibration.load(card.calibration.model_dump(), mean)
         expert = Expert(network, Objective(**card.objective), card.clusters, calibration, card.name)
@@ -113,6 +115,7 @@ def load_expert(
 def load_router(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Load a router artifact. Raises AtollError as `load_expert` does."""
     path = Path(path)
+    # The router is small and stays as stored.
     card = read_card(path, RouterCard)
     return _network(path, card, read_tensors(path, card), device)
 
@@ -168,6 +171,7 @@ def load_ensemble(
 
 def warn_uncalibrated(ensemble: Ensemble) -> None:
     """Warn about every eps-expert that neither a calibration nor a stacking corrects."""
+    # One warning per expert, with its remedy.
     for expert in ensemble.clamped:
         warnings.warn(
             f"{expert.name}: an eps-expert without calibration; its x0 is clamped to +-20 as in HDDM "
@@ -225,6 +229,7 @@ def _assembled(
     encoder = PromptEncoder([build_encoder(config) for config in kinds])
 
     ensemble = Ensemble(
+        # Each expert learns which text encoder it reads.
         [replace(one.expert, encoder=index) for one, index in zip(experts, encoder_indices, strict=True)],
         router,
         routing or card.sampling.routing or "top-2",
@@ -243,6 +248,7 @@ def _router_of(
     """Load the router of the ensemble at `path`, and its card; None if it has none."""
     if card.router is None:
         return None, None
+    # The router's hash is checked as an expert's is.
     part = path / card.router.url
     _check_hash(part / CARD, card.router.sha256)
     return load_router(part, device), read_card(part, RouterCard)
@@ -274,6 +280,7 @@ def _stackings(path: Path, card: EnsembleCard, device: str | torch.device) -> li
 
 def _mean(mean: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
     """Return a mean latent. Raises ValueError if its shape is not (C, H, W)."""
+    # A broadcast of another shape would pass unnoticed.
     if tuple(mean.shape) != latent_shape:
         raise ValueError(f"a mean latent of shape {list(mean.shape)}, expected {list(latent_shape)}")
     return mean
@@ -291,6 +298,7 @@ def _alone(
     # No router to reserve memory for, but the expert itself must fit.
     if cache is not None:
         cache.reserve(0)
+    # A single expert reads its own text encoder.
     encoder = PromptEncoder([build_encoder(loaded.card.condition)])
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=move_to(encoder.null(1), device))
     card = loaded.card
@@ -308,6 +316,7 @@ def _sound(card: Path) -> Iterator[None]:
 
 def _check_hash(card: Path, expected: str) -> None:
     """Raise AtollError unless a part is the one that was assembled."""
+    # A missing part and a changed one have different remedies.
     if not card.is_file():
         raise AtollError(f"{card}: not found; fetch the part again")
     if sha256_file(card) != expected:
@@ -323,6 +332,7 @@ def _network(
     # Built without memory: the weights are assigned, not copied.
     with torch.device("meta"):
         network = build_network(card.network)
+    # The artifact also holds the calibration's tensors.
     weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
     try:
         network.load_state_dict(weights, strict=True, assign=True)
@@ -330,6 +340,7 @@ def _network(
         raise AtollError(
             f"{path}: the weights do not fit the card's network ({' '.join(str(error).split())[:200]})"
         ) from None
+    # Evaluation mode turns off dropout; without gradients, no activations are stored.
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -342,6 +353,7 @@ def _state(file: Path) -> tuple[int, int, int]:
 
 def _reload(path: Path, card: ExpertCard, weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
     """Load the network of an artifact whose hash was checked when its file was in the state `checked`."""
+    # A changed file has a hash that nobody checked.
     if not (path / WEIGHTS).is_file() or _state(path / WEIGHTS) != checked:
         raise AtollError(f"{path / WEIGHTS}: changed while it was in use; load the ensemble again")
     return cast_weights(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)

@@ -63,6 +63,7 @@ class PromptCache:
     @property
     def skip_rate(self) -> float:
         """Fraction of the evaluations in which only the first block was evaluated."""
+        # Networks that never used a block cache do not count.
         caches = [cached.blocks for cached in self._by_network.values() if cached.blocks is not None]
         return sum(cache.skipped for cache in caches) / max(1, sum(cache.calls for cache in caches))
 
@@ -86,6 +87,7 @@ class PromptCache:
         Raises:
             AtollError: guidance without a null condition; a block cache for a network without `read_prompt`.
         """
+        # A block cache needs the network's own blocks, which only these networks expose.
         if self.block_cache and not isinstance(network, CachesPrompt):
             raise AtollError(
                 f"{type(network).__name__} has no block cache: only DiT and Paris have, without a memory budget; leave "
@@ -118,6 +120,7 @@ class PromptCache:
         """Return the conditions of prompts by number; numbers from B on are the null condition's, and come last."""
         # The prompts' own rows.
         condition = self.conditions[encoder]
+        # The condition's device: rows may come from elsewhere.
         device = condition.states.device
         own = [number for number in numbers if number < len(self)]
         rows = condition.index(torch.tensor(own, device=device, dtype=torch.long))
@@ -140,6 +143,7 @@ class _NetworkCache:
 
     def add(self, numbers: list[int], computed: TextKV) -> None:
         """Append the prompts with these numbers."""
+        # A prompt's position is its place in the concatenation.
         self.positions |= {number: len(self.positions) + place for place, number in enumerate(numbers)}
         self.prompts = computed if self.prompts is None else TextKV.cat([self.prompts, computed])
 

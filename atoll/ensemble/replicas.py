@@ -85,6 +85,7 @@ class Stacking:
             values = {key: torch.tensor(config[key], dtype=torch.float32) for key in ("log_snr", "weights", "x0_mse")}
         except (KeyError, TypeError, ValueError) as error:
             raise AtollError(f"stacking: {type(error).__name__} ({error}); run `atoll assemble` again") from None
+        # The table must have one weight per expert at each node, at increasing noise levels.
         nodes, weights = values["log_snr"], values["weights"]
         fits = nodes.ndim == 1 and len(nodes) > 1 and weights.shape == (len(nodes), len(names))
         if not fits or len(names) < 2 or not (nodes.diff() > 0).all() or not (weights >= 0).all():
@@ -120,6 +121,7 @@ def measure_stacking(
     Raises:
         AtollError: scipy is not installed.
     """
+    # Scipy is optional: only measuring needs it.
     try:
         from scipy.optimize import nnls
     except ImportError:
@@ -144,6 +146,7 @@ def measure_stacking(
         solved = torch.from_numpy(nnls((columns / length).numpy(), truth.numpy())[0]) / length
         weights.append(solved)
         errors.append(((columns @ solved - truth) ** 2).mean())
+    # In float32, as the card stores them.
     return Stacking(
         tuple(expert.name for expert in experts),
         mean,
@@ -157,6 +160,7 @@ def _estimate(
     expert: Expert, x: Tensor, t: Tensor, condition: Condition | None, mean: Tensor, device: torch.device | str
 ) -> Tensor:
     """Return the expert's uncorrected x0 for x [B, ...] at t [B], computed in batches."""
+    # Raw estimates: the stacking replaces both calibration and clamp.
     raw, estimates = Calibration.identity(mean), []
     # In batches: the noisy latents of a node do not have to fit on the device.
     for rows in torch.arange(len(x)).split(_BATCH):
@@ -202,6 +206,7 @@ def replica_weights(mode: str, experts: Sequence[Expert], t: Tensor) -> Tensor:
 
 def check_replicas(mode: str) -> str:
     """Return `mode` if it is a known way to combine replicas. Raises AtollError otherwise."""
+    # The same names as `replica_weights`, without any expert.
     if mode in ("stacked", "inverse-error", "equal") or re.fullmatch(r"time-switch-(\d*\.?\d+)", mode):
         return mode
     raise AtollError(f"unknown way to combine replicas {mode!r}; expected {EXPECTED}")
@@ -242,6 +247,7 @@ def replica_groups(
     """
     groups = []
     for clusters in dict.fromkeys(expert.clusters for expert in experts):
+        # Replicas cover exactly the same clusters.
         members = [index for index, expert in enumerate(experts) if expert.clusters == clusters]
         names = {experts[index].name: index for index in members}
         # The group takes the order of its stacking's columns.
@@ -261,9 +267,11 @@ def cluster_owners(experts: Sequence[Expert], excluded: frozenset[int] = frozens
         experts: E of them.
         excluded: the indices of experts that take no part.
     """
+    # The highest cluster that any expert covers sets the width of the table.
     clusters = max(max(expert.clusters) for expert in experts) + 1
     owners = torch.zeros(len(experts), clusters)
     for k in range(clusters):
+        # How many clusters each candidate covers.
         breadths = {
             index: len(expert.clusters)
             for index, expert in enumerate(experts)

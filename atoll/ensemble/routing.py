@@ -114,6 +114,7 @@ class Full(Routing):
         return cls() if text == "full" else None
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
+        # The router may leave out clusters without experts, so the rest is renormalised.
         return torch.softmax(log_p, dim=1)
 
 
@@ -151,6 +152,7 @@ class Nucleus(Routing):
         match = _match(f"nucleus-{_NUMBER}(?:@{_NUMBER})?", text)
         if match is None:
             return None
+        # Out of range numbers are no nucleus; the error names the routings that are.
         mass, temperature = float(match[1]), float(match[2] or 1)
         return cls(mass, temperature) if 0 < mass <= 1 and temperature > 0 else None
 
@@ -158,6 +160,7 @@ class Nucleus(Routing):
         # A cluster is inside if those before it do not hold the mass yet.
         p, order = torch.softmax(log_p / self.temperature, dim=1).sort(dim=1, descending=True, stable=True)
         inside = p.cumsum(1) - p < self.mass
+        # The most probable cluster is always inside, even if rounding says otherwise.
         inside[:, 0] = True
         p = torch.where(inside, p, 0)
         return torch.zeros_like(log_p).scatter_(1, order, p / p.sum(1, keepdim=True))
@@ -177,6 +180,7 @@ class Sample(Routing):
 
     @classmethod
     def parse(cls, text: str) -> "Sample | None":
+        # Zero draws would leave no expert.
         match = _match(f"sample-{_COUNT}", text)
         return cls(int(match[1])) if match else None
 
@@ -248,6 +252,7 @@ class TimeSwitch(Routing):
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
         assert context.t is not None
+        # The two experts split the samples by time.
         weights = context.x.new_zeros(len(context.x), len(context.names))  # [B, E]
         above = context.t >= self.time
         weights[above, context.names.index(self.above)] = 1
@@ -255,6 +260,7 @@ class TimeSwitch(Routing):
         return weights
 
     def check(self, names: Sequence[str]) -> None:
+        # A name that occurs twice would be ambiguous.
         for name in (self.above, self.below):
             if list(names).count(name) != 1:
                 routing = f"time-switch-{self.time:g}:{self.above}:{self.below}"
@@ -284,11 +290,13 @@ def parse_routing(text: str) -> Routing:
         routing = kind.parse(text)
         if routing is not None:
             return routing
+    # The error lists every routing with an example.
     *others, last = (kind.examples for kind in ROUTINGS)
     raise AtollError(f"unknown routing {text!r}; expected {', '.join(others)} or {last}")
 
 
 def _match(pattern: str, text: str) -> re.Match[str] | None:
+    # ASCII digits only: float() would also read other scripts.
     return re.fullmatch(pattern, text, re.ASCII)
 
 

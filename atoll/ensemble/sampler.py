@@ -59,6 +59,7 @@ class Sampler:
         self.ensemble, self.non_finite = ensemble, non_finite
         self.dropped: dict[str, str] = {}
         self._trace: Trace | None = None
+        # The networks share one cache if they load on demand.
         self._expert_cache = expert_cache_of([expert.network for expert in ensemble.experts])
 
     def velocity(
@@ -77,6 +78,7 @@ class Sampler:
         Raises:
             AtollError: an expert's answer is not finite, and the policy is "raise" or no expert is left.
         """
+        # The query is validated once; a failed expert changes the routing only.
         query = self.ensemble.query(
             x,
             t,
@@ -111,6 +113,7 @@ class Sampler:
     @contextmanager
     def tracing(self) -> Iterator[Trace]:
         """Record the routing of every velocity call: `with sampler.tracing() as trace: ...`."""
+        # A new trace for each block: two recordings never mix.
         self._trace = Trace()
         try:
             yield self._trace
@@ -139,4 +142,5 @@ class Sampler:
             reason = "the routing names it" if ensemble.rule.over_experts else "there is no other"
             raise AtollError(f"{name} {_NON_FINITE}, and {reason}; sample in fp32, or train or convert it again")
         warnings.warn(f"{name} {_NON_FINITE}; sampling goes on without it", stacklevel=4)
+        # A new ensemble: the old one may be in use elsewhere.
         self.ensemble = replace(ensemble, excluded=excluded)

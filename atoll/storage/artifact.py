@@ -40,6 +40,7 @@ from atoll.storage.layout import WEIGHTS as WEIGHTS
 def sha256_file(path: Path) -> str:
     """Compute the hex digest of a file, without loading it whole."""
     with path.open("rb") as file:
+        # In chunks, so that memory does not grow with the file.
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -70,6 +71,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def finite(value: Any) -> Any:
     """Replace every NaN or infinite number by None, since JSON has neither. Tuples become lists."""
+    # Containers are walked, everything else stays as it is.
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -107,22 +109,26 @@ def read_json(path: Path, most: int = JSON_BYTES) -> Any:
 
 
 def _finite_float(text: str) -> float:
+    # JSON numbers such as 1e999 overflow to infinity.
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text:.20} is not finite")
     return value
 
 
 def _no_constant(text: str) -> float:
+    # Python's parser would accept NaN and Infinity.
     raise ValueError(f"{text} is no JSON")
 
 
 def load_card(file: Path, kind: type[CardT]) -> CardT:
     """Read a card's file. Raises AtollError as `read_json` and `parse_card` do."""
+    # Cards that list files may be larger than those of artifacts.
     return parse_card(kind, read_json(file, JSON_BYTES if kind.many_files else CARD_BYTES), str(file))
 
 
 def load_clusters(file: Path) -> ClustersCard | DrawnClustersCard:
     """Read a clusters.json, whichever stage wrote it. Raises AtollError as `load_card` does."""
+    # The content tells which stage wrote it.
     content = read_json(file, CARD_BYTES)
     return parse_card(clusters_kind(content), content, str(file))
 
@@ -133,6 +139,7 @@ def write_card(file: Path, card: Card) -> None:
     Raises:
         AtollError: a value is out of bounds, or the disk is full.
     """
+    # Cards hold plain values only.
     values = card.plain()
     # Validate before writing, so that every written card can be read back.
     parse_card(type(card), values, f"the card for {file}")
@@ -215,6 +222,7 @@ def save_artifact(path: Path, card: ArtifactCard, tensors: Mapping[str, Tensor])
 
 def read_card(path: Path, kind: type[ArtifactT]) -> ArtifactT:
     """Read the card of the artifact at `path`. Raises AtollError as `load_card` does."""
+    # A card without weights is of an artifact that was never completed.
     card = load_card(path / CARD, kind)
     if card.weights is None:
         raise AtollError(f"{path / CARD}: lacks weights, the sha256 of {WEIGHTS}; {card.remedy}")

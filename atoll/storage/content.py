@@ -69,6 +69,7 @@ def advice(file: Path, error: object) -> str:
         return f"does not fit into memory ({os.path.getsize(file):,} bytes); use a machine with more, or free some"
     if content == "safetensors" and (missing := is_cut_off(file)):
         return f"is cut off: {missing}; get the whole file, by a download that can resume"
+    # The reason in one line, short enough for a message.
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     return f"cannot be read ({reason}); get a fresh copy and compare its size with the original's"
 
@@ -99,6 +100,7 @@ def _content_of_zip(file: Path) -> FileContent:
 
 
 def _head(file: Path) -> bytes:
+    # The first member's name is in the first bytes of a zip file.
     with file.open("rb") as stream:
         return stream.read(256)
 

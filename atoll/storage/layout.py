@@ -69,6 +69,7 @@ def cluster_path(clusters: Path, number: int) -> Path:
 
 def temporary_of(path: Path) -> Path:
     """Return the path at which a file is written until it is complete. Only one process at a time may write it."""
+    # Hidden, beside the file: a rename is atomic only within one file system.
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -79,6 +80,7 @@ def expert_seed(seed: int, number: int) -> int:
 
 
 def monolith_seed(seed: int) -> int:
+    # The other parts count down from the end of the range.
     return seed * _PARTS_PER_RUN + 999
 
 
@@ -132,6 +134,7 @@ class RunLayout:
 
     def cluster(self, number: int) -> Path:
         """Return the directory of one cluster's shards."""
+        # Stages agree on the place of a cluster through this method.
         return cluster_path(self.clusters, number)
 
     def existing_clusters(self) -> list[Path]:
@@ -181,6 +184,7 @@ class TrainingLayout:
     @staticmethod
     def of(artifact: Path) -> "TrainingLayout":
         """Return the layout of the training that writes this artifact: experts/3-flow -> experts/.train-3-flow."""
+        # Beside the artifact, which is replaced as a whole.
         return TrainingLayout(artifact.with_name(f"{_TRAINING_PREFIX}{artifact.name}"))
 
     @property
@@ -190,6 +194,7 @@ class TrainingLayout:
 
     def sharded_checkpoint(self, step: int, rollbacks: int) -> Path:
         """Return the directory of a sharded checkpoint, named by its step and the number of rollbacks before it."""
+        # Padded numbers, so that names sort by step.
         return self.root / f"checkpoint-{step:09d}-{rollbacks}.dcp"
 
     def sharded_checkpoints(self) -> list[Path]:

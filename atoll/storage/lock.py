@@ -23,6 +23,7 @@ def hold(directory: Path, doing: str) -> IO[str]:
     """
     # The file stays after its release: removing it would let two processes lock two different files.
     file = (directory / ".lock").open("w")
+    # Refuse at once: waiting would hide that another process works here.
     if not try_lock(file.fileno()):
         file.close()
         raise AtollError(f"{directory}: another process is {doing} here; wait for it, or stop it")

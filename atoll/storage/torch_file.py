@@ -35,6 +35,7 @@ class _StandIn(type):
     """The metaclass of stand-in classes. Calling one would run a function chosen by the file, so it is refused."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        # The class name that the file gives, which the lists below name.
         name = f"{cls.__module__}.{cls.__qualname__}"
         # Harmless constructors leave an object that records its arguments.
         if name in _RECORDED or cls.__module__.startswith(_RECORDED_MODULES):
@@ -55,6 +56,7 @@ class Opaque(metaclass=_StandIn):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Opaque":
         self = object.__new__(cls)
+        # Arguments and fields are recorded, nothing is interpreted.
         self.arguments, self.fields = args, dict(kwargs)
         return self
 
@@ -75,6 +77,7 @@ class Opaque(metaclass=_StandIn):
         self.fields[key] = value
 
     def append(self, value: Any) -> None:
+        # A list of the file fills itself by appending.
         self.arguments = (*self.arguments, value)
 
     def extend(self, values: Any) -> None:
@@ -221,6 +224,7 @@ def _load(file: Path, content: str, **options: Any) -> Any:
 
 def _unpickle(stream: Any, **options: Any) -> Any:
     """Read one pickle from a stream with the restricted unpickler."""
+    # Only the restricted unpickler reads bytes of the file.
     return _Unpickler(stream, **options).load()
 
 
@@ -246,6 +250,7 @@ def plain(value: Any, depth: int = 0) -> Any:
         value: the value, as `read_torch` returns it.
         depth: the level of nesting; deeper than 20 levels the result is "...".
     """
+    # A deep nesting would exhaust the stack.
     if depth > _DEPTH:
         return "..."
     # Stand-ins first: objects of classes that were not loaded.

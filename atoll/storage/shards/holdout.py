@@ -42,4 +42,5 @@ def _mask(count: int, rows: Tensor) -> Tensor:
 
 def _fraction(key: str) -> float:
     """Hash a key to [0, 1), uniformly and independently of the hash for the val split."""
+    # Another prefix gives another hash, independent of the split's.
     return key_fraction("held back\0" + key)

@@ -103,6 +103,7 @@ class Shards:
 
     @cached_property
     def keys(self) -> list[str]:
+        # Python strings, decoded at first use.
         value: list[str] = self._text("key").to_pylist()
         return value
 
@@ -113,6 +114,7 @@ class Shards:
 
     def captions_of(self, rows: Tensor) -> list[str]:
         """Return the captions of these rows [n] int64, in their order. The first call loads all captions."""
+        # Only the captions of these rows become Python strings.
         value: list[str] = self._captions.take(rows.numpy()).to_pylist()
         return value
 
@@ -136,12 +138,14 @@ class Shards:
 
     def shape(self, column: str) -> tuple[int, ...]:
         """Return the shape of one row of a column."""
+        # The index knows the shape; no shard is opened.
         return self._index.columns[self._known(column)].shape
 
     def rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split, [n] int64, ascending."""
         import pyarrow.compute as pc
 
+        # The comparison runs on the column, without Python strings.
         return torch.from_numpy(pc.equal(self._text("split"), split).to_numpy().copy()).nonzero().flatten()
 
     def read(self, column: str, rows: Tensor | slice) -> Tensor:
@@ -180,11 +184,13 @@ class Shards:
     def parts(self) -> Iterator[Shard]:
         """Yield shard by shard, so that memory does not grow with the rows. Raises AtollError as `read` does."""
         for number in range(len(self._files)):
+            # One row group and one mapped file at a time.
             text = self._group(number, TEXT)
             yield Shard(number, self._start(number), text["key"], text["caption"], text["split"], self._map(number))
 
     def _known(self, column: str) -> str:
         if column not in self.columns:
+            # The message lists the columns that exist.
             raise AtollError(f"{self.path} has no column {column!r}; it has {', '.join(self.columns)}")
         return column
 
@@ -192,6 +198,7 @@ class Shards:
         return int(self._ends[number]) - self._files[number].rows
 
     def _first_key(self, number: int) -> str:
+        # Read for error messages only.
         return str(self._group(number, ("key",))["key"][0])
 
     def _text(self, column: str) -> Any:

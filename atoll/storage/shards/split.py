@@ -13,4 +13,5 @@ def key_fraction(key: str) -> float:
 
 def split_by_hash(key: str, validation: float) -> Split:
     """Return the split of a key: "val" if hash(key) < `validation`, a fraction in [0, 1]."""
+    # The same key has the same split in every data set.
     return "val" if key_fraction(key) < validation else "train"

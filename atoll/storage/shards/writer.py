@@ -64,6 +64,7 @@ class ShardWriter:
         Raises:
             ValueError: lengths, columns or split names do not fit.
         """
+        # Check everything before the first row is buffered.
         self._fit({name: describe(column) for name, column in columns.items()})
         self._fit_text(keys, captions, splits, {len(column) for column in columns.values()})
         # Buffer copies: the caller may reuse its tensors.
@@ -109,6 +110,7 @@ class ShardWriter:
 
     def attach(self, file: Path) -> None:
         """Copy a file into the directory under its own name. The index lists it with its hash."""
+        # Its own name, so that readers find it.
         place = self._path / file.name
         shutil.copyfile(file, place)
         self._attached.append(_entry(place))
@@ -136,6 +138,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # An error inside the block removes the directory.
         if error is not None:
             self._abandon(error)
         else:
@@ -154,6 +157,7 @@ class ShardWriter:
             raise ValueError(f"these columns are {described}, the first ones were {self._columns}")
 
     def _fit_text(self, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str], rows: set[int]) -> None:
+        # One value per row in every column.
         if len(lengths := {len(keys), len(captions), len(splits), *rows}) != 1:
             raise ValueError(f"keys, captions, splits and columns differ in length: {sorted(lengths)}")
         if unknown := set(splits) - set(SPLITS):
@@ -200,6 +204,7 @@ class ShardWriter:
         self._manifest.close()
         manifest, rows = self._path / MANIFEST, sum(file.rows for file in self._files)
         _refuse_repeated_keys(manifest, rows)
+        # The index lists every file with its hash.
         index = ShardsIndex(
             rows=rows,
             splits=SplitCounts(**self._splits),
