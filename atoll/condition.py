@@ -100,14 +100,17 @@ def as_conditions(condition: Condition | Sequence[Condition]) -> tuple[Condition
 
     The only place where a bare condition is accepted for a tuple: the edge of `Ensemble`.
     """
+    # A single encoder is the usual case.
     return (condition,) if isinstance(condition, Condition) else tuple(condition)
 
 
 def select_rows(conditions: Sequence[Condition], rows: Tensor) -> tuple[Condition, ...]:
     """Return the given rows ([b] int64, or a [B] bool mask) of each condition, in their order."""
+    # Every encoder describes the same prompts, so the rows are the same.
     return tuple(condition.index(rows) for condition in conditions)
 
 
 def move_to(conditions: Sequence[Condition], device: torch.device | str | None) -> tuple[Condition, ...]:
     """Return each condition on a device."""
+    # All encoders' conditions are used together, on one device.
     return tuple(condition.to(device) for condition in conditions)

@@ -21,4 +21,5 @@ def bracket(nodes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     inside = x.clamp(nodes[0], nodes[-1])
     # The last node belongs to the last interval, at offset 1; contiguous, else searchsorted copies with a warning.
     left = (torch.searchsorted(nodes, inside.contiguous(), right=True) - 1).clamp(0, len(nodes) - 2)
+    # The position between the neighbours, in [0, 1].
     return left, (inside - nodes[left]) / (nodes[left + 1] - nodes[left])

@@ -323,7 +323,6 @@ def sample_to_file(
     if trace is not None and (trace.suffix != ".json" or not trace.parent.is_dir()):
         raise AtollError(f"{trace}: expected a file that ends in .json, in a directory that exists")
 
-    # One seed per image, counted from the first one.
     pipe = Pipeline.from_pretrained(
         ensemble, routing, alignment, strict, replicas=replicas, memory_budget=memory_budget, weights=weights
     )

@@ -115,6 +115,7 @@ class Destination:
         Raises:
             AtollError: the codec's latents have another number of channels, so they could not be decoded.
         """
+        # A wrong codec would decode noise without an error.
         if self._codec is not None and self._codec.channels != latent_shape[0]:
             raise AtollError(
                 f"codec: {self._codec.name!r} has latents of {self._codec.channels} channels, the network's have "
@@ -135,6 +136,7 @@ class Destination:
             training=TrainingRecord(mark=CONVERTED, steps=0),
             conversion=ConversionRecord(**conversion),
         )
+        # The prefix separates the network from a calibration's tensors.
         weights = {f"network.{key}": value for key, value in network.state_dict().items()}
         save_artifact(self.out, card, weights)
         return self.out
@@ -142,6 +144,7 @@ class Destination:
 
 def convert(
     source: Path,
+    # The notes of each conversion end up in the card.
     out: Path,
     kind: CheckpointKind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,

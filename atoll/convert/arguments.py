@@ -68,11 +68,13 @@ class _Data:
 
 
 def _data_of(card: ClusterShardsCard) -> _Data:
+    # The shards' card states everything that the expert must fit.
     return _Data(card.codec, card.condition, card.latent_shape, card.assignment)
 
 
 def _planned(manifest: Manifest) -> _Data:
     """Derive the data's properties from the manifest, before anything is encoded."""
+    # The codec's factor decides the size of a latent.
     codec, side = build_codec(manifest.codec), manifest.data.size
     if side % codec.factor:
         raise AtollError(f"data.size {side}: a latent pixel is {codec.factor} pixels; set a multiple of that")
@@ -124,11 +126,13 @@ def codec_of(words: str) -> dict[str, Any]:
     Raises:
         AtollError: as `frozen_network` and `build_codec` raise it.
     """
+    # The loaded codec fills in the hash of its weights.
     return build_codec(frozen_network("codec", words)).config()
 
 
 def size_of(words: str) -> ImageSize:
     """Parse "32x48", height and width, or "32", a square. Raises AtollError for anything else."""
+    # One number is a square.
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)
     if match is None:
         raise AtollError(f"--size {words!r}: expected the latent's height and width, such as 32x48, or 32")
@@ -137,6 +141,7 @@ def size_of(words: str) -> ImageSize:
 
 def summary(expert: Path) -> str:
     """Describe a converted expert in one line: its source, its objective, and how exact its modulation is."""
+    # Everything in the line is in the card.
     card = read_card(expert, ExpertCard)
     conversion, objective = card.conversion, card.objective
     if conversion is None:

@@ -144,6 +144,7 @@ def count_classes(checkpoint: Checkpoint, rows: int, classes: int | None) -> int
 
 def check_outputs(checkpoint: Checkpoint, outputs: int, patch: int, channels: int) -> None:
     """Raise AtollError unless a token has outputs for a prediction, with or without a variance."""
+    # The outputs of a token are those of its pixels.
     per_pixel = outputs / patch**2
     if per_pixel not in (channels, 2 * channels):
         raise AtollError(
@@ -261,6 +262,7 @@ def embedding(
     Raises:
         AtollError: the blocks or the patch embedding differ from config.json, or the outputs are not a prediction.
     """
+    # The taker reports all missing tensors at the end.
     taker, weights = Taker(checkpoint), dict[str, Tensor]()
     # Sizes are checked before anything of their size is computed.
     patch, channels, width = config.patch_size, config.in_channels, config.width
@@ -276,6 +278,7 @@ def embedding(
 
 def check_sizes(taker: Taker, layers: int, kernel: tuple[int, ...]) -> None:
     """Raise AtollError unless the blocks and the patch embedding [D, C, p, p] fit config.json."""
+    # A wrong config.json is noticed before any tensor is read.
     got = (taker.count("transformer_blocks"), *taker.shape("pos_embed.proj.weight", 4))
     if got != (layers, *kernel):
         raise AtollError(

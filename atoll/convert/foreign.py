@@ -82,6 +82,7 @@ def keep(
 
 def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
     """Build diffusers' network with the checkpoint's weights."""
+    # Only the classes of diffusers can be rebuilt from a config.json.
     if kind not in CLASSES:
         raise AtollError(f"{checkpoint.where}: a {kind!r} cannot be kept, only one of {', '.join(CLASSES)}: convert it")
     # Build the network on the meta device, without memory, then assign the checkpoint's tensors.
@@ -93,6 +94,7 @@ def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
     with torch.device("meta"):
         network = build_network({"name": "diffusers", "class": cls, "config": config, "pixels": pixels})
     assert isinstance(network, Foreign)
+    # The taker checks that every tensor is used, and none is missing.
     taker = Taker(checkpoint)
     taker.drop(*UNREAD)
     weights = {name: taker.take(name, *value.shape) for name, value in network.network.state_dict().items()}
@@ -103,6 +105,7 @@ def _network(checkpoint: Checkpoint, kind: str, factor: int) -> Foreign:
 
 def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
     """Return the class's arguments from config.json. Unknown keys are errors unless their value is null or false."""
+    # Without config.json the class would take its defaults, and other sizes.
     if checkpoint.config is None:
         raise AtollError(
             f"{checkpoint.where}: no config.json beside it, which tells the network's sizes; put the one that "

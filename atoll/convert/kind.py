@@ -54,6 +54,7 @@ def detect(checkpoint: Checkpoint, objective: Mapping[str, Any] | None = None) -
     Raises:
         AtollError: the kind is unknown, or several kinds are possible.
     """
+    # The layout comes first, since names are certain.
     for kind, layouts in MARKS.items():
         if any(all(mark in checkpoint.tensors for mark in marks) for marks in layouts):
             return _of_dit_layout(checkpoint, objective or {}) if kind in DIT_LAYOUT else kind
@@ -69,6 +70,7 @@ def check_kind(checkpoint: Checkpoint, kind: str) -> CheckpointKind:
     Raises:
         AtollError: the kind is unknown.
     """
+    # An unknown kind would fail later with a less helpful message.
     if kind not in KINDS:
         raise AtollError(f"unknown kind {kind!r}; expected auto or one of {', '.join(KINDS)}")
     # Only a warning: the caller may know better than the saved arguments.
@@ -87,6 +89,7 @@ def original_objective(kind: CheckpointKind, checkpoint: Checkpoint) -> dict[str
     Raises:
         AtollError: the training arguments name a path or a prediction that `Objective` cannot express.
     """
+    # The time embedder reads the range of its training.
     time_scale = TIME_SCALES[kind]
     # DiT and PixArt follow DDPM; their training scripts offer nothing else.
     if kind not in PATHS:
@@ -109,6 +112,7 @@ def original_objective(kind: CheckpointKind, checkpoint: Checkpoint) -> dict[str
 
 def predicts_velocity(checkpoint: Checkpoint) -> bool:
     """Return whether a SiT predicts a velocity, whose sign depends on the direction of time."""
+    # A SiT's script predicts velocity by default.
     return str(checkpoint.args.get("prediction", "velocity")) == "velocity"
 
 
@@ -138,6 +142,7 @@ def _of_dit_layout(checkpoint: Checkpoint, objective: Mapping[str, Any]) -> Chec
 
 def _kind_of_arguments(checkpoint: Checkpoint) -> CheckpointKind | None:
     """Detect the kind by the training arguments in the file; None if they do not determine it."""
+    # The model's name and the path are enough.
     args = checkpoint.args
     model = args.get("model")
     if "path_type" in args:
@@ -149,6 +154,7 @@ def _kind_of_arguments(checkpoint: Checkpoint) -> CheckpointKind | None:
 
 def _kind_of_name(where: str) -> CheckpointKind | None:
     """Detect the kind by the file name, such as SiT-XL-2-256x256.pt; None if it names no kind."""
+    # Only the name: directories may be called anything.
     name = PurePath(where).name
     for kind in DIT_LAYOUT[::-1]:
         if re.search(rf"(?<![a-z]){kind}(?![a-z])", name, re.IGNORECASE):
@@ -158,6 +164,7 @@ def _kind_of_name(where: str) -> CheckpointKind | None:
 
 def _no_variance(checkpoint: Checkpoint) -> str | None:
     """Explain why a checkpoint differs from DiT's default, which trains variance outputs; None if it does not."""
+    # Weights and kernel show the channels of outputs and inputs.
     weight, kernel = (checkpoint.tensors.get(n) for n in ("final_layer.linear.weight", "x_embedder.proj.weight"))
     if weight is None or kernel is None or weight.ndim != 2 or kernel.ndim != 4:
         return None  # damaged: the conversion names it

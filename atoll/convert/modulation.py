@@ -95,6 +95,7 @@ def factors(curves: Tensor) -> Tensor:
     Returns:
         Factors [b, D]: about 1 on average, mostly positive, |r| within FACTORS, and 1 for a constant channel.
     """
+    # One small matrix per channel: the products of the blocks' curves.
     gram = torch.einsum("btd,ctd->dbc", curves, curves)  # [D,b,b]
     loading = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [b,D]
     loading = torch.where(gram.diagonal(dim1=1, dim2=2).sum(1) > 0, loading, 1.0)  # [b,D]
@@ -105,6 +106,7 @@ def factors(curves: Tensor) -> Tensor:
 
 def activations(native: Native) -> Tensor:
     """Compute silu(c(t)) [T, D] in float64, at T times over the network's range and at the null class."""
+    # Float64, since the fit subtracts nearly equal curves.
     w = {name: value.double() for name, value in native.weights.items() if name.startswith("conditioner.time.")}
     times = torch.arange(TIMES, dtype=torch.float64) * (native.time_scale / (TIMES - 1))
     features = time_features(times, native.config.get("time_period", TIME_PERIOD))  # [T,256]
@@ -114,6 +116,7 @@ def activations(native: Native) -> Tensor:
 
 def _maps(native: Native, slot: int) -> tuple[Tensor, Tensor]:
     """Return the linear maps of one of the six vectors in all blocks: weights [b, D, D] and biases [b, D], float64."""
+    # Six vectors are stacked in one linear layer.
     rows = slice(slot * native.config["width"], (slot + 1) * native.config["width"])
     names = [f"blocks.{i}.modulation.linear" for i in range(native.config["depth"])]
     weight = torch.stack([native.weights[f"{name}.weight"][rows].double() for name in names])
@@ -122,6 +125,7 @@ def _maps(native: Native, slot: int) -> tuple[Tensor, Tensor]:
 
 def _absorb(weights: dict[str, Tensor], layer: str, factor: Tensor, before: bool) -> None:
     """Multiply a linear layer's columns by `factor` [D], or its rows and bias."""
+    # A factor before a layer scales its inputs, one after it its outputs.
     if before:
         weights[f"{layer}.weight"] = weights[f"{layer}.weight"] * factor
     else:

@@ -25,6 +25,7 @@ def unwrapped(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises:
         AtollError: two tensors would have the same name.
     """
+    # Inside prefixes first: they may follow any outer one.
     names = {name: INSIDE.sub("", name) for name in tensors}
     # A counter has the prefixes of the outer wrappers only, so remove prefixes and counters in turns.
     prefix = ""
@@ -45,5 +46,6 @@ def unwrapped(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 def _shared(names: Iterable[str]) -> str:
     """Return a prefix of `PREFIXES` that all names share; "" if there is none."""
+    # A prefix that only some names share is part of a name.
     names = list(names)
     return next((p for p in PREFIXES if names and all(n.startswith(p) and n != p for n in names)), "")

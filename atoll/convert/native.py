@@ -74,11 +74,13 @@ def fill(weights: dict[str, Tensor], name: str, layer: tuple[Tensor, Tensor]) ->
 
 def stacked(*layers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Concatenate linear layers of the same input to one layer, such as q, k and v."""
+    # The rows of each part stay together.
     return torch.cat([weight for weight, _ in layers]), torch.cat([bias for _, bias in layers])
 
 
 def patch_kernel(kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Convert a patch embedding's convolution [D, C, p, p] to a linear layer [D, p*p*C] in (p, p, C) order."""
+    # The native network cuts patches by reshaping, so the kernel becomes a matrix.
     return kernel.permute(0, 2, 3, 1).flatten(1), bias
 
 

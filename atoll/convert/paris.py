@@ -114,6 +114,7 @@ def _conversion(checkpoint: Checkpoint) -> ConversionRecord:
 
 def _router_file(source: Path) -> Path:
     """Find the router's weights in `source`. Raises AtollError if there are none."""
+    # Releases differ in the name of the file.
     for name in ROUTER:
         if (source / name).is_file():
             return source / name
@@ -139,6 +140,7 @@ def _experts(source: Path, clusters: int) -> list[int]:
 
 def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert an expert: return its network config and its artifact's tensors."""
+    # Heads and sizes follow from the tensors.
     taker = Taker(checkpoint)
     config = {"name": "paris", **_sizes(checkpoint, taker, heads), "states_dim": taker.shape("text_proj.weight", 2)[1]}
     return _taken(taker, config)
@@ -146,6 +148,7 @@ def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], 
 
 def _router(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert the router: return its network config and its artifact's tensors."""
+    # The last layer has one output per cluster.
     taker = Taker(checkpoint)
     clusters = taker.shape("head.4.weight", 2)[0]
     return _taken(taker, {"name": "paris-router", **_sizes(checkpoint, taker, heads), "clusters": clusters})
@@ -196,6 +199,7 @@ def _taken(taker: Taker, config: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 def _check(checkpoint: Checkpoint, network: dict[str, Any], router: dict[str, Any], width: int | None) -> None:
     """Raise AtollError unless the expert has the router's latents and reads states of the condition's width."""
+    # Experts and router evaluate the same latent.
     mine, theirs = ([config["channels"], *config["size"]] for config in (network, router))
     if mine != theirs:
         raise AtollError(f"{checkpoint.where}: its latents are {mine}, the router's {theirs}; get both from one place")

@@ -95,6 +95,7 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
 
 def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSize | None) -> None:
     """Convert the time embedder, with the constants for images of `pixels` (height, width) if it reads them."""
+    # The names of diffusers.
     name = "adaln_single.emb"
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)
@@ -111,12 +112,14 @@ def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSiz
 
 def _embedded(taker: Taker, name: str, width: int, values: Tensor) -> Tensor:
     """Evaluate an embedder of numbers on `values` [n]: [n, width]."""
+    # The embedder reads numbers as the time embedder reads times.
     hidden = F.silu(F.linear(time_features(values), *taker.linear(f"{name}.linear_1", width, TIME_FEATURES)))
     return F.linear(hidden, *taker.linear(f"{name}.linear_2", width, width))
 
 
 def _text(taker: Taker, weights: dict[str, Tensor], config: PixArt, width: int) -> dict[str, int]:
     """Convert the text's projection, or the identity if there is none. Return the config's entries for the text."""
+    # A native network projects text to its own width.
     if config.cross_attention_dim != width:
         raise AtollError(
             f"{taker.where}: cross_attention_dim {config.cross_attention_dim}, the network is {width} wide; "

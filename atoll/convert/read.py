@@ -85,6 +85,7 @@ def read_checkpoint(source: Path) -> Checkpoint:
 
 
 def _config(file: Path) -> dict[str, Any]:
+    # A list or a string has no keys.
     config = read_json(file)
     if not isinstance(config, dict):
         raise AtollError(f"{file}: holds {type(config).__name__}; expected a JSON object")
@@ -93,6 +94,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _files_of(directory: Path) -> list[Path]:
     """List the weight files in a diffusers directory, in order."""
+    # diffusers prefers the index, so the same file is read here.
     weights = weight_files(directory, STEM, "index", (".safetensors", ".bin"))
     if weights is None:
         names = ", ".join(sorted(path.name for path in directory.iterdir())[:6]) or "nothing"
@@ -177,6 +179,7 @@ def _holds_weights(file: Path, key: str, value: Any) -> bool:
 
 
 def _type_of(content: Any) -> str:
+    # A whole module would have to be rebuilt from its code.
     if isinstance(content, Opaque):
         return f"a whole {content.type_name} (save its state_dict() instead)"
     return type(content).__name__
@@ -201,12 +204,14 @@ class Taker:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        # What is left at the end is unknown to the conversion.
         self.where = checkpoint.where
         self._left = dict(checkpoint.tensors)
         self._wrong: list[str] = []
 
     def take(self, name: str, *shape: int) -> Tensor:
         """Take the tensor `name` in float32; zeros of `shape` if it is missing or of another shape."""
+        # Each tensor is taken once.
         tensor = self._left.pop(name, None)
         if tensor is not None and tensor.shape == shape and tensor.is_floating_point():
             return tensor.float()
@@ -221,6 +226,7 @@ class Taker:
         Raises:
             AtollError: it is missing, or has another number of dimensions.
         """
+        # Sizes must be known before anything else can be checked.
         tensor = self._left.get(name)
         if tensor is None or tensor.ndim != dimensions or 0 in tensor.shape:
             got = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
@@ -231,10 +237,12 @@ class Taker:
 
     def count(self, prefix: str) -> int:
         """Count the blocks `prefix.0.`, `prefix.1.`, ..."""
+        # The blocks have consecutive numbers.
         return len({name.split(".")[1] for name in self._left if name.startswith(f"{prefix}.") and name.count(".") > 1})
 
     def linear(self, name: str, out: int, into: int, bias: bool = True) -> tuple[Tensor, Tensor]:
         """Take a linear layer's weight [out, into] and bias [out]; without `bias` the bias is zero."""
+        # A layer without bias adds nothing.
         weight = self.take(f"{name}.weight", out, into)
         return weight, self.take(f"{name}.bias", out) if bias else torch.zeros(out)
 
@@ -249,6 +257,7 @@ class Taker:
 
     def done(self) -> None:
         """Raise AtollError if a taken tensor did not fit or a tensor is unused."""
+        # Unused tensors would mean a network with more parts.
         problems = self._wrong + [f"{name}: unknown" for name in sorted(self._left)]
         if problems:
             more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""

@@ -46,6 +46,7 @@ class AtollEnsemble(ModelMixin):
     """
 
     def __init__(self, path: str | os.PathLike[str], weights: WeightDtype | None = None):
+        # diffusers registers the module.
         super().__init__()  # type: ignore[no-untyped-call]
         # Load it on the CPU; diffusers moves it.
         self.path = Path(path)
@@ -102,6 +103,7 @@ class AtollEnsemble(ModelMixin):
             guidance_scale: as in `Ensemble.velocity`.
             guidance_range: likewise.
         """
+        # The sampler may have other options than the ensemble itself.
         return sampler.velocity(
             x, t, guidance_scale=guidance_scale, guidance_range=guidance_range, prompt_cache=prompt_cache
         )
@@ -143,6 +145,7 @@ class AtollEnsemble(ModelMixin):
         Raises:
             AtollError: a part is gone or has changed since it was loaded, frozen weights that are pickled, a full disk.
         """
+        # A copy that fails leaves no half directory.
         with whole_directory(Path(save_directory)) as directory:
             if isinstance(self.loaded.card, EnsembleCard):
                 self._copy_ensemble(self.loaded.card, directory)
@@ -166,6 +169,7 @@ class AtollEnsemble(ModelMixin):
             _copy_part(self.path / old.url, directory / new.url)
             if sha256_file(directory / new.url / CARD) != old.sha256:
                 raise AtollError(f"{self.path / old.url / CARD}: was changed since it was loaded; load it again")
+        # Stackings are part of the ensemble, not of an expert.
         if card.stackings is not None:
             _copy_file(self.path / card.stackings.file, directory / STACKINGS)
             changes["stackings"] = card.stackings.model_copy(update={"file": STACKINGS})
@@ -173,6 +177,7 @@ class AtollEnsemble(ModelMixin):
 
     def _copy_frozen(self, directory: Path) -> None:
         """Copy the weights of the text encoders and the codec, each to a directory with the last part of its name."""
+        # The codec's weights may be in the same repository as a text encoder's.
         configs = (self.loaded.codec.config(), *self.loaded.encoder.configs())
         names = dict[str, str]()
         for config in (config for config in configs if "weights" in config):
@@ -210,6 +215,7 @@ def _copy_part(source: Path, directory: Path) -> None:
 
 def _copy_file(source: Path, target: Path) -> None:
     """Copy a file that was there when the ensemble was loaded."""
+    # A deleted file would leave a directory that cannot be loaded.
     if not source.is_file():
         raise AtollError(f"{source}: is gone since it was loaded; put it back, or load the ensemble again")
     shutil.copyfile(source, target)

@@ -76,6 +76,7 @@ class AtollPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(ensemble=ensemble, scheduler=scheduler)  # type: ignore[no-untyped-call]
         self.register_to_config(routing=routing, alignment=alignment, replicas=replicas)  # type: ignore[no-untyped-call]
+        # A callback may set it to end the sampling.
         self._interrupt = False
         self._sampled, self._sampler = ensemble, self._new_sampler()  # unknown options raise here
 
@@ -109,11 +110,14 @@ class AtollPipeline(DiffusionPipeline):
         # The ensemble, unless it is given.
         dtypes = [options.pop(name) for name in ("torch_dtype", "dtype") if name in options]
         if "ensemble" not in options:
+            # A saved pipeline has the ensemble in a directory of its own.
             options["ensemble"] = AtollEnsemble.from_pretrained(path / ENSEMBLE if saved else path, *dtypes[:1])
         elif dtypes:
             raise AtollError("an ensemble and a dtype were both given; expected one of them: the ensemble has a dtype")
+        # A new pipeline has the default scheduler.
         if not saved:
             return cls(**{"scheduler": FlowMatchEulerDiscreteScheduler(), **options})
+        # diffusers reads the index and loads the scheduler.
         with quiet("diffusers"):
             try:
                 return super().from_pretrained(str(path), **options)
@@ -232,6 +236,7 @@ class AtollPipeline(DiffusionPipeline):
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         """Return latents [B, C, H, W] as images of `output_type`."""
+        # Latents need no codec.
         if output_type == "latent":
             return x
         # The codec's images; diffusers' output types differ in the axis of the channels.
@@ -273,6 +278,7 @@ class AtollPipeline(DiffusionPipeline):
 
     def _new_sampler(self) -> Sampler:
         """Return a sampler of the component under the pipeline's own options."""
+        # The options are in the config, so that they are saved with the pipeline.
         return self.ensemble.sampler(self.config.routing, self.config.alignment, self.config.replicas)
 
     def _current_sampler(self) -> Sampler:
@@ -285,6 +291,7 @@ class AtollPipeline(DiffusionPipeline):
 
 def _texts(name: str, value: str | Sequence[str]) -> list[str]:
     """Return a prompt argument as a list of texts."""
+    # A single string is one prompt.
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
         raise AtollError(f"{name} is {value!r:.60}; expected a string, or a list of at least one")
@@ -293,6 +300,7 @@ def _texts(name: str, value: str | Sequence[str]) -> list[str]:
 
 def _check(steps: int, scale: float, images: int, output_type: str, inputs: Sequence[str]) -> None:
     """Raise AtollError for an argument of another type or outside its range."""
+    # Each argument is checked before any network runs.
     if not isinstance(scale, int | float) or not isfinite(scale):
         raise AtollError(f"guidance_scale is {scale!r}; expected a number")
     for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", images)):
@@ -311,6 +319,7 @@ def _initial(
     device: torch.device,
 ) -> Tensor:
     """Return x at t = 1: the given latents, or noise; with several generators, each row from its own."""
+    # A caller's latents replace the noise.
     if latents is not None:
         return _checked_latents(latents, shape, device)
     # One generator per image makes an image independent of the others.
@@ -324,6 +333,7 @@ def _initial(
 
 def _checked_latents(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return a user's latents in float32, the dtype of the integration."""
+    # Another shape would fail deep inside the networks.
     if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
         got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise AtollError(f"latents are {got}; expected a tensor {list(shape)}")
@@ -332,6 +342,7 @@ def _checked_latents(latents: Tensor, shape: tuple[int, ...], device: torch.devi
 
 def _replaced(x: Tensor, returned: Any) -> Tensor:
     """Return x, or the latents that a callback returned in its place."""
+    # A callback that forgets to return would replace x by None.
     if not isinstance(returned, dict):
         raise AtollError(f"callback_on_step_end returned a {type(returned).__name__}; expected a dictionary")
     return _checked_latents(returned.get("latents", x), tuple(x.shape), x.device)

@@ -67,5 +67,6 @@ def flow_sigmas(scheduler: Any, steps: int, device: torch.device | str = "cpu") 
         raise AtollError(f"{name} stops in noise, at sigma {float(sigmas[-1]):.3g}; set its final_sigmas_type='zero'")
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # otherwise it looks up the first timestep, among rounded ones
+    # The last sigma is 0, where nothing is evaluated.
     output: Tensor = sigmas[:-1].to(device)
     return output

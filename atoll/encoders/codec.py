@@ -85,15 +85,18 @@ class PixelCodec(Codec):
     factor = 1
 
     def __init__(self, channels: Literal[1, 3] = 1, shift: float = 0.0, scale: float = 1.0):
+        # Validated like a manifest's, also if created directly.
         self._config = PixelConfig(channels=channels, shift=shift, scale=scale)
         self.channels = self.image_channels = channels
 
     def encode(self, images: Tensor) -> Tensor:
+        # A grey codec would broadcast over colour channels.
         if images.shape[-3] != self.channels:
             raise AtollError(
                 f"the images have {images.shape[-3]} channels, the codec 'pixels' is set to {self.channels}: "
                 f"set codec.channels to {images.shape[-3]}"
             )
+        # Images are in [0, 1]; standardised data are centred at 0.
         return (2 * images - 1 - self._config.shift) * self._config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -180,6 +183,7 @@ class NetworkCodec(Codec):
     """
 
     def __init__(self, config: CodecNetworkConfig, autoencoder: Autoencoder):
+        # The sizes are those of the loaded network, not of the config.
         self.name = config.name
         self.channels, self.factor = autoencoder.channels, autoencoder.factor
         self.image_channels = autoencoder.image_channels
@@ -217,9 +221,11 @@ class NetworkCodec(Codec):
         return self._run(self._autoencoder.decode, z, pixels).clamp(0, 1)
 
     def config(self) -> dict[str, Any]:
+        # The name comes first in every card.
         return {"name": self.name, **self._config.model_dump(mode="json", exclude={"name"})}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        # The network decides the dtype; latents are returned in float32.
         self._autoencoder.network.to(device, dtype)
         return self
 
@@ -248,6 +254,7 @@ class NetworkCodec(Codec):
 
 def _load_diffusers(config: KLConfig | TinyConfig) -> Autoencoder:
     """Load an AutoencoderKL or AutoencoderTiny, both for images in [-1, 1]."""
+    # The subfolder is where a whole pipeline keeps its codec.
     directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
     # Check the hash before anything is loaded.
     sha256 = sha256_files(pretrained_files(directory, "diffusion_pytorch_model"))
@@ -303,6 +310,7 @@ def _load_taef2(config: TAEF2Config) -> Autoencoder:
 
 def _either(directory: Path, stem: str) -> Path:
     """Return the .safetensors or the .pth file of this stem."""
+    # safetensors first: reading it needs no unpickling.
     for file in (directory / f"{stem}.safetensors", directory / f"{stem}.pth"):
         if file.is_file():
             return file
@@ -319,6 +327,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and safetensors errors: whatever a damaged file makes the readers raise
         raise AtollError(f"{file}: {advice(file, error)}") from None
+    # A pickle may hold a whole module instead of its tensors.
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise AtollError(
             f"{file}: holds no dictionary of tensors; expected the encoder or decoder that taesd publishes"

@@ -121,6 +121,7 @@ class Pixels(Feature):
         self.size, self.dim = size, 3 * size * size
 
     def __call__(self, images: Tensor) -> Tensor:
+        # Smooth downscaling, so that the vector is the coarse image.
         return resize(rgb(images.float(), self.name), self.size).flatten(1)
 
     def config(self) -> dict[str, Any]:
@@ -193,6 +194,7 @@ class NetworkFeature(Feature):
     """A network's vector of an image: the shorter side is resized to `size`, and the centre is cropped."""
 
     def __init__(self, config: FeatureNetworkConfig, backbone: Backbone):
+        # The backbone's size, since the config may leave it open.
         self.name, self.dim, self.size = config.name, backbone.dim, backbone.size
         # Transformers run in 16 bits everywhere; the vector of MobileNetV2, with its 8-bit weights, changes by a fifth.
         self.takes_bf16 = config.name in ("dinov2", "clip-image")
@@ -201,6 +203,7 @@ class NetworkFeature(Feature):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        # The vector is float32 whatever the network computes in.
         return self._backbone.vector(self._input(resize(images.float(), self.size))).float()
 
     @torch.no_grad()
@@ -212,6 +215,7 @@ class NetworkFeature(Feature):
         Raises:
             AtollError: another feature, or images smaller than 17 pixels.
         """
+        # Only SqueezeNet has layers that a perceptual distance is calibrated for.
         network = self._backbone.network
         if not isinstance(network, squeezenet.SqueezeNet):
             raise AtollError(f"the feature {self.name!r} has no taps; use 'squeezenet'")
@@ -299,6 +303,7 @@ def _load_npz(config: MobileNetConfig | SqueezeNetConfig) -> Backbone:
 
 def _pretrained(config: PretrainedConfig, name: str) -> tuple[Path, str]:
     """Return the directory of a transformers network, and its sha256, checked against the config's if it has one."""
+    # A pipeline's repository has each network in a subfolder.
     directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
     sha256 = sha256_files(pretrained_files(directory, "model"))
     require_sha256(f"feature {name!r}", directory, sha256, config.sha256)
@@ -315,6 +320,7 @@ def rgb(images: Tensor, feature: str) -> Tensor:
     Raises:
         AtollError: another number of channels.
     """
+    # An alpha channel has no meaning for a feature.
     if images.shape[1] not in (1, 3):
         raise AtollError(f"the feature {feature!r} takes images of 1 or 3 channels; got {images.shape[1]}")
     return images.expand(-1, 3, -1, -1)

@@ -83,6 +83,7 @@ def _forms(directory: Path, stem: str, end: str) -> dict[str | None, dict[Form, 
 
 def _read(directory: Path, forms: dict[Form, Path], variant: str | None, first: Form) -> WeightFiles:
     """The files of the form that is read."""
+    # Each library prefers one of the forms.
     second: Form = "whole" if first == "index" else "index"
     form, other = (first, forms.get(second)) if first in forms else (second, None)
     if form == "whole":

@@ -82,11 +82,13 @@ def parse_config(kind: str, known: Mapping[str, type[Model]], config: Mapping[st
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return `config` without the place of the weights: two networks are the same if their identities are equal."""
+    # The same weights may be in different places on different machines.
     return {key: value for key, value in config.items() if key not in _LOCATION}
 
 
 def same(one: object, other: object) -> bool:
     """Whether two entries of cards are equal; configs of networks are compared by their identities."""
+    # Other entries, such as shapes, are compared as they are.
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return identity(one) == identity(other)
     return one == other
@@ -94,6 +96,7 @@ def same(one: object, other: object) -> bool:
 
 def unset_variable(path: str) -> str | None:
     """Return the first "$NAME" in an expanded path, whose environment variable is not set; None if there is none."""
+    # Variables that are set were expanded before, so a remaining one is not set.
     match = re.search(r"\$\w+|\$\{\w+\}", path)
     return match.group() if match else None
 
@@ -101,6 +104,7 @@ def unset_variable(path: str) -> str | None:
 @contextmanager
 def also_found_in(directory: Path) -> Iterator[None]:
     """Let `find_weights` also search this directory, if it exists, before $ATOLL_WEIGHTS, while the block runs."""
+    # A context variable: concurrent threads have their own directory.
     token = _ALSO_IN.set(directory if directory.is_dir() else None)
     try:
         yield
@@ -171,6 +175,7 @@ def sha256_weights(path: Path, files: Sequence[str] | None = None) -> str:
     Raises:
         AtollError: a file is missing or cannot be read.
     """
+    # A single file has the hash that its publisher states.
     try:
         if path.is_file():
             return sha256_file(path)
@@ -191,6 +196,7 @@ def sha256_files(files: Mapping[str, Path]) -> str:
 
 def require_sha256(name: str, path: Path, actual: str, expected: str | None) -> None:
     """Raise AtollError unless the hash of the weights is that of the config, if it has one."""
+    # A config without a hash accepts any weights.
     if expected is not None and actual != expected:
         raise AtollError(
             f"{name}: the weights at {path} have sha256 {actual[:16]}..., the config expects {expected[:16]}...; "
@@ -275,6 +281,7 @@ def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exce
         if content_of(file) != "safetensors" or is_cut_off(file):
             return f"{file}: {advice(file, error)}"
     reason = f"{directory}: cannot be loaded by {library} ({_line(error)})"
+    # An error of an import names the package that is absent.
     if isinstance(error, ImportError):
         return f"{reason}; install what it names"
     if is_out_of_memory(error):
@@ -284,6 +291,7 @@ def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exce
 
 def freeze(network: NetworkT) -> NetworkT:
     """Put the network into evaluation mode without gradients, convolutions in channels_last, faster also on CPUs."""
+    # Frozen networks are never trained.
     network.eval().requires_grad_(False)
     for parameter in network.parameters():
         if parameter.ndim == 4:
@@ -294,6 +302,7 @@ def freeze(network: NetworkT) -> NetworkT:
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises AtollError if the file holds anything else."""
     content = read_json(path)
+    # Other JSON has no keys to read.
     if not isinstance(content, dict):
         raise AtollError(
             f"{path}: holds {type(content).__name__}, expected a JSON object; get it from where its weights come from"

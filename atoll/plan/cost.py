@@ -49,6 +49,7 @@ class DiTSizes:
     @staticmethod
     def from_config(config: Mapping[str, Any], tokens: int) -> "DiTSizes":
         """From a DiT's configuration, as cards hold it, and the text tokens of a caption."""
+        # The caption's tokens are not part of a network's configuration.
         names = [name for name in DiTSizes.__dataclass_fields__ if name != "tokens"]
         known = {name: config[name] for name in names if name in config}
         return DiTSizes(**{"mlp_ratio": 4.0, **known, "size": tuple(config["size"]), "tokens": tokens})
@@ -80,6 +81,7 @@ def _linear(inputs: int, outputs: int) -> int:
 
 def tables(n: DiTSizes) -> int:
     """Parameters of the modulation's tables: no matrices, so autocast does not copy them to bf16."""
+    # A table per block if the modulation is shared, otherwise each block has a matrix.
     blocks = 6 * n.depth if n.modulation == "single" else 0
     return (blocks + (2 if n.final_modulation == "single" else 0)) * n.width
 
@@ -125,6 +127,7 @@ def training_flops(n: DiTSizes, checkpointing: Checkpointing = "none") -> int:
 
     Selective checkpointing recomputes no matrix product.
     """
+    # A backward pass computes two products for each one of the forward pass.
     return forward_flops(n) * (4 if checkpointing == "full" else 3)
 
 
@@ -163,6 +166,7 @@ def _modulated(n: DiTSizes, r: Rules, compiled: bool) -> int:
 
     If compiled, the backward kernel computes the normed x again from x.
     """
+    # Compiled, the normed x is computed again and not saved.
     large = n.image_tokens * n.width * ((1 if compiled else 2) * r.norm + r.compute)
     return large + 2 * n.image_tokens * r.norm + n.width * r.norm
 
@@ -199,6 +203,7 @@ def activation_bytes(n: DiTSizes, r: Rules, checkpointing: Checkpointing = "none
     N, T, D = n.image_tokens, n.tokens, n.width
     # The blocks: saved tensors, and the one block that is being computed again.
     one_block = block_bytes(n, r, compiled)
+    # Each choice of checkpointing saves other tensors of a block.
     blocks = {
         "none": n.depth * one_block,
         "selective": (n.depth - 1) * _selective_bytes(n, r) + max(one_block, _selective_bytes(n, r)),
@@ -236,6 +241,7 @@ class RouterSizes:
 
 
 def router_parameters(n: RouterSizes) -> int:
+    # The router's layers have the names of a DiT's.
     """Parameters of `atoll.nn.router.Router`, exactly."""
     # As `parameters`, without cross-attention and with a CLS token and a head.
     D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"

@@ -47,6 +47,7 @@ class Switches:
     @property
     def departures(self) -> int:
         """Distance from plain training: how much the switches change the numbers and the machine."""
+        # Checkpointing changes no number, a coarser state does, so it counts double.
         state = _PLAIN_FIRST.index(self.optimizer_state)
         return 2 * state + (self.ema_device == "cpu") + get_args(Checkpointing).index(self.checkpointing)
 
@@ -74,6 +75,7 @@ LADDER = (
 
 def all_switches(compiles: bool = True) -> Iterator[Switches]:
     """Yield every combination; without `compiles` only those of eager training."""
+    # The checkpointing and the state come from their types, so a new value joins the search.
     choices = get_args(Checkpointing), STATES, get_args(EmaDevice)
     for checkpointing, state, ema in product(*choices):
         for compile in (True, False) if compiles else (False,):
@@ -98,6 +100,7 @@ def largest_batch(network: DiTSizes, rules: Rules, switches: Switches, memory: f
 
 def smallest_memory(network: DiTSizes, rules: Rules) -> float:
     """Bytes below which no combination of switches fits a single sample."""
+    # The most economical combination decides.
     return min(needed_bytes(network, rules, switches, 1) for switches in all_switches())
 
 
@@ -141,6 +144,7 @@ def step_seconds(
 
 def accumulation(batch: int, largest: int) -> int:
     """The fewest equal parts of `batch` with at most `largest` samples each."""
+    # Equal parts only: the mean over unequal ones would not be the batch's mean.
     return next(parts for parts in range(1, batch + 1) if batch % parts == 0 and batch // parts <= largest)
 
 
@@ -169,4 +173,5 @@ def fastest(
 
 def _preference(fit: Fit) -> tuple[float, int, int]:
     """The sort key. Seconds count to three digits: the estimates are no better than that."""
+    # Rounded, so that a difference below the estimates' error does not decide.
     return float(f"{fit.step_seconds:.2e}"), fit.switches.departures, fit.accumulate

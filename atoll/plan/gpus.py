@@ -30,6 +30,7 @@ class GPU:
 
 
 def _gpu(name: str, gigabytes: float, tflops: float, fp32: float, usd: float | None, mfu: float) -> GPU:
+    # The tables are in decimal gigabytes, as vendors state them.
     return GPU(name, gigabytes * 1e9, tflops, fp32, usd, mfu)
 
 

@@ -57,11 +57,13 @@ class IslandSettings(BaseModel):
     @field_validator("name", "gpu", mode="before")
     @classmethod
     def _text(cls, value: object) -> object:
+        # A name in quotes and a number in YAML mean the same GPU.
         return str(value) if isinstance(value, int) else value  # YAML reads 4090 as a number
 
     @field_validator("experts", mode="before")
     @classmethod
     def _texts(cls, value: object) -> object:
+        # One expert may be named without a list.
         if isinstance(value, int) or (isinstance(value, str) and value != "any"):
             value = [value]
         return [str(item) for item in value] if isinstance(value, list | tuple) else value
@@ -100,6 +102,7 @@ def load_islands(file: Path) -> tuple[IslandSettings, ...]:
 
 
 def _problem(error: ValidationError) -> str:
+    # The first problem is enough: later ones often follow from it.
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -131,6 +134,7 @@ class SimulatedIsland:
     images_per_s: Mapping[str, float]
 
     def download_hours(self, work: Work) -> float:
+        # Without a stated bandwidth, downloads are not counted.
         rate = self.settings.download_mbit
         return 0.0 if rate is None else work.download * 8 / (rate * 1e6) / 3600
 
@@ -140,6 +144,7 @@ class SimulatedIsland:
 
     def calendar_hours(self, running: float) -> float:
         """Calendar hours of `running` machine hours; the machine runs the first hours_per_day of every day."""
+        # The machine is off for the rest of each day, except the last one.
         per_day = self.settings.hours_per_day
         nights = max(0, math.ceil(running / per_day) - 1)
         return running + nights * (DAY - per_day)
@@ -206,12 +211,14 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
     """
     # Draw the island's luck: its speed, and its first failure.
     s = island.settings
+    # Failures and dropouts are one Poisson process, told apart afterwards.
     rate = s.failures_per_day + s.dropouts_per_day  # per DAY hours of training
     speed = 1 / (1 + s.slowdown * abs(chance.gauss(0, 1)))
     next_failure = chance.expovariate(rate) * DAY if rate else float("inf")  # in hours of training from the start
     clock = hours = away = trained = lost = 0.0  # clock: hours of training
     failures = dropouts = 0
     for work in works:
+        # A slow island trains fewer images an hour.
         per_hour = island.images_per_s[work.name] * speed * 3600
         hours += island.download_hours(work)
         done = 0.0
@@ -237,6 +244,7 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
         # The rest of the expert, undisturbed.
         rest = work.images - done
         clock, hours, trained = clock + rest / per_hour, hours + rest / per_hour, trained + rest
+    # Waiting for a replacement takes whole days, also outside the machine's hours.
     days = (island.calendar_hours(hours) + away) / DAY if works else 0.0
     return Outcome(days, hours, trained, lost, failures, dropouts)
 
@@ -284,6 +292,7 @@ def simulate(
     Raises:
         AtollError: an expert without an island, or an island without progress.
     """
+    # A fixed assignment makes two simulations comparable.
     assignment = assignment or assign(works, islands)
     names = [island.settings.name for island in islands]
     # One random generator for each island and trial: what one island draws does not change another's luck.
@@ -299,6 +308,7 @@ def simulate(
     offered = [sum(end * hours for hours in per_day) for end in ends]
     used = [sum(outcome.hours for outcome in run) for run in runs]
     every = [outcome for run in runs for outcome in run]
+    # Medians and means over the trials.
     return Simulation(
         trials=trials,
         seed=seed,

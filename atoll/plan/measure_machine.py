@@ -26,6 +26,7 @@ def on_cpu() -> bool:
     """Whether a training here runs on the CPU."""
     from atoll.runtime.device import best_device
 
+    # The same choice as training makes.
     return best_device().type == "cpu"
 
 
@@ -33,6 +34,7 @@ def uses_bf16(precision: str = "auto") -> bool:
     """Whether a training here with this `train.precision` multiplies in bf16."""
     from atoll.runtime.device import best_device, has_bf16
 
+    # "auto" depends on the hardware alone.
     return has_bf16(best_device()) if precision == "auto" else precision == "bf16"
 
 
@@ -40,6 +42,7 @@ def memory_here() -> float:
     """Bytes of the GPU's memory, or of the machine's if there is no GPU."""
     import torch
 
+    # A plan needs memory of the device that trains.
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -61,6 +64,7 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
     # Matrices large enough to reach the ceiling.
     device, dtype = best_device(), torch.bfloat16 if uses_bf16(precision) else torch.float32
     size = size or (8192 if device.type == "cuda" else 1024)
+    # The number of threads is global to the process, so it is restored.
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -78,6 +82,7 @@ def measured_flops(threads: int = 1, precision: str = "auto", size: int | None =
             rounds += 1
     finally:
         torch.set_num_threads(before)
+    # Two FLOP for each multiplication of the product.
     return 2 * size**3 / best
 
 
@@ -97,6 +102,7 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
     from atoll.nn import build_network
     from atoll.runtime.device import best_device
 
+    # The same steps as training, on random data.
     device = best_device()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -127,6 +133,7 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
             times.append(clock() - start)
             if len(times) == 2:
                 end = time.monotonic() + seconds
+        # The first two steps warm up kernels and caches.
         ordered = sorted(times[2:])
     finally:
         torch.set_num_threads(before)
@@ -168,6 +175,7 @@ class Comparison:
         return self.measured_seconds / self.predicted_seconds
 
     def as_json(self) -> dict[str, Any]:
+        # The ratio is derived, so asdict leaves it out.
         """Plain values."""
         return {**asdict(self), "ratio": self.ratio}
 
@@ -182,6 +190,7 @@ def compare(card: "ExpertCard", tokens: int, flops: float, mfu: float) -> Compar
     Raises:
         AtollError: the card does not say how long the training took.
     """
+    # A converted expert has a card without training.
     name, training = card.name, card.training
     try:
         if training is None or training.settings is None or training.seconds is None:
@@ -194,6 +203,7 @@ def compare(card: "ExpertCard", tokens: int, flops: float, mfu: float) -> Compar
         ) from None
     if seconds <= 0:
         raise AtollError(f"expert {name}: its card says it was trained in {seconds:g} s; nothing to compare")
+    # The work in FLOP, from the formula that the plan uses.
     work = steps * batch * training_flops(network)
     return Comparison(name, steps, steps * batch, work / (flops * mfu), seconds, flops, work / seconds / flops)
 
@@ -210,6 +220,7 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
     from atoll.storage.artifact import CARD, read_card
     from atoll.storage.cards import ExpertCard
 
+    # Only experts: the router is too small to measure the machine.
     experts = RunLayout(run).experts
     cards = [read_card(file.parent, ExpertCard) for file in sorted(experts.glob(f"*/{CARD}"))]
     cards = [card for card in cards if card.conversion is None]  # of those that were converted and no more

@@ -153,6 +153,7 @@ def plan(
             )
     # Time and price on each GPU.
     machines = tuple(_machine(gpu, mfu, manifest, experts, router) for gpu in gpus or [GPUS[name] for name in SHOWN])
+    # Without the number of images the size of a download is unknown.
     download = cluster_bytes(manifest, latent, images) if images else None
     return Plan(
         name=manifest.name,
@@ -187,6 +188,7 @@ def plan_run(
     Raises:
         AtollError: an unknown recipe or GPU, a fraction out of range, and what `plan` raises.
     """
+    # Arguments are checked before the manifest is read.
     if mfu is not None and not 0 < mfu <= 1:
         raise AtollError(f"--mfu {mfu:g}: expected a fraction of the GPU's speed, above 0 and at most 1")
     if images is not None and images < 1:
@@ -207,14 +209,17 @@ def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -
     """This machine as a GPU: its ceiling, and the fraction that steps of the run's first expert reach."""
     from atoll.plan.measure_machine import memory_here, on_cpu, speed_here
 
+    # The first expert represents all: MFU depends little on the network.
     text, train = text or text_of(manifest.condition), manifest.train_of(manifest.experts[0])
     network = network_of(manifest, manifest.experts[0], latent, text)
     speed = speed_here(network, train.batch, train.threads, train.precision)
+    # The ceiling stands for both precisions, since it was measured in the recipe's.
     ceiling = speed.flops / 1e12
     return GPU("here", memory_here(), ceiling, ceiling, mfu=speed.mfu, compiles=False, cpu=on_cpu())
 
 
 def _rules(precision: str, cpu: bool = False) -> Rules:
+    # A device saves other tensors in each precision.
     if precision == "fp32":
         return FP32
     return CPU_BF16 if cpu else CUDA_BF16
@@ -224,6 +229,7 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
     part = manifest.experts[index]
     train: TrainSettings = manifest.train_of(part)
     network, rules = network_of(manifest, part, latent, text), _rules(train.precision)
+    # The recipe's own switches, to compare with the planner's choice.
     switches, accumulate = switches_of(train)
     return PlannedExpert(
         name=part.full_name,
@@ -245,12 +251,14 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
 
 
 def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> PlannedRouter:
+    # A training step costs three forward passes.
     network, train = router_of(manifest, latent, text), manifest.train_of(manifest.router)
     return PlannedRouter(router_parameters(network), 3 * router_flops(network), train.steps * train.batch)
 
 
 def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
     """FLOP/s of training on a GPU; None if its speed is unknown."""
+    # Consumer GPUs multiply float32 at another speed than bf16.
     peak = gpu.fp32_tflops if precision == "fp32" else gpu.tflops
     return peak * 1e12 * (mfu or gpu.mfu) if peak else None
 
@@ -266,6 +274,7 @@ def _machine(
     fits = {
         e.name: fastest(e.network, rules, e.batch, gpu.memory, flops or GUESSED_FLOPS, gpu.compiles) for e in experts
     }
+    # Experts that do not fit have no speed, and no days.
     speed = {e.name: e.batch / fit.step_seconds for e in experts if flops and (fit := fits[e.name])}
     days = {e.name: e.images / speed[e.name] / SECONDS_PER_DAY for e in experts if e.name in speed}
     # Days of one GPU, for the router and in all.
@@ -291,6 +300,7 @@ def _batches(
     distinct: dict[DiTSizes, str] = {}
     for expert in experts:
         distinct.setdefault(expert.network, expert.name)
+    # The named GPUs join the usual columns.
     memories = sorted({*MEMORIES, *more})
     return {
         name: {str(s): {memory: largest_batch(network, rules, s, memory) for memory in memories} for s in LADDER}
@@ -308,6 +318,7 @@ def _simulation(
     seed: int,
 ) -> Simulation:
     """Simulate the collective: which islands may train which experts, and how fast."""
+    # A checkpoint at least once per expert.
     works = [Work(e.name, e.images, min(e.images, e.checkpoint_every * e.batch), download) for e in experts]
     # Which experts may each island train, and how fast?
     clusters = {part.full_name: str(part.cluster) for part in manifest.experts}

@@ -32,6 +32,7 @@ def parse_text(words: str) -> Text:
     Raises:
         AtollError: anything else.
     """
+    # Both sizes have a bound, so that no plan computes with absurd ones.
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", words)
     if match is None:
         raise AtollError(f"--text {words!r}: expected tokens and width of a caption, such as 77x768 (or 77x768x768)")
@@ -42,6 +43,7 @@ def _local_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json beside weights on this machine; empty if there is none."""
     from atoll.storage.artifact import read_json  # imports torch
 
+    # A repository of the hub is not on this machine, and nothing is downloaded for a plan.
     place = os.path.expanduser(os.path.expandvars(str(config.get("weights", ""))))
     file = Path(place) / str(config.get("subfolder", "")) / "config.json"
     return read_json(file) if place and file.is_file() else {}
@@ -80,6 +82,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
 
 
 def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
+    # The size of a latent follows from the codec.
     """(C, H, W) of the latents of a run whose images are `data.size` pixels a side.
 
     Raises:
@@ -120,6 +123,7 @@ def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int,
 
 def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> RouterSizes:
     """The run's router."""
+    # The router sees the latent itself, without text states.
     settings, (channels, height, width) = manifest.router.network, latent
     return RouterSizes(
         size=(height, width),
@@ -136,6 +140,7 @@ def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> R
 
 def switches_of(train: TrainSettings) -> tuple[Switches, int]:
     """The recipe's switches and its gradient accumulation."""
+    # The names agree with those of `train` in atoll.yaml.
     names = ("checkpointing", "optimizer_state", "ema_device", "compile")
     return Switches(**{name: getattr(train, name) for name in names}), train.accumulate
 
@@ -157,6 +162,7 @@ def encoded(run: Path) -> Encoded | None:
     from atoll.storage.artifact import read_json
     from atoll.storage.shards import INDEX
 
+    # A run that is still encoding has no index.
     index = RunLayout(run).encoded / INDEX
     if not index.is_file():
         return None

@@ -68,6 +68,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
     """A table whose first column is text; the others are numbers."""
     from rich.table import Table
 
+    # Numbers to the right, so that digits align.
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left", no_wrap=not number, overflow="fold")
@@ -76,6 +77,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
 
 def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
     """Experts of equal cost, once: ("8 experts" or the one's name, the first of them)."""
+    # Replicas and experts of one size are equal in cost.
     same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
         same.setdefault((e.network, e.steps, e.batch), []).append(e)
@@ -122,6 +124,7 @@ def _batches(plan: Plan) -> list[Any]:
 
     parts: list[Any] = []
     for name, ladder in plan.batches.items():
+        # All rows have the same memories.
         memories = list(next(iter(ladder.values())))
         title = "Largest batch at a time" + (f", network of {name}" if len(plan.batches) > 1 else "")
         table = _table(title, ("switches", *(_bytes(memory) for memory in memories)))
@@ -184,9 +187,11 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
 
 def _data(plan: Plan) -> str:
     if plan.images is None or plan.download_bytes is None:
+        # Bits per second: networks are stated in them.
         return "Download: state the number of images with --images."
     # How often each image is seen, over all experts.
     epochs = sum(e.images for e in plan.experts) / plan.images
+    # An island returns float32 weights of one expert.
     weights = 4 * max(e.parameters for e in plan.experts)
     return (
         f"Data: {plan.images:,} images, seen {_plain(epochs)} times; an island downloads "
@@ -215,6 +220,7 @@ def _islands(plan: Plan) -> "Table":
     assert s is not None
     table = _table("Islands", ("island", "hours a day", "machine hours", "done, days", "is the last", "experts"))
     table.columns[-1].justify = "left"
+    # An expert's name begins with its cluster.
     clusters = {name.partition("-")[0] for names in s.assignment.values() for name in names}
     alone = len(clusters) == sum(map(len, s.assignment.values()))  # no replicas: the cluster's number is enough
     for island in plan.islands:

@@ -44,7 +44,6 @@ def measure_calibration(
     Returns:
         The slopes, and the mean squared errors of x0 with and without them.
     """
-    # A cluster's mean over all its training rows is more precise than that of these latents.
     mean = latents.mean(0) if mean is None else mean.to(latents)
     log_snr = PATH.log_snr(torch.tensor(NODES, dtype=torch.float64))
     sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per latent value
@@ -54,7 +53,6 @@ def measure_calibration(
         for start in range(0, samples, batch):
             count = min(batch, samples - start)
             rows = torch.arange(start, start + count) % len(latents)
-            # Each batch of each node has a seed, so the curve is reproducible.
             g = seeded(seed, node * samples + start, Stream.CALIBRATION)
             x0 = latents[rows]
             eps = torch.randn(x0.shape, generator=g, dtype=x0.dtype)
@@ -62,24 +60,19 @@ def measure_calibration(
             x = PATH.diffuse(x0, eps, t)
             rows_condition = None if condition is None else condition.index(rows)
 
-            # The default binds this batch's condition, not the one of a later iteration.
             def predict(x: Tensor, time: Tensor, condition: Condition | None = rows_condition) -> Tensor:
                 return network(x, time, condition)
 
-            # Without a correction: the slope is fitted to the raw estimate.
             estimate = (snr_x0_eps(predict, objective, x, t, identity)[0] - mean).double()
             truth = (x0 - mean).double()
             products = torch.stack([estimate * estimate, estimate * truth, truth * truth])
             sums[node] += products.flatten(1).sum(1) / (samples * mean.numel())
-    # The slope that minimises the squared error, from the three products.
     hat_hat, hat_true, true_true = sums.unbind(1)
     # A correction may shrink an estimate: a slope above 1 would amplify it, one below 0 would reverse it.
     slope = (hat_true / hat_hat.clamp(min=1e-12)).clamp(0, 1)
-    # Calibrations are stored by increasing log-SNR.
     order = log_snr.argsort()
     return Calibration(
         mean=mean,
-        # The error of the corrected estimate, expanded in the products.
         log_snr=log_snr[order],
         slope=slope[order],
         x0_mse=(true_true - 2 * slope * hat_true + slope**2 * hat_hat)[order],

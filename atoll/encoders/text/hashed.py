@@ -64,6 +64,7 @@ class HashEncoder(TextEncoder):
         return Condition(states, tokens.mask, pooled)
 
     def truncated_text(self, caption: str) -> str:
+        # The start token takes one place.
         return " ".join(_WORD.findall(caption.lower())[self.length - 1 :])
 
     def config(self) -> dict[str, Any]:
@@ -82,6 +83,7 @@ class HashEncoder(TextEncoder):
 
     def _admit(self, words: Sequence[str]) -> None:
         """Add a row to the table for each new word."""
+        # Nothing new: the table stays as it is.
         if not words:
             return
         self._ids.update({word: len(self._table) + i for i, word in enumerate(words)})
@@ -101,6 +103,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 def _sinusoids(length: int, dim: int) -> Tensor:
     """Return positions 0..length-1 as sines and cosines [L, D] (Vaswani et al. 2017, section 3.5)."""
+    # Frequencies fall geometrically, as in the paper.
     frequency = 10_000.0 ** (-torch.arange(dim // 2) / (dim // 2))  # [D/2]
     angle = torch.arange(length).unsqueeze(1) * frequency  # [L,D/2]
     return torch.cat([angle.sin(), angle.cos()], dim=1)

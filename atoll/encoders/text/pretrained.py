@@ -91,6 +91,7 @@ class _PretrainedTextEncoder(TextEncoder):
         # transformers' tokenizers refuse an empty list.
         if not captions:
             return Tokens(torch.zeros(0, self.length, dtype=torch.int64), torch.zeros(0, self.length, dtype=torch.bool))
+        # Every caption has the same length, so that batches stack.
         encoded = self._tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
@@ -153,6 +154,7 @@ class CLIPEncoder(_PretrainedTextEncoder):
         self._config = self._config.model_copy(update={"length": self.length})
 
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        # No mask: the attention is causal, and padding follows the text.
         output = self._network(input_ids=tokens.ids)
         pooled = output.text_embeds if "text_embeds" in output else output.pooler_output  # [B,P]
         return output.last_hidden_state, pooled  # [B,L,D]
@@ -193,6 +195,7 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 
 def _load_tokenizer(cls: str, folder: Path) -> Any:
     """Load a tokenizer of transformers from local files."""
+    # transformers' warnings concern its own users.
     with quiet("transformers") as transformers:
         try:
             return getattr(transformers, cls).from_pretrained(str(folder), local_files_only=True)

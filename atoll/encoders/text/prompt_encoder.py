@@ -35,6 +35,7 @@ class PromptEncoder:
 
     def truncated_text(self, caption: str) -> str:
         """Return the longest end of a caption that some encoder cuts off; "" if none does."""
+        # The encoder that reads least loses most.
         return max((encoder.truncated_text(caption) for encoder in self.encoders), key=len)
 
     def configs(self) -> list[dict[str, Any]]:
@@ -43,6 +44,7 @@ class PromptEncoder:
 
     def reads_like(self, other: "PromptEncoder") -> bool:
         """Whether both consist of the same encoders in the same order."""
+        # The order matters: experts name an encoder by its index.
         one, two = self.configs(), other.configs()
         return len(one) == len(two) and all(same(a, b) for a, b in zip(one, two, strict=True))
 

@@ -139,6 +139,7 @@ class ArtifactCard(Card):
     @property
     def weights_sha256(self) -> str:
         """The hash of the weights, which names the artifact."""
+        # A card in memory gets its weights when it is written.
         assert self.weights is not None, "the card is not written yet"
         return self.weights.sha256
 

@@ -61,10 +61,12 @@ class SamplingDefaults(CardRecord):
 
     def steps_or(self, steps: int) -> int:
         """The default number of steps, or `steps` if there is none."""
+        # The card leaves out what the author did not choose.
         return steps if self.steps is None else self.steps
 
     def guidance_or(self, scale: float) -> float:
         """The default guidance scale, or `scale` if there is none."""
+        # A scale of 0 is a choice, so only None is replaced.
         return scale if self.guidance_scale is None else self.guidance_scale
 
 

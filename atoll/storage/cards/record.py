@@ -56,6 +56,7 @@ class Card(CardRecord):
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values. format and kind come first and are always included."""
+        # Readers check format and kind before anything else.
         return {"format": self.format, "kind": self.kind, **super().plain()}
 
 
@@ -75,6 +76,7 @@ def parse_record(kind: type[RecordT], content: Any, where: str, remedy: str = ""
     Raises:
         AtollError: one line with the first value that is refused, or all keys that are missing.
     """
+    # pydantic reports every problem; the message needs one.
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -113,6 +115,7 @@ def _problem(error: ValidationError) -> str:
     first = problems[0]
     key = _key(first["loc"])
     prefix = f"{key}: " if key else ""
+    # Each kind of problem has its own wording.
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}"
     if first["type"] == "value_error":

@@ -32,4 +32,5 @@ def refuse_foreign(path: Path, marker: str) -> None:
 
 def describe(column: Tensor) -> ColumnEntry:
     """Return the dtype and the shape of one row of a column [rows, ...]."""
+    # The rows vary between shards, the rest must not.
     return ColumnEntry(dtype=str(column.dtype).removeprefix("torch."), shape=column.shape[1:])

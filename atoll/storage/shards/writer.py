@@ -164,6 +164,7 @@ class ShardWriter:
             raise ValueError(f"a split is one of {SPLITS}; got {sorted(unknown)}")
 
     def _next_name(self) -> str:
+        # Numbered in the order of writing, which is the order of rows.
         return f"shard-{len(self._files):05d}.safetensors"
 
     def _flush(self, rows: int) -> None:
@@ -188,6 +189,7 @@ class ShardWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        # The index gets the shard's hash, the manifest its rows.
         self._files.append(ShardEntry(file=file.name, bytes=size, sha256=sha256, rows=len(text[0])))
         for split in SPLITS:
             self._splits[split] += list(text[2]).count(split)
@@ -220,6 +222,7 @@ class ShardWriter:
 
 
 def _entry(file: Path) -> FileEntry:
+    # Read back from disk: these files were not written from memory.
     return FileEntry(file=file.name, bytes=file.stat().st_size, sha256=sha256_file(file))
 
 
