@@ -116,7 +116,7 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
         The ensemble's directory.
     """
     layout = RunLayout(run)
-    # Directories that exist without a card are trainings in progress.
+    # An expert without a card is not trained yet.
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:

@@ -96,7 +96,6 @@ class Pipeline:
             routing,
             alignment,
             strict,
-            # Each network is compiled by itself; experts of one architecture share their graphs.
             device,
             replicas=replicas,
             memory_budget=memory_budget,
@@ -117,6 +116,7 @@ class Pipeline:
         """
         # The ensemble is immutable: compiled networks make a new one, with a new sampler.
         ensemble = self.loaded.ensemble
+        # Each network is compiled by itself; experts of one architecture share their graphs.
         experts = [replace(expert, network=compile_network(expert.network, **options)) for expert in ensemble.experts]
         if isinstance(ensemble.router, torch.nn.Module):  # it always sees the whole batch: no padding
             compile_blocks(ensemble.router, **options)

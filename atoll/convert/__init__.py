@@ -115,7 +115,7 @@ class Destination:
         Raises:
             AtollError: the codec's latents have another number of channels, so they could not be decoded.
         """
-        # A wrong codec would decode noise without an error.
+        # Fail here, rather than at the first decoding.
         if self._codec is not None and self._codec.channels != latent_shape[0]:
             raise AtollError(
                 f"codec: {self._codec.name!r} has latents of {self._codec.channels} channels, the network's have "
@@ -144,7 +144,6 @@ class Destination:
 
 def convert(
     source: Path,
-    # The notes of each conversion end up in the card.
     out: Path,
     kind: CheckpointKind | Literal["auto"] = "auto",
     objective: Mapping[str, Any] | None = None,

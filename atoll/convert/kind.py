@@ -142,7 +142,7 @@ def _of_dit_layout(checkpoint: Checkpoint, objective: Mapping[str, Any]) -> Chec
 
 def _kind_of_arguments(checkpoint: Checkpoint) -> CheckpointKind | None:
     """Detect the kind by the training arguments in the file; None if they do not determine it."""
-    # The model's name and the path are enough.
+    # Each training script has arguments of its own.
     args = checkpoint.args
     model = args.get("model")
     if "path_type" in args:

@@ -114,7 +114,7 @@ def _conversion(checkpoint: Checkpoint) -> ConversionRecord:
 
 def _router_file(source: Path) -> Path:
     """Find the router's weights in `source`. Raises AtollError if there are none."""
-    # Releases differ in the name of the file.
+    # Any of the names will do; the first that exists is read.
     for name in ROUTER:
         if (source / name).is_file():
             return source / name
@@ -140,7 +140,7 @@ def _experts(source: Path, clusters: int) -> list[int]:
 
 def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert an expert: return its network config and its artifact's tensors."""
-    # Heads and sizes follow from the tensors.
+    # The sizes follow from the tensors.
     taker = Taker(checkpoint)
     config = {"name": "paris", **_sizes(checkpoint, taker, heads), "states_dim": taker.shape("text_proj.weight", 2)[1]}
     return _taken(taker, config)

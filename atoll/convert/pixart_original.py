@@ -50,7 +50,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 def is_original(checkpoint: Checkpoint) -> bool:
     """Return whether a checkpoint has PixArt's own tensor names."""
-    # Both names occur in PixArt's file only.
+    # Both names together occur in PixArt's own files only.
     return all(name in checkpoint.tensors for name in PIXART_LAYOUT)
 
 
@@ -119,7 +119,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tuple[int, float]:
     """Return the tokens per side of the original positions, and the factor by which their steps are divided."""
-    # Sigma and alpha files may lack the positions, which are not trained.
+    # A file may lack the positions, which are not trained.
     stored = checkpoint.tensors.get("pos_embed")
     if stored is None:
         return _published_positions(checkpoint, patch, size)

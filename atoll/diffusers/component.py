@@ -46,7 +46,7 @@ class AtollEnsemble(ModelMixin):
     """
 
     def __init__(self, path: str | os.PathLike[str], weights: WeightDtype | None = None):
-        # diffusers registers the module.
+        # A module must be initialised before it gets submodules.
         super().__init__()  # type: ignore[no-untyped-call]
         # Load it on the CPU; diffusers moves it.
         self.path = Path(path)

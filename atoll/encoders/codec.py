@@ -90,7 +90,7 @@ class PixelCodec(Codec):
         self.channels = self.image_channels = channels
 
     def encode(self, images: Tensor) -> Tensor:
-        # A grey codec would broadcast over colour channels.
+        # Other channels would pass through, as latents of another shape.
         if images.shape[-3] != self.channels:
             raise AtollError(
                 f"the images have {images.shape[-3]} channels, the codec 'pixels' is set to {self.channels}: "

@@ -146,7 +146,7 @@ def measure_stacking(
         solved = torch.from_numpy(nnls((columns / length).numpy(), truth.numpy())[0]) / length
         weights.append(solved)
         errors.append(((columns @ solved - truth) ** 2).mean())
-    # In float32, as the card stores them.
+    # In float32, as `Stacking.load` reads them.
     return Stacking(
         tuple(expert.name for expert in experts),
         mean,

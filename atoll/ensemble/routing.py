@@ -114,7 +114,7 @@ class Full(Routing):
         return cls() if text == "full" else None
 
     def weights(self, log_p: Tensor, context: RoutingContext) -> Tensor:
-        # The router may leave out clusters without experts, so the rest is renormalised.
+        # Clusters without an expert have log-probability -inf; the softmax renormalises the rest.
         return torch.softmax(log_p, dim=1)
 
 

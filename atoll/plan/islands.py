@@ -211,7 +211,7 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
     """
     # Draw the island's luck: its speed, and its first failure.
     s = island.settings
-    # Failures and dropouts are one Poisson process, told apart afterwards.
+    # Failures and dropouts are one Poisson process; each event is assigned a kind afterwards.
     rate = s.failures_per_day + s.dropouts_per_day  # per DAY hours of training
     speed = 1 / (1 + s.slowdown * abs(chance.gauss(0, 1)))
     next_failure = chance.expovariate(rate) * DAY if rate else float("inf")  # in hours of training from the start
@@ -244,7 +244,7 @@ def run_island(island: SimulatedIsland, works: Sequence[Work], chance: random.Ra
         # The rest of the expert, undisturbed.
         rest = work.images - done
         clock, hours, trained = clock + rest / per_hour, hours + rest / per_hour, trained + rest
-    # Waiting for a replacement takes whole days, also outside the machine's hours.
+    # The wait for a replacement is calendar time, also outside the machine's hours.
     days = (island.calendar_hours(hours) + away) / DAY if works else 0.0
     return Outcome(days, hours, trained, lost, failures, dropouts)
 

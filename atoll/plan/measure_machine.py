@@ -42,7 +42,7 @@ def memory_here() -> float:
     """Bytes of the GPU's memory, or of the machine's if there is no GPU."""
     import torch
 
-    # A plan needs memory of the device that trains.
+    # A plan needs the memory of the device that trains.
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -220,7 +220,6 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
     from atoll.storage.artifact import CARD, read_card
     from atoll.storage.cards import ExpertCard
 
-    # Only experts: the router is too small to measure the machine.
     experts = RunLayout(run).experts
     cards = [read_card(file.parent, ExpertCard) for file in sorted(experts.glob(f"*/{CARD}"))]
     cards = [card for card in cards if card.conversion is None]  # of those that were converted and no more

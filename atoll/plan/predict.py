@@ -209,11 +209,11 @@ def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -
     """This machine as a GPU: its ceiling, and the fraction that steps of the run's first expert reach."""
     from atoll.plan.measure_machine import memory_here, on_cpu, speed_here
 
-    # The first expert represents all: MFU depends little on the network.
+    # One expert is measured for all of them.
     text, train = text or text_of(manifest.condition), manifest.train_of(manifest.experts[0])
     network = network_of(manifest, manifest.experts[0], latent, text)
     speed = speed_here(network, train.batch, train.threads, train.precision)
-    # The ceiling stands for both precisions, since it was measured in the recipe's.
+    # One ceiling for both precisions: it was measured in the recipe's.
     ceiling = speed.flops / 1e12
     return GPU("here", memory_here(), ceiling, ceiling, mfu=speed.mfu, compiles=False, cpu=on_cpu())
 

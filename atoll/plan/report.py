@@ -77,7 +77,7 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
 
 def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
     """Experts of equal cost, once: ("8 experts" or the one's name, the first of them)."""
-    # Replicas and experts of one size are equal in cost.
+    # The cost depends on network, steps and batch alone.
     same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
         same.setdefault((e.network, e.steps, e.batch), []).append(e)
@@ -187,7 +187,6 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
 
 def _data(plan: Plan) -> str:
     if plan.images is None or plan.download_bytes is None:
-        # Bits per second: networks are stated in them.
         return "Download: state the number of images with --images."
     # How often each image is seen, over all experts.
     epochs = sum(e.images for e in plan.experts) / plan.images

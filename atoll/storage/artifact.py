@@ -128,7 +128,7 @@ def load_card(file: Path, kind: type[CardT]) -> CardT:
 
 def load_clusters(file: Path) -> ClustersCard | DrawnClustersCard:
     """Read a clusters.json, whichever stage wrote it. Raises AtollError as `load_card` does."""
-    # The content tells which stage wrote it.
+    # The content shows which stage wrote it.
     content = read_json(file, CARD_BYTES)
     return parse_card(clusters_kind(content), content, str(file))
 

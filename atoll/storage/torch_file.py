@@ -77,7 +77,7 @@ class Opaque(metaclass=_StandIn):
         self.fields[key] = value
 
     def append(self, value: Any) -> None:
-        # A list of the file fills itself by appending.
+        # An unpickler fills a subclass of list by appending.
         self.arguments = (*self.arguments, value)
 
     def extend(self, values: Any) -> None:

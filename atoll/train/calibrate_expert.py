@@ -125,7 +125,6 @@ def _held_out(
     card: ExpertCard, shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
 ) -> tuple[CaptionedLatents, Rows, str]:
     """(latents to measure on, the cluster's training rows, the kind of the former)."""
-    # The cluster's mean is computed from the training rows in every case.
     every, val = Rows.of(shards, "train"), Rows.of(shards, "val")
     training = card.training
     # Foreign experts were trained on none of these rows.
@@ -142,7 +141,7 @@ def _held_out(
                 "that it never saw are unknown; take --use val, or other shards and --use all"
             )
         return holdout, trained.rows, measured_on
-    # Last choice: the val split, which no training reads.
+    # The val split, which no training reads.
     if not len(val):
         raise AtollError(f"{shards[0].path}: no row is held out (split val); take other shards and --use all")
     return CaptionedLatents(val, encoder), every if len(every) else val, "val"

@@ -74,7 +74,7 @@ class _Teaching:
     """The run's ensemble, loaded on the device where the student trains."""
 
     def __init__(self, path: Path, teacher: str, condition: dict[str, Any]):
-        # A missing ensemble is reported before the student's data are read.
+        # A missing ensemble is reported before the training starts.
         if not (path / ENSEMBLE_CARD).is_file():
             raise AtollError(f"{path}: no ensemble to learn from; run `atoll assemble`")
         # A damaged card fails here, not when the teacher is loaded.

@@ -135,7 +135,6 @@ def train(
     with Checkpoints(directory, mark, island) as checkpoints:
         log = _run(
             task,
-            # The arguments of the run, unchanged.
             module,
             state,
             checkpoints,

@@ -59,7 +59,7 @@ class ShardsIndex(Card):
     @property
     def is_drawn(self) -> bool:
         """Whether experts drew the rows; see `DrawnSource`."""
-        # A source is a plain value: any other stage writes its own.
+        # A source is a plain value, whose name depends on the stage that wrote it.
         source = self.card.get("source")
         return isinstance(source, dict) and source.get("name") == "experts"
 
