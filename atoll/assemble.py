@@ -116,8 +116,8 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
         The ensemble's directory.
     """
     layout = RunLayout(run)
-    # An expert without a card is not trained yet.
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
+    # An expert without a card is not trained yet.
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)

@@ -148,8 +148,8 @@ def _expert(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], 
 
 def _router(checkpoint: Checkpoint, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert the router: return its network config and its artifact's tensors."""
-    # The last layer has one output per cluster.
     taker = Taker(checkpoint)
+    # The last layer has one output per cluster.
     clusters = taker.shape("head.4.weight", 2)[0]
     return _taken(taker, {"name": "paris-router", **_sizes(checkpoint, taker, heads), "clusters": clusters})
 

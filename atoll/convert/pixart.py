@@ -95,7 +95,7 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
 
 def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSize | None) -> None:
     """Convert the time embedder, with the constants for images of `pixels` (height, width) if it reads them."""
-    # The names of diffusers.
+    # The embedders of time, resolution and aspect ratio share a prefix.
     name = "adaln_single.emb"
     fill(weights, "conditioner.time.0", taker.linear(f"{name}.timestep_embedder.linear_1", width, TIME_FEATURES))
     last, bias = taker.linear(f"{name}.timestep_embedder.linear_2", width, width)

@@ -291,7 +291,7 @@ def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exce
 
 def freeze(network: NetworkT) -> NetworkT:
     """Put the network into evaluation mode without gradients, convolutions in channels_last, faster also on CPUs."""
-    # Frozen networks are never trained.
+    # Evaluation mode turns off dropout; no gradients are stored.
     network.eval().requires_grad_(False)
     for parameter in network.parameters():
         if parameter.ndim == 4:

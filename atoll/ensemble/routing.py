@@ -152,7 +152,7 @@ class Nucleus(Routing):
         match = _match(f"nucleus-{_NUMBER}(?:@{_NUMBER})?", text)
         if match is None:
             return None
-        # Out of range numbers are no nucleus; the error names the routings that are.
+        # A number out of range is no nucleus: `parse_routing` then raises.
         mass, temperature = float(match[1]), float(match[2] or 1)
         return cls(mass, temperature) if 0 < mass <= 1 and temperature > 0 else None
 
@@ -160,7 +160,7 @@ class Nucleus(Routing):
         # A cluster is inside if those before it do not hold the mass yet.
         p, order = torch.softmax(log_p / self.temperature, dim=1).sort(dim=1, descending=True, stable=True)
         inside = p.cumsum(1) - p < self.mass
-        # The most probable cluster is always inside, even if rounding says otherwise.
+        # The most probable cluster is always inside, whatever the rounding.
         inside[:, 0] = True
         p = torch.where(inside, p, 0)
         return torch.zeros_like(log_p).scatter_(1, order, p / p.sum(1, keepdim=True))

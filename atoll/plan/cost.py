@@ -241,7 +241,6 @@ class RouterSizes:
 
 
 def router_parameters(n: RouterSizes) -> int:
-    # The router's layers have the names of a DiT's.
     """Parameters of `atoll.nn.router.Router`, exactly."""
     # As `parameters`, without cross-attention and with a CLS token and a head.
     D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"

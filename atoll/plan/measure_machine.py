@@ -175,8 +175,8 @@ class Comparison:
         return self.measured_seconds / self.predicted_seconds
 
     def as_json(self) -> dict[str, Any]:
-        # The ratio is derived, so asdict leaves it out.
         """Plain values."""
+        # The ratio is derived, so asdict leaves it out.
         return {**asdict(self), "ratio": self.ratio}
 
 
@@ -190,7 +190,7 @@ def compare(card: "ExpertCard", tokens: int, flops: float, mfu: float) -> Compar
     Raises:
         AtollError: the card does not say how long the training took.
     """
-    # A converted expert has a card without training.
+    # A card without a complete training, such as a converted expert's, cannot be compared.
     name, training = card.name, card.training
     try:
         if training is None or training.settings is None or training.seconds is None:

@@ -251,8 +251,8 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
 
 
 def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> PlannedRouter:
-    # A training step costs three forward passes.
     network, train = router_of(manifest, latent, text), manifest.train_of(manifest.router)
+    # A training step costs three forward passes.
     return PlannedRouter(router_parameters(network), 3 * router_flops(network), train.steps * train.batch)
 
 

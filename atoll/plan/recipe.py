@@ -82,7 +82,6 @@ def text_of(condition: Mapping[str, Any]) -> Text:
 
 
 def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
-    # The size of a latent follows from the codec.
     """(C, H, W) of the latents of a run whose images are `data.size` pixels a side.
 
     Raises:

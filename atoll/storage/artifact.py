@@ -222,8 +222,8 @@ def save_artifact(path: Path, card: ArtifactCard, tensors: Mapping[str, Tensor])
 
 def read_card(path: Path, kind: type[ArtifactT]) -> ArtifactT:
     """Read the card of the artifact at `path`. Raises AtollError as `load_card` does."""
-    # A card without weights is of an artifact that was never completed.
     card = load_card(path / CARD, kind)
+    # A card without weights is of an artifact that was never completed.
     if card.weights is None:
         raise AtollError(f"{path / CARD}: lacks weights, the sha256 of {WEIGHTS}; {card.remedy}")
     return card

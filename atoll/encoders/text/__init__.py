@@ -40,6 +40,7 @@ def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
             sha256; a missing package.
     """
+    # The class of the validated config decides the encoder.
     match parse_config("condition encoder", _CONFIGS, config):
         case LabelConfig() as checked:
             return LabelEncoder(read_labels(checked.labels))
@@ -49,4 +50,5 @@ def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
             return T5Encoder(checked)
         case HashConfig() as checked:
             return HashEncoder(checked.dim, checked.length, checked.seed)
+    # Every config above has a case, so only a mistake in the code leads here.
     raise AssertionError("a config without its encoder")

@@ -40,6 +40,7 @@ class TextEncoder(ABC):
 
     def truncated_text(self, caption: str) -> str:
         """Return the end of a caption that is beyond `length` tokens and cut off; "" if nothing is."""
+        # An encoder without a limit cuts nothing off.
         return ""
 
     def __call__(self, captions: Sequence[str]) -> Condition:
@@ -48,4 +49,5 @@ class TextEncoder(ABC):
 
     def null(self, batch: int) -> Condition:
         """Return the null condition, which is the encoding of the empty prompt, as `batch` rows."""
+        # The empty prompt is encoded like any other caption.
         return self([""] * batch)

@@ -51,6 +51,7 @@ class LabelEncoder(TextEncoder):
         if len(self._numbers) < len(self._labels):
             twice = next(label for label in self._labels if self._labels.count(label) > 1)
             raise AtollError(f"condition encoder 'label': the label {twice!r} is repeated; rename or remove one")
+        # A one-hot vector is as wide as the list.
         self.dim = self.pooled_dim = len(self._labels)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -59,6 +60,7 @@ class LabelEncoder(TextEncoder):
         Raises:
             AtollError: a caption that is not a label; the text names the nearest label.
         """
+        # One token per caption: the number of its label.
         ids = torch.tensor([self._number(caption.strip()) for caption in captions], dtype=torch.int64).reshape(-1, 1)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
@@ -71,6 +73,7 @@ class LabelEncoder(TextEncoder):
         return {"name": self.name, "labels": list(self._labels)}
 
     def _number(self, caption: str) -> int:
+        # The empty caption is the null condition.
         if not caption:
             return 0
         # A caption that is no label is a mistake in the data: name the nearest label.
@@ -86,6 +89,7 @@ class LabelEncoder(TextEncoder):
 
 def read_labels(labels: tuple[str, ...] | str) -> tuple[str, ...]:
     """Return the labels, or the lines of the file that is named instead. Raises AtollError if it cannot be read."""
+    # A tuple holds the labels themselves, a text names their file.
     if not isinstance(labels, str):
         return labels
     # One label per line; a byte-order mark is ignored.
