@@ -85,8 +85,8 @@ def read_checkpoint(source: Path) -> Checkpoint:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    # A list or a string has no keys.
     config = read_json(file)
+    # A list or a string has no keys.
     if not isinstance(config, dict):
         raise AtollError(f"{file}: holds {type(config).__name__}; expected a JSON object")
     return config
@@ -204,8 +204,8 @@ class Taker:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        # What is left at the end is unknown to the conversion.
         self.where = checkpoint.where
+        # What is left at the end is unknown to the conversion.
         self._left = dict(checkpoint.tensors)
         self._wrong: list[str] = []
 

@@ -92,7 +92,7 @@ def train_denoiser(
         **({"teacher": teaching.about.plain()} if teaching else {}),
     }
     network_config = init_weights.config(network_config, data) if init_weights else network_config
-    # The rows that calibrate the expert are not trained on.
+    # Held-out rows show the errors that sampling will meet.
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
 
     # A change of any of these makes another expert, so they are part of the mark.
@@ -130,8 +130,8 @@ def train_denoiser(
             **{f"network.{name}": value for name, value in gathered_state(network).items()},
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
+        # Write the artifact.
         if island.is_first:
-            # The card records the training and the calibration.
             record = TrainingRecord(
                 **trained.summary,
                 **origin,
@@ -271,7 +271,7 @@ class Denoising(Task):
         rows = self.order.at(index)[local_rows]
         batch = self.data.batch(rows, mirrored(self.seed, index, count)[local_rows])
         batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
-        # A teacher routes by cluster, so each row carries its own.
+        # A teacher may evaluate the expert of each row's own cluster.
         if self.teacher is not None:
             batch["cluster"] = self.data.rows.clusters(rows)
         return batch
