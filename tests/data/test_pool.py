@@ -225,7 +225,8 @@ def test_leaving_early_ends_the_processes_even_one_that_hangs(decode, tmp_path) 
 
 # A program that decodes; the image "slow" keeps a process busy until the test is done with it.
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
 import numpy as np
 from atoll.data.types import Raw
 from atoll.data.pool import Decoders
