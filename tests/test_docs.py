@@ -62,7 +62,8 @@ def test_the_reference_of_atoll_yaml_has_every_key(monkeypatch) -> None:
 
     page = manifest_page(ROOT / "atoll" / "manifest")
     sys.modules.pop("manifest_page")
-    for section in (Manifest, *Section.__subclasses__()):
+    sections = [section for section in Section.__subclasses__() if section.__module__.startswith("atoll.manifest")]
+    for section in (Manifest, *sections):
         for key in vars(section).get("__annotations__", {}):
             if not key.startswith(("model_", "renamed")):
                 assert f"| `{key}` |" in page, f"{section.__name__}.{key}"

@@ -13,6 +13,7 @@ from atoll.data.lengths import CutCaptions, cut_line
 from atoll.encoders.text.hashed import HashEncoder
 from atoll.errors import AtollError
 from atoll.manifest import parse_manifest
+from atoll.storage.cards import EncodedCard
 from atoll.storage.shards import Shards
 from tests.data.test_tars import tar_bytes
 
@@ -57,7 +58,12 @@ def test_dead_links_are_no_failures(tmp_path, data) -> None:
     assert "not counted as failures: 3 dead link (2 of HTTP Error 404: Not Found, 1 of image too small)" in said
     assert "skipped:" not in said
     out = tmp_path / "run" / "encoded"
-    assert Shards(out).card["counts"] == {"good": 2, "uncaptioned": 0, "skipped": {}, "apart": {"dead link": 3}}
+    assert Shards(out).card(EncodedCard).plain()["counts"] == {
+        "good": 2,
+        "uncaptioned": 0,
+        "skipped": {},
+        "apart": {"dead link": 3},
+    }
     listed = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert listed[0] == {"key": "0.parquet:1", "reason": "dead link: HTTP Error 404: Not Found", "failed": False}
 
@@ -127,7 +133,7 @@ def test_lines_that_are_joined_are_counted(tmp_path, data) -> None:
         (data / f"{i}.txt").write_text("a\nb" if i else "a")
     said = encode(tmp_path, "folder")
     assert "2 images: captions of several lines, joined into one (1.txt)" in said
-    assert Shards(tmp_path / "run" / "encoded").card["counts"]["notes"] == {
+    assert Shards(tmp_path / "run" / "encoded").card(EncodedCard).plain()["counts"]["notes"] == {
         "captions of several lines, joined into one": 2
     }
 
@@ -139,7 +145,7 @@ def test_captions_that_are_cut_are_counted(tmp_path, data) -> None:
         (data / f"{i}.txt").write_text(caption)
     said = encode(tmp_path, "folder")
     assert "2 captions are longer than the text encoder reads (4 tokens): on average 38% of their text is cut" in said
-    cut = Shards(tmp_path / "run" / "encoded").card["counts"]["cut"]
+    cut = Shards(tmp_path / "run" / "encoded").card(EncodedCard).plain()["counts"]["cut"]
     assert cut == {"captions": 2, "fraction": round((len("four five six") + len("four")) / (27 + 18), 4)}
 
 

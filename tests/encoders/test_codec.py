@@ -206,7 +206,7 @@ def test_taef2_equals_its_networks(tmp_path, suffix) -> None:
 
 
 def test_halves_of_different_autoencoders_are_refused(tmp_path) -> None:
-    with pytest.raises(AtollError, match=r"the encoder gives 5 channels, the decoder takes 6"):
+    with pytest.raises(AtollError, match=r"the encoder returns 5 channels, the decoder takes 6"):
         build_codec({"name": "taef2", "weights": str(save_taef2(tmp_path, channels=5))})
 
 
@@ -221,7 +221,7 @@ def test_a_codec_is_built_from_its_card_on_another_machine(tmp_path, name) -> No
     assert identity(again.config()) == identity(card)
     images = images_of(2, 3, 16, 24)
     assert torch.equal(again.encode(images), codec.encode(images))
-    with pytest.raises(AtollError, match=r"have sha256 .*, the config asks for 00000000"):
+    with pytest.raises(AtollError, match=r"have sha256 .*, the config expects 00000000"):
         build_codec({**again.config(), "sha256": "0" * 64})
 
 

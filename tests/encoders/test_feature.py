@@ -220,7 +220,7 @@ def test_a_feature_is_built_from_its_card_on_another_machine(built, tmp_path) ->
     assert identity(again.config()) == identity(card)
     images = images_of(2, 3, 30, 44)
     assert torch.equal(again(images), feature(images))
-    with pytest.raises(AtollError, match=r"have sha256 .*, the config asks for 00000000"):
+    with pytest.raises(AtollError, match=r"have sha256 .*, the config expects 00000000"):
         build_feature({**card, "weights": there, "sha256": "0" * 64})
 
 
@@ -285,7 +285,7 @@ def test_taps_are_squeezenets_maps_at_the_images_size(tmp_path, no_network) -> N
     assert [tap.shape[1] for tap in taps] == [64, 128, 256, 384, 384, 512, 512]
     assert taps[0].shape[-2:] == (15, 23)
     other = build_feature({"name": "mobilenetv2", "weights": str(save_mobilenet(tmp_path))})
-    with pytest.raises(AtollError, match=r"'mobilenetv2' has no taps; take 'squeezenet'"):
+    with pytest.raises(AtollError, match=r"'mobilenetv2' has no taps; use 'squeezenet'"):
         other.taps(images_of(2, 3, 32, 48))
 
 
@@ -310,7 +310,7 @@ def test_damaged_arrays_are_refused(tmp_path, no_network, damage, monkeypatch) -
         file = save_mobilenet(tmp_path)
     else:
         file = tmp_path
-    with pytest.raises(AtollError, match=r"cannot be read|is a directory; name the .npz|no array"):
+    with pytest.raises(AtollError, match=r"cannot be read|is empty|is a directory; name the .npz|no array"):
         build_feature({"name": "squeezenet", "weights": str(file)})
     assert not Path("exploded").exists()
 

@@ -87,7 +87,9 @@ def test_a_name_that_is_no_repository_is_not_downloaded(given_, hub, tmp_path, m
 
 def test_an_offline_hub_is_an_error_of_one_line(hub, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AtollError, match=r"'org/name': not found \(tried org/name\).*hub \(offline\)") as caught:
+    with pytest.raises(
+        AtollError, match=r"'org/name': not found \(tried org/name\).*the hub does not provide them \(offline\)"
+    ) as caught:
         find_weights("org/name")
     assert "\n" not in str(caught.value)
 
@@ -138,7 +140,7 @@ def test_identity_ignores_only_the_place_of_the_weights(options, here, there) ->
 def test_weights_with_another_hash_are_refused(tmp_path) -> None:
     require_sha256("codec 'kl'", tmp_path, "a" * 64, None)
     require_sha256("codec 'kl'", tmp_path, "a" * 64, "a" * 64)
-    with pytest.raises(AtollError, match=r"codec 'kl'.*sha256 aaaaaaaaaaaaaaaa\.\.\., the config asks for bbbbbbbb"):
+    with pytest.raises(AtollError, match=r"codec 'kl'.*sha256 aaaaaaaaaaaaaaaa\.\.\., the config expects bbbbbbbb"):
         require_sha256("codec 'kl'", tmp_path, "a" * 64, "b" * 64)
 
 

@@ -75,7 +75,7 @@ def test_ctrl_c_saves_and_stops_all_parts(run) -> None:
     assert stderr.splitlines()[-1] == "stopped; all progress is saved; run the same command to resume"
     assert all((d / "checkpoint.safetensors").is_file() for d in running)
     for directory in running:
-        assert "--resume goes on from there" in (directory / "output.log").read_text()
+        assert "continue with --resume" in (directory / "output.log").read_text()
     left = subprocess.run(["pgrep", "-f", f"--run {run}"], capture_output=True, text=True).stdout.split()
     assert [pid for pid in left if int(pid) != os.getpid()] == []
 

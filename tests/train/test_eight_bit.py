@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from atoll.train.checkpoint import CHECKPOINT
+from atoll.storage.layout import TrainingLayout
 from atoll.train.eight_bit import BLOCK, adamw_8bit, block_size, eager_on_cpu, moment_tensors
 from tests.train.test_island import SHARDINGS, alone, assert_close, assert_equal, make, state
 from tests.train.together import Training, start
@@ -69,13 +69,13 @@ def test_resumed_by_one_process_it_is_bit_exact(one, tmp_path) -> None:
 
 def test_checkpoints_hold_the_same_codes_and_few_bytes(island, one, tmp_path) -> None:
     """A sharded checkpoint, read by one process that writes it again, has what a whole one has."""
-    stored = load_file(state(one) / CHECKPOINT)
+    stored = load_file(TrainingLayout(state(one)).checkpoint)
     codes, scale = stored[f"{QUANTISED}#codes"], stored[f"{QUANTISED}#scale"]
     assert (codes.dtype, codes.shape, scale.shape) == (torch.uint8, (16, 256), (16, 1))
     assert QUANTISED not in stored
     assert stored["optimizer.exp_avg_sq.conditioner.time.2.weight"].dtype == torch.float32  # too small to quantise
     run = shutil.copytree(island / "shard-to-one", tmp_path / "run")
-    again = load_file(state(run) / CHECKPOINT)
+    again = load_file(TrainingLayout(state(run)).checkpoint)
     assert again.keys() == stored.keys()
     # Gradients of two processes differ in their last bits, so a code may fall on the other side.
     moved = (again[f"{QUANTISED}#codes"].int() - codes.int()).abs()

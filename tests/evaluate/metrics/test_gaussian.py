@@ -263,7 +263,7 @@ class TestStage:
         done = run_to_end(command)
         assert done.returncode == 0, done.stderr
         (file,) = (tmp_path / "out").iterdir()
-        assert done.stdout == f"{file} written; name it as `statistics` of that feature's space\n"
+        assert done.stdout == f"{file} written; set it as `statistics` of that feature's space\n"
         assert load_gaussian(file, Pixels(2), SHAPE).count == 81
 
 

@@ -201,7 +201,7 @@ class TestInception:
 
         torch.save({"weight": Bomb()}, weights)
         monkeypatch.setattr(inception, "FID_WEIGHTS", hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
-        with pytest.raises(AtollError, match="cannot be read"):
+        with pytest.raises(AtollError, match="torch-fidelity cannot load it"):
             space_of({"name": "inception", "weights": str(weights)})
         assert not (weights.parent / "exploded").exists()
 
