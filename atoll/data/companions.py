@@ -31,7 +31,8 @@ _WORDS = (
     *("pose", "openpose", "saliency"),
 )
 _ALWAYS = ("masklabel", "condlabel")  # OneTrainer never trains on these, with or without an image
-_SUFFIX = re.compile(rf"(.+)[-_. ]({'|'.join(_WORDS)})", re.IGNORECASE | re.DOTALL)
+_SUFFIX = re.compile(rf"(.+)[-_. ]\(?({'|'.join(_WORDS)})\)?(?:[-_. ]?\d+)?", re.IGNORECASE | re.DOTALL)
+_PREFIX = re.compile(r"(mask|masklabel|depth|seg|segmentation)[-_. ](.+)", re.IGNORECASE | re.DOTALL)
 # Fewer words for folders: normal/, control/ and sketch/ are classes of medical and drawing data sets.
 _FOLDER_WORDS: tuple[str, ...] = (
     "masks?",
@@ -45,9 +46,11 @@ _FOLDER = re.compile(rf"(?:.*[-_. ])?({'|'.join(_FOLDER_WORDS)})", re.IGNORECASE
 
 
 def companion_suffix(stem: str) -> tuple[str, str] | None:
-    """Split "cat_mask" into ("cat", "mask"); None for a name without such a suffix."""
-    match = _SUFFIX.fullmatch(stem)
-    return (match[1], match[2].lower()) if match else None
+    """Split "cat_mask", "cat_mask_2" or "mask_cat" into ("cat", "mask"); None for a name without such a word."""
+    if match := _SUFFIX.fullmatch(stem):
+        return match[1], match[2].lower()
+    match = _PREFIX.fullmatch(stem)
+    return (match[2], match[1].lower()) if match else None
 
 
 def is_always_companion(stem: str) -> bool:

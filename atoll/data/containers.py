@@ -47,7 +47,7 @@ def check_container(container: str, data: bytes) -> bytes:
 def refuse_giants(width: int, height: int) -> None:
     """Raise Unusable for more pixels than `MAX_PIXELS`."""
     if width * height > MAX_PIXELS:
-        raise Unusable(f"{width} x {height} pixels; at most {MAX_PIXELS // 10**6} million are allowed")
+        raise Unusable(f"too large: {width} x {height} pixels, expected at most {MAX_PIXELS // 10**6} million")
 
 
 def _container_of_brands(data: bytes) -> str:

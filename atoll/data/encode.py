@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atoll.data.block import Frozen, encode_block
-from atoll.data.fingerprint import SOURCE_FILES, changes, read_records
+from atoll.data.fingerprint import SOURCE_FILES, changes, read_records, write_records
 from atoll.data.lengths import CutCaptions, cut_line
 from atoll.data.partial import PartialEncoding
 from atoll.data.pool import Decoders
@@ -157,6 +157,9 @@ def _refuse_changes(out: Path, source: Source, contents: bool) -> None:
     # The card says that something changed, and sizes and times do not show it: compare contents.
     if contents and not differences:
         differences = changes(listing, records, contents=True)
+    if not differences and any(listing.stamps.get(record.name, "") != record.stamp for record in records):
+        # Copied or touched: their new times spare the next comparison the reading.
+        write_records(out / SOURCE_FILES, [r._replace(stamp=listing.stamps.get(r.name, "")) for r in records])
     if differences:
         raise AtollError(
             f"{out}: the data changed since they were encoded ({differences}); encode them again with --force, or "

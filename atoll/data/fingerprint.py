@@ -84,8 +84,11 @@ def content_fingerprint(root: str | None, names: Sequence[str]) -> str:
 
 
 def stamp_of(stat: os.stat_result) -> str:
-    """Return the time of change of a local file, in nanoseconds."""
-    return str(stat.st_mtime_ns)
+    """Return the times at which a local file's content and its entry changed, in nanoseconds.
+
+    A tool may set the first time back, and no tool can set the second.
+    """
+    return f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
 def tag_of(info: Mapping[str, Any]) -> str:
@@ -112,7 +115,7 @@ def _record(root: str, name: str) -> FileRecord | None:
     except OSError:
         return None
     # If the file was edited meanwhile, it is unknown which content was encoded.
-    steady = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+    steady = (before.st_size, stamp_of(before)) == (after.st_size, stamp_of(after))
     return FileRecord(name, before.st_size, stamp_of(before), sha if steady else "")
 
 

@@ -152,4 +152,4 @@ class Folder(Source):
         except TooLarge as error:
             raise Unfit(f"too large: {clean(name)} has {error}") from None
         except OSError as error:
-            raise Unfit(f"{clean(name)}: cannot be read ({message_of(error)})") from None
+            raise Unfit(f"cannot be read: {clean(name)} ({message_of(error)})") from None

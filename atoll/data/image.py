@@ -38,6 +38,7 @@ _UPRIGHT = {
 # Tags of TIFF 6.0, sections 8 and 19, that define how numbers map to intensity.
 _BITS, _PHOTOMETRIC, _MAX_VALUE, _SAMPLE_FORMAT = 258, 262, 281, 339
 _WHITE_IS_ZERO = 0
+_SIGNED = 2
 _DARK = 4096  # of 65535: 32-bit numbers that stay below it are more likely of 8 or 12 bits than of a nearly black image
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Pillow logs to the terminal
@@ -115,7 +116,7 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
     width, height = round(image.width * scale), round(image.height * scale)
     # Only enlarging can get here: a narrow strip grows with the square of the scale.
     if width * height > MAX_PIXELS:
-        raise Unusable(f"{image.width} x {image.height} pixels: too long and narrow to be enlarged to {size}")
+        raise Unusable(f"too narrow: {image.width} x {image.height} pixels cannot be enlarged to {size}")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     # Crop the longer side around the centre.
     left, top = (width - size) // 2, (height - size) // 2
@@ -130,12 +131,14 @@ def _decode(data: bytes, container: str, framing: Framing) -> Image.Image:
     except UnidentifiedImageError:
         raise Unusable(f"damaged: its header is not that of a {container} file that Pillow can read") from None
     except Image.DecompressionBombError:
-        raise Unusable(f"more than the {MAX_PIXELS // 10**6} million pixels that are allowed") from None
+        raise Unusable(f"too large: more than {MAX_PIXELS // 10**6} million pixels") from None
     # Check the dimensions in the header before any pixel is decoded.
     width, height = image.size
     refuse_giants(width, height)
     if min(width, height) < framing.smallest_side:
-        raise Unusable(f"{width} x {height} pixels; expected at least {framing.smallest_side} on the shorter side")
+        raise Unusable(
+            f"too small: {width} x {height} pixels, expected at least {framing.smallest_side} on the shorter side"
+        )
     # An MPO is a JPEG with further images, such as a preview or the other eye; only the first one counts.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise Unusable("an animation, or several pages; a single image is expected")
@@ -175,11 +178,11 @@ def _tiff_in_8_bits(image: Image.Image) -> Image.Image:
     bits, kind = _first(tags.get(_BITS, 1)), _first(tags.get(_SAMPLE_FORMAT, 1))
     if image.mode == "F" or bits not in (8, 12, 16, 32):
         return image  # floats are refused by `_plain`; Pillow scales fewer bits itself
-    if kind != 1 and bits == 16:
-        raise Unusable("its pixels are signed numbers, whose range no tag defines; save it with 8 or 16 bits")
+    if kind == _SIGNED and bits < 32:
+        raise Unusable("no known scale: its pixels are signed numbers; save it with 8 or 16 bits")
     if bits == 32:  # Pillow's own mode I, which as a rule holds 16 bits: `_from_16_bits` reads these
         if 0 < (high := int(np.asarray(image).max())) < _DARK:
-            raise Unusable(f"its 32-bit pixels reach up to {high}, and no tag defines white; save it with 8 or 16 bits")
+            raise Unusable(f"no known scale: its 32-bit pixels reach up to {high}; save it with 8 or 16 bits")
         return image
     # Full scale is 2^bits - 1, unless MaxSampleValue is a smaller 2^n - 1.
     full = 2**bits - 1
@@ -200,7 +203,7 @@ def _tiff_in_8_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
     # Pillow has kept the upper 8 bits of each channel: with a smaller scale almost nothing is left of the image.
     if smaller and bits == 16 and image.mode in ("RGB", "RGBA") and int(np.asarray(image)[..., :3].max()) <= white >> 8:
-        raise Unusable(f"its 16-bit channels reach up to {white} of {full}; save it with 8 or all 16 bits")
+        raise Unusable(f"too dark: its 16-bit channels reach up to {white} of {full}; save it with 8 or all 16 bits")
     return image
 
 
@@ -221,7 +224,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def _plain(image: Image.Image, channels: int) -> Image.Image:
     """Convert to 8 bits per channel, RGB or grey, opaque on white."""
     if image.mode == "F":
-        raise Unusable("its pixels are floating-point numbers, whose range nothing tells; save it with 8 or 16 bits")
+        raise Unusable("no known scale: its pixels are floating-point numbers; save it with 8 or 16 bits")
     # Order matters: reduce to 8 bits first, then remove transparency, then convert the channels.
     if image.mode.startswith("I"):
         image = _from_16_bits(image)
@@ -239,7 +242,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)  # [H,W]
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise Unusable(f"its pixels are whole numbers from {low} to {high}; save it with 8 or 16 bits")
+        raise Unusable(f"no known scale: its pixels are whole numbers from {low} to {high}; save it with 8 or 16 bits")
     grey = (values.astype(np.uint32) + 128) // 257  # 65535 = 255 * 257
     if (clear := image.info.get("transparency")) is not None:  # PNG: this value is transparent
         grey[values == clear] = 255

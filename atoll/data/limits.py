@@ -6,7 +6,7 @@ A small file may unpack to a very large one, and a line may have no end. Nothing
 MAX_CAPTION_BYTES = 1 << 16  # the longest prompt that a text encoder reads, 512 tokens, has some 3,000
 MAX_SIDECAR_BYTES = 1 << 20  # the JSON that img2dataset puts beside an image, EXIF included, has some 20,000
 MAX_LINE = 1 << 20  # characters of a line of metadata
-MAX_JSON_BYTES = 1 << 28  # of a metadata.json, which is parsed as a whole: a million captions; larger ones as .jsonl
+MAX_JSON_BYTES = 1 << 26  # of a metadata.json, whose parts take 20 times the space in memory; larger ones as .jsonl
 MAX_IMAGE_BYTES = 1 << 29  # of an image file: the largest that is decoded has 450 MB as uncompressed RGB
 MAX_HEADER_BYTES = 1 << 20  # of a tar member's extended header (names, times): a path has at most 4,096
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from atoll.data.fingerprint import Listing, stamp_of, tag_of
-from atoll.data.names import clean, listed, message_of
+from atoll.data.names import canonical, clean, listed, message_of
 from atoll.data.opening import filesystem, is_local, join
 from atoll.encoders.weights import unset_variable
 from atoll.errors import AtollError
@@ -154,6 +154,17 @@ def _cannot_list(entry: str, url: str, what: str, error: OSError) -> AtollError:
     return AtollError(f"{_both(entry, url)}: cannot be listed ({message_of(error)}); expected {what}")
 
 
+def _alike(url: str) -> str:
+    """Return the path of the disk that prints like a local one that is not there; "" if there is none."""
+    parent, name = os.path.split(url)
+    if parent == url or not (os.path.isdir(parent) or (parent := _alike(parent))):
+        return ""
+    try:
+        return next((os.path.join(parent, n) for n in os.listdir(parent) if canonical(n) == canonical(name)), "")
+    except OSError:
+        return ""
+
+
 def _refuse_unset(entry: str, url: str) -> None:
     if unset := unset_variable(url):
         raise AtollError(f"{entry}: {unset} is not set in the environment; set it, or name the path itself")
@@ -210,6 +221,8 @@ def _list(url: str, links: Links) -> tuple[str, dict[str, _Entry], bool]:
     url = url.removeprefix("file://") if "::" not in url else url
     if local := is_local(url):
         url = os.path.abspath(os.path.expanduser(url))
+        if not os.path.lexists(url) and not glob.has_magic(url):
+            url = _alike(url) or url
     fs, path = filesystem(url)
     try:
         try:

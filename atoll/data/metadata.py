@@ -94,7 +94,9 @@ class Metadata:
         # Tables that the settings name replace the search; they may be outside the folder.
         if self._data.metadata is not None:
             wanted = self._data.metadata
-            names = [wanted] if isinstance(wanted, str) else list(wanted)
+            named = [wanted] if isinstance(wanted, str) else list(wanted)
+            alike = {canonical(name): name for name in self._files.sizes}
+            names = [name if name in self._files.sizes else alike.get(canonical(name), name) for name in named]
             for name in names:
                 inside = name in self._files.sizes
                 if not inside and self._unopened(name):

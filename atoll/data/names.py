@@ -1,5 +1,6 @@
 """Compare foreign names, and make names and messages safe to write and to show on a terminal."""
 
+import json
 import unicodedata
 
 _REASON = 300  # characters at which foreign text in a message is cut
@@ -22,6 +23,14 @@ def clean(text: str) -> str:
     """Make foreign text safe for a message: one line, not too long, with control characters escaped."""
     short = text if len(text) <= _REASON else text[:_REASON] + "..."
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in short)
+
+
+def json_line(value: object) -> str:
+    """A value as one line of JSON that is safe to print: what a terminal would act on is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
+    return text + "\n"
 
 
 def message_of(error: BaseException) -> str:

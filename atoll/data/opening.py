@@ -1,5 +1,7 @@
 """Open local files and every URL that fsspec supports (s3://, gs://, hf://, https://, ...)."""
 
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
@@ -33,6 +35,8 @@ def open_file(url: str) -> Any:
         AtollError: its file system needs a package.
     """
     if is_local(url):
+        if not stat.S_ISREG(os.stat(url).st_mode):  # a pipe may never end
+            raise OSError("it is no plain file")
         return open(url, "rb")
     fs, path = filesystem(url)
     try:

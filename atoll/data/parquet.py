@@ -267,11 +267,12 @@ class _Cells(NamedTuple):
 
 def _without_image(key: str, cells: _Cells) -> Skipped:
     """Return the reason for a row without an image: a dead link by its status, a path, or a null."""
-    status = _text(cells.status)
+    status, why = _text(cells.status), _text(cells.error)
     if cells.path is not None:
         return Skipped(printable(key), f"image: a path ({cells.path}), no bytes; {EMBED}")
-    if isinstance(status, str) and status and status.lower() != "success":
-        why = _text(cells.error) or status
+    failed = status.lower() != "success" if isinstance(status, str) and status else bool(why)
+    if failed:
+        why = why or status
         return Skipped(printable(key), f"dead link: {clean(str(why))}", failed=False)
     return Skipped(printable(key), "image: null")
 

@@ -40,7 +40,7 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
 
     where = clean(where)
     types = dict(zip(schema.names, schema.types, strict=True))
-    there = ", ".join(clean(f"{name} ({kind})") for name, kind in types.items())
+    there = listed([f"{name} ({kind})" for name, kind in types.items()], 20)
     # Columns that the settings name must exist exactly once.
     for setting in ("image", "caption", "key", "split"):
         if (name := getattr(data, setting)) is not None and schema.names.count(name) != 1:
@@ -77,15 +77,22 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
     # The status of img2dataset distinguishes dead links from damage.
     plain = {name: types[name] for name in ("status", "error_message") if schema.names.count(name) == 1}
     status, error = (name if name in plain and is_text(plain[name]) else None for name in ("status", "error_message"))
-    return Columns(image, caption, data.key, data.split, status, error if status else None)
+    return Columns(image, caption, data.key, data.split, status, error)
 
 
 def unread_notes(schema: Any, columns: Columns, data: DataSettings) -> list[str]:
     """Return notes on columns that may hold captions and are not read."""
     if data.caption is not None:
         return []
+    if columns.caption is None:
+        text = [name for name in schema.names if is_text(schema.field(name).type) and name not in columns]
+        return (
+            [f"no column has a usual name of captions; {listed(text, 6)} not read; data.caption names one"]
+            if text
+            else []
+        )
     others = [n for n in (*caption_columns(schema.names), *like_captions(schema.names)) if n not in columns]
-    if columns.caption is None or not others:
+    if not others:
         return []
     return [f"captions are in the column {columns.caption}; {listed(others)} not read; data.caption chooses another"]
 

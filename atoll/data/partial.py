@@ -31,6 +31,7 @@ from atoll.data.fingerprint import (
     write_records,
 )
 from atoll.data.lengths import CutCaptions
+from atoll.data.names import json_line
 from atoll.data.tally import Tally, count_notes, tally_of
 from atoll.data.types import Block, Skipped
 from atoll.encoders.weights import same
@@ -220,12 +221,12 @@ class PartialEncoding:
                 text = self._read(number, TEXT)
                 # Row numbers count over all blocks; `gone` counts within this one.
                 gone = [i for i in range(len(text["key"])) if start + i in dropped]
-                listed.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._skipped(number))
+                listed.writelines(map(json_line, self._skipped(number)))
                 for i in gone:
                     kind, first = dropped[start + i]
                     what = "the key of" if kind == "repeated key" else "the same pixels as"
                     entry = {"key": text["key"][i], "reason": f"{kind}: {what} {names[first]!r}"}
-                    listed.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    listed.write(json_line(entry))
                     final.skipped[kind] += 1
                     final.good -= 1
                     final.uncaptioned -= text["caption"][i] == ""
@@ -318,7 +319,7 @@ class PartialEncoding:
 
 def _line(sample: Skipped) -> str:
     apart = {} if sample.failed else {"failed": False}
-    return json.dumps({"key": sample.key, "reason": sample.reason, **apart}, ensure_ascii=False) + "\n"
+    return json_line({"key": sample.key, "reason": sample.reason, **apart})
 
 
 def _more_counts(tally: Tally, cut: CutCaptions) -> dict[str, Any]:

@@ -268,6 +268,8 @@ class Tars(Source):
         named = like_captions(fields) + [
             kind for kind in sample.members if kind.rpartition(".")[2] in SIDECARS[:-1] and "." in kind
         ]
+        if not named and fields:
+            return (f"samples whose json has no caption: it has {listed(list(fields), 6)}; data.caption names a field",)
         if named:
             return (f"{UNREAD_CAPTIONS}: samples have {listed(named)}; data.caption names one",)
         return ()

@@ -228,7 +228,7 @@ def test_an_image_that_cannot_be_read_is_skipped(tmp_path) -> None:
     good, *bad = (sample for block in source.blocks() for sample in source.read(block))
     assert good.image == b"1"
     assert [sample.key for sample in bad] == ["b.jpg", "c.jpg", "d.jpg"]
-    assert bad[1].reason == "c.txt: cannot be read (No such file or directory)"
+    assert bad[1].reason == "cannot be read: c.txt (No such file or directory)"
 
 
 def test_a_name_that_is_no_text_is_skipped(tmp_path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from atoll.data import limits, parquet_rows
 from atoll.data.folder import Folder
+from atoll.data.names import json_line
 from atoll.data.parquet import Parquet
 from atoll.data.parquet_rows import batches, plain_rows
 from atoll.data.tars import Tars
@@ -297,3 +298,23 @@ def test_control_characters_of_names_reach_no_terminal(tmp_path) -> None:
         with pytest.raises(AtollError) as error:
             {"folder": Folder, "webdataset": Tars, "parquet": Parquet}[kind](settings(tmp_path / name, kind))
         assert str(error.value).isprintable()
+
+
+def test_lists_of_what_was_skipped_are_safe_to_print() -> None:
+    for text in ("a\x1b[2J", "\x9b31m", "\u202egpj", "\U000e0041", "plain caf\u00e9 \u732b"):
+        line = json_line({"key": text})
+        assert line[:-1].isprintable()
+        assert json.loads(line) == {"key": text}
+    assert "caf\u00e9 \u732b" in line
+
+
+@pytest.mark.parametrize("name", ["a_stats.json", "b.tar", "c.parquet"])
+def test_pipes_beside_archives_are_not_opened(tmp_path, name) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes(("1.jpg", b"x")))
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
+    os.mkfifo(tmp_path / name)
+    for source, kind in ((Tars, "webdataset"), (Parquet, "parquet")):
+        found = read(source(settings(tmp_path, kind)))
+        assert found[0].image == b"x"
+        if name.endswith(".tar" if kind == "webdataset" else ".parquet"):
+            assert "it is a pipe, which is not opened" in found[1].reason

@@ -104,7 +104,7 @@ def test_a_turned_tiff_of_16_bits_stands_upright() -> None:
             "header is not that of a TIFF file that",
         ),
         (tiff(16, 1, (SIXTEEN // 2).astype("<i2").tobytes(), sample_format=2), "signed numbers"),
-        (tiff(32, 1, GREY.astype("<u4").tobytes()), "its 32-bit pixels reach up to 25., and no tag defines white"),
+        (tiff(32, 1, GREY.astype("<u4").tobytes()), "no known scale: its 32-bit pixels reach up to 25.; save it"),
         (tiff(10, 1, bytes(HEIGHT * 60)), "header is not that of a TIFF file that"),
         (
             tiff(16, 2, np.stack([TWELVE] * 3, -1).astype("<u2").tobytes(), channels=3, max_value=4095),

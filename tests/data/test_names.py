@@ -153,3 +153,10 @@ def test_captions_from_names() -> None:
     assert caption_from_name("deep/20_sks_dog/1.jpg", "@folder") == "sks dog"
     assert caption_from_name("1.jpg", "@folder") == ""
     assert listed(["a", "b", "c", "d\x1b"]) == "a, b, c and 1 more"
+
+
+def test_a_path_that_prints_alike_is_found(tmp_path) -> None:
+    (tmp_path / DECOMPOSED).mkdir()
+    (tmp_path / DECOMPOSED / "a.jpg").write_bytes(b"1")
+    (tmp_path / DECOMPOSED / f"{DECOMPOSED}.csv").write_text("file,text\na.jpg,x\n")
+    assert read(tmp_path / COMPOSED, metadata=f"{COMPOSED}.csv") == {"a.jpg": "x"}
