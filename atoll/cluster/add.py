@@ -13,12 +13,12 @@ from atoll.cluster.dedupe import already_there
 from atoll.cluster.fit import ClusterProgress
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import FAIR
-from atoll.cluster.run import finish, open_encoded, say_counts
+from atoll.cluster.run import cut_of, finish, open_encoded, say_counts
 from atoll.cluster.write import ClustersWriter
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, whole_directory
-from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, EncodedCard
+from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, CutRecord, EncodedCard
 from atoll.storage.layout import CLUSTERS_CARD, cluster_path
 from atoll.storage.shards import Shards
 
@@ -71,7 +71,8 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
                 # Positions of the new rows within their shard.
                 output.add(assigned, (~known[start:end]).nonzero().flatten())
                 tell(end, len(shards), "adding")
-        card = finish(directory, clustering, assignment, output, workers=workers, tell=tell)
+        cut = _both(card.cut, cut_of(shards))
+        card = finish(directory, clustering, assignment, output, workers=workers, tell=tell, cut=cut)
     # New data may unbalance the clusters: warn, since only a new clustering can change that.
     total = sum(count.train for count in card.counts)
     most = most_images(total, card.k) * card.k / total
@@ -82,6 +83,14 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
             stacklevel=2,
         )
     return f"{out}: {int((~known).sum()):,} images added{skipped}: {say_counts(card)}"
+
+
+def _both(old: CutRecord | None, new: CutRecord | None) -> CutRecord | None:
+    """The cut captions of old and new data together."""
+    if old is None or new is None:
+        return old or new
+    total = old.captions + new.captions
+    return CutRecord(captions=total, fraction=(old.captions * old.fraction + new.captions * new.fraction) / total)
 
 
 def _refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -> None:

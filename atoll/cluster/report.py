@@ -12,6 +12,7 @@ from atoll.cluster.report_rows import ReportRow, ReportRows
 from atoll.encoders.codec import Codec, build_codec
 from atoll.errors import AtollError
 from atoll.report.page import colour, document, image_sheet, number, table
+from atoll.report.words import cut_captions
 from atoll.runtime.device import best_device
 from atoll.storage.cards import ClustersCard
 
@@ -73,9 +74,10 @@ def _lead(card: ClustersCard) -> str:
         "free": f"by {card.fine} fine centroids, of any size",
         "random": "at random, by a hash of the key: without meaning, and equal in expectation only",
     }[card.method]
+    cut = f" {cut_captions(card.cut.captions, card.cut.fraction)}." if card.cut is not None else ""
     return (
         f"<p>{images:,} images in {card.k} clusters, {how}. The largest holds {card.largest_over_mean:.2f} times "
-        "the mean.</p>"
+        f"the mean.{cut}</p>"
     )
 
 

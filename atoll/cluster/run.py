@@ -12,7 +12,14 @@ from atoll.cluster.write import ClustersWriter
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.storage.artifact import load_card, load_clusters, whole_directory, write_bytes, write_card
-from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, DrawnClustersCard, EncodedCard
+from atoll.storage.cards import (
+    ClusteringCard,
+    ClustersCard,
+    ClusterShardsCard,
+    CutRecord,
+    DrawnClustersCard,
+    EncodedCard,
+)
 from atoll.storage.layout import CLUSTERS_CARD, REPORT, RunLayout
 from atoll.storage.shards import Shards, refuse_foreign
 
@@ -138,7 +145,7 @@ def cluster(
                 # Shards arrive in order, so the output does not depend on the threads.
                 output.add(assigned)
                 tell(assigned.part.start + len(assigned.part), len(shards), "writing")
-        finish(directory, card, assignment, output, workers=workers, tell=tell)
+        finish(directory, card, assignment, output, workers=workers, tell=tell, cut=cut_of(shards))
     return True
 
 
@@ -171,6 +178,7 @@ def finish(
     *,
     workers: Workers,
     tell: ClusterProgress,
+    cut: CutRecord | None,
 ) -> ClustersCard:
     """Write what needs all rows: centroids, the card with its counts and quality, the page. Returns the card."""
     # What makes the assignment a function: the centroids.
@@ -182,6 +190,7 @@ def finish(
         "blank": output.blank,
         "largest_over_mean": round(max(train) * len(train) / sum(train), 4),
         "quality": describe(output.report_rows.sample.rows(), clustering.k),
+        "cut": cut,
     }
     card = ClustersCard(**clustering.plain(), **measured)
     # The page last: it decodes images.
@@ -192,6 +201,12 @@ def finish(
     if warning := imbalance(card):
         warnings.warn(warning, stacklevel=3)
     return card
+
+
+def cut_of(shards: Shards) -> CutRecord | None:
+    """The captions of encoded data that are longer than their text encoder reads; None if there are none."""
+    counts = shards.card(EncodedCard).counts
+    return counts.cut if counts is not None else None
 
 
 def say_counts(card: ClustersCard | DrawnClustersCard) -> str:

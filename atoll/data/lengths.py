@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atoll.encoders.text.encoder import TextEncoder
+from atoll.report.words import cut_captions
 
 _ALL = 200_000  # captions to check at most; of more, an even sample
 
@@ -42,7 +43,5 @@ class CutCaptions:
 
 def cut_line(cut: dict[str, Any], length: int) -> str:
     """Return the note on truncated captions: how many there are, and how much is dropped."""
-    return (
-        f"{cut['captions']:,} captions are longer than the text encoder reads ({length} tokens): on average "
-        f"{cut['fraction']:.0%} of their text is cut; a longer condition.length or another condition reads more"
-    )
+    said = cut_captions(cut["captions"], cut["fraction"])
+    return f"{said}; it reads {length} tokens: a larger condition.length or another condition reads more"

@@ -1,7 +1,7 @@
 """The plan of a run: its experts on GPUs and on islands. Pure arithmetic, except for `--gpu here`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atoll.errors import AtollError
@@ -96,6 +96,7 @@ class Plan:
         batches: the largest batch, by expert, switches and memory in bytes.
         images: of the data set; None if unknown.
         download_bytes: of one cluster; None if the number of images is unknown.
+        cut: captions of encoded data that are longer than the text encoder reads, and their fraction that is cut.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Plan:
     batches: dict[str, dict[str, dict[float, int]]]
     images: int | None
     download_bytes: float | None
+    cut: tuple[int, float] | None = None
     islands: tuple[IslandSettings, ...] = ()
     simulation: Simulation | None = None
 
@@ -202,7 +204,8 @@ def plan_run(
     images = images or (done.rows if done else None)
     # The GPU to plan for, if one is named.
     named = [_here(manifest, text, latent)] if gpu == "here" else [find_gpu(gpu)] if gpu else []
-    return plan(manifest, named, mfu, images, text, latent, load_islands(islands) if islands else (), trials, seed)
+    planned = plan(manifest, named, mfu, images, text, latent, load_islands(islands) if islands else (), trials, seed)
+    return replace(planned, cut=done.cut if done else None)
 
 
 def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -> GPU:

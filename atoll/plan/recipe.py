@@ -146,10 +146,17 @@ def switches_of(train: TrainSettings) -> tuple[Switches, int]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A run's encoded data. rows: number of images; latent: (C, H, W)."""
+    """A run's encoded data.
+
+    Attributes:
+        rows: number of images.
+        latent: (C, H, W).
+        cut: captions that are longer than the text encoder reads, and the fraction of their text that is cut; or None.
+    """
 
     rows: int
     latent: tuple[int, int, int]
+    cut: tuple[int, float] | None = None
 
 
 def encoded(run: Path) -> Encoded | None:
@@ -168,8 +175,10 @@ def encoded(run: Path) -> Encoded | None:
     content = read_json(index)
     try:
         channels, height, width = content["columns"]["latent"]["shape"]
-        return Encoded(int(content["rows"]), (channels, height, width))
-    except (KeyError, TypeError, ValueError):
+        cut = ((content.get("card") or {}).get("counts") or {}).get("cut")
+        cut = (int(cut["captions"]), float(cut["fraction"])) if cut else None
+        return Encoded(int(content["rows"]), (channels, height, width), cut)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise AtollError(f"{index}: no rows of latents in it; encode again (atoll encode --force)") from None
 
 

@@ -6,6 +6,7 @@ from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
 from atoll.plan.predict import Machine, Plan, PlannedExpert
+from atoll.report.words import cut_captions
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,6 +51,8 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], plan.experts))]
     parts += [Text(_data(plan))]
+    if plan.cut is not None:
+        parts += [Text(f"{cut_captions(*plan.cut)}.")]
     if plan.simulation:
         parts += [Text(), _islands(plan), Text(_finish(plan, start))]
     return Group(*parts)

@@ -8,6 +8,17 @@ from collections.abc import Iterable
 WORDS = 6  # per group
 
 
+def cut_captions(captions: int, fraction: float) -> str:
+    """A sentence about captions that are longer than the text encoder reads.
+
+    Args:
+        captions: how many are cut.
+        fraction: the fraction of their text that is not read.
+    """
+    many = f"{captions:,} captions are longer than the text encoder reads"
+    return f"{many}: on average {fraction:.0%} of their text is cut"
+
+
 def count_words(captions: Iterable[str]) -> Counter[str]:
     """The number of captions that contain each word."""
     return Counter(word for caption in captions for word in set(re.findall(r"[^\W_]+", caption.lower())))

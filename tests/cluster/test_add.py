@@ -204,3 +204,16 @@ def test_new_images_are_sampled_for_the_router(tmp_path) -> None:
     assert router.columns == ("cluster", "latent", "latent_flip")
     assert os.path.exists(out / "router" / "shard-00001.safetensors")
     assert router.read("latent", slice(None))[:, 0, 0, 0].tolist() == [int(key[1:]) % 100 for key in router.keys]
+
+
+def test_captions_that_are_cut_are_counted_on_the_page_of_old_and_new(tmp_path) -> None:
+    def card(captions, fraction):
+        counts = {"good": 90, "uncaptioned": 0, "skipped": {}, "cut": {"captions": captions, "fraction": fraction}}
+        return {**CARD, "counts": counts}
+
+    out = tmp_path / "clusters"
+    cluster(write(tmp_path / "encoded", range(90), card=card(30, 0.2)), out, K, fine=12)
+    said = "captions are longer than the text encoder reads: on average"
+    assert f"30 {said} 20% of their text is cut." in (out / "report.html").read_text()
+    assign_only(out, write(tmp_path / "more", range(90, 120), card=card(10, 0.6)))
+    assert f"40 {said} 30% of their text is cut." in (out / "report.html").read_text()

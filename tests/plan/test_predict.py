@@ -167,6 +167,11 @@ def test_a_run_knows_its_number_of_images(tmp_path: Path) -> None:
     assert p.images == 2288
     assert (p.experts[0].network.channels, p.experts[0].network.size) == (3, (8, 24))
     assert plan_run(tmp_path, images=7).images == 7
+    assert "captions" not in shown(p)
+    counts = {"cut": {"captions": 1200, "fraction": 0.25}}
+    index.write_text(json.dumps({**json.loads(index.read_text()), "card": {"counts": counts}}))
+    said = "1,200 captions are longer than the text encoder reads: on average 25% of their text is cut."
+    assert said in " ".join(shown(plan_run(tmp_path)).split())
     index.write_text(json.dumps({"rows": 2288, "columns": {}}))
     with pytest.raises(AtollError, match="encode again"):
         plan_run(tmp_path)

@@ -192,12 +192,14 @@ class ClustersCard(ClusteringCard):
     Attributes:
         counts: rows of each cluster. blank: the number of rows whose feature is a zero vector.
         largest_over_mean: training rows of the largest cluster divided by the mean.
+        cut: captions that are longer than the text encoder reads; None if there are none.
     """
 
     counts: tuple[SplitCounts, ...]
     blank: Count
     largest_over_mean: bounds.Ratio
     quality: ClusterQuality
+    cut: CutRecord | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
