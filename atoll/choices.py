@@ -3,4 +3,4 @@
 from typing import Literal
 
 Checkpointing = Literal["none", "selective", "full"]  # which activations the backward pass computes again
-Method = Literal["euler", "heun", "dpm++2m"]  # of the sampler
+Method = Literal["euler", "heun", "midpoint", "dpm++2m"]  # of the sampler

@@ -149,7 +149,7 @@ class Pipeline:
             guidance_scale: default: the ensemble's.
             generator: draws the seeds; not together with `seeds`.
             seeds: one per prompt. An image depends on its prompt and its seed only, not on its batch.
-            method: "euler", "heun" or "dpm++2m"; default: the ensemble's.
+            method: "euler", "heun", "midpoint" or "dpm++2m"; default: the ensemble's.
             routing: default: the ensemble's.
             clusters: one per prompt, for routing "oracle".
             guidance_range: the times (0 data, 1 noise) between which there is guidance.

@@ -130,7 +130,7 @@ def sample(
     replicas: Annotated[
         str | None, typer.Option(help="stacked, inverse-error, equal, time-switch-0.5; default: the ensemble's.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m; default: the ensemble's.")] = None,
+    method: Annotated[str | None, typer.Option(help="euler, heun, midpoint, dpm++2m; default: the ensemble's.")] = None,
     alignment: Annotated[str, typer.Option(help="snr (exact) or native (HDDM's formulas).")] = "snr",
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an expert is missing.")] = False,
     side: Annotated[int, typer.Option(help="Enlarge images to at least this many pixels.")] = 128,
