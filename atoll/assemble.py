@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from atoll.encoders.text import build_encoder
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.ensemble.replicas import Stacking, measure_stacking
@@ -103,7 +104,7 @@ def assemble(
     return out
 
 
-def assemble_run(run: Path, manifest: Manifest) -> Path:
+def assemble_run(run: Path, manifest: Manifest, *, allow_hub: bool = False, trust_paths: bool = False) -> Path:
     """Assemble the trained experts of a manifest with the run's router.
 
     Experts that are not trained yet are left out with a warning.
@@ -111,6 +112,8 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
     Args:
         run: the run's directory.
         manifest: its manifest.
+        allow_hub: whether the experts' cards may fetch text encoders from the hub, to measure replicas.
+        trust_paths: whether the experts' files may be links that lead out of the run.
 
     Returns:
         The ensemble's directory.
@@ -123,13 +126,14 @@ def assemble_run(run: Path, manifest: Manifest) -> Path:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
     # A single expert needs no router, but one that exists is used.
     alone = len(trained) == 1 and not (layout.router / CARD).is_file()
-    stackings = stack_replicas(trained, layout.clusters)
+    trust = manifest.trust_in_cards(run, allow_hub=allow_hub, trust_paths=trust_paths)
+    stackings = stack_replicas(trained, layout.clusters, trust)
     return assemble(
         trained, None if alone else layout.router, layout.ensemble, manifest.sampling.model_dump(), stackings
     )
 
 
-def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
+def stack_replicas(experts: list[Path], clusters: Path, trust: Trust = STRANGER) -> list[Stacking]:
     """Measure the weights of replicas on held-out latents of their clusters.
 
     Replicas without local latents cause a warning; they share their cluster's weight equally.
@@ -137,6 +141,7 @@ def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
     Args:
         experts: directories of expert artifacts.
         clusters: the run's clusters/.
+        trust: what the experts' cards may reach.
 
     Returns:
         One `Stacking` per group of replicas.
@@ -160,15 +165,15 @@ def stack_replicas(experts: list[Path], clusters: Path) -> list[Stacking]:
                 f"{names} are replicas and {clusters} lacks their latents; they will share alike", stacklevel=3
             )
             continue
-        stackings.append(_stacked(replicas, [Shards(place) for place in places]))
+        stackings.append(_stacked(replicas, [Shards(place) for place in places], trust))
     return stackings
 
 
-def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
+def _stacked(replicas: list[Path], shards: list[Shards], trust: Trust) -> Stacking:
     """Measure one group of replicas on held-out rows of their clusters."""
     # The replicas, and a check that these are the clusters that they were trained on.
     device = best_device()
-    loaded = [load_expert(path, device) for path in replicas]
+    loaded = [load_expert(path, device, trust=trust) for path in replicas]
     for part in shards:
         for path, one in zip(replicas, loaded, strict=True):
             if part.card(ClusterShardsCard).assignment != one.card.assignment:
@@ -186,7 +191,7 @@ def _stacked(replicas: list[Path], shards: list[Shards]) -> Stacking:
     rows = rows[random_rows(len(rows), _ROWS, cpu_generator(0))].sort().values
     latents, captions = _read(shards, rows)
     # Each replica reads the captions by its own text encoder.
-    conditions = [build_encoder(one.card.condition)(captions) for one in loaded]
+    conditions = [build_encoder(one.card.condition, trust)(captions) for one in loaded]
     # All replicas use one mean latent: that of a calibration if there is one.
     means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]
     mean = means[0] if means else latents.mean(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atoll.choices import Method
 from atoll.condition import move_to
+from atoll.encoders.trust import Trust
 from atoll.ensemble import Alignment, Sampler, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
@@ -77,6 +78,8 @@ class Pipeline:
         replicas: str | None = None,
         memory_budget: str | int | None = None,
         weights: WeightDtype | None = None,
+        allow_hub: bool = False,
+        trust_paths: bool = False,
     ) -> "Pipeline":
         """Load an ensemble's directory, or an expert's; arguments and errors as in `load_ensemble`.
 
@@ -89,6 +92,7 @@ class Pipeline:
             replicas: in place of the ensemble's default.
             memory_budget: "16GB", or bytes.
             weights: fp32, bf16, fp16 or int8; None: as stored.
+            allow_hub, trust_paths: what cards may reach.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_ensemble(
@@ -100,6 +104,7 @@ class Pipeline:
             replicas=replicas,
             memory_budget=memory_budget,
             weights=weights,
+            trust=Trust(hub=allow_hub, paths=trust_paths),
         )
         return cls(loaded, device)
 
@@ -285,6 +290,8 @@ def sample_to_file(
     progress: Callable[[int, int], Any] | None = None,
     memory_budget: str | None = None,
     weights: WeightDtype | None = None,
+    allow_hub: bool = False,
+    trust_paths: bool = False,
 ) -> dict[str, str]:
     """Sample one image per prompt and write them as one sheet.
 
@@ -297,14 +304,12 @@ def sample_to_file(
         guidance: the guidance scale.
         routing: as in `Pipeline.from_pretrained`.
         method: as in `Pipeline`.
-        alignment: as in `Pipeline.from_pretrained`.
-        strict: likewise.
+        alignment, strict: as in `Pipeline.from_pretrained`.
         side: pixels of an image's longer side, at least.
         replicas: as in `Pipeline.from_pretrained`.
         trace: a JSON file for the routing trace; a page that shows it is written beside it.
         progress: called with (steps done, total steps).
-        memory_budget: as in `Pipeline.from_pretrained`.
-        weights: likewise.
+        memory_budget, weights, allow_hub, trust_paths: as in `Pipeline.from_pretrained`.
 
     Returns:
         The experts that were dropped while sampling, and why.
@@ -324,7 +329,15 @@ def sample_to_file(
         raise AtollError(f"{trace}: expected a file that ends in .json, in a directory that exists")
 
     pipe = Pipeline.from_pretrained(
-        ensemble, routing, alignment, strict, replicas=replicas, memory_budget=memory_budget, weights=weights
+        ensemble,
+        routing,
+        alignment,
+        strict,
+        replicas=replicas,
+        memory_budget=memory_budget,
+        weights=weights,
+        allow_hub=allow_hub,
+        trust_paths=trust_paths,
     )
     output = pipe(
         prompts,

@@ -41,6 +41,12 @@ RunOption = Annotated[Path, typer.Option("--run", "-r", help="Directory of the r
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, bit for bit.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard an existing checkpoint or artifact.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")]
+AllowHub = Annotated[
+    bool, typer.Option("--allow-hub", help="Fetch frozen networks that cards name from the hub, checked by their hash.")
+]
+TrustPaths = Annotated[
+    bool, typer.Option("--trust-paths", help="Let cards name files outside their directory: for your own artifacts.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from atoll.cli.app import Force, Quiet, RunOption, app, bar
+from atoll.cli.app import AllowHub, Force, Quiet, RunOption, TrustPaths, app, bar
 from atoll.cli.training import launch
 from atoll.errors import AtollError
 from atoll.storage.layout import EXIT_DEGRADED, RunLayout
@@ -91,6 +91,7 @@ def cluster(
     """Cluster the features -> clusters/: the shards of each cluster's expert, and report.html."""
     from atoll.cluster import assign_only as assign
     from atoll.cluster import cluster_run
+    from atoll.encoders.trust import STRANGER
     from atoll.manifest import load_manifest
 
     # Options of the two ways exclude each other.
@@ -101,19 +102,22 @@ def cluster(
     with bar("cluster", "images", quiet) as tell:
         # New images join the clusters, or new clusters are made.
         if assign_only:
-            done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell)
+            # A copy of clusters/ alone has no atoll.yaml.
+            trust = load_manifest(run).trust_in_cards(run) if RunLayout(run).manifest.is_file() else STRANGER
+            done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell, trust)
         else:
             done = cluster_run(run, load_manifest(run), force=force, router_fraction=router_fraction, progress=tell)
     typer.echo(done)
 
 
 @app.command(rich_help_panel="Stages")
-def assemble(run: RunOption = Path()) -> None:
+def assemble(run: RunOption = Path(), allow_hub: AllowHub = False, trust_paths: TrustPaths = False) -> None:
     """Combine experts and router -> ensemble/ensemble.json, with the hash of every part."""
     from atoll.assemble import assemble_run
     from atoll.manifest import load_manifest
 
-    typer.echo(f"{assemble_run(run, load_manifest(run))} written")
+    out = assemble_run(run, load_manifest(run), allow_hub=allow_hub, trust_paths=trust_paths)
+    typer.echo(f"{out} written")
 
 
 @app.command(rich_help_panel="Stages")
@@ -139,6 +143,8 @@ def sample(
         str | None, typer.Option(help="Limit of weights on the device, such as 6GB; others load on demand.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as stored.")] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Sample images: `atoll sample runs/demo/ensemble "digit seven, sans bold" -o out.png`."""
@@ -163,6 +169,8 @@ def sample(
             progress=update,
             memory_budget=memory_budget,
             weights=cast("WeightDtype | None", weights),
+            allow_hub=allow_hub,
+            trust_paths=trust_paths,
         )
     typer.echo(f"{out} written")
     # Experts that failed are left out: the image exists, but the exit code reports it.
@@ -181,6 +189,8 @@ def evaluate(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with one prompt per line, for the report's images.")
     ] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare the ensemble with the monolith -> report.html, report.json. If interrupted, run again to resume."""
@@ -189,14 +199,16 @@ def evaluate(
     from atoll.manifest import load_manifest
 
     # Options replace values of atoll.yaml for this evaluation only.
-    settings = load_manifest(run).evaluate
+    manifest = load_manifest(run)
+    settings = manifest.evaluate
+    trust = manifest.trust_in_cards(run, allow_hub=allow_hub, trust_paths=trust_paths)
     # All --sweep options together form one sweep, which replaces the manifest's.
     if sweep:
         settings = settings.model_copy(update={"sweep": (parse_sweep(sweep),)})
     if prompts:
         settings = settings.model_copy(update={"prompts": read_prompts(prompts)})
     with bar("evaluate", "steps", quiet) as tell:
-        report = evaluate_run(run, settings, progress=tell)
+        report = evaluate_run(run, settings, progress=tell, trust=trust)
     typer.echo(f"{report} written; open it in a browser")
 
 

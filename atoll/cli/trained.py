@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from atoll.cli.app import app
+from atoll.cli.app import AllowHub, TrustPaths, app
 
 if TYPE_CHECKING:
     from atoll.train.calibrate_expert import Use
@@ -24,14 +24,18 @@ def calibrate(
     rows: Annotated[int, typer.Option(min=2, help="Maximum number of latents.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Seed of rows and noise; default: the training's.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also plot the curves to this image.")] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
 ) -> None:
     """Measure an expert's calibration on held-out latents, and write it into its card."""
+    from atoll.encoders.trust import Trust
     from atoll.train import calibrate_expert as work
 
     # Without --shards, the run of the expert holds them.
     held_out = shards or work.shards_of(expert)
     # Without --out, the card of the expert is replaced in place.
-    curve = work.calibrate_expert(expert, held_out, out=out, use=cast("Use", use), rows=rows, seed=seed)
+    trust = Trust(hub=allow_hub, paths=trust_paths)
+    curve = work.calibrate_expert(expert, held_out, out=out, use=cast("Use", use), rows=rows, seed=seed, trust=trust)
     typer.echo(work.table(curve))
     # The plot is optional, and needs no second measurement.
     if plot is not None:

@@ -15,6 +15,7 @@ from atoll.cluster.nearest import Workers
 from atoll.cluster.report import FAIR
 from atoll.cluster.run import cut_of, finish, open_encoded, say_counts
 from atoll.cluster.write import ClustersWriter
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, whole_directory
@@ -23,7 +24,7 @@ from atoll.storage.layout import CLUSTERS_CARD, cluster_path
 from atoll.storage.shards import Shards
 
 
-def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = None) -> str:
+def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = None, trust: Trust = STRANGER) -> str:
     """Add the images of `encoded` to the clusters at `out`.
 
     The assignment does not change, so experts and router trained before and after fit together. Images that are there
@@ -34,6 +35,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
         out: a finished clusters/ directory.
         encoded: shards with features.
         progress: called after each shard.
+        trust: what the codec in the card may reach, to show images.
 
     Returns:
         A line that says what was done.
@@ -72,7 +74,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
                 output.add(assigned, (~known[start:end]).nonzero().flatten())
                 tell(end, len(shards), "adding")
         cut = _both(card.cut, cut_of(shards))
-        card = finish(directory, clustering, assignment, output, workers=workers, tell=tell, cut=cut)
+        card = finish(directory, clustering, assignment, output, workers=workers, tell=tell, trust=trust, cut=cut)
     # New data may unbalance the clusters: warn, since only a new clustering can change that.
     total = sum(count.train for count in card.counts)
     most = most_images(total, card.k) * card.k / total

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report_rows import ReportRow, ReportRows
 from atoll.encoders.codec import Codec, build_codec
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.report.page import colour, document, image_sheet, number, table
 from atoll.report.words import cut_captions
@@ -36,7 +37,13 @@ def imbalance(card: ClustersCard) -> str | None:
     )
 
 
-def to_html(card: ClustersCard, selected: ReportRows, workers: Workers, progress: Callable[[str], None]) -> str:
+def to_html(
+    card: ClustersCard,
+    selected: ReportRows,
+    workers: Workers,
+    progress: Callable[[str], None],
+    trust: Trust = STRANGER,
+) -> str:
     """Return the page of a clustering.
 
     Args:
@@ -44,6 +51,7 @@ def to_html(card: ClustersCard, selected: ReportRows, workers: Workers, progress
         selected: the rows to show.
         workers: threads that decode images.
         progress: called with a note.
+        trust: what the codec's entry may reach.
     """
     progress("decoding images for the report")
     # Random clusters have no centroid to be near to.
@@ -51,7 +59,7 @@ def to_html(card: ClustersCard, selected: ReportRows, workers: Workers, progress
     random = [rows.rows() for rows in selected.random]
     try:
         # The codec may be missing on this machine; the page then has no images but all numbers.
-        draw, why = _drawer(build_codec(card.codec), workers), ""
+        draw, why = _drawer(build_codec(card.codec, trust), workers), ""
     except AtollError as error:
         draw, why = None, f"<p><b>No images:</b> {escape(str(error))}</p>"
     cards = (_cluster(card, number, nearest[number], random[number], draw) for number in range(card.k))

@@ -9,6 +9,7 @@ from atoll.cluster.fit import ROWS_PER_CENTROID, ClusterProgress, Survey, survey
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import imbalance, to_html
 from atoll.cluster.write import ClustersWriter
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.storage.artifact import load_card, load_clusters, whole_directory, write_bytes, write_card
@@ -62,6 +63,7 @@ def cluster_run(
         force=force,
         router_fraction=settings.router_fraction if router_fraction is None else router_fraction,
         progress=progress,
+        trust=manifest.trust_in_cards(run),
     )
     return f"{out} {'written' if written else 'is there already'}: {say_counts(load_clusters(out / CLUSTERS_CARD))}"
 
@@ -77,6 +79,7 @@ def cluster(
     force: bool = False,
     router_fraction: float | None = None,
     progress: ClusterProgress | None = None,
+    trust: Trust = STRANGER,
 ) -> bool:
     """Cluster the features of `encoded` and write `out`; held-out images are assigned too, but not fitted to.
 
@@ -96,6 +99,7 @@ def cluster(
         force: replace an earlier clustering.
         router_fraction: of all rows that is copied to router/; None to train the router on all of `encoded`.
         progress: called after each shard.
+        trust: what the codec in the card of `encoded` may reach, to show images.
 
     Returns:
         Whether anything was written; False if this clustering exists already.
@@ -145,7 +149,7 @@ def cluster(
                 # Shards arrive in order, so the output does not depend on the threads.
                 output.add(assigned)
                 tell(assigned.part.start + len(assigned.part), len(shards), "writing")
-        finish(directory, card, assignment, output, workers=workers, tell=tell, cut=cut_of(shards))
+        finish(directory, card, assignment, output, workers=workers, tell=tell, trust=trust, cut=cut_of(shards))
     return True
 
 
@@ -179,6 +183,7 @@ def finish(
     workers: Workers,
     tell: ClusterProgress,
     cut: CutRecord | None,
+    trust: Trust,
 ) -> ClustersCard:
     """Write what needs all rows: centroids, the card with its counts and quality, the page. Returns the card."""
     # What makes the assignment a function: the centroids.
@@ -195,7 +200,7 @@ def finish(
     card = ClustersCard(**clustering.plain(), **measured)
     # The page last: it decodes images.
     rows = sum(map(sum, (count.values() for count in output.counts)))
-    page = to_html(card, output.report_rows, workers, lambda note: tell(rows, rows, note))
+    page = to_html(card, output.report_rows, workers, lambda note: tell(rows, rows, note), trust)
     write_bytes(directory / REPORT, page.encode())
     write_card(directory / CLUSTERS_CARD, card)
     if warning := imbalance(card):

@@ -42,7 +42,9 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
     # Its network. It reads the pooled vector only if the encoder has one.
     channels, height, width = data.latent_shape
     network = manifest.network_of(part).model_dump(exclude={"pooled"})
-    reads_pooled = manifest.network_of(part).pooled and build_encoder(data.condition).pooled_dim is not None
+    # The card of the shards may reach only what the manifest names.
+    encoder = build_encoder(data.condition, manifest.trust_in_cards(run))
+    reads_pooled = manifest.network_of(part).pooled and encoder.pooled_dim is not None
     return {
         "objective": part.objective.model_dump(),
         "condition": data.condition,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atoll.encoders.trust import Trust
 from atoll.encoders.weights import WANTED, also_found_in, find_weights
 from atoll.ensemble import Alignment, Sampler
 from atoll.ensemble.loading import FROZEN, load_ensemble
@@ -37,6 +38,8 @@ class AtollEnsemble(ModelMixin):
     Args:
         path: its directory.
         weights: the dtype that the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as stored.
+        allow_hub: as in `load_ensemble`.
+        trust_paths: likewise.
 
     Attributes:
         loaded: the ensemble with its text encoder and codec; these two compute on the device of their input.
@@ -45,12 +48,20 @@ class AtollEnsemble(ModelMixin):
         AtollError: as `load_ensemble` does.
     """
 
-    def __init__(self, path: str | os.PathLike[str], weights: WeightDtype | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        weights: WeightDtype | None = None,
+        *,
+        allow_hub: bool = False,
+        trust_paths: bool = False,
+    ):
         # A module must be initialised before it gets submodules.
         super().__init__()  # type: ignore[no-untyped-call]
         # Load it on the CPU; diffusers moves it.
         self.path = Path(path)
-        self.loaded = load_ensemble(self.path, weights=weights)
+        self._trust = Trust(hub=allow_hub, paths=trust_paths)
+        self.loaded = load_ensemble(self.path, weights=weights, trust=self._trust)
         own = self.loaded.ensemble
         used = (*(expert.network for expert in own.experts), own.router)
         # The modules that .to() moves and casts; the ensemble's other tensors follow x.
@@ -61,6 +72,8 @@ class AtollEnsemble(ModelMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         torch_dtype: torch.dtype | None = None,
+        allow_hub: bool = False,
+        trust_paths: bool = False,
         **options: Any,
     ) -> "AtollEnsemble":
         """Load the ensemble at a local path.
@@ -68,6 +81,8 @@ class AtollEnsemble(ModelMixin):
         Args:
             pretrained_model_name_or_path: its directory.
             torch_dtype: float32, bfloat16 or float16, which the experts' weights are rounded to; None: as stored.
+            allow_hub: as in `load_ensemble`.
+            trust_paths: likewise.
             options: those that `DiffusionPipeline.from_pretrained` passes to diffusers' models; most have no meaning
                 here.
 
@@ -79,7 +94,7 @@ class AtollEnsemble(ModelMixin):
             raise AtollError(f"dtype {torch_dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
         if unknown := [name for name in ("device_map", "variant") if options.get(name) is not None]:
             raise AtollError(f"{unknown[0]}: an ensemble has none; load it without, and move it by .to(device)")
-        return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype])
+        return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype], allow_hub=allow_hub, trust_paths=trust_paths)
 
     def forward(
         self,
@@ -195,7 +210,9 @@ class AtollEnsemble(ModelMixin):
             tokenizer = subfolder if config.get("tokenizer") is None else config["tokenizer"]
             folders = list(dict.fromkeys((subfolder, tokenizer)))
             with also_found_in(self.path / FROZEN):
-                root = find_weights(weights, folders)
+                root = find_weights(
+                    weights, folders, self._trust, sha256=config.get("sha256"), revision=config.get("revision")
+                )
             for folder in folders:
                 files = {file for pattern in WANTED for file in (root / folder).glob(pattern)}
                 if folder == subfolder and not any(file.suffix == ".safetensors" for file in files):

@@ -37,7 +37,8 @@ with quiet("diffusers"):
     from diffusers.utils.torch_utils import randn_tensor
 
 INDEX = "model_index.json"
-_OPTIONS = ("ensemble", "scheduler", "routing", "alignment", "replicas", "torch_dtype", "dtype")
+_TRUST = ("allow_hub", "trust_paths")
+_OPTIONS = ("ensemble", "scheduler", "routing", "alignment", "replicas", "torch_dtype", "dtype", *_TRUST)
 _OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -87,7 +88,7 @@ class AtollPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a local directory; download a repository of the hub first.
             options: ensemble, scheduler, routing, alignment, replicas, in place of the saved ones; torch_dtype or
-                dtype, as in `AtollEnsemble.from_pretrained`.
+                dtype, allow_hub and trust_paths, as in `AtollEnsemble.from_pretrained`.
 
         Raises:
             AtollError: no such directory, or one of another kind; an unknown option; as `load_ensemble` does.
@@ -108,10 +109,13 @@ class AtollPipeline(DiffusionPipeline):
             )
 
         # The ensemble, unless it is given.
+        trust = {name: options.pop(name) for name in _TRUST if name in options}
         dtypes = [options.pop(name) for name in ("torch_dtype", "dtype") if name in options]
         if "ensemble" not in options:
             # A saved pipeline has the ensemble in a directory of its own.
-            options["ensemble"] = AtollEnsemble.from_pretrained(path / ENSEMBLE if saved else path, *dtypes[:1])
+            options["ensemble"] = AtollEnsemble.from_pretrained(
+                path / ENSEMBLE if saved else path, *dtypes[:1], **trust
+            )
         elif dtypes:
             raise AtollError("an ensemble and a dtype were both given; expected one of them: the ensemble has a dtype")
         # A new pipeline has the default scheduler.

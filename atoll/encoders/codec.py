@@ -10,10 +10,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from atoll.encoders.trust import USER, Trust
 from atoll.encoders.weights import (
     PretrainedConfig,
     WeightsConfig,
-    find_weights,
     freeze,
     load_pretrained,
     parse_config,
@@ -160,6 +160,7 @@ class Autoencoder:
         channels: C.
         factor: image height / latent height.
         sha256: the hash of its weights.
+        root: where they were found.
         shift: the network's own constant, or one per channel.
         scale: the same.
     """
@@ -171,6 +172,7 @@ class Autoencoder:
     channels: int
     factor: int
     sha256: str
+    root: Path
     shift: float | tuple[float, ...] = 0.0
     scale: float | tuple[float, ...] = 1.0
 
@@ -195,7 +197,7 @@ class NetworkCodec(Codec):
         }
         self._shift, self._scale = (self._per_channel(key, value) for key, value in constants.items())
         # Cards store the constants and the hash, so that the codec is the same everywhere.
-        self._config = config.model_copy(update={**constants, "sha256": autoencoder.sha256})
+        self._config = config.pinned(autoencoder.sha256, autoencoder.root, **constants)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ class NetworkCodec(Codec):
 
     def config(self) -> dict[str, Any]:
         # The name comes first in every card.
-        return {"name": self.name, **self._config.model_dump(mode="json", exclude={"name"})}
+        return {"name": self.name, **self._config.entry()}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         # The network decides the dtype; latents are returned in float32.
@@ -252,10 +254,11 @@ class NetworkCodec(Codec):
         return torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
 
 
-def _load_diffusers(config: KLConfig | TinyConfig) -> Autoencoder:
+def _load_diffusers(config: KLConfig | TinyConfig, trust: Trust) -> Autoencoder:
     """Load an AutoencoderKL or AutoencoderTiny, both for images in [-1, 1]."""
     # The subfolder is where a whole pipeline keeps its codec.
-    directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
+    root = config.find(trust, (config.subfolder,))
+    directory = root / config.subfolder
     # Check the hash before anything is loaded.
     sha256 = sha256_files(pretrained_files(directory, "diffusion_pytorch_model"))
     require_sha256(f"codec {config.name!r}", directory, sha256, config.sha256)
@@ -283,15 +286,16 @@ def _load_diffusers(config: KLConfig | TinyConfig) -> Autoencoder:
         own.latent_channels,
         2 ** (len(stages) - 1),
         sha256,
+        root,
         shift,
         scale,
     )
 
 
-def _load_taef2(config: TAEF2Config) -> Autoencoder:
+def _load_taef2(config: TAEF2Config, trust: Trust) -> Autoencoder:
     """Load FLUX.2's tiny autoencoder, for images in [0, 1]."""
     # Two files: encoder and decoder.
-    directory = find_weights(config.weights)
+    directory = config.find(trust)
     files = [_either(directory, f"taef2_{part}") for part in ("encoder", "decoder")]
     sha256 = sha256_weights(directory, [file.name for file in files])
     require_sha256("codec 'taef2'", directory, sha256, config.sha256)
@@ -305,7 +309,7 @@ def _load_taef2(config: TAEF2Config) -> Autoencoder:
         )
     # One module, to be moved and cast together.
     network = freeze(nn.ModuleList([encoder, decoder]))
-    return Autoencoder(network, encoder, decoder, 3, encoder.head.out_channels, 8, sha256)
+    return Autoencoder(network, encoder, decoder, 3, encoder.head.out_channels, 8, sha256, directory)
 
 
 def _either(directory: Path, stem: str) -> Path:
@@ -343,8 +347,12 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 }
 
 
-def build_codec(config: Mapping[str, Any]) -> Codec:
+def build_codec(config: Mapping[str, Any], trust: Trust = USER) -> Codec:
     """Create the codec that a manifest's or a card's config describes.
+
+    Args:
+        config: its name and options.
+        trust: what its weights may reach; `STRANGER` for a card's config.
 
     Raises:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
@@ -352,9 +360,9 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
     """
     match parse_config("codec", _CONFIGS, config):
         case KLConfig() | TinyConfig() as checked:
-            return NetworkCodec(checked, _load_diffusers(checked))
+            return NetworkCodec(checked, _load_diffusers(checked, trust))
         case TAEF2Config() as checked:
-            return NetworkCodec(checked, _load_taef2(checked))
+            return NetworkCodec(checked, _load_taef2(checked, trust))
         case PixelConfig() as checked:
             return PixelCodec(checked.channels, checked.shift, checked.scale)
     raise AssertionError("a config without its codec")

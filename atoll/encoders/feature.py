@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atoll.encoders.trust import USER, Trust
 from atoll.encoders.weights import (
     PretrainedConfig,
     WeightsConfig,
-    find_weights,
     freeze,
     load_pretrained,
     parse_config,
@@ -177,6 +177,7 @@ class Backbone:
         dim: the width of a vector.
         size: pixels per side.
         sha256: the hash of its weights.
+        root: where they were found.
         mean: of the standardisation [1, 3, 1, 1], or [1, 1, 1, 1] for all channels.
         std: the same.
     """
@@ -186,6 +187,7 @@ class Backbone:
     dim: int
     size: int
     sha256: str
+    root: Path
     mean: Tensor
     std: Tensor
 
@@ -199,7 +201,7 @@ class NetworkFeature(Feature):
         # Transformers run in 16 bits everywhere; the vector of MobileNetV2, with its 8-bit weights, changes by a fifth.
         self.takes_bf16 = config.name in ("dinov2", "clip-image")
         self._backbone = backbone
-        self._config = config.model_copy(update={"sha256": backbone.sha256, "size": backbone.size})
+        self._config = config.pinned(backbone.sha256, backbone.root, size=backbone.size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ class NetworkFeature(Feature):
         return [tap.float() for tap in network.taps(self._input(images.float()))]
 
     def config(self) -> dict[str, Any]:
-        return {"name": self.name, **self._config.model_dump(exclude={"name"})}
+        return {"name": self.name, **self._config.entry()}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         self._backbone.network.to(device, dtype)
@@ -241,11 +243,11 @@ class NetworkFeature(Feature):
         return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _load_dinov2(config: DINOv2Config) -> Backbone:
+def _load_dinov2(config: DINOv2Config, trust: Trust) -> Backbone:
     # With or without register tokens.
-    directory, sha256 = _pretrained(config, "dinov2")
+    root, sha256 = _pretrained(config, "dinov2", trust)
     classes = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-    network: Any = load_pretrained("transformers", classes, directory)
+    network: Any = load_pretrained("transformers", classes, root / config.subfolder)
     # The image must consist of whole patches.
     patch = network.config.patch_size
     if config.size % patch:
@@ -259,15 +261,16 @@ def _load_dinov2(config: DINOv2Config) -> Backbone:
         network.config.hidden_size,
         config.size,
         sha256,
+        root,
         *_IMAGENET,
     )
 
 
-def _load_clip_image(config: CLIPImageConfig) -> Backbone:
+def _load_clip_image(config: CLIPImageConfig, trust: Trust) -> Backbone:
     # A whole CLIP, or its image half.
-    directory, sha256 = _pretrained(config, "clip-image")
+    root, sha256 = _pretrained(config, "clip-image", trust)
     classes = dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection")
-    network: Any = load_pretrained("transformers", classes, directory)
+    network: Any = load_pretrained("transformers", classes, root / config.subfolder)
     # Its position embeddings fix the size.
     own = network.config
     if config.size not in (None, own.image_size):
@@ -276,13 +279,13 @@ def _load_clip_image(config: CLIPImageConfig) -> Backbone:
             f"set feature.size to {own.image_size}, or leave it out"
         )
     return Backbone(
-        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, sha256, *_CLIP
+        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, sha256, root, *_CLIP
     )
 
 
-def _load_npz(config: MobileNetConfig | SqueezeNetConfig) -> Backbone:
+def _load_npz(config: MobileNetConfig | SqueezeNetConfig, trust: Trust) -> Backbone:
     # One file of arrays, checked by its hash.
-    path = find_weights(config.weights)
+    path = config.find(trust)
     if not path.is_file():
         raise AtollError(f"feature {config.name!r}: {path} is a directory; name the .npz file in it")
     sha256 = sha256_weights(path)
@@ -298,16 +301,17 @@ def _load_npz(config: MobileNetConfig | SqueezeNetConfig) -> Backbone:
         network, dim = mobilenet.load_mobilenet(arrays, str(path)), mobilenet.DIM
     else:
         network, dim = squeezenet.load_squeezenet(arrays, str(path)), squeezenet.DIM
-    return Backbone(freeze(network), network, dim, config.size, sha256, *_UNCHANGED)
+    return Backbone(freeze(network), network, dim, config.size, sha256, path, *_UNCHANGED)
 
 
-def _pretrained(config: PretrainedConfig, name: str) -> tuple[Path, str]:
-    """Return the directory of a transformers network, and its sha256, checked against the config's if it has one."""
+def _pretrained(config: PretrainedConfig, name: str, trust: Trust) -> tuple[Path, str]:
+    """Return where a transformers network is, and its sha256, checked against the config's if it has one."""
     # A pipeline's repository has each network in a subfolder.
-    directory = find_weights(config.weights, (config.subfolder,)) / config.subfolder
+    root = config.find(trust, (config.subfolder,))
+    directory = root / config.subfolder
     sha256 = sha256_files(pretrained_files(directory, "model"))
     require_sha256(f"feature {name!r}", directory, sha256, config.sha256)
-    return directory, sha256
+    return root, sha256
 
 
 def rgb(images: Tensor, feature: str) -> Tensor:
@@ -349,8 +353,12 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 }
 
 
-def build_feature(config: Mapping[str, Any]) -> Feature:
+def build_feature(config: Mapping[str, Any], trust: Trust = USER) -> Feature:
     """Create the feature that a manifest's or a card's config describes.
+
+    Args:
+        config: its name and options.
+        trust: what its weights may reach; `STRANGER` for a card's config.
 
     Raises:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
@@ -358,11 +366,11 @@ def build_feature(config: Mapping[str, Any]) -> Feature:
     """
     match parse_config("feature", _CONFIGS, config):
         case DINOv2Config() as checked:
-            return NetworkFeature(checked, _load_dinov2(checked))
+            return NetworkFeature(checked, _load_dinov2(checked, trust))
         case CLIPImageConfig() as checked:
-            return NetworkFeature(checked, _load_clip_image(checked))
+            return NetworkFeature(checked, _load_clip_image(checked, trust))
         case MobileNetConfig() | SqueezeNetConfig() as checked:
-            return NetworkFeature(checked, _load_npz(checked))
+            return NetworkFeature(checked, _load_npz(checked, trust))
         case HogConfig() as checked:
             return Hog(checked.bins, checked.grid)
         case PixelsConfig() as checked:

@@ -5,43 +5,66 @@ A frozen network's config names its `weights` as the user did (a local path, or 
 """
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from atoll.encoders.find import REPOSITORY
+from atoll.encoders.find import WANTED as WANTED
+from atoll.encoders.find import also_found_in as also_found_in
+from atoll.encoders.find import find_weights as find_weights
+from atoll.encoders.find import unset_variable as unset_variable
+from atoll.encoders.trust import Trust
 from atoll.encoders.weight_files import WeightFiles, weight_files
 from atoll.errors import AtollError
-from atoll.runtime.libraries import import_library, quiet
+from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.content import advice, content_of, is_cut_off, is_out_of_memory
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # the names of the libraries' weight files
-VARIABLE = "ATOLL_WEIGHTS"  # names a directory that is searched for weights whose path does not exist
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no pickles, no other frameworks
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
-_ALSO_IN: ContextVar[Path | None] = ContextVar("also_found_in", default=None)
-_LOCATION = ("weights", "subfolder", "tokenizer")  # the keys of a config that name places
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCATION = ("weights", "revision", "subfolder", "tokenizer")  # the keys of a config that name places
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Model = TypeVar("Model", bound=BaseModel)
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class WeightsConfig(BaseModel):
-    """The config of every network with weights. sha256: None is filled in when the weights are found."""
+    """The config of every network with weights.
+
+    sha256: None is filled in when the weights are found. revision: the commit of the repository; None is filled in when
+    the hub provides the weights.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weights: str = Field(min_length=1)
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")
+
+    def find(self, trust: Trust, subfolders: Sequence[str] = ("",)) -> Path:
+        """Return where the weights are; arguments and errors as in `find_weights`."""
+        # A card's weights are identified by their hash and their commit.
+        return find_weights(self.weights, subfolders, trust, sha256=self.sha256, revision=self.revision)
+
+    def pinned(self, sha256: str, root: Path, **changes: Any) -> Self:
+        """Return the config with the hash of the weights at `root`, and their commit if the hub provided them."""
+        # The hub's cache names a snapshot by its commit.
+        cached = root.parent.name == "snapshots" and _COMMIT.fullmatch(root.name)
+        revision = root.name if cached and REPOSITORY.fullmatch(self.weights) else self.revision
+        return self.model_copy(update={"sha256": sha256, "revision": revision, **changes})
+
+    def entry(self) -> dict[str, Any]:
+        """Return the plain values that are stored in cards, without the name."""
+        # Weights that were local have no commit.
+        unset = {"revision"} if self.revision is None else set()
+        return self.model_dump(mode="json", exclude={"name", *unset})
 
 
 class PretrainedConfig(WeightsConfig):
@@ -92,77 +115,6 @@ def same(one: object, other: object) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return identity(one) == identity(other)
     return one == other
-
-
-def unset_variable(path: str) -> str | None:
-    """Return the first "$NAME" in an expanded path, whose environment variable is not set; None if there is none."""
-    # Variables that are set were expanded before, so a remaining one is not set.
-    match = re.search(r"\$\w+|\$\{\w+\}", path)
-    return match.group() if match else None
-
-
-@contextmanager
-def also_found_in(directory: Path) -> Iterator[None]:
-    """Let `find_weights` also search this directory, if it exists, before $ATOLL_WEIGHTS, while the block runs."""
-    # A context variable: concurrent threads have their own directory.
-    token = _ALSO_IN.set(directory if directory.is_dir() else None)
-    try:
-        yield
-    finally:
-        _ALSO_IN.reset(token)
-
-
-def find_weights(name: str, subfolders: Sequence[str] = ("",)) -> Path:
-    """Return the local file or directory of weights; download them only if nothing local has their name.
-
-    The places, in this order: the name as a path (`~` and `$VAR` expanded); the directories of `also_found_in` and
-    $ATOLL_WEIGHTS, by the whole name and by its last part; and, if the name looks like "organisation/name", the hub
-    (or the hub's cache, without a network).
-
-    Args:
-        name: the path or repository.
-        subfolders: of a repository, those to download; "" is its top.
-
-    Raises:
-        AtollError: nothing is found; the text names the places.
-    """
-    # Local places first.
-    path = Path(os.path.expanduser(os.path.expandvars(name)))
-    roots = [root for root in (_ALSO_IN.get(),) if root is not None]
-    if os.environ.get(VARIABLE):
-        roots.append(Path(os.path.expanduser(os.environ[VARIABLE])))
-    tried = list(dict.fromkeys((path, *(place for root in roots for place in (root / name, root / path.name)))))
-    for place in tried:
-        if place.exists():
-            return place
-
-    # Then the hub, if the name can be a repository.
-    if unset := unset_variable(str(path)):
-        raise AtollError(f"weights {name!r}: {unset} is not set in the environment; set it, or correct the path")
-    places = ", ".join(map(str, tried))
-    if not _REPOSITORY.fullmatch(name):
-        raise AtollError(f"weights {name!r}: not found (tried {places}); correct the path, or set ${VARIABLE}")
-    try:
-        return _download(name, subfolders)
-    except AtollError:
-        raise
-    # The hub's client raises its own errors, those of its HTTP library, and the system's: all have the same remedy.
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise AtollError(
-            f"weights {name!r}: not found (tried {places}), and the hub does not provide them ({reason:.200}); "
-            f"put them into a local directory and name that, or set ${VARIABLE}"
-        ) from None
-
-
-def _download(repository: str, subfolders: Sequence[str]) -> Path:
-    """Download the files of a repository's subfolders to the hub's cache, and return its directory."""
-    # Only files that are read: a repository may hold the same weights in several formats.
-    hub = import_library("huggingface_hub")
-    wanted = [f"{folder}/{pattern}" if folder else pattern for folder in subfolders for pattern in WANTED]
-    # A pattern's * also matches slashes: without this, the top of a pipeline's repository would be all of it.
-    unwanted = ["*/*"] if all(folder == "" for folder in subfolders) else None
-    return Path(hub.snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted))
 
 
 def sha256_weights(path: Path, files: Sequence[str] | None = None) -> str:

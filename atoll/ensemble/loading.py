@@ -17,6 +17,7 @@ from atoll.calibration import Calibration
 from atoll.condition import move_to
 from atoll.encoders.codec import Codec, build_codec
 from atoll.encoders.text import PromptEncoder, build_encoder
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import also_found_in, identity, same
 from atoll.ensemble import Alignment, Ensemble, Expert
 from atoll.ensemble.offload import (
@@ -34,6 +35,7 @@ from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_tensors, sha256_file
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard, SamplingDefaults
+from atoll.storage.containment import owning_directory, require_inside
 from atoll.storage.layout import ENSEMBLE_CARD
 
 FROZEN = "frozen"  # beside ensemble.json: the weights of text encoders and codec, if they were saved with it
@@ -76,6 +78,9 @@ def load_expert(
     device: str | torch.device = "cpu",
     weights: WeightDtype | None = None,
     cache: ExpertCache | None = None,
+    *,
+    root: Path | None = None,
+    trust: Trust = STRANGER,
 ) -> LoadedExpert:
     """Load an expert artifact.
 
@@ -84,6 +89,8 @@ def load_expert(
         device: where it is evaluated.
         weights: the dtype that its weights are rounded to; None: as stored.
         cache: loads its weights on demand; None: they are loaded now and stay.
+        root: the directory that its files must not lead out of; None: `path`.
+        trust: whether its files may be links to elsewhere.
 
     Raises:
         AtollError: missing, altered, of another format, weights that do not fit the card's network, or an unknown
@@ -91,6 +98,7 @@ def load_expert(
     """
     # The card, and the weights with their hash checked.
     path = Path(path)
+    _require_part(path, root or path, path, trust)
     card = read_card(path, ExpertCard)
     tensors = read_tensors(path, card)
 
@@ -112,9 +120,12 @@ def load_expert(
     return LoadedExpert(expert, card)
 
 
-def load_router(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a router artifact. Raises AtollError as `load_expert` does."""
+def load_router(
+    path: str | Path, device: str | torch.device = "cpu", *, root: Path | None = None, trust: Trust = STRANGER
+) -> nn.Module:
+    """Load a router artifact. Arguments and errors as in `load_expert`."""
     path = Path(path)
+    _require_part(path, root or path, path, trust)
     # The router is small and stays as stored.
     card = read_card(path, RouterCard)
     return _network(path, card, read_tensors(path, card), device)
@@ -130,6 +141,9 @@ def load_ensemble(
     replicas: str | None = None,
     memory_budget: str | int | None = None,
     weights: WeightDtype | None = None,
+    allow_hub: bool = False,
+    trust_paths: bool = False,
+    trust: Trust | None = None,
 ) -> LoadedEnsemble:
     """Load an ensemble, or a single expert as an ensemble. Warns about eps-experts without calibration.
 
@@ -143,24 +157,32 @@ def load_ensemble(
         memory_budget: "16GB", or bytes, for the weights of the experts and the router on the device (text encoder,
             codec and activations are not counted); experts that do not fit load on demand.
         weights: the dtype that the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as stored.
+        allow_hub: whether text encoders and codec may be fetched from the hub, at the revision and with the hash that
+            the cards state.
+        trust_paths: whether cards may name paths outside the ensemble's directory, or its run's if it is RUN/ensemble.
+        trust: in place of these two.
 
     Raises:
-        AtollError: nothing to load, an altered part, no expert left, no router, a missing expert with `strict`, or a
-            budget too small for one expert and the router.
+        AtollError: nothing to load, a path out of the ensemble, an altered part, no expert left, no router, a missing
+            expert with `strict`, or a budget too small for one expert and the router.
     """
     # Options that cannot work fail before anything is read.
     path = Path(path)
     check_weights(weights)
     cache = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
+    trust = Trust(hub=allow_hub, paths=trust_paths) if trust is None else trust
 
     # The directory of an ensemble, or of one expert. Frozen weights that were saved with it are found there.
     with also_found_in(path / FROZEN):
         if (path / ENSEMBLE_CARD).is_file():
+            require_inside(path / ENSEMBLE_CARD, path, path, trust.paths)
             card = load_card(path / ENSEMBLE_CARD, EnsembleCard)
-            experts = _load_experts(path, card, strict=strict, device=device, weights=weights, cache=cache)
-            loaded = _assembled(path, card, experts, routing, alignment, replicas=replicas, device=device, cache=cache)
+            experts = _load_experts(path, card, strict=strict, device=device, weights=weights, cache=cache, trust=trust)
+            loaded = _assembled(
+                path, card, experts, routing, alignment, replicas=replicas, device=device, cache=cache, trust=trust
+            )
         elif (path / CARD).is_file():
-            loaded = _alone(load_expert(path, device, weights, cache), alignment, device, cache)
+            loaded = _alone(load_expert(path, device, weights, cache, trust=trust), alignment, device, cache, trust)
         else:
             raise AtollError(
                 f"{path}: no {ENSEMBLE_CARD} and no {CARD} in it; expected an ensemble's or an expert's directory"
@@ -188,12 +210,15 @@ def _load_experts(
     device: str | torch.device,
     weights: WeightDtype | None,
     cache: ExpertCache | None,
+    trust: Trust,
 ) -> list[LoadedExpert]:
     """Load the experts of the ensemble at `path` that are there."""
-    experts = []
+    experts, root = [], trust.run or owning_directory(path)
     for entry in card.experts:
-        # A missing expert is left out; its weight goes to the others.
+        # Nothing outside is touched, not even to see whether it is there.
         part = path / entry.url
+        _require_part(part, root, path / ENSEMBLE_CARD, trust)
+        # A missing expert is left out; its weight goes to the others.
         if not (part / CARD).is_file():
             if strict:
                 raise AtollError(f"{part}: the expert {entry.name} is missing, and --strict requires all of them")
@@ -201,7 +226,7 @@ def _load_experts(
             continue
         # The card names the weights' hash, so checking the card checks both.
         _check_hash(part / CARD, entry.sha256)
-        experts.append(load_expert(part, device, weights, cache))
+        experts.append(load_expert(part, device, weights, cache, root=root, trust=trust))
     if not experts:
         raise AtollError(f"{path}: none of its {len(card.experts)} experts is there; fetch at least one")
     return experts
@@ -217,16 +242,17 @@ def _assembled(
     replicas: str | None,
     device: str | torch.device,
     cache: ExpertCache | None,
+    trust: Trust,
 ) -> LoadedEnsemble:
     """Return the ensemble of these experts that the card at `path` describes."""
     # The router always stays on the device.
-    router, router_card = _router_of(path, card, device)
+    router, router_card = _router_of(path, card, device, trust)
     if cache is not None:
         cache.reserve(bytes_of(router))
 
     # Text encoders, each loaded once.
     kinds, encoder_indices = _kinds([one.card.condition for one in experts])
-    encoder = PromptEncoder([build_encoder(config) for config in kinds])
+    encoder = PromptEncoder([build_encoder(config, trust) for config in kinds])
 
     ensemble = Ensemble(
         # Each expert learns which text encoder it reads.
@@ -235,23 +261,24 @@ def _assembled(
         routing or card.sampling.routing or "top-2",
         alignment,
         null=move_to(encoder.null(1), device),
-        stackings=_stackings(path, card, device),
+        stackings=_stackings(path, card, device, trust),
         replicas=replicas or card.sampling.replicas or "stacked",
         router_encoder=_encoder_of(router_card, kinds),
     )
-    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec), card.latent_shape, card)
+    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card)
 
 
 def _router_of(
-    path: Path, card: EnsembleCard, device: str | torch.device
+    path: Path, card: EnsembleCard, device: str | torch.device, trust: Trust
 ) -> tuple[nn.Module | None, RouterCard | None]:
     """Load the router of the ensemble at `path`, and its card; None if it has none."""
     if card.router is None:
         return None, None
     # The router's hash is checked as an expert's is.
-    part = path / card.router.url
+    part, root = path / card.router.url, trust.run or owning_directory(path)
+    _require_part(part, root, path / ENSEMBLE_CARD, trust)
     _check_hash(part / CARD, card.router.sha256)
-    return load_router(part, device), read_card(part, RouterCard)
+    return load_router(part, device, root=root, trust=trust), read_card(part, RouterCard)
 
 
 def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -261,7 +288,7 @@ def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
     return kinds, [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in configs]
 
 
-def _stackings(path: Path, card: EnsembleCard, device: str | torch.device) -> list[Stacking]:
+def _stackings(path: Path, card: EnsembleCard, device: str | torch.device, trust: Trust) -> list[Stacking]:
     """Load the stackings of the ensemble at `path`."""
     if card.stackings is None:
         return []
@@ -269,6 +296,7 @@ def _stackings(path: Path, card: EnsembleCard, device: str | torch.device) -> li
 
     # Weights are in the card, mean latents in a file beside it.
     file = path / card.stackings.file
+    require_inside(file, path, path / ENSEMBLE_CARD, trust.paths)
     _check_hash(file, card.stackings.sha256)
     with _sound(file):
         means = load(file.read_bytes())
@@ -292,17 +320,27 @@ def _encoder_of(router: RouterCard | None, kinds: list[dict[str, Any]]) -> int:
 
 
 def _alone(
-    loaded: LoadedExpert, alignment: Alignment, device: str | torch.device, cache: ExpertCache | None
+    loaded: LoadedExpert,
+    alignment: Alignment,
+    device: str | torch.device,
+    cache: ExpertCache | None,
+    trust: Trust,
 ) -> LoadedEnsemble:
     """Return a single expert, such as a monolith, as an ensemble."""
     # No router to reserve memory for, but the expert itself must fit.
     if cache is not None:
         cache.reserve(0)
     # A single expert reads its own text encoder.
-    encoder = PromptEncoder([build_encoder(loaded.card.condition)])
+    encoder = PromptEncoder([build_encoder(loaded.card.condition, trust)])
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=move_to(encoder.null(1), device))
     card = loaded.card
-    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec), card.latent_shape, card)
+    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card)
+
+
+def _require_part(part: Path, root: Path, named_by: Path, trust: Trust) -> None:
+    """Raise AtollError if an artifact, or one of its two files, leads out of `root` and the user does not allow it."""
+    for path in (part, part / CARD, part / WEIGHTS):
+        require_inside(path, root, named_by, trust.paths, links=trust.run is not None)
 
 
 @contextmanager

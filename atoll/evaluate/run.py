@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import atoll
 from atoll.condition import Condition, move_to
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.ensemble import Expert, Sampler
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
@@ -90,6 +91,7 @@ def evaluate_run(
     progress: EvaluateProgress | None = None,
     device: str | torch.device = "cpu",
     store: Path | None = None,
+    trust: Trust = STRANGER,
 ) -> Path:
     """Evaluate a run, and write report.html and report.json, each atomically.
 
@@ -102,6 +104,7 @@ def evaluate_run(
         progress: called after each batch.
         device: of the networks.
         store: cache of results; None: `run_dir`/evaluation.
+        trust: what the cards of its parts may reach beyond the run.
 
     Returns:
         The path of report.html.
@@ -111,7 +114,7 @@ def evaluate_run(
     """
     # The models and their variants.
     settings, start = resolve_precision(settings or EvaluateSettings(), device), time.perf_counter()
-    run = open_run(Path(run_dir), device)
+    run = open_run(Path(run_dir), device, trust)
     variants, groups, alignment = _choose_variants(run, settings)
     # Numbers, images, and diagnostics.
     store = store or run.layout.evaluation
@@ -153,8 +156,13 @@ def _choose_variants(run: OpenRun, settings: EvaluateSettings) -> tuple[list[Var
     return with_identities(variants, dense, _parts(run)), groups, alignment
 
 
-def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
+def open_run(path: Path, device: str | torch.device = "cpu", trust: Trust = STRANGER) -> OpenRun:
     """Open a run's directories.
+
+    Args:
+        path: the run.
+        device: of the networks.
+        trust: what the cards of its parts may reach beyond the run.
 
     Raises:
         AtollError: they are missing, or do not fit each other.
@@ -162,7 +170,8 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
     # Load the data and the ensemble.
     layout = RunLayout(path)
     encoded = Shards(layout.encoded)
-    loaded = load_ensemble(layout.ensemble, device=device)
+    trust = replace(trust, run=path)
+    loaded = load_ensemble(layout.ensemble, device=device, trust=trust)
     # Numbers on other data would be meaningless.
     if encoded.shape("latent") != loaded.latent_shape:
         raise AtollError(
@@ -171,7 +180,7 @@ def open_run(path: Path, device: str | torch.device = "cpu") -> OpenRun:
         )
     # The dense models, with the same encoder.
     present = [name for name in DENSE if (layout.part(name) / CARD).is_file()]
-    dense = {name: load_ensemble(layout.part(name), device=device) for name in present}
+    dense = {name: load_ensemble(layout.part(name), device=device, trust=trust) for name in present}
     for name, model in dense.items():
         if not model.encoder.reads_like(loaded.encoder):
             raise AtollError(

@@ -47,7 +47,8 @@ def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Statistic
     if len(rows) < 2:
         raise AtollError(f"{encoded.path}: {len(rows)} training images; expected at least 2")
     # Sum up batch by batch.
-    codec, sums, shape, done = build_codec(encoded.data_card.codec), [Moments(f.dim) for f in features], None, 0
+    trust = manifest.trust_in_cards(run)
+    codec, sums, shape, done = build_codec(encoded.data_card.codec, trust), [Moments(f.dim) for f in features], None, 0
     for part in rows.split(manifest.evaluate.batch):
         # One decoding serves all features.
         images = codec.decode(encoded.read("latent", part).float())  # [B,C,H,W]

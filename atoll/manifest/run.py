@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from atoll.choices import Method
+from atoll.encoders.trust import Trust
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
 from atoll.manifest.evaluation import EvaluateSettings
@@ -290,6 +291,18 @@ class Manifest(Section):
     def train_of(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> TrainSettings:
         """The run's training settings with the overrides of one part."""
         return TrainSettings(**{**self.train.model_dump(), **part.train})
+
+    def trust_in_cards(self, run: Path | None = None, *, allow_hub: bool = False, trust_paths: bool = False) -> Trust:
+        """What the cards of this run may reach: the weights that atoll.yaml names, and the run's directory.
+
+        Args:
+            run: the run's directory.
+            allow_hub: whether cards may fetch other weights from the hub.
+            trust_paths: whether cards may name paths outside their directory.
+        """
+        frozen = (self.codec, self.condition, self.feature)
+        named = frozenset(config["weights"] for config in frozen if isinstance(config.get("weights"), str))
+        return Trust(hub=allow_hub, paths=trust_paths, named=named, run=run)
 
     def find_expert(self, wanted: str) -> ExpertSettings:
         """Find an expert by full name ("3-eps-cosine"), or by cluster ("3") if it has only one expert.

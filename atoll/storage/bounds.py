@@ -130,6 +130,17 @@ def plain(value: Any, depth: int = PLAIN_DEPTH) -> Any:
     raise ValueError(f"a value of type {type(value).__name__}, which JSON does not hold")
 
 
+# A path would let a stranger's card read any file of this machine.
+LABELS_IN_CARDS = "labels is no list; expected the labels: write the card again, with the list in place of a path"
+
+
+def _condition(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("name") == "label" and not isinstance(value.get("labels"), list | tuple):
+        raise ValueError(LABELS_IN_CARDS)
+    return plain(value)
+
+
 PlainValue = Annotated[Any, BeforeValidator(plain)]
 # The configuration of a network, an objective or an encoder, whose class checks the content.
 Plain = Annotated[dict[str, Any], BeforeValidator(plain)]
+ConditionConfig = Annotated[dict[str, Any], BeforeValidator(_condition)]  # of a text encoder

@@ -62,7 +62,7 @@ def run_study(
             settings = {**_training_settings(manifest), "evaluate": manifest.evaluate.model_dump(mode="json")}
             if not _is_done(run / _EVALUATED, settings):
                 log(f"seed {seed}, {name}: evaluating")
-                evaluate_run(run, manifest.evaluate, store=out / EVALUATION)
+                evaluate_run(run, manifest.evaluate, store=out / EVALUATION, trust=manifest.trust_in_cards(run))
                 write_json(run / _EVALUATED, settings)
                 write_results(study, out, seeds)
     return write_results(study, out, seeds)

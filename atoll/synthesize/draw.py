@@ -11,6 +11,7 @@ from torch import Tensor
 from atoll.choices import Method
 from atoll.condition import move_to
 from atoll.encoders.text import PromptEncoder, build_encoder
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
 from atoll.ensemble import Ensemble, Sampler
 from atoll.ensemble.loading import LoadedExpert, warn_uncalibrated
@@ -61,9 +62,16 @@ class ClusterModel:
         cluster: its number.
         experts: of that cluster, at least one.
         device: of the experts.
+        trust: what their cards may reach.
     """
 
-    def __init__(self, cluster: int, experts: Sequence[LoadedExpert], device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        cluster: int,
+        experts: Sequence[LoadedExpert],
+        device: str | torch.device = "cpu",
+        trust: Trust = STRANGER,
+    ):
         self.cluster, self._device = cluster, device
         self.shape = experts[0].card.latent_shape
         self._names = ", ".join(one.expert.name for one in experts)
@@ -72,7 +80,7 @@ class ClusterModel:
         for one in experts:
             if not any(same(one.card.condition, kind) for kind in kinds):
                 kinds.append(one.card.condition)
-        self._encoder = PromptEncoder([build_encoder(kind) for kind in kinds])
+        self._encoder = PromptEncoder([build_encoder(kind, trust) for kind in kinds])
         # The number of each expert's encoder.
         which = [next(i for i, kind in enumerate(kinds) if same(one.card.condition, kind)) for one in experts]
         # No router: the routing "oracle-N" always selects this cluster.

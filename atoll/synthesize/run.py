@@ -9,6 +9,7 @@ from typing import Any
 
 from atoll.choices import Method
 from atoll.encoders.text import build_encoder
+from atoll.encoders.trust import Trust
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
@@ -96,8 +97,9 @@ def synthesize_run(
             link_expert(path, RunLayout(out).expert(path.name), force)
         # The order of captions follows from the seed, so a resumed run continues it.
         orders = [CaptionOrder(one, seed, cluster) for cluster, one in enumerate(lists)]
+        trust = manifest.trust_in_cards(run)
         for cluster, paths in enumerate(experts):
-            _draw(cluster, paths, orders[cluster], sampling, partial, progress=progress)
+            _draw(cluster, paths, orders[cluster], sampling, partial, trust=trust, progress=progress)
         # All shards are drawn: turn them into the directories that the later stages read.
         partial.seal(keys, orders)
     return f"{out} written: {_summary(plan)}"
@@ -209,6 +211,7 @@ def _draw(
     sampling: Sampling,
     partial: PartialSynthesis,
     *,
+    trust: Trust,
     progress: SynthesizeProgress | None,
 ) -> None:
     """Draw the missing shards of a cluster."""
@@ -219,7 +222,7 @@ def _draw(
         return
     device = best_device()
     # The experts of one cluster at a time are in memory.
-    model = ClusterModel(cluster, [load_expert(path, device) for path in paths], device)
+    model = ClusterModel(cluster, [load_expert(path, device) for path in paths], device, trust)
     for number, rows in todo:
         # Progress counts the rows of all clusters.
         before = cluster * plan.images + rows.start

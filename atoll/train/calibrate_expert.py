@@ -8,6 +8,7 @@ import torch
 
 from atoll.calibration import Calibration
 from atoll.encoders.text import TextEncoder, build_encoder
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
@@ -33,6 +34,7 @@ def calibrate_expert(
     rows: int = CALIBRATION_ROWS,
     seed: int | None = None,
     device: torch.device | None = None,
+    trust: Trust = STRANGER,
 ) -> Calibration:
     """Measure the calibration of the expert at `path` and write it, with unchanged weights.
 
@@ -45,6 +47,7 @@ def calibrate_expert(
         rows: latents at most, chosen by the seed.
         seed: of rows and noise; None for the seed of the expert's training, which its own calibration used.
         device: None for a GPU if there is one.
+        trust: what the expert's card may reach.
 
     Returns:
         The calibration.
@@ -63,11 +66,11 @@ def calibrate_expert(
         raise AtollError(f"{path}: its text encoder is unknown; convert it again with its condition")
     # Load the expert, and check that the latents fit it.
     device = device or best_device()
-    loaded = load_expert(path, device)
+    loaded = load_expert(path, device, trust=trust)
     expert, parts = loaded.expert, [Shards(directory) for directory in shards]
     for part in parts:
         _check(card, part)
-    held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card.condition), path)
+    held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card.condition, trust), path)
     # The seed of the training reproduces its own calibration.
     if seed is None:
         seed = card.training.seed if card.training else 0

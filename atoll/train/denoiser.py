@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from atoll.calibration import Calibration
 from atoll.condition import Condition
 from atoll.encoders.text import TextEncoder, build_encoder
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
@@ -82,7 +83,8 @@ def train_denoiser(
     """
     # The data, the network and what identifies the training.
     data = shards[0].card(ClusterShardsCard)
-    encoder = build_encoder(data.condition)
+    trust = manifest.trust_in_cards(spec.run)
+    encoder = build_encoder(data.condition, trust)
     objective = Objective(**spec.part.objective.model_dump())
     settings = manifest.train_of(spec.part)
     network_config = dit_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
@@ -117,7 +119,9 @@ def train_denoiser(
     state = TrainingLayout.of(spec.path).root
     with Island.join(settings.device, settings.threads) as island:
         # The task holds the network; training changes it in place.
-        task = Denoising(network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec)
+        task = Denoising(
+            network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec, trust=trust
+        )
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         trained = train(task, settings, state, mark, island, resume=resume, restart=restart, progress=progress)
@@ -251,9 +255,10 @@ class Denoising(Task):
         settings: TrainSettings,
         seed: int,
         codec: dict[str, Any],
+        trust: Trust = STRANGER,
     ):
         self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
-        self.settings, self.seed, self.codec = settings, seed, codec
+        self.settings, self.seed, self.codec, self.trust = settings, seed, codec, trust
         self.order = SeededSampler(len(data), settings.batch, seed)
         # All directories of a run hold latents of one shape.
         self.shape = data.rows.shards[0].shape("latent")
@@ -307,7 +312,7 @@ class Denoising(Task):
         """Draw a grid of images by this expert alone, for captions that it was not trained on."""
         from atoll.train.draw import draw_grid
 
-        draw_grid(module, self.objective, self.held_out, codec=self.codec, file=file, seed=self.seed)
+        draw_grid(module, self.objective, self.held_out, codec=self.codec, file=file, seed=self.seed, trust=self.trust)
 
     def _null(self, device: torch.device) -> Condition:
         # On the device once, not at every step.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atoll.condition import Condition
 from atoll.encoders.text import PromptEncoder, build_encoder
+from atoll.encoders.trust import Trust
 from atoll.ensemble import Ensemble, Sampler
 from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
@@ -66,25 +67,27 @@ def distil_run(
         clusters=clusters,
         seed=student_seed(manifest.seed),
     )
-    teaching = _Teaching(layout.ensemble, manifest.student.teacher, shards[0].card(ClusterShardsCard).condition)
+    condition, trust = shards[0].card(ClusterShardsCard).condition, manifest.trust_in_cards(run)
+    teaching = _Teaching(layout.ensemble, manifest.student.teacher, condition, trust)
     return train_denoiser(spec, manifest, shards, resume=resume, restart=restart, progress=progress, teaching=teaching)
 
 
 class _Teaching:
     """The run's ensemble, loaded on the device where the student trains."""
 
-    def __init__(self, path: Path, teacher: str, condition: dict[str, Any]):
+    def __init__(self, path: Path, teacher: str, condition: dict[str, Any], trust: Trust):
         # A missing ensemble is reported before the training starts.
         if not (path / ENSEMBLE_CARD).is_file():
             raise AtollError(f"{path}: no ensemble to learn from; run `atoll assemble`")
         # A damaged card fails here, not when the teacher is loaded.
         read_json(path / ENSEMBLE_CARD)
-        self._path, self._teacher, self._encoder = path, teacher, PromptEncoder([build_encoder(condition)])
+        self._path, self._teacher, self._trust = path, teacher, trust
+        self._encoder = PromptEncoder([build_encoder(condition, trust)])
         self.about = TeacherRecord(ensemble=sha256_file(path / ENSEMBLE_CARD), by=teacher)
 
     def on(self, device: torch.device) -> Teacher:
         # Loaded only here: the mark of the training needs the hash of the ensemble, not its weights.
-        loaded = load_ensemble(self._path, device=device)
+        loaded = load_ensemble(self._path, device=device, trust=self._trust)
         # The teacher reads the student's encodings, so both need one text encoder.
         if not loaded.encoder.reads_like(self._encoder):
             raise AtollError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atoll.condition import Condition
 from atoll.encoders.codec import build_codec
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.ensemble import Ensemble, Expert, Sampler
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
@@ -30,6 +31,7 @@ def draw_grid(
     codec: dict[str, Any],
     file: Path | None,
     seed: int,
+    trust: Trust = STRANGER,
 ) -> None:
     """Sample up to 16 images for captions of `data` and write them as a PNG.
 
@@ -40,6 +42,7 @@ def draw_grid(
         codec: the codec's card entry.
         file: where the PNG is written; None to sample only, in all processes but the first.
         seed: of captions and noise, the same at every call.
+        trust: what the codec's entry may reach.
     """
     device = next(module.parameters()).device  # type: ignore[attr-defined]
     # The same captions and noise at every call, so grids of different steps compare.
@@ -59,7 +62,7 @@ def draw_grid(
     if file is None:
         return
     # Only the first process decodes, since only it writes the file.
-    images = build_codec(codec).decode(latents.cpu().float())  # [B,C,h,w]
+    images = build_codec(codec, trust).decode(latents.cpu().float())  # [B,C,h,w]
     write_bytes(file, _png(images))
 
 

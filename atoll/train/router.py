@@ -59,7 +59,7 @@ def train_router(
     encoded, labels, clusters, assignment = _data_set(run)
     settings = manifest.train_of(manifest.router)
     choices = manifest.router.network
-    encoder = build_encoder(encoded.data_card.condition)
+    encoder = build_encoder(encoded.data_card.condition, manifest.trust_in_cards(run))
     latent_shape = list(encoded.shape("latent"))
     # The router's config follows from the latents, the number of clusters and the text encoder.
     config = {

@@ -63,7 +63,7 @@ def test_for_an_expert_of_a_run(atoll, dit_of_the_run, trained_run, tmp_path) ->
         trained_run / "router",
         tmp_path / "ensemble",
     )
-    found = load_ensemble(ensemble)
+    found = load_ensemble(ensemble, trust_paths=True)
     x, t = torch.randn(3, 1, 4, 8), torch.tensor([0.2, 0.5, 0.9])
     assert found.ensemble.velocity(x, t, found.encoder(["", "moss", "rain"])).isfinite().all()
 

@@ -46,6 +46,7 @@ def copied(trained_run, tmp_path) -> Path:
     """A copy of the run's ensemble and its parts, to be changed or removed."""
     for part in ("ensemble", "experts", "router"):
         shutil.copytree(trained_run / part, tmp_path / "run" / part)
+    shutil.copy(trained_run / "atoll.yaml", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -207,7 +208,7 @@ def test_frozen_networks_are_saved_too(tmp_path, monkeypatch) -> None:
     """The text encoder, its tokenizer and the codec are found though they are gone from where the card says."""
     monkeypatch.setenv("ATOLL_WEIGHTS", str(tmp_path / "nowhere"))
     frozen = write_pretrained(tmp_path / "sd")
-    pipe = AtollPipeline.from_pretrained(write_expert(tmp_path / "expert", frozen))
+    pipe = AtollPipeline.from_pretrained(write_expert(tmp_path / "expert", frozen), trust_paths=True)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
     expected = pipe(PROMPTS[:3], generator=generators(3), **options).images
@@ -215,7 +216,7 @@ def test_frozen_networks_are_saved_too(tmp_path, monkeypatch) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     shutil.rmtree(frozen)
     with pytest.raises(AtollError, match="not found"):
-        AtollPipeline.from_pretrained(tmp_path / "expert")
+        AtollPipeline.from_pretrained(tmp_path / "expert", trust_paths=True)
     shutil.rmtree(tmp_path / "expert")
     for place in ("saved", "again"):  # and from there once more
         again = AtollPipeline.from_pretrained(tmp_path / place)
@@ -232,7 +233,7 @@ def test_frozen_networks_are_saved_too(tmp_path, monkeypatch) -> None:
 
 def test_frozen_pickles_are_not_saved(tmp_path) -> None:
     frozen = write_pretrained(tmp_path / "sd")
-    pipe = AtollPipeline.from_pretrained(write_expert(tmp_path / "expert", frozen))
+    pipe = AtollPipeline.from_pretrained(write_expert(tmp_path / "expert", frozen), trust_paths=True)
     weights = next((frozen / "vae").glob("*.safetensors"))
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(AtollError, match="no safetensors to save"):

@@ -133,7 +133,9 @@ def test_hash_of_a_file_and_of_a_directory(tmp_path) -> None:
 
 @given(st.dictionaries(st.text(min_size=1), st.integers()), st.text(), st.text())
 def test_identity_ignores_only_the_place_of_the_weights(options, here, there) -> None:
-    options = {key: value for key, value in options.items() if key not in ("weights", "subfolder", "tokenizer")}
+    options = {
+        key: value for key, value in options.items() if key not in ("weights", "revision", "subfolder", "tokenizer")
+    }
     assert identity({**options, "weights": here}) == identity({**options, "weights": there}) == options
 
 

@@ -67,6 +67,7 @@ def write_ensemble(path: Path, width: int, depth: int) -> Path:
         network = {"name": "dit", "states_dim": 8, **size}
         experts.append(write(path / str(k), "expert", network, name=f"e{k}", objective=objective, clusters=[k], k=K))
     router = {"name": "router", **size, "width": 16, "depth": 1, "clusters": K}
+    (path / "atoll.yaml").touch()  # a run: its ensemble may name its experts
     sampling = {"steps": 4, "guidance_scale": 2.0, "routing": "top-2"}
     return assemble(experts, write(path / "router", "router", router, clusters=K), path / "ensemble", sampling)
 

@@ -11,7 +11,10 @@ from atoll.encoders.text.hashed import HashConfig, HashEncoder
 from atoll.encoders.text.label import LabelConfig, LabelEncoder, read_labels
 from atoll.encoders.text.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
 from atoll.encoders.text.prompt_encoder import PromptEncoder
+from atoll.encoders.trust import USER, Trust
 from atoll.encoders.weights import parse_config
+from atoll.errors import AtollError
+from atoll.storage.bounds import LABELS_IN_CARDS
 
 __all__ = [
     "CLIPEncoder",
@@ -33,8 +36,12 @@ _CONFIGS: dict[str, type[BaseModel]] = {
 }
 
 
-def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
+def build_encoder(config: Mapping[str, Any], trust: Trust = USER) -> TextEncoder:
     """Create the encoder that a manifest's or a card's config describes.
+
+    Args:
+        config: its name and options.
+        trust: what its weights may reach; `STRANGER` for a card's config.
 
     Raises:
         AtollError: an unknown name, key or value; weights that are not found, damaged, or not those of the config's
@@ -43,11 +50,13 @@ def build_encoder(config: Mapping[str, Any]) -> TextEncoder:
     # The class of the validated config decides the encoder.
     match parse_config("condition encoder", _CONFIGS, config):
         case LabelConfig() as checked:
+            if isinstance(checked.labels, str) and not trust.own:
+                raise AtollError(f"condition encoder 'label': {LABELS_IN_CARDS}")
             return LabelEncoder(read_labels(checked.labels))
         case CLIPConfig() as checked:
-            return CLIPEncoder(checked)
+            return CLIPEncoder(checked, trust)
         case T5Config() as checked:
-            return T5Encoder(checked)
+            return T5Encoder(checked, trust)
         case HashConfig() as checked:
             return HashEncoder(checked.dim, checked.length, checked.seed)
     # Every config above has a case, so only a mistake in the code leads here.

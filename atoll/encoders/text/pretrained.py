@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text.encoder import TextEncoder
+from atoll.encoders.trust import USER, Trust
 from atoll.encoders.weights import (
     TOKENIZER,
     PretrainedConfig,
-    find_weights,
     load_pretrained,
     pretrained_files,
     require_sha256,
@@ -58,6 +58,7 @@ class _PretrainedTextEncoder(TextEncoder):
 
     Args:
         config: with the place of the weights.
+        trust: what they may reach.
 
     Raises:
         AtollError: weights or a tokenizer that are not found, damaged, of another kind, or not those of the config's
@@ -67,10 +68,10 @@ class _PretrainedTextEncoder(TextEncoder):
     _classes: Mapping[str, str]  # model_type in config.json -> transformers' class
     _tokenizer_class: str
 
-    def __init__(self, config: CLIPConfig | T5Config):
+    def __init__(self, config: CLIPConfig | T5Config, trust: Trust = USER):
         # Find the network and its tokenizer, and check their hash.
         folder = config.subfolder if config.tokenizer is None else config.tokenizer
-        root = find_weights(config.weights, (config.subfolder, folder))
+        root = config.find(trust, (config.subfolder, folder))
         directory = root / config.subfolder
         files = {**_tokenizer_files(root / folder), **pretrained_files(directory, "model")}
         sha256 = sha256_files(files)
@@ -85,7 +86,7 @@ class _PretrainedTextEncoder(TextEncoder):
                 f"{root / folder}: the tokenizer has {len(self._tokenizer)} tokens, the network in {directory} "
                 f"{vocabulary}; get both from one place"
             )
-        self._config = config.model_copy(update={"sha256": sha256})
+        self._config = config.pinned(sha256, root)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         # transformers' tokenizers refuse an empty list.
@@ -112,7 +113,7 @@ class _PretrainedTextEncoder(TextEncoder):
         return Condition(states.float(), tokens.mask, None if pooled is None else pooled.float())
 
     def config(self) -> dict[str, Any]:
-        return {"name": self.name, **self._config.model_dump(exclude={"name"})}
+        return {"name": self.name, **self._config.entry()}
 
     @abstractmethod
     def _states(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
@@ -129,11 +130,11 @@ class CLIPEncoder(_PretrainedTextEncoder):
     name = "clip"
     _tokenizer_class = "CLIPTokenizer"
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig, trust: Trust = USER):
         # A projected vector needs the class with the projection.
         cls = "CLIPTextModel" if config.pooled == "last" else "CLIPTextModelWithProjection"
         self._classes = {"clip": cls, "clip_text_model": cls}
-        super().__init__(config)
+        super().__init__(config, trust)
         # As many tokens as the network has positions, or fewer.
         network: Any = self._network
         own = network.config
@@ -168,9 +169,9 @@ class T5Encoder(_PretrainedTextEncoder):
     _classes: Mapping[str, str] = MappingProxyType({"t5": "T5EncoderModel"})
     _tokenizer_class = "T5Tokenizer"
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config, trust: Trust = USER):
         self.length = config.length
-        super().__init__(config)
+        super().__init__(config, trust)
         network: Any = self._network
         self.dim = network.config.d_model
 

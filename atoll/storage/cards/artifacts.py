@@ -170,7 +170,7 @@ class ExpertCard(ArtifactCard):
     assignment: Name | None = None
     latent_shape: bounds.LatentShape
     codec: Plain
-    condition: Plain
+    condition: bounds.ConditionConfig
     calibration: CalibrationRecord | None = None
     training: TrainingRecord | None = None
     conversion: ConversionRecord | None = None
@@ -197,7 +197,7 @@ class RouterCard(ArtifactCard):
     clusters: bounds.ClusterCount
     latent_shape: bounds.LatentShape
     codec: Plain
-    condition: Plain
+    condition: bounds.ConditionConfig
     assignment: Name | None = None
     path: tuple[tuple[Plain, bounds.Clusters], ...] | None = Field(None, max_length=bounds.MAX_CLUSTERS)
     accuracy_at_t: dict[Name, bounds.Fraction] | None = None

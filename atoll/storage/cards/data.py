@@ -107,7 +107,7 @@ class EncodedCard(CardRecord):
     source: Plain
     images: ImagesRecord
     codec: Plain
-    condition: Plain
+    condition: bounds.ConditionConfig
     feature: Plain
     precision: Name
     counts: EncodedCounts | None = None
@@ -127,7 +127,7 @@ class ClusterShardsCard(CardRecord):
     assignment: Name
     latent_shape: bounds.LatentShape
     codec: Plain
-    condition: Plain
+    condition: bounds.ConditionConfig
     source: Plain
 
 
@@ -255,7 +255,7 @@ class DrawnCard(CardRecord):
     codec: Plain
     latent_shape: bounds.LatentShape
     assignment: Name
-    condition: Plain
+    condition: bounds.ConditionConfig
     clusters: bounds.ClusterCount
     source: DrawnSource
 
