@@ -24,7 +24,8 @@ from atoll.encoders.weight_files import WeightFiles, weight_files
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import read_json, sha256_file
-from atoll.storage.content import advice, content_of, is_cut_off, is_out_of_memory
+from atoll.storage.content import advice, content_of, is_cut_off
+from atoll.storage.memory import is_out_of_memory
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # the names of the libraries' weight files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")

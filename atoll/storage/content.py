@@ -6,6 +6,8 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
+from atoll.storage.memory import is_out_of_memory
+
 FileContent = Literal["torch", "pickle", "npz", "npy", "safetensors", "pointer", "page", "archive", "empty", "unknown"]
 
 _ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf", b"Rar!")
@@ -72,18 +74,6 @@ def advice(file: Path, error: object) -> str:
     # The reason in one line, short enough for a message.
     reason = " ".join(str(error).split())[:160] or type(error).__name__
     return f"cannot be read ({reason}); get a fresh copy and compare its size with the original's"
-
-
-def is_out_of_memory(error: object) -> bool:
-    """Return whether an error reports that memory ran out: from Python, torch or the system."""
-    # torch raises RuntimeError for it, so only the message tells.
-    words = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or "not enough memory" in words
-        or "cannot allocate memory" in words
-        or "malloc of size" in words
-    )
 
 
 def _content_of_zip(file: Path) -> FileContent:

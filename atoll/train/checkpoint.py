@@ -4,7 +4,8 @@
     checkpoint-000300-0.dcp/     torch.distributed.checkpoint's files and numbers.json; written by sharded processes,
                                  here at step 300 after no rollback
 
-Any number of processes, replicated or sharded, reads either of them.
+Any number of processes, replicated or sharded, reads either of them. Both hold hashes of their contents, which are
+compared when a checkpoint is read.
 """
 
 import hashlib
@@ -21,12 +22,16 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.storage.artifact import read_json, write_json
+from atoll.storage.artifact import read_json, sha256_file, write_json
 from atoll.storage.layout import TrainingLayout, temporary_of
+from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.tensor_hash import TensorHash, split_hash, with_hash
 from atoll.train.island import Island
 from atoll.train.state import Counters, State
 
 NUMBERS = "numbers.json"
+_METADATA = {"mark", "numbers"}  # of checkpoint.safetensors, beside the hash
+_REMEDY = "restore the file from a copy, or train this part again from the start with --restart"
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -97,7 +102,7 @@ class Checkpoints:
         """Load the last checkpoint into the state, in place.
 
         Raises:
-            AtollError: the file is damaged, or was written under other settings.
+            AtollError: the file is damaged, holds a value that is not finite, or was written under other settings.
         """
         self.finish()
         self.island.barrier()  # the first process may just have finished writing
@@ -119,7 +124,7 @@ class Checkpoints:
         temporary = temporary_of(self._files.checkpoint)  # overwrites one that a crash left incomplete
         try:
             # Write beside the old checkpoint, then replace it.
-            save_file(tensors, temporary, numbers)
+            save_file(tensors, temporary, with_hash(tensors, numbers))
             with temporary.open("rb+") as file:
                 # On disk before it replaces the old checkpoint: a power failure leaves one of the two.
                 os.fsync(file.fileno())
@@ -139,11 +144,11 @@ class Checkpoints:
         try:
             with safe_open(file, framework="pt") as stored:
                 # The header alone holds the counters; no tensor is read.
-                metadata = stored.metadata() or {}
-            self._check(file, metadata.get("mark"))
+                metadata, _ = split_hash(stored.metadata() or {}, _METADATA)
+            self._check(file, metadata["mark"])
             return Counters(**json.loads(metadata["numbers"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise AtollError(f"{file}: damaged ({error}); train again with --restart") from None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, MemoryError) as error:
+            raise _damaged(file, error) from None
 
     def _check(self, file: Path, mark: str | None) -> None:
         # Another mark means other settings or data, and a resumed training would differ.
@@ -158,19 +163,29 @@ class Checkpoints:
 
         try:
             with safe_open(file, framework="pt") as stored:
-                # Each tensor is copied into the one that training already uses.
-                for name, tensor in tensors.items():
+                metadata, expected = split_hash(stored.metadata() or {}, _METADATA)
+                content = TensorHash(metadata)
+                # One pass: each tensor is hashed, and copied into the one that training already uses.
+                for name in sorted(stored.keys()):
                     value = stored.get_tensor(name)
-                    if value.shape != tensor.shape:  # copy_ would repeat a smaller one
-                        raise RuntimeError(f"{name} has shape {list(value.shape)}, expected {list(tensor.shape)}")
-                    # A sharded tensor: each process keeps its part of the whole.
-                    if isinstance(tensor, torch.distributed.tensor.DTensor):
-                        value = torch.distributed.tensor.distribute_tensor(
-                            value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
-                        )
-                    tensor.copy_(value)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise AtollError(f"{file}: damaged ({error}); train again with --restart") from None
+                    content.add(name, value)
+                    if name in tensors:
+                        _copy(name, value, tensors[name])
+                missing = tensors.keys() - set(stored.keys())
+        except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            raise _damaged(file, error) from None
+        if missing:
+            raise _damaged(file, f"it lacks {min(missing)}")
+        if expected is not None and content.hexdigest() != expected:
+            raise _damaged(file, "its contents are not those that were written, their sha256 is another")
+        self._refuse_not_finite(file, tensors)
+
+    def _refuse_not_finite(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Raise AtollError if a tensor of the loaded state is not finite; every process must call this."""
+        # The average would be noticed at the end of the training only: no loss is computed from it.
+        name = not_finite(tensors)
+        if self.island.any(name is not None):
+            raise _damaged(file, f"{name or 'a tensor of another process'} holds NaN or infinity")
 
     def _sharded(self) -> list[Path]:
         """The complete sharded checkpoints, the newest last."""
@@ -190,6 +205,8 @@ class Checkpoints:
         self.island.barrier()
         try:
             checkpoint.save(dict(state.tensors()), checkpoint_id=temporary)  # type: ignore[attr-defined]
+            # Each process hashes the files that it wrote, all at the same time.
+            self._write_hashes(temporary)
         except (OSError, CheckpointException) as error:
             raise AtollError(f"{path}: cannot be written ({_last_line(error)}); the one before is untouched") from None
         # Every process has written its part.
@@ -197,11 +214,45 @@ class Checkpoints:
         if self.island.is_first:
             # The new checkpoint appears under its name only when it is complete; then the old ones go.
             older = [self._files.checkpoint, *self._sharded()]
-            write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text()})
+            hashes = self._merge_hashes(temporary) | {NUMBERS: fingerprint(state.text())}
+            write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text(), "sha256": hashes})
             os.replace(temporary, path)
             self._remove(older)
         # No process trains on before the checkpoint has its final name.
         self.island.barrier()
+
+    def _write_hashes(self, directory: Path) -> None:
+        """Write the hashes of the files of this process into the directory of a sharded checkpoint."""
+        # torch names them by the rank; the first process also writes the table of all tensors.
+        names = [file.name for file in directory.glob(f"__{self.island.rank}_*")]
+        names += [".metadata"] if self.island.is_first else []
+        write_json(directory / _hashes_of(self.island.rank), {name: sha256_file(directory / name) for name in names})
+
+    def _merge_hashes(self, directory: Path) -> dict[str, str]:
+        """Return the hashes that all processes wrote, and remove their files."""
+        hashes: dict[str, str] = {}
+        for rank in range(self.island.world):
+            file = directory / _hashes_of(rank)
+            hashes |= read_json(file)
+            file.unlink()
+        return hashes
+
+    def _compare_hashes(self, directory: Path, hashes: Mapping[str, str]) -> None:
+        """Raise AtollError if a file of a sharded checkpoint is damaged; every process must call this."""
+
+        def damaged(names: Sequence[str]) -> list[str]:
+            wrong = []
+            for name in names:
+                file = directory / name
+                if not file.is_file() or sha256_file(file) != hashes[name]:
+                    wrong.append(name)
+            return wrong
+
+        # Each process reads a part of the files. If one is damaged, all look for it, so that every message names it.
+        names = sorted(hashes)
+        if self.island.any(bool(damaged(names[self.island.rank :: self.island.world]))):
+            name = (damaged(names) or ["a file"])[0]
+            raise _damaged(directory / name, "its contents are not those that were written, their sha256 is another")
 
     def _remove(self, paths: Sequence[Path]) -> None:
         for path in paths:
@@ -217,20 +268,64 @@ class Checkpoints:
 
         # The counters and the mark are in a file beside the tensors.
         record = read_json(path / NUMBERS)
-        self._check(path, record.get("mark"))
         try:
+            self._check(path, record.get("mark"))
+            hashes = dict(record.get("sha256", {}))  # {}: of a time before hashes
+            if hashes.pop(NUMBERS, mark := fingerprint(record["numbers"])) != mark:
+                raise _damaged(path / NUMBERS, "its numbers are not those that were written")
             state.numbers = Counters(**record["numbers"])
+            self._compare_hashes(path, hashes)
             # One process may read the parts of many.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
                 checkpoint.load(dict(state.tensors()), checkpoint_id=path)  # type: ignore[attr-defined]
-        except (OSError, KeyError, TypeError, CheckpointException) as error:
-            raise AtollError(f"{path}: damaged ({_last_line(error)}); train again with --restart") from None
+        except (OSError, KeyError, TypeError, AttributeError, CheckpointException, MemoryError) as error:
+            raise _damaged(path, error) from None
+        self._refuse_not_finite(path, state.tensors())
 
 
 def _age_of(path: Path) -> tuple[int, ...]:
     # The file name holds step and rollbacks.
     return tuple(int(number) for number in path.stem.split("-")[1:])
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinity, None if there is none.
+
+    Of a sharded tensor, only this process's part is read.
+    """
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+        # Counters and the codes of quantised moments are whole numbers.
+        if local.is_floating_point() and not bool(torch.isfinite(local).all()):
+            return name
+    return None
+
+
+def _copy(name: str, value: Tensor, target: Tensor) -> None:
+    """Copy a tensor of a checkpoint into the state. Raises ValueError if the shapes differ."""
+    if value.shape != target.shape:  # copy_ would repeat a smaller one
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(target.shape)}")
+    # A sharded tensor: each process keeps its part of the whole.
+    if isinstance(target, torch.distributed.tensor.DTensor):
+        value = torch.distributed.tensor.distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(value)
+
+
+def _damaged(file: Path, why: str | BaseException) -> AtollError:
+    """Create the error for a checkpoint that cannot be resumed."""
+    # A checkpoint that does not fit into memory is intact.
+    if isinstance(why, BaseException):
+        refuse_out_of_memory(why, file)
+        why = _last_line(why)
+    return AtollError(f"{file}: damaged ({why}); {_REMEDY}")
+
+
+def _hashes_of(rank: int) -> str:
+    # Removed before the checkpoint gets its name.
+    return f"hashes-{rank}.json"
 
 
 def _last_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from atoll.runtime.device import has_bf16
 from atoll.storage.artifact import CARD, read_card
 from atoll.storage.cards import ExpertCard, RouterCard
 from atoll.storage.layout import TrainingLayout
-from atoll.train.checkpoint import Checkpoints, fingerprint
+from atoll.train.checkpoint import Checkpoints, fingerprint, not_finite
 from atoll.train.island import Island, gather
 from atoll.train.prefetch import Batch, Prefetcher
 from atoll.train.snapshots import Snapshots
@@ -186,7 +186,8 @@ def _run(
             batch = batches.get(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
             value, norm = gradients(task, module, batch, state=state, island=island, autocast=autocast)
             if not _is_sound(value, norm, numbers, settings):
-                numbers = _roll_back(state, checkpoints, value, log)
+                reason = f"the loss of step {numbers.step + 1} is {value:.4g}"
+                numbers = _roll_back(state, checkpoints, numbers.step + 1, reason, log)
                 snapshots.drop_after(numbers.step)
                 continue
             # Update.
@@ -200,12 +201,19 @@ def _run(
             if _due(done, settings.sample_every, settings):
                 image = TrainingLayout(directory).samples(done) if island.is_first else None
                 _with_average(state, partial(task.draw, file=image))
-            # Save.
-            if settings.ema_profiles and _due(done, settings.ema_snapshot_every, settings):
-                snapshots.save(state)
             # A signal may reach one process only; all must stop at the same step.
             stop = island.any(stopped())
-            if stop or done % settings.checkpoint_every == 0 or done == settings.steps:
+            snapshot = bool(settings.ema_profiles) and _due(done, settings.ema_snapshot_every, settings)
+            checkpoint = stop or done % settings.checkpoint_every == 0 or done == settings.steps
+            # The loss of a step is computed before its update, which can be the one that fails.
+            if (snapshot or checkpoint) and (wrong := _not_finite(state, island)):
+                numbers = _roll_back(state, checkpoints, done, f"after step {done}, {wrong} is not finite", log)
+                snapshots.drop_after(numbers.step)
+                continue
+            # Save.
+            if snapshot:
+                snapshots.save(state)
+            if checkpoint:
                 checkpoints.save(state)
             if stop and done < settings.steps:
                 checkpoints.finish()
@@ -303,13 +311,21 @@ def _is_sound(loss: float, norm: float, numbers: Counters, settings: TrainSettin
     return True
 
 
-def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker) -> Counters:
-    """Load the last checkpoint and skip the batches since; returns the counters to continue with, already saved."""
-    # The counters of the failed step, before the checkpoint replaces them.
-    failed = state.numbers
+def _not_finite(state: State, island: Island) -> str:
+    """The name of a tensor of the state that is not finite, "" if all are; every process must call this."""
+    name = not_finite(state.tensors())
+    # All processes go back, also those whose parts are finite.
+    return (name or "a tensor of another process") if island.any(name is not None) else ""
+
+
+def _roll_back(state: State, checkpoints: Checkpoints, failed: int, reason: str, log: Tracker) -> Counters:
+    """Load the last checkpoint and skip the batches up to that of step `failed`.
+
+    Returns:
+        The counters to continue with, already saved.
+    """
     checkpoints.load(state)
     numbers = state.numbers
-    reason = f"the loss of step {failed.step + 1} is {loss:.4g}"
     # After several returns, the cause is in the settings or the data.
     if numbers.rollbacks == _ROLLBACKS:
         raise AtollError(
@@ -317,7 +333,7 @@ def _roll_back(state: State, checkpoints: Checkpoints, loss: float, log: Tracker
             "lower train.lr or set train.precision to fp32, and train again"
         )
     # Skipping moves all later batches, so the same ones are not tried again.
-    numbers.skipped += failed.step + 1 - numbers.step
+    numbers.skipped += failed - numbers.step
     numbers.rollbacks += 1
     # Saved at once, so that a crash does not try the bad batches again.
     checkpoints.save(state)

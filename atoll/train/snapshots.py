@@ -1,8 +1,8 @@
 """Snapshots of power-function averages, and experts reconstructed from them with another width."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,9 +11,13 @@ from atoll.errors import AtollError
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
 from atoll.storage.cards import EmaRecord, ExpertCard
 from atoll.storage.layout import TrainingLayout
+from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.tensor_hash import TensorHash, split_hash, with_hash
 from atoll.train.ema import gamma_of, solve
 from atoll.train.island import Island, gather
 from atoll.train.state import State
+
+_METADATA = {"mark", "sigma_rel"}  # of a snapshot's file, beside the hash
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Snapshots:
             if self.island.is_first:
                 self.files.ema.mkdir(exist_ok=True)
                 metadata = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}
-                write_bytes(self.files.snapshot(state.numbers.step, number), save(tensors, metadata))
+                file = self.files.snapshot(state.numbers.step, number)
+                write_bytes(file, save(tensors, with_hash(tensors, metadata)))
 
     def drop_after(self, step: int) -> None:
         """Remove the snapshots of later steps, which will be trained again."""
@@ -114,26 +119,48 @@ def _width(snapshot: Snapshot, mark: str) -> float:
 
     try:
         with safe_open(snapshot.file, framework="pt") as stored:
-            metadata: dict[str, Any] = stored.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise AtollError(f"{snapshot.file}: damaged ({error}); remove it to use the others") from None
-    if metadata.get("mark") != mark:
-        raise AtollError(
-            f"{snapshot.file}: belongs to another training than the expert; name the expert of that training"
-        )
-    return float(metadata["sigma_rel"])
+            metadata, _ = split_hash(stored.metadata() or {}, _METADATA)
+        if metadata["mark"] == mark:
+            return float(metadata["sigma_rel"])
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise _damaged(snapshot.file, error) from None
+    raise AtollError(f"{snapshot.file}: belongs to another training than the expert; name the expert of that training")
 
 
 def _weighted(snapshots: list[Snapshot], factors: np.ndarray, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weighted sums of the snapshots' tensors, in float64; buffers keep their values in `tensors`."""
-    from safetensors import safe_open
-
     sums: dict[str, Tensor] = {}
     for snapshot, factor in zip(snapshots, factors.tolist(), strict=True):
-        with safe_open(snapshot.file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (not a dict)
-                # In float64: factors of both signs cancel.
-                part = stored.get_tensor(name).double() * factor
-                key = f"network.{name}"
-                sums[key] = sums[key].add_(part) if key in sums else part
+        for name, value in _intact_tensors(snapshot.file):
+            # In float64: factors of both signs cancel.
+            part = value.double() * factor
+            key = f"network.{name}"
+            sums[key] = sums[key].add_(part) if key in sums else part
     return {**tensors, **{name: value.to(tensors[name].dtype) for name, value in sums.items()}}
+
+
+def _intact_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield a snapshot's tensors by name. Raises AtollError if it is damaged, after the last tensor at the latest."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata, expected = split_hash(stored.metadata() or {}, _METADATA)
+            content = TensorHash(metadata)
+            for name in sorted(stored.keys()):
+                value = stored.get_tensor(name)
+                content.add(name, value)
+                if not bool(value.isfinite().all()):
+                    raise ValueError(f"{name} holds NaN or infinity")
+                yield name, value
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        raise _damaged(file, error) from None
+    if expected is not None and content.hexdigest() != expected:
+        raise _damaged(file, "its contents are not those that were written, their sha256 is another")
+
+
+def _damaged(file: Path, why: str | BaseException) -> AtollError:
+    # A snapshot that does not fit into memory is intact.
+    if isinstance(why, BaseException):
+        refuse_out_of_memory(why, file)
+    return AtollError(f"{file}: damaged ({why}); remove it to use the others")

@@ -133,6 +133,19 @@ def test_snapshots_are_bit_exact_after_a_kill(run, tmp_path) -> None:
         assert all(torch.equal(mine[key], other[key]) for key in other)
 
 
+def test_one_changed_byte_of_a_snapshot_is_noticed(run, tmp_path) -> None:
+    expert = train_expert(run, tracked(run), "1")
+    file = snapshots_of(run / f"experts/.train-{NAME}/ema")[0].file
+    data = bytearray(file.read_bytes())
+    data[-6] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(AtollError, match=rf"{file.name}: damaged .*remove it to use the others"):
+        reconstruct_expert(expert, 0.1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    file.unlink()
+    assert reconstruct_expert(expert, 0.1, tmp_path / "out").is_dir()
+
+
 def test_missing_and_foreign_snapshots_are_named(run, trained_run, tmp_path) -> None:
     with pytest.raises(AtollError, match=r"no snapshots.*ema_profiles"):
         reconstruct_expert(trained_run / "experts" / NAME, 0.1, tmp_path / "out")

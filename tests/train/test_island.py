@@ -165,6 +165,13 @@ def test_a_damaged_sharded_checkpoint_is_named(island, tmp_path) -> None:
     run = shutil.copytree(island / "shard-whole", tmp_path / "run")
     shutil.rmtree(run / "experts" / NAME)
     part = next(state(run).glob("*.dcp/__1_0.distcp"))
-    part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(AtollError, match=r"checkpoint-000000008-0.dcp: damaged.*--restart"):
+    data = part.read_bytes()
+    for damaged in (data[:100], data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]):
+        part.write_bytes(damaged)
+        with pytest.raises(AtollError, match=r"checkpoint-000000008-0.dcp/__1_0.distcp: damaged.*--restart"):
+            alone(run)
+    part.write_bytes(data)
+    numbers = part.with_name("numbers.json")
+    numbers.write_text(numbers.read_text().replace('"skipped": 0', '"skipped": 1'))
+    with pytest.raises(AtollError, match=r"numbers.json: damaged.*--restart"):
         alone(run)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import atoll.train.loop
 from atoll.encoders.text import HashEncoder
@@ -20,10 +21,12 @@ from atoll.objective import Objective
 from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.storage.cards import ExpertCard
 from atoll.storage.shards import Shards, ShardWriter
+from atoll.storage.tensor_hash import with_hash
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted, training_mark
 from atoll.train.router import RouterTask, train_router
+from atoll.train.state import State
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
 
@@ -180,6 +183,69 @@ def test_a_damaged_checkpoint_is_named(run, manifest) -> None:
         train_expert(run, manifest, "1", resume=True)
 
 
+def stopped(run: Path, manifest) -> Path:
+    """Train to step 4; returns the checkpoint."""
+    with pytest.raises(Stop):
+        train_expert(run, manifest, "1", progress=stop_at(4))
+    return run / f"experts/.train-{NAME}" / "checkpoint.safetensors"
+
+
+def rewritten(file: Path, change) -> None:
+    """Let `change` edit the tensors and the metadata of a safetensors file."""
+    with safe_open(file, "pt") as stored:
+        tensors, metadata = {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, file, metadata)
+
+
+@pytest.mark.parametrize("place", [b'"sha256":"', b'"numbers":"{', b'"mark":"', -5])
+def test_one_changed_byte_of_a_checkpoint_is_noticed_at_resume(run, manifest, place) -> None:
+    file = stopped(run, manifest)
+    data = bytearray(file.read_bytes())
+    position = place if isinstance(place, int) else data.index(place) + len(place) - (3 if b"sha" in place else -1)
+    data[position] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(AtollError, match=r"damaged.*--restart|other settings"):
+        train_expert(run, manifest, "1", resume=True)
+    assert not (run / "experts" / NAME).exists()
+
+
+def test_nan_in_a_checkpoint_is_noticed_when_it_is_read(run, manifest) -> None:
+    def spoil(tensors, metadata):
+        name = next(name for name in tensors if name.startswith("ema.") and tensors[name].ndim)
+        tensors[name].view(-1)[0] = float("nan")
+        del metadata["sha256"]
+        metadata.update(with_hash(tensors, metadata))
+
+    file = stopped(run, manifest)
+    rewritten(file, spoil)
+    with pytest.raises(AtollError, match=r"damaged \(ema\..* holds NaN or infinity\).*--restart"):
+        train_expert(run, manifest, "1", resume=True)
+
+
+def test_a_checkpoint_of_before_hashes_is_resumed(run, trained_run, manifest) -> None:
+    rewritten(stopped(run, manifest), lambda tensors, metadata: metadata.pop("sha256"))
+    train_expert(run, manifest, "1", resume=True)
+    assert_equal(weights(run), weights(trained_run))
+
+
+@pytest.mark.filterwarnings("ignore:after step")
+def test_an_average_that_is_not_finite_is_not_saved(run, manifest, monkeypatch) -> None:
+    update = State.update
+
+    def spoil_once(self, lr):
+        update(self, lr)
+        # Step 6 writes a checkpoint; after the return, the same step has other counters.
+        if self.numbers.step == 6 and not self.numbers.rollbacks:
+            self.ema[0].view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(State, "update", spoil_once)
+    train_expert(run, manifest, "1")
+    training = read_card(run / "experts" / NAME, ExpertCard).plain()["training"]
+    assert (training["rollbacks"], training["skipped_batches"]) == (1, 3)
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
 def poison(monkeypatch, *indices, value=float("nan")):
     """Multiply the losses of these batches by `value`."""
     original = atoll.train.denoiser.Denoising.batch
@@ -270,6 +336,16 @@ def test_a_corrupt_shard_is_named_with_its_key(run, manifest) -> None:
     with pytest.raises(AtollError, match=r"shard-00000.*image-001"):
         train_expert(run, manifest, "1")
     assert not (run / "experts").exists()
+
+
+def test_changed_bytes_of_a_shard_are_not_trained_on(run, manifest) -> None:
+    shard = run / "clusters" / "cluster-001" / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-200:] = bytes(byte ^ 1 for byte in data[-200:])
+    shard.write_bytes(data)
+    with pytest.raises(AtollError, match=r"shard-00000.*its contents are not what.*atoll cluster --force"):
+        train_expert(run, manifest, "1")
+    assert not (run / "experts" / NAME).exists()
 
 
 def test_an_assignment_of_other_data_is_refused(run, manifest) -> None:

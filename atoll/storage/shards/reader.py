@@ -22,10 +22,9 @@ from atoll.storage.cards import (
     ShardsIndex,
     parse_record,
 )
-from atoll.storage.content import is_out_of_memory
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe
-
-AGAIN = "make it again: `atoll encode --force`, or `atoll cluster --force` for what is below clusters/"
+from atoll.storage.verified import sha256_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +52,19 @@ class Shard:
 class Shards:
     """A directory of shards, opened for reading. Tensors stay on disk until their rows are read.
 
+    The hash of every file is compared with the index before its first row is used, once per file and process.
+
     Args:
         directory: the directory.
-        verify: also compare the hash of every file, which reads everything once; default False.
+        verify: compare the hashes of all files now, even if this process has compared them before; default False.
 
     Attributes:
         columns: the names of the tensor columns.
         keys, captions, splits: one string per row.
 
     Raises:
-        AtollError: a file is missing, truncated, of another format or, with `verify`, altered. The message names the
-            file and its first key.
+        AtollError: a file is missing, truncated, of another format or altered. The message names the file and its
+            first key.
     """
 
     def __init__(self, directory: str | Path, verify: bool = False):
@@ -73,14 +74,15 @@ class Shards:
         self.columns: tuple[str, ...] = tuple(sorted(self._index.columns))
         self._files: tuple[ShardEntry, ...] = self._index.shards
         # Check the manifest before the shards: their error messages take keys from it.
-        if wrong := _wrong(self.path / MANIFEST, self._index.manifest, verify):
-            raise _broken(self.path / MANIFEST, "", wrong)
-        self._manifest = _open_manifest(self.path / MANIFEST, [file.rows for file in self._files])
+        if wrong := _wrong(self.path / MANIFEST, self._index.manifest) or self._altered(self._index.manifest, verify):
+            raise self._broken(MANIFEST, wrong)
+        self._manifest = self._open_manifest()
         # ends[i] is the first row after shard i.
         self._ends = torch.tensor([file.rows for file in self._files]).cumsum(0)
         for number, file in enumerate(self._files):
-            if wrong := _wrong(self.path / file.file, file, verify):
-                raise _broken(self.path / file.file, self._first_key(number), wrong)
+            # The hashes of shards are compared when they are opened, since a process may need a few of them only.
+            if wrong := _wrong(self.path / file.file, file) or (self._altered(file, verify) if verify else ""):
+                raise self._broken(file.file, wrong, number)
         self._open: dict[int, dict[str, Tensor]] = {}
         self._cards: dict[type[CardRecord], CardRecord] = {}
 
@@ -208,7 +210,7 @@ class Shards:
         try:
             return self._manifest.read(columns=[column], use_threads=False)[column]
         except (OSError, pa.ArrowException) as error:
-            raise _broken(self.path / MANIFEST, "", str(error)) from error
+            raise self._broken(MANIFEST, error) from error
 
     def _group(self, number: int, columns: tuple[str, ...]) -> dict[str, list[str]]:
         """Read some columns of the manifest for one shard, which is one row group."""
@@ -220,7 +222,7 @@ class Shards:
             ).to_pydict()
             return value
         except (OSError, pa.ArrowException) as error:
-            raise _broken(self.path / MANIFEST, "", str(error)) from error
+            raise self._broken(MANIFEST, error) from error
 
     def _shard(self, number: int) -> dict[str, Tensor]:
         """Return the memory-mapped columns of a shard, opened at first use and cached."""
@@ -229,21 +231,83 @@ class Shards:
         return self._open[number]
 
     def _map(self, number: int) -> dict[str, Tensor]:
-        """Map the columns of a shard. Raises AtollError if they differ from the index."""
+        """Compare the hash of a shard and map its columns. Raises AtollError if they differ from the index."""
         from safetensors import SafetensorError, safe_open
 
-        file = self.path / self._files[number].file
+        entry = self._files[number]
+        if wrong := self._altered(entry):
+            raise self._broken(entry.file, wrong, number)
         try:
-            with safe_open(file, framework="pt") as opened:
+            with safe_open(self.path / entry.file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in self.columns}
             actual = {name: describe(tensor) for name, tensor in tensors.items()}
-        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a dtype that no column has
-            raise _broken(file, self._first_key(number), " ".join(str(error).split())) from error
+        # ValueError: a dtype that no column has.
+        except (OSError, SafetensorError, ValueError, MemoryError, RuntimeError) as error:
+            raise self._broken(entry.file, error, number) from error
         # A right size and a wrong layout would otherwise fail much later, in `read`.
         if actual != self._index.columns:
             described = ", ".join(f"{name} {what.dtype} {list(what.shape)}" for name, what in actual.items())
-            raise _broken(file, self._first_key(number), f"its columns are {described}")
+            raise self._broken(entry.file, f"its columns are {described}", number)
         return tensors
+
+    def _open_manifest(self) -> Any:
+        """Open the manifest as a pyarrow ParquetFile. Only the footer is read."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = [file.rows for file in self._files]
+        try:
+            file = pq.ParquetFile(self.path / MANIFEST)
+            actual = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        except (OSError, pa.ArrowException) as error:
+            raise self._broken(MANIFEST, error) from error
+        # One row group per shard: `_group` depends on it.
+        if actual != rows:
+            raise self._broken(
+                MANIFEST, f"it has {sum(actual)} rows, the index has {sum(rows)}, or they are cut otherwise"
+            )
+        return file
+
+    def _altered(self, file: FileEntry, anew: bool = False) -> str:
+        """Describe how the hash of a file differs from its entry in the index; "" if it is equal.
+
+        Args:
+            file: the entry.
+            anew: compute the hash even if this process has computed it before.
+        """
+        try:
+            path = self.path / file.file
+            actual = sha256_file(path) if anew else sha256_once(path)
+        except OSError as error:
+            raise self._broken(file.file, error) from error
+        if actual == file.sha256:
+            return ""
+        return f"its contents are not what {INDEX} says (sha256 {actual[:12]}..., expected {file.sha256[:12]}...)"
+
+    def _broken(self, file: str, why: str | BaseException, number: int | None = None) -> AtollError:
+        """Create the error for a file that cannot be read, with the command that writes it anew.
+
+        Args:
+            file: its name.
+            why: the reason, or what the reader raised.
+            number: of the shard, whose first key the message names; None for the manifest.
+        """
+        # A file that is too large for the memory is intact: rewriting it would not help.
+        if isinstance(why, BaseException):
+            refuse_out_of_memory(why, self.path / file)
+            why = " ".join(str(why).split())
+        holds = f" (rows from key {self._first_key(number)!r} on)" if number is not None else ""
+        return AtollError(f"{self.path / file}{holds} is corrupt: {why}; {self._remedy()}")
+
+    def _remedy(self) -> str:
+        # The stage that wrote the directory writes it again.
+        stage = "encode"
+        if self._index.is_drawn:
+            stage = "synthesize"
+        # Rows with known clusters, or those of a clustering's report.
+        elif self._index.card.keys() & {"assignment", "kept"}:
+            stage = "cluster"
+        return f"copy {self.path} again from where it is intact, or write it anew with `atoll {stage} --force`"
 
 
 def _read_index(directory: Path) -> ShardsIndex:
@@ -253,41 +317,10 @@ def _read_index(directory: Path) -> ShardsIndex:
     return load_card(path, ShardsIndex)
 
 
-def _open_manifest(path: Path, rows: list[int]) -> Any:
-    """Open the manifest as a pyarrow ParquetFile. Only the footer is read.
-
-    Args:
-        path: the manifest.
-        rows: the rows of each shard, as in the index.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        actual = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
-        raise _broken(path, "", str(error)) from error
-    # One row group per shard: `_group` depends on it.
-    if actual != rows:
-        raise AtollError(f"{path} has {sum(actual)} rows, the index has {sum(rows)}, or they are cut otherwise")
-    return file
-
-
-def _wrong(path: Path, file: FileEntry, verify: bool) -> str:
-    """Describe how a file differs from its entry in the index: missing, size or, with `verify`, hash; "" if equal."""
+def _wrong(path: Path, file: FileEntry) -> str:
+    """Describe how a file differs from its entry in the index without reading it: missing or size; "" if equal."""
     if not path.is_file():
         return "it is missing"
-    # The size is checked always, since it costs nothing and notices truncated copies.
-    if path.stat().st_size != file.bytes:
-        return f"it has {path.stat().st_size} bytes instead of {file.bytes}"
-    return "its sha256 is not the one in the index" if verify and sha256_file(path) != file.sha256 else ""
-
-
-def _broken(path: Path, first_key: str, why: str) -> AtollError:
-    """Create the error for a file that cannot be read."""
-    # A file that is too large for the memory is intact: rewriting it would not help.
-    if is_out_of_memory(why):
-        return AtollError(f"{path}: does not fit into memory ({why}); free some, or use a machine with more")
-    holds = f" (rows from key {first_key!r} on)" if first_key else ""
-    return AtollError(f"{path}{holds} is corrupt: {why}; {AGAIN}")
+    # The size costs nothing, and notices truncated copies when the directory is opened.
+    size = path.stat().st_size
+    return f"it has {size} bytes instead of {file.bytes}" if size != file.bytes else ""

@@ -1,6 +1,8 @@
 import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from atoll.errors import AtollError
+from atoll.storage import verified
+from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import CardRecord
 from atoll.storage.shards import INDEX, MANIFEST, Shards, ShardWriter, is_held_out, repeats
 
@@ -199,6 +203,58 @@ def test_any_changed_byte_is_found_by_verify(path, position, change) -> None:
         file.write_bytes(whole)
 
 
+def flip(file: Path, position: int = -1) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("card", "stage"),
+    [
+        ({}, "encode"),
+        ({"assignment": "x"}, "cluster"),
+        ({"kept": "sample"}, "cluster"),
+        ({"assignment": "x", "source": {"name": "experts"}}, "synthesize"),
+    ],
+)
+def test_a_damaged_shard_is_named_before_its_rows_are_used(path, card, stage) -> None:
+    edit(path, card=card)
+    flip(path / "shard-00001.safetensors")
+    shards = Shards(path)
+    # The other shards are intact.
+    assert len(shards.read("latent", slice(0, 6))) == 6
+    advice = rf"its contents are not what index.json says .*`atoll {stage} --force`"
+    with pytest.raises(AtollError, match=rf"shard-00001.*'key-6'.*{advice}"):
+        shards.read("latent", torch.tensor([7]))
+    with pytest.raises(AtollError, match="shard-00001"):
+        list(Shards(path).parts())
+
+
+def test_a_damaged_manifest_is_named_at_opening(path) -> None:
+    flip(path / MANIFEST, 8)
+    with pytest.raises(AtollError, match=rf"{MANIFEST} is corrupt: its contents are not what"):
+        Shards(path)
+
+
+def test_each_file_is_hashed_once_per_process_until_it_changes(path, monkeypatch) -> None:
+    hashed: list[str] = []
+    monkeypatch.setattr(verified, "sha256_file", lambda file: hashed.append(file.name) or sha256_file(file))
+    for _ in range(2):
+        shards = Shards(path)
+        shards.read("latent", slice(None))
+        list(shards.parts())
+    assert sorted(hashed) == sorted(file.name for file in path.iterdir() if file.name != INDEX)
+    shard = path / "shard-00000.safetensors"
+    flip(shard)
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(AtollError, match="shard-00000"):
+        Shards(path).read("latent", slice(0, 1))
+    # A directory that was opened before notices it when it opens the shard.
+    with pytest.raises(AtollError, match="shard-00000"):
+        next(shards.parts())
+
+
 def test_a_broken_header_is_named_without_verify(path) -> None:
     shard = path / "shard-00002.safetensors"
     data = bytearray(shard.read_bytes())
@@ -215,6 +271,9 @@ def test_a_shard_of_other_columns_is_named(path) -> None:
     tensors, size = load_file(shard), shard.stat().st_size
     save_file({**tensors, "latent": tensors["latent"].transpose(1, 2).contiguous()}, shard)
     assert shard.stat().st_size == size
+    entries = json.loads((path / INDEX).read_text())["shards"]
+    entries[1]["sha256"] = sha256_file(shard)
+    edit(path, shards=entries)
     with pytest.raises(AtollError, match=r"shard-00001.*'key-6'.*its columns are"):
         Shards(path).read("latent", torch.tensor([7]))
 
