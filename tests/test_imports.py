@@ -37,6 +37,7 @@ LEVELS = [
         "diffusers",
         "plan",
         "convert",
+        "collective",
     ],
     ["study"],
     ["cli"],

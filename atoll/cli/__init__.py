@@ -6,9 +6,10 @@ training.py  train, launch, distil, synthesize
 tools.py     plan, convert
 trained.py   calibrate, ema
 research.py  compare, study, statistics
+collective.py  collective key, open, join, claim, release, publish, members, status
 """
 
-from atoll.cli import research, stages, tools, trained, training
+from atoll.cli import collective, research, stages, tools, trained, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "main", "research", "stages", "tools", "trained", "training"]
+__all__ = ["app", "collective", "main", "research", "stages", "tools", "trained", "training"]

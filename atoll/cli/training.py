@@ -1,13 +1,14 @@
 """The commands that train: one part, or all of them; and synthesize, which generates training data without images."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
-from atoll.storage.layout import EXIT_INTERRUPTED
+from atoll.storage.layout import COLLECTIVE, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from atoll.choices import Method
@@ -158,11 +159,12 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
     if nproc > 1:
         # The processes get the same options as this command.
         flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
-        train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
+        with _lease(what, run):
+            train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
         return
     # One process, or one of several: only the first one prints.
     first = is_first_process()
-    with reporting(), bar(what[0], "steps", quiet or not first) as update:
+    with reporting(), _lease(what, run), bar(what[0], "steps", quiet or not first) as update:
         from atoll.manifest import load_manifest
         from atoll.train.loop import Interrupted
 
@@ -182,3 +184,16 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
         # Other processes would print the same line again.
         if first:
             typer.echo(done)
+
+
+def _lease(what: list[str], run: Path) -> AbstractContextManager[object]:
+    """Renew the lease of an expert while it is trained, if this run has joined a collective."""
+    from atoll.train.workers import is_first_process, is_worker
+
+    # One process renews the lease: the one that started the workers, or the first one under torchrun.
+    alone = is_first_process() and not is_worker()
+    if what[0] != "expert" or not alone or not (run / COLLECTIVE).is_file():
+        return nullcontext()
+    from atoll.collective.heartbeat import renewed
+
+    return renewed(run, what[1])

@@ -9,12 +9,12 @@ from types import ModuleType
 from atoll.errors import AtollError
 
 
-def import_library(name: str) -> ModuleType:
-    """Import an optional library. Raises AtollError that names what to install."""
+def import_library(name: str, extra: str = "hub") -> ModuleType:
+    """Import an optional library, which `pip install 'atoll[EXTRA]'` installs. Raises AtollError that says so."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise AtollError(f"the package {error.name or name} is needed: pip install 'atoll[hub]'") from None
+        raise AtollError(f"the package {error.name or name} is needed: pip install 'atoll[{extra}]'") from None
 
 
 @contextmanager

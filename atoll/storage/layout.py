@@ -9,6 +9,7 @@
     ensemble/                    ensemble.json, stackings.safetensors
     evaluation/                  results that later evaluations reuse
     report.html, report.json     the evaluation
+    collective.json              in a member's run: its collective, what it has seen of it, its leases
 
 The names of files inside a directory of shards belong to `atoll.storage.shards`. Standard library only: the command
 line imports this file at start.
@@ -30,6 +31,7 @@ CARD, WEIGHTS = "card.json", "weights.safetensors"  # in every artifact
 REPORT = "report.html"  # of a clustering in clusters/, of an evaluation in the run's root
 CLUSTERS_CARD, ASSIGNMENT = "clusters.json", "assignment.parquet"  # in clusters/
 ENSEMBLE_CARD, STACKINGS = "ensemble.json", "stackings.safetensors"  # in ensemble/
+COLLECTIVE = "collective.json"  # in the root of a run that joined a collective
 
 # Exit codes of `atoll`, which scripts and schedulers act on.
 EXIT_CRASH = 1  # not the user's error: another attempt may succeed

@@ -30,6 +30,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_worker() -> bool:
+    """Return whether `train_together` started this process."""
+    return _REPORT in os.environ
+
+
 def train_together(arguments: Sequence[str], count: int) -> None:
     """Run `python -m atoll ARGUMENTS` in `count` processes that train together, and wait until they exit.
 

@@ -1,0 +1,196 @@
+"""The commands of a collective: many owners of one model, through any object store."""
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from atoll.cli.app import Quiet, app, bar
+from atoll.errors import AtollError
+
+collective_app = typer.Typer(
+    no_args_is_help=True, help="Train one model with people you have never met, through any object store."
+)
+app.add_typer(collective_app, name="collective", rich_help_panel="Tools")
+
+Url = Annotated[str, typer.Argument(help="s3://, gs://, az://, hf://OWNER/NAME, or a directory.")]
+KeyOption = Annotated[Path, typer.Option("--key", help="Your key, from `atoll collective key`.")]
+MemberOption = Annotated[
+    Path | None, typer.Option("--run", "-r", help="Directory that joined; default: the one here that did.")
+]
+KEY = Path("atoll.key")
+
+
+@collective_app.command("key")
+def make_key(
+    out: Annotated[Path, typer.Argument(help="File of the new key; it is never replaced.")] = KEY,
+) -> None:
+    """Make the key that signs everything you do in a collective."""
+    from atoll.collective.keys import Key
+
+    key = Key.generate()
+    key.save(out)
+    typer.echo(f"{out} written; keep it secret, and keep a copy: it cannot be replaced\n{key.id}")
+
+
+@collective_app.command("open")
+def open_(
+    url: Url,
+    run: Annotated[Path, typer.Option("--run", "-r", help="The run to found it on, with clusters/.")] = Path(),
+    key: KeyOption = KEY,
+    name: Annotated[str | None, typer.Option(help="Name of the collective; default: the run's.")] = None,
+    lease_hours: Annotated[float, typer.Option(min=0.01, max=8760, help="Length of a lease without heartbeat.")] = (
+        24.0
+    ),
+    expires_days: Annotated[float, typer.Option(min=1, max=3650, help="You must renew the charter within.")] = 365.0,
+    joining: Annotated[str, typer.Option(help="open: any key may work; invited: those that you add.")] = "open",
+    quiet: Quiet = False,
+) -> None:
+    """Found a collective: publish atoll.yaml, the clusters and the router's data of a run."""
+    from atoll.collective.open import Joining, open_collective
+
+    if joining not in ("open", "invited"):
+        raise AtollError(f"--joining {joining}: expected open or invited")
+    with bar("open", "files", quiet) as update:
+        identity = open_collective(
+            url,
+            run,
+            key,
+            name=name,
+            lease_hours=lease_hours,
+            expires_days=expires_days,
+            joining=cast("Joining", joining),
+            progress=update,
+        )
+    typer.echo(f"{url} is open; give contributors its address and its identity:\n{identity}")
+
+
+@collective_app.command()
+def join(
+    url: Url,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to make.")],
+    key: KeyOption = KEY,
+    name: Annotated[str | None, typer.Option(help="Your name, for people; default: the directory's.")] = None,
+    identity: Annotated[str | None, typer.Option(help="The collective's identity, from its founder.")] = None,
+) -> None:
+    """Join a collective: fetch its manifest and clustering, with all signatures and hashes checked."""
+    from atoll.collective.join import join_collective
+
+    joined = join_collective(url, out, key, name=name or out.absolute().name, identity=identity)
+    # Without a pin the first contact is trusted, so the user should compare.
+    note = "" if identity else "; compare it with the founder's"
+    typer.echo(f"{out} written; the collective is {joined}{note}")
+
+
+@collective_app.command()
+def claim(
+    url: Url,
+    cluster: Annotated[int | None, typer.Option(min=0, help="The cluster; default: the next that nobody has.")] = None,
+    replica: Annotated[int, typer.Option(min=0, max=99, help="A further expert of the cluster.")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="Also take finished work.")] = False,
+    run: MemberOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take a cluster to train, and fetch its shards. Training renews the lease."""
+    from atoll.collective.member import find_member, full_url
+    from atoll.collective.work import claim_work
+
+    directory = find_member(full_url(url), run)
+    with bar("claim", "files", quiet) as update:
+        claimed = claim_work(directory, cluster=cluster, replica=replica, again=again, progress=update)
+    lease, expert = claimed.lease, claimed.expert or claimed.lease.work.split(".")[0]
+    typer.echo(
+        f"work {lease.work} is yours (epoch {lease.epoch}) until {claimed.until}; "
+        f"`atoll train expert {expert} -r {directory}` trains it and renews the lease"
+    )
+
+
+@collective_app.command()
+def release(
+    url: Url,
+    work: Annotated[str | None, typer.Option(help="The work item, such as 3 or 3.1; default: all of yours.")] = None,
+    run: MemberOption = None,
+) -> None:
+    """Give work back, so that others need not wait until its lease ends."""
+    from atoll.collective.member import find_member, full_url
+    from atoll.collective.work import release_work
+
+    for lease in release_work(find_member(full_url(url), run), work):
+        typer.echo(f"work {lease.work} (epoch {lease.epoch}) is free again")
+
+
+@collective_app.command()
+def publish(
+    expert: Annotated[Path, typer.Argument(help="A trained expert in the directory that joined.")],
+    url: Annotated[str | None, typer.Argument(help="The collective; default: the one that was joined.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Offer a trained expert: upload it, and sign it."""
+    from atoll.collective.publish import publish_expert
+
+    with bar("publish", "files", quiet) as update:
+        done = publish_expert(expert, url, progress=update)
+    kind = "as a replica: another member holds its work, or nobody claimed it" if done.replica else "for admission"
+    typer.echo(f"{done.submission} published {kind}")
+
+
+@collective_app.command()
+def members(
+    url: Url,
+    add: Annotated[list[str] | None, typer.Option(help="A key id to add; repeatable.")] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="A key id to remove; repeatable.")] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="Renew the charter's date and nothing else.")] = False,
+    expires_days: Annotated[float, typer.Option(min=1, max=3650, help="The new charter expires after.")] = 365.0,
+    key: Annotated[list[Path] | None, typer.Option(help="Another founder's key, if several must sign.")] = None,
+    run: MemberOption = None,
+) -> None:
+    """List members and requests; a founder adds and removes members."""
+    from atoll.collective.member import find_member, full_url
+    from atoll.collective.members import change_members, list_members
+
+    directory = find_member(full_url(url), run)
+    if add or remove or renew:
+        charter = change_members(
+            directory,
+            add=tuple(add or ()),
+            remove=tuple(remove or ()),
+            expires_days=expires_days,
+            more_keys=tuple(key or ()),
+        )
+        typer.echo(f"charter {charter.version} published")
+    # Lines rather than a table, since a key is as wide as a terminal.
+    for person in list_members(directory):
+        typer.echo(f"{person.key}  {person.role}  {person.name}")
+
+
+@collective_app.command()
+def status(
+    url: Url,
+    identity: Annotated[str | None, typer.Option(help="The collective's identity, from its founder.")] = None,
+) -> None:
+    """Show who trains what, and what was offered. Needs no key, and only rights to read."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from atoll.collective.leases import when
+    from atoll.collective.status import collective_status
+
+    now = collective_status(url, identity)
+    charter, console = now.collective.charter, Console()
+    clock = when(now.now) if now.exact else f"after {when(now.now)} (the store can only be read)"
+    console.print(f"{charter.name}, charter {charter.version}, {clock}", markup=False)
+    console.print(now.collective.identity, markup=False)
+    # Who trains what.
+    table = Table("work", "expert", "state", "epoch", "holder", "until")
+    for one in now.works:
+        holder = now.collective.name_of(one.holder) if one.holder else ""
+        state = one.state(now.now)
+        until = when(one.until) if state in ("held", "expired") else ""
+        table.add_row(one.work, now.experts.get(one.work, ""), state, str(one.epoch or ""), holder, until)
+    console.print(table)
+    # What was offered.
+    if now.submissions:
+        table = Table("submission", "expert", "work", "owner", "state")
+        for row in now.submissions:
+            table.add_row(row.submission, row.name, row.work, row.submitter, row.state)
+        console.print(table)

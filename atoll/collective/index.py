@@ -1,0 +1,227 @@
+"""The chain of indices: which experts the model has. Nothing in it counts because an admitter says so alone.
+
+index/000001.json, ... Each version names the hash of the one before. An expert enters with accepting reports of enough
+admitters, and leaves with the retirements of enough retirers; a reader checks both.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+from atoll.collective.charter import Collective, chain, check_seen, numbered
+from atoll.collective.keys import Key, hex_of, short
+from atoll.collective.statements import (
+    STATEMENT_BYTES,
+    AdmissionReport,
+    Charter,
+    Index,
+    IndexedExpert,
+    Position,
+    RetiredExpert,
+    Retirement,
+    Signed,
+    Submission,
+    read_signed,
+    sign,
+)
+from atoll.collective.store import Store
+from atoll.errors import AtollError
+
+INDEX, SUBMISSIONS, REPORTS, RETIREMENTS = "index", "submissions", "reports", "retirements"
+SUBMISSION = "submission.json"
+
+
+@dataclass(frozen=True)
+class VerifiedIndex:
+    """The latest index, checked back to the first one."""
+
+    index: Index
+    position: Position
+
+
+def read_index(store: Store, collective: Collective, seen: Position | None = None) -> VerifiedIndex | None:
+    """Read and verify all indices.
+
+    An expert is checked against the charter that was in force when it entered: an admitter who leaves later does not
+    take it away. The latest index must be signed by an admitter of the latest charter, so one who was removed cannot
+    go on.
+
+    Args:
+        store: the collective's.
+        collective: its verified charters.
+        seen: the highest index that this member has seen before.
+
+    Returns:
+        The latest index; None if nothing was admitted yet.
+
+    Raises:
+        AtollError: a rolled-back, exchanged or forged index, or one whose experts were not properly admitted.
+    """
+    latest: VerifiedIndex | None = None
+    hashes: list[str] = []
+    signers: frozenset[str] = frozenset()
+    for signed in chain(store, INDEX, Index, collective.identity):
+        # What this member has seen was checked then; its hash pins everything before it.
+        new = seen is None or len(hashes) >= seen.version
+        _check_link(store, collective, signed, latest, thorough=new)
+        hashes.append(signed.sha256)
+        latest = VerifiedIndex(signed.statement, Position(version=len(hashes), sha256=signed.sha256))
+        signers = signed.signers
+    check_seen(hashes, seen, store.place(INDEX), "index")
+    if latest is not None and not signers & set(collective.charter.roles.admitters):
+        raise AtollError(
+            f"{store.place(numbered(INDEX, len(hashes)))}: signed by {short(next(iter(signers)))}, who is no admitter "
+            "any more; an admitter must publish a new one"
+        )
+    return latest
+
+
+def check_date(index: Index, now: float) -> None:
+    """Raise AtollError if an index has expired. now: by the store's clock."""
+    if now > index.expires:
+        raise AtollError(
+            f"index {index.version} has expired: this may be an old copy of the collective; an admitter renews it"
+        )
+
+
+def append_index(store: Store, collective: Collective, index: Index, key: Key) -> Position:
+    """Publish the next index.
+
+    Raises:
+        AtollError: another admitter published this version, or the index would be refused by readers.
+    """
+    data = sign(index, [key], collective.identity)
+    place = numbered(INDEX, index.version)
+    # Checked as every reader will check it, before it is there for good.
+    signed = read_signed(Index, data, store.place(place), collective.identity)
+    _check_link(store, collective, signed, read_index(store, collective), thorough=True)
+    if not store.create(place, data):
+        raise AtollError(f"{store.place(place)}: another admitter published it first; start again from theirs")
+    return Position(version=index.version, sha256=sha256(data).hexdigest())
+
+
+def read_submission(store: Store, collective: Collective, submission: str) -> Signed[Submission]:
+    """Read a submission. Raises AtollError if it is not whole, or not signed by one key."""
+    place = f"{SUBMISSIONS}/{submission}/{SUBMISSION}"
+    data = store.read(place, STATEMENT_BYTES)
+    if data is None:
+        raise AtollError(f"{store.place(place)}: not found; the submission is not whole, publish it again")
+    signed = read_signed(Submission, data, store.place(place), collective.identity)
+    expected = submission_id(signed.signer(store.place(place)), signed.statement.files["card.json"].sha256)
+    if expected != submission:
+        raise AtollError(f"{store.place(place)}: belongs to {expected}; it was copied from there")
+    return signed
+
+
+def submission_id(key: str, card: str) -> str:
+    """Return the name of a submission: nobody else can occupy it, whatever card they copy.
+
+    Args:
+        key: the submitter's key id.
+        card: the hash of card.json.
+    """
+    return sha256(f"{key} {card}".encode()).hexdigest()[:32]
+
+
+def report_path(submission: str, key: str) -> str:
+    """Return the place of a key's report on a submission."""
+    return f"{REPORTS}/{submission}/{hex_of(key)}.json"
+
+
+def retirement_path(submission: str, key: str) -> str:
+    """Return the place of a key's retirement of a submission."""
+    return f"{RETIREMENTS}/{submission}/{hex_of(key)}.json"
+
+
+def _check_link(
+    store: Store, collective: Collective, signed: Signed[Index], latest: VerifiedIndex | None, *, thorough: bool
+) -> None:
+    """Check one index against the one before it and the charter that it names.
+
+    Args:
+        store, collective: as for `read_index`.
+        signed: the index.
+        latest: the one before it.
+        thorough: also read the submissions, reports and retirements of what changed.
+    """
+    index, before = signed.statement, latest.index if latest else None
+    where = store.place(numbered(INDEX, latest.position.version + 1 if latest else 1))
+    # Its place in the chain.
+    expected = (latest.position.version + 1, latest.position.sha256) if latest else (1, None)
+    if (index.version, index.previous) != expected:
+        raise AtollError(
+            f"{where}: does not follow the index before it; read that and start again, or the store was tampered with"
+        )
+    # The charter that it names exists, and is no older than the one before named.
+    named = index.charter
+    oldest = before.charter.version if before else 1
+    if not oldest <= named.version <= len(collective.hashes) or collective.hashes[named.version - 1] != named.sha256:
+        raise AtollError(f"{where}: names charter {named.version}, which is older or another one; it is forged")
+    charter = collective.history[named.version - 1]
+    if not signed.signers & set(charter.roles.admitters):
+        raise AtollError(f"{where}: signed by {short(next(iter(signed.signers)))}, who is no admitter; remove it")
+    if thorough:
+        _check_changes(store, collective, charter, index, before, where)
+
+
+def _check_changes(
+    store: Store, collective: Collective, charter: Charter, index: Index, before: Index | None, where: str
+) -> None:
+    """Check the experts that entered since the index before, and those that left."""
+    known = {one.submission: one for one in before.experts} if before else {}
+    gone = {one.submission: one for one in before.retired} if before else {}
+    for expert in index.experts:
+        if known.get(expert.submission) != expert:
+            if expert.submission in gone:
+                raise AtollError(f"{where}: {expert.submission} was retired before; it must be submitted again")
+            _check_admitted(store, collective, charter, expert, where)
+    retired = {one.submission: one for one in index.retired}
+    if any(retired.get(name) != one for name, one in gone.items()):
+        raise AtollError(f"{where}: leaves out an expert that was retired; it is forged")
+    remaining = {one.submission for one in index.experts}
+    for name, one in known.items():
+        if name not in remaining:
+            if name not in retired or retired[name].sha256 != one.sha256:
+                raise AtollError(f"{where}: {name} is gone without retirements; it is forged")
+            _check_retired(store, collective, charter, retired[name], where)
+    if extra := set(retired) - set(gone) - set(known):
+        raise AtollError(f"{where}: retires {min(extra)}, which was not in; it is forged")
+
+
+def _check_admitted(store: Store, collective: Collective, charter: Charter, expert: IndexedExpert, where: str) -> None:
+    """Check that enough admitters accepted an expert."""
+    signed = read_submission(store, collective, expert.submission)
+    if signed.sha256 != expert.sha256 or signed.statement.clusters != expert.clusters:
+        raise AtollError(f"{where}: {expert.submission} is not the submission that was admitted; it was exchanged")
+    if signed.signers & set(charter.removed):
+        raise AtollError(f"{where}: {expert.submission} is of a key that was removed; an admitter must leave it out")
+    count = 0
+    for key in charter.roles.admitters:
+        place = report_path(expert.submission, key)
+        data = store.read(place, STATEMENT_BYTES)
+        if data is None or sha256(data).hexdigest() not in expert.reports:
+            continue
+        report = read_signed(AdmissionReport, data, store.place(place), collective.identity)
+        # A report counts for one submission only, and for the key whose name it has.
+        if report.signers != {key} or report.statement.submission != expert.sha256:
+            raise AtollError(f"{store.place(place)}: is a report on another submission or of another key")
+        count += report.statement.accepted
+    if count < charter.thresholds.admitters:
+        need = charter.thresholds.admitters
+        raise AtollError(f"{where}: {expert.submission} was accepted by {count} admitters, expected {need}")
+
+
+def _check_retired(store: Store, collective: Collective, charter: Charter, expert: RetiredExpert, where: str) -> None:
+    """Check that enough retirers want an expert out."""
+    count = 0
+    for key in charter.roles.retirers:
+        place = retirement_path(expert.submission, key)
+        data = store.read(place, STATEMENT_BYTES)
+        if data is None or sha256(data).hexdigest() not in expert.retirements:
+            continue
+        signed = read_signed(Retirement, data, store.place(place), collective.identity)
+        if signed.signers != {key} or signed.statement.submission != expert.sha256:
+            raise AtollError(f"{store.place(place)}: is a retirement of another submission or key")
+        count += 1
+    if count < charter.thresholds.retirers:
+        need = charter.thresholds.retirers
+        raise AtollError(f"{where}: {expert.submission} was retired by {count} retirers, expected {need}")

@@ -1,0 +1,75 @@
+"""Join a collective: `atoll collective join` makes a run of what the founder published."""
+
+from pathlib import Path
+
+from atoll.collective.charter import read_collective
+from atoll.collective.connect import open_store
+from atoll.collective.files import fetch_files, files_prefix, read_list
+from atoll.collective.keys import Key, hex_of
+from atoll.collective.member import MemberRecordFile, full_url, write_record
+from atoll.collective.statements import Request, sign
+from atoll.errors import AtollError
+from atoll.manifest import parse_manifest
+from atoll.storage.artifact import whole_directory
+from atoll.storage.layout import CLUSTERS, MANIFEST
+
+REQUESTS = "requests"
+_MANIFEST_BYTES = 1 << 20
+
+
+def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity: str | None = None) -> str:
+    """Make a member's directory: atoll.yaml and the clustering. A cluster's shards follow with its lease.
+
+    Args:
+        url: the collective's store.
+        out: the directory to make.
+        key_file: the member's key.
+        name: the member's, for people.
+        identity: the collective's, from its founder; None trusts what the store holds now, and remembers it.
+
+    Returns:
+        The identity.
+
+    Raises:
+        AtollError: no collective, another one, files that are missing or changed, or `out` exists.
+    """
+    if out.exists():
+        raise AtollError(f"{out}: exists; join into a new directory")
+    key = Key.load(key_file)
+    store = open_store(url)
+    # Who may do what, back to the first charter.
+    collective = read_collective(store, identity)
+    now = store.now(hex_of(key.id))
+    collective.check_date(now)
+    if key.id in collective.charter.removed:
+        collective.check_may_work(key.id)
+    # The manifest and the clustering; the clusters themselves are large.
+    charter = collective.charter
+    files = read_list(store, charter.files)
+    small = {file: digest for file, digest in files.items() if file == MANIFEST or _is_clustering(file)}
+    manifest = small.get(MANIFEST)
+    if manifest is None or manifest.sha256 != charter.founded.manifest or manifest.size > _MANIFEST_BYTES:
+        raise AtollError(f"{url}: its list of files lacks the manifest that the charter names; ask the founder")
+    with whole_directory(out) as directory:
+        fetch_files(store, files_prefix(charter.files), small, directory)
+        # A manifest that this version cannot read is refused now, not after days.
+        parse_manifest((directory / MANIFEST).read_text(encoding="utf-8"), f"{url}: {MANIFEST}")
+        write_record(
+            directory,
+            MemberRecordFile(
+                url=full_url(url),
+                identity=collective.identity,
+                key=str(key_file.absolute()),
+                key_id=key.id,
+                charter=collective.position,
+            ),
+        )
+        # The founder sees who asks. One request per key: joining again changes nothing.
+        place = f"{REQUESTS}/{hex_of(key.id)}.json"
+        store.create(place, sign(Request(name=name), [key], collective.identity))
+    return collective.identity
+
+
+def _is_clustering(file: str) -> bool:
+    """Whether a file lies directly in clusters/."""
+    return file.startswith(f"{CLUSTERS}/") and file.count("/") == 1

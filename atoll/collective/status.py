@@ -1,0 +1,122 @@
+"""Where a collective stands: `atoll collective status`. It needs no key, and only rights to read."""
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+from atoll.collective.charter import Collective, read_collective
+from atoll.collective.connect import open_store
+from atoll.collective.files import files_prefix, read_list
+from atoll.collective.heartbeat import works_of
+from atoll.collective.index import SUBMISSION, SUBMISSIONS, read_index, read_submission
+from atoll.collective.leases import WORK, WorkStatus, work_status
+from atoll.collective.store import Store, StoreRefusedError
+from atoll.errors import AtollError
+from atoll.manifest import Manifest, parse_manifest
+from atoll.storage.layout import MANIFEST
+
+_SHOWN = 1000  # submissions that are read
+_MANIFEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SubmissionStatus:
+    """A submission. state: "admitted", "offered", "replica" (its lease was taken over), "not whole", or why not."""
+
+    submission: str
+    name: str
+    work: str
+    submitter: str
+    state: str
+
+
+@dataclass(frozen=True)
+class CollectiveStatus:
+    """A collective at one time.
+
+    Attributes:
+        collective: its charters.
+        now: by the store's clock.
+        exact: False if the store could only be read, so that `now` is the time of its last change.
+        experts: by work item.
+        works: work items, those of the manifest first.
+        submissions: everything that was offered.
+    """
+
+    collective: Collective
+    now: float
+    exact: bool
+    experts: dict[str, str]
+    works: list[WorkStatus]
+    submissions: list[SubmissionStatus]
+
+
+def collective_status(url: str, identity: str | None = None) -> CollectiveStatus:
+    """Read where a collective stands.
+
+    Args:
+        url: its store.
+        identity: the expected one; None accepts any.
+
+    Raises:
+        AtollError: no collective, or one that was tampered with.
+    """
+    store = open_store(url)
+    collective = read_collective(store, identity)
+    now, exact = _now(store)
+    # Work items: those of the manifest, and replicas beyond it.
+    experts = works_of(_manifest(store, collective))
+    names = [entry.path.split("/")[1] for entry in store.list(WORK)]
+    further = sorted({name for name in names if name not in experts and _is_work(name)})
+    works = [work_status(store, collective, work) for work in (*experts, *further)]
+    return CollectiveStatus(collective, now, exact, experts, works, _submissions(store, collective, works))
+
+
+def _now(store: Store) -> tuple[float, bool]:
+    """The store's time; where nothing may be written, the time of its last change, which is earlier."""
+    try:
+        return store.now("reader"), True
+    except StoreRefusedError:
+        return max((entry.modified for entry in store.list(WORK)), default=0.0), False
+
+
+def _manifest(store: Store, collective: Collective) -> Manifest:
+    """The run's manifest, as the charter names it."""
+    charter = collective.charter
+    place = f"{files_prefix(charter.files)}/{MANIFEST}"
+    listed = read_list(store, charter.files).get(MANIFEST)
+    data = store.read(place, _MANIFEST_BYTES)
+    if data is None or listed is None or sha256(data).hexdigest() != charter.founded.manifest:
+        raise AtollError(f"{store.place(place)}: is not the manifest that the charter names; ask the founder")
+    return parse_manifest(data.decode(errors="replace"), store.place(place))
+
+
+def _is_work(name: str) -> bool:
+    cluster, _, replica = name.partition(".")
+    return cluster.isdigit() and len(name) <= 7 and (not replica or replica.isdigit())
+
+
+def _submissions(store: Store, collective: Collective, works: list[WorkStatus]) -> list[SubmissionStatus]:
+    """All submissions with their state. A broken one is a row, not an error: anybody can write one."""
+    latest = read_index(store, collective)
+    admitted = {one.submission for one in latest.index.experts} if latest else set()
+    retired = {one.submission for one in latest.index.retired} if latest else set()
+    epochs = {status.work: status.epoch for status in works}
+    paths = [entry.path.split("/") for entry in store.list(SUBMISSIONS)]
+    whole = {parts[1] for parts in paths if parts[2:] == [SUBMISSION]}
+    rows = []
+    for name in sorted({parts[1] for parts in paths if len(parts) > 2})[:_SHOWN]:
+        if name not in whole:
+            rows.append(SubmissionStatus(name, "", "", "", "not whole"))
+            continue
+        try:
+            signed = read_submission(store, collective, name)
+        except AtollError as error:
+            rows.append(SubmissionStatus(name, "", "", "", f"refused: {error}"))
+            continue
+        statement, key = signed.statement, next(iter(signed.signers))
+        # Removed members' offers are not looked at; what was admitted before stays.
+        state = "offered" if statement.epoch == epochs.get(statement.work, 0) > 0 else "replica"
+        state = state if collective.may_work(key) else "its owner was removed"
+        state = "admitted" if name in admitted else "retired" if name in retired else state
+        rows.append(SubmissionStatus(name, statement.name, statement.work, collective.name_of(key), state))
+    return rows

@@ -1,0 +1,26 @@
+"""Stores of every kind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from atoll.collective.connect import open_store
+from atoll.collective.store import Store
+from tests.collective.founding import s3_bucket
+
+
+@pytest.fixture(params=["memory", "directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store of each kind."""
+    if request.param == "s3":
+        with s3_bucket(monkeypatch) as url:
+            yield open_store(url)
+    else:
+        yield open_store(f"memory://{tmp_path}" if request.param == "memory" else str(tmp_path / "bucket"), make=True)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    """A directory as a store."""
+    return open_store(str(tmp_path / "bucket"), make=True)
