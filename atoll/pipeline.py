@@ -1,6 +1,5 @@
 """Prompts to images, with the interface of a diffusers pipeline."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -174,7 +173,8 @@ class Pipeline:
         seeds = self._seeds(len(prompts), generator, seeds)
         if clusters is not None and len(clusters) != len(prompts):
             raise AtollError(f"{len(clusters)} clusters for {len(prompts)} prompts; expected one cluster per prompt")
-        self._warn_of_truncated(prompts)
+        # Frame 4 is the caller's: torch's decorator of `__call__` is a frame too.
+        self.loaded.encoder.warn_of_truncated(prompts, "prompt", stacklevel=4)
         defaults = self.loaded.sampling
         steps = defaults.steps_or(50) if num_inference_steps is None else num_inference_steps
         scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
@@ -212,13 +212,6 @@ class Pipeline:
         """Return x at t = 1, [B, C, H, W] float32: one seed per row, sampled on the CPU, so equal on every device."""
         return seeded_noise(seeds, self.loaded.latent_shape).to(self.device)
 
-    def _warn_of_truncated(self, prompts: Sequence[str]) -> None:
-        """Warn about the end of a prompt that the text encoder cuts off."""
-        for prompt in dict.fromkeys(prompts):
-            if rest := self.loaded.encoder.truncated_text(prompt):
-                # Frame 4 is the caller's: torch's decorator of `__call__` is a frame too.
-                warnings.warn(f"the prompt {_short(prompt)!r} is too long: {_short(rest)!r} is cut off", stacklevel=4)
-
     @staticmethod
     def _seeds(count: int, generator: torch.Generator | None, seeds: Sequence[int] | None) -> list[int]:
         """Return one seed per prompt: the given ones, or random ones."""
@@ -230,11 +223,6 @@ class Pipeline:
         if len(seeds) != count:
             raise AtollError(f"{len(seeds)} seeds for {count} prompts; expected one seed per prompt")
         return list(seeds)
-
-
-def _short(text: str) -> str:
-    """Return a long text without its middle."""
-    return text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
 
 
 def to_pil(images: Tensor) -> list["Image"]:

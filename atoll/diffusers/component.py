@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atoll.diffusers.options import check_options, weight_dtype
 from atoll.encoders.trust import Trust
 from atoll.encoders.weights import WANTED, also_found_in, find_weights
 from atoll.ensemble import Alignment, Sampler
@@ -22,14 +23,8 @@ from atoll.storage.cards import EnsembleCard, ExpertEntry, RouterEntry
 from atoll.storage.layout import ENSEMBLE_CARD, EXPERTS, ROUTER, STACKINGS
 
 with quiet("diffusers"):
+    from diffusers.hooks.group_offloading import apply_group_offloading
     from diffusers.models.modeling_utils import ModelMixin as ModelMixin
-
-_WEIGHTS: dict[torch.dtype | None, WeightDtype | None] = {
-    None: None,
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-}
 
 
 class AtollEnsemble(ModelMixin):
@@ -71,30 +66,29 @@ class AtollEnsemble(ModelMixin):
     def from_pretrained(  # type: ignore[override]  # the base class has only keywords
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: Any = None,
         allow_hub: bool = False,
         trust_paths: bool = False,
+        dtype: Any = None,
         **options: Any,
     ) -> "AtollEnsemble":
         """Load the ensemble at a local path.
 
         Args:
             pretrained_model_name_or_path: its directory.
-            torch_dtype: float32, bfloat16 or float16, which the experts' weights are rounded to; None: as stored.
+            torch_dtype: float32, bfloat16 or float16, which the experts' weights are rounded to; None: as stored. Or a
+                dictionary by component: "ensemble", "default".
             allow_hub: as in `load_ensemble`.
             trust_paths: likewise.
-            options: those that `DiffusionPipeline.from_pretrained` passes to diffusers' models; most have no meaning
-                here.
+            dtype: the new name of torch_dtype in diffusers.
+            options: those of diffusers' models; accepted where they change nothing.
 
         Raises:
-            AtollError: as `load_ensemble` does; another dtype; a device_map or a variant, which would be ignored.
+            AtollError: as `load_ensemble` does; another dtype; an option that would be ignored (device_map, variant).
         """
-        # Options that would be ignored are refused.
-        if torch_dtype not in _WEIGHTS:
-            raise AtollError(f"dtype {torch_dtype}: expected torch.float32, torch.bfloat16 or torch.float16")
-        if unknown := [name for name in ("device_map", "variant") if options.get(name) is not None]:
-            raise AtollError(f"{unknown[0]}: an ensemble has none; load it without, and move it by .to(device)")
-        return cls(pretrained_model_name_or_path, _WEIGHTS[torch_dtype], allow_hub=allow_hub, trust_paths=trust_paths)
+        check_options(options, ("torch_dtype", "dtype", "allow_hub", "trust_paths"))
+        weights = weight_dtype(torch_dtype, dtype)
+        return cls(pretrained_model_name_or_path, weights, allow_hub=allow_hub, trust_paths=trust_paths)
 
     def forward(
         self,
@@ -121,6 +115,60 @@ class AtollEnsemble(ModelMixin):
         # The sampler may have other options than the ensemble itself.
         return sampler.velocity(
             x, t, guidance_scale=guidance_scale, guidance_range=guidance_range, prompt_cache=prompt_cache
+        )
+
+    @property
+    def group_offloaded(self) -> bool:
+        """Whether layers are moved to the device by groups, each at its `forward`."""
+        # diffusers keeps its hooks under this name.
+        return any(hasattr(module, "_diffusers_hook") for module in self.networks.modules())
+
+    def enable_group_offload(  # type: ignore[override]  # the base class names all options of diffusers' function
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        *,
+        offload_to_disk_path: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Move layers to the device in groups when they are evaluated, in each network by itself.
+
+        Which networks are evaluated, and in which order, differs from step to step; so no group, and no prefetching,
+        may reach from one network into the next.
+
+        Args:
+            onload_device: where the networks are evaluated.
+            offload_device: where the weights are otherwise.
+            offload_type: "block_level" or "leaf_level".
+            num_blocks_per_group: for "block_level".
+            offload_to_disk_path: an empty directory for the weights, in place of the offload device.
+            options: the others of diffusers' `apply_group_offloading`.
+
+        Raises:
+            AtollError: the directory is not empty: diffusers would take the weights from the files in it.
+        """
+        folder = None if offload_to_disk_path is None else Path(offload_to_disk_path)
+        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise AtollError(f"offload_to_disk_path {folder}: not an empty directory; name an empty or a new one")
+        for number, network in enumerate(self.networks):
+            # A directory for each network: diffusers names the files by the layers alone.
+            apply_group_offloading(
+                network,
+                onload_device=onload_device,
+                offload_device=offload_device,
+                offload_type=offload_type,
+                num_blocks_per_group=num_blocks_per_group,
+                offload_to_disk_path=None if folder is None else str(folder / str(number)),
+                **options,
+            )
+
+    def enable_layerwise_casting(self, *arguments: Any, **options: Any) -> None:
+        """Raise AtollError: the networks compute in the dtype of their weights, which this would set to a storage's."""
+        raise AtollError(
+            "layerwise casting: the experts compute in the dtype of their weights; load with AtollEnsemble(path, "
+            "weights='int8') to store them in 8 bits"
         )
 
     def sampler(
@@ -155,11 +203,13 @@ class AtollEnsemble(ModelMixin):
         Args:
             save_directory: is replaced.
             options: those of diffusers' models (safe_serialization, max_shard_size); ignored, the files are always
-                safetensors and JSON.
+                safetensors and JSON. A variant is refused: the files' names are those of the cards.
 
         Raises:
-            AtollError: a part is gone or has changed since it was loaded, frozen weights that are pickled, a full disk.
+            AtollError: a variant; a part is gone or has changed since it was loaded, frozen weights that are pickled, a
+                full disk.
         """
+        check_variant(options.get("variant"))
         # A copy that fails leaves no half directory.
         with whole_directory(Path(save_directory)) as directory:
             if isinstance(self.loaded.card, EnsembleCard):
@@ -220,6 +270,15 @@ class AtollEnsemble(ModelMixin):
                 (directory / name / folder).mkdir(parents=True, exist_ok=True)
                 for file in files:
                     shutil.copyfile(file, directory / name / folder / file.name)
+
+
+def check_variant(variant: str | None) -> None:
+    """Raise AtollError for a variant to save: there is one set of weights, under the names in the cards."""
+    if variant is not None:
+        raise AtollError(
+            f"variant {variant!r:.60}: an ensemble is saved with the weights and file names it was loaded with; leave "
+            "variant out"
+        )
 
 
 def _copy_part(source: Path, directory: Path) -> None:

@@ -14,32 +14,32 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from math import isfinite
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atoll.condition import Condition, move_to, select_rows
-from atoll.diffusers.component import AtollEnsemble
+from atoll.diffusers.arguments import OUTPUTS, check_numbers, check_size, guidance, initial
+from atoll.diffusers.callback import Callback, StepCallback
+from atoll.diffusers.component import AtollEnsemble, check_variant
+from atoll.diffusers.options import check_options
+from atoll.diffusers.prompts import Prompts, PromptSide, check_texts, encode_prompts, only_encoder
 from atoll.diffusers.sigmas import flow_sigmas
 from atoll.ensemble import Sampler
+from atoll.ensemble.prompt_cache import CACHE_BYTES
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
-from atoll.solver import Velocity
 from atoll.storage.artifact import CARD, read_json
 from atoll.storage.layout import ENSEMBLE, ENSEMBLE_CARD
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-    from diffusers.utils.torch_utils import randn_tensor
 
 INDEX = "model_index.json"
 _TRUST = ("allow_hub", "trust_paths")
 _OPTIONS = ("ensemble", "scheduler", "routing", "alignment", "replicas", "torch_dtype", "dtype", *_TRUST)
-_OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class AtollPipeline(DiffusionPipeline):
@@ -63,7 +63,6 @@ class AtollPipeline(DiffusionPipeline):
     scheduler: Any
     config: Any
     model_cpu_offload_seq: str = "ensemble"  # type: ignore[assignment]  # None in diffusers' base class
-    _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
@@ -77,8 +76,9 @@ class AtollPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(ensemble=ensemble, scheduler=scheduler)  # type: ignore[no-untyped-call]
         self.register_to_config(routing=routing, alignment=alignment, replicas=replicas)  # type: ignore[no-untyped-call]
-        # A callback may set it to end the sampling.
-        self._interrupt = False
+        # A callback may set these: to end the sampling, and to change the guidance from the next step on.
+        self._interrupt, self._guidance_scale = False, ensemble.loaded.sampling.guidance_or(1.0)
+        self._num_timesteps = 0
         self._sampled, self._sampler = ensemble, self._new_sampler()  # unknown options raise here
 
     @classmethod
@@ -88,15 +88,16 @@ class AtollPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a local directory; download a repository of the hub first.
             options: ensemble, scheduler, routing, alignment, replicas, in place of the saved ones; torch_dtype or
-                dtype, allow_hub and trust_paths, as in `AtollEnsemble.from_pretrained`.
+                dtype, allow_hub and trust_paths, as in `AtollEnsemble.from_pretrained`. Other options of diffusers
+                (use_safetensors, cache_dir, local_files_only) are accepted where they change nothing.
 
         Raises:
             AtollError: no such directory, or one of another kind; an unknown option; as `load_ensemble` does.
         """
         # The kind of directory.
         path = Path(pretrained_model_name_or_path)
-        if unknown := options.keys() - set(_OPTIONS):
-            raise AtollError(f"unknown option {min(unknown)!r}; expected one of {', '.join(_OPTIONS)}")
+        check_options(options, _OPTIONS)
+        options = {name: value for name, value in options.items() if name in _OPTIONS}
         saved = (path / INDEX).is_file()
         if saved:
             index = read_json(path / INDEX)
@@ -110,13 +111,11 @@ class AtollPipeline(DiffusionPipeline):
 
         # The ensemble, unless it is given.
         trust = {name: options.pop(name) for name in _TRUST if name in options}
-        dtypes = [options.pop(name) for name in ("torch_dtype", "dtype") if name in options]
+        dtypes = {name: options.pop(name, None) for name in ("torch_dtype", "dtype")}
         if "ensemble" not in options:
             # A saved pipeline has the ensemble in a directory of its own.
-            options["ensemble"] = AtollEnsemble.from_pretrained(
-                path / ENSEMBLE if saved else path, *dtypes[:1], **trust
-            )
-        elif dtypes:
+            options["ensemble"] = AtollEnsemble.from_pretrained(path / ENSEMBLE if saved else path, **dtypes, **trust)
+        elif any(one is not None for one in dtypes.values()):
             raise AtollError("an ensemble and a dtype were both given; expected one of them: the ensemble has a dtype")
         # A new pipeline has the default scheduler.
         if not saved:
@@ -131,20 +130,50 @@ class AtollPipeline(DiffusionPipeline):
                 reason = " ".join(str(error).split())[:200]
                 raise AtollError(f"{path}: cannot be loaded ({reason}); save it again with this diffusers") from None
 
+    def save_pretrained(  # type: ignore[override]  # the base class names all options of diffusers' models
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Save the pipeline to a directory that needs nothing else.
+
+        Args:
+            save_directory: the directory.
+            safe_serialization: changes nothing: the files are always safetensors and JSON.
+            variant: refused, since an ensemble has one set of weights.
+            options: those of diffusers' pipelines, such as push_to_hub; max_shard_size changes nothing: the files are
+                copies.
+
+        Raises:
+            AtollError: a variant; as `AtollEnsemble.save_pretrained` does.
+        """
+        check_variant(variant)
+        super().save_pretrained(save_directory, safe_serialization, **options)
+
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         *,
+        height: int | None = None,
+        width: int | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         guidance_range: tuple[float, float] = (0.0, 1.0),
         block_cache: float = 0.0,
@@ -152,20 +181,33 @@ class AtollPipeline(DiffusionPipeline):
         """Sample `num_images_per_prompt` images per prompt: B in total, those of one prompt consecutive.
 
         Args:
-            prompt: one or several.
+            prompt: one or several; None with prompt_embeds.
             negative_prompt: one, or one per prompt; replaces the null condition.
-            num_inference_steps: default: the ensemble's.
+            num_inference_steps: default: the ensemble's. Numpy numbers and tensors of no dimension are accepted here
+                and in the next two.
             guidance_scale: default: the ensemble's.
             num_images_per_prompt: images of each prompt.
+            height: in pixels; only the ensemble's own.
+            width: likewise.
+            prompt_embeds: the text encoder's states [P, L, D] of P prompts, in place of prompt; L and D are the
+                encoder's length and dim. For ensembles with a single text encoder. `encode_prompt` returns these three.
+            prompt_attention_mask: [P, L], True at a token. Default for the encoders "hash" and "label": True where the
+                states are not all zero; other encoders need it.
+            pooled_prompt_embeds: [P, pooled_dim]; needed if the experts or the router read the pooled vector.
+            negative_prompt_embeds: [1, L, D] or [P, L, D], in place of negative_prompt.
+            negative_prompt_attention_mask: its mask.
+            negative_pooled_prompt_embeds: its pooled vectors.
             generator: one, or one per image. With the default scheduler and a generator per image, an image equals, bit
                 for bit on a CPU, that of `atoll.Pipeline` by "euler" with the generator's seed.
             latents: x at t = 1 [B, C, H, W], in place of noise.
             output_type: "pil"; "np" [B, h, w, c] or "pt" [B, c, h, w], in [0, 1]; "latent", x at t = 0 [B, C, H, W].
             return_dict: False returns a tuple with the images.
-            callback_on_step_end: called with (pipeline, step, timestep, {"latents": x}) after each call of the
-                scheduler; "latents" in the dictionary that it returns replace x. If it sets `pipeline._interrupt`,
-                sampling ends with this step.
-            callback_on_step_end_tensor_inputs: only "latents".
+            callback_on_step_end: called with (pipeline, step, timestep, tensors) after each call of the scheduler. The
+                tensors that it returns replace those of the next step; so does `pipeline._guidance_scale`, where 0
+                ends guidance, as 1 does. If it sets `pipeline._interrupt`, sampling ends with this step.
+            callback_on_step_end_tensor_inputs: the names of those tensors: "latents", and, with a single text encoder,
+                "prompt_embeds" and "negative_prompt_embeds" [B, L, D]; masks stay those of the call, except for the
+                encoders "hash" and "label". A callback of diffusers' own brings its names.
             guidance_range: as in `atoll.Pipeline`.
             block_cache: as in `atoll.Pipeline`.
 
@@ -173,40 +215,79 @@ class AtollPipeline(DiffusionPipeline):
             AtollError: an argument of another type or number; a scheduler that `flow_sigmas` refuses; as
                 `Ensemble.velocity` does.
         """
-        # Arguments, completed by the ensemble's defaults.
-        prompts, loaded, device = _texts("prompt", prompt), self.ensemble.loaded, self._execution_device
-        defaults = loaded.sampling
-        steps = defaults.steps_or(50) if num_inference_steps is None else num_inference_steps
-        scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
-        _check(steps, scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        # Arguments, completed by the ensemble's defaults and checked before any network runs.
+        loaded, device = self.ensemble.loaded, self._execution_device
+        numbers = check_numbers(loaded, num_inference_steps, guidance_scale, num_images_per_prompt)
+        check_size(loaded, height, width)
+        if output_type not in OUTPUTS:
+            raise AtollError(f"unknown output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}")
+        callback = StepCallback.of(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
 
-        # Conditions by image, and a prompt cache for each negative prompt.
-        owners = [
-            number for number in range(len(prompts)) for _ in range(num_images_per_prompt)
-        ]  # the prompt of each image
-        conditions = move_to(loaded.encoder(prompts), device)
-        conditions = select_rows(conditions, torch.tensor(owners, device=device))
-        sampler = self._current_sampler()
-        caches = [
-            (rows, sampler.ensemble.prompt_cache(select_rows(conditions, rows), null, block_cache=block_cache))
-            for rows, null in self._null_conditions(prompts, negative_prompt, owners, scale, device)
-        ]
+        # Conditions by image.
+        positive = PromptSide("", prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        negative = PromptSide(
+            "negative_",
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            negative_pooled_prompt_embeds,
+        )
+        prompts = encode_prompts(positive, negative, loaded, images=numbers.images, device=device)
+        if not negative.missing and numbers.scale == 1.0 and callback is None:
+            raise AtollError("negative_prompt changes nothing at guidance_scale 1; set guidance_scale, or leave it out")
+        # Frame 4 is the caller's: torch's decorator of `__call__` is a frame too.
+        for kind, side in (("prompt", positive), ("negative prompt", negative)):
+            if side.text is not None:
+                loaded.encoder.warn_of_truncated(side.texts(), kind, stacklevel=4)
 
-        # Integrate from t = 1 to 0; the module call runs the hooks of diffusers.
-        x = _initial((len(owners), *loaded.latent_shape), latents, generator, device)
-        sigmas = flow_sigmas(self.scheduler, steps, device)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            u = torch.empty_like(x)
-            for rows, cache in caches:
-                u[rows] = self.ensemble(sampler, x[rows], t[rows], cache, scale, guidance_range=guidance_range)
-            return u
-
-        callback = None if callback_on_step_end is None else partial(callback_on_step_end, self)
-        x = self._integrate(velocity, x, sigmas, generator, callback, callback_on_step_end_tensor_inputs)
+        # Integrate from t = 1 to 0.
+        x = initial((len(prompts.conditions[0]), *loaded.latent_shape), latents, generator, device)
+        sigmas = flow_sigmas(self.scheduler, numbers.steps, device)
+        self._guidance_scale, self._num_timesteps = numbers.scale, len(sigmas)
+        velocity = partial(self._velocity, guidance_range=guidance_range, block_cache=block_cache)
+        x = self._integrate(velocity, x, sigmas, prompts, generator=generator, callback=callback)
         self.maybe_free_model_hooks()  # type: ignore[no-untyped-call]
         images = self._decode(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what the call takes in place of P prompts, or of negative prompts.
+
+        Returns:
+            prompt_embeds [P, L, D], prompt_attention_mask [P, L] bool, and pooled_prompt_embeds [P, pooled_dim], None
+            if the text encoder has none.
+
+        Raises:
+            AtollError: no prompt, or an ensemble with several text encoders.
+        """
+        encoder = only_encoder(self.ensemble.loaded.encoder, "encode_prompt", "prompt")
+        texts = check_texts("prompt", prompt)
+        self.ensemble.loaded.encoder.warn_of_truncated(texts, "prompt", stacklevel=3)
+        condition = encoder(texts).to(self._execution_device)
+        return condition.states, condition.mask, condition.pooled
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current step, or of the last call's last one."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The scheduler's steps in the current call, or in the last one: 2 N - 1 for Heun's N steps."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the sampling."""
+        return self._interrupt
+
+    @property
+    def _callback_tensor_inputs(self) -> tuple[str, ...]:
+        """The tensors that a callback may see and replace."""
+        single = len(self.ensemble.loaded.encoder.encoders) == 1
+        return ("latents", "prompt_embeds", "negative_prompt_embeds") if single else ("latents",)
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -215,28 +296,57 @@ class AtollPipeline(DiffusionPipeline):
 
     def _integrate(
         self,
-        velocity: Velocity,
+        velocity: Callable[[Prompts], Callable[[Tensor, Tensor, float], Tensor]],
         x: Tensor,
         sigmas: Tensor,
+        prompts: Prompts,
+        *,
         generator: torch.Generator | list[torch.Generator] | None,
-        callback: Callable[..., dict[str, Any]] | None,
-        inputs: Sequence[str],
+        callback: StepCallback | None,
     ) -> Tensor:
         """Return x at t = 0 [B, C, H, W] from x at t = 1, by the scheduler's steps at sigmas [N]."""
         # Only stochastic schedulers take a generator.
         extra = {"generator": generator} if "generator" in signature(self.scheduler.step).parameters else {}
         self._interrupt = False
+        scale = shown = self._guidance_scale
+        at = velocity(prompts)
         with self.progress_bar(total=len(sigmas)) as bar:
             for step, (timestep, sigma) in enumerate(zip(self.scheduler.timesteps, sigmas, strict=True)):
                 # t = sigma on this path; the timestep is the scheduler's own.
-                u = velocity(x, sigma.expand(len(x)))
+                u = at(x, sigma.expand(len(x)), scale)
                 x = self.scheduler.step(u, timestep, x, **extra, return_dict=False)[0]
+                # A callback may change x, the prompts and the guidance from the next step on.
                 if callback is not None:
-                    x = _replaced(x, callback(step, timestep, dict.fromkeys(inputs, x)))
+                    x, changed = callback(self, step, timestep, x, prompts)
+                    if changed is not prompts:
+                        prompts, at = changed, velocity(changed)
+                    if self._guidance_scale != shown:
+                        shown = guidance("_guidance_scale", self._guidance_scale)
+                        scale = shown or 1.0  # diffusers' callbacks set 0 to end guidance
                 bar.update()
                 if self._interrupt:
                     break
         return x
+
+    def _velocity(
+        self, prompts: Prompts, guidance_range: tuple[float, float], block_cache: float
+    ) -> Callable[[Tensor, Tensor, float], Tensor]:
+        """Return (x [B, C, H, W], t [B], guidance scale) -> velocity; it reads each prompt once."""
+        # Groups of layers are moved at their `forward`, which reading a prompt ahead of it would bypass.
+        limit = 0 if self.ensemble.group_offloaded else CACHE_BYTES
+        if block_cache and not limit:
+            raise AtollError("block_cache and group offloading exclude each other; leave block_cache at 0")
+        sampler = self._current_sampler()
+        caches = prompts.caches(sampler.ensemble, block_cache, limit)
+
+        def velocity(x: Tensor, t: Tensor, scale: float) -> Tensor:
+            u = torch.empty_like(x)
+            # The module call runs the hooks of diffusers.
+            for rows, cache in caches:
+                u[rows] = self.ensemble(sampler, x[rows], t[rows], cache, scale, guidance_range=guidance_range)
+            return u
+
+        return velocity
 
     def _decode(self, x: Tensor, output_type: str) -> Any:
         """Return latents [B, C, H, W] as images of `output_type`."""
@@ -250,36 +360,6 @@ class AtollPipeline(DiffusionPipeline):
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()  # [B, h, w, c]
         return arrays if output_type == "np" else self.numpy_to_pil(arrays)  # type: ignore[no-untyped-call]
 
-    def _null_conditions(
-        self,
-        prompts: list[str],
-        negative_prompt: str | Sequence[str] | None,
-        owners: list[int],
-        scale: float,
-        device: torch.device,
-    ) -> list[tuple[Tensor, tuple[Condition, ...] | None]]:
-        """Return the rows [b] of each negative prompt, with its encoding or the ensemble's own null condition."""
-        # The ensemble's own null condition, for all rows.
-        if negative_prompt is None:
-            null = self.ensemble.loaded.ensemble.null
-            return [(torch.arange(len(owners), device=device), None if null is None else move_to(null, device))]
-
-        # One negative prompt for all, or one per prompt.
-        texts = _texts("negative_prompt", negative_prompt)
-        texts = texts * len(prompts) if isinstance(negative_prompt, str) else texts
-        if len(texts) != len(prompts):
-            raise AtollError(f"{len(texts)} negative prompts for {len(prompts)} prompts; expected one, or one for each")
-        if scale == 1.0:
-            raise AtollError("negative_prompt changes nothing at guidance_scale 1; set guidance_scale, or leave it out")
-
-        # Rows with equal negative prompts share one cache.
-        parts: list[tuple[Tensor, tuple[Condition, ...] | None]] = []
-        for text in dict.fromkeys(texts):
-            rows = [row for row, owner in enumerate(owners) if texts[owner] == text]
-            null = move_to(self.ensemble.loaded.encoder([text]), device)
-            parts.append((torch.tensor(rows, device=device), null))
-        return parts
-
     def _new_sampler(self) -> Sampler:
         """Return a sampler of the component under the pipeline's own options."""
         # The options are in the config, so that they are saved with the pipeline.
@@ -291,62 +371,3 @@ class AtollPipeline(DiffusionPipeline):
         if self._sampled is not self.ensemble:
             self._sampled, self._sampler = self.ensemble, self._new_sampler()
         return self._sampler
-
-
-def _texts(name: str, value: str | Sequence[str]) -> list[str]:
-    """Return a prompt argument as a list of texts."""
-    # A single string is one prompt.
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-        raise AtollError(f"{name} is {value!r:.60}; expected a string, or a list of at least one")
-    return list(texts)
-
-
-def _check(steps: int, scale: float, images: int, output_type: str, inputs: Sequence[str]) -> None:
-    """Raise AtollError for an argument of another type or outside its range."""
-    # Each argument is checked before any network runs.
-    if not isinstance(scale, int | float) or not isfinite(scale):
-        raise AtollError(f"guidance_scale is {scale!r}; expected a number")
-    for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", images)):
-        if not isinstance(value, int) or value < 1:
-            raise AtollError(f"{name} is {value!r}; expected a whole number from 1")
-    if output_type not in _OUTPUTS:
-        raise AtollError(f"unknown output_type {output_type!r}; expected one of {', '.join(_OUTPUTS)}")
-    if unknown := set(inputs) - {"latents"}:
-        raise AtollError(f"callback_on_step_end_tensor_inputs: unknown {min(unknown)!r}; there are only latents")
-
-
-def _initial(
-    shape: tuple[int, ...],
-    latents: Tensor | None,
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-) -> Tensor:
-    """Return x at t = 1: the given latents, or noise; with several generators, each row from its own."""
-    # A caller's latents replace the noise.
-    if latents is not None:
-        return _checked_latents(latents, shape, device)
-    # One generator per image makes an image independent of the others.
-    if isinstance(generator, list) and len(generator) != shape[0]:
-        raise AtollError(f"{len(generator)} generators for {shape[0]} images; expected one, or one for each")
-    for one in generator if isinstance(generator, list) else [generator]:
-        if one is not None and not isinstance(one, torch.Generator):
-            raise AtollError(f"generator is a {type(one).__name__}; expected a torch.Generator, or a list of them")
-    return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
-
-
-def _checked_latents(latents: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return a user's latents in float32, the dtype of the integration."""
-    # Another shape would fail deep inside the networks.
-    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-        got = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-        raise AtollError(f"latents are {got}; expected a tensor {list(shape)}")
-    return latents.to(device, torch.float32)
-
-
-def _replaced(x: Tensor, returned: Any) -> Tensor:
-    """Return x, or the latents that a callback returned in its place."""
-    # A callback that forgets to return would replace x by None.
-    if not isinstance(returned, dict):
-        raise AtollError(f"callback_on_step_end returned a {type(returned).__name__}; expected a dictionary")
-    return _checked_latents(returned.get("latents", x), tuple(x.shape), x.device)

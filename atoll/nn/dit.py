@@ -128,9 +128,9 @@ def time_features(time: Tensor, period: float = TIME_PERIOD) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # [B,256]
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products with `weight`: autocast's if it is on, else the weight's own."""
-    device = weight.device.type
+def compute_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `weight` with x: autocast's if it is on, else the weight's own."""
+    device = x.device.type  # an offloaded weight is on "meta" until its layer is called
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
@@ -338,7 +338,7 @@ class DiT(nn.Module):
                 f"condition states: got {got} wide, expected {expected}; "
                 "use the encoder that the network was trained with"
             )
-        dtype = compute_dtype(self.embed.weight)
+        dtype = compute_dtype(self.embed.weight, condition.states)
         states = self.embed_states(condition.states.to(dtype))  # [B,L,D]
         bias = torch.zeros(condition.mask.shape, dtype=dtype, device=states.device)  # [B,L]
         return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]
@@ -360,7 +360,7 @@ class DiT(nn.Module):
             got = "none" if condition is None else f"{len(condition)} rows"
             raise AtollError(f"condition: got {got}, expected {len(x)} rows; no prompt is encoder.null({len(x)})")
         # Embed time, pooled vector and latent.
-        dtype = compute_dtype(self.embed.weight)
+        dtype = compute_dtype(self.embed.weight, x)
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]

@@ -100,7 +100,7 @@ class Foreign(nn.Module):
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
         # diffusers' networks do not cast their input.
         check_input(x, time, self.channels, self.size)
-        x_cast = x.to(compute_dtype(self.network.pos_embed.proj.weight))  # [B,C,H,W]
+        x_cast = x.to(compute_dtype(self.network.pos_embed.proj.weight, x))  # [B,C,H,W]
         if self.config.cls == "DiTTransformer2DModel":
             output = self.network(x_cast, time, class_labels=self._labels(condition, len(x))).sample  # [B,C or 2C,H,W]
         else:

@@ -216,12 +216,12 @@ class Paris(_Tokens):
         return read_states(self, self._states(condition))
 
     def _states(self, condition: Condition) -> Tensor:
-        return self.text_proj(condition.states.to(compute_dtype(self.text_proj.weight)))  # [B,L,D]
+        return self.text_proj(condition.states.to(compute_dtype(self.text_proj.weight, condition.states)))  # [B,L,D]
 
     def forward(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
         config = self.config
         check_input(x, time, config.channels, config.size)
-        dtype = compute_dtype(self.text_proj.weight)
+        dtype = compute_dtype(self.text_proj.weight, x)
         # Embed time and latent.
         c = self.time_embed(time, dtype)  # [B,D]
         prepared = self.t_block(c).unflatten(1, (6, -1))  # [B,6,D]
@@ -273,7 +273,7 @@ class ParisRouter(_Tokens):
         config = self.config
         check_input(x, t, config.channels, config.size)
         # Embed time and latent, and prepend the class token.
-        dtype = compute_dtype(self.patch_embed.weight)
+        dtype = compute_dtype(self.patch_embed.weight, x)
         c = self.time_embed(t * config.time_scale, dtype)  # [B,D]
         tokens = self.tokens(x, dtype)  # [B,N,D]
         tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]

@@ -93,7 +93,7 @@ class Router(nn.Module):
         # Embed time, pooled vector and latent, as in DiT.
         config = self.config
         check_input(x, t, config.channels, config.size)
-        dtype = compute_dtype(self.embed.weight)
+        dtype = compute_dtype(self.embed.weight, x)
         prepared, prepared_final = self.conditioner(t * config.time_scale, pooled, dtype)
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self.positions.to(dtype)  # [B,N,D]

@@ -15,30 +15,13 @@ from atoll.diffusers import AtollEnsemble, AtollPipeline, flow_sigmas
 from atoll.ensemble import Ensemble
 from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
-from atoll.nn import build_network
 from atoll.pipeline import Pipeline
 from atoll.runtime.libraries import quiet
-from atoll.storage.artifact import CARD, WEIGHTS, save_artifact
-from atoll.storage.cards import ExpertCard
+from atoll.storage.artifact import CARD, WEIGHTS
+from tests.diffusers.drawing import FLOW, PROMPTS, generators, latents, write_expert, write_pretrained
 
 with quiet("diffusers"):
     import diffusers
-
-PROMPTS = ["moss sand", "rain", "rust rust", "sand", "moss"]
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-
-
-@pytest.fixture(scope="module")
-def loaded(trained_run) -> AtollPipeline:
-    return AtollPipeline.from_pretrained(trained_run / "ensemble")
-
-
-@pytest.fixture
-def pipe(loaded) -> AtollPipeline:
-    """A pipeline of its own over the same weights."""
-    pipe = AtollPipeline(ensemble=loaded.ensemble, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
@@ -48,23 +31,6 @@ def copied(trained_run, tmp_path) -> Path:
         shutil.copytree(trained_run / part, tmp_path / "run" / part)
     shutil.copy(trained_run / "atoll.yaml", tmp_path / "run")
     return tmp_path / "run"
-
-
-def generators(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in range(count)]
-
-
-def latents(pipe: AtollPipeline, **options) -> torch.Tensor:
-    """[5, 1, 4, 8], each image from a generator of its own."""
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {
-        "prompt": PROMPTS,
-        "generator": generators(5),
-        "num_inference_steps": 6,
-        "guidance_scale": 2.0,
-        **options,
-    }
-    return pipe(**arguments, output_type="latent").images
 
 
 @pytest.mark.parametrize(("steps", "scale"), [(1, 1.0), (6, 3.0), (17, 2.0)])
@@ -164,44 +130,6 @@ def test_a_part_that_changed_after_loading_is_not_saved(copied, tmp_path) -> Non
         pipe.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "ensemble").exists()
     assert not (tmp_path / "saved" / "model_index.json").exists()
-
-
-def write_pretrained(path: Path) -> Path:
-    """vae/, text_encoder/ and tokenizer/ in the layout of a Stable Diffusion, tiny."""
-    import transformers
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (path / "tokenizer").mkdir(parents=True)
-    (path / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "vocab_size": len(words)}
-    config = transformers.CLIPTextConfig(**sizes, **tokens, max_position_embeddings=11)
-    transformers.CLIPTextModel(config).save_pretrained(path / "text_encoder")
-    channels = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
-    counts = {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
-    diffusers.AutoencoderTiny(**channels, **counts).save_pretrained(path / "vae")
-    return path
-
-
-def write_expert(path: Path, frozen: Path) -> Path:
-    """An expert of random weights that reads CLIP's states and draws TAESD's latents."""
-    sizes = {"size": [4, 6], "channels": 4, "patch": 2, "width": 16, "depth": 1, "heads": 2, "states_dim": 16}
-    card = {
-        "name": "moss",
-        "network": {"name": "dit", **sizes},
-        "objective": {"prediction": "flow", "schedule": "linear", "time_scale": 999.0},
-        "clusters": [0],
-        "k": 1,
-        "codec": {"name": "tiny", "weights": str(frozen), "subfolder": "vae"},
-        "condition": {"name": "clip", "weights": str(frozen), "subfolder": "text_encoder", "tokenizer": "tokenizer"},
-        "latent_shape": [4, 4, 6],
-    }
-    state = build_network(card["network"]).state_dict()
-    save_artifact(path, ExpertCard(**card), {f"network.{k}": 0.1 * torch.randn(v.shape) for k, v in state.items()})
-    return path
 
 
 def test_frozen_networks_are_saved_too(tmp_path, monkeypatch) -> None:
@@ -424,7 +352,7 @@ def test_each_prompt_may_have_its_own_negative_prompt(pipe) -> None:
         ({"latents": torch.zeros(5, 1, 8, 4)}, r"latents are \[5, 1, 8, 4\]; expected a tensor \[5, 1, 4, 8\]"),
         ({"block_cache": -1.0}, "block_cache"),
         ({"output_type": "jpeg"}, "output_type 'jpeg'"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "unknown 'prompt_embeds'"),
+        ({"callback_on_step_end_tensor_inputs": ["add_time_ids"]}, "unknown 'add_time_ids'"),
         ({"callback_on_step_end": lambda *_: None}, "returned a NoneType"),
         ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2)}}, r"latents are \[2\]"),
     ],
@@ -453,7 +381,8 @@ def test_what_cannot_be_loaded_is_refused(pipe, trained_run, tmp_path) -> None:
         ({"routing": "best"}, "unknown routing"),
         ({"alignment": "none"}, "unknown alignment"),
         ({"dtype": torch.int8}, "expected torch.float32, torch.bfloat16"),
-        ({"device_map": "cuda"}, "unknown option 'device_map'"),
+        ({"device_map": "cuda"}, "device_map 'cuda': load without"),
+        ({"dream": 1}, "unknown option 'dream'"),
         ({"dtype": torch.float32, "ensemble": pipe.ensemble}, "both given"),
     ):
         with pytest.raises(AtollError, match=message):

@@ -19,9 +19,11 @@ class TextEncoder(ABC):
         dim: D, the width of the states.
         pooled_dim: P; None without a pooled vector.
         length: L, tokens per caption: longer captions are cut, shorter ones padded.
+        zero_padding: whether the states are zero at padding, and only there.
     """
 
     name: ClassVar[str]
+    zero_padding: ClassVar[bool] = False
     dim: int
     pooled_dim: int | None
     length: int

@@ -33,6 +33,7 @@ class HashEncoder(TextEncoder):
     """
 
     name = "hash"
+    zero_padding = True
 
     def __init__(self, dim: int = 64, length: int = 16, seed: int = 0):
         self._config = HashConfig(dim=dim, length=length, seed=seed)

@@ -37,6 +37,7 @@ class LabelEncoder(TextEncoder):
     """
 
     name = "label"
+    zero_padding = True  # there is none: one token, zeros for no class
     length = 1
 
     def __init__(self, labels: Sequence[str]):

@@ -1,5 +1,6 @@
 """The text encoders of an ensemble, over one prompt: its experts need not read a prompt with the same encoder."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,19 @@ class PromptEncoder:
         # The encoder that reads least loses most.
         return max((encoder.truncated_text(caption) for encoder in self.encoders), key=len)
 
+    def warn_of_truncated(self, captions: Sequence[str], kind: str, stacklevel: int) -> None:
+        """Warn about the end of a caption that some encoder cuts off.
+
+        Args:
+            captions: those of one call; equal ones are named once.
+            kind: what they are called in the warning: "prompt".
+            stacklevel: the frame that the warning names, as in `warnings.warn`; 2 is the caller of this function.
+        """
+        for caption in dict.fromkeys(captions):
+            if rest := self.truncated_text(caption):
+                text = f"the {kind} {_shortened(caption)!r} is too long: {_shortened(rest)!r} is cut off"
+                warnings.warn(text, stacklevel=stacklevel)
+
     def configs(self) -> list[dict[str, Any]]:
         """Return each encoder's config, as in the cards of the experts."""
         return [encoder.config() for encoder in self.encoders]
@@ -55,3 +69,8 @@ class PromptEncoder:
     def null(self, batch: int) -> tuple[Condition, ...]:
         """Return the null conditions, `batch` rows each."""
         return self([""] * batch)
+
+
+def _shortened(text: str) -> str:
+    """Return a long text without its middle."""
+    return text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
