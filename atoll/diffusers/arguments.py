@@ -81,7 +81,8 @@ def check_size(loaded: LoadedEnsemble, height: Any, width: Any) -> None:
     """Raise AtollError for a height or width, in pixels, other than the ensemble's; None is its own."""
     own = [side * loaded.codec.factor for side in loaded.latent_shape[1:]]
     for name, value, side in zip(("height", "width"), (height, width), own, strict=True):
-        if value is not None and _plain(value) != side:
+        number = _plain(value)
+        if value is not None and (not isinstance(number, int | float) or number != side):
             raise AtollError(
                 f"{name} is {value!r:.60}, but this ensemble generates images of height {own[0]} and width {own[1]} "
                 f"only; leave {name} out"

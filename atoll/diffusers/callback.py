@@ -30,19 +30,21 @@ class StepCallback:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, function: Callback | None, names: Sequence[str], known: Sequence[str]) -> "StepCallback | None":
+    def of(cls, function: Callback | None, names: Sequence[str] | None, known: Sequence[str]) -> "StepCallback | None":
         """Return the callback of a call, None if there is none; diffusers' own classes bring their names.
 
         Raises:
-            AtollError: a name that is not known.
+            AtollError: no function, or a name that is not known.
         """
+        if function is not None and not callable(function):
+            raise AtollError(f"callback_on_step_end is a {type(function).__name__}; expected a function")
         if isinstance(function, PipelineCallback | MultiPipelineCallbacks):
             names = function.tensor_inputs
-        if unknown := set(names) - set(known):
+        if unknown := set(names or ()) - set(known):
             raise AtollError(
                 f"callback_on_step_end_tensor_inputs: unknown {min(unknown)!r}; expected {', '.join(known)}"
             )
-        return None if function is None else cls(function, tuple(names))
+        return None if function is None else cls(function, tuple(names or ()))
 
     def __call__(
         self, pipeline: Any, step: int, timestep: Tensor, x: Tensor, prompts: Prompts

@@ -174,7 +174,7 @@ class AtollPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         guidance_range: tuple[float, float] = (0.0, 1.0),
         block_cache: float = 0.0,
     ) -> ImagePipelineOutput | tuple[Any]:

@@ -70,7 +70,7 @@ class PromptSide:
 
         # One tensor is the condition of one encoder.
         encoder = only_encoder(loaded.encoder, embeds, f"{self.prefix}prompt")
-        rows = len(self.states) if isinstance(self.states, Tensor) and self.states.ndim else 1
+        rows = len(self.states) if isinstance(self.states, Tensor) and self.states.ndim == 3 else 1
         states = _checked(embeds, self.states, (max(1, rows), encoder.length, encoder.dim))
         pooled = None
         if self.pooled is not None:

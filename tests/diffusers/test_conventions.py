@@ -63,6 +63,9 @@ def test_numpy_numbers_and_tensors_are_numbers(pipe, kind) -> None:
         ({"height": 512}, "height is 512, but this ensemble generates images of height 4 and width 8 only"),
         ({"height": 4, "width": 4}, "width is 4, but this ensemble .*leave width out"),
         ({"width": "8"}, "width is '8'"),
+        ({"height": np.zeros(2)}, "height is array"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end is a int; expected a function"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(4, 16)}, r"prompt_embeds are \[4, 16\] .* tensor \[1, 4, 8\]"),
     ],
 )
 def test_other_numbers_are_refused_in_one_line(pipe, arguments, message) -> None:
@@ -150,6 +153,18 @@ def test_a_callback_ends_guidance_by_0_or_1(pipe, scale) -> None:
     expected = latents(pipe, guidance_range=(0.6, 1.0))
     assert torch.equal(latents(pipe, callback_on_step_end=set_at(2, scale)), expected)
     assert not torch.equal(expected, latents(pipe))
+
+
+def test_a_callback_without_tensors(pipe) -> None:
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors) -> dict:
+        seen.append(tensors)
+        return tensors
+
+    options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": None}
+    assert torch.equal(latents(pipe, **options), latents(pipe))
+    assert seen == [{}] * 6
 
 
 def test_diffusers_cutoff_callback_ends_guidance(pipe) -> None:
