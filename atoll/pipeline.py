@@ -1,5 +1,6 @@
 """Prompts to images, with the interface of a diffusers pipeline."""
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -309,13 +310,12 @@ def sample_to_file(
 
     # Refuse what cannot be written before anything is computed.
     Image.init()
-    if out.suffix.lower() not in Image.EXTENSION:
+    if (image_format := Image.EXTENSION.get(out.suffix.lower())) not in Image.SAVE:  # it reads more than it writes
         raise AtollError(f"{out}: no image format is known by {out.suffix!r}; expected .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise AtollError(f"{out.parent}: no such directory; create it first")
     if trace is not None and (trace.suffix != ".json" or not trace.parent.is_dir()):
         raise AtollError(f"{trace}: expected a file that ends in .json, in a directory that exists")
-
     pipe = Pipeline.from_pretrained(
         ensemble,
         routing,
@@ -335,12 +335,13 @@ def sample_to_file(
         method=method,
         callback=progress,
     )
-
-    # Write the sheet, and the trace.
+    # Write the sheet, atomically, and the trace.
+    encoded = io.BytesIO()
     try:
-        grid(output.images, min_side=side).save(out)
-    except OSError as error:
-        raise AtollError(f"{out}: cannot be written ({error})") from None
+        grid(output.images, min_side=side).save(encoded, image_format)
+    except (OSError, ValueError) as error:  # a format that lacks the mode, or limits the size
+        raise AtollError(f"{out}: cannot be written as {image_format} ({error}); name a .png file") from None
+    write_bytes(out, encoded.getvalue())
     if trace is not None:
         write_trace(trace, prompts, [expert.name for expert in pipe.loaded.ensemble.experts], output.traces)
     return output.dropped
@@ -369,7 +370,6 @@ def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces
         for prompt, (t, weight) in zip(prompts, rows, strict=True)
     ]
     write_json(file, {"experts": list(names), "prompts": entries})
-
     # The page: one strip of colours per prompt.
     key = " ".join(
         f'<span style="white-space:nowrap"><span style="background:{colour(i)}">&emsp;</span> {escape(name)}</span>'

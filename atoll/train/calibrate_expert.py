@@ -1,5 +1,6 @@
 """Calibrates a trained or converted expert: `atoll calibrate`."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,7 +15,7 @@ from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.runtime.device import best_device
 from atoll.schedule import PATH
-from atoll.storage.artifact import read_card, read_tensors, save_artifact
+from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
 from atoll.storage.cards import CalibrationRecord, ExpertCard
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
@@ -168,7 +169,7 @@ def plot(calibration: Calibration, file: Path, title: str) -> None:
     """Plot the curves over t into an image file: the slope, and the errors before and after the correction.
 
     Raises:
-        AtollError: matplotlib is not installed.
+        AtollError: matplotlib is not installed, it does not know the format, or the file cannot be written.
     """
     # Matplotlib is optional: only this function needs it.
     try:
@@ -190,4 +191,9 @@ def plot(calibration: Calibration, file: Path, title: str) -> None:
     # A grid makes values readable at the noise levels between.
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    encoded = io.BytesIO()
+    try:
+        figure.savefig(encoded, format=file.suffix.removeprefix(".") or "png", dpi=110)
+    except ValueError as error:
+        raise AtollError(f"{file}: {error}; name a .png file") from None
+    write_bytes(file, encoded.getvalue())

@@ -26,6 +26,7 @@ from atoll.train.init_weights import InitWeights
 from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
+from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
 
 _VALIDATION_ROWS = 256
@@ -117,17 +118,24 @@ def train_denoiser(
     if init_weights:
         network.load_state_dict(init_weights.weights())
     state = TrainingLayout.of(spec.path).root
-    with Island.join(settings.device, settings.threads) as island:
+    # Signals are recorded from here on: the last checkpoint, and the artifact, are written as a whole.
+    with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
         # The task holds the network; training changes it in place.
         task = Denoising(
             network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec, trust=trust
         )
         if teaching is not None:
             task.teacher = teaching.on(island.device)
-        trained = train(task, settings, state, mark, island, resume=resume, restart=restart, progress=progress)
+        options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
+        trained = train(task, settings, state, mark, island, **options)
         # Calibrate with the EMA weights, which training leaves in the network.
         calibration = calibrate(
-            network, objective, held_out, mean=training.rows.mean(), seed=spec.seed, device=island.device
+            stoppable(network, island, stopped),
+            objective,
+            held_out,
+            mean=training.rows.mean(),
+            seed=spec.seed,
+            device=island.device,
         )
         # Sharded weights are gathered by all processes; the first one writes them.
         weights = {

@@ -1,11 +1,10 @@
 """The training loop, in the open: experts, the router, the monolith and the student all run through it."""
 
 import math
-import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,8 @@ from atoll.train.island import Island, gather
 from atoll.train.prefetch import Batch, Prefetcher
 from atoll.train.snapshots import Snapshots
 from atoll.train.state import Counters, State, learning_rate
+from atoll.train.stopping import Interrupted as Interrupted
+from atoll.train.stopping import stop_signals
 from atoll.train.track import Tracker, TrainProgress
 
 
@@ -53,10 +54,6 @@ class Task(ABC):
 
         With file None the samples are computed but not written: sharded weights need every process.
         """
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the state is saved."""
 
 
 # Settings that may change when a training is resumed: they change its result by rounding at most.
@@ -108,6 +105,7 @@ def train(
     resume: bool = False,
     restart: bool = False,
     progress: TrainProgress | None = None,
+    stopped: Callable[[], bool] | None = None,
 ) -> Trained:
     """Train the task's module in place for settings.steps steps and leave its EMA weights in it.
 
@@ -120,6 +118,7 @@ def train(
         resume: continue from the checkpoint, bit for bit as if never stopped; without one, start.
         restart: discard an existing checkpoint.
         progress: called with each line of metrics.jsonl that reports a step.
+        stopped: whether a signal arrived, see `stop_signals`; None: signals are recorded until this function returns.
 
     Raises:
         AtollError: a checkpoint exists, and resume and restart are False; the loss was not finite, or spiked, more
@@ -132,7 +131,8 @@ def train(
     module = island.wrap(prepared(task.module, settings), settings.sharding)
     state = State(task.module, settings)
     # A checkpoint in progress is completed on every exit.
-    with Checkpoints(directory, mark, island) as checkpoints:
+    signals = stop_signals() if stopped is None else nullcontext(stopped)
+    with signals as stopped, Checkpoints(directory, mark, island) as checkpoints:
         log = _run(
             task,
             module,
@@ -144,6 +144,7 @@ def train(
             resume=resume,
             restart=restart,
             progress=progress,
+            stopped=stopped,
         )
     with torch.no_grad():
         # The EMA weights are what the artifact holds.
@@ -165,6 +166,7 @@ def _run(
     resume: bool,
     restart: bool,
     progress: TrainProgress | None,
+    stopped: Callable[[], bool],
 ) -> Tracker:
     """Run the steps that are not done yet."""
     # Start from the checkpoint, or from the initial weights.
@@ -178,9 +180,9 @@ def _run(
     )
     autocast = autocast_of(settings.precision, island.device)
 
-    # The steps, with batches prefetched and stop signals deferred.
+    # The steps, with batches prefetched.
     module.train()
-    with Prefetcher(lambda index: task.batch(index, local_rows), island.device) as batches, _stop_signals() as stopped:
+    with Prefetcher(lambda index: task.batch(index, local_rows), island.device) as batches:
         while numbers.step < settings.steps:
             # Gradients; a bad loss goes back to the last checkpoint.
             batch = batches.get(numbers.step + numbers.skipped, settings.steps + numbers.skipped - 1)
@@ -367,19 +369,3 @@ def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM and SIGINT are only recorded, and the loop saves and exits; yields whether one arrived."""
-    # The handler only records; a step is never interrupted.
-    received: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda signum, _: received.append(signum))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

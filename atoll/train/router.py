@@ -22,6 +22,7 @@ from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_cond
 from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
+from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
 
 NoisePath = tuple[Schedule, Tensor]  # a schedule, and the clusters [n] int64 whose latents it diffuses
@@ -82,7 +83,7 @@ def train_router(
     router = build_network(config)
     # The router is trained on one split and evaluated on the other.
     training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
-    with Island.join(settings.device, settings.threads) as island:
+    with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
         task = RouterTask(router, training, held_out, labels, settings=settings, seed=seed, paths=paths)
         trained = train(
             task,
@@ -93,6 +94,7 @@ def train_router(
             resume=resume,
             restart=restart,
             progress=progress,
+            stopped=stopped,
         )
         # The accuracy is measured with the EMA weights, which training leaves in the router.
         card = RouterCard(
@@ -103,7 +105,7 @@ def train_router(
             condition=encoded.data_card.condition,
             assignment=assignment,
             **about,
-            accuracy_at_t=task.accuracy(router),
+            accuracy_at_t=task.accuracy(stoppable(router, island, stopped)),
             training=TrainingRecord(**trained.summary, rows=len(training), seed=seed, torch=torch.__version__),
         )
         # Every process takes part in gathering, only the first one writes.

@@ -23,6 +23,8 @@ from atoll.storage.cards import ExpertCard
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.storage.tensor_hash import with_hash
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
+from atoll.train.calibrate import measure_calibration
+from atoll.train.checkpoint import Checkpoints
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted, training_mark
 from atoll.train.router import RouterTask, train_router
@@ -137,6 +139,39 @@ def test_sigterm_saves_and_stops(run, manifest) -> None:
         train_expert(run, manifest, "1", progress=terminate)
     assert signal.getsignal(signal.SIGTERM) == before
     train_expert(run, manifest, "1", resume=True)
+
+
+@pytest.mark.parametrize("moment", ["the last checkpoint", "calibration", "the router's accuracy"])
+def test_sigterm_after_the_last_step_saves_and_stops(run, trained_run, manifest, monkeypatch, moment) -> None:
+    def terminating(function, due=lambda *_: True):
+        def call(*arguments, **options):
+            if due(*arguments):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments, **options)
+
+        return call
+
+    def is_last(_, __, numbers) -> bool:
+        return json.loads(numbers["numbers"])["step"] == 8
+
+    router = moment == "the router's accuracy"
+    with monkeypatch.context() as patch:
+        if router:
+            patch.setattr(RouterTask, "accuracy", terminating(RouterTask.accuracy))
+            patch.setattr(RouterTask, "validate", lambda *_: {})
+        elif moment == "calibration":
+            patch.setattr(atoll.train.denoiser, "measure_calibration", terminating(measure_calibration))
+        else:
+            patch.setattr(Checkpoints, "_write", terminating(Checkpoints._write, is_last))
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match=r"stopped after the last step.*--resume"):
+            train_router(run, manifest) if router else train_expert(run, manifest, "1")
+        assert signal.getsignal(signal.SIGTERM) == before
+    part = "router" if router else f"experts/{NAME}"
+    assert not (run / part).exists()
+    train_router(run, manifest, resume=True) if router else train_expert(run, manifest, "1", resume=True)
+    if not router:
+        assert_equal(weights(run), weights(trained_run))
 
 
 def test_an_existing_checkpoint_needs_resume_or_restart(run, manifest) -> None:
