@@ -2,7 +2,7 @@
 
 In the training's directory a launch writes, beside the checkpoint and the metrics (`atoll.storage.layout`):
     output.log   what the process printed since its last start; output-before.log: since the start before that
-    lock         held by the process while it lives, so that no second process trains the same part
+    lock         held by the process while it lives, so that no second process trains the same part; names the process
     starts       one line per start of a queued job
     stop         while it exists, a queued job saves its state and exits
 """
@@ -10,6 +10,7 @@ In the training's directory a launch writes, beside the checkpoint and the metri
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from atoll.manifest import Manifest
 from atoll.storage.layout import (
@@ -36,6 +37,7 @@ from atoll.storage.lock import try_lock
 LOCK_TIMEOUT = 120.0
 _STEP_KEYS = {"step", "loss", "images_per_s", "eta_s"}  # a line of metrics.jsonl with these describes a training step
 _TAIL = 8192  # bytes read from the end of a file
+_NAME = 200  # characters of a lock file: the process that holds it
 
 # Replaces itself by the command, after asking the kernel to kill it when its parent is gone, even if that was killed.
 # Otherwise a restarted part, perhaps on another machine, would find the old process still writing.
@@ -78,11 +80,13 @@ class ExitStatus:
     """How a job ended.
 
     code: the exit code; negative: the signal that killed it; None: unknown, because its machine is gone. message: the
-    last line of its output, or the reason.
+    last line of its output, or the reason. held_by: not empty if it was not started, because this process of another
+    launch trains the part.
     """
 
     code: int | None
     message: str
+    held_by: str = ""
 
 
 def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False) -> list[Job]:
@@ -142,11 +146,12 @@ class Process:
     def __init__(self, job: Job, environment: Mapping[str, str] | None = None, lock_timeout: float = 0.0):
         self.job = job
         job.directory.mkdir(parents=True, exist_ok=True)
-        with job.files.lock.open("w") as lock:
+        with job.files.lock.open("a+") as lock:
             # Only the process that holds the lock may write into the directory.
-            self._held_elsewhere = not try_lock(lock.fileno(), lock_timeout)
-            if self._held_elsewhere:
+            self._held_by = "" if try_lock(lock.fileno(), lock_timeout) else _name_in(lock)
+            if self._held_by:
                 return
+            lock.truncate(0)
             # Keep the output of the start before, which may explain why there is another one.
             with suppress(FileNotFoundError):
                 os.replace(job.files.output, job.files.output_before)
@@ -161,12 +166,14 @@ class Process:
                     pass_fds=[lock.fileno()],  # the child inherits the lock and holds it until it exits
                     start_new_session=True,  # signals to this process (Ctrl-C, Slurm's USR2) do not reach the child
                 )
+            # Another launch says who trains the part.
+            lock.write(f"process {self._child.pid} on {socket.gethostname()}\n")
 
     def poll(self) -> ExitStatus | None:
         """Return how it ended, or None while it runs."""
-        if self._held_elsewhere:
+        if self._held_by:
             message = f"another process trains it: stop it or wait; if none is running, remove {self.job.files.lock}"
-            return ExitStatus(EXIT_USER_ERROR, message)
+            return ExitStatus(EXIT_USER_ERROR, message, self._held_by)
         # The last line of the output usually names the error.
         code = self._child.poll()
         return None if code is None else ExitStatus(code, last_output_line(self.job))
@@ -174,7 +181,7 @@ class Process:
     def stop(self) -> None:
         """Request that it saves its state and exits."""
         # Never stop a process of another launch.
-        if not self._held_elsewhere:
+        if not self._held_by:
             self._child.terminate()
 
     def wait(self) -> None:
@@ -182,9 +189,25 @@ class Process:
 
         Made for signal handlers: it takes none of the locks that the interrupted code may hold.
         """
-        if not self._held_elsewhere and self._child.returncode is None:
+        if not self._held_by and self._child.returncode is None:
             with suppress(ChildProcessError):  # its exit code was read already
                 os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+
+
+def holder_of(job: Job) -> str:
+    """Return which process trains a part now, such as "process 4711 on islet"; "" if none does."""
+    try:
+        # The lock is free again as soon as this file is closed.
+        with job.files.lock.open("r+") as lock:
+            return "" if try_lock(lock.fileno()) else _name_in(lock)
+    except FileNotFoundError:
+        return ""
+
+
+def _name_in(lock: IO[str]) -> str:
+    """The process that a lock file names. A process that has just taken the lock has not written its name yet."""
+    lock.seek(0)
+    return lock.read(_NAME).strip() or "another process"
 
 
 def supervise(process: Process, token: str, sleep: Callable[[float], None] = time.sleep) -> ExitStatus:

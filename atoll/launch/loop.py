@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from atoll.errors import AtollError
 from atoll.launch.backend import Backend, JobHandle
-from atoll.launch.job import ExitStatus, Job, last_metrics, name_of_signal
+from atoll.launch.job import ExitStatus, Job, holder_of, last_metrics, name_of_signal
 from atoll.storage.layout import EXIT_USER_ERROR
 
-PartState = Literal["waiting", "running", "stopping", "done", "failed", "stopped"]
+PartState = Literal["waiting", "running", "elsewhere", "stopping", "done", "failed", "stopped"]
 _MAX_PAUSE = 60.0  # seconds before a restart
+_LOCK_INTERVAL = 1.0  # seconds between looks at the lock of a part that another launch trains
 
 
 @dataclass
@@ -21,9 +22,9 @@ class TrackedJob:
     """A job of this launch and its state.
 
     restarts: since the launch began, by the launch or by the backend. metrics: the last line that describes a training
-    step. fresh: whether that line is from the current start. error: why it failed, or why it is being restarted.
-    handle: None unless submitted. crashes: counted against the retries. earlier_restarts: those before the current
-    submission. restart_at: on the monotonic clock, after a crash.
+    step. fresh: whether that line is from the current start. error: why it failed, why it is being restarted, or which
+    process of another launch trains it. handle: None unless submitted. crashes: counted against the retries.
+    earlier_restarts: those before the current submission. restart_at: on the monotonic clock, after a crash.
     """
 
     job: Job
@@ -50,6 +51,9 @@ def run_jobs(
 ) -> list[TrackedJob]:
     """Run all jobs; none depends on another. One that crashes is restarted, one that ends with a user error is not.
 
+    A part that another launch trains is watched, and holds no slot. When the process there ends, it is submitted here:
+    that finds it done, or resumes it if it was stopped there.
+
     Whatever ends this function early, Ctrl-C and SIGTERM included, first stops the running jobs and waits until they
     have saved their state; a second Ctrl-C does not wait.
 
@@ -71,13 +75,14 @@ def run_jobs(
     with _signals_to_stop(backend.survives_launch) as stopped:
         try:
             # Until all parts are done or failed, or a signal arrives.
-            while not stopped() and any(part.state in ("waiting", "running") for part in parts):
+            while not stopped() and any(part.state in ("waiting", "running", "elsewhere") for part in parts):
                 # Fill the free slots; restarts wait in the same queue.
                 for part in _ready(parts, slots):
                     _submit(part, backend)
                 # Collect progress and exits.
                 for part in parts:
                     _poll(part, retries, pause)
+                    _watch(part)
                 update(parts)
                 time.sleep(interval)
         finally:
@@ -120,6 +125,12 @@ def _poll(part: TrackedJob, retries: int, pause: float) -> None:
     part.metrics = metrics or part.metrics
     if status.exit_status is None:
         return
+    # Another launch trains it.
+    if status.exit_status.held_by:
+        part.handle, part.state, part.fresh = None, "elsewhere", False
+        part.error = f"trained by another launch ({status.exit_status.held_by})"
+        part.restart_at = time.monotonic() + _LOCK_INTERVAL
+        return
     # It has ended: an exit code of 0 counts only if the artifact is there, as a stopped training exits with 0 too.
     part.handle = None
     if status.exit_status.code == 0 and part.job.result.exists():
@@ -133,6 +144,20 @@ def _poll(part: TrackedJob, retries: int, pause: float) -> None:
         part.restart_at = time.monotonic() + min(_MAX_PAUSE, pause * 2**part.crashes)
         part.crashes += 1
         part.restarts = part.earlier_restarts = part.restarts + 1
+
+
+def _watch(part: TrackedJob) -> None:
+    """Update a part that another launch trains: it is to be submitted here once nobody trains it there."""
+    if part.state != "elsewhere" or time.monotonic() < part.restart_at:
+        return
+    # Its metrics show that it advances.
+    metrics = last_metrics(part.job)
+    part.fresh = part.fresh or metrics != part.metrics
+    part.metrics, part.restart_at = metrics or part.metrics, time.monotonic() + _LOCK_INTERVAL
+    if holder := holder_of(part.job):
+        part.error = f"trained by another launch ({holder})"
+    else:
+        part.state, part.error = "waiting", ""
 
 
 def _describe(exit_status: ExitStatus, crashes: int) -> str:

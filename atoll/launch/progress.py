@@ -13,8 +13,16 @@ from rich.text import Text
 from atoll.launch.loop import TrackedJob
 
 _COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
-_COLOURS |= {"stopping": "yellow", "stopped": "yellow"}
-_PRIORITY = ["failed", "running", "stopping", "stopped", "waiting", "done"]  # if not all parts fit on the screen
+_COLOURS |= {"elsewhere": "blue", "stopping": "yellow", "stopped": "yellow"}
+_PRIORITY = [
+    "failed",
+    "running",
+    "elsewhere",
+    "stopping",
+    "stopped",
+    "waiting",
+    "done",
+]  # if not all parts fit on the screen
 _GAP, _BAR = 2, 16  # characters: between columns, and the width of a progress bar
 _OTHER_LINES = 4  # title, header, the parts left out, the cursor
 _LOG_EVERY = 10.0  # seconds, without a terminal
@@ -67,6 +75,8 @@ class LaunchView:
             before = self.seen.get(part.job.name, ("waiting", 0))
             if part.state in ("done", "failed", "stopped") and part.state != before[0]:
                 self._log(f"{part.job.name} {part.state}" + (f": {part.error}" if part.state == "failed" else ""))
+            elif part.state == "elsewhere" and part.state != before[0]:
+                self._log(f"{part.job.name} is {part.error}")
             elif part.restarts > before[1]:
                 self._log(f"{part.job.name} restarts: {part.error or 'requeued'}")
             self.seen[part.job.name] = (part.state, part.restarts)
@@ -115,7 +125,9 @@ class LaunchView:
     def _summary(self, parts: list[TrackedJob]) -> str:
         done = sum(part.state == "done" for part in parts)
         failed = sum(part.state == "failed" for part in parts)
+        elsewhere = sum(part.state == "elsewhere" for part in parts)
         words = [f"{done} of {len(parts)} done", *([f"{failed} failed"] if failed else [])]
+        words += [f"{elsewhere} trained by another launch"] if elsewhere else []
         # The estimate is left out once nothing is left, and while the launch stops.
         left = seconds_left(parts, self.slots)
         words.append(f"{_clock(time.monotonic() - self.began)} elapsed")
@@ -129,7 +141,7 @@ class LaunchView:
 
 def _cells(part: TrackedJob) -> list[str]:
     # A rate from before a restart says nothing about this start.
-    m, has_rate = part.metrics, part.fresh and part.state == "running"
+    m, has_rate = part.metrics, part.fresh and part.state in ("running", "elsewhere")
     return [
         part.job.name,
         _state(part),
@@ -147,8 +159,9 @@ def _step(part: TrackedJob) -> int:
 
 
 def _has_error(part: TrackedJob) -> bool:
-    """Whether to show the part's error: it failed or waits for its restart. If it runs again, the count is enough."""
-    return bool(part.error) and part.state in ("failed", "waiting")
+    """Whether to show the part's error: it failed, waits for its restart, or another launch trains it."""
+    # Of a part that runs again, the count of restarts is enough.
+    return bool(part.error) and part.state in ("failed", "waiting", "elsewhere")
 
 
 def _state(part: TrackedJob) -> str:
@@ -183,14 +196,17 @@ def seconds_left(parts: list[TrackedJob], slots: int | None) -> float | None:
     # Parts without a rate of their own are assumed to run at the mean rate.
     running = [part for part in parts if part.state == "running" and part.fresh]
     waiting = [part for part in parts if part.state == "waiting" or (part.state == "running" and not part.fresh)]
+    # Parts of another launch take none of the slots here, but have to end too.
+    elsewhere = [part for part in parts if part.state == "elsewhere"]
+    longest = max((float(part.metrics["eta_s"]) for part in elsewhere if part.fresh), default=0.0)
     if not running:
-        return None if waiting else 0.0
+        return None if waiting or not all(part.fresh for part in elsewhere) else longest
     # A waiting part counts all its images, even if it resumes from a checkpoint.
     rate = sum(part.metrics["images_per_s"] for part in running) / len(running)
     remaining = [float(part.metrics["eta_s"]) for part in running] + [part.job.images / rate for part in waiting]
     # The longest part is a lower bound, however many slots there are.
     slots = slots or sum(part.state == "running" for part in parts)
-    value: float | None = max(max(remaining), sum(remaining) / slots)
+    value: float | None = max(max(remaining), sum(remaining) / slots, longest)
     return value
 
 

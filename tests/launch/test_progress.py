@@ -36,6 +36,16 @@ def test_time_left_includes_waiting_parts(tmp_path) -> None:
     assert seconds_left([part(tmp_path, "a", "done", metrics=STEP)], slots=1) == 0.0
 
 
+def test_parts_of_another_launch_are_named_and_take_no_slot(tmp_path) -> None:
+    who = "trained by another launch (process 4711 on islet)"
+    other = part(tmp_path, "a", "elsewhere", metrics={**STEP, "eta_s": 99.0}, fresh=True, error=who)
+    lines = table([other, part(tmp_path, "b", "done", metrics=STEP)], 100)
+    assert lines[0].startswith("glyphs: 1 of 2 done, 1 trained by another launch, 0:00 elapsed, about 1:39 left")
+    assert lines[-1] == f"a: {who}"
+    assert seconds_left([other, running(tmp_path, "b", eta_s=4.0)], slots=1) == 99.0
+    assert seconds_left([part(tmp_path, "a", "elsewhere")], slots=1) is None
+
+
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_table_has_a_row_per_part_with_its_state(tmp_path, width) -> None:
     died = part(tmp_path, "2-flow-linear", restarts=1, error="killed by SIGKILL")
