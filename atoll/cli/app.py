@@ -97,6 +97,14 @@ def main() -> None:
     except OSError as error:  # a path that cannot be read or written, without a better message from a stage
         typer.secho(f"atoll: {error.filename or 'input or output'}: {error.strerror or error}", fg="red", err=True)
         sys.exit(EXIT_USER_ERROR)
+    except Exception as error:
+        # Memory that ran out anywhere is one line too; every other error is a crash, with its traceback.
+        from atoll.storage.memory import one_line
+
+        if (line := one_line(error)) is None:
+            raise
+        typer.secho(f"atoll: {line}", fg="red", err=True)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,6 +16,7 @@ from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import write_bytes
 from atoll.storage.cards import ClustersCard
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import Shard
 
 ClusterMethod = Literal["balanced", "free", "random"]
@@ -117,7 +118,8 @@ def load_assignment(directory: Path, card: ClustersCard) -> Assignment:
     try:
         # A file with unknown names raises TypeError.
         assignment = Assignment(card.method, card.k, card.seed, **load_file(file))
-    except (OSError, SafetensorError, TypeError) as error:
+    except (OSError, SafetensorError, TypeError, MemoryError) as error:
+        refuse_out_of_memory(error, file)
         raise AtollError(f"{file}: cannot be read ({error}); `atoll cluster --force` makes {directory} again") from None
     # The centroids could have been altered since the card was written.
     if (digest := assignment.sha256(card.feature)) != card.assignment:

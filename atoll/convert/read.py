@@ -19,6 +19,7 @@ from atoll.encoders.weight_files import weight_files
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.content import advice, content_of
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.torch_file import Opaque, plain, read_torch
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -124,7 +125,8 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
 
         try:
             return load_file(file), {}, ""
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
+            refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: no safetensors file: it {advice(file, error)}") from None
     if content in ("torch", "pickle") or file.suffix in PICKLES:
         return _weights(file, read_torch(file))

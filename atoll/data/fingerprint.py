@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from atoll.data.names import listed
 from atoll.data.opening import is_local, join, open_file
 from atoll.errors import AtollError
+from atoll.storage.memory import refuse_out_of_memory
 
 SOURCE_FILES = "source.parquet"  # the record beside the shards
 _THREADS = 4
@@ -126,6 +127,8 @@ def _hash(path: str) -> str:
         with open_file(path) as file:
             while piece := file.read(_PIECE):
                 digest.update(piece)
+    except MemoryError:
+        raise
     except Exception:  # each file system has exceptions of its own
         return ""
     return digest.hexdigest()
@@ -207,5 +210,6 @@ def read_records(path: Path) -> list[FileRecord] | None:
             FileRecord(name.decode("utf-8", "surrogateescape"), size, stamp, sha.hex())
             for name, size, stamp, sha in rows
         ]
-    except (OSError, pa.ArrowException, KeyError, TypeError, AttributeError):
+    except (OSError, pa.ArrowException, KeyError, TypeError, AttributeError) as error:
+        refuse_out_of_memory(error, path)
         return None

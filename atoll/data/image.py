@@ -217,6 +217,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the rotation in the EXIF data; None if there is none or it cannot be read."""
     try:
         return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:  # as many kinds as there are broken EXIF writers
         return None
 

@@ -19,6 +19,7 @@ from atoll.data.opening import filesystem, is_local, join
 from atoll.encoders.weights import unset_variable
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
+from atoll.storage.memory import refuse_out_of_memory
 
 # Extensions of images. Formats that Pillow cannot decode (heic without a plugin) are listed too: they are skipped with
 # a reason instead of going unnoticed.
@@ -253,6 +254,7 @@ def _list(url: str, links: Links) -> tuple[str, dict[str, _Entry], bool]:
     except OSError:
         raise
     except Exception as error:  # each file system has exceptions of its own
+        refuse_out_of_memory(error, clean(url))
         raise OSError(message_of(error)) from error
 
 

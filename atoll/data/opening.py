@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from atoll.data.names import clean, message_of
 from atoll.errors import AtollError
+from atoll.storage.memory import refuse_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ def open_file(url: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # each file system has exceptions of its own
+        refuse_out_of_memory(error, clean(url))
         raise OSError(message_of(error)) from error
 
 
@@ -55,15 +57,19 @@ def read_file(url: str, most: int) -> bytes:
         OSError, AtollError: as `open_file`.
     """
     with open_file(url) as file:
-        return read_whole(file, most)
+        try:
+            return read_whole(file, most)
+        except MemoryError as error:
+            refuse_out_of_memory(error, clean(url))
+            raise
 
 
 def read_whole(file: BinaryIO, most: int) -> bytes:
-    """Read the rest of a file. Raises TooLarge beyond `most` bytes; other errors become OSError."""
+    """Read the rest of a file. Raises TooLarge beyond `most` bytes; other errors become OSError, except MemoryError."""
     try:
         # One byte more than allowed shows that the file is too large.
         data = file.read(most + 1)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise OSError(message_of(error)) from error
@@ -108,6 +114,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         what = f"{protocol}:// needs a package that is not installed ({message_of(error)}){how}"
         raise AtollError(f"{clean(url)}: {what}") from error
     except Exception as error:  # each file system has exceptions of its own
+        refuse_out_of_memory(error, clean(url))
         raise AtollError(
             f"{clean(url)}: cannot be opened ({message_of(error)}); expected a path or a URL of fsspec"
         ) from error

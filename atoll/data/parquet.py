@@ -23,6 +23,7 @@ from atoll.data.splits import HELD_OUT, TRAIN, NamedSplits, named_splits
 from atoll.data.types import Block, Damaged, Raw, Skipped, Source, Unfit
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import Split, split_by_hash
 
 SUFFIXES = (".parquet", ".parq", ".pq")
@@ -176,6 +177,7 @@ class Parquet(Source):
         except AtollError:
             raise
         except Exception as error:  # Arrow raises several kinds over damaged bytes
+            refuse_out_of_memory(error, self._files.url(name))
             return _Footer(damage=message_of(error))
         # A row with an image takes at least a bit; a footer that claims more rows would yield endless blocks.
         if min(groups, default=0) < 0 or sum(groups) > 8 * self._files.sizes[name]:
@@ -325,6 +327,7 @@ def _rows(part: _Part) -> Iterator[_Cells]:
             texts = [values(batch.column(name)) if name is not None else none for name in columns[1:]]
             images = image.to_pylist()
         except Exception as error:  # Arrow raises several kinds over damaged bytes
+            refuse_out_of_memory(error, part.url)
             raise Damaged(message_of(error)) from error
         for data, path, *rest in zip(images, paths, *texts, strict=True):
             name = clean(path.decode("utf-8", "surrogateescape")) if isinstance(path, bytes) else None

@@ -18,6 +18,7 @@ from atoll.data.names import clean, message_of
 from atoll.data.opening import is_local, open_file
 from atoll.data.types import Damaged, Oversized
 from atoll.errors import AtollError
+from atoll.storage.memory import refuse_out_of_memory
 
 _ROWS = 32  # rows that are decoded together
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
@@ -55,6 +56,7 @@ def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text
     except (AtollError, Damaged):
         raise
     except Exception as error:  # Arrow raises several kinds over damaged bytes
+        refuse_out_of_memory(error, url)
         raise Damaged(message_of(error)) from error
 
 
@@ -75,6 +77,7 @@ def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, An
     except AtollError:
         raise
     except Exception as error:  # as above
+        refuse_out_of_memory(error, url)
         raise Damaged(message_of(error)) from error
     # Arrow selects columns by name, so a repeated name cannot be read.
     names = [name for name in schema.names if wanted(name) and schema.names.count(name) == 1]

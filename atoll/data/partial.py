@@ -39,6 +39,7 @@ from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, read_json, write_bytes, write_card, write_json
 from atoll.storage.cards import EncodedCard, EncodedCounts, EncodingPlan
 from atoll.storage.lock import hold
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import ShardWriter, repeats
 
 PLAN = "plan.json"
@@ -309,6 +310,7 @@ class PartialEncoding:
             )
             return value
         except (OSError, pa.ArrowException) as error:
+            refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: cannot be read ({error}); remove it and go on with --resume") from error
 
     def _skipped(self, number: int) -> Iterator[dict[str, str]]:

@@ -16,6 +16,7 @@ from atoll.data.names import clean, message_of
 from atoll.data.opening import open_file
 from atoll.data.types import Damaged
 from atoll.errors import AtollError
+from atoll.storage.memory import refuse_out_of_memory
 
 # WebDataset's rule: the key ends at the first dot of the file name. Data sets with dotted names need the last dot.
 RULES = {
@@ -101,6 +102,7 @@ def members(url: str, size: int, wanted: Collection[str], rule: re.Pattern[str])
     except (Damaged, AtollError):
         raise
     except Exception as error:  # tarfile and its decompressors raise almost anything over damaged bytes
+        refuse_out_of_memory(error, url)
         raise Damaged(message_of(error)) from error
 
 
@@ -120,6 +122,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         file = tar.extractfile(member)
         content = file.read() if file is not None else b""
     except Exception as error:  # as above
+        refuse_out_of_memory(error, clean(member.name), member.size)
         raise Damaged(message_of(error)) from error
     # A truncated file ends early without an error from `tarfile`.
     if len(content) != member.size:

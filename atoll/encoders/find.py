@@ -12,6 +12,7 @@ from atoll.encoders.trust import ALLOW_HUB, USER, Trust
 from atoll.errors import AtollError
 from atoll.runtime.libraries import import_library
 from atoll.storage.containment import TRUST_PATHS, require_inside
+from atoll.storage.memory import refuse_out_of_memory
 
 VARIABLE = "ATOLL_WEIGHTS"  # names a directory that is searched for weights whose path does not exist
 WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a repository: no pickles, no other frameworks
@@ -163,6 +164,7 @@ def _download(
         return Path(hub.snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted, **options))
     # The hub's client raises its own errors, those of its HTTP library, and the system's: all have the same remedy.
     except Exception as error:
+        refuse_out_of_memory(error, f"weights {repository!r}")
         if cached:
             raise AtollError(f"weights {repository!r}: {tried}; {remedy}") from None
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -25,7 +25,7 @@ from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.content import advice, content_of, is_cut_off
-from atoll.storage.memory import is_out_of_memory
+from atoll.storage.memory import refuse_out_of_memory
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # the names of the libraries' weight files
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
@@ -216,6 +216,8 @@ def load_pretrained(
             cls = getattr(module, classes[kind])
             network, info = cls.from_pretrained(str(directory), output_loading_info=True, **options)
         except Exception as error:  # anything: safetensors, JSON, shapes, unknown keys
+            size = sum(file.stat().st_size for file in pretrained_files(directory, STEMS[library]).values())
+            refuse_out_of_memory(error, directory, size)
             raise AtollError(_not_loaded(directory, weights, library, error)) from None
     # The libraries fill missing tensors with random numbers, and at most log it.
     if absent := sorted(map(str, info["missing_keys"])):
@@ -237,8 +239,6 @@ def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exce
     # An error of an import names the package that is absent.
     if isinstance(error, ImportError):
         return f"{reason}; install what it names"
-    if is_out_of_memory(error):
-        return f"{reason}; free some memory, or use a machine with more"
     return f"{reason}; get config.json and weights from one place, and a {library} that knows this network"
 
 

@@ -37,6 +37,7 @@ from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_ten
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard, SamplingDefaults
 from atoll.storage.containment import owning_directory, require_inside
 from atoll.storage.layout import ENSEMBLE_CARD
+from atoll.storage.memory import refuse_out_of_memory
 
 FROZEN = "frozen"  # beside ensemble.json: the weights of text encoders and codec, if they were saved with it
 
@@ -375,6 +376,7 @@ def _network(
     try:
         network.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
+        refuse_out_of_memory(error, path / WEIGHTS)
         raise AtollError(
             f"{path}: the weights do not fit the card's network ({' '.join(str(error).split())[:200]})"
         ) from None

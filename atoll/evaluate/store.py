@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.storage.artifact import write_bytes, write_json
+from atoll.storage.memory import refuse_out_of_memory
 
 TensorDict = dict[str, Tensor]
 
@@ -73,5 +74,6 @@ def load_parts(path: Path, prefix: str) -> list[TensorDict]:
 def _load(file: Path) -> TensorDict:
     try:
         return load(file.read_bytes())
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:
+        refuse_out_of_memory(error, file)
         raise AtollError(f"{file}: cannot be read ({error}); remove it to measure it again") from None

@@ -16,6 +16,7 @@ from atoll.errors import AtollError
 from atoll.nn.dit import check_input, compute_dtype
 from atoll.nn.paris import require_condition
 from atoll.runtime.libraries import quiet
+from atoll.storage.memory import refuse_out_of_memory
 
 Class = Literal["PixArtTransformer2DModel", "DiTTransformer2DModel"]
 # Bounds for diffusers' configurations: cards come from strangers and must not request absurd memory or time.
@@ -173,5 +174,6 @@ def _build(config: ForeignConfig) -> Any:
         try:
             return getattr(library, config.cls)(**config.config)
         except Exception as error:  # sizes that do not fit each other: whatever the library and torch raise
+            refuse_out_of_memory(error, config.cls)
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise AtollError(f"{config.cls}: cannot be built from its config ({reason}); correct it") from None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atoll.errors import AtollError
+from atoll.storage.memory import refuse_out_of_memory
 
 
 class Context(nn.Module):
@@ -172,5 +173,6 @@ def _load(module: nn.Module, layers: Sequence[str], tensors: Mapping[str, Tensor
     except KeyError as error:
         raise AtollError(f"{where}: not a TAEF2 {kind} (it has a tensor {error}); give taef2_{kind}.pth") from None
     except RuntimeError as error:
+        refuse_out_of_memory(error, where)
         problem = " ".join(str(error).split("\n", 2)[1:2]).strip()
         raise AtollError(f"{where}: not a TAEF2 {kind} ({problem:.200}); give taef2_{kind}.pth") from None

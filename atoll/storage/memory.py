@@ -1,6 +1,7 @@
 """Errors that report that memory ran out, and their message."""
 
 import errno
+import os
 from pathlib import Path
 
 from atoll.errors import AtollError
@@ -37,18 +38,29 @@ def refuse_out_of_memory(error: BaseException, what: Path | str, size: int | Non
 
     Args:
         error: what a reader raised.
-        what: the file, or a name of what was read.
+        what: the file, its URL, or a name of what was loaded.
         size: in bytes; None: the size of the file, if it is one.
 
     Raises:
-        AtollError: memory ran out. The message names what was read and its size.
+        AtollError: memory ran out. The message names what was loaded, and the size of a file.
     """
     if not is_out_of_memory(error):
         return
     # The size is for the message only, so a file that is gone is no error.
-    if size is None and isinstance(what, Path) and what.is_file():
-        size = what.stat().st_size
+    if size is None and os.path.isfile(what):
+        size = os.path.getsize(what)
     described = f" ({size:,} bytes)" if size is not None else ""
     raise AtollError(
-        f"{what}{described}: out of memory while reading it; free some memory, or use a machine with more"
+        f"{what}{described}: out of memory while loading it; free some memory, or use a machine with more"
     ) from error
+
+
+def one_line(error: BaseException) -> str | None:
+    """Return the message of an error that a user can act on, an AtollError or lack of memory; None for a crash."""
+    if isinstance(error, AtollError):
+        return str(error)
+    if not is_out_of_memory(error):
+        return None
+    # torch's message says how much it tried to allocate, and on which device.
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"out of memory ({reason}); free some memory, lower the batch or the memory budget, or use a larger machine"

@@ -23,6 +23,7 @@ from torch import nn
 
 from atoll.errors import AtollError
 from atoll.storage.content import advice, content_of
+from atoll.storage.memory import refuse_out_of_memory
 
 _DEPTH = 20  # levels of nested configurations that `plain` follows
 
@@ -210,6 +211,7 @@ def read_torch(file: Path) -> Any:
     except AtollError:
         raise
     except Exception as error:  # damaged bytes lead torch's readers into errors of every kind
+        refuse_out_of_memory(error, file)
         raise AtollError(f"{file}: no PyTorch file: it {advice(file, error)}") from None
 
 

@@ -17,6 +17,7 @@ from atoll.schedule import PATH, Schedule
 from atoll.storage.artifact import load_clusters, save_artifact
 from atoll.storage.cards import ClusterShardsCard, RouterCard, TrainingRecord
 from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import INDEX, SPLITS, Shards
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.island import Island, gathered_state
@@ -244,6 +245,7 @@ def _assignment(file: Path) -> dict[str, int]:
     try:
         table = pq.read_table(file, columns=["key", "cluster"])
     except (OSError, pa.ArrowException) as error:
+        refuse_out_of_memory(error, file)
         raise AtollError(f"{file}: cannot be read ({error}); run `atoll cluster --force`") from None
     # A dictionary, since the rows of the assignment need not have the order of the latents.
     return dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from atoll.errors import AtollError
 from atoll.storage.layout import EXIT_CRASH, EXIT_USER_ERROR
+from atoll.storage.memory import one_line
 
 _REPORT, _PARENT = "ATOLL_REPORT", "ATOLL_PARENT"  # the environment of a worker
 _GRACE = 10.0  # seconds for the others to exit by themselves after one has failed
@@ -173,10 +174,10 @@ def reporting() -> Iterator[None]:
         yield
     except Exception as error:
         # The report is one line for a mistake, a traceback for a crash.
-        mistake = isinstance(error, AtollError)
+        line = one_line(error)
         with Path(os.environ[_REPORT]).open("a") as report:
-            report.write(f"{error}\n" if mistake else traceback.format_exc())
-        _leave(EXIT_USER_ERROR if mistake else EXIT_CRASH)
+            report.write(f"{line}\n" if line else traceback.format_exc())
+        _leave(EXIT_USER_ERROR if line else EXIT_CRASH)
     _leave(0)
 
 

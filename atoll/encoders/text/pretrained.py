@@ -23,6 +23,7 @@ from atoll.encoders.weights import (
 )
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
+from atoll.storage.memory import refuse_out_of_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -201,6 +202,7 @@ def _load_tokenizer(cls: str, folder: Path) -> Any:
         try:
             return getattr(transformers, cls).from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # anything: a damaged file, or a missing sentencepiece
+            refuse_out_of_memory(error, folder)
             reason = " ".join(str(error).split())[:200]
             raise AtollError(
                 f"{folder}: its tokenizer cannot be loaded ({reason}); install what that names "

@@ -17,6 +17,7 @@ from atoll.errors import AtollError
 from atoll.evaluate.metrics.inception import import_with_torchvision, local_weights
 from atoll.nn.squeezenet import SMALLEST
 from atoll.storage.content import advice
+from atoll.storage.memory import refuse_out_of_memory
 
 
 class PerceptualDistance(Protocol):
@@ -86,6 +87,7 @@ class LPIPS:
             own = {key: stored[f"features.{key.split('.', 1)[1]}"] for key in network.net.state_dict()}
             network.net.load_state_dict(own)
         except Exception as error:  # a damaged or foreign file can raise anything
+            refuse_out_of_memory(error, path)
             raise AtollError(
                 f"{path}: no weights of torchvision's {net}: it {advice(path, error)}; expected the file that "
                 f"torchvision downloads for {net}, such as alexnet-owt-7be5be79.pth"

@@ -150,7 +150,7 @@ def _read_safetensors(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
                     f"or by {_SAVE}"
                 )
             return content.get_tensor("mean"), content.get_tensor("covariance"), metadata
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         raise AtollError(f"{file}: {advice(file, error)}") from None
 
 
@@ -160,7 +160,7 @@ def _read_npz(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
         with np.load(file, allow_pickle=False) as content:
             mean, covariance = (_moment(file, name, content[name]) for name in _names(file, content))
             return mean, covariance, {}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, MemoryError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise AtollError(f"{file}: {advice(file, error)}") from None
 
 

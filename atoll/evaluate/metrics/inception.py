@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atoll.encoders.feature import Feature
 from atoll.encoders.weights import WeightsConfig, find_weights, parse_config, require_sha256, sha256_weights
 from atoll.errors import AtollError
+from atoll.storage.memory import refuse_out_of_memory
 
 # TensorFlow's graph of 2015-12-05, which defines FID, as torch-fidelity converted it. The file name ends in the first
 # digits of its hash: weights-inception-2015-12-05-6726825d.pth.
@@ -55,6 +56,7 @@ class Inception(Feature):
                 "inception", ["2048"], feature_extractor_weights_path=str(path)
             )
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, TypeError) as error:
+            refuse_out_of_memory(error, path)
             reason = " ".join(str(error).split())[:120]  # not the file's fault: its hash is right
             raise AtollError(
                 f"{path}: torch-fidelity cannot load it ({reason}), though its sha256 is right; update torch-fidelity"
@@ -97,6 +99,7 @@ def import_with_torchvision(module: str, fix: str, otherwise: str = "") -> Any:
     try:
         return import_module(module)
     except Exception as error:  # a torchvision for another torch raises RuntimeError
+        refuse_out_of_memory(error, module)
         reason = " ".join(str(error).split())[:120]
         package = module.partition(".")[0].replace("_", "-")
         raise AtollError(

@@ -14,6 +14,7 @@ from torch import Tensor
 from atoll.errors import AtollError
 from atoll.storage.artifact import sha256_file, whole_directory, write_bytes, write_card
 from atoll.storage.cards import CardRecord, ColumnEntry, FileEntry, ShardEntry, ShardsIndex, SplitCounts
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, refuse_foreign
 from atoll.storage.shards.repeated import repeats
 
@@ -93,7 +94,8 @@ class ShardWriter:
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, MemoryError) as error:
+            refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: cannot be read ({error})") from error
         self._fit({name: describe(tensor) for name, tensor in tensors.items()})
         self._fit_text(keys, captions, splits, {len(tensor) for tensor in tensors.values()})
