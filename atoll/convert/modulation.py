@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.convert.native import Native
+from atoll.errors import AtollError
 from atoll.nn.dit import TIME_PERIOD, time_features
 
 TIMES = 1000  # the number of times at which the curves are fitted: DiT's 0..999
@@ -94,9 +95,17 @@ def factors(curves: Tensor) -> Tensor:
 
     Returns:
         Factors [b, D]: about 1 on average, mostly positive, |r| within FACTORS, and 1 for a constant channel.
+
+    Raises:
+        AtollError: the curves are so large that their products are not finite.
     """
     # One small matrix per channel: the products of the blocks' curves.
     gram = torch.einsum("btd,ctd->dbc", curves, curves)  # [D,b,b]
+    if not gram.isfinite().all():
+        raise AtollError(
+            "the checkpoint's modulation is too large to be fitted (its products overflow); expected the weights of a "
+            "trained network: compare the file's hash with its source, or keep the maps: --modulation per-block"
+        )
     loading = torch.linalg.eigh(gram).eigenvectors[..., -1].T  # [b,D]
     loading = torch.where(gram.diagonal(dim1=1, dim2=2).sum(1) > 0, loading, 1.0)  # [b,D]
     # The sign and the scale of a principal component are free: make it mostly positive, with mean |r| of 1.

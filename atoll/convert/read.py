@@ -71,6 +71,7 @@ def read_checkpoint(source: Path) -> Checkpoint:
     key = ""
     for file in files:
         part, args, key = _read_file(file)
+        _refuse_non_finite(file, part)
         if twice := sorted(part.keys() & tensors.keys()):
             raise AtollError(f"{file}: {twice[0]} is in another shard too; get all shards from one place")
         tensors |= part
@@ -132,6 +133,17 @@ def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         return _weights(file, read_torch(file))
     known = ", ".join((".safetensors", *PICKLES[:-1], ".pth.tar"))
     raise AtollError(f"{file}: unknown kind of file; expected one of {known}, or a directory of diffusers")
+
+
+def _refuse_non_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AtollError if a tensor holds NaN or infinity: an expert of it would be left out of every ensemble."""
+    for name, tensor in tensors.items():
+        # Integers, such as a counter of steps, are always finite.
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise AtollError(
+                f"{file}: the tensor {name!r} holds NaN or infinity; expected finite weights: convert an earlier "
+                "checkpoint of the training, or compare the file's hash with its source"
+            )
 
 
 def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any], str]:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.storage.artifact import write_json
+from atoll.storage.bounds import Count, Number, Seconds
 from atoll.storage.layout import TrainingLayout, temporary_of
 
 TrainProgress = Callable[[dict[str, Any]], None]
@@ -181,13 +184,40 @@ def _writer(settings: TrainSettings, directory: Path) -> _TensorBoard | _Wandb |
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl up to the first incomplete one, which a crash may leave."""
+    """Return the lines of metrics.jsonl, without a last one that a crash left incomplete.
+
+    Raises:
+        AtollError: another line is not what training writes.
+    """
     file = TrainingLayout(directory).metrics
-    lines: list[dict[str, Any]] = []
     # Without a file, training has not started.
-    for text in file.read_text().splitlines() if file.exists() else ():
+    if not file.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    texts = file.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text)
+            _Line.model_validate(line)
+            lines.append(line)
+        except (ValueError, RecursionError):
+            # Every complete line ends with a line break.
+            if number == len(texts):
+                break
+            raise AtollError(
+                f"{file}: line {number} is not what training writes; remove this file to go on without the curve so far"
+            ) from None
     return lines
+
+
+class _Line(BaseModel):
+    """What a resumed training reads of a line of metrics.jsonl. Loss and norm may be NaN: they are only shown."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: Count
+    loss: float = 0.0
+    seconds: Seconds = 0.0
+    val: dict[str, Number] = {}

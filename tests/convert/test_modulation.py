@@ -10,6 +10,7 @@ from atoll.convert import convert
 from atoll.convert.modulation import FACTORS, activations, factors, share
 from atoll.convert.native import Native
 from atoll.ensemble.loading import load_expert
+from atoll.errors import AtollError
 from atoll.nn import build_network
 from atoll.storage.artifact import read_card
 from atoll.storage.cards import ExpertCard
@@ -121,3 +122,10 @@ def test_the_card_tells_the_fits_residual(dit, tmp_path) -> None:
     assert len(card["conversion"]["residual"]) == 3
     assert all(0 < value < 1.5 for value in card["conversion"]["residual"])
     assert card["network"]["final"] == "per-block"
+
+
+def test_maps_whose_products_overflow_are_refused() -> None:
+    curves = torch.ones(3, 5, 2, dtype=torch.float64)
+    curves[1, 2, 1] = 1e200
+    with pytest.raises(AtollError, match=r"too large to be fitted .* --modulation per-block"):
+        factors(curves)

@@ -194,3 +194,11 @@ def test_halves_are_read_as_floats(tmp_path) -> None:
     taker = Taker(read_checkpoint(tmp_path / "x.safetensors"))
     assert taker.take("w", 2).dtype == torch.float32
     taker.done()
+
+
+@pytest.mark.parametrize(("name", "value"), [("dit.pt", torch.nan), ("dit.safetensors", -torch.inf)])
+def test_weights_that_are_not_finite_are_refused_by_name(dit, tmp_path, name, value) -> None:
+    dit["blocks.1.attn.qkv.bias"][3] = value
+    (torch.save if name.endswith(".pt") else save_file)(dit, tmp_path / name)
+    with pytest.raises(AtollError, match=r"the tensor 'blocks\.1\.attn\.qkv\.bias' holds NaN or infinity"):
+        read_checkpoint(tmp_path / name)
