@@ -8,8 +8,14 @@ class AtollError(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(message if message.isprintable() else "".join(map(_printable, message)))
+        super().__init__(escaped(message))
 
 
-def _printable(letter: str) -> str:
+def escaped(text: str) -> str:
+    """Escape what would break a line or control a terminal: foreign text may be in any message."""
+    # Most texts need nothing.
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(letter: str) -> str:
     return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")

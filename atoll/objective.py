@@ -17,6 +17,7 @@ from torch import Tensor
 from atoll.errors import AtollError
 from atoll.schedule import Schedule, build_schedule
 from atoll.shapes import per_sample
+from atoll.storage.bounds import MAX_TIME
 
 Prediction = Literal["eps", "x0", "v", "flow"]
 TimeSampling = Literal["uniform", "logit-normal"]
@@ -38,7 +39,7 @@ class Objective:
             of the velocity on the sampling path at equal log-SNR, for every prediction (HDDM Proposition 1).
 
     Raises:
-        AtollError: an unknown prediction, schedule, time sampling or weighting.
+        AtollError: an unknown prediction, schedule, time sampling or weighting; a time scale out of bounds.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Objective:
         ):
             if value not in known:
                 raise AtollError(f"unknown {name} {value!r}; expected one of {', '.join(known)}")
+        if isinstance(time_scale, bool) or not isinstance(time_scale, int | float) or not 0 < time_scale <= MAX_TIME:
+            raise AtollError(f"time_scale {time_scale!r:.40}; expected a number above 0, at most {MAX_TIME:g}")
         self.prediction: Prediction = prediction
         # A card holds the schedule's configuration, a script may pass the object.
         self.schedule = schedule if isinstance(schedule, Schedule) else build_schedule(schedule)

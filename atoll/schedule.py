@@ -16,6 +16,8 @@ from atoll.errors import AtollError
 from atoll.interpolation import bracket
 from atoll.shapes import per_sample
 
+MAX_TABLE = 100_000  # values of a discrete schedule. DDPM has 1,000
+
 
 class Schedule(abc.ABC):
     """alpha and sigma as functions of t.
@@ -103,17 +105,17 @@ class Cosine(Schedule):
     The support starts at log-SNR 20 (t = 5e-8, sigma = 5e-5): at t = 0 sigma is 0 and its derivative infinite.
 
     Args:
-        s: the offset that keeps the noise of the first steps from being too small, above 0, default 0.008.
+        s: the offset that keeps the noise of the first steps from being too small, above 0, at most 1, default 0.008.
 
     Raises:
-        AtollError: s is not above 0.
+        AtollError: s is not above 0, or above 1.
     """
 
     LOG_SNR_MAX = 20.0
 
     def __init__(self, s: float = 0.008):
-        if not s > 0:
-            raise AtollError(f"Cosine: s is {s}; expected a number above 0, usually 0.008")
+        if not 0 < s <= 1:
+            raise AtollError(f"Cosine: s is {s}; expected a number above 0, at most 1, usually 0.008")
         self.s = s
         self._a0 = s / (1 + s) * math.pi / 2
         self._speed = math.pi / 2 / (1 + s)  # da/dt
@@ -178,6 +180,8 @@ class TableSchedule(Schedule):
     """
 
     def __init__(self, alphas_cumprod: Sequence[float] | Tensor):
+        if not isinstance(alphas_cumprod, Tensor) and len(alphas_cumprod) > MAX_TABLE:
+            raise AtollError(f"TableSchedule: {len(alphas_cumprod):,} values; expected at most {MAX_TABLE:,}")
         # In float64, so that the log-SNR of the cleanest steps keeps its digits.
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).detach().cpu()
         if table.ndim != 1 or len(table) < 2:
@@ -253,9 +257,15 @@ class LinearBeta(TableSchedule):
         beta_start: the first beta, default 1e-4.
         beta_end: the last beta, default 0.02.
         steps: T, default 1000.
+
+    Raises:
+        AtollError: steps that are no whole number, or too many; betas that are not between 0 and 1.
     """
 
     def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, steps: int = 1000):
+        # Checked before anything is allocated: the values may come from a card.
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= MAX_TABLE:
+            raise AtollError(f"LinearBeta: steps is {steps!r:.40}; expected a whole number from 2 to {MAX_TABLE:,}")
         self.beta_start, self.beta_end = beta_start, beta_end
         # In float64: a product of 1000 factors loses digits in float32.
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
@@ -287,11 +297,13 @@ def build_schedule(config: str | dict[str, Any]) -> Schedule:
     Raises:
         AtollError: an unknown name or argument.
     """
+    if not isinstance(config, str | dict):
+        raise AtollError(f"schedule {config!r:.60}: expected a name, or an object with a name and its arguments")
     arguments = {"name": config} if isinstance(config, str) else dict(config)
     name = arguments.pop("name", None)
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise AtollError(f"unknown schedule {name!r}; expected one of {', '.join(SCHEDULES)}")
     try:
         return SCHEDULES[name](**arguments)
-    except TypeError as error:
-        raise AtollError(f"schedule {name!r}: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:  # of values of another type, or too large
+        raise AtollError(f"schedule {name!r}: {' '.join(str(error).split())[:200]}") from None

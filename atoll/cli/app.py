@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from atoll.errors import AtollError
+from atoll.errors import AtollError, escaped
 from atoll.storage.layout import EXIT_USER_ERROR
 
 # The order of a run's stages, for `atoll --help`.
@@ -85,7 +85,7 @@ def main() -> None:
 
     # Warnings as single lines, without the source code.
     def show(message: Warning | str, *_: object) -> None:
-        typer.secho(f"atoll: warning: {message}", fg="yellow", err=True)
+        typer.secho(f"atoll: warning: {escaped(str(message))}", fg="yellow", err=True)
 
     warnings.showwarning = show  # type: ignore[assignment]
     # Mistakes as single lines, without a traceback.
@@ -95,7 +95,8 @@ def main() -> None:
         typer.secho(f"atoll: {error}", fg="red", err=True)
         sys.exit(EXIT_USER_ERROR)
     except OSError as error:  # a path that cannot be read or written, without a better message from a stage
-        typer.secho(f"atoll: {error.filename or 'input or output'}: {error.strerror or error}", fg="red", err=True)
+        problem = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        typer.secho(f"atoll: {escaped(problem)}", fg="red", err=True)
         sys.exit(EXIT_USER_ERROR)
     except Exception as error:
         # Memory that ran out anywhere is one line too; every other error is a crash, with its traceback.

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from atoll.cli.app import Quiet, RunOption, app, bar
+from atoll.errors import escaped
 
 
 @app.command(rich_help_panel="Tools")
@@ -30,7 +31,7 @@ def compare(
     for column in table.columns[1:]:
         column.justify = "right"
     for row in lines(numbers):
-        table.add_row(*row)
+        table.add_row(*map(escaped, row))  # names of metrics come from the reports
     Console().print(table)
     typer.echo(f"{out} written; open it in a browser")
 

@@ -8,7 +8,7 @@ import typer
 
 from atoll.cli.app import AllowHub, Force, Quiet, RunOption, TrustPaths, app, bar
 from atoll.cli.training import launch
-from atoll.errors import AtollError
+from atoll.errors import AtollError, escaped
 from atoll.storage.layout import EXIT_DEGRADED, RunLayout
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def sample(
     typer.echo(f"{out} written")
     # Experts that failed are left out: the image exists, but the exit code reports it.
     if dropped:
-        typer.echo(f"without {', '.join(f'{name}, which {why}' for name, why in dropped.items())}", err=True)
+        experts = ", ".join(f"{name}, which {why}" for name, why in dropped.items())
+        typer.echo(f"without {escaped(experts)}", err=True)
         raise typer.Exit(EXIT_DEGRADED)
 
 

@@ -3,6 +3,8 @@
 import json
 import unicodedata
 
+from atoll.errors import escaped
+
 _REASON = 300  # characters at which foreign text in a message is cut
 
 
@@ -22,7 +24,7 @@ def printable(text: str) -> str:
 def clean(text: str) -> str:
     """Make foreign text safe for a message: one line, not too long, with control characters escaped."""
     short = text if len(text) <= _REASON else text[:_REASON] + "..."
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in short)
+    return escaped(short)
 
 
 def json_line(value: object) -> str:

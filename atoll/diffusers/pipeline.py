@@ -25,19 +25,19 @@ from atoll.diffusers.callback import Callback, StepCallback
 from atoll.diffusers.component import AtollEnsemble, check_variant
 from atoll.diffusers.options import check_options
 from atoll.diffusers.prompts import Prompts, PromptSide, check_texts, encode_prompts, only_encoder
+from atoll.diffusers.saved import INDEX, check_saved
 from atoll.diffusers.sigmas import flow_sigmas
 from atoll.ensemble import Sampler
 from atoll.ensemble.prompt_cache import CACHE_BYTES
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
-from atoll.storage.artifact import CARD, read_json
+from atoll.storage.artifact import CARD
 from atoll.storage.layout import ENSEMBLE, ENSEMBLE_CARD
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 
-INDEX = "model_index.json"
 _TRUST = ("allow_hub", "trust_paths")
 _OPTIONS = ("ensemble", "scheduler", "routing", "alignment", "replicas", "torch_dtype", "dtype", *_TRUST)
 
@@ -100,9 +100,7 @@ class AtollPipeline(DiffusionPipeline):
         options = {name: value for name, value in options.items() if name in _OPTIONS}
         saved = (path / INDEX).is_file()
         if saved:
-            index = read_json(path / INDEX)
-            if (named := index.get("_class_name") if isinstance(index, dict) else None) != cls.__name__:
-                raise AtollError(f"{path / INDEX}: names the pipeline {named}; expected {cls.__name__}")
+            check_saved(path, bool(options.get("trust_paths")))
         elif not (path / ENSEMBLE_CARD).is_file() and not (path / CARD).is_file():
             raise AtollError(
                 f"{path}: no {INDEX}, no {ENSEMBLE_CARD} and no {CARD} in it; expected the local directory of a saved "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
+from atoll.storage.memory import refuse_out_of_memory
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -56,7 +57,8 @@ def flow_sigmas(scheduler: Any, steps: int, device: torch.device | str = "cpu") 
     try:
         scheduler.set_timesteps(**options)
         sigmas, count = scheduler.sigmas.float().cpu(), len(scheduler.timesteps)
-    except (AttributeError, AssertionError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        refuse_out_of_memory(error, name)
         reason = " ".join(str(error).split())[:200]
         raise AtollError(
             f"{name}, as it is set, cannot be driven by a number of steps ({reason}); {_EXPECTED}"

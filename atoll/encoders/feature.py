@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +27,7 @@ from atoll.encoders.weights import (
 )
 from atoll.errors import AtollError
 from atoll.nn import mobilenet, squeezenet
+from atoll.storage import bounds
 from atoll.storage.content import advice
 
 
@@ -60,8 +61,14 @@ class HogConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["hog"] = "hog"
-    bins: int = Field(4, ge=2)
-    grid: int = Field(8, ge=1)
+    bins: int = Field(4, ge=2, le=256)  # orientations
+    grid: int = Field(8, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if (dim := self.bins * self.grid**2) > bounds.MAX_DIM:
+            raise ValueError(f"bins x grid x grid is {dim:,}; expected at most {bounds.MAX_DIM:,}")
+        return self
 
 
 class Hog(Feature):
@@ -108,7 +115,7 @@ class PixelsConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["pixels"] = "pixels"
-    size: int = Field(8, ge=1)
+    size: int = Field(8, ge=1, le=128)  # 3 x 128 x 128 numbers, within MAX_DIM
 
 
 class Pixels(Feature):
@@ -135,28 +142,30 @@ class DINOv2Config(PretrainedConfig):
     """DINOv2 (Oquab et al. 2023), the papers' feature: facebook/dinov2-small to -giant; 1024-d for -large."""
 
     name: Literal["dinov2"] = "dinov2"
-    size: int = Field(224, gt=0)  # pixels per side; a multiple of the network's patch, 14
+    size: int = Field(224, gt=0, le=bounds.MAX_INPUT)  # pixels per side; a multiple of the network's patch, 14
 
 
 class CLIPImageConfig(PretrainedConfig):
     """The image encoder of a CLIP (Radford et al. 2021), in the space that it shares with texts."""
 
     name: Literal["clip-image"] = "clip-image"
-    size: int | None = Field(None, gt=0)  # None: the network's own size, the only one that it takes (224)
+    size: int | None = Field(
+        None, gt=0, le=bounds.MAX_INPUT
+    )  # None: the network's own size, the only one that it takes (224)
 
 
 class MobileNetConfig(WeightsConfig):
     """weights: mobilenetv2_tf_int8.npz."""
 
     name: Literal["mobilenetv2"] = "mobilenetv2"
-    size: int = Field(128, ge=32)
+    size: int = Field(128, ge=32, le=bounds.MAX_INPUT)
 
 
 class SqueezeNetConfig(WeightsConfig):
     """weights: squeezenet11_caffe_fp16.npz."""
 
     name: Literal["squeezenet"] = "squeezenet"
-    size: int = Field(128, ge=squeezenet.SMALLEST)
+    size: int = Field(128, ge=squeezenet.SMALLEST, le=bounds.MAX_INPUT)
 
 
 FeatureNetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig

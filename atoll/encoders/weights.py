@@ -5,6 +5,7 @@ A frozen network's config names its `weights` as the user did (a local path, or 
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
 from torch import nn
 
 from atoll.encoders.find import REPOSITORY
@@ -24,6 +26,7 @@ from atoll.encoders.weight_files import WeightFiles, weight_files
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import read_json, sha256_file
+from atoll.storage.claims import require_fit
 from atoll.storage.content import advice, content_of, is_cut_off
 from atoll.storage.memory import refuse_out_of_memory
 
@@ -213,8 +216,11 @@ def load_pretrained(
         if weights.variant is not None:
             options["variant"] = weights.variant  # half-precision values, which are computed in `dtype`
         try:
+            require_fit(_read_object(directory / "config.json"), *_extent(weights.files), str(directory))
             cls = getattr(module, classes[kind])
             network, info = cls.from_pretrained(str(directory), output_loading_info=True, **options)
+        except AtollError:
+            raise
         except Exception as error:  # anything: safetensors, JSON, shapes, unknown keys
             size = sum(file.stat().st_size for file in pretrained_files(directory, STEMS[library]).values())
             refuse_out_of_memory(error, directory, size)
@@ -227,6 +233,16 @@ def load_pretrained(
         )
     value: nn.Module = freeze(network)
     return value
+
+
+def _extent(files: Sequence[Path]) -> tuple[int, int]:
+    """Return the number of tensors in safetensors files, and of their elements, without loading them."""
+    # The header holds the shapes.
+    shapes = list[list[int]]()
+    for file in files:
+        with safe_open(file, "pt") as content:
+            shapes += [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118  # no mapping
+    return len(shapes), sum(map(math.prod, shapes))
 
 
 def _not_loaded(directory: Path, weights: WeightFiles, library: str, error: Exception) -> str:

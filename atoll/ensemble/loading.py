@@ -29,12 +29,14 @@ from atoll.ensemble.offload import (
     parse_budget,
     read_weights,
 )
+from atoll.ensemble.parts import require_hash, require_part
 from atoll.ensemble.replicas import Stacking
-from atoll.errors import AtollError
+from atoll.errors import AtollError, escaped
 from atoll.nn import build_network
 from atoll.objective import Objective
-from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_tensors, sha256_file
+from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_tensors
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard, SamplingDefaults
+from atoll.storage.claims import require_fit
 from atoll.storage.containment import owning_directory, require_inside
 from atoll.storage.layout import ENSEMBLE_CARD
 from atoll.storage.memory import refuse_out_of_memory
@@ -223,11 +225,12 @@ def _load_experts(
         if not (part / CARD).is_file():
             if strict:
                 raise AtollError(f"{part}: the expert {entry.name} is missing, and --strict requires all of them")
-            warnings.warn(f"the expert {entry.name} is missing ({part}); sampling without it", stacklevel=3)
+            warnings.warn(escaped(f"the expert {entry.name} is missing ({part}); sampling without it"), stacklevel=3)
             continue
         # The card names the weights' hash, so checking the card checks both.
-        _check_hash(part / CARD, entry.sha256)
+        require_hash(part / CARD, entry.sha256)
         experts.append(load_expert(part, device, weights, cache, root=root, trust=trust))
+        require_part(card, experts[-1].card, part / CARD)
     if not experts:
         raise AtollError(f"{path}: none of its {len(card.experts)} experts is there; fetch at least one")
     return experts
@@ -278,8 +281,10 @@ def _router_of(
     # The router's hash is checked as an expert's is.
     part, root = path / card.router.url, trust.run or owning_directory(path)
     _require_part(part, root, path / ENSEMBLE_CARD, trust)
-    _check_hash(part / CARD, card.router.sha256)
-    return load_router(part, device, root=root, trust=trust), read_card(part, RouterCard)
+    require_hash(part / CARD, card.router.sha256)
+    router_card = read_card(part, RouterCard)
+    require_part(card, router_card, part / CARD)
+    return load_router(part, device, root=root, trust=trust), router_card
 
 
 def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -298,7 +303,7 @@ def _stackings(path: Path, card: EnsembleCard, device: str | torch.device, trust
     # Weights are in the card, mean latents in a file beside it.
     file = path / card.stackings.file
     require_inside(file, path, path / ENSEMBLE_CARD, trust.paths)
-    _check_hash(file, card.stackings.sha256)
+    require_hash(file, card.stackings.sha256)
     with _sound(file):
         means = load(file.read_bytes())
         return [
@@ -353,26 +358,16 @@ def _sound(card: Path) -> Iterator[None]:
         raise AtollError(f"{card}: cannot be read ({type(error).__name__}: {error}); get a fresh copy of it") from None
 
 
-def _check_hash(card: Path, expected: str) -> None:
-    """Raise AtollError unless a part is the one that was assembled."""
-    # A missing part and a changed one have different remedies.
-    if not card.is_file():
-        raise AtollError(f"{card}: not found; fetch the part again")
-    if sha256_file(card) != expected:
-        raise AtollError(
-            f"{card}: is not the one that was assembled (its sha256 differs); restore it, or run `atoll assemble` again"
-        )
-
-
 def _network(
     path: Path, card: ExpertCard | RouterCard, tensors: dict[str, Tensor], device: str | torch.device
 ) -> nn.Module:
     """Return the card's network with the artifact's weights, in evaluation mode and without gradients."""
+    # The artifact also holds the calibration's tensors.
+    weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
+    require_fit(card.network, len(weights), sum(value.numel() for value in weights.values()), str(path / CARD))
     # Built without memory: the weights are assigned, not copied.
     with torch.device("meta"):
         network = build_network(card.network)
-    # The artifact also holds the calibration's tensors.
-    weights = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
     try:
         network.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

@@ -26,7 +26,7 @@ from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from atoll.choices import Checkpointing
@@ -34,21 +34,13 @@ from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
 from atoll.nn.recompute import recomputed
+from atoll.nn.sizes import check_sizes
+from atoll.storage import bounds
 
 ModulationKind = Literal["single", "per-block"]
 TIME_FEATURES = 256  # sinusoids of the time, as in DiT,
 TIME_PERIOD = 10000.0  # whose longest period is 2 pi times this
 NORM_EPS = 1e-6
-
-
-def check_sizes(size: tuple[int, int], patch: int, width: int, heads: int) -> None:
-    """Raise AtollError unless `patch` divides both sides of `size`, and `heads` and 4 divide `width`."""
-    if size[0] % patch or size[1] % patch:
-        raise AtollError(f"size {size[0]}x{size[1]}, patch {patch}: the patch must divide both; change one")
-    if width % heads:
-        raise AtollError(f"width {width}, heads {heads}: the heads must divide the width; change one")
-    if width % 4:
-        raise AtollError(f"width {width}: 2D positions need a multiple of 4; take {4 * math.ceil(width / 4)}")
 
 
 class DiTConfig(BaseModel):
@@ -60,20 +52,20 @@ class DiTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["dit"] = "dit"
-    size: tuple[PositiveInt, PositiveInt]  # (H, W) of the latent
-    channels: PositiveInt  # C of the latent
-    patch: PositiveInt  # side of a token, in latent pixels
-    width: PositiveInt  # D
-    depth: PositiveInt  # number of blocks
-    heads: PositiveInt
-    mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
-    states_dim: PositiveInt  # width of the condition's states
-    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: not used
+    size: tuple[bounds.Side, bounds.Side]  # (H, W) of the latent
+    channels: bounds.Channels  # C of the latent
+    patch: bounds.Side  # side of a token, in latent pixels
+    width: bounds.Width  # D
+    depth: bounds.Depth  # number of blocks
+    heads: bounds.Width
+    mlp_ratio: bounds.MlpRatio = 4.0  # hidden width of a block's MLP over D
+    states_dim: bounds.Width  # width of the condition's states
+    pooled_dim: bounds.Width | None = None  # width of the condition's pooled vector; None: not used
     modulation: ModulationKind = "single"
     final: ModulationKind | None = None  # modulation of the last norm; None: that of the blocks
     text_layers: Literal[1, 2] = 1  # linear layers that project the states; PixArt has 2
-    mlp_eps: PositiveFloat = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT uses 1e-5
-    time_period: PositiveFloat = TIME_PERIOD  # diffusers' DiT uses 10000^(128/127)
+    mlp_eps: bounds.Epsilon = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT uses 1e-5
+    time_period: bounds.TimeScale = TIME_PERIOD  # diffusers' DiT uses 10000^(128/127)
 
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":

@@ -8,7 +8,7 @@ import inspect
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictBool, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_serializer, model_validator
 from torch import Tensor, nn
 
 from atoll.condition import Condition
@@ -16,13 +16,14 @@ from atoll.errors import AtollError
 from atoll.nn.dit import check_input, compute_dtype
 from atoll.nn.paris import require_condition
 from atoll.runtime.libraries import quiet
+from atoll.storage import bounds
 from atoll.storage.memory import refuse_out_of_memory
 
 Class = Literal["PixArtTransformer2DModel", "DiTTransformer2DModel"]
 # Bounds for diffusers' configurations: cards come from strangers and must not request absurd memory or time.
-MOST = 2**16
+MOST = bounds.MAX_DIM
 Value = StrictBool | Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, le=MOST)] | str | None
-LIMITS = {"num_layers": 512, "sample_size": 1024}
+LIMITS = {"num_layers": 512, "sample_size": 1024}  # blocks; latent pixels per side
 
 
 class ForeignConfig(BaseModel):
@@ -37,7 +38,7 @@ class ForeignConfig(BaseModel):
     cls: Class = Field(alias="class")  # one of these two, never another name from a file
     config: dict[str, Value]  # arguments of the class; missing ones keep their defaults
     # (height, width) of the images, for a PixArt that reads them (those of 1024 px)
-    pixels: tuple[PositiveInt, PositiveInt] | None = None
+    pixels: tuple[bounds.Side, bounds.Side] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ForeignConfig":
@@ -45,7 +46,20 @@ class ForeignConfig(BaseModel):
             value = self.config.get(key)
             if isinstance(value, int | float) and value > most:
                 raise ValueError(f"{key} {value}; expected at most {most}")
+        # Positions [N, D] are computed in Python: both must be within the limits of a native network.
+        side, patch = self._number("sample_size", 32), max(1, self._number("patch_size", 2))
+        width = self._number("num_attention_heads", 16) * self._number("attention_head_dim", 72)
+        if (side // patch) ** 2 > bounds.MAX_PATCHES or width > bounds.MAX_DIM:
+            raise ValueError(
+                f"{side // patch} x {side // patch} tokens of width {width}; expected at most {bounds.MAX_PATCHES:,} "
+                f"tokens of width {bounds.MAX_DIM:,}"
+            )
         return self
+
+    def _number(self, key: str, default: int) -> int:
+        # Missing keys keep diffusers' defaults.
+        value = self.config.get(key)
+        return int(value) if isinstance(value, int | float) else default
 
     @model_serializer
     def _plain(self) -> dict[str, Any]:

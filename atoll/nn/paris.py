@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from atoll.condition import Condition
@@ -33,7 +33,6 @@ from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_state
 from atoll.nn.dit import (
     TIME_FEATURES,
     check_input,
-    check_sizes,
     compute_dtype,
     modulate,
     sincos_positions,
@@ -41,6 +40,8 @@ from atoll.nn.dit import (
     unpatchify,
     zero,
 )
+from atoll.nn.sizes import check_sizes
+from atoll.storage import bounds
 
 EPS = 1e-5  # of every norm
 
@@ -53,13 +54,13 @@ class _Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: tuple[PositiveInt, PositiveInt]  # (H, W) of the latent
-    channels: PositiveInt  # C of the latent
-    patch: PositiveInt  # side of a token, in latent pixels
-    width: PositiveInt  # D
-    depth: PositiveInt  # number of blocks
-    heads: PositiveInt
-    mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
+    size: tuple[bounds.Side, bounds.Side]  # (H, W) of the latent
+    channels: bounds.Channels  # C of the latent
+    patch: bounds.Side  # side of a token, in latent pixels
+    width: bounds.Width  # D
+    depth: bounds.Depth  # number of blocks
+    heads: bounds.Width
+    mlp_ratio: bounds.MlpRatio = 4.0  # hidden width of a block's MLP over D
 
     @model_validator(mode="after")
     def _check(self) -> "_Config":
@@ -71,15 +72,15 @@ class ParisConfig(_Config):
     """The configuration of an expert's network."""
 
     name: Literal["paris"] = "paris"
-    states_dim: PositiveInt  # width of the condition's states
+    states_dim: bounds.Width  # width of the condition's states
 
 
 class ParisRouterConfig(_Config):
     """The configuration of the router."""
 
     name: Literal["paris-router"] = "paris-router"
-    clusters: PositiveInt  # K
-    time_scale: PositiveFloat = 1000.0  # t in [0,1] becomes the scheduler's 0..1000
+    clusters: bounds.Outputs  # K
+    time_scale: bounds.TimeScale = 1000.0  # t in [0,1] becomes the scheduler's 0..1000
 
 
 def mlp(width: int, ratio: float) -> nn.Sequential:

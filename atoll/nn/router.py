@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from atoll.nn.dit import (
@@ -18,7 +18,6 @@ from atoll.nn.dit import (
     DiTBlock,
     ModulationKind,
     check_input,
-    check_sizes,
     compute_dtype,
     initialize_blocks,
     modulate,
@@ -26,6 +25,8 @@ from atoll.nn.dit import (
     sincos_positions,
     zero,
 )
+from atoll.nn.sizes import check_sizes
+from atoll.storage import bounds
 
 
 class RouterConfig(BaseModel):
@@ -37,17 +38,17 @@ class RouterConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["router"] = "router"
-    size: tuple[PositiveInt, PositiveInt]  # (H, W) of the latent
-    channels: PositiveInt  # C of the latent
-    patch: PositiveInt  # side of a token, in latent pixels
-    width: PositiveInt  # D
-    depth: PositiveInt  # number of blocks
-    heads: PositiveInt
-    mlp_ratio: PositiveFloat = 4.0  # hidden width of a block's MLP over D
-    clusters: PositiveInt  # K
-    pooled_dim: PositiveInt | None = None  # width of the condition's pooled vector; None: not used
+    size: tuple[bounds.Side, bounds.Side]  # (H, W) of the latent
+    channels: bounds.Channels  # C of the latent
+    patch: bounds.Side  # side of a token, in latent pixels
+    width: bounds.Width  # D
+    depth: bounds.Depth  # number of blocks
+    heads: bounds.Width
+    mlp_ratio: bounds.MlpRatio = 4.0  # hidden width of a block's MLP over D
+    clusters: bounds.Outputs  # K
+    pooled_dim: bounds.Width | None = None  # width of the condition's pooled vector; None: not used
     modulation: ModulationKind = "per-block"
-    time_scale: PositiveFloat = 999.0  # t in [0,1] becomes the 0..999 that the time's sinusoids are made for
+    time_scale: bounds.TimeScale = 999.0  # t in [0,1] becomes the 0..999 that the time's sinusoids are made for
 
     @model_validator(mode="after")
     def _check(self) -> "RouterConfig":

@@ -22,9 +22,14 @@ MAX_SIDE = 16_384  # H or W of a latent, in latent pixels
 MAX_LATENT = 2**24  # numbers in one latent: 64 MiB in float32, 2048 x 2048 RGB pixels
 MAX_DIM = 65_536  # width of a network, of text states, of a feature. The largest transformers have 18,432
 MAX_DEPTH = 1024  # blocks of a network. FLUX has 57; each block is built in Python before its weights are compared
-MAX_TOKENS = 65_536  # of a caption. T5 encoders read up to 512
-# Schedules and measured curves.
-MAX_SCHEDULE = 100_000  # entries of a discrete schedule. DDPM has 1,000
+MAX_PATCHES = 65_536  # N. FLUX has 16,384 at 2048 x 2048 pixels; attention computes their square
+MAX_TOKENS = 4096  # L, of a caption. T5 encoders read up to 512; attention computes their square
+MAX_STATES = 2**22  # L x D, numbers in one caption's states: 16 MiB in float32. T5-XXL has 512 x 4096
+MAX_LABELS = 65_536  # of a class-conditional network. ImageNet-21k has 21,841
+MAX_INPUT = 4096  # pixels per side that a frozen network reads. DINOv2 reads 224 to 518
+MAX_RATIO = 64.0  # hidden width of an MLP over D. Networks have 4
+MAX_TIME = 1e6  # scale of the time that a network reads. DDPM has 1,000
+# Measured curves.
 MAX_NODES = 1024  # log-SNR nodes of a calibration or a stacking. Atoll measures 19
 MAX_LOG_SNR = 100.0  # either sign; beyond 88 exp() overflows in float32
 MAX_ERROR = 1e30  # a mean squared error; squares of float32 stay finite below 3e38
@@ -43,8 +48,20 @@ PositiveCount = Annotated[int, Field(strict=True, ge=1, le=_WHOLE)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]  # what torch.Generator takes
 Steps = Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)]
 ClusterCount = Annotated[int, Field(strict=True, ge=1, le=MAX_CLUSTERS)]
+Outputs = Annotated[int, Field(gt=0, le=MAX_CLUSTERS)]  # of a router
 ClusterNumber = Annotated[int, Field(strict=True, ge=0, lt=MAX_CLUSTERS)]
 Clusters = Annotated[tuple[ClusterNumber, ...], Field(min_length=1, max_length=MAX_CLUSTERS)]
+
+# Sizes of networks. Not strict: configurations come from atoll.yaml and from scripts, too.
+Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+Width = Annotated[int, Field(gt=0, le=MAX_DIM)]
+Depth = Annotated[int, Field(gt=0, le=MAX_DEPTH)]
+TokenCount = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
+InputSide = Annotated[int, Field(gt=0, le=MAX_INPUT)]  # of what a frozen network reads
+MlpRatio = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False)]
+TimeScale = Annotated[float, Field(gt=0, le=MAX_TIME, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # of a norm
 
 # Real numbers, always finite.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -67,8 +84,17 @@ def _increasing(nodes: tuple[float, ...]) -> tuple[float, ...]:
 
 Nodes = Annotated[tuple[_LogSNR, ...], Field(min_length=2, max_length=MAX_NODES), AfterValidator(_increasing)]
 
+
+def _printable(name: str) -> str:
+    # Otherwise an expert's name could control the terminal that shows it.
+    if not name.isprintable():
+        raise ValueError(f"got {name!r:.60}, expected a name without control characters")
+    return name
+
+
 # Text. A name is never empty.
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=MAX_NAME)]
+PartName = Annotated[Name, AfterValidator(_printable)]  # of an expert: shown on terminals and pages
 FreeText = Annotated[str, Field(strict=True, max_length=MAX_TEXT)]
 Sha256 = Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")]
 # In the card's own directory: no slash, and no leading dot.

@@ -15,7 +15,7 @@ from atoll.errors import AtollError
 from atoll.evaluate import evaluate_run
 from atoll.launch.run import launch_run
 from atoll.manifest import Manifest, load_manifest
-from atoll.storage.artifact import CARD, write_bytes, write_json
+from atoll.storage.artifact import CARD, read_json, write_bytes, write_json
 from atoll.storage.layout import CLUSTERS, ENCODED, EVALUATION, EXPERTS, MONOLITH, ROUTER, STUDENT, RunLayout
 from atoll.study.recipe import Study, run_path
 from atoll.study.table import write_results
@@ -160,7 +160,7 @@ def _training_settings(manifest: Manifest) -> dict[str, object]:
 
 
 def _is_done(file: Path, settings: dict[str, object]) -> bool:
-    return file.is_file() and json.loads(file.read_text()) == settings
+    return file.is_file() and read_json(file) == settings
 
 
 def _link(link: Path, target: Path) -> None:

@@ -4,23 +4,30 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text.encoder import TextEncoder
+from atoll.storage import bounds
 
 
 class HashConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["hash"] = "hash"
-    dim: int = Field(64, ge=2, multiple_of=2)  # half sine, half cosine
-    length: int = Field(16, ge=2)
+    dim: int = Field(64, ge=2, le=bounds.MAX_DIM, multiple_of=2)  # half sine, half cosine
+    length: int = Field(16, ge=2, le=bounds.MAX_TOKENS)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.dim * self.length > bounds.MAX_STATES:
+            raise ValueError(f"dim x length is {self.dim * self.length:,}; expected at most {bounds.MAX_STATES:,}")
+        return self
 
 
 class HashEncoder(TextEncoder):

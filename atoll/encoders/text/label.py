@@ -4,15 +4,16 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text.encoder import TextEncoder
 from atoll.errors import AtollError
+from atoll.storage import bounds
 
 
 class LabelConfig(BaseModel):
@@ -21,7 +22,7 @@ class LabelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["label"] = "label"
-    labels: tuple[str, ...] | str
+    labels: Annotated[tuple[str, ...], Field(max_length=bounds.MAX_LABELS)] | str
 
 
 class LabelEncoder(TextEncoder):

@@ -23,6 +23,7 @@ from atoll.encoders.weights import (
 )
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
+from atoll.storage import bounds
 from atoll.storage.memory import refuse_out_of_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +44,7 @@ class CLIPConfig(TextConfig):
     """
 
     name: Literal["clip"] = "clip"
-    length: int | None = Field(None, ge=2)  # None: as many as the network has positions (77)
+    length: int | None = Field(None, ge=2, le=bounds.MAX_TOKENS)  # None: as many as the network has positions (77)
     pooled: Literal["last", "projected"] = "last"
 
 
@@ -51,7 +52,7 @@ class T5Config(TextConfig):
     """The encoder of a T5 or T5 v1.1, such as PixArt's text_encoder: 120 tokens there, 256 in SD3."""
 
     name: Literal["t5"] = "t5"
-    length: int = Field(120, ge=2)
+    length: int = Field(120, ge=2, le=bounds.MAX_TOKENS)
 
 
 class _PretrainedTextEncoder(TextEncoder):

@@ -162,7 +162,7 @@ class ExpertCard(ArtifactCard):
     """
 
     kind: Literal["expert"] = "expert"
-    name: Name
+    name: bounds.PartName
     k: bounds.ClusterCount
     clusters: bounds.Clusters
     objective: Plain

@@ -19,7 +19,7 @@ class RouterEntry(CardRecord):
 class ExpertEntry(CardRecord):
     """Where one of an ensemble's experts is, relative to the ensemble, and the hash of its card."""
 
-    name: Name
+    name: bounds.PartName
     clusters: bounds.Clusters
     url: bounds.FreeText
     sha256: Sha256
