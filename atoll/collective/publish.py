@@ -1,15 +1,18 @@
 """Offer a trained expert to a collective: `atoll collective publish`."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from atoll.collective.charter import Collective
 from atoll.collective.files import FileProgress, digests_of, upload_files
 from atoll.collective.heartbeat import works_of
 from atoll.collective.index import SUBMISSION, SUBMISSIONS, submission_id
-from atoll.collective.keys import hex_of
+from atoll.collective.keys import Key, hex_of
 from atoll.collective.leases import end, work_status
 from atoll.collective.member import Membership, changing, full_url
 from atoll.collective.statements import Submission, sign
+from atoll.collective.store import Store, StoreError
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.storage.artifact import read_card
@@ -59,7 +62,9 @@ def publish_expert(expert: Path, url: str | None = None, *, progress: FileProgre
         submission = submission_id(key.id, files[CARD].sha256)
         prefix = f"{SUBMISSIONS}/{submission}"
         if store.exists(f"{prefix}/{SUBMISSION}"):
-            raise AtollError(f"{expert}: is published already as {submission}; nothing was changed")
+            # The process may have been killed before it could say that the work is finished.
+            _finish(member, store, collective, key, work)
+            raise AtollError(f"{expert}: is published already as {submission}; train another one, or claim a replica")
         # Files first; the statement about them makes them a submission.
         upload_files(store, prefix, expert, files, progress)
         statement = Submission(
@@ -67,13 +72,27 @@ def publish_expert(expert: Path, url: str | None = None, *, progress: FileProgre
         )
         if not store.create(f"{prefix}/{SUBMISSION}", sign(statement, [key], collective.identity)):
             raise AtollError(f"{store.place(prefix)}/{SUBMISSION}: something else is at its place; remove it")
-        # A lease that another member took over meanwhile makes this a replica.
-        status = work_status(store, collective, work)
-        current = lease is not None and (status.epoch, status.nonce) == (lease.epoch, lease.nonce)
-        if lease is not None:
-            end(store, collective, lease, key, "finished")
-            member.with_lease(work, None)
+        # It is published now, whatever happens to the lease.
+        try:
+            current = _finish(member, store, collective, key, work)
+        except StoreError as error:
+            warnings.warn(f"published, but the lease on work {work} is not ended ({error})", stacklevel=2)
+            current = lease is not None
     return Published(submission, replica=not current)
+
+
+def _finish(member: Membership, store: Store, collective: Collective, key: Key, work: str) -> bool:
+    """End the lease on finished work. Returns False if there is none, or another member took the work over."""
+    lease = member.leases.get(work)
+    if lease is None:
+        return False
+    status = work_status(store, collective, work)
+    current = (status.epoch, status.nonce) == (lease.epoch, lease.nonce)
+    # An epoch that is over needs no end.
+    if current and status.end is None:
+        end(store, collective, lease, key, "finished")
+    member.with_lease(work, None)
+    return current
 
 
 def _work_of(directory: Path, expert: Path, card: ExpertCard) -> str:

@@ -45,6 +45,7 @@ def claim_work(
         AtollError: nobody may have it now, or the store fails. A claim that succeeded is remembered: the same command
             continues with the shards.
     """
+    Membership(directory)
     manifest = load_manifest(directory)
     works = works_of(manifest)
     if cluster is not None and not 0 <= cluster < manifest.clusters.k:
