@@ -88,6 +88,12 @@ def claim(
     cluster: Annotated[int | None, typer.Option(min=0, help="The cluster; default: the next that nobody has.")] = None,
     replica: Annotated[int, typer.Option(min=0, max=99, help="A further expert of the cluster.")] = 0,
     again: Annotated[bool, typer.Option("--again", help="Also take finished work.")] = False,
+    share_checkpoints: Annotated[
+        bool, typer.Option("--share-checkpoints", help="Training publishes its state, for whoever takes over.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Fetch the state that an earlier holder shared; trusts that holder.")
+    ] = False,
     run: MemberOption = None,
     quiet: Quiet = False,
 ) -> None:
@@ -97,11 +103,23 @@ def claim(
 
     directory = find_member(full_url(url), run)
     with bar("claim", "files", quiet) as update:
-        claimed = claim_work(directory, cluster=cluster, replica=replica, again=again, progress=update)
+        claimed = claim_work(
+            directory,
+            cluster=cluster,
+            replica=replica,
+            again=again,
+            share=share_checkpoints,
+            resume=resume,
+            progress=update,
+        )
     lease, expert = claimed.lease, claimed.expert or claimed.lease.work.split(".")[0]
+    flag = ""
+    if claimed.checkpoint is not None:
+        typer.echo(f"the checkpoint is from {claimed.checkpoint}")
+        flag = " --resume"
     typer.echo(
         f"work {lease.work} is yours (epoch {lease.epoch}) until {claimed.until}; "
-        f"`atoll train expert {expert} -r {directory}` trains it and renews the lease"
+        f"`atoll train expert {expert} -r {directory}{flag}` trains it and renews the lease"
     )
 
 
@@ -171,6 +189,7 @@ def status(
     """Show who trains what, and what was offered. Needs no key, and only rights to read."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from atoll.collective.leases import when
     from atoll.collective.status import collective_status
@@ -186,11 +205,15 @@ def status(
         holder = now.collective.name_of(one.holder) if one.holder else ""
         state = one.state(now.now)
         until = when(one.until) if state in ("held", "expired") else ""
-        table.add_row(one.work, now.experts.get(one.work, ""), state, str(one.epoch or ""), holder, until)
+        # As text: what strangers wrote is no markup.
+        row = (one.work, now.experts.get(one.work, ""), state, str(one.epoch or ""), holder, until)
+        table.add_row(*map(Text, row))
     console.print(table)
     # What was offered.
     if now.submissions:
         table = Table("submission", "expert", "work", "owner", "state")
-        for row in now.submissions:
-            table.add_row(row.submission, row.name, row.work, row.submitter, row.state)
+        table.columns[0].no_wrap = True
+        for offer in now.submissions:
+            cells = (offer.submission, offer.name, offer.work, offer.submitter, offer.state)
+            table.add_row(*map(Text, cells))
         console.print(table)

@@ -1,9 +1,9 @@
 """Many owners of one model, through any object store: `atoll collective`. docs/collective.md describes it.
 
 store.py bucket.py hub.py connect.py    one interface to directories, buckets and Hugging Face repositories
-keys.py statements.py    ed25519 keys; the statements that members sign
+keys.py statements.py signed.py    ed25519 keys; what members sign, and how
 charter.py index.py      who may do what; which experts are in: both are chains of objects that are only ever created
-leases.py heartbeat.py   who trains what, and how training keeps its lease
+leases.py heartbeat.py checkpoints.py    who trains what, how training keeps its lease, and what a successor gets
 files.py member.py       files with hashes; a member's own directory
 open.py join.py members.py work.py publish.py status.py    what the commands do
 

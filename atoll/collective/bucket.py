@@ -1,5 +1,6 @@
 """A directory, a bucket of S3, GCS or Azure, or memory as a store, by obstore."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,15 +42,18 @@ class ObstoreClient:
     def put_new(self, path: str, data: bytes) -> None:
         with self._errors(path):
             self._obs.put(self._store, self._checked(path), data, mode="create")
+        self._sync(path)
 
     def put(self, path: str, data: bytes) -> None:
         with self._errors(path):
             self._obs.put(self._store, self._checked(path), data)
+        self._sync(path)
 
     def put_file(self, path: str, file: Path) -> None:
         with self._errors(path):
             # In parts if it is large; on every store it appears when the last part is there.
             self._obs.put(self._store, self._checked(path), file)
+        self._sync(path)
 
     def chunks(self, path: str) -> Iterator[bytes]:
         with self._errors(path):
@@ -67,6 +71,18 @@ class ObstoreClient:
         with self._errors(prefix):
             for batch in self._obs.list(self._store, prefix):
                 yield from map(_stored, batch)
+
+    def _sync(self, path: str) -> None:
+        """Let a write to a directory survive a power failure; buckets do that themselves."""
+        if self._root is None:
+            return
+        with self._errors(path):
+            for place in (self._root / path, (self._root / path).parent):
+                descriptor = os.open(place, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def _place(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{path}"

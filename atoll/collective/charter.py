@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from atoll.collective.keys import Key, short
-from atoll.collective.statements import MAX_NUMBER, Charter, Position, Signed, StatementT, read_signed, sign
+from atoll.collective.signed import Signed, read_signed, sign
+from atoll.collective.statements import MAX_NUMBER, Charter, Position, StatementT
 from atoll.collective.store import Store
 from atoll.errors import AtollError
 

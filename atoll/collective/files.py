@@ -4,16 +4,21 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import yaml
+
 from atoll.collective.keys import canonical
-from atoll.collective.statements import LIST_BYTES, MAX_KEYS, FileDigest, parse_canonical, safe_path
+from atoll.collective.signed import parse_canonical
+from atoll.collective.statements import LIST_BYTES, MAX_KEYS, FileDigest, safe_path
 from atoll.collective.store import Store
 from atoll.errors import AtollError
+from atoll.manifest import Manifest, parse_manifest
 from atoll.storage.cards import parse_record
 
 RUN = "run"  # the run's files: run/<first 32 digits of the hash of their list>/
 FILE_LIST = "files.json"
 MAX_FILE = 1 << 40  # bytes of one file
 MAX_FILES = 10 * MAX_KEYS
+MANIFEST_BYTES = 1 << 20
 FileProgress = Callable[[int, int, str], None]  # files done, of how many, the current one
 
 
@@ -117,6 +122,23 @@ def read_list(store: Store, expected: FileDigest) -> dict[str, FileDigest]:
     if not isinstance(content, dict) or len(content) > MAX_FILES:
         raise AtollError(f"{store.place(place)}: no list of files")
     return {name: parse_record(FileDigest, value, store.place(place)) for name, value in content.items()}
+
+
+def parse_published(data: bytes, where: str) -> Manifest:
+    """Parse an atoll.yaml that somebody else wrote.
+
+    Raises:
+        AtollError: as `parse_manifest`; or it holds aliases, with which a small file describes a huge value.
+    """
+    try:
+        text = data.decode()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise AtollError(f"{where}: holds YAML aliases; write out what they stand for")
+        return parse_manifest(text, where)
+    except UnicodeDecodeError:
+        raise AtollError(f"{where}: is no UTF-8 text") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())[:160]})") from None
 
 
 def files_prefix(digest: FileDigest) -> str:

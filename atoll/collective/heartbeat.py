@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atoll.collective.charter import read_collective
+from atoll.collective.checkpoints import share_checkpoint
 from atoll.collective.leases import Lease, renew
 from atoll.collective.member import Membership
+from atoll.collective.statements import FileDigest
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
-from atoll.storage.layout import COLLECTIVE
+from atoll.storage.layout import COLLECTIVE, RunLayout, TrainingLayout
 
 _BEATS = 8  # per lease, so that a store may be away for most of a lease
 _LONGEST_PAUSE = 3600.0  # seconds between two heartbeats
@@ -26,11 +28,13 @@ class Heartbeat(threading.Thread):
     Args:
         directory: the member's.
         lease: to renew.
+        checkpoint: a file to share with each heartbeat; None for none.
     """
 
-    def __init__(self, directory: Path, lease: Lease):
+    def __init__(self, directory: Path, lease: Lease, checkpoint: Path | None = None):
         super().__init__(name=f"lease-{lease.work}", daemon=True)
-        self._directory, self._lease = directory, lease
+        self._directory, self._lease, self._checkpoint = directory, lease, checkpoint
+        self._shared: FileDigest | None = None
         self._stopped = threading.Event()
         self._failing = False
         self.beats = 0
@@ -70,6 +74,10 @@ class Heartbeat(threading.Thread):
         store = member.open()
         collective = read_collective(store, member.record.identity, member.record.charter)
         held = renew(store, collective, self._lease, member.key())
+        if held and self._checkpoint is not None:
+            self._shared = share_checkpoint(
+                store, collective, self._lease, member.key(), self._checkpoint, self._shared
+            )
         self.beats += 1
         return held, collective.charter.lease_seconds
 
@@ -94,8 +102,7 @@ def renewed(run: Path, expert: str) -> Iterator[Heartbeat | None]:
     Yields:
         The thread; None without a lease.
     """
-    lease = _lease_of(run, expert) if (run / COLLECTIVE).is_file() else None
-    thread = None if lease is None else Heartbeat(run, lease)
+    thread = _heartbeat_of(run, expert) if (run / COLLECTIVE).is_file() else None
     if thread is not None:
         thread.start()
     try:
@@ -117,8 +124,8 @@ def works_of(manifest: Manifest) -> dict[str, str]:
     return works
 
 
-def _lease_of(run: Path, expert: str) -> Lease | None:
-    """Return the lease under which an expert is trained."""
+def _heartbeat_of(run: Path, expert: str) -> Heartbeat | None:
+    """Return the heartbeat of the lease under which an expert is trained."""
     # A mistake in atoll.yaml or in the name is reported by training itself.
     try:
         manifest = load_manifest(run)
@@ -126,11 +133,17 @@ def _lease_of(run: Path, expert: str) -> Lease | None:
     except AtollError:
         return None
     try:
-        leases = Membership(run).leases
+        member = Membership(run)
     except AtollError as error:
         warnings.warn(f"no lease is renewed: {error}", stacklevel=3)
         return None
+    leases = member.leases
     exact = [work for work, name in works_of(manifest).items() if name == wanted.full_name and work in leases]
     # A replica that the manifest does not list is trained under whatever lease its cluster has.
     others = [work for work in leases if work.split(".")[0] == str(wanted.cluster)]
-    return leases[(exact or others)[0]] if exact or others else None
+    if not exact and not others:
+        return None
+    lease = leases[(exact or others)[0]]
+    artifact = RunLayout(run).expert(wanted.full_name)
+    shares = member.record.leases[lease.work].share
+    return Heartbeat(run, lease, TrainingLayout.of(artifact).checkpoint if shares else None)

@@ -9,6 +9,7 @@ from hashlib import sha256
 
 from atoll.collective.charter import Collective, chain, check_seen, numbered
 from atoll.collective.keys import Key, hex_of, short
+from atoll.collective.signed import Signed, read_signed, sign
 from atoll.collective.statements import (
     STATEMENT_BYTES,
     AdmissionReport,
@@ -18,10 +19,7 @@ from atoll.collective.statements import (
     Position,
     RetiredExpert,
     Retirement,
-    Signed,
     Submission,
-    read_signed,
-    sign,
 )
 from atoll.collective.store import Store
 from atoll.errors import AtollError

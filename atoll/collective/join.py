@@ -4,17 +4,16 @@ from pathlib import Path
 
 from atoll.collective.charter import read_collective
 from atoll.collective.connect import open_store
-from atoll.collective.files import fetch_files, files_prefix, read_list
+from atoll.collective.files import MANIFEST_BYTES, fetch_files, files_prefix, parse_published, read_list
 from atoll.collective.keys import Key, hex_of
 from atoll.collective.member import MemberRecordFile, full_url, write_record
-from atoll.collective.statements import Request, sign
+from atoll.collective.signed import sign
+from atoll.collective.statements import Request
 from atoll.errors import AtollError
-from atoll.manifest import parse_manifest
 from atoll.storage.artifact import whole_directory
 from atoll.storage.layout import CLUSTERS, MANIFEST
 
 REQUESTS = "requests"
-_MANIFEST_BYTES = 1 << 20
 
 
 def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity: str | None = None) -> str:
@@ -48,12 +47,12 @@ def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity:
     files = read_list(store, charter.files)
     small = {file: digest for file, digest in files.items() if file == MANIFEST or _is_clustering(file)}
     manifest = small.get(MANIFEST)
-    if manifest is None or manifest.sha256 != charter.founded.manifest or manifest.size > _MANIFEST_BYTES:
+    if manifest is None or manifest.sha256 != charter.founded.manifest or manifest.size > MANIFEST_BYTES:
         raise AtollError(f"{url}: its list of files lacks the manifest that the charter names; ask the founder")
     with whole_directory(out) as directory:
         fetch_files(store, files_prefix(charter.files), small, directory)
         # A manifest that this version cannot read is refused now, not after days.
-        parse_manifest((directory / MANIFEST).read_text(encoding="utf-8"), f"{url}: {MANIFEST}")
+        parse_published((directory / MANIFEST).read_bytes(), f"{url}: {MANIFEST}")
         write_record(
             directory,
             MemberRecordFile(

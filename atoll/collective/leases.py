@@ -13,7 +13,8 @@ from typing import Literal
 
 from atoll.collective.charter import Collective, read_collective
 from atoll.collective.keys import Key, hex_of
-from atoll.collective.statements import MAX_NUMBER, STATEMENT_BYTES, Claim, End, Signed, StatementT, read_signed, sign
+from atoll.collective.signed import Signed, read_signed, sign
+from atoll.collective.statements import MAX_NUMBER, STATEMENT_BYTES, Claim, End, StatementT
 from atoll.collective.store import Store, StoredObject, StoreError
 from atoll.errors import AtollError
 
@@ -192,6 +193,18 @@ def end(store: Store, collective: Collective, lease: Lease, key: Key, state: Lit
     place = _path(lease.work, lease.epoch, "end")
     if not store.create(place, sign(statement, [key], collective.identity)):
         raise AtollError(f"{store.place(place)}: the lease was ended in another way before; nothing was changed")
+
+
+def claim_at(store: Store, collective: Collective, work: str, epoch: int) -> str | None:
+    """Return the key id that claimed an epoch, whether or not it still may; None for junk."""
+    data = store.read(_claim_path(work, epoch), STATEMENT_BYTES)
+    try:
+        where = store.place(_claim_path(work, epoch))
+        signed = read_signed(Claim, data or b"", where, collective.identity)
+        fits = (signed.statement.work, signed.statement.epoch) == (work, epoch)
+        return signed.signer(where) if fits else None
+    except AtollError:
+        return None
 
 
 def new_nonce() -> str:

@@ -23,10 +23,16 @@ from atoll.storage.lock import hold
 
 
 class LeaseRecord(CardRecord):
-    """A lease of this member. epoch: None while its claim is under way."""
+    """A lease of this member.
+
+    Attributes:
+        epoch: None while its claim is under way.
+        share: training also publishes its checkpoints.
+    """
 
     epoch: Numbered | None
     nonce: Nonce
+    share: bool = False
 
 
 class MemberRecordFile(CardRecord):

@@ -7,7 +7,8 @@ from atoll.collective.charter import publish_charter, read_collective
 from atoll.collective.join import REQUESTS
 from atoll.collective.keys import Key, hex_of, short
 from atoll.collective.member import Membership
-from atoll.collective.statements import STATEMENT_BYTES, Charter, MemberRecord, Position, Request, read_signed
+from atoll.collective.signed import read_signed
+from atoll.collective.statements import STATEMENT_BYTES, Charter, MemberRecord, Position, Request
 from atoll.collective.store import Store
 from atoll.errors import AtollError
 

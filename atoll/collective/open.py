@@ -5,17 +5,18 @@ from typing import Literal
 
 from atoll.collective.charter import CHARTERS, numbered, publish_charter
 from atoll.collective.connect import open_store
-from atoll.collective.files import FileProgress, digests_of, files_prefix, list_of, upload_files, write_list
+from atoll.collective.files import (
+    FileProgress,
+    digests_of,
+    files_prefix,
+    list_of,
+    parse_published,
+    upload_files,
+    write_list,
+)
 from atoll.collective.keys import Key, hex_of
 from atoll.collective.member import MemberRecordFile, full_url, write_record
-from atoll.collective.statements import (
-    Charter,
-    FoundedRun,
-    MemberRecord,
-    Position,
-    Roles,
-    Thresholds,
-)
+from atoll.collective.statements import Charter, FoundedRun, MemberRecord, Position, Roles, Thresholds
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.storage.cards import FORMAT
@@ -66,6 +67,8 @@ def open_collective(
     # Everything that can fail here, before the store sees anything.
     key = Key.load(key_file)
     manifest = load_manifest(run)
+    # Contributors read the manifest with more care than its owner does.
+    parse_published(RunLayout(run).manifest.read_bytes(), str(RunLayout(run).manifest))
     names = run_files(run, manifest.clusters.k)
     if (run / COLLECTIVE).exists():
         raise AtollError(f"{run}: has joined a collective already ({COLLECTIVE}); found another one on another run")

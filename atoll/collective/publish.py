@@ -11,7 +11,8 @@ from atoll.collective.index import SUBMISSION, SUBMISSIONS, submission_id
 from atoll.collective.keys import Key, hex_of
 from atoll.collective.leases import end, work_status
 from atoll.collective.member import Membership, changing, full_url
-from atoll.collective.statements import Submission, sign
+from atoll.collective.signed import sign
+from atoll.collective.statements import Submission
 from atoll.collective.store import Store, StoreError
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest

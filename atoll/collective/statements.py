@@ -1,26 +1,14 @@
-"""What members sign, and how a signed statement is read: bounded, canonical, for one purpose and one collective.
+"""What members of a collective sign: one class per purpose, each value bounded. `signed.py` signs and checks them."""
 
-    {"format": 1, "type": "claim", "statement": {...}, "signatures": [{"key": ..., "signature": ...}]}
-
-The signed bytes also hold the type and the collective's identity, so that a signature made for one purpose or one
-collective is worth nothing in another.
-"""
-
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
-from atoll.collective.keys import Key, KeyId, SignatureHex, canonical, is_signed, short
-from atoll.errors import AtollError
+from atoll.collective.keys import KeyId
 from atoll.storage.bounds import MAX_EXPERTS, ClusterNumber, Name, Number, Sha256
-from atoll.storage.cards import CardRecord, parse_record
+from atoll.storage.cards import CardRecord
 from atoll.storage.layout import CARD, WEIGHTS
 
-FORMAT = 1
 STATEMENT_BYTES = 1 << 20  # of most statements
 LIST_BYTES = 32 << 20  # of an index or a list of files: 100,000 files take 20 MiB
 MAX_KEYS = 10_000  # members, or files' paths, named in one statement
@@ -45,6 +33,17 @@ def _spelled(value: int) -> int | str:
 Whole64 = Annotated[
     int, BeforeValidator(_whole), Field(strict=True, ge=0, lt=2**64), PlainSerializer(_spelled, when_used="json")
 ]
+
+
+def _printable(text: str) -> str:
+    # Names are shown in terminals, where control characters would act.
+    if not text.isprintable():
+        raise ValueError(f"got {text!r:.60}, expected printable characters")
+    return text
+
+
+Label = Annotated[Name, AfterValidator(_printable)]  # a name, for people
+Reason = Annotated[str, Field(strict=True, min_length=1, max_length=1000), AfterValidator(_printable)]
 WorkName = Annotated[str, Field(strict=True, pattern=r"^(0|[1-9][0-9]{0,3})(\.[1-9][0-9]?)?$")]
 SubmissionId = Annotated[str, Field(strict=True, pattern="^[0-9a-f]{32}$")]
 Numbered = Annotated[int, Field(strict=True, ge=1, le=MAX_NUMBER)]
@@ -122,7 +121,7 @@ class Thresholds(CardRecord):
 class MemberRecord(CardRecord):
     """A member's name, for people. The key id is the identity."""
 
-    name: Name
+    name: Label
 
 
 class Charter(Statement):
@@ -140,7 +139,7 @@ class Charter(Statement):
     most: ClassVar[int] = LIST_BYTES
 
     version: Numbered
-    name: Name
+    name: Label
     founded: FoundedRun
     files: FileDigest
     roles: Roles
@@ -168,7 +167,7 @@ class Request(Statement):
     """A key's owner introduces themselves."""
 
     type: ClassVar[str] = "request"
-    name: Name
+    name: Label
 
 
 class Claim(Statement):
@@ -189,6 +188,17 @@ class End(Statement):
     state: Literal["released", "finished"]
 
 
+class SharedCheckpoint(Statement):
+    """The signer shares the state of a training: a file in one of two slots that are written in turn."""
+
+    type: ClassVar[str] = "checkpoint"
+    work: WorkName
+    epoch: Numbered
+    number: Numbered
+    slot: Annotated[int, Field(strict=True, ge=0, le=1)]
+    file: FileDigest
+
+
 class Submission(Statement):
     """The signer offers an expert.
 
@@ -199,7 +209,7 @@ class Submission(Statement):
     """
 
     type: ClassVar[str] = "submission"
-    name: Name
+    name: Label
     clusters: tuple[ClusterNumber, ...] = Field(min_length=1, max_length=4096)
     work: WorkName
     epoch: Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]
@@ -225,7 +235,7 @@ class AdmissionReport(Statement):
     submission: Sha256
     charter: Numbered
     accepted: Annotated[bool, Field(strict=True)]
-    reasons: tuple[Annotated[str, Field(strict=True, max_length=1000)], ...] = Field(max_length=100)
+    reasons: tuple[Reason, ...] = Field(max_length=100)
     statistics: dict[Name, Number] = Field(max_length=1000)
     seed: Whole64
 
@@ -236,7 +246,7 @@ class Retirement(Statement):
     type: ClassVar[str] = "retirement"
     submission: Sha256
     charter: Numbered
-    why: Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+    why: Reason
 
 
 class IndexedExpert(CardRecord):
@@ -279,106 +289,3 @@ class Index(Statement):
 
 
 StatementT = TypeVar("StatementT", bound=Statement)
-
-
-class _Signature(CardRecord):
-    key: KeyId
-    signature: SignatureHex
-
-
-class _Envelope(CardRecord):
-    format: Literal[1]
-    type: Annotated[str, Field(strict=True, max_length=64)]
-    statement: dict[str, Any]
-    signatures: tuple[_Signature, ...] = Field(min_length=1, max_length=64)
-
-
-@dataclass(frozen=True)
-class Signed(Generic[StatementT]):
-    """A statement whose signatures were checked.
-
-    Attributes:
-        statement: its content.
-        signers: the key ids that signed it.
-        sha256: the hash of its object.
-    """
-
-    statement: StatementT
-    signers: frozenset[str]
-    sha256: str
-
-    def signer(self, where: str) -> str:
-        """Return the only signer. Raises AtollError if there are several."""
-        if len(self.signers) != 1:
-            raise AtollError(f"{where}: has {len(self.signers)} signatures, expected one")
-        return next(iter(self.signers))
-
-
-def sign(statement: Statement, keys: Sequence[Key], collective: str) -> bytes:
-    """Sign a statement.
-
-    Args:
-        statement: what to sign.
-        keys: the signers.
-        collective: the collective's identity; "" for the first charter, whose hash becomes the identity.
-
-    Returns:
-        The object's bytes. The same arguments always give the same bytes.
-    """
-    content = statement.model_dump(mode="json", by_alias=True)
-    data = _signed_bytes(statement.type, content, collective)
-    signatures = [{"key": key.id, "signature": key.sign(data)} for key in keys]
-    return canonical({"format": FORMAT, "type": statement.type, "statement": content, "signatures": signatures})
-
-
-def read_signed(kind: type[StatementT], data: bytes, where: str, collective: str) -> Signed[StatementT]:
-    """Check a signed statement.
-
-    Args:
-        kind: the class that is expected.
-        data: the object's bytes, already bounded.
-        where: its place, for messages.
-        collective: as in `sign`.
-
-    Raises:
-        AtollError: not canonical JSON, of another format or type, a value out of bounds, or a signature that does not
-            fit.
-    """
-    content = parse_canonical(data, where)
-    # A later format may have other keys, so it comes first.
-    if isinstance(content, dict) and isinstance(number := content.get("format"), int) and number > FORMAT:
-        raise AtollError(f"{where}: format {number}, this version of atoll reads format {FORMAT}; update atoll")
-    envelope = parse_record(_Envelope, content, where)
-    if envelope.type != kind.type:
-        raise AtollError(f"{where}: is a signed {envelope.type!r:.40}, expected a signed {kind.type!r}")
-    # The signatures, before the content is looked at.
-    signed = _signed_bytes(kind.type, envelope.statement, collective)
-    for one in envelope.signatures:
-        if not is_signed(one.key, one.signature, signed):
-            raise AtollError(
-                f"{where}: the signature of {short(one.key)} does not fit; the object was changed, "
-                "or signed for another collective or purpose"
-            )
-    signers = frozenset(one.key for one in envelope.signatures)
-    if len(signers) < len(envelope.signatures):
-        raise AtollError(f"{where}: a key signed twice")
-    return Signed(parse_record(kind, envelope.statement, where), signers, sha256(data).hexdigest())
-
-
-def parse_canonical(data: bytes, where: str) -> Any:
-    """Parse canonical JSON. Raises AtollError for any other bytes, also for equal values in another spelling."""
-    try:
-        content = json.loads(data)
-        # One spelling only: no repeated keys, no NaN, nothing after the end.
-        if canonical(content) != data:
-            raise ValueError("not canonical")
-    except (ValueError, RecursionError, AtollError) as error:
-        problem = " ".join(str(error).split())[:80]
-        raise AtollError(f"{where}: no canonical JSON ({problem}); it is damaged or not of Atoll") from None
-    return content
-
-
-def _signed_bytes(kind: str, statement: dict[str, Any], collective: str) -> bytes:
-    return canonical(
-        {"atoll": "collective", "format": FORMAT, "collective": collective, "type": kind, "statement": statement}
-    )

@@ -5,17 +5,16 @@ from hashlib import sha256
 
 from atoll.collective.charter import Collective, read_collective
 from atoll.collective.connect import open_store
-from atoll.collective.files import files_prefix, read_list
+from atoll.collective.files import MANIFEST_BYTES, files_prefix, parse_published, read_list
 from atoll.collective.heartbeat import works_of
 from atoll.collective.index import SUBMISSION, SUBMISSIONS, read_index, read_submission
 from atoll.collective.leases import WORK, WorkStatus, work_status
 from atoll.collective.store import Store, StoreRefusedError
 from atoll.errors import AtollError
-from atoll.manifest import Manifest, parse_manifest
+from atoll.manifest import Manifest
 from atoll.storage.layout import MANIFEST
 
 _SHOWN = 1000  # submissions that are read
-_MANIFEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def _manifest(store: Store, collective: Collective) -> Manifest:
     charter = collective.charter
     place = f"{files_prefix(charter.files)}/{MANIFEST}"
     listed = read_list(store, charter.files).get(MANIFEST)
-    data = store.read(place, _MANIFEST_BYTES)
+    data = store.read(place, MANIFEST_BYTES)
     if data is None or listed is None or sha256(data).hexdigest() != charter.founded.manifest:
         raise AtollError(f"{store.place(place)}: is not the manifest that the charter names; ask the founder")
-    return parse_manifest(data.decode(errors="replace"), store.place(place))
+    return parse_published(data, store.place(place))
 
 
 def _is_work(name: str) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.collective.charter import Collective
+from atoll.collective.checkpoints import fetch_checkpoint
 from atoll.collective.files import FileProgress, fetch_files, files_prefix, read_list
 from atoll.collective.heartbeat import works_of
 from atoll.collective.keys import Key
@@ -12,16 +13,24 @@ from atoll.collective.member import LeaseRecord, Membership, changing
 from atoll.collective.store import Store
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
-from atoll.storage.layout import CLUSTERS, cluster_name
+from atoll.storage.layout import CLUSTERS, MANIFEST, RunLayout, TrainingLayout, cluster_name
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A successful claim. expert: its name in atoll.yaml, None for a further replica. until: when the lease ends."""
+    """A successful claim.
+
+    Attributes:
+        lease: the lease.
+        expert: its name in atoll.yaml; None for a further replica.
+        until: when the lease ends.
+        checkpoint: whose checkpoint was fetched, None if none was.
+    """
 
     lease: Lease
     expert: str | None
     until: str
+    checkpoint: str | None = None
 
 
 def claim_work(
@@ -30,6 +39,8 @@ def claim_work(
     cluster: int | None = None,
     replica: int = 0,
     again: bool = False,
+    share: bool = False,
+    resume: bool = False,
     progress: FileProgress | None = None,
 ) -> Claimed:
     """Take a work item, and fetch the shards of its cluster.
@@ -39,6 +50,8 @@ def claim_work(
         cluster: the wanted one; None: the first work item that nobody has.
         replica: number of the replica; 0 is the cluster's first expert.
         again: also take finished work.
+        share: training publishes its checkpoints, for whoever takes over.
+        resume: fetch the last checkpoint that an earlier holder shared.
         progress: called before each file.
 
     Raises:
@@ -64,11 +77,13 @@ def claim_work(
                 held = claim_next(store, collective, key, list(works), lambda work: _prepare(member, work))
             else:
                 held = claim(store, collective, key, wanted, _prepare(member, wanted), again=again)
-            member.with_lease(held.work, LeaseRecord(epoch=held.epoch, nonce=held.nonce))
+        member.with_lease(held.work, LeaseRecord(epoch=held.epoch, nonce=held.nonce, share=share))
         # The shards of its cluster and of no other.
         _fetch_cluster(store, collective, directory, int(held.work.split(".")[0]), progress)
+        expert = works.get(held.work)
+        source = _fetch_checkpoint(store, collective, directory, held, expert) if resume else None
         status = work_status(store, collective, held.work)
-    return Claimed(held, works.get(held.work), when(status.until))
+    return Claimed(held, expert, when(status.until), source)
 
 
 def release_work(directory: Path, work: str | None) -> list[Lease]:
@@ -136,3 +151,11 @@ def _fetch_cluster(
     if not shards:
         raise AtollError(f"{store.url}: its list of files has no shards of cluster {cluster}; ask the founder")
     fetch_files(store, files_prefix(collective.charter.files), shards, directory, progress)
+
+
+def _fetch_checkpoint(store: Store, collective: Collective, directory: Path, lease: Lease, expert: str | None) -> str:
+    """Download the checkpoint of an earlier holder to where training looks for it."""
+    if expert is None:
+        raise AtollError(f"work {lease.work}: {MANIFEST} has no such expert, so no checkpoint fits")
+    file = TrainingLayout.of(RunLayout(directory).expert(expert)).checkpoint
+    return fetch_checkpoint(store, collective, lease.work, lease.epoch, file)

@@ -9,16 +9,8 @@ import pytest
 
 from atoll.collective.charter import Collective, publish_charter, read_collective
 from atoll.collective.keys import Key
-from atoll.collective.statements import (
-    Charter,
-    FileDigest,
-    FoundedRun,
-    MemberRecord,
-    Roles,
-    Statement,
-    Thresholds,
-    sign,
-)
+from atoll.collective.signed import sign
+from atoll.collective.statements import Charter, FileDigest, FoundedRun, MemberRecord, Roles, Statement, Thresholds
 from atoll.collective.store import Store
 
 NOBODY = "ab" * 32  # a hash of nothing

@@ -6,7 +6,8 @@ import pytest
 
 from atoll.collective.charter import numbered, read_collective
 from atoll.collective.keys import Key
-from atoll.collective.statements import MemberRecord, Position, Roles, Thresholds, sign
+from atoll.collective.signed import sign
+from atoll.collective.statements import MemberRecord, Position, Roles, Thresholds
 from atoll.errors import AtollError
 from tests.collective.founding import NOBODY, amend, charter_of, found
 

@@ -12,6 +12,7 @@ from atoll.collective.files import (
     fetch_files,
     files_prefix,
     list_of,
+    parse_published,
     read_list,
     upload_files,
     write_list,
@@ -116,3 +117,12 @@ def test_a_name_that_others_cannot_take_is_refused(tmp_path) -> None:
     (tmp_path / "a b").write_bytes(b"")
     with pytest.raises(AtollError, match="rename the file"):
         digests_of(tmp_path, ["a b"])
+
+
+def test_a_published_manifest_cannot_describe_more_than_it_holds() -> None:
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{name}: &{name} [*{before}, *{before}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    for text, problem in ((bomb.encode(), "aliases"), (b"\xff", "UTF-8"), (b"[" * 5000, "not YAML"), (b"- 1", "holds")):
+        with pytest.raises(AtollError, match=problem):
+            parse_published(text, "s3://reef/atoll.yaml")

@@ -11,7 +11,8 @@ from atoll.collective.connect import open_store
 from atoll.collective.heartbeat import Heartbeat, renewed, works_of
 from atoll.collective.keys import Key
 from atoll.collective.member import Membership
-from atoll.collective.statements import Claim, sign
+from atoll.collective.signed import sign
+from atoll.collective.statements import Claim
 from atoll.manifest import Manifest
 from tests.conftest import RUN
 from tests.waiting import wait_until

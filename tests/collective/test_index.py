@@ -17,6 +17,7 @@ from atoll.collective.index import (
     submission_id,
 )
 from atoll.collective.keys import Key
+from atoll.collective.signed import sign
 from atoll.collective.statements import (
     AdmissionReport,
     FileDigest,
@@ -28,7 +29,6 @@ from atoll.collective.statements import (
     Roles,
     Submission,
     Thresholds,
-    sign,
 )
 from atoll.collective.store import Store
 from atoll.errors import AtollError

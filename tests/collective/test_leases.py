@@ -8,7 +8,8 @@ import pytest
 from atoll.collective.charter import Collective
 from atoll.collective.keys import Key
 from atoll.collective.leases import Lease, claim, claim_next, end, new_nonce, renew, when, work_status
-from atoll.collective.statements import Claim, End, MemberRecord, sign
+from atoll.collective.signed import sign
+from atoll.collective.statements import Claim, End, MemberRecord
 from atoll.collective.store import Store, StoreError
 from atoll.errors import AtollError
 from tests.collective.faults import FaultyClient

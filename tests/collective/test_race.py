@@ -14,7 +14,8 @@ from atoll.collective.charter import read_collective
 from atoll.collective.connect import open_store
 from atoll.collective.keys import Key
 from atoll.collective.leases import work_status
-from atoll.collective.statements import Claim, read_signed
+from atoll.collective.signed import read_signed
+from atoll.collective.statements import Claim
 from tests.collective.founding import found
 from tests.waiting import Heartbeat
 

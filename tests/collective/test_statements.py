@@ -7,17 +7,8 @@ from pydantic import ValidationError
 
 from atoll.collective import statements
 from atoll.collective.keys import Key, canonical
-from atoll.collective.statements import (
-    AdmissionReport,
-    Charter,
-    Claim,
-    End,
-    FileDigest,
-    Submission,
-    read_signed,
-    safe_path,
-    sign,
-)
+from atoll.collective.signed import read_signed, sign
+from atoll.collective.statements import AdmissionReport, Charter, Claim, End, FileDigest, Request, Submission, safe_path
 from atoll.errors import AtollError
 from tests.collective.founding import NOBODY, charter_of
 
@@ -164,3 +155,18 @@ def test_a_charter_cannot_lock_everybody_out() -> None:
     with pytest.raises(ValidationError, match="removed key"):
         charter_of([KEY], removed=(KEY.id,))
     assert isinstance(charter_of([KEY]), Charter)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J", "\u202e", "x" * 300])
+def test_a_name_that_would_act_in_a_terminal_is_refused(name) -> None:
+    with pytest.raises(ValidationError):
+        Request(name=name)
+
+
+def test_a_statement_has_one_spelling() -> None:
+    data = sign(CLAIM, [KEY], REEF)
+    twice = data.replace(b'"format":1', b'"format":1,"format":1')
+    for spelling in (json.dumps(json.loads(data)).encode(), data + b"\n", twice):
+        assert json.loads(spelling) == json.loads(data)
+        with pytest.raises(AtollError, match="no canonical JSON"):
+            read_signed(Claim, spelling, "claim", REEF)
