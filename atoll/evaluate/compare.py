@@ -119,17 +119,23 @@ def open_evaluated(named: str) -> EvaluatedVariant:
     if not file.is_file():
         raise AtollError(f"{file}: not found; run `atoll evaluate --run {directory}`")
     report = read_json(file)
-    if "bench" not in report.get("results", {}):
-        raise AtollError(f"{file}: written by an older version; run `atoll evaluate --run {directory}` again")
-    # The variant's score in it.
-    scores = {score["name"]: score for score in report["results"]["scores"]}
-    # Without a name, take the variant that a user samples by default.
-    variant = variant or _default(report)
+    try:
+        if "bench" not in report.get("results", {}):
+            raise AtollError(f"{file}: written by an older version; run `atoll evaluate --run {directory}` again")
+        # The variant's score in it.
+        scores = {score["name"]: score for score in report["results"]["scores"]}
+        # Without a name, take the variant that a user samples by default.
+        variant = variant or _default(report)
+        # Where its cached results are, so that a wrong type is noticed here.
+        store, key = Path(directory) / report["store"], str(scores[variant]["key"] or "") if variant in scores else ""
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise AtollError(
+            f"{file}: is no report that `atoll evaluate` writes; run `atoll evaluate --run {directory}` again"
+        ) from None
     if variant not in scores:
         raise AtollError(f"{file}: no variant {variant!r}; expected one of {', '.join(scores)}")
     # The cached features and errors.
-    store = Path(directory) / report["store"]
-    if not scores[variant]["key"] or not (store / scores[variant]["key"]).is_dir():
+    if not key or not (store / key).is_dir():
         raise AtollError(f"{store}: no cached results for {variant}; run `atoll evaluate --run {directory}` again")
     return EvaluatedVariant(f"{directory}:{variant}", report, scores[variant], store)
 

@@ -1,6 +1,7 @@
 """A card's frozen network is found locally and matched by its hash; the hub is reached only if the user allows it."""
 
 import json
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,3 +151,13 @@ def test_labels_in_a_file_are_the_users_alone_and_end_up_in_the_card(tmp_path: P
     assert build_encoder(config).config() == {"name": "label", "labels": ["moss", "rain"]}
     with pytest.raises(AtollError, match="labels is no list"):
         build_encoder(config, STRANGER)
+
+
+def test_the_offline_switch_holds_although_the_user_allows_the_hub(tmp_path, monkeypatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was touched"))
+    monkeypatch.delenv("ATOLL_WEIGHTS", raising=False)
+    with pytest.raises(AtollError, match=r"'org/name': not found.*the hub does not provide them"):
+        find_weights("org/name", trust=HUB, sha256=SHA, revision=COMMIT)

@@ -117,3 +117,13 @@ def test_the_page_shows_both_variants_and_escapes_their_names(run: Path, tmp_pat
     assert [line[0] for line in lines(numbers)] == [d.name for d in numbers]
     one = open_evaluated(f"{run}:0-eps-cosine")  # the report does not show its images
     assert "no prompt in common" in to_html(one, one, numbers, (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "report",
+    [[], 1, "x", {"results": []}, {"results": {"bench": 1}}, {"results": {"bench": "a", "scores": [1]}, "store": 1}],
+)
+def test_a_file_that_is_no_report_is_one_line(tmp_path, report) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(AtollError, match=r"report\.json: (is no report|written by an older version)"):
+        open_evaluated(str(tmp_path))
