@@ -41,10 +41,12 @@ from atoll.storage.cards import EncodedCard, EncodedCounts, EncodingPlan
 from atoll.storage.lock import hold
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import ShardWriter, repeats
+from atoll.storage.verified import sha256_once
 
 PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
 TEXT = ("key", "caption", "split")
+_SHA256 = "sha256"  # in the metadata of a block's parquet file: the hash of its tensors
 
 
 class PartialEncoding:
@@ -165,11 +167,16 @@ class PartialEncoding:
             write_json(self._file(number, "notes"), count_notes(notes))
         if files:
             write_records(self._file(number, "files"), files)
+        digest = ""
         if pixels:
-            write_bytes(self._file(number, "safetensors"), save(columns))
+            content = save(columns)
+            digest = hashlib.sha256(content).hexdigest()
+            write_bytes(self._file(number, "safetensors"), content)
         arrays = {name: pa.array(text[name], pa.string()) for name in TEXT}
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({**arrays, "pixels": pa.array(pixels, pa.binary(16))}), sink, compression="zstd")
+        table = pa.table({**arrays, "pixels": pa.array(pixels, pa.binary(16))})
+        # The hash of the tensors is compared when the block is sealed, perhaps days later.
+        pq.write_table(table.replace_schema_metadata({_SHA256: digest}), sink, compression="zstd")
         write_bytes(self._file(number, "parquet"), sink.getvalue().to_pybytes())
 
     def tally(self, number: int) -> Tally:
@@ -269,7 +276,10 @@ class PartialEncoding:
         remaining = [i for i in range(len(text["key"])) if i not in gone]
         if not remaining:
             return
-        file = self._file(number, "safetensors")
+        file, expected = self._file(number, "safetensors"), self._sha256(number)
+        if expected is not None and sha256_once(file) != expected:
+            done = self._file(number, "parquet")
+            raise AtollError(f"{file}: its contents are not those that were written; remove {done.name} and --resume")
         chosen = [[text[name][i] for i in remaining] for name in TEXT]
         if gone:
             from safetensors.torch import load_file
@@ -312,6 +322,14 @@ class PartialEncoding:
         except (OSError, pa.ArrowException) as error:
             refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: cannot be read ({error}); remove it and go on with --resume") from error
+
+    def _sha256(self, number: int) -> str | None:
+        """Return the hash of a block's tensors when they were written; None for a block of a time before hashes."""
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_schema(self._file(number, "parquet")).metadata or {}
+        digest = metadata.get(_SHA256.encode())
+        return digest.decode() if digest else None
 
     def _skipped(self, number: int) -> Iterator[dict[str, str]]:
         with self._file(number, "jsonl").open(encoding="utf-8") as lines:
