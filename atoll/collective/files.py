@@ -19,6 +19,7 @@ FILE_LIST = "files.json"
 MAX_FILE = 1 << 40  # bytes of one file
 MAX_FILES = 10 * MAX_KEYS
 MANIFEST_BYTES = 1 << 20
+_MANIFEST_DEPTH = 32  # a run's atoll.yaml has about 6
 FileProgress = Callable[[int, int, str], None]  # files done, of how many, the current one
 
 
@@ -128,12 +129,18 @@ def parse_published(data: bytes, where: str) -> Manifest:
     """Parse an atoll.yaml that somebody else wrote.
 
     Raises:
-        AtollError: as `parse_manifest`; or it holds aliases, with which a small file describes a huge value.
+        AtollError: as `parse_manifest`; or it holds aliases, with which a small file describes a huge value, or is
+            nested deeply, which takes long to read.
     """
     try:
-        text = data.decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise AtollError(f"{where}: holds YAML aliases; write out what they stand for")
+        text, depth = data.decode(), 0
+        # Event by event, so that this ends before a deep nesting costs time: PyYAML takes the square of the depth.
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise AtollError(f"{where}: holds YAML aliases; write out what they stand for")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MANIFEST_DEPTH:
+                raise AtollError(f"{where}: more than {_MANIFEST_DEPTH} levels of lists and keys; do not trust it")
         return parse_manifest(text, where)
     except UnicodeDecodeError:
         raise AtollError(f"{where}: is no UTF-8 text") from None

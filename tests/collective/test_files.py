@@ -17,10 +17,11 @@ from atoll.collective.files import (
     upload_files,
     write_list,
 )
-from atoll.collective.keys import canonical
+from atoll.collective.join import join_collective
+from atoll.collective.keys import Key, canonical
 from atoll.collective.statements import FileDigest
 from atoll.errors import AtollError
-from tests.collective.founding import NOBODY
+from tests.collective.founding import NOBODY, found
 
 
 @pytest.fixture
@@ -123,6 +124,24 @@ def test_a_published_manifest_cannot_describe_more_than_it_holds() -> None:
     bomb = "a: &a [x, x]\n" + "".join(
         f"{name}: &{name} [*{before}, *{before}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
     )
-    for text, problem in ((bomb.encode(), "aliases"), (b"\xff", "UTF-8"), (b"[" * 5000, "not YAML"), (b"- 1", "holds")):
+    for text, problem in (
+        (bomb.encode(), "aliases"),
+        (b"\xff", "UTF-8"),
+        (b"[" * 100_000, "levels"),
+        (b"- 1", "holds"),
+    ):
         with pytest.raises(AtollError, match=problem):
             parse_published(text, "s3://reef/atoll.yaml")
+
+
+def test_a_manifest_that_the_charter_does_not_name_is_not_joined(local, source, tmp_path) -> None:
+    key = Key.generate()
+    key.save(tmp_path / "me.key")
+    digests = digests_of(source, NAMES)
+    listed, data = list_of(digests)
+    upload_files(local, files_prefix(listed), source, digests)
+    write_list(local, listed, data)
+    found(local, key, files=listed)  # its charter names the manifest NOBODY
+    with pytest.raises(AtollError, match="lacks the manifest that the charter names"):
+        join_collective(local.url, tmp_path / "mine", tmp_path / "me.key", name="me")
+    assert not (tmp_path / "mine").exists()

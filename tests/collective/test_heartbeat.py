@@ -69,9 +69,9 @@ def test_a_heartbeat_logs_an_absent_store_once_and_goes_on_when_it_is_back(mine,
     with warnings.catch_warnings(record=True) as logged:
         warnings.simplefilter("always")
         thread.start()
-        wait_until(lambda: len(attempts) > 20)
+        wait_until(lambda: len(attempts) > 20 or not thread.is_alive())
         away.rename(bucket)
-        wait_until(lambda: thread.beats > 0)
+        wait_until(lambda: thread.beats > 0 or not thread.is_alive())
         thread.stop()
         wait_until(lambda: not thread.is_alive())
     assert len(logged) == 1
