@@ -185,6 +185,10 @@ def members(
 def status(
     url: Url,
     identity: Annotated[str | None, typer.Option(help="The collective's identity, from its founder.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Also write it as an HTML page to this file.")] = None,
+    publish_page: Annotated[
+        bool, typer.Option("--publish", help="Also write it to status.html in the store, for anyone to open.")
+    ] = False,
 ) -> None:
     """Show who trains what, and what was offered. Needs no key, and only rights to read."""
     from rich.console import Console
@@ -217,3 +221,17 @@ def status(
             cells = (offer.submission, offer.name, offer.work, offer.submitter, offer.state)
             table.add_row(*map(Text, cells))
         console.print(table)
+    # The same as a page.
+    if page is not None or publish_page:
+        from atoll.collective.connect import open_store
+        from atoll.collective.page import STATUS_PAGE, status_page
+        from atoll.storage.artifact import write_bytes
+
+        html = status_page(now).encode()
+        if page is not None:
+            write_bytes(page, html)
+            typer.echo(f"{page} written")
+        if publish_page:
+            store = open_store(url)
+            store.write(STATUS_PAGE, html)
+            typer.echo(f"{store.place(STATUS_PAGE)} written")

@@ -76,8 +76,11 @@ def test_founder_and_contributors_share_a_bucket(reef) -> None:
         "submission.json",
         "weights.safetensors",
     }
-    text = reef("status", reef.url, "--identity", identity)
+    text = reef("status", reef.url, "--identity", identity, "--page", "page.html", "--publish")
     assert "atlantis" in text
+    page = (reef.root / "page.html").read_text()
+    assert (reef.root / "bucket" / "status.html").read_text() == page
+    assert f"<th scope=row>{submission}</th><td>1-flow-linear</td><td>1</td>" in page
     assert "finished" in text
     assert "offered" in text
     # The other gives back.
@@ -329,3 +332,12 @@ def test_a_mistake_is_one_line(arguments, problem, reef) -> None:
         shutil.rmtree(reef.root / "ada")
     assert problem in reef.refused(*arguments)
     assert not (reef.root / "other").exists()
+
+
+def test_what_strangers_write_is_text_on_the_page(reef) -> None:
+    reef.open("--name", "<script>alert(1)</script>")
+    reef.join("ada")
+    reef("status", reef.url, "--page", "page.html")
+    page = (reef.root / "page.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
