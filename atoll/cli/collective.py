@@ -153,6 +153,54 @@ def publish(
 
 
 @collective_app.command()
+def admit(
+    url: Url,
+    submissions: Annotated[
+        list[str] | None, typer.Argument(help="Submissions to judge; default: all without a report of yours.")
+    ] = None,
+    probe: Annotated[Path, typer.Option(help="Secret shards, laid out as clusters/; never uploaded.")] = Path("probe"),
+    rows: Annotated[int, typer.Option(min=16, max=4096, help="Secret rows for each expert.")] = 64,
+    key: Annotated[Path | None, typer.Option(help="Your key; default: the one that joined.")] = None,
+    run: MemberOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge what was offered on secret rows, sign a report, and let in what enough admitters accepted."""
+    from atoll.collective.admit import admit_submissions
+    from atoll.collective.member import find_member, full_url
+
+    directory = find_member(full_url(url), run)
+    with bar("admit", "files", quiet) as update:
+        outcomes = admit_submissions(
+            directory, probe, submissions=submissions or (), key_file=key, rows=rows, progress=update
+        )
+    for one in outcomes:
+        verdict = {True: "accepted", False: "refused", None: "not judged"}[one.accepted]
+        verdict += ", and in" if one.entered else ""
+        # Of an accepted expert the report holds the reasons.
+        reasons = "" if one.accepted else f": {'; '.join(one.reasons)}"
+        typer.echo(f"{one.submission} {one.name or '(broken)'} {verdict}{reasons}")
+    if not outcomes:
+        typer.echo("nothing to judge: every submission has a report of yours")
+
+
+@collective_app.command()
+def retire(
+    url: Url,
+    expert: Annotated[str, typer.Argument(help="An admitted expert's submission, or its name.")],
+    why: Annotated[str, typer.Option(help="The reason, for people.")],
+    key: Annotated[Path | None, typer.Option(help="Your key; default: the one that joined.")] = None,
+    run: MemberOption = None,
+) -> None:
+    """Sign that an admitted expert must leave; it leaves when enough retirers did."""
+    from atoll.collective.member import find_member, full_url
+    from atoll.collective.retire import retire_expert
+
+    done = retire_expert(find_member(full_url(url), run), expert, why, key)
+    state = "is out" if done.out else "leaves when enough retirers signed and an admitter publishes the next index"
+    typer.echo(f"{done.submission} {state}")
+
+
+@collective_app.command()
 def members(
     url: Url,
     add: Annotated[list[str] | None, typer.Option(help="A key id to add; repeatable.")] = None,

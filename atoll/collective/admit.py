@@ -1,0 +1,226 @@
+"""Judge what was offered: `atoll collective admit`."""
+
+import math
+import secrets
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.collective.charter import Collective
+from atoll.collective.entry import update_index, whole_submissions
+from atoll.collective.files import FileProgress, fetch_files, files_prefix, read_list
+from atoll.collective.gate.check import Check
+from atoll.collective.gate.judge import PROBE_ROWS, ClusterReference, judge
+from atoll.collective.gate.probe import Probe
+from atoll.collective.index import SUBMISSIONS, read_index, read_submission, report_path
+from atoll.collective.keys import Key, hex_of
+from atoll.collective.member import changing
+from atoll.collective.signed import Signed, sign
+from atoll.collective.statements import AdmissionReport, FileDigest, Submission
+from atoll.collective.store import Store
+from atoll.encoders.text import build_encoder
+from atoll.errors import AtollError
+from atoll.manifest import load_manifest
+from atoll.runtime.device import best_device
+from atoll.storage.bounds import CARD_BYTES
+from atoll.storage.cards import ClusterShardsCard
+from atoll.storage.layout import CARD, CLUSTERS, WEIGHTS, RunLayout, cluster_name
+from atoll.storage.shards import Shards
+
+Tell = Callable[["Judgement"], None]
+_MOST = 1e30  # an infinite statistic in a report
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What happened to a submission.
+
+    Attributes:
+        submission: its id.
+        name: of the expert; "" if the submission is broken.
+        accepted: the judgement; None if there is none, and no report.
+        reasons: one sentence each.
+        entered: whether the expert is in the index now.
+    """
+
+    submission: str
+    name: str
+    accepted: bool | None
+    reasons: tuple[str, ...]
+    entered: bool = False
+
+
+def admit_submissions(
+    directory: Path,
+    probe: Path,
+    *,
+    submissions: Sequence[str] = (),
+    key_file: Path | None = None,
+    rows: int = PROBE_ROWS,
+    progress: FileProgress | None = None,
+    tell: Tell | None = None,
+) -> list[Judgement]:
+    """Judge submissions, write a signed report on each, and let in those that enough admitters accepted.
+
+    Args:
+        directory: the admitter's, which joined or opened the collective.
+        probe: secret shards, laid out as clusters/ is; nothing of them is uploaded.
+        submissions: ids; none: all without a report of this key.
+        key_file: the admitter's key, if it is not the one that joined.
+        rows: secret rows per expert.
+        progress: called before each file that is fetched.
+        tell: called with each outcome before the next expert is judged.
+
+    Returns:
+        The outcomes. A broken submission is one of them: anybody can leave junk.
+
+    Raises:
+        AtollError: the key is no admitter's, the probe is of another clustering, a named submission has a report of
+            this key already, or the store fails. Reports that were written stay, and the same command continues.
+    """
+    with changing(directory, "admitting") as member:
+        store, key = member.open(), member.key() if key_file is None else Key.load(key_file)
+        collective = member.read(store)
+        _check_admitter(store, collective, key)
+        manifest = load_manifest(directory)
+        secret = Probe(probe, manifest.clusters.k)
+        encoder = build_encoder(manifest.condition, manifest.trust_in_cards(directory))
+        references: dict[tuple[int, ...], ClusterReference] = {}
+
+        def reference(clusters: tuple[int, ...]) -> ClusterReference:
+            if clusters not in references:
+                shards = tuple(_shards(store, collective, directory, number, progress) for number in clusters)
+                secret.check(shards[0].card(ClusterShardsCard).assignment)
+                references[clusters] = ClusterReference(clusters, secret, shards, encoder)
+            return references[clusters]
+
+        # Judge one after the other. A report is there for good before the next expert is looked at.
+        latest = read_index(store, collective, member.record.index)
+        known = _weights_in(store, collective, [one.submission for one in latest.index.experts] if latest else [])
+        outcomes = []
+        for name in _wanted(store, key, submissions):
+            outcome = _judge_one(
+                directory, store, collective, key, name, reference=reference, known=known, rows=rows, progress=progress
+            )
+            outcomes.append(outcome)
+            if tell is not None:
+                tell(outcome)
+        # Also those that an earlier call, or another admitter, left at the threshold.
+        latest, changes = update_index(store, collective, key, whole_submissions(store))
+        if latest is not None:
+            member.update(index=latest.position)
+    return [
+        Judgement(one.submission, one.name, one.accepted, one.reasons, one.submission in changes.entered)
+        for one in outcomes
+    ]
+
+
+def _check_admitter(store: Store, collective: Collective, key: Key) -> None:
+    """Raise AtollError unless the key may write reports now."""
+    if key.id not in collective.charter.roles.admitters:
+        raise AtollError(f"{collective.name_of(key.id)} is no admitter of {collective.charter.name!r}")
+    collective.check_date(store.now(hex_of(key.id)))
+
+
+def _wanted(store: Store, key: Key, submissions: Sequence[str]) -> list[str]:
+    """The submissions to judge."""
+    whole = whole_submissions(store)
+    if unknown := [name for name in submissions if name not in whole]:
+        raise AtollError(f"{unknown[0]:.40}: no whole submission of this id; `atoll collective status` lists them")
+    without = [name for name in submissions or whole if not store.exists(report_path(name, key.id))]
+    if submissions and len(without) < len(submissions):
+        judged = next(name for name in submissions if name not in without)
+        raise AtollError(f"{judged}: has a report of this key already, and reports stay; another admitter may differ")
+    return without
+
+
+def _judge_one(
+    directory: Path,
+    store: Store,
+    collective: Collective,
+    key: Key,
+    name: str,
+    *,
+    reference: Callable[[tuple[int, ...]], ClusterReference],
+    known: dict[str, str],
+    rows: int,
+    progress: FileProgress | None,
+) -> Judgement:
+    """Fetch a submission, judge it, and write the report."""
+    try:
+        signed = read_submission(store, collective, name)
+        statement = signed.statement
+        collective.check_may_work(next(iter(signed.signers)))
+        _check_files(statement)
+        if max(statement.clusters) >= collective.charter.founded.clusters:
+            raise AtollError(f"names cluster {max(statement.clusters)}, which does not exist")
+    except AtollError as error:
+        return Judgement(name, "", None, (str(error),))
+    # The probe or the shards may lack a cluster; that is no fault of the expert.
+    about = reference(statement.clusters)
+    seed = secrets.randbits(63)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".admit-") as place:
+        try:
+            fetch_files(store, f"{SUBMISSIONS}/{name}", statement.files, Path(place), progress)
+        # Not what was signed, or not there: nothing was judged.
+        except AtollError as error:
+            return Judgement(name, statement.name, None, (str(error),))
+        checks = judge(Path(place), about, name=statement.name, seed=seed, known=known, rows=rows, device=best_device())
+    report = report_of(signed, collective, checks, seed)
+    if not store.create(report_path(name, key.id), sign(report, [key], collective.identity)):
+        raise AtollError(f"{store.place(report_path(name, key.id))}: something else is at its place; remove it")
+    if report.accepted:
+        known[statement.files[WEIGHTS].sha256] = statement.name
+    return Judgement(name, statement.name, report.accepted, report.reasons)
+
+
+def report_of(
+    submission: Signed[Submission], collective: Collective, checks: Sequence[Check], seed: int
+) -> AdmissionReport:
+    """Return the report that follows from the checks: the reasons of what failed, or of everything that passed."""
+    failed = [check for check in checks if not check.passed]
+    statistics: dict[str, float] = {}
+    for check in checks:
+        values = {"": check.statistic, ".threshold": check.threshold, ".worst": check.worst}
+        statistics |= {f"{check.name}{part}": _finite(value) for part, value in values.items() if not math.isnan(value)}
+    return AdmissionReport(
+        submission=submission.sha256,
+        charter=collective.position.version,
+        accepted=not failed,
+        reasons=tuple(f"{check.name}: {check.reason}"[:1000] for check in failed or checks),
+        statistics=statistics,
+        seed=seed,
+    )
+
+
+def _finite(value: float) -> float:
+    # JSON holds no infinity.
+    return min(max(float(value), -_MOST), _MOST)
+
+
+def _check_files(statement: Submission) -> None:
+    """Raise AtollError unless the files are an artifact's, and the card is no larger than a card may be."""
+    if extra := set(statement.files) - {CARD, WEIGHTS}:
+        raise AtollError(f"holds {min(extra)!r:.60}; expected {CARD} and {WEIGHTS} alone")
+    if statement.files[CARD].size > CARD_BYTES:
+        raise AtollError(f"{CARD} has {statement.files[CARD].size:,} bytes, expected at most {CARD_BYTES:,}")
+
+
+def _weights_in(store: Store, collective: Collective, submissions: Sequence[str]) -> dict[str, str]:
+    """The names of admitted experts by the hash of their weights."""
+    statements = [read_submission(store, collective, name).statement for name in submissions]
+    return {one.files[WEIGHTS].sha256: one.name for one in statements}
+
+
+def _shards(
+    store: Store, collective: Collective, directory: Path, cluster: int, progress: FileProgress | None
+) -> Shards:
+    """Return the collective's shards of a cluster, fetched if they are not there."""
+    files = read_list(store, collective.charter.files)
+    prefix = f"{CLUSTERS}/{cluster_name(cluster)}/"
+    wanted: dict[str, FileDigest] = {name: digest for name, digest in files.items() if name.startswith(prefix)}
+    if not wanted:
+        raise AtollError(f"{store.url}: its list of files has no shards of cluster {cluster}; ask the founder")
+    fetch_files(store, files_prefix(collective.charter.files), wanted, directory, progress)
+    return Shards(RunLayout(directory).cluster(cluster))

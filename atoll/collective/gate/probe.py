@@ -1,0 +1,137 @@
+"""Secret rows, and the noise that they get: every row of every noise level has a time of its own.
+
+A time per row, not per level: whoever knows the levels could otherwise spoil an expert between them. The seed is drawn
+when the gate runs and stands in the report afterwards.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atoll.calibration import NODES
+from atoll.errors import AtollError
+from atoll.randomness import cpu_generator, hashed_seed, random_rows
+from atoll.schedule import PATH
+from atoll.storage.cards import ClusterShardsCard
+from atoll.storage.layout import cluster_path
+from atoll.storage.shards import Shards
+
+# The noise levels: intervals of path time around the nodes of a calibration. The last node stands for t = 1.
+EDGES = (0.01, *((a + b) / 2 for a, b in pairwise(NODES)), NODES[-1])
+LEVELS = len(EDGES) - 1
+_OTHER = "is of another clustering than the collective's; make the probe again"
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeRows:
+    """Latents [n, C, H, W] float32 with their captions."""
+
+    latents: Tensor
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def select(self, rows: Tensor) -> "ProbeRows":
+        """Return rows [b] int64 of these."""
+        return ProbeRows(self.latents[rows], tuple(self.captions[row] for row in rows.tolist()))
+
+    @staticmethod
+    def cat(parts: "Sequence[ProbeRows]") -> "ProbeRows":
+        """Return the rows of all parts."""
+        captions = tuple(caption for part in parts for caption in part.captions)
+        return ProbeRows(torch.cat([part.latents for part in parts]), captions)
+
+
+@dataclass(frozen=True, eq=False)
+class Noisy:
+    """Rows with noise. x, eps: [n, C, H, W]. t: [n]."""
+
+    x: Tensor
+    eps: Tensor
+    t: Tensor
+
+
+def diffuse(latents: Tensor, low: float, high: float, seed: int, level: int) -> Noisy:
+    """Noise latents [n, ...] at times that are spread evenly over (low, high), one for each row.
+
+    Args:
+        latents: x0.
+        low, high: path times.
+        seed: of the gate's run.
+        level: distinguishes its draws.
+    """
+    generator, count = cpu_generator(hashed_seed("gate", seed, level)), len(latents)
+    # One time in each of n equal parts of the interval, in random order.
+    places = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    t = low + (high - low) * places / count
+    eps = torch.randn(latents.shape, generator=generator)
+    return Noisy(PATH.diffuse(latents, eps, t), eps, t)
+
+
+class Probe:
+    """Directories of secret shards, one per cluster, laid out as clusters/ is.
+
+    Rows of the val split are used if there are any, because training reads the others; otherwise all rows.
+
+    Args:
+        directory: holds cluster-000/ and so on; clusters without rows may be missing.
+        clusters: the number of clusters.
+
+    Raises:
+        AtollError: shards of another clustering, or none at all.
+    """
+
+    def __init__(self, directory: Path, clusters: int):
+        self.directory, self.clusters = directory, clusters
+        self._shards: dict[int, Shards] = {}
+        for number in range(clusters):
+            path = cluster_path(directory, number)
+            if not path.is_dir():
+                continue
+            shards = Shards(path)
+            card = shards.card(ClusterShardsCard)
+            if (card.cluster, card.clusters) != (number, clusters):
+                raise AtollError(f"{path}: {_OTHER}")
+            self._shards[number] = shards
+        if not self._shards:
+            raise AtollError(f"{directory}: no cluster-000 to cluster-{clusters - 1:03d} in it; expected secret shards")
+
+    def check(self, assignment: str) -> None:
+        """Raise AtollError unless the rows were assigned by this rule. assignment: its hash."""
+        for shards in self._shards.values():
+            if shards.card(ClusterShardsCard).assignment != assignment:
+                raise AtollError(f"{shards.path}: {_OTHER}")
+
+    @property
+    def numbers(self) -> list[int]:
+        """The clusters that it has rows of."""
+        return list(self._shards)
+
+    def rows(self, clusters: Sequence[int], count: int, seed: int) -> ProbeRows:
+        """Read at most `count` random rows, from all the named clusters alike.
+
+        Raises:
+            AtollError: fewer than 8 rows; no test has a meaning then.
+        """
+        parts, available = [], [number for number in clusters if number in self._shards]
+        for place, number in enumerate(available):
+            shards, numbers = self._shards[number], self._numbers[number]
+            # Equal parts; the first ones take what does not divide.
+            part = count // len(available) + (place < count % len(available))
+            chosen = numbers[random_rows(len(numbers), part, cpu_generator(hashed_seed("probe", seed, number)))]
+            parts.append(ProbeRows(shards.read("latent", chosen).float(), tuple(shards.captions_of(chosen))))
+        total = sum(map(len, parts))
+        if total < 8:
+            raise AtollError(f"{self.directory}: {total} rows of clusters {list(clusters)}, expected at least 8")
+        return ProbeRows.cat(parts)
+
+    @cached_property
+    def _numbers(self) -> dict[int, Tensor]:
+        held = {number: shards.rows("val") for number, shards in self._shards.items()}
+        return {number: rows if len(rows) else torch.arange(len(self._shards[number])) for number, rows in held.items()}

@@ -1,0 +1,219 @@
+"""The checks on exact experts: each passes what is honest, and each is failed by what it is there for."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from atoll.collective.gate.check import Check, excess, quantile
+from atoll.collective.gate.checks import (
+    BANDS,
+    CARD_TIMES,
+    card_errors,
+    check_captions,
+    check_card,
+    check_error,
+    check_others,
+    check_single,
+    random_velocity,
+    tolerance,
+)
+from atoll.collective.gate.errors import Draws, expert_velocity
+from atoll.collective.gate.linear import LinearDenoiser
+from atoll.collective.gate.probe import EDGES, diffuse
+from atoll.condition import Condition
+from atoll.ensemble import Expert
+from atoll.objective import Objective
+from atoll.schedule import PATH, Cosine, Linear, LinearBeta
+from atoll.testing import GaussianMixture
+
+ROWS = 48
+OBJECTIVES = [Objective("eps", Cosine()), Objective("flow", Linear()), Objective("x0", LinearBeta())]
+
+
+@pytest.fixture(scope="module")
+def mixture() -> GaussianMixture:
+    return GaussianMixture.random(components=6, clusters=2, shape=(1, 3, 4), seed=3)
+
+
+def rows_of(mixture: GaussianMixture, cluster: int, count: int, seed: int) -> Tensor:
+    return mixture.cluster(cluster).sample(count, torch.Generator().manual_seed(seed))[0].float()
+
+
+def expert_of(mixture: GaussianMixture, objective: Objective, cluster: int = 0) -> Expert:
+    """The exact expert, in float64 inside."""
+    exact = mixture.network(objective, cluster)
+    return Expert(lambda x, time, c: exact(x.double(), time.double(), c).float(), objective, (cluster,))
+
+
+def condition(count: int) -> Condition:
+    return Condition(torch.zeros(count, 1, 1), torch.ones(count, 1, dtype=torch.bool))
+
+
+class Bench:
+    """References and rows of cluster 0 for an expert."""
+
+    def __init__(self, mixture: GaussianMixture):
+        self.training = rows_of(mixture, 0, 400, 1)
+        self.own = LinearDenoiser.of(self.training)
+        self.rows, self.far = rows_of(mixture, 0, ROWS, 2), rows_of(mixture, 1, ROWS, 3)
+        self.other = LinearDenoiser.of(rows_of(mixture, 1, 200, 4))
+
+    def error(self, expert: Expert, seed: int = 0) -> Check:
+        draws = Draws.of(self.rows, EDGES, self.own, seed)
+        errors = draws.errors(expert_velocity(expert, condition(ROWS)))
+        return check_error(errors, tolerance(draws, self.own, self.other), EDGES)
+
+    def single(self, expert: Expert) -> Check:
+        draws = Draws.of(self.rows, EDGES, self.own, 0)
+        errors = draws.errors(expert_velocity(expert, condition(ROWS)))
+        return check_single(errors, tolerance(draws, self.own, self.other), EDGES)
+
+    def others(self, expert: Expert) -> Check:
+        draws = Draws.of(self.far, BANDS, self.own, 5)
+        errors = draws.errors(expert_velocity(expert, condition(ROWS)))
+        return check_others(errors, draws.errors(random_velocity(self.training, 5)), BANDS)
+
+
+@pytest.fixture(scope="module")
+def bench(mixture) -> Bench:
+    return Bench(mixture)
+
+
+def spoiled(expert: Expert, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Expert:
+    """An expert whose output is changed. change: (output, x, time) -> output."""
+    network = expert.network
+    return replace(expert, network=lambda x, time, c: change(network(x, time, c), x, time))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_an_exact_expert_passes(mixture, bench, objective) -> None:
+    expert = expert_of(mixture, objective)
+    assert bench.error(expert).passed
+    assert bench.others(expert).passed
+    assert bench.single(expert).passed
+
+
+def test_few_honest_experts_are_refused_by_chance(bench) -> None:
+    """The linear denoiser itself is the least that an honest expert knows: its statistic is 0 and stays far below."""
+    linear = Expert(lambda x, time, c: bench.own.velocity(x, time / 999.0), OBJECTIVES[1])
+    assert max(bench.error(linear, seed).statistic for seed in range(20)) < quantile(19, ROWS) / 2
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_an_expert_of_another_cluster_is_refused(mixture, bench, objective) -> None:
+    check = bench.error(expert_of(mixture, objective, cluster=1))
+    assert not check.passed
+    assert "between a denoiser of this cluster and one of the others" in check.reason
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.01, 0.05), (0.45, 0.55), (0.63, 0.66), (0.9, 1.0)])
+def test_an_expert_that_is_wrong_in_one_band_is_refused(mixture, bench, low, high) -> None:
+    """Also in a band between the nodes that the code names: rows have times of their own."""
+
+    def change(output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        inside = (time / 999.0 >= low) & (time / 999.0 <= high)
+        return torch.where(inside.view(-1, 1, 1, 1), -output, output)
+
+    expert = spoiled(expert_of(mixture, OBJECTIVES[1]), change)
+    assert not (bench.error(expert).passed and bench.single(expert).passed)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_expert_that_is_not_finite_for_one_row_is_refused(mixture, bench, bad) -> None:
+    def change(output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        output[3] = bad
+        return output
+
+    assert not bench.error(spoiled(expert_of(mixture, OBJECTIVES[1]), change)).passed
+
+
+def test_an_expert_that_explodes_on_other_clusters_is_refused(mixture, bench) -> None:
+    middle = (rows_of(mixture, 0, 200, 7).mean(0), rows_of(mixture, 1, 200, 7).mean(0))
+
+    def change(output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        t = (time / 999.0).view(-1, 1, 1, 1)
+        far, near = ((x - (1 - t) * m).square().flatten(1).sum(1) for m in (middle[1], middle[0]))
+        return torch.where((far < near).view(-1, 1, 1, 1), -3 * output, output)
+
+    expert = spoiled(expert_of(mixture, OBJECTIVES[1]), change)
+    assert not bench.others(expert).passed
+
+
+def test_one_wrong_caption_stands_out(mixture, bench) -> None:
+    draws = Draws.of(bench.rows, EDGES, bench.own, 0)
+    errors = draws.errors(expert_velocity(expert_of(mixture, OBJECTIVES[1]), condition(ROWS)))
+    allowed = tolerance(draws, bench.own, bench.other)
+    assert check_captions(errors, allowed).passed
+    errors = errors.clone()
+    errors[:, 5] *= 60
+    check = check_captions(errors, allowed)
+    assert (check.passed, check.where) == (False, "row 5")
+
+
+def test_a_card_of_other_weights_is_refused(mixture, bench) -> None:
+    velocity = expert_velocity(expert_of(mixture, OBJECTIVES[1]), condition(2 * ROWS))
+    # The claim is what other draws on the same rows show.
+    claimed = torch.stack([card_errors(velocity, bench.rows, seed).mean((1, 2)) for seed in range(20)]).mean(0)
+    errors = card_errors(velocity, bench.rows, 99)
+    assert check_card(errors, claimed, ROWS, 256).passed
+    assert not check_card(errors, claimed / 3, ROWS, 256).passed
+    # Better than claimed is no lie.
+    assert check_card(errors, claimed * 3, ROWS, 256).passed
+    assert errors.shape == (len(CARD_TIMES), 2, ROWS)
+
+
+def test_the_linear_denoiser_is_exact_for_a_gaussian() -> None:
+    one = GaussianMixture.random(components=1, clusters=1, shape=(1, 3, 4), seed=5)
+    linear = LinearDenoiser.of(rows_of(one, 0, 20_000, 1)[:2048])
+    noisy = diffuse(rows_of(one, 0, 64, 2), 0.1, 0.9, 0, 0)
+    exact = one.velocity(noisy.x.double(), noisy.t.double()).float()
+    assert (linear.velocity(noisy.x, noisy.t) - exact).abs().max() < 0.15
+    # Its predicted error is the measured one.
+    x0 = rows_of(one, 0, 4000, 3)
+    many = diffuse(x0, 0.5, 0.5001, 0, 1)
+    measured = (linear.velocity(many.x, many.t) - (many.eps - x0)).square().mean()
+    assert abs(float(measured / linear.error(many.t).mean()) - 1) < 0.05
+
+
+def test_fewer_rows_than_numbers_give_a_finite_denoiser() -> None:
+    g = torch.Generator().manual_seed(0)
+    few, many = torch.randn(12, 1, 5, 6, generator=g), torch.randn(2048, 1, 5, 6, generator=g)
+    for latents in (few, many):
+        linear = LinearDenoiser.of(latents)
+        noisy = diffuse(torch.randn(64, 1, 5, 6, generator=g), 0.01, 0.02, 0, 0)
+        u = linear.velocity(noisy.x, noisy.t)
+        x0 = noisy.x - noisy.t.view(-1, 1, 1, 1) * u
+        assert u.isfinite().all()
+        # Near the data it leaves x as it is, about.
+        assert (x0 - noisy.x).square().mean() < 0.05
+
+
+def test_every_row_has_its_own_time_and_seeds_differ() -> None:
+    latents = torch.zeros(40, 1, 2, 2)
+    one, again, other = (diffuse(latents, 0.2, 0.3, seed, 0) for seed in (1, 1, 2))
+    assert len(one.t.unique()) == 40
+    assert ((one.t >= 0.2) & (one.t <= 0.3)).all()
+    # Spread evenly: one in each fortieth.
+    assert ((one.t.sort().values - 0.2) / 0.0025).floor().long().tolist() == list(range(40))
+    assert torch.equal(one.x, again.x)
+    assert not torch.equal(one.x, other.x)
+    assert torch.allclose(one.x, PATH.diffuse(latents, one.eps, one.t))
+
+
+def test_quantiles_are_those_of_student() -> None:
+    from scipy.stats import t
+
+    for rows in (20, 64, 400):
+        exact = t.ppf(1 - 1e-3 / 6 / 19, rows - 1)
+        assert abs(quantile(19, rows) / exact - 1) < 0.015
+
+
+def test_excess_is_paired() -> None:
+    g = torch.Generator().manual_seed(0)
+    bounds = torch.rand(50, generator=g) + 0.1
+    # Rows differ by more than this; each is 2 % worse than its own bound.
+    assert float(excess(bounds * 1.02, bounds)) > 5
+    assert float(excess(bounds, bounds)) == 0
