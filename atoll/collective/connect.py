@@ -10,6 +10,7 @@ from atoll.collective.hub import HubClient
 from atoll.collective.store import EXTRA, Store
 from atoll.errors import AtollError
 from atoll.runtime.libraries import import_library
+from atoll.storage.memory import refuse_out_of_memory
 
 _MEMORY: dict[str, Any] = {}  # memory://NAME is one store per process
 _SCHEMES = ("s3://", "gs://", "az://", "hf://", "memory://", "file://", "a directory")
@@ -56,4 +57,5 @@ def _remote(url: str, stores: Any) -> Store:
     try:
         return Store(ObstoreClient(stores.from_url(url, client_options=client, retry_config=retry), url))
     except Exception as error:  # obstore raises several unrelated kinds
+        refuse_out_of_memory(error, url)
         raise AtollError(f"{url}: cannot be opened ({' '.join(str(error).split())[:160]})") from None

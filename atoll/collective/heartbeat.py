@@ -14,6 +14,7 @@ from atoll.collective.statements import FileDigest
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.layout import COLLECTIVE, RunLayout, TrainingLayout
+from atoll.storage.memory import one_line
 
 _BEATS = 8  # per lease, so that a store may be away for most of a lease
 _LONGEST_PAUSE = 3600.0  # seconds between two heartbeats
@@ -84,7 +85,7 @@ class Heartbeat(threading.Thread):
     def _log_once(self, error: Exception) -> None:
         if not self._failing:
             self._failing = True
-            reason = str(error) if isinstance(error, AtollError) else f"{type(error).__name__}: {error}"
+            reason = one_line(error) or f"{type(error).__name__}: {error}"
             warnings.warn(
                 f"the lease on work {self._lease.work} was not renewed ({reason}); training goes on, trying again",
                 stacklevel=3,

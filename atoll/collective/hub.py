@@ -14,6 +14,7 @@ from typing import Any
 from atoll.collective.store import ObjectExistsError, StoredObject, StoreError, StoreRefusedError
 from atoll.errors import AtollError
 from atoll.runtime.libraries import import_library
+from atoll.storage.memory import refuse_out_of_memory
 
 _RACES = 20  # commits of others that may come between reading and committing
 _CHUNK = 1 << 20  # bytes
@@ -118,6 +119,7 @@ class HubClient:
             raise StoreError(f"{where}: the store failed ({' '.join(str(error).split())[:160]}); try again") from None
         # Its HTTP library has errors of its own, and has changed before.
         except Exception as error:
+            refuse_out_of_memory(error, where)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise StoreError(f"{where}: the store failed ({reason}); try again") from None
 

@@ -33,6 +33,7 @@ from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import CARD
 from atoll.storage.layout import ENSEMBLE, ENSEMBLE_CARD
+from atoll.storage.memory import refuse_out_of_memory
 
 with quiet("diffusers"):
     from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -125,6 +126,7 @@ class AtollPipeline(DiffusionPipeline):
             except AtollError:
                 raise
             except Exception as error:  # anything: diffusers does not check an index or a scheduler's config
+                refuse_out_of_memory(error, path)
                 reason = " ".join(str(error).split())[:200]
                 raise AtollError(f"{path}: cannot be loaded ({reason}); save it again with this diffusers") from None
 

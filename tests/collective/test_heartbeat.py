@@ -80,6 +80,11 @@ def test_a_heartbeat_logs_an_absent_store_once_and_goes_on_when_it_is_back(mine,
     assert max(attempts) <= heartbeat._LONGEST_PAUSE
 
 
+def test_a_heartbeat_names_lack_of_memory(mine) -> None:
+    with pytest.warns(match=r"was not renewed \(out of memory \(MemoryError\); free some memory"):
+        Heartbeat(mine, Membership(mine).leases["1"])._log_once(MemoryError())
+
+
 def test_a_lost_lease_is_a_warning_and_the_thread_ends(mine) -> None:
     store = open_store(str(mine.parent / "bucket"))
     identity = Membership(mine).record.identity

@@ -129,6 +129,16 @@ def test_a_lost_answer_is_read_back(hub, repository) -> None:
     assert repository.head == 1
 
 
+def test_lack_of_memory_here_is_no_failure_of_the_store(hub, repository) -> None:
+    def full() -> None:
+        raise MemoryError
+
+    repository.before_commit = full
+    with pytest.raises(AtollError, match=r"hf://me/reef/a: out of memory") as raised:
+        hub.create("a", b"mine")
+    assert not isinstance(raised.value, StoreError)
+
+
 def test_leases_work_in_a_repository(hub) -> None:
     collective = found(hub, ADA)
     lease = claim(hub, collective, ADA, "3", new_nonce())

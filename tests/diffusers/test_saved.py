@@ -81,6 +81,15 @@ def test_a_scheduler_out_of_bounds_is_refused(saved, edit, change) -> None:
         AtollPipeline.from_pretrained(saved)
 
 
+def test_lack_of_memory_is_not_told_as_damage(saved, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", full)
+    with pytest.raises(AtollError, match=r"saved\S*: out of memory while loading it; free some memory"):
+        AtollPipeline.from_pretrained(saved)
+
+
 def test_an_ensemble_that_is_a_link_to_elsewhere_is_refused(saved, tmp_path) -> None:
     (tmp_path / "pipe").mkdir()
     for name in ("model_index.json", "scheduler"):

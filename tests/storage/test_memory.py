@@ -25,8 +25,8 @@ HONEST = {"refuse_out_of_memory", "is_out_of_memory", "one_line", "_damaged", "_
 # Handlers that catch broad exceptions and read no data, by file and function.
 OTHERS = {
     ("cli/app.py", "main"),  # one line for lack of memory, a traceback for all else
+    ("collective/heartbeat.py", "run"),  # training goes on; the warning names the memory
     ("data/image.py", "frame"),  # the reason in the list of skipped images is the memory
-    ("diffusers/pipeline.py", "from_pretrained"),
     ("train/workers.py", "reporting"),  # as main
     ("launch/ray.py", "ray_backend"),  # connecting to a cluster
     ("launch/slurm.py", "submit"),  # an answer of Slurm
@@ -99,8 +99,7 @@ def test_no_handler_in_the_package_turns_it_into_damage() -> None:
             if isinstance(node, ast.Call)
         }
         raises = any(isinstance(node, ast.Raise) and node.exc is None for node in handler.body)
-        over_network = file.startswith("collective/")  # a store that fails is tried again, and named as what failed
-        if not (calls & HONEST or raises or over_network or (file, function) in OTHERS):
+        if not (calls & HONEST or raises or (file, function) in OTHERS):
             wrong.append(f"{file}:{handler.lineno} in {function}")
     assert not wrong, "\n".join(wrong)
 
