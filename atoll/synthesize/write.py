@@ -2,8 +2,10 @@
 
 plan.json               what is drawn; a resumed run must request the same
 000-00000.safetensors   latents of the first rows of cluster 0; complete if it exists
+000-00000.sha256        the hash of that file, in the format of sha256sum
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +31,12 @@ from atoll.storage.cards import ClusterShardsCard, DrawingPlan, DrawnCard, Drawn
 from atoll.storage.layout import ASSIGNMENT, CLUSTERS_CARD, RunLayout, cluster_path
 from atoll.storage.lock import hold
 from atoll.storage.shards import INDEX, SPLITS, Shards, ShardWriter
+from atoll.storage.verified import sha256_once
 from atoll.synthesize.captions import CaptionOrder
 from atoll.synthesize.rows import Keys
 
 PLAN = "plan.json"
+_HASH = ".sha256"  # the suffix of a shard's hash
 
 
 @dataclass(frozen=True)
@@ -181,10 +185,14 @@ class PartialSynthesis:
         return self._file(cluster, number).is_file()
 
     def write(self, cluster: int, number: int, latents: Tensor) -> None:
-        """Write a shard's latents [n, C, H, W] atomically."""
+        """Write a shard's latents [n, C, H, W] and their hash, each atomically."""
         from safetensors.torch import save
 
-        write_bytes(self._file(cluster, number), save({"latent": latents.contiguous()}))
+        file, content = self._file(cluster, number), save({"latent": latents.contiguous()})
+        # The hash comes first: a shard that exists is complete. It is compared at sealing, perhaps days later.
+        digest = hashlib.sha256(content).hexdigest()
+        write_bytes(file.with_suffix(_HASH), f"{digest}  {file.name}\n".encode())
+        write_bytes(file, content)
 
     def seal(self, keys: Sequence[Keys], captions: Sequence[CaptionOrder]) -> None:
         """Move the finished shards into clusters/ and encoded/, linked if the file system supports it, else copied.
@@ -194,6 +202,9 @@ class PartialSynthesis:
         Args:
             keys: of each cluster.
             captions: of each cluster.
+
+        Raises:
+            AtollError: a shard is not the one that was written.
         """
         # clusters/ first: encoded/ marks the run as finished.
         with whole_directory(self.layout.clusters) as directory:
@@ -227,12 +238,25 @@ class PartialSynthesis:
     def _adopt(self, writer: ShardWriter, cluster: int, keys: Keys, captions: CaptionOrder) -> None:
         """Hand all shards of a cluster to a writer."""
         for number, rows in self.plan.shards(cluster):
+            file = self._file(cluster, number)
+            _require_unchanged(file)
             # Keys, captions and splits follow from the row numbers; only latents were drawn.
             names = keys(rows)
-            writer.adopt(self._file(cluster, number), names, captions(rows), [keys.split(name) for name in names])
+            writer.adopt(file, names, captions(rows), [keys.split(name) for name in names])
 
     def _file(self, cluster: int, number: int) -> Path:
         return self.path / f"{cluster:03d}-{number:05d}.safetensors"
+
+
+def _require_unchanged(file: Path) -> None:
+    """Raise AtollError if a drawn shard is not the one that was written."""
+    # Shards of a time before hashes have none.
+    try:
+        expected = file.with_suffix(_HASH).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    if expected.split()[:1] != [sha256_once(file)]:
+        raise AtollError(f"{file}: its contents are not those that were written; remove it and --resume")
 
 
 def link_expert(source: Path, target: Path, force: bool) -> None:

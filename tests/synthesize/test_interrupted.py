@@ -28,7 +28,7 @@ def test_resume_after_any_shard_gives_the_same_bytes(drawn, private, listed, tmp
 
     def stop(rows, of, note):
         assert of == 22 * K
-        if len(list((out / "synthesized.partial").glob("0*"))) == done:
+        if len(list((out / "synthesized.partial").glob("0*.safetensors"))) == done:
             raise Stop
 
     with pytest.raises(Stop):
@@ -93,6 +93,34 @@ def test_resume_after_interrupted_sealing_gives_the_same_bytes(
             synthesize(private, out, listed)
     assert (out / "clusters").exists() == (written == 3)
     assert not (out / "encoded").exists()
+    synthesize(private, out, listed, resume=True)
+    assert content(out) == content(drawn)
+
+
+@pytest.mark.parametrize("hashed", [True, False], ids=["with a hash", "of a version without hashes"])
+def test_a_shard_that_changed_before_the_sealing_is_named(drawn, private, listed, tmp_path, hashed) -> None:
+    out = tmp_path / "out"
+
+    def damage(rows, of, note):
+        file = out / "synthesized.partial" / "000-00001.safetensors"
+        if file.is_file() and rows > 40:
+            content = file.read_bytes()
+            file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            if not hashed:
+                file.with_suffix(".sha256").unlink()
+            raise Stop
+
+    with pytest.raises(Stop):
+        synthesize(private, out, listed, progress=damage)
+    if not hashed:
+        synthesize(private, out, listed, resume=True)
+        return
+    with pytest.raises(AtollError, match=r"000-00001\.safetensors: its contents are not .* remove it and --resume"):
+        synthesize(private, out, listed, resume=True)
+    assert not (out / "encoded").exists()
+    assert not (out / "clusters").exists()
+    # The advice helps.
+    (out / "synthesized.partial" / "000-00001.safetensors").unlink()
     synthesize(private, out, listed, resume=True)
     assert content(out) == content(drawn)
 
