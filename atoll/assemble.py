@@ -23,6 +23,7 @@ from atoll.storage.cards import (
     EnsembleCard,
     ExpertCard,
     ExpertEntry,
+    Lineage,
     RouterCard,
     RouterEntry,
     SamplingDefaults,
@@ -69,9 +70,13 @@ def assemble(
     parts: dict[Path, ExpertCard | RouterCard] = {**cards}
     if router is not None and routing is not None:
         parts[router] = routing
-    # Compare every part with the first expert.
+    # Compare every part with the first expert. Experts of clusters that grew may be older than the router.
+    lineage = None if routing is None else routing.descent
     for path, part in parts.items():
         for key in _SHARED:
+            if key == "assignment" and lineage is not None and lineage.ancestors:
+                _refuse_foreign(path, part, router, lineage)
+                continue
             mine, theirs = part.plain().get(key), cards[first].plain().get(key)
             if not same(mine, theirs):
                 raise AtollError(
@@ -80,21 +85,22 @@ def assemble(
                 )
     # The router has one output per cluster.
     for path, card in cards.items():
-        if routing is not None and card.k != routing.clusters:
-            raise AtollError(
-                f"{router}: knows {routing.clusters} clusters, {path} is of {card.k}; take the router trained on its"
-            )
+        known = None if lineage is None else lineage.clusters_of(card.assignment)
+        if known is not None and card.k != known:
+            raise AtollError(f"{router}: knows {known} clusters, {path} is of {card.k}; take the router trained on its")
     # Write the card. Hashes of the parts' cards pin their weights, too.
     out.mkdir(parents=True, exist_ok=True)
     shared = cards[first]
     ensemble = EnsembleCard(
-        # Each expert by name, clusters and place, with the hash of its card.
+        # Each expert by name, current clusters and place, with the hash of its card.
         experts=[
-            ExpertEntry(name=card.name, clusters=card.clusters, **_place(path, out)) for path, card in cards.items()
+            ExpertEntry(name=card.name, clusters=_clusters_now(card, routing), **_place(path, out))
+            for path, card in cards.items()
         ],
         router=None if router is None else RouterEntry(**_place(router, out)),
-        clusters=shared.k,
-        assignment=shared.assignment,
+        clusters=shared.k if routing is None else routing.clusters,
+        assignment=shared.assignment if routing is None else routing.assignment,
+        **({"lineage": routing.lineage} if routing is not None and routing.lineage else {}),
         latent_shape=shared.latent_shape,
         codec=shared.codec,
         **({"stackings": _write_stackings(out, stackings)} if stackings else {}),
@@ -104,7 +110,28 @@ def assemble(
     return out
 
 
-def assemble_run(run: Path, manifest: Manifest, *, allow_hub: bool = False, trust_paths: bool = False) -> Path:
+def _refuse_foreign(path: Path, part: ExpertCard | RouterCard, router: Path | None, lineage: Lineage) -> None:
+    """Raise AtollError unless a part's assignment is the router's or one of its ancestors."""
+    if not lineage.knows(part.assignment):
+        raise AtollError(
+            f"{path}: its assignment is {part.assignment}, that of {router} is {lineage.assignment}, which did not "
+            "grow from it; parts of one ensemble must come from the same clusters"
+        )
+
+
+def _clusters_now(card: ExpertCard, router: RouterCard | None) -> tuple[int, ...]:
+    """The clusters of an expert in the numbering of the router, whose clusters may have grown."""
+    return card.clusters if router is None else router.descent.now(card.assignment, card.clusters)
+
+
+def assemble_run(
+    run: Path,
+    manifest: Manifest,
+    *,
+    rows: Path | None = None,
+    allow_hub: bool = False,
+    trust_paths: bool = False,
+) -> Path:
     """Assemble the trained experts of a manifest with the run's router.
 
     Experts that are not trained yet are left out with a warning.
@@ -112,6 +139,7 @@ def assemble_run(run: Path, manifest: Manifest, *, allow_hub: bool = False, trus
     Args:
         run: the run's directory.
         manifest: its manifest.
+        rows: a directory like clusters/, on whose rows replicas are weighed; None for the run's clusters/.
         allow_hub: whether the experts' cards may fetch text encoders from the hub, to measure replicas.
         trust_paths: whether the experts' files may be links that lead out of the run.
 
@@ -127,21 +155,30 @@ def assemble_run(run: Path, manifest: Manifest, *, allow_hub: bool = False, trus
     # A single expert needs no router, but one that exists is used.
     alone = len(trained) == 1 and not (layout.router / CARD).is_file()
     trust = manifest.trust_in_cards(run, allow_hub=allow_hub, trust_paths=trust_paths)
-    stackings = stack_replicas(trained, layout.clusters, trust)
-    return assemble(
-        trained, None if alone else layout.router, layout.ensemble, manifest.sampling.model_dump(), stackings
-    )
+    router = None if alone else layout.router
+    # Without the router's card, `assemble` raises the error.
+    routing = read_card(router, RouterCard) if router is not None and (router / CARD).is_file() else None
+    stackings = stack_replicas(trained, rows or layout.clusters, trust, routing, every=rows is not None)
+    return assemble(trained, router, layout.ensemble, manifest.sampling.model_dump(), stackings)
 
 
-def stack_replicas(experts: list[Path], clusters: Path, trust: Trust = STRANGER) -> list[Stacking]:
+def stack_replicas(
+    experts: list[Path],
+    clusters: Path,
+    trust: Trust = STRANGER,
+    router: RouterCard | None = None,
+    every: bool = False,
+) -> list[Stacking]:
     """Measure the weights of replicas on held-out latents of their clusters.
 
     Replicas without local latents cause a warning; they share their cluster's weight equally.
 
     Args:
         experts: directories of expert artifacts.
-        clusters: the run's clusters/.
+        clusters: the run's clusters/, or a directory like it.
         trust: what the experts' cards may reach.
+        router: its card knows older assignments of clusters that grew; None if they did not.
+        every: the rows were named for this purpose: if none of them is held out, all are used.
 
     Returns:
         One `Stacking` per group of replicas.
@@ -152,7 +189,7 @@ def stack_replicas(experts: list[Path], clusters: Path, trust: Trust = STRANGER)
     # Replicas are experts that cover the same clusters.
     groups: dict[tuple[int, ...], list[Path]] = {}
     for path in experts:
-        groups.setdefault(read_card(path, ExpertCard).clusters, []).append(path)
+        groups.setdefault(_covered(path, router), []).append(path)
     # Measure each group of at least two.
     stackings = []
     for covered, replicas in groups.items():
@@ -165,23 +202,39 @@ def stack_replicas(experts: list[Path], clusters: Path, trust: Trust = STRANGER)
                 f"{names} are replicas and {clusters} lacks their latents; they will share alike", stacklevel=3
             )
             continue
-        stackings.append(_stacked(replicas, [Shards(place) for place in places], trust))
+        shards = [Shards(place) for place in places]
+        stackings.append(_stacked(replicas, shards, trust, None if router is None else router.descent, every))
     return stackings
 
 
-def _stacked(replicas: list[Path], shards: list[Shards], trust: Trust) -> Stacking:
+def _covered(path: Path, router: RouterCard | None) -> tuple[int, ...]:
+    """The current clusters of the expert at `path`; its own if the router does not know them."""
+    card = read_card(path, ExpertCard)
+    known = router is not None and router.descent.knows(card.assignment)
+    return _clusters_now(card, router) if known else card.clusters
+
+
+def _stacked(
+    replicas: list[Path], shards: list[Shards], trust: Trust, lineage: Lineage | None, every: bool
+) -> Stacking:
     """Measure one group of replicas on held-out rows of their clusters."""
     # The replicas, and a check that these are the clusters that they were trained on.
     device = best_device()
     loaded = [load_expert(path, device, trust=trust) for path in replicas]
     for part in shards:
         for path, one in zip(replicas, loaded, strict=True):
-            if part.card(ClusterShardsCard).assignment != one.card.assignment:
+            assignments = part.card(ClusterShardsCard).assignment, one.card.assignment
+            # Directories and experts of clusters that grew may be of different steps.
+            related = lineage is not None and all(map(lineage.knows, assignments))
+            if assignments[0] != assignments[1] and not related:
                 raise AtollError(f"{path}: was trained on another assignment than {part.path} is of; train it again")
     # Rows that no replica was trained on: the rows that all of them held out, or the val split.
     share = min(one.card.training.calibration_holdout if one.card.training else 0.0 for one in loaded)
     val = torch.cat([part.rows("val") + start for part, start in _starts(shards)])
     rows = is_held_out(shards, share).nonzero().flatten() if share > 0 else val
+    # Rows that nobody else has are held out by nature; their val split comes first.
+    if every:
+        rows = val if len(val) else torch.arange(sum(map(len, shards)))
     if not len(rows):
         names = ", ".join(path.name for path in replicas)
         raise AtollError(

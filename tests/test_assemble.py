@@ -72,6 +72,24 @@ def test_a_stacking_that_was_altered_is_refused(replicated, tmp_path) -> None:
         load_ensemble(tmp_path / "run" / "ensemble")
 
 
+def test_replicas_are_weighed_on_rows_that_the_assembler_names(replicated, tmp_path) -> None:
+    shutil.copytree(replicated, tmp_path / "run")
+    shutil.move(tmp_path / "run" / "clusters", tmp_path / "probe")
+    manifest = load_manifest(tmp_path / "run")
+    assemble_run(tmp_path / "run", manifest, rows=tmp_path / "probe")
+    own, probed = (load_ensemble(run / "ensemble").ensemble.stackings for run in (replicated, tmp_path / "run"))
+    # The val split of these rows, not what training held out of them: other rows, so other weights.
+    assert [stacking.names for stacking in probed] == [stacking.names for stacking in own]
+    assert not torch.equal(probed[0].weights, own[0].weights)
+    # Rows of other clusters are refused.
+    shards = tmp_path / "probe" / "cluster-000" / "index.json"
+    shards.write_text(
+        shards.read_text().replace(read_card(replicated / "experts" / "0-eps-cosine", ExpertCard).assignment, "f" * 64)
+    )
+    with pytest.raises(AtollError, match=r"was trained on another assignment than .*probe.cluster-000"):
+        assemble_run(tmp_path / "run", manifest, rows=tmp_path / "probe")
+
+
 def test_replicas_without_their_latents_share_alike_with_a_warning(replicated, tmp_path) -> None:
     shutil.copytree(replicated, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "clusters" / "cluster-000")

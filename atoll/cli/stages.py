@@ -83,40 +83,73 @@ def cluster(
     assign_only: Annotated[
         bool, typer.Option("--assign-only", help="Assign new images to the existing clusters.")
     ] = False,
+    new_cluster: Annotated[
+        bool, typer.Option("--new-cluster", help="Add the images of --encoded as a cluster of their own.")
+    ] = False,
+    split: Annotated[
+        int | None, typer.Option(min=0, help="Split this cluster in two; the second part becomes the last cluster.")
+    ] = None,
     encoded: Annotated[
-        Path | None, typer.Option(help="With --assign-only: output of `atoll encode`; default: the run's encoded/.")
+        list[Path] | None,
+        typer.Option(
+            help="With --assign-only, --new-cluster, --split: output of `atoll encode`; default: the run's encoded/. "
+            "Repeat it for --split if images were added."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Cluster the features -> clusters/: the shards of each cluster's expert, and report.html."""
+    from atoll.cluster import add_cluster, cluster_run, split_cluster
     from atoll.cluster import assign_only as assign
-    from atoll.cluster import cluster_run
     from atoll.encoders.trust import STRANGER
     from atoll.manifest import load_manifest
 
-    # Options of the two ways exclude each other.
-    if encoded is not None and not assign_only:
-        raise AtollError("--encoded names new images; use it with --assign-only")
-    if assign_only and (force or router_fraction is not None):
-        raise AtollError("--assign-only does not change the clusters; leave --force and --router-fraction out")
+    # Options of the ways exclude each other.
+    ways = {"--assign-only": assign_only, "--new-cluster": new_cluster, "--split": split is not None}
+    way = [name for name, chosen in ways.items() if chosen]
+    if len(way) > 1:
+        raise AtollError(f"{' and '.join(way)}: choose one")
+    if encoded and not way:
+        raise AtollError("--encoded names images; use it with --assign-only, --new-cluster or --split")
+    if way and (force or router_fraction is not None):
+        raise AtollError(f"{way[0]} does not make all clusters anew; leave --force and --router-fraction out")
+    if new_cluster and not encoded:
+        raise AtollError("--new-cluster needs --encoded, the images of the new cluster")
+    if len(encoded or []) > 1 and split is None:
+        raise AtollError(f"{way[0]} takes one --encoded; repeat the command")
+    layout = RunLayout(run)
     with bar("cluster", "images", quiet) as tell:
-        # New images join the clusters, or new clusters are made.
-        if assign_only:
-            # A copy of clusters/ alone has no atoll.yaml.
-            trust = load_manifest(run).trust_in_cards(run) if RunLayout(run).manifest.is_file() else STRANGER
-            done = assign(RunLayout(run).clusters, encoded or RunLayout(run).encoded, tell, trust)
-        else:
+        # New images join the clusters, the clusters grow, or new ones are made.
+        if not way:
             done = cluster_run(run, load_manifest(run), force=force, router_fraction=router_fraction, progress=tell)
+        else:
+            # A copy of clusters/ alone has no atoll.yaml.
+            trust = load_manifest(run).trust_in_cards(run) if layout.manifest.is_file() else STRANGER
+            sources = encoded or [layout.encoded]
+            if split is not None:
+                done = split_cluster(layout.clusters, split, sources, tell, trust)
+            else:
+                done = (add_cluster if new_cluster else assign)(layout.clusters, sources[0], tell, trust)
     typer.echo(done)
 
 
 @app.command(rich_help_panel="Stages")
-def assemble(run: RunOption = Path(), allow_hub: AllowHub = False, trust_paths: TrustPaths = False) -> None:
+def assemble(
+    run: RunOption = Path(),
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weigh replicas on these rows: a directory like clusters/; default: the run's held-out rows."
+        ),
+    ] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
+) -> None:
     """Combine experts and router -> ensemble/ensemble.json, with the hash of every part."""
     from atoll.assemble import assemble_run
     from atoll.manifest import load_manifest
 
-    out = assemble_run(run, load_manifest(run), allow_hub=allow_hub, trust_paths=trust_paths)
+    out = assemble_run(run, load_manifest(run), rows=rows, allow_hub=allow_hub, trust_paths=trust_paths)
     typer.echo(f"{out} written")
 
 

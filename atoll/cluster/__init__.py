@@ -15,6 +15,16 @@ holds the sample of the fine stage and a few shards.
 
 from atoll.cluster.add import assign_only
 from atoll.cluster.assign import Assignment, ClusterMethod, load_assignment
+from atoll.cluster.grow import add_cluster, split_cluster
 from atoll.cluster.run import cluster, cluster_run
 
-__all__ = ["Assignment", "ClusterMethod", "assign_only", "cluster", "cluster_run", "load_assignment"]
+__all__ = [
+    "Assignment",
+    "ClusterMethod",
+    "add_cluster",
+    "assign_only",
+    "cluster",
+    "cluster_run",
+    "load_assignment",
+    "split_cluster",
+]

@@ -49,7 +49,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
     assignment, shards = load_assignment(out, card), open_encoded(encoded)
     tell = progress or (lambda done, rows, note: None)
     first = Shards(cluster_path(out, 0))
-    _refuse_other(shards, out, card, first)
+    refuse_other(shards, out, card, first)
     # Adding the same data twice changes nothing.
     if shards.sha256 in card.encoded:
         return f"{out}: all images of {encoded} are there already: {say_counts(card)}"
@@ -63,7 +63,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
     values = {key: value for key, value in card.plain().items() if key in ClusteringCard.model_fields}
     clustering = ClusteringCard(**{**values, "encoded": (*card.encoded, shards.sha256)})
     # Write the old and the new images.
-    island = first.card(ClusterShardsCard)
+    island = first.card(ClusterShardsCard).model_copy(update={"clusters": card.k})
     with whole_directory(out) as directory, Workers() as workers:
         with ClustersWriter(directory, shards, island, card.seed, card.router_fraction) as output:
             # The old shards come first, so the numbers of their rows do not change.
@@ -73,7 +73,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
                 # Positions of the new rows within their shard.
                 output.add(assigned, (~known[start:end]).nonzero().flatten())
                 tell(end, len(shards), "adding")
-        cut = _both(card.cut, cut_of(shards))
+        cut = both_cuts(card.cut, cut_of(shards))
         card = finish(directory, clustering, assignment, output, workers=workers, tell=tell, trust=trust, cut=cut)
     # New data may unbalance the clusters: warn, since only a new clustering can change that.
     total = sum(count.train for count in card.counts)
@@ -87,7 +87,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
     return f"{out}: {int((~known).sum()):,} images added{skipped}: {say_counts(card)}"
 
 
-def _both(old: CutRecord | None, new: CutRecord | None) -> CutRecord | None:
+def both_cuts(old: CutRecord | None, new: CutRecord | None) -> CutRecord | None:
     """The cut captions of old and new data together."""
     if old is None or new is None:
         return old or new
@@ -95,7 +95,7 @@ def _both(old: CutRecord | None, new: CutRecord | None) -> CutRecord | None:
     return CutRecord(captions=total, fraction=(old.captions * old.fraction + new.captions * new.fraction) / total)
 
 
-def _refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -> None:
+def refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -> None:
     """Raise AtollError unless the new shards fit the clusters."""
     # The clusters store no features, so their columns are compared without them.
     columns = tuple(name for name in shards.columns if name != "feature")

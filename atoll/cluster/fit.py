@@ -83,17 +83,8 @@ def two_stages(
     Raises:
         AtollError: fewer than k distinct features, or features that are not finite.
     """
-    # Fine stage: k-means on a sample. A centroid without training images has no weight and may not attract others.
-    progress(0, surveyed.rows, "fine k-means")
-    sample = _read_sample(shards, surveyed.hashes[: ROWS_PER_CENTROID * fine], seed)
-    centroids, _ = kmeans(sample, fine, seed, workers, rounds=_FINE_ROUNDS)
-    del sample
-    distinct = len(centroids) < fine  # the fine stage drops centroids that get no feature of their own
-    counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
-    # Dropping a centroid moves its images to others, so count again.
-    while not counts.all():
-        centroids = centroids[counts > 0]
-        counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
+    stage = fine_stage(shards, surveyed, fine=fine, seed=seed, workers=workers, progress=progress)
+    centroids, counts, first, distinct = stage.centroids, stage.counts, stage.first, stage.distinct
     # Every cluster needs at least one centroid.
     if len(centroids) < k:
         raise AtollError(
@@ -102,12 +93,7 @@ def two_stages(
         )
     # Coarse stage: the best of several k-means over the fine centroids, weighted by their images.
     weights = counts.double()
-    starts = (
-        kmeans(centroids, k, seed + start, workers, rounds=_COARSE_ROUNDS, weights=weights.float())
-        for start in range(_COARSE_STARTS)
-    )
-    coarse, _ = min(starts, key=lambda result: result[1])
-    coarse_of, _ = nearest(centroids, coarse)
+    coarse_of = free_coarse(centroids, weights, k, seed, workers)
     # The free k-means is the starting point of the balanced one.
     if method == "balanced":
         coarse_of = balanced(centroids, weights, coarse_of, k, distinct)
@@ -116,6 +102,59 @@ def two_stages(
     coarse_of = firsts.argsort(stable=True).argsort()[coarse_of]
     coarse = weighted_means(centroids, weights, coarse_of, k).float()
     return Assignment(method, k, seed, centroids, coarse_of, coarse)
+
+
+@dataclass(frozen=True, eq=False)
+class FineStage:
+    """The fine centroids of a data set.
+
+    Attributes:
+        centroids: [F,D], each with training images.
+        counts: training images of each, [F] int64.
+        first: the row of the first of them, [F] int64.
+        distinct: whether every distinct feature has its own centroid, so that more would change nothing.
+    """
+
+    centroids: Tensor
+    counts: Tensor
+    first: Tensor
+    distinct: bool
+
+
+def fine_stage(
+    shards: Shards, surveyed: Survey, *, fine: int, seed: int, workers: Workers, progress: ClusterProgress
+) -> FineStage:
+    """Fit fine centroids by k-means on a sample, and count their training images; arguments as in `two_stages`."""
+    progress(0, surveyed.rows, "fine k-means")
+    sample = _read_sample(shards, surveyed.hashes[: ROWS_PER_CENTROID * fine], seed)
+    centroids, _ = kmeans(sample, fine, seed, workers, rounds=_FINE_ROUNDS)
+    del sample
+    distinct = len(centroids) < fine  # the fine stage drops centroids that get no feature of their own
+    # A centroid without training images has no weight and may not attract others.
+    counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
+    # Dropping a centroid moves its images to others, so count again.
+    while not counts.all():
+        centroids = centroids[counts > 0]
+        counts, first = _count(shards, centroids, workers, progress, surveyed.rows)
+    return FineStage(centroids, counts, first, distinct)
+
+
+def free_coarse(centroids: Tensor, weights: Tensor, k: int, seed: int, workers: Workers) -> Tensor:
+    """Return the coarse cluster [F] int64 of each fine centroid: the best of several weighted k-means.
+
+    Args:
+        centroids: fine ones [F,D].
+        weights: their training images [F] float64.
+        k: number of clusters.
+        seed: of the first k-means.
+        workers: threads.
+    """
+    starts = (
+        kmeans(centroids, k, seed + start, workers, rounds=_COARSE_ROUNDS, weights=weights.float())
+        for start in range(_COARSE_STARTS)
+    )
+    coarse, _ = min(starts, key=lambda result: result[1])
+    return nearest(centroids, coarse)[0]
 
 
 def kmeans(

@@ -112,17 +112,20 @@ class ReportRows:
                     _rows(assigned.part, chosen, scores, latents, clusters=assigned.clusters, distances=distances)
                 )
 
-    def adopt(self, directory: Path) -> None:
-        """Offer the rows that were written to a directory."""
+    def adopt(self, directory: Path, without: int | None = None) -> None:
+        """Offer the rows that were written to a directory, except those of the cluster `without`."""
         # The draws follow from the keys, so the stored rows need no scores.
         for part in Shards(directory / SAMPLE).parts():
-            self.sample.offer(_stored(part, draw(hash_keys(part.keys), self._seed, SAMPLE), "feature"))
+            stored = _stored(part, draw(hash_keys(part.keys), self._seed, SAMPLE), "feature")
+            self.sample.offer(row for row in stored if row.cluster != without)
         # Each stored image is offered to both selections: it may be near, random, or both.
         for part in Shards(directory / IMAGES).parts():
             for row in _stored(part, draw(hash_keys(part.keys), self._seed, IMAGES), "latent"):
-                self.random[row.cluster].offer([row])
+                if row.cluster != without:
+                    self.random[row.cluster].offer([row])
             for row in _stored(part, part.columns["distance"].numpy(), "latent"):
-                self.nearest[row.cluster].offer([row])
+                if row.cluster != without:
+                    self.nearest[row.cluster].offer([row])
 
     def write(self, directory: Path) -> None:
         """Write sample/ and images/ into a directory."""

@@ -8,7 +8,7 @@ from atoll.cluster.describe import describe
 from atoll.cluster.fit import ROWS_PER_CENTROID, ClusterProgress, Survey, survey, two_stages
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import imbalance, to_html
-from atoll.cluster.write import ClustersWriter
+from atoll.cluster.write import ClustersWriter, WrittenClusters
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -178,7 +178,7 @@ def finish(
     directory: Path,
     clustering: ClusteringCard,
     assignment: Assignment,
-    output: ClustersWriter,
+    output: WrittenClusters,
     *,
     workers: Workers,
     tell: ClusterProgress,
@@ -243,6 +243,9 @@ def _is_there(out: Path, requested: dict[str, object]) -> bool:
     card = load_card(out / CLUSTERS_CARD, ClustersCard)
     # Data added later do not make it another clustering.
     existing = {**card.plain(), "encoded": [card.encoded[0]]}
+    # Neither does growth: k may be the founding one or the current one, and fine centroids have been added.
+    if card.lineage and requested["k"] in (card.k, len(card.lineage[0].clusters)):
+        existing |= {"k": requested["k"], "fine": requested["fine"]}
     # Name the first setting that differs.
     for key, value in requested.items():
         if existing.get(key) != value:

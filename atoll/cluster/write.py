@@ -1,10 +1,11 @@
 """Writes a clusters/ directory shard by shard; each cluster's writer holds at most one shard in memory."""
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +16,21 @@ from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
 from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
-from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter
+from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter, Split
 
 _BUFFERS = 1 << 30  # bytes in the buffers of all writers together, at most
 _SHARD_ROWS = 4096
+
+
+class WrittenClusters(Protocol):
+    """What the card and the page need of written clusters; see `ClustersWriter`."""
+
+    @property
+    def counts(self) -> Sequence[dict[Split, int]]: ...
+    @property
+    def blank(self) -> int: ...
+    @property
+    def report_rows(self) -> ReportRows: ...
 
 
 class ClustersWriter:
@@ -44,11 +56,11 @@ class ClustersWriter:
         # The router's shards hold rows of all clusters, so their card names none.
         shared = ClusterShardsCard(**{key: value for key, value in card.plain().items() if key != "cluster"})
         self._columns = [name for name in shards.columns if name != "feature"]
-        self.counts = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
+        self.counts: list[dict[Split, int]] = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
         self.blank = 0
         self.report_rows = ReportRows(k, seed)
         # One open writer per cluster, and one for the router's sample.
-        rows = _shard_rows(shards, self._columns, k)
+        rows = shard_rows(shards, self._columns, k)
         paths = [cluster_path(directory, c) for c in range(k)]
         self._stack = ExitStack()
         with self._stack:  # if one cannot be opened, the others are closed
@@ -70,8 +82,6 @@ class ClustersWriter:
             assigned: the shard with its clusters.
             rows: [n] int64; None for all rows.
         """
-        import pyarrow as pa
-
         part, rows = assigned.part, torch.arange(len(assigned.part)) if rows is None else rows
         # All rows of this shard may be there already.
         if not len(rows):
@@ -80,22 +90,20 @@ class ClustersWriter:
         clusters = assigned.clusters[rows]
         for number in clusters.unique().tolist():
             members = rows[clusters == number]
-            _, _, splits = text = _text(part, members)
+            _, _, splits = text = row_text(part, members)
             self._writers[number].append(*text, {name: part.columns[name][members] for name in self._columns})
             for split in SPLITS:
                 self.counts[number][split] += splits.count(split)
         self.blank += int((assigned.features[rows] == 0).all(1).sum())
         # The table of keys and clusters.
-        keys, _, splits = _text(part, rows)
-        types = {"key": pa.string(), "cluster": pa.int32(), "split": pa.string()}
-        columns = dict(zip(types, (keys, clusters.tolist(), splits), strict=True))
-        self._write_table(pa.table({name: pa.array(columns[name], kind) for name, kind in types.items()}))
+        keys, _, splits = row_text(part, rows)
+        self._write_table(assignment_table(keys, clusters.tolist(), splits))
         # The samples for the router and the report.
         hashes = hash_keys(part.keys)
         if self._router is not None and self._fraction is not None:
             chosen = rows[torch.from_numpy(below(draw(hashes, self._seed, ROUTER), self._fraction))[rows]]
             latents = {name: part.columns[name][chosen] for name in self._columns}
-            self._router.append(*_text(part, chosen), {**latents, "cluster": assigned.clusters[chosen]})
+            self._router.append(*row_text(part, chosen), {**latents, "cluster": assigned.clusters[chosen]})
             self._routed += len(chosen)
         self.report_rows.offer(assigned, rows, hashes)
 
@@ -107,9 +115,9 @@ class ClustersWriter:
         import pyarrow.parquet as pq
 
         for number, writer in enumerate(self._writers):
-            _adopt(writer, cluster_path(old, number))
+            adopt_shards(writer, cluster_path(old, number))
         if self._router is not None:
-            self._routed += _adopt(self._router, old / ROUTER)
+            self._routed += adopt_shards(self._router, old / ROUTER)
         # The table is copied row group by row group.
         with pq.ParquetFile(old / ASSIGNMENT) as file:
             for number in range(file.num_row_groups):
@@ -162,21 +170,32 @@ class ClustersWriter:
         self._table.write_table(table, row_group_size=len(table))
 
 
-def _adopt(writer: ShardWriter, old: Path) -> int:
-    """Take over the shards of a directory; returns their number of rows."""
+def assignment_table(keys: list[str], clusters: list[int], splits: list[str]) -> Any:
+    """Return rows of assignment.parquet as a pyarrow table."""
+    import pyarrow as pa
+
+    types = {"key": pa.string(), "cluster": pa.int32(), "split": pa.string()}
+    columns = dict(zip(types, (keys, clusters, splits), strict=True))
+    return pa.table({name: pa.array(columns[name], kind) for name, kind in types.items()})
+
+
+def adopt_shards(writer: ShardWriter, old: Path) -> int:
+    """Take over the shards of a directory with its card; return their number of rows."""
     shards = Shards(old)
+    # Of clusters that grew, each directory keeps its own card: its experts stay those of their own assignment.
+    writer.card = shards.card(ClusterShardsCard)
     for part in shards.parts():
         writer.adopt(old / f"shard-{part.number:05d}.safetensors", part.keys, part.captions, part.splits)
     return len(shards)
 
 
-def _text(part: Shard, rows: Tensor) -> tuple[list[str], list[str], list[str]]:
-    """Keys, captions and splits of rows."""
+def row_text(part: Shard, rows: Tensor) -> tuple[list[str], list[str], list[str]]:
+    """Return keys, captions and splits of rows [n] int64 of a shard."""
     chosen = rows.tolist()
     return [part.keys[i] for i in chosen], [part.captions[i] for i in chosen], [part.splits[i] for i in chosen]
 
 
-def _shard_rows(shards: Shards, columns: list[str], k: int) -> int:
-    """Rows per shard so that k + 1 writers, each with a shard twice in memory while writing, stay within `_BUFFERS`."""
+def shard_rows(shards: Shards, columns: list[str], k: int) -> int:
+    """Return the rows per shard so that k + 1 writers, each with a shard twice in memory, stay within `_BUFFERS`."""
     row = sum(math.prod(shards.shape(name)) * 4 for name in columns)
     return max(1, min(_SHARD_ROWS, _BUFFERS // (2 * (k + 1) * row)))

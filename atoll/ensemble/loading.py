@@ -229,8 +229,10 @@ def _load_experts(
             continue
         # The card names the weights' hash, so checking the card checks both.
         require_hash(part / CARD, entry.sha256)
-        experts.append(load_expert(part, device, weights, cache, root=root, trust=trust))
-        require_part(card, experts[-1].card, part / CARD)
+        loaded = load_expert(part, device, weights, cache, root=root, trust=trust)
+        # Clusters may have grown since its training.
+        clusters = require_part(card, loaded.card, part / CARD)
+        experts.append(replace(loaded, expert=replace(loaded.expert, clusters=clusters)))
     if not experts:
         raise AtollError(f"{path}: none of its {len(card.experts)} experts is there; fetch at least one")
     return experts

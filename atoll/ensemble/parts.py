@@ -7,22 +7,40 @@ from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard
 
 
-def require_part(ensemble: EnsembleCard, part: ExpertCard | RouterCard, where: Path) -> None:
-    """Raise AtollError unless a part has the ensemble's latents and clusters.
+def require_part(ensemble: EnsembleCard, part: ExpertCard | RouterCard, where: Path) -> tuple[int, ...]:
+    """Check that a part has the ensemble's latents and clusters, or those that the ensemble's clusters grew from.
 
     Args:
         ensemble: its card.
         part: the card of one of its parts.
         where: the part's file, for the message.
+
+    Returns:
+        The clusters of an expert in the ensemble's numbering; none for a router.
+
+    Raises:
+        AtollError: the part does not fit.
     """
-    clusters = part.k if isinstance(part, ExpertCard) else part.clusters
+    is_expert, lineage = isinstance(part, ExpertCard), ensemble.descent
+    # An expert may be older than the clusters' last growth; a router covers all of them.
+    related = is_expert and bool(lineage.ancestors) and lineage.knows(part.assignment)
+    clusters = lineage.clusters_of(part.assignment) if related else ensemble.clusters
+    # Numbers of an assignment outside the lineage mean nothing here.
+    if lineage.ancestors and not lineage.knows(part.assignment):
+        raise AtollError(
+            f"{where}: its assignment is {part.assignment}, the ensemble's is {lineage.assignment}, which did not grow "
+            "from it; run `atoll assemble` again"
+        )
     # Otherwise noise of the ensemble's shape would be drawn for networks of another.
     for name, own, wanted in (
         ("latent_shape", list(part.latent_shape), list(ensemble.latent_shape)),
-        ("number of clusters", clusters, ensemble.clusters),
+        ("number of clusters", part.k if isinstance(part, ExpertCard) else part.clusters, clusters),
     ):
         if own != wanted:
             raise AtollError(f"{where}: its {name} is {own}, the ensemble's is {wanted}; run `atoll assemble` again")
+    if not isinstance(part, ExpertCard):
+        return ()
+    return lineage.now(part.assignment, part.clusters) if related else part.clusters
 
 
 def require_hash(card: Path, expected: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 # Numbers of parts, and the cost of sampling them.
 MAX_CLUSTERS = 4096  # K. HDDM and DDM have 8; routing weights are [B, K], and each cluster has a directory
+MAX_ANCESTORS = 1024  # older assignments of clusters that grew; each step adds one cluster
 MAX_EXPERTS = 4096  # E. A replica or two per cluster; each expert is opened and hashed when an ensemble loads
 MAX_STEPS = 10_000  # solver steps. DDPM has 1,000; each step evaluates every selected expert
 MAX_GUIDANCE = 1000.0  # scale, either sign. Published samplers use 1 to 20
@@ -51,6 +52,7 @@ ClusterCount = Annotated[int, Field(strict=True, ge=1, le=MAX_CLUSTERS)]
 Outputs = Annotated[int, Field(gt=0, le=MAX_CLUSTERS)]  # of a router
 ClusterNumber = Annotated[int, Field(strict=True, ge=0, lt=MAX_CLUSTERS)]
 Clusters = Annotated[tuple[ClusterNumber, ...], Field(min_length=1, max_length=MAX_CLUSTERS)]
+GrowthSteps = Annotated[tuple[ClusterNumber | None, ...], Field(max_length=MAX_ANCESTORS)]  # of a router
 
 # Sizes of networks. Not strict: configurations come from atoll.yaml and from scripts, too.
 Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]

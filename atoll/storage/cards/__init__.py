@@ -61,11 +61,13 @@ from atoll.storage.cards.ensemble import (
     StackingRecord,
     StackingsEntry,
 )
+from atoll.storage.cards.lineage import AncestorRecord, Lineage
 from atoll.storage.cards.record import FORMAT, Card, CardRecord, CardT, RecordT, parse_card, parse_record
 
 __all__ = [
     "CONVERTED",
     "FORMAT",
+    "AncestorRecord",
     "ArtifactCard",
     "ArtifactT",
     "CalibrationRecord",
@@ -96,6 +98,7 @@ __all__ = [
     "FileEntry",
     "ImagesRecord",
     "InitRecord",
+    "Lineage",
     "RecordT",
     "ReportRowsCard",
     "RouterCard",

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
+from atoll.storage.cards.lineage import Ancestors, Lineage
 from atoll.storage.cards.record import Card, CardRecord, refuse_renamed
 from atoll.storage.layout import WEIGHTS
 
@@ -188,6 +189,7 @@ class RouterCard(ArtifactCard):
 
     Attributes:
         clusters: the number of clusters that it distinguishes.
+        lineage: older assignments, whose experts fit too; None if the clusters never grew.
         path: (schedule, clusters noised by it), if training did not follow the linear path.
         accuracy_at_t: top-1 accuracy on held-out latents, by the time.
     """
@@ -199,10 +201,21 @@ class RouterCard(ArtifactCard):
     codec: Plain
     condition: bounds.ConditionConfig
     assignment: Name | None = None
+    lineage: Ancestors | None = None
     path: tuple[tuple[Plain, bounds.Clusters], ...] | None = Field(None, max_length=bounds.MAX_CLUSTERS)
     accuracy_at_t: dict[Name, bounds.Fraction] | None = None
     training: TrainingRecord | None = None
     conversion: ConversionRecord | None = None
+
+    @model_validator(mode="after")
+    def _descends(self) -> Self:
+        self.descent.check()
+        return self
+
+    @property
+    def descent(self) -> Lineage:
+        """The assignment with its ancestors."""
+        return Lineage(self.assignment, self.clusters, self.lineage or ())
 
 
 ArtifactT = TypeVar("ArtifactT", bound=ArtifactCard)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
+from atoll.storage.cards.lineage import Ancestors, Lineage
 from atoll.storage.cards.record import Card, CardRecord
 
 
@@ -120,6 +121,7 @@ class ClusterShardsCard(CardRecord):
         cluster: the cluster of all rows; None if the shards hold all clusters.
         clusters: the number of clusters.
         assignment: the hash of the rule that assigns images to clusters.
+        lineage: older assignments; None if the clusters never grew.
     """
 
     cluster: bounds.ClusterNumber | None = None
@@ -129,6 +131,17 @@ class ClusterShardsCard(CardRecord):
     codec: Plain
     condition: bounds.ConditionConfig
     source: Plain
+    lineage: Ancestors | None = None
+
+    @model_validator(mode="after")
+    def _descends(self) -> Self:
+        self.descent.check()
+        return self
+
+    @property
+    def descent(self) -> Lineage:
+        """The assignment with its ancestors."""
+        return Lineage(self.assignment, self.clusters, self.lineage or ())
 
 
 class ReportRowsCard(CardRecord):
@@ -171,6 +184,7 @@ class ClusteringCard(Card):
         router_fraction: the fraction of all rows in router/; None if there is no router/.
         assignment: the hash of the rule that assigns images to clusters.
         encoded: the hashes of the clustered encoded/ directories, in the order of clustering.
+        lineage: older assignments; None if the clusters never grew.
     """
 
     remedy: ClassVar[str] = "run `atoll cluster` again"
@@ -184,6 +198,17 @@ class ClusteringCard(Card):
     codec: Plain
     assignment: Name
     encoded: tuple[Sha256, ...] = Field(min_length=1)
+    lineage: Ancestors | None = None
+
+    @model_validator(mode="after")
+    def _descends(self) -> Self:
+        self.descent.check()
+        return self
+
+    @property
+    def descent(self) -> Lineage:
+        """The assignment with its ancestors."""
+        return Lineage(self.assignment, self.k, self.lineage or ())
 
 
 class ClustersCard(ClusteringCard):

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Name, Plain, Sha256
+from atoll.storage.cards.lineage import Ancestors, Lineage
 from atoll.storage.cards.record import Card, CardRecord
 
 
@@ -71,7 +72,12 @@ class SamplingDefaults(CardRecord):
 
 
 class EnsembleCard(Card):
-    """ensemble.json. router: None if the ensemble is a single expert."""
+    """ensemble.json.
+
+    Attributes:
+        router: None if the ensemble is a single expert.
+        lineage: older assignments, whose experts fit too; None if the clusters never grew.
+    """
 
     remedy: ClassVar[str] = "run `atoll assemble` again, or get the ensemble from its author again"
     kind: Literal["ensemble"] = "ensemble"
@@ -79,7 +85,18 @@ class EnsembleCard(Card):
     router: RouterEntry | None
     clusters: bounds.ClusterCount
     assignment: Name | None
+    lineage: Ancestors | None = None
     latent_shape: bounds.LatentShape
     codec: Plain
     stackings: StackingsEntry | None = None
     sampling: SamplingDefaults
+
+    @model_validator(mode="after")
+    def _descends(self) -> Self:
+        self.descent.check()
+        return self
+
+    @property
+    def descent(self) -> Lineage:
+        """The assignment with its ancestors."""
+        return Lineage(self.assignment, self.clusters, self.lineage or ())
