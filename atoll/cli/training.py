@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
+from atoll.errors import AtollError
 from atoll.storage.layout import COLLECTIVE, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
@@ -52,7 +53,42 @@ def _command(part: str, text: str) -> Callable[..., None]:
 
 
 # Parts that a run has once take no name.
-train_router = _command("router", "Train the router on latents of all clusters -> router/.")
+@train_app.command("router")
+def train_router(
+    run: RunOption = Path(),
+    resume: Resume = False,
+    restart: Restart = False,
+    nproc: Nproc = 1,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Keep the router, and add what its clusters have grown by.")
+    ] = False,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="With --extend: a directory like clusters/, for clusters whose latents are not here."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the router on latents of all clusters -> router/."""
+    if not extend:
+        if rows is not None:
+            raise AtollError("--rows names latents for --extend; add it")
+        _train(["router"], run, resume, restart, nproc, quiet)
+        return
+    if resume or restart or nproc > 1:
+        raise AtollError("--extend takes minutes in one process; leave --resume, --restart and --nproc out")
+    from atoll.manifest import load_manifest
+    from atoll.train.extend_router import extend_router
+
+    with bar("router", "clusters", quiet) as update:
+        out = extend_router(
+            run,
+            load_manifest(run),
+            rows=rows,
+            progress=lambda m: update(m["step"], m["steps"], f"loss {m['loss']:.4f}"),
+        )
+    typer.echo(f"{out} written")
+
+
 train_monolith = _command("monolith", "Train one dense model on all data, to compare with -> monolith/.")
 train_student = _command("student", "Distil the ensemble into one dense model -> student/; same as `atoll distil`.")
 app.command("distil", rich_help_panel="Stages", help="Distil the ensemble into one dense model -> student/.")(

@@ -83,7 +83,8 @@ def train_denoiser(
         AtollError: as `train_expert`.
     """
     # The data, the network and what identifies the training.
-    data = shards[0].card(ClusterShardsCard)
+    # Directories of clusters that grew name the assignment that they were written under: the latest one is the run's.
+    data = max((part.card(ClusterShardsCard) for part in shards), key=lambda card: card.clusters)
     trust = manifest.trust_in_cards(spec.run)
     encoder = build_encoder(data.condition, trust)
     objective = Objective(**spec.part.objective.model_dump())

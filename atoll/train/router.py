@@ -14,8 +14,8 @@ from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.randomness import Stream, random_rows, seeded
 from atoll.schedule import PATH, Schedule
-from atoll.storage.artifact import load_clusters, save_artifact
-from atoll.storage.cards import ClusterShardsCard, RouterCard, TrainingRecord
+from atoll.storage.artifact import CARD, load_clusters, read_card, save_artifact
+from atoll.storage.cards import ClustersCard, ClusterShardsCard, Lineage, RouterCard, TrainingRecord
 from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import INDEX, SPLITS, Shards
@@ -58,7 +58,8 @@ def train_router(
             router.
     """
     # The data, the network and what identifies the training.
-    encoded, labels, clusters, assignment = _data_set(run)
+    parts, labels, lineage = _data(run)
+    clusters, assignment, encoded = lineage.k, lineage.assignment, parts[0]
     settings = manifest.train_of(manifest.router)
     choices = manifest.router.network
     encoder = build_encoder(encoded.data_card.condition, manifest.trust_in_cards(run))
@@ -77,13 +78,13 @@ def train_router(
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
     mark = training_mark({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
-    if finished(path, RouterCard, mark, resume, restart):
+    if _is_extended(path, lineage, resume, restart) or finished(path, RouterCard, mark, resume, restart):
         return path
     # Train, then write the artifact.
     torch.manual_seed(seed)
     router = build_network(config)
     # The router is trained on one split and evaluated on the other.
-    training, held_out = (CaptionedLatents(Rows.of([encoded], split), encoder) for split in SPLITS)
+    training, held_out = (CaptionedLatents(Rows.of(parts, split), encoder) for split in SPLITS)
     with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
         task = RouterTask(router, training, held_out, labels, settings=settings, seed=seed, paths=paths)
         trained = train(
@@ -105,6 +106,7 @@ def train_router(
             codec=encoded.data_card.codec,
             condition=encoded.data_card.condition,
             assignment=assignment,
+            **({"lineage": lineage.ancestors} if lineage.ancestors else {}),
             **about,
             accuracy_at_t=task.accuracy(stoppable(router, island, stopped)),
             training=TrainingRecord(**trained.summary, rows=len(training), seed=seed, torch=torch.__version__),
@@ -214,6 +216,38 @@ def _paths(manifest: Manifest, clusters: int) -> list[NoisePath]:
         )
     schedules = [Objective(**first[cluster].objective.model_dump()).schedule for cluster in range(clusters)]
     return [(schedule, torch.tensor([cluster])) for cluster, schedule in enumerate(schedules)]
+
+
+def _data(run: Path) -> tuple[list[Shards], Tensor, Lineage]:
+    """Latents, their clusters [n] int64 through all directories, and the assignment with its ancestors."""
+    layout = RunLayout(run)
+    # Clusters that grew by new data hold more than encoded/ does.
+    if layout.clusters_card.is_file() and not (layout.router_sample / INDEX).is_file():
+        card = load_clusters(layout.clusters_card)
+        if isinstance(card, ClustersCard) and card.lineage:
+            parts = [Shards(layout.cluster(number)) for number in range(card.k)]
+            labels = torch.cat([torch.full((len(part),), number) for number, part in enumerate(parts)])
+            return parts, labels, card.descent
+    shards, labels, clusters, assignment = _data_set(run)
+    described = shards.data_card
+    ancestors = described.lineage if isinstance(described, ClusterShardsCard) else None
+    return [shards], labels, Lineage(assignment, clusters, ancestors or ())
+
+
+def _is_extended(path: Path, lineage: Lineage, resume: bool, restart: bool) -> bool:
+    """Return whether the router at `path` was extended to these clusters, which is as good as trained on them.
+
+    Raises:
+        AtollError: it was, and both resume and restart are False.
+    """
+    if restart or not (path / CARD).exists():
+        return False
+    card = read_card(path, RouterCard)
+    if not card.network.get("grown") or card.assignment != lineage.assignment:
+        return False
+    if not resume:
+        raise AtollError(f"{path} is already trained, and extended; add --restart to train it anew")
+    return True
 
 
 def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
