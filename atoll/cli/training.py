@@ -1,7 +1,7 @@
 """The commands that train: one part, or all of them; and synthesize, which generates training data without images."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -9,7 +9,7 @@ import typer
 
 from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
 from atoll.errors import AtollError
-from atoll.storage.layout import COLLECTIVE, EXIT_INTERRUPTED
+from atoll.storage.layout import COLLECTIVE, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY
 
 if TYPE_CHECKING:
     from atoll.choices import Method
@@ -200,7 +200,7 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
         return
     # One process, or one of several: only the first one prints.
     first = is_first_process()
-    with reporting(), _lease(what, run), bar(what[0], "steps", quiet or not first) as update:
+    with _memory_apart(), reporting(), _lease(what, run), bar(what[0], "steps", quiet or not first) as update:
         from atoll.manifest import load_manifest
         from atoll.train.loop import Interrupted
 
@@ -220,6 +220,20 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
         # Other processes would print the same line again.
         if first:
             typer.echo(done)
+
+
+@contextmanager
+def _memory_apart() -> Iterator[None]:
+    """Report lack of memory in one line, with an exit code that `atoll launch` retries, unlike a mistake."""
+    from atoll.storage.memory import is_out_of_memory, one_line
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        typer.secho(f"atoll: {one_line(error)}", fg="red", err=True)
+        raise typer.Exit(EXIT_OUT_OF_MEMORY) from None
 
 
 def _lease(what: list[str], run: Path) -> AbstractContextManager[object]:

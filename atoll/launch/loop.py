@@ -10,7 +10,7 @@ from typing import Any, Literal
 from atoll.errors import AtollError
 from atoll.launch.backend import Backend, JobHandle
 from atoll.launch.job import ExitStatus, Job, holder_of, last_metrics, name_of_signal
-from atoll.storage.layout import EXIT_USER_ERROR
+from atoll.storage.layout import EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR
 
 PartState = Literal["waiting", "running", "elsewhere", "stopping", "done", "failed", "stopped"]
 _MAX_PAUSE = 60.0  # seconds before a restart
@@ -138,7 +138,8 @@ def _poll(part: TrackedJob, retries: int, pause: float) -> None:
     # A user error would repeat itself: it is not retried.
     elif status.exit_status.code == EXIT_USER_ERROR or part.crashes >= retries:
         part.state, part.error = "failed", _describe(status.exit_status, part.crashes)
-    # Everything else may be the machine's fault: wait, twice as long each time, and restart from the checkpoint.
+    # Everything else may be the machine's fault, lack of memory too, since others may use it. Wait, twice as long each
+    # time, and restart from the checkpoint.
     else:
         part.state, part.error = "waiting", _describe(status.exit_status, 0)
         part.restart_at = time.monotonic() + min(_MAX_PAUSE, pause * 2**part.crashes)
@@ -165,13 +166,13 @@ def _describe(exit_status: ExitStatus, crashes: int) -> str:
     code = exit_status.code
     if code == EXIT_USER_ERROR:
         return exit_status.message
-    # Negative codes are signals, None is a lost machine, whose message says so.
+    # Negative codes are signals, None is a lost machine. Its message says so, as that of lack of memory does.
     reason: list[str] = []
     if code == 0:
         reason.append("exited before it was done")
     elif code == -signal.SIGKILL:
         reason.append("killed by SIGKILL (out of memory?)")
-    elif code is not None:
+    elif code is not None and code != EXIT_OUT_OF_MEMORY:
         reason.append(f"killed by {name_of_signal(-code)}" if code < 0 else f"exited with code {code}")
     # How often it was tried before it was given up.
     if crashes:

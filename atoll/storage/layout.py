@@ -37,6 +37,7 @@ COLLECTIVE = "collective.json"  # in the root of a run that joined a collective
 EXIT_CRASH = 1  # not the user's error: another attempt may succeed
 EXIT_USER_ERROR = 2  # an AtollError: another attempt would fail alike
 EXIT_DEGRADED = 3  # done, without a part that failed
+EXIT_OUT_OF_MEMORY = 4  # of a training: another attempt may succeed, where others use the same memory
 EXIT_INTERRUPTED = 128 + 2  # by SIGINT, as shells count
 EXIT_KILLED = 128 + 9  # by SIGKILL
 

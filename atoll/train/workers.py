@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from atoll.errors import AtollError
-from atoll.storage.layout import EXIT_CRASH, EXIT_USER_ERROR
-from atoll.storage.memory import one_line
+from atoll.storage.layout import EXIT_CRASH, EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR
+from atoll.storage.memory import is_out_of_memory, one_line
 
 _REPORT, _PARENT = "ATOLL_REPORT", "ATOLL_PARENT"  # the environment of a worker
 _GRACE = 10.0  # seconds for the others to exit by themselves after one has failed
@@ -108,13 +108,16 @@ def _watch(workers: Sequence[Worker], stop_requests: Callable[[], int]) -> list[
 
 
 def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) -> None:
-    """Report the first cause in one line: a user's mistake, else a killed process, else a crashed one."""
+    """Report the first cause in one line: a user's mistake, lack of memory, a killed process, or a crashed one."""
     # A user's mistake explains everything else.
     count = len(codes)
     for rank, code in enumerate(codes):
         if code == EXIT_USER_ERROR and (lines := _lines(_report(reports, rank))):
             raise AtollError(lines[-1])
-    # A killed process comes next: others crash because it is missing.
+    # Others crash because a process is missing: one that had too little memory, or one that was killed.
+    for rank, code in enumerate(codes):
+        if code == EXIT_OUT_OF_MEMORY and (lines := _lines(_report(reports, rank))):
+            _end(f"process {rank} of {count}: {lines[-1]}", EXIT_OUT_OF_MEMORY)
     for rank, code in enumerate(codes):
         if code is not None and code < 0 and code != -signal.SIGTERM:
             _end(f"process {rank} of {count} was killed by signal {-code}; --resume continues from the last checkpoint")
@@ -130,10 +133,10 @@ def _raise_failure(codes: Sequence[int | None], reports: Path, stopped: bool) ->
     _end(f"one of {count} processes was ended by SIGTERM; --resume continues from the last checkpoint")
 
 
-def _end(message: str) -> NoReturn:
-    """Exit with the code of a crash, which `atoll launch` tries again, unlike a user's mistake."""
+def _end(message: str, code: int = EXIT_CRASH) -> NoReturn:
+    """Exit with a code that `atoll launch` tries again, unlike a user's mistake."""
     print(f"atoll: {message}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_CRASH)
+    sys.exit(code)
 
 
 def _report(reports: Path, rank: int) -> Path:
@@ -177,7 +180,7 @@ def reporting() -> Iterator[None]:
         line = one_line(error)
         with Path(os.environ[_REPORT]).open("a") as report:
             report.write(f"{line}\n" if line else traceback.format_exc())
-        _leave(EXIT_USER_ERROR if line else EXIT_CRASH)
+        _leave(EXIT_OUT_OF_MEMORY if is_out_of_memory(error) else EXIT_USER_ERROR if line else EXIT_CRASH)
     _leave(0)
 
 

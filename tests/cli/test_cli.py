@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from atoll import __version__
+from atoll.cli import app
+from atoll.storage.memory import refuse_out_of_memory
 from tests.waiting import run_to_end
 
 
@@ -64,6 +68,22 @@ def test_one_failed_training_does_not_stop_the_others(run) -> None:
     assert "1-flow-linear failed: atoll: " in done.stderr
     assert (run / "experts" / "0-eps-cosine" / "card.json").is_file()
     assert (run / "router" / "card.json").is_file()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), None])
+def test_a_training_without_memory_has_an_exit_code_that_a_launch_retries(run, monkeypatch, error) -> None:
+    def full(*_: object, **__: object) -> None:
+        if error is not None:
+            raise error
+        refuse_out_of_memory(MemoryError(), "weights.safetensors", 9)
+
+    monkeypatch.setattr("atoll.train.expert.train_expert", full)
+    done = CliRunner().invoke(app, ["train", "expert", "0", "--run", str(run), "--quiet"])
+    assert done.exit_code == 4
+    assert done.stderr.startswith(
+        "atoll: out of memory (CUDA" if error else "atoll: weights.safetensors (9 bytes): out"
+    )
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path) -> None:

@@ -77,6 +77,7 @@ def test_user_error_is_not_retried_and_others_finish(tmp_path) -> None:
         ExitStatus(-11, ""),
         ExitStatus(None, "its machine is gone"),
         ExitStatus(1, "Error"),
+        ExitStatus(4, "atoll: out of memory"),
         ExitStatus(0, "stopped"),
     ],
 )
@@ -101,6 +102,7 @@ def test_job_that_always_crashes_fails_with_the_reason(tmp_path) -> None:
         (ExitStatus(-99, ""), "killed by signal 99, after 1 restart"),
         (ExitStatus(1, "KeyError: 'a'"), "exited with code 1, after 1 restart: KeyError: 'a'"),
         (ExitStatus(None, "its machine is gone"), "after 1 restart: its machine is gone"),
+        (ExitStatus(4, "atoll: out of memory (CUDA)"), "after 1 restart: atoll: out of memory (CUDA)"),
         (ExitStatus(2, "atoll: no shards"), "atoll: no shards"),
     ],
 )

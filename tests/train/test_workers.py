@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from atoll.manifest import load_manifest
 from atoll.storage.artifact import CARD, WEIGHTS
 from atoll.train.expert import train_expert
+from atoll.train.workers import _raise_failure
 from tests.conftest import write_run
 from tests.waiting import communicate, run_to_end, wait_until
 
@@ -73,6 +74,19 @@ def test_a_mistake_is_reported_in_one_line(run) -> None:
     )
     assert done.stdout == ""
     assert not list(state(run).glob("*check*"))
+
+
+def test_lack_of_memory_in_one_process_explains_the_others(tmp_path, capsys) -> None:
+    (tmp_path / "0.txt").write_text("ConnectionError: the peer is gone\n")
+    # The second process, as it is started: it reports in one line, and has an exit code of its own.
+    code = "from atoll.train.workers import reporting\nwith reporting(): bytearray(2**62)"
+    report = {"ATOLL_REPORT": str(tmp_path / "1.txt"), "ATOLL_PARENT": str(os.getpid())}
+    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, **report}, check=False)
+    assert ended.returncode == 4
+    with pytest.raises(SystemExit) as end:
+        _raise_failure([1, ended.returncode], tmp_path, stopped=False)
+    assert end.value.code == 4
+    assert capsys.readouterr().err.startswith("atoll: process 1 of 2: out of memory (MemoryError); free some memory")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
