@@ -16,7 +16,7 @@ from atoll.condition import move_to
 from atoll.encoders.trust import Trust
 from atoll.ensemble import Alignment, Sampler, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
-from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
+from atoll.ensemble.loading import Fetch, LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
 from atoll.errors import AtollError
 from atoll.randomness import seeded_noise
@@ -80,6 +80,7 @@ class Pipeline:
         weights: WeightDtype | None = None,
         allow_hub: bool = False,
         trust_paths: bool = False,
+        fetch: Fetch | None = None,
     ) -> "Pipeline":
         """Load an ensemble's directory, or an expert's; arguments and errors as in `load_ensemble`.
 
@@ -93,6 +94,7 @@ class Pipeline:
             memory_budget: "16GB", or bytes.
             weights: fp32, bf16, fp16 or int8; None: as stored.
             allow_hub, trust_paths: what cards may reach.
+            fetch: downloads an expert's weights when they are first needed.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_ensemble(
@@ -105,6 +107,7 @@ class Pipeline:
             memory_budget=memory_budget,
             weights=weights,
             trust=Trust(hub=allow_hub, paths=trust_paths),
+            fetch=fetch,
         )
         return cls(loaded, device)
 
@@ -281,6 +284,7 @@ def sample_to_file(
     weights: WeightDtype | None = None,
     allow_hub: bool = False,
     trust_paths: bool = False,
+    fetch: Fetch | None = None,
 ) -> dict[str, str]:
     """Sample one image per prompt and write them as one sheet.
 
@@ -298,7 +302,7 @@ def sample_to_file(
         replicas: as in `Pipeline.from_pretrained`.
         trace: a JSON file for the routing trace; a page that shows it is written beside it.
         progress: called with (steps done, total steps).
-        memory_budget, weights, allow_hub, trust_paths: as in `Pipeline.from_pretrained`.
+        memory_budget, weights, allow_hub, trust_paths, fetch: as in `Pipeline.from_pretrained`.
 
     Returns:
         The experts that were dropped while sampling, and why.
@@ -326,6 +330,7 @@ def sample_to_file(
         weights=weights,
         allow_hub=allow_hub,
         trust_paths=trust_paths,
+        fetch=fetch,
     )
     output = pipe(
         prompts,

@@ -155,7 +155,7 @@ def assemble(
 
 @app.command(rich_help_panel="Stages")
 def sample(
-    ensemble: Annotated[Path, typer.Argument(help="An ensemble's directory (or one expert's).")],
+    ensemble: Annotated[str, typer.Argument(help="Directory of an ensemble or an expert, or a collective's address.")],
     prompts: Annotated[list[str], typer.Argument(help="One image per prompt.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Image file; several images form a grid.")] = Path("out.png"),
     seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
@@ -176,17 +176,23 @@ def sample(
         str | None, typer.Option(help="Limit of weights on the device, such as 6GB; others load on demand.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as stored.")] = None,
+    identity: Annotated[str | None, typer.Option(help="Of a collective: its identity, from its founder.")] = None,
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Sample images: `atoll sample runs/demo/ensemble "digit seven, sans bold" -o out.png`."""
+    from atoll.collective.model import is_collective, open_model
     from atoll.pipeline import sample_to_file
 
+    # Of a collective, whatever is admitted now; each expert is fetched when it is first needed.
+    model = open_model(ensemble, identity) if is_collective(ensemble) else None
+    if identity is not None and model is None:
+        raise AtollError(f"--identity: {ensemble} is no collective; leave it out")
     with bar("sample", "steps", quiet) as update:
         # Options that are None take the ensemble's own values.
         dropped = sample_to_file(
-            ensemble,
+            Path(ensemble) if model is None else model.directory,
             prompts,
             out,
             seed=seed,
@@ -204,6 +210,7 @@ def sample(
             weights=cast("WeightDtype | None", weights),
             allow_hub=allow_hub,
             trust_paths=trust_paths,
+            fetch=model.fetch if model else None,
         )
     typer.echo(f"{out} written")
     # Experts that failed are left out: the image exists, but the exit code reports it.
@@ -268,7 +275,7 @@ def demo(
         ("cluster", lambda: cluster(run)),
         ("train", lambda: launch(run, jobs)),
         ("assemble", lambda: assemble(run)),
-        ("sample", lambda: sample(layout.ensemble, prompts, layout.samples)),
+        ("sample", lambda: sample(str(layout.ensemble), prompts, layout.samples)),
         ("evaluate", lambda: evaluate(run)),
     ]
     # Without prompts there is nothing to sample; the report uses held-out captions.

@@ -1,16 +1,12 @@
 """Expert, router and ensemble artifacts, loaded from disk with their hashes checked."""
 
-import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from atoll.calibration import Calibration
@@ -18,8 +14,9 @@ from atoll.condition import move_to
 from atoll.encoders.codec import Codec, build_codec
 from atoll.encoders.text import PromptEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
-from atoll.encoders.weights import also_found_in, identity, same
+from atoll.encoders.weights import also_found_in
 from atoll.ensemble import Alignment, Ensemble, Expert
+from atoll.ensemble.deferred import UNLIMITED, deferred_expert
 from atoll.ensemble.offload import (
     ExpertCache,
     WeightDtype,
@@ -29,8 +26,15 @@ from atoll.ensemble.offload import (
     parse_budget,
     read_weights,
 )
-from atoll.ensemble.parts import require_hash, require_part
-from atoll.ensemble.replicas import Stacking
+from atoll.ensemble.parts import (
+    checked_mean,
+    encoder_index,
+    encoder_kinds,
+    read_stackings,
+    require_hash,
+    require_part,
+    sound,
+)
 from atoll.errors import AtollError, escaped
 from atoll.nn import build_network
 from atoll.objective import Objective
@@ -41,6 +45,7 @@ from atoll.storage.containment import owning_directory, require_inside
 from atoll.storage.layout import ENSEMBLE_CARD
 from atoll.storage.memory import refuse_out_of_memory
 
+Fetch = Callable[[Path], None]  # of an expert's directory
 FROZEN = "frozen"  # beside ensemble.json: the weights of text encoders and codec, if they were saved with it
 
 
@@ -84,6 +89,7 @@ def load_expert(
     *,
     root: Path | None = None,
     trust: Trust = STRANGER,
+    fetch: Fetch | None = None,
 ) -> LoadedExpert:
     """Load an expert artifact.
 
@@ -94,6 +100,7 @@ def load_expert(
         cache: loads its weights on demand; None: they are loaded now and stay.
         root: the directory that its files must not lead out of; None: `path`.
         trust: whether its files may be links to elsewhere.
+        fetch: as in `load_ensemble`; needs a cache.
 
     Raises:
         AtollError: missing, altered, of another format, weights that do not fit the card's network, or an unknown
@@ -103,23 +110,27 @@ def load_expert(
     path = Path(path)
     _require_part(path, root or path, path, trust)
     card = read_card(path, ExpertCard)
+    if fetch is not None and cache is not None and not (path / WEIGHTS).exists():
+        load = partial(_fetch_and_load, path, fetch, weights, root or path, trust)
+        with sound(path / CARD):
+            return LoadedExpert(deferred_expert(card, cache, weights, load, device), card)
     tensors = read_tensors(path, card)
 
     # Network and calibration; a network whose weights are read later is built without memory.
-    with _sound(path / CARD):
+    with sound(path / CARD):
         network = _network(path, card, tensors, "meta" if cache or weights else device)
         # Without a calibration, HDDM's clamp takes its place.
         calibration = None
         if card.calibration is not None:
             # A copy, since the file stays memory-mapped otherwise.
-            mean = _mean(tensors["calibration.mean"], card.latent_shape).to(device, copy=True)
+            mean = checked_mean(tensors["calibration.mean"], card.latent_shape).to(device, copy=True)
             calibration = Calibration.load(card.calibration.model_dump(), mean)
         expert = Expert(network, Objective(**card.objective), card.clusters, calibration, card.name)
     # Rounded weights, and those that load on demand, are read again: one tensor at a time, or memory-mapped.
     if cache or weights:
-        fetch = partial(_reload, path, card, weights, _state(path / WEIGHTS))
+        reload = partial(_reload, path, card, weights, _state(path / WEIGHTS))
         size = bytes_of(cast_weights(network, weights))
-        expert = replace(expert, network=cache.add(expert.name, size, fetch) if cache else fetch().to(device))
+        expert = replace(expert, network=cache.add(expert.name, size, reload) if cache else reload().to(device))
     return LoadedExpert(expert, card)
 
 
@@ -147,6 +158,7 @@ def load_ensemble(
     allow_hub: bool = False,
     trust_paths: bool = False,
     trust: Trust | None = None,
+    fetch: Fetch | None = None,
 ) -> LoadedEnsemble:
     """Load an ensemble, or a single expert as an ensemble. Warns about eps-experts without calibration.
 
@@ -164,6 +176,8 @@ def load_ensemble(
             the cards state.
         trust_paths: whether cards may name paths outside the ensemble's directory, or its run's if it is RUN/ensemble.
         trust: in place of these two.
+        fetch: called with an expert's directory that has no weights yet, before its first evaluation; it puts them
+            there. Experts that are never evaluated are never fetched.
 
     Raises:
         AtollError: nothing to load, a path out of the ensemble, an altered part, no expert left, no router, a missing
@@ -173,6 +187,9 @@ def load_ensemble(
     path = Path(path)
     check_weights(weights)
     cache = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
+    if fetch is not None and cache is None:
+        # Prefetching would download experts that are only likely.
+        cache = ExpertCache(UNLIMITED, device, prefetch=False)
     trust = Trust(hub=allow_hub, paths=trust_paths) if trust is None else trust
 
     # The directory of an ensemble, or of one expert. Frozen weights that were saved with it are found there.
@@ -180,7 +197,9 @@ def load_ensemble(
         if (path / ENSEMBLE_CARD).is_file():
             require_inside(path / ENSEMBLE_CARD, path, path, trust.paths)
             card = load_card(path / ENSEMBLE_CARD, EnsembleCard)
-            experts = _load_experts(path, card, strict=strict, device=device, weights=weights, cache=cache, trust=trust)
+            experts = _load_experts(
+                path, card, strict=strict, device=device, weights=weights, cache=cache, trust=trust, fetch=fetch
+            )
             loaded = _assembled(
                 path, card, experts, routing, alignment, replicas=replicas, device=device, cache=cache, trust=trust
             )
@@ -214,6 +233,7 @@ def _load_experts(
     weights: WeightDtype | None,
     cache: ExpertCache | None,
     trust: Trust,
+    fetch: Fetch | None,
 ) -> list[LoadedExpert]:
     """Load the experts of the ensemble at `path` that are there."""
     experts, root = [], trust.run or owning_directory(path)
@@ -229,7 +249,7 @@ def _load_experts(
             continue
         # The card names the weights' hash, so checking the card checks both.
         require_hash(part / CARD, entry.sha256)
-        loaded = load_expert(part, device, weights, cache, root=root, trust=trust)
+        loaded = load_expert(part, device, weights, cache, root=root, trust=trust, fetch=fetch)
         # Clusters may have grown since its training.
         clusters = require_part(card, loaded.card, part / CARD)
         experts.append(replace(loaded, expert=replace(loaded.expert, clusters=clusters)))
@@ -257,7 +277,7 @@ def _assembled(
         cache.reserve(bytes_of(router))
 
     # Text encoders, each loaded once.
-    kinds, encoder_indices = _kinds([one.card.condition for one in experts])
+    kinds, encoder_indices = encoder_kinds([one.card.condition for one in experts])
     encoder = PromptEncoder([build_encoder(config, trust) for config in kinds])
 
     ensemble = Ensemble(
@@ -267,9 +287,9 @@ def _assembled(
         routing or card.sampling.routing or "top-2",
         alignment,
         null=move_to(encoder.null(1), device),
-        stackings=_stackings(path, card, device, trust),
+        stackings=read_stackings(path, card, device, trust),
         replicas=replicas or card.sampling.replicas or "stacked",
-        router_encoder=_encoder_of(router_card, kinds),
+        router_encoder=encoder_index(router_card, kinds),
     )
     return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card)
 
@@ -287,44 +307,6 @@ def _router_of(
     router_card = read_card(part, RouterCard)
     require_part(card, router_card, part / CARD)
     return load_router(part, device, root=root, trust=trust), router_card
-
-
-def _kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the text encoders' configs without repetition, and for each given config its index among them."""
-    # Configs that differ only in the place of their weights are the same encoder.
-    kinds = list({json.dumps(identity(config), sort_keys=True): config for config in configs}.values())
-    return kinds, [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in configs]
-
-
-def _stackings(path: Path, card: EnsembleCard, device: str | torch.device, trust: Trust) -> list[Stacking]:
-    """Load the stackings of the ensemble at `path`."""
-    if card.stackings is None:
-        return []
-    from safetensors.torch import load
-
-    # Weights are in the card, mean latents in a file beside it.
-    file = path / card.stackings.file
-    require_inside(file, path, path / ENSEMBLE_CARD, trust.paths)
-    require_hash(file, card.stackings.sha256)
-    with _sound(file):
-        means = load(file.read_bytes())
-        return [
-            Stacking.load(stacking.model_dump(), _mean(means[f"mean.{number}"], card.latent_shape).to(device))
-            for number, stacking in enumerate(card.stackings.weights)
-        ]
-
-
-def _mean(mean: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
-    """Return a mean latent. Raises ValueError if its shape is not (C, H, W)."""
-    # A broadcast of another shape would pass unnoticed.
-    if tuple(mean.shape) != latent_shape:
-        raise ValueError(f"a mean latent of shape {list(mean.shape)}, expected {list(latent_shape)}")
-    return mean
-
-
-def _encoder_of(router: RouterCard | None, kinds: list[dict[str, Any]]) -> int:
-    """Return the index of the text encoder that the router was trained with; 0 if it is not there."""
-    return next((i for i, kind in enumerate(kinds) if router is not None and same(kind, router.condition)), 0)
 
 
 def _alone(
@@ -351,15 +333,6 @@ def _require_part(part: Path, root: Path, named_by: Path, trust: Trust) -> None:
         require_inside(path, root, named_by, trust.paths, links=trust.run is not None)
 
 
-@contextmanager
-def _sound(card: Path) -> Iterator[None]:
-    """Turn any error that a card's content causes into one line: cards come from strangers."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
-        raise AtollError(f"{card}: cannot be read ({type(error).__name__}: {error}); get a fresh copy of it") from None
-
-
 def _network(
     path: Path, card: ExpertCard | RouterCard, tensors: dict[str, Tensor], device: str | torch.device
 ) -> nn.Module:
@@ -379,6 +352,12 @@ def _network(
         ) from None
     # Evaluation mode turns off dropout; without gradients, no activations are stored.
     return network.to(device).eval().requires_grad_(False)
+
+
+def _fetch_and_load(path: Path, fetch: Fetch, weights: WeightDtype | None, root: Path, trust: Trust) -> Expert:
+    """Return the expert of an artifact whose weights are fetched first, in host memory."""
+    fetch(path)
+    return load_expert(path, "cpu", weights, root=root, trust=trust).expert
 
 
 def _state(file: Path) -> tuple[int, int, int]:

@@ -1,10 +1,23 @@
-"""Whether the parts of an ensemble fit each other: their cards may come from different places."""
+"""What the parts of an ensemble share: whether they fit each other, their text encoders, the stackings of replicas."""
 
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from atoll.encoders.trust import Trust
+from atoll.encoders.weights import identity, same
+from atoll.ensemble.replicas import Stacking
 from atoll.errors import AtollError
 from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard
+from atoll.storage.containment import require_inside
+from atoll.storage.layout import ENSEMBLE_CARD
 
 
 def require_part(ensemble: EnsembleCard, part: ExpertCard | RouterCard, where: Path) -> tuple[int, ...]:
@@ -52,3 +65,50 @@ def require_hash(card: Path, expected: str) -> None:
         raise AtollError(
             f"{card}: is not the one that was assembled (its sha256 differs); restore it, or run `atoll assemble` again"
         )
+
+
+def encoder_kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the text encoders' configs without repetition, and for each given config its index among them."""
+    # Configs that differ only in the place of their weights are the same encoder.
+    kinds = list({json.dumps(identity(config), sort_keys=True): config for config in configs}.values())
+    return kinds, [next(i for i, kind in enumerate(kinds) if same(kind, config)) for config in configs]
+
+
+def encoder_index(router: RouterCard | None, kinds: list[dict[str, Any]]) -> int:
+    """Return the index of the text encoder that the router was trained with; 0 if it is not there."""
+    return next((i for i, kind in enumerate(kinds) if router is not None and same(kind, router.condition)), 0)
+
+
+@contextmanager
+def sound(card: Path) -> Iterator[None]:
+    """Turn any error that a card's content causes into one line: cards come from strangers."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError) as error:
+        raise AtollError(f"{card}: cannot be read ({type(error).__name__}: {error}); get a fresh copy of it") from None
+
+
+def checked_mean(mean: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
+    """Return a mean latent. Raises ValueError if its shape is not (C, H, W)."""
+    # A broadcast of another shape would pass unnoticed.
+    if tuple(mean.shape) != latent_shape:
+        raise ValueError(f"a mean latent of shape {list(mean.shape)}, expected {list(latent_shape)}")
+    return mean
+
+
+def read_stackings(path: Path, card: EnsembleCard, device: str | torch.device, trust: Trust) -> list[Stacking]:
+    """Load the stackings of the ensemble at `path`."""
+    if card.stackings is None:
+        return []
+    from safetensors.torch import load
+
+    # Weights are in the card, mean latents in a file beside it.
+    file = path / card.stackings.file
+    require_inside(file, path, path / ENSEMBLE_CARD, trust.paths)
+    require_hash(file, card.stackings.sha256)
+    with sound(file):
+        means = load(file.read_bytes())
+        return [
+            Stacking.load(stacking.model_dump(), checked_mean(means[f"mean.{number}"], card.latent_shape).to(device))
+            for number, stacking in enumerate(card.stackings.weights)
+        ]
