@@ -138,11 +138,14 @@ def _materialize(store: Store, collective: Collective, verified: VerifiedIndex, 
     router = _fetch_router(store, collective, verified, directory)
     manifest = _manifest(store, collective, directory)
     first = cards[0]
+    # The router knows the clusters as they are now; experts may be older than their last growth.
+    routing = None if router is None else read_card(directory / router.url, RouterCard)
     ensemble = EnsembleCard(
         experts=tuple(entries),
         router=router,
-        clusters=first.k,
-        assignment=first.assignment,
+        clusters=first.k if routing is None else routing.clusters,
+        assignment=first.assignment if routing is None else routing.assignment,
+        lineage=None if routing is None else routing.lineage,
         latent_shape=first.latent_shape,
         codec=first.codec,
         sampling=SamplingDefaults(**manifest.sampling.model_dump(include=set(SamplingDefaults.model_fields))),
@@ -170,7 +173,6 @@ def _fetch_router(store: Store, collective: Collective, verified: VerifiedIndex,
         return None
     part = directory / ROUTER / files[CARD].sha256[:32]
     fetch_files(store, prefix, files, part)
-    read_card(part, RouterCard)
     return RouterEntry(url=f"{ROUTER}/{part.name}", sha256=sha256_file(part / CARD))
 
 
