@@ -153,6 +153,22 @@ def publish(
 
 
 @collective_app.command()
+def probe(
+    encoded: Annotated[Path, typer.Argument(help="Output of `atoll encode` for images that nobody else has.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The directory to make; keep it secret.")],
+    run: Annotated[Path, typer.Option("--run", "-r", help="The directory that joined, or the founder's run.")] = Path(),
+) -> None:
+    """Assign secret images to the collective's clusters, for `admit --probe`. Nothing is uploaded."""
+    from atoll.cluster import write_probe
+    from atoll.storage.layout import RunLayout
+
+    counts = write_probe(RunLayout(run).clusters, encoded, out)
+    typer.echo(
+        f"{out} written: {sum(counts):,} images, {min(counts):,} to {max(counts):,} in a cluster; keep it secret"
+    )
+
+
+@collective_app.command()
 def admit(
     url: Url,
     submissions: Annotated[

@@ -16,6 +16,7 @@ holds the sample of the fine stage and a few shards.
 from atoll.cluster.add import assign_only
 from atoll.cluster.assign import Assignment, ClusterMethod, load_assignment
 from atoll.cluster.grow import add_cluster, split_cluster
+from atoll.cluster.probe import write_probe
 from atoll.cluster.run import cluster, cluster_run
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "cluster_run",
     "load_assignment",
     "split_cluster",
+    "write_probe",
 ]

@@ -1,0 +1,277 @@
+"""How well the gate of a collective separates honest experts from poisoned ones.
+
+    python benchmarks/gate.py runs/demo --more runs/other/experts --out gate
+
+The experts of the run and those in `--more` are honest: each is judged as it is and with weights rounded to bf16, on
+several draws of rows and noise. Poisoned ones are made of the run's experts (`benchmarks/poison.py`); they stay in
+`--out`, so that a second call judges them again without training. The probe is every row that no expert was trained
+on: the val split, and what training held back. Writes results.json and prints the tables of docs/collective.md.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from poison import APART, CHEAP, DEAR, Honest, Poison, noisy, scaled
+
+from atoll.collective.gate.checks import HONEST_SPREAD
+from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
+from atoll.collective.gate.judge import PROBE_ROWS, ClusterReference, judge
+from atoll.collective.gate.probe import EDGES, LEVELS, Probe
+from atoll.encoders.text import build_encoder
+from atoll.ensemble.loading import load_expert
+from atoll.storage.artifact import read_card, read_tensors, save_artifact
+from atoll.storage.cards import ClusterShardsCard, ExpertCard
+from atoll.storage.layout import CARD, CLUSTERS, EXPERTS, cluster_path
+from atoll.storage.shards import Shards, ShardWriter, is_held_out
+
+ORDER = ("contents", "card", "null", "others", "error", "captions", "single")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One admission.
+
+    Attributes:
+        refused_by: the checks that refuse.
+        over: each statistic over its threshold.
+        worst: each check's worst ratio.
+    """
+
+    kind: str
+    expert: str
+    refused_by: tuple[str, ...]
+    over: dict[str, float]
+    worst: dict[str, float]
+
+
+def write_probe(run: Path, out: Path, holdout: float) -> Path:
+    """Copy the rows that no expert was trained on into a probe."""
+    for directory in sorted((run / CLUSTERS).glob("cluster-*")):
+        shards = Shards(directory)
+        rows = torch.cat([shards.rows("val"), is_held_out([shards], holdout).nonzero().flatten()]).sort().values
+        with ShardWriter(out / directory.name, shards.card(ClusterShardsCard)) as writer:
+            keys = [shards.keys[row] for row in rows.tolist()]
+            writer.append(keys, shards.captions_of(rows), ["val"] * len(rows), {"latent": shards.read("latent", rows)})
+    return out
+
+
+class Gate:
+    """The gate with the run's references."""
+
+    def __init__(self, run: Path, probe: Path):
+        first = Shards(cluster_path(run / CLUSTERS, 0)).card(ClusterShardsCard)
+        self.run, self.probe, self.encoder = run, Probe(probe, first.clusters), build_encoder(first.condition)
+        self._references: dict[int, ClusterReference] = {}
+
+    def reference(self, cluster: int) -> ClusterReference:
+        if cluster not in self._references:
+            shards = (Shards(cluster_path(self.run / CLUSTERS, cluster)),)
+            self._references[cluster] = ClusterReference((cluster,), self.probe, shards, self.encoder)
+        return self._references[cluster]
+
+    def __call__(
+        self, kind: str, path: Path, seed: int, claimed: str | None = None, cluster: int | None = None
+    ) -> Trial:
+        card = read_card(path, ExpertCard)
+        reference = self.reference(card.clusters[0] if cluster is None else cluster)
+        checks = judge(path, reference, name=claimed or card.name, seed=seed, thorough=True)
+        over = {c.name: c.statistic / c.threshold if c.threshold else 2 * c.statistic for c in checks}
+        worst = {c.name: c.worst for c in checks if not math.isnan(c.worst)}
+        return Trial(kind, card.name, tuple(c.name for c in checks if not c.passed), over, worst)
+
+    def cost(self, path: Path, seed: int) -> tuple[float, float]:
+        """Seconds of one admission, and of one pass of its rows over the noise levels."""
+        card = read_card(path, ExpertCard)
+        reference = self.reference(card.clusters[0])
+        start = time.perf_counter()
+        judge(path, reference, name=card.name, seed=seed)
+        admission = time.perf_counter() - start
+        loaded = load_expert(path)
+        rows = reference.probe.rows(reference.clusters, PROBE_ROWS, seed)
+        draws = Draws.of(rows.latents, EDGES, reference.own, seed)
+        velocity = expert_velocity(loaded.expert, self.encoder(list(rows.captions)))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for one in draws.noisy:
+                velocity(one)
+        return admission, time.perf_counter() - start
+
+    def linear_ratio(self, path: Path, seed: int) -> float:
+        """The largest ratio over levels of an expert's error to that of the best linear denoiser."""
+        card, loaded = read_card(path, ExpertCard), load_expert(path)
+        reference = self.reference(card.clusters[0])
+        rows = reference.probe.rows(reference.clusters, PROBE_ROWS, seed)
+        draws = Draws.of(rows.latents, EDGES, reference.own, seed)
+        errors = draws.errors(expert_velocity(loaded.expert, self.encoder(list(rows.captions))))
+        return float((errors.mean(1) / draws.errors(linear_velocity(reference.own)).mean(1)).max())
+
+
+def rounded(path: Path, out: Path) -> Path:
+    """Write an expert with weights that bf16 holds."""
+    if not (out / CARD).is_file():
+        card = read_card(path, ExpertCard)
+        save_artifact(out, card, {k: v.bfloat16().float() for k, v in read_tensors(path, card).items()})
+    return out
+
+
+def made(honest: Honest, name: str, poison: Poison, out: Path) -> Path:
+    """Write a poisoned expert, unless it is there."""
+    slug = name.replace("%", "pc").replace(",", "").replace(" ", "_")
+    path = out / honest.card.name / slug
+    if not (path / CARD).is_file():
+        start = time.perf_counter()
+        save_artifact(path, *poison(honest))
+        print(f"{path.relative_to(out)}: {time.perf_counter() - start:.0f} s", flush=True)
+    return path
+
+
+def stale(finished: Path, half: Path, out: Path) -> Path:
+    """Write the weights of a half-trained expert under the card of the finished one."""
+    card = read_card(finished, ExpertCard)
+    path = out / card.name / "stale"
+    if not (path / CARD).is_file():
+        save_artifact(path, card, {k: v.clone() for k, v in read_tensors(half, read_card(half, ExpertCard)).items()})
+    return path
+
+
+def distinct(paths: list[Path]) -> list[Path]:
+    """Leave out experts with the weights of an earlier one."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        seen.setdefault(read_card(path, ExpertCard).weights_sha256, path)
+    return list(seen.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--more", type=Path, help="directory with more honest experts of the same clusters")
+    parser.add_argument("--out", type=Path, default=Path("gate"))
+    parser.add_argument("--draws", type=int, default=3, help="draws of rows and noise per honest expert")
+    parser.add_argument("--holdout", type=float, default=0.05, help="what training held back")
+    parser.add_argument("--train", type=int, default=2, help="experts whose poisons are trained")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    probe = args.out / "probe"
+    gate = Gate(args.run, probe if probe.is_dir() else write_probe(args.run, probe, args.holdout))
+    own = sorted(path.parent for path in (args.run / EXPERTS).glob(f"*/{CARD}"))
+    more = sorted(path.parent for path in args.more.glob(f"*/{CARD}")) if args.more else []
+
+    # Honest: as it is, and in bf16.
+    honest = []
+    experts = distinct(own + more)
+    for path in experts:
+        for kind, place in (("stored", path), ("bf16", rounded(path, args.out / "bf16" / path.name))):
+            honest += [gate(kind, place, seed) for seed in range(args.draws)]
+    # Poisoned.
+    poisoned, apart = [], []
+    for number, path in enumerate(own):
+        source = Honest.load(path, args.run)
+        kinds = {**CHEAP, **(DEAR if number in _trained(own, args.train) else {})}
+        for name, poison in kinds.items():
+            place = made(source, name, poison, args.out / "poison")
+            poisoned.append(gate(name, place, 1000 + number))
+        for name, poison in (APART if number in _trained(own, args.train) else {}).items():
+            apart.append(gate(name, made(source, name, poison, args.out / "poison"), 1000 + number))
+    for half in (path for path in more if path.name.endswith("-half")):
+        finished = half.with_name(half.name.removesuffix("-half"))
+        if finished in more:
+            poisoned.append(gate("stale", stale(finished, half, args.out / "poison"), 1000))
+    # What the smallest strengths do.
+    graded = []
+    strengths: dict[str, Poison] = {f"weights x {f}": scaled(f) for f in (1.02, 1.05, 1.1)}
+    strengths |= {f"noise {100 * share:g} %": noisy(share) for share in (0.01, 0.02, 0.05, 0.1)}
+    for path in own:
+        source = Honest.load(path, args.run)
+        graded += [
+            gate(name, made(source, name, poison, args.out / "poison"), 2000) for name, poison in strengths.items()
+        ]
+    costs = [gate.cost(path, seed) for path in own for seed in range(3)]
+    ratios = [gate.linear_ratio(path, 0) for path in experts]
+    report(args.out, experts, honest, poisoned, apart, graded, costs, ratios)
+
+
+def _trained(own: list[Path], count: int) -> list[int]:
+    """The experts whose poisons are trained: one of each objective first."""
+    first = {
+        read_card(path, ExpertCard).objective["prediction"]: number for number, path in reversed([*enumerate(own)])
+    }
+    order = [*sorted(first.values(), reverse=True), *(n for n in range(len(own)) if n not in first.values())]
+    return order[:count]
+
+
+def report(
+    out: Path,
+    experts: list[Path],
+    honest: list[Trial],
+    poisoned: list[Trial],
+    apart: list[Trial],
+    graded: list[Trial],
+    costs: list[tuple[float, float]],
+    ratios: list[float],
+) -> None:
+    """Print the tables, and write everything."""
+    refused = [trial for trial in poisoned if trial.refused_by]
+    wrongly = [trial for trial in honest if trial.refused_by]
+    two = [trial for trial in poisoned if {"contents", "card"} & set(trial.refused_by)]
+    print(f"\nhonest: {len(experts)} experts, {len(honest)} admissions, {len(wrongly)} refused")
+    print(f"poisoned: {len(poisoned)} of {len({t.kind for t in poisoned})} kinds, {len(refused)} refused")
+    print(f"by the two cheapest checks alone: {len(two)} of {len(poisoned)}")
+    for trial in [*wrongly, *(t for t in poisoned if not t.refused_by)]:
+        print("WRONG", trial)
+    print("\n| check | honest, largest statistic over threshold | poisoned refused by it | smallest of these | alone |")
+    print("|---|---|---|---|---|")
+    for name in ORDER[1:]:
+        top = max(t.over.get(name, -math.inf) for t in honest)
+        hits = [t.over[name] for t in poisoned if name in t.refused_by]
+        alone = sum(t.refused_by == (name,) for t in poisoned)
+        low = f"{min(hits):.2f}" if hits else ""
+        print(f"| {name} | {top:.2f} | {len(hits)} | {low} | {alone} |")
+    best = [max(v for v in t.over.values()) for t in poisoned]
+    print(f"largest of all statistics over thresholds: honest {max(max(t.over.values()) for t in honest):.2f} at most,")
+    print(f"poisoned {min(best):.2f} at least, median {statistics.median(best):.1f}")
+    for title, trials in (("kind", poisoned), ("apart", apart), ("strength", graded)):
+        print(f"\n| {title} | refused | checks that refuse | error over the border, worst level |\n|---|---|---|---|")
+        kinds: dict[str, list[Trial]] = defaultdict(list)
+        for trial in trials:
+            kinds[trial.kind].append(trial)
+        for kind, group in kinds.items():
+            names = [n for n in ORDER if any(n in t.refused_by for t in group)]
+            worst = [t.worst["error"] for t in group if "error" in t.worst]
+            span = f"{min(worst):.2f} to {max(worst):.3g}" if worst else ""
+            print(
+                f"| {kind} | {sum(bool(t.refused_by) for t in group)} of {len(group)} | {', '.join(names)} | {span} |"
+            )
+    relative = [admission / one for admission, one in costs]
+    print(f"\nadmission: {statistics.median(a for a, _ in costs):.2f} s, {statistics.median(relative):.2f} passes of")
+    print(f"{PROBE_ROWS} rows over {LEVELS} levels ({min(relative):.2f} to {max(relative):.2f})")
+    logs = [math.log(max(ratio, 1e-9)) for ratio in ratios]
+    mean, spread, n = statistics.mean(logs), statistics.stdev(logs), len(logs)
+    # One-sided tolerance factor (Natrella 1963) for 99.9 % of all experts at 95 % confidence.
+    z, c = 3.0902, 1.6449
+    a, b = 1 - c**2 / (2 * (n - 1)), z**2 - c**2 / n
+    factor = (z + math.sqrt(z**2 - a * b)) / a
+    bound = math.exp(mean + factor * spread)
+    print(f"error over the best linear denoiser's at the worst level: {min(ratios):.2f} to {max(ratios):.2f};")
+    print(f"tolerance bound {bound:.2f}, HONEST_SPREAD is {HONEST_SPREAD}")
+    content: dict[str, Any] = {
+        "honest": [vars(t) for t in honest],
+        "poisoned": [vars(t) for t in poisoned],
+        "apart": [vars(t) for t in apart],
+        "graded": [vars(t) for t in graded],
+        "costs": costs,
+        "ratios": dict(zip([p.name for p in experts], ratios, strict=True)),
+    }
+    (out / "results.json").write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
