@@ -154,7 +154,7 @@ def assemble_run(
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
     # A single expert needs no router, but one that exists is used.
     alone = len(trained) == 1 and not (layout.router / CARD).is_file()
-    trust = manifest.trust_in_cards(run, allow_hub=allow_hub, trust_paths=trust_paths)
+    trust = manifest.allowing(hub=allow_hub, paths=trust_paths).trust_in_cards(run)
     router = None if alone else layout.router
     # Without the router's card, `assemble` raises the error.
     routing = read_card(router, RouterCard) if router is not None and (router / CARD).is_file() else None

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from atoll.cli.app import Quiet, RunOption, app, bar
+from atoll.cli.app import AllowHub, Quiet, RunOption, TrustPaths, app, bar
 from atoll.errors import escaped
 
 
@@ -60,6 +60,8 @@ def study(
 def statistics(
     run: RunOption = Path(),
     out: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")] = Path("statistics"),
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Write mean and covariance of a run's images in every feature space, for others to compare with."""
@@ -67,7 +69,8 @@ def statistics(
     from atoll.manifest import load_manifest
 
     # One pass over the images serves all features.
+    manifest = load_manifest(run).allowing(hub=allow_hub, paths=trust_paths)
     with bar("statistics", "images", quiet) as update:
-        written = statistics_run(run, load_manifest(run), out, update)
+        written = statistics_run(run, manifest, out, update)
     for file in written:
         typer.echo(f"{file} written; set it as `statistics` of that feature's space")

@@ -96,12 +96,14 @@ def cluster(
             "Repeat it for --split if images were added."
         ),
     ] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Cluster the features -> clusters/: the shards of each cluster's expert, and report.html."""
     from atoll.cluster import add_cluster, cluster_run, split_cluster
     from atoll.cluster import assign_only as assign
-    from atoll.encoders.trust import STRANGER
+    from atoll.encoders.trust import Trust
     from atoll.manifest import load_manifest
 
     # Options of the ways exclude each other.
@@ -119,12 +121,15 @@ def cluster(
         raise AtollError(f"{way[0]} takes one --encoded; repeat the command")
     layout = RunLayout(run)
     with bar("cluster", "images", quiet) as tell:
+        # A copy of clusters/ alone has no atoll.yaml, and needs none to grow.
+        trust, manifest = Trust(hub=allow_hub, paths=trust_paths), None
+        if not way or layout.manifest.is_file():
+            manifest = load_manifest(run).allowing(hub=allow_hub, paths=trust_paths)
+            trust = manifest.trust_in_cards(run)
         # New images join the clusters, the clusters grow, or new ones are made.
-        if not way:
-            done = cluster_run(run, load_manifest(run), force=force, router_fraction=router_fraction, progress=tell)
+        if not way and manifest is not None:
+            done = cluster_run(run, manifest, force=force, router_fraction=router_fraction, progress=tell)
         else:
-            # A copy of clusters/ alone has no atoll.yaml.
-            trust = load_manifest(run).trust_in_cards(run) if layout.manifest.is_file() else STRANGER
             sources = encoded or [layout.encoded]
             if split is not None:
                 done = split_cluster(layout.clusters, split, sources, tell, trust)
@@ -240,9 +245,8 @@ def evaluate(
     from atoll.manifest import load_manifest
 
     # Options replace values of atoll.yaml for this evaluation only.
-    manifest = load_manifest(run)
-    settings = manifest.evaluate
-    trust = manifest.trust_in_cards(run, allow_hub=allow_hub, trust_paths=trust_paths)
+    manifest = load_manifest(run).allowing(hub=allow_hub, paths=trust_paths)
+    settings, trust = manifest.evaluate, manifest.trust_in_cards(run)
     # All --sweep options together form one sweep, which replaces the manifest's.
     if sweep:
         settings = settings.model_copy(update={"sweep": (parse_sweep(sweep),)})

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from atoll.cli.app import app
+from atoll.cli.app import AllowHub, TrustPaths, app
 from atoll.errors import AtollError
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def convert(
     classes: ClassesOption = None,
     name: Annotated[str, typer.Option(help="Name of the expert; default: that of its directory.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of weights that the checkpoint lacks.")] = 0,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
 ) -> None:
     """Convert a checkpoint into an expert: `atoll convert DiT-XL-2-256x256.pt -o start --run . --expert 3`."""
     from atoll.convert.arguments import arguments_of_run, codec_of, frozen_network, objective_of, size_of
@@ -124,7 +126,7 @@ def convert(
         return
     # The new expert: as the run describes it, or as the options do.
     if run is not None and expert is not None:
-        arguments = arguments_of_run(run, expert)
+        arguments = arguments_of_run(run, expert, allow_hub=allow_hub, trust_paths=trust_paths)
     else:
         arguments = {
             "objective": objective_of(objective, schedule),

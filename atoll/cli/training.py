@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from atoll.cli.app import Quiet, Restart, Resume, RunOption, app, bar
+from atoll.cli.app import AllowHub, Quiet, Restart, Resume, RunOption, TrustPaths, app, bar
 from atoll.errors import AtollError
 from atoll.storage.layout import COLLECTIVE, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY
 
@@ -30,10 +30,12 @@ def train_expert(
     resume: Resume = False,
     restart: Restart = False,
     nproc: Nproc = 1,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Train one expert on the shards of its cluster -> experts/."""
-    _train(["expert", expert], run, resume, restart, nproc, quiet)
+    _train(["expert", expert], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths)
 
 
 def _command(part: str, text: str) -> Callable[..., None]:
@@ -45,9 +47,11 @@ def _command(part: str, text: str) -> Callable[..., None]:
         resume: Resume = False,
         restart: Restart = False,
         nproc: Nproc = 1,
+        allow_hub: AllowHub = False,
+        trust_paths: TrustPaths = False,
         quiet: Quiet = False,
     ) -> None:
-        _train([part], run, resume, restart, nproc, quiet)
+        _train([part], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths)
 
     return train_app.command(part, help=text)(train)
 
@@ -66,13 +70,15 @@ def train_router(
         Path | None,
         typer.Option(help="With --extend: a directory like clusters/, for clusters whose latents are not here."),
     ] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Train the router on latents of all clusters -> router/."""
     if not extend:
         if rows is not None:
             raise AtollError("--rows names latents for --extend; add it")
-        _train(["router"], run, resume, restart, nproc, quiet)
+        _train(["router"], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths)
         return
     if resume or restart or nproc > 1:
         raise AtollError("--extend takes minutes in one process; leave --resume, --restart and --nproc out")
@@ -82,7 +88,7 @@ def train_router(
     with bar("router", "clusters", quiet) as update:
         out = extend_router(
             run,
-            load_manifest(run),
+            load_manifest(run).allowing(hub=allow_hub, paths=trust_paths),
             rows=rows,
             progress=lambda m: update(m["step"], m["steps"], f"loss {m['loss']:.4f}"),
         )
@@ -111,6 +117,8 @@ def synthesize(
     seed: Annotated[int | None, typer.Option(help="Default: atoll.yaml's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted generation.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace generated latents; never real data.")] = False,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate training data for router and student with the experts, without images -> OUT/."""
@@ -121,7 +129,7 @@ def synthesize(
     with bar("synthesize", "latents", quiet) as update:
         done = synthesize_run(
             run,
-            load_manifest(run),
+            load_manifest(run).allowing(hub=allow_hub, paths=trust_paths),
             out,
             images=images,
             captions=captions,
@@ -151,6 +159,8 @@ def launch(
     slurm: Annotated[
         list[str] | None, typer.Option(help="An option for sbatch, such as partition=gpu; repeatable.")
     ] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
 ) -> None:
     """Train every expert, the router and the monolith of atoll.yaml.
 
@@ -159,7 +169,16 @@ def launch(
     from atoll.launch.run import launch_run
 
     # An interrupted launch is no error, but has a distinct exit code.
-    if not launch_run(where or run, on=on, jobs=jobs, gpus=gpus, retries=retries, options=slurm or []):
+    if not launch_run(
+        where or run,
+        on=on,
+        jobs=jobs,
+        gpus=gpus,
+        retries=retries,
+        options=slurm or [],
+        allow_hub=allow_hub,
+        trust_paths=trust_paths,
+    ):
         typer.echo("stopped; all progress is saved; run the same command to resume", err=True)
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -181,13 +200,16 @@ def _trainer(part: str) -> Callable[..., Path]:
     return train_expert if part == "expert" else train_monolith
 
 
-def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, quiet: bool) -> None:
+def _train(
+    what: list[str], run: Path, resume: bool, restart: bool, nproc: int, quiet: bool, *, hub: bool, paths: bool
+) -> None:
     """Run one training with a progress bar; a signal that stops it in order is no error.
 
     Args:
         what: the arguments of `atoll train`: the part, and its name if there are several.
         run, resume, restart, quiet: options of the command.
         nproc: processes that share each batch.
+        hub, paths: what cards may reach.
     """
     from atoll.train.workers import is_first_process, reporting, train_together
 
@@ -195,6 +217,7 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
     if nproc > 1:
         # The processes get the same options as this command.
         flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
+        flags |= {"--allow-hub": hub, "--trust-paths": paths}
         with _lease(what, run):
             train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
         return
@@ -213,7 +236,8 @@ def _train(what: list[str], run: Path, resume: bool, restart: bool, nproc: int, 
             # Only experts have a name.
             part, *which = what
             options = {"resume": resume, "restart": restart, "progress": show}
-            done = f"{_trainer(part)(run, load_manifest(run), *which, **options)} written"
+            manifest = load_manifest(run).allowing(hub=hub, paths=paths)
+            done = f"{_trainer(part)(run, manifest, *which, **options)} written"
         # The training has saved its state, so this is no failure.
         except Interrupted as stop:
             done = str(stop)

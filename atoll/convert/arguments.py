@@ -21,7 +21,7 @@ from atoll.storage.shards import Shards
 SCHEDULES = {"flow": "linear"}  # the default schedule of a prediction; for any other one linear-beta, DiT's
 
 
-def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
+def arguments_of_run(run: Path, wanted: str, *, allow_hub: bool = False, trust_paths: bool = False) -> dict[str, Any]:
     """Derive the arguments of `convert` for an expert of a run.
 
     Codec, condition, latent shape and assignment come from the cluster's shards if these exist, else from the manifest.
@@ -29,12 +29,13 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
     Args:
         run: the run's directory.
         wanted: the expert's cluster or full name.
+        allow_hub, trust_paths: what the card of the shards may reach, as in `load_ensemble`.
 
     Raises:
         AtollError: no run, no such expert, damaged shards, or a frozen network is not found.
     """
     # The expert's entry in the manifest.
-    manifest = load_manifest(run)
+    manifest = load_manifest(run).allowing(hub=allow_hub, paths=trust_paths)
     part = manifest.find_expert(wanted)
     # Its data. The shards are preferred, because the manifest may have changed since they were written.
     shards = RunLayout(run).cluster(part.cluster)
@@ -42,7 +43,7 @@ def arguments_of_run(run: Path, wanted: str) -> dict[str, Any]:
     # Its network. It reads the pooled vector only if the encoder has one.
     channels, height, width = data.latent_shape
     network = manifest.network_of(part).model_dump(exclude={"pooled"})
-    # The card of the shards may reach only what the manifest names.
+    # The card of the shards may reach only what the manifest names, and what the user allows.
     encoder = build_encoder(data.condition, manifest.trust_in_cards(run))
     reads_pooled = manifest.network_of(part).pooled and encoder.pooled_dim is not None
     return {

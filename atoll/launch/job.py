@@ -110,10 +110,11 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
         parts.append((layout.student, ["distil"], manifest.student))
 
     # Each becomes a command line that resumes, so that a restart needs no other one.
-    jobs = []
+    trust, jobs = manifest.trust_in_cards(), []
+    allowed = [flag for flag, on in (("--allow-hub", trust.hub), ("--trust-paths", trust.paths)) if on]
     for artifact, command, part in parts:
         settings = manifest.train_of(part)
-        arguments = ("-m", "atoll", *command, "--run", str(layout.root), "--resume", "--quiet")
+        arguments = ("-m", "atoll", *command, "--run", str(layout.root), "--resume", "--quiet", *allowed)
         # The student trains on one GPU at most.
         part_gpus = 0 if settings.device == "cpu" else min(gpus, 1) if artifact.name == STUDENT else gpus
         # The command starts one process per GPU.

@@ -22,6 +22,8 @@ def launch_run(
     retries: int = 3,
     options: Sequence[str] = (),
     only: Sequence[str] | None = None,
+    allow_hub: bool = False,
+    trust_paths: bool = False,
 ) -> bool:
     """Train all parts that the manifest of a run names, and show their progress.
 
@@ -33,6 +35,7 @@ def launch_run(
         retries: restarts of a part that crashed or was killed.
         options: of sbatch, such as "partition=gpu".
         only: names of the parts to train ("3-flow-linear", "router"); None: all but the student.
+        allow_hub, trust_paths: what the cards of the parts' data may reach, as in `load_ensemble`.
 
     Returns:
         Whether all parts are done; False if the launch was stopped before.
@@ -47,7 +50,7 @@ def launch_run(
         run = run.parent
 
     # Local slots depend on the threads of the most demanding part.
-    manifest = load_manifest(run)
+    manifest = load_manifest(run).allowing(hub=allow_hub, paths=trust_paths)
     threads = max(job.threads for job in jobs_of(run, manifest))
     with open_backend(on, run, jobs=jobs, gpus=gpus, threads=threads, options=_pairs(options)) as backend:
         # The student needs the assembled ensemble, so it is trained only if named.

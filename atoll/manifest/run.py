@@ -1,13 +1,14 @@
 """The run's atoll.yaml: every choice of one collective model, validated before anything is computed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 
 from atoll.choices import Method
-from atoll.encoders.trust import Trust
+from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest.base import Section
 from atoll.manifest.evaluation import EvaluateSettings
@@ -265,6 +266,7 @@ class Manifest(Section):
     student: StudentSettings | None = None
     sampling: SamplingSettings = SamplingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    _allowed: Trust = PrivateAttr(default=STRANGER)  # not in atoll.yaml: the command line decides it
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
@@ -292,17 +294,17 @@ class Manifest(Section):
         """The run's training settings with the overrides of one part."""
         return TrainSettings(**{**self.train.model_dump(), **part.train})
 
-    def trust_in_cards(self, run: Path | None = None, *, allow_hub: bool = False, trust_paths: bool = False) -> Trust:
-        """What the cards of this run may reach: the weights that atoll.yaml names, and the run's directory.
+    def allowing(self, *, hub: bool, paths: bool) -> "Manifest":
+        """Return the manifest of a user who allows cards to reach the hub, or paths outside their directory."""
+        copy = self.model_copy()
+        copy._allowed = Trust(hub=hub, paths=paths)
+        return copy
 
-        Args:
-            run: the run's directory.
-            allow_hub: whether cards may fetch other weights from the hub.
-            trust_paths: whether cards may name paths outside their directory.
-        """
+    def trust_in_cards(self, run: Path | None = None) -> Trust:
+        """What the cards of this run may reach: the weights that atoll.yaml names, and the directory `run`."""
         frozen = (self.codec, self.condition, self.feature)
         named = frozenset(config["weights"] for config in frozen if isinstance(config.get("weights"), str))
-        return Trust(hub=allow_hub, paths=trust_paths, named=named, run=run)
+        return replace(self._allowed, named=named, run=run)
 
     def find_expert(self, wanted: str) -> ExpertSettings:
         """Find an expert by full name ("3-eps-cosine"), or by cluster ("3") if it has only one expert.

@@ -222,7 +222,7 @@ def _draw(
         return
     device = best_device()
     # The experts of one cluster at a time are in memory.
-    model = ClusterModel(cluster, [load_expert(path, device) for path in paths], device, trust)
+    model = ClusterModel(cluster, [load_expert(path, device, trust=trust) for path in paths], device, trust)
     for number, rows in todo:
         # Progress counts the rows of all clusters.
         before = cluster * plan.images + rows.start

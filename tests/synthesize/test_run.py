@@ -109,7 +109,7 @@ def test_each_cluster_is_drawn_by_its_own_expert(private, listed, tmp_path, monk
     mixture = GaussianMixture.random(6, K, SHAPE, seed=2)
     mixture = GaussianMixture(mixture.means.float(), mixture.scales.float(), mixture.weights.float(), mixture.clusters)
 
-    def load(path, device):
+    def load(path, device, **options):
         card = read_card(path, ExpertCard)
         objective, (cluster,) = Objective(**card.objective), card.clusters
         identity = Calibration.identity(torch.zeros(SHAPE))
@@ -266,8 +266,8 @@ def test_a_generalist_draws_clusters_without_an_expert(trained_run, private, lis
 def test_an_expert_that_returns_nan_leaves_no_data(private, listed, tmp_path, monkeypatch) -> None:
     load_expert = stage.load_expert
 
-    def load(path, device):
-        loaded = load_expert(path, device)
+    def load(path, device, **options):
+        loaded = load_expert(path, device, **options)
         if path.name == "1-flow-linear":
             for weight in loaded.expert.network.parameters():
                 weight.fill_(torch.nan)
