@@ -117,12 +117,18 @@ def _find_for_card(
         raise AtollError(
             f"weights {name!r}: {tried}; {remedy}, or add {TRUST_PATHS} if the card is yours and this is their path"
         )
+    if trust.hub and revision is not None and sha256 is not None:
+        return _download(name, subfolders, tried, revision, remedy=remedy)
     if not trust.hub:
-        return _download(name, subfolders, tried, revision, remedy=f"{remedy}, or add {ALLOW_HUB}", cached=True)
-    if revision is None or sha256 is None:
-        missing = "revision" if revision is None else "sha256"
-        raise AtollError(f"weights {name!r}: the card states no {missing} of them; download them, and {remedy}")
-    return _download(name, subfolders, tried, revision, remedy=remedy)
+        remedy = f"{remedy}, or add {ALLOW_HUB}"
+    else:
+        # Cards of earlier versions, and of weights that were local when the card was written.
+        missing = "revision (a commit)" if revision is None else "sha256"
+        remedy = (
+            f"the card states no {missing} of them, so {ALLOW_HUB} does not fetch them: put them into the hub's cache "
+            f"with `hf download {name}`, or {remedy}"
+        )
+    return _download(name, subfolders, tried, revision, remedy=remedy, cached=True)
 
 
 def _is_plain(name: str) -> bool:

@@ -55,7 +55,21 @@ def test_a_card_is_fetched_at_its_commit_if_the_user_allows_it(hub) -> None:
 def test_a_card_is_not_fetched_without_hash_or_commit(hub, sha256, revision) -> None:
     with pytest.raises(AtollError, match=r"the card states no (sha256|revision)"):
         find_weights("org/name", trust=HUB, sha256=sha256, revision=revision)
-    assert not hub
+    assert all(local for _, local, _ in hub)
+
+
+def test_a_card_without_a_commit_says_how_to_get_the_weights_and_then_finds_them(hub, tmp_path, monkeypatch) -> None:
+    advice = r"not found; the card states no revision .*`hf download org/name`, or set \$ATOLL_WEIGHTS to a directory"
+    with pytest.raises(AtollError, match=advice):
+        find_weights("org/name", trust=HUB, sha256=SHA)
+
+    # After that command, the cache has them.
+    def cached(*_: object, local_files_only: bool, **options: object) -> str:
+        assert local_files_only
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=cached))
+    assert find_weights("org/name", trust=HUB, sha256=SHA) == tmp_path
 
 
 def test_the_users_own_atoll_yaml_still_reaches_the_hub(hub) -> None:
