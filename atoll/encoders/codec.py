@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from atoll.encoders.find import is_beside_card
 from atoll.encoders.trust import USER, Trust
 from atoll.encoders.weights import (
     PretrainedConfig,
@@ -25,6 +26,7 @@ from atoll.encoders.weights import (
 from atoll.errors import AtollError
 from atoll.nn import taef2
 from atoll.storage.content import advice
+from atoll.storage.torch_file import read_torch
 
 # Pixels per call of a network on a CPU: four images of 128 x 128. Their activations stay in the processor's cache, so a
 # batch of four is up to a third faster than one of 16.
@@ -140,7 +142,10 @@ class TinyConfig(PretrainedConfig, Standardised):
 
 
 class TAEF2Config(WeightsConfig, Standardised):
-    """FLUX.2's tiny autoencoder: a directory with taef2_encoder and taef2_decoder, .safetensors or .pth."""
+    """FLUX.2's tiny autoencoder: a directory with taef2_encoder and taef2_decoder, .safetensors or .pth.
+
+    Beside a card only .safetensors is read: an artifact of somebody else holds no pickles.
+    """
 
     name: Literal["taef2"] = "taef2"
 
@@ -317,20 +322,23 @@ def _either(directory: Path, stem: str) -> Path:
     # safetensors first: reading it needs no unpickling.
     for file in (directory / f"{stem}.safetensors", directory / f"{stem}.pth"):
         if file.is_file():
+            if file.suffix == ".pth" and is_beside_card(file):
+                raise AtollError(f"{file}: a pickle, which is never read from an artifact; convert it to safetensors")
             return file
     raise AtollError(f"{directory}: neither {stem}.safetensors nor {stem}.pth; name the directory that holds them")
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors or .pth file; nothing in either is executed."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
+        try:
             return load_file(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and safetensors errors: whatever a damaged file makes the readers raise
-        raise AtollError(f"{file}: {advice(file, error)}") from None
+        except (SafetensorError, OSError, ValueError, MemoryError) as error:
+            raise AtollError(f"{file}: {advice(file, error)}") from None
+    tensors = read_torch(file)
     # A pickle may hold a whole module instead of its tensors.
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise AtollError(

@@ -29,6 +29,7 @@ from atoll.errors import AtollError
 from atoll.nn import mobilenet, squeezenet
 from atoll.storage import bounds
 from atoll.storage.content import advice
+from atoll.storage.unpacking import NPZ_WRITER, TIMES_COMPRESSED, refuse_bomb
 
 
 class Feature(ABC):
@@ -300,8 +301,11 @@ def _load_npz(config: MobileNetConfig | SqueezeNetConfig, trust: Trust) -> Backb
     sha256 = sha256_weights(path)
     require_sha256(f"feature {config.name!r}", path, sha256, config.sha256)
     try:
+        refuse_bomb(path, TIMES_COMPRESSED, NPZ_WRITER)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
+    except AtollError:
+        raise
     except Exception as error:  # zip, header and value errors: whatever a damaged file makes numpy raise
         raise AtollError(f"{path}: {advice(path, error)}") from None
     # Its name says which network.

@@ -38,6 +38,12 @@ def also_found_in(directory: Path) -> Iterator[None]:
         _ALSO_IN.reset(token)
 
 
+def is_beside_card(path: Path) -> bool:
+    """Return whether weights were found in a directory of `also_found_in`, so that they came with an artifact."""
+    directory = _ALSO_IN.get()
+    return directory is not None and path.is_relative_to(directory)
+
+
 def find_weights(
     name: str,
     subfolders: Sequence[str] = ("",),

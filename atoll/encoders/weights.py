@@ -34,6 +34,12 @@ STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}  # the
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
 _LOCATION = ("weights", "revision", "subfolder", "tokenizer")  # the keys of a config that name places
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Keys of config.json that make transformers or diffusers load more than the hashed files: code from the hub
+# ("kernels"), weights of another name, a package that reads quantised weights.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_PLAIN_IMPLEMENTATIONS = ("eager", "sdpa")  # torch's own; any other may be code that is fetched
+_OTHER_FILES = ("transformers_weights", "quantization_config", "kernel_config", "use_kernels")
+_ADAPTER = "adapter_config.json"  # read by transformers wherever peft is installed; it names another network
 
 Model = TypeVar("Model", bound=BaseModel)
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -203,9 +209,11 @@ def load_pretrained(
     Raises:
         AtollError: another kind of network, weights that are damaged or incomplete, a missing library.
     """
+    config = _read_object(directory / "config.json")
+    _require_only_these_files(directory, config)
     # The kind of network decides the class.
     key = "model_type" if library == "transformers" else "_class_name"
-    kind = str(_read_object(directory / "config.json").get(key))
+    kind = str(config.get(key))
     if kind not in classes:
         raise AtollError(f"{directory}: its config.json says {kind!r}; expected one of {', '.join(classes)}")
     # Load it.
@@ -216,7 +224,7 @@ def load_pretrained(
         if weights.variant is not None:
             options["variant"] = weights.variant  # half-precision values, which are computed in `dtype`
         try:
-            require_fit(_read_object(directory / "config.json"), *_extent(weights.files), str(directory))
+            require_fit(config, *_extent(weights.files), str(directory))
             cls = getattr(module, classes[kind])
             network, info = cls.from_pretrained(str(directory), output_loading_info=True, **options)
         except AtollError:
@@ -233,6 +241,28 @@ def load_pretrained(
         )
     value: nn.Module = freeze(network)
     return value
+
+
+def _require_only_these_files(directory: Path, config: dict[str, Any]) -> None:
+    """Raise AtollError if a network's files make its library load code or weights that are not among them."""
+    if (directory / _ADAPTER).exists():
+        raise AtollError(
+            f"{directory / _ADAPTER}: an adapter, which is not applied; merge it into the weights, or remove the file"
+        )
+    # Networks within networks have their own configurations.
+    waiting: list[Any] = [config]
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for key, one in value.items() if isinstance(value, dict) else ():
+            name = key.lstrip("_")
+            # transformers' marks beside an implementation are true or false.
+            replaced = name.startswith(_IMPLEMENTATIONS) and one not in _PLAIN_IMPLEMENTATIONS and one is not True
+            if (replaced or name in _OTHER_FILES) and one not in (None, False):
+                raise AtollError(
+                    f"{directory / 'config.json'}: sets {key:.60} to {one!r:.80}, which loads code or weights from "
+                    "elsewhere; remove the key, or get unquantised weights in fp32, bf16 or fp16"
+                )
 
 
 def _extent(files: Sequence[Path]) -> tuple[int, int]:

@@ -9,7 +9,6 @@ object of any other class, and refuses the file if it calls a function that is n
 import collections
 import pickle
 import warnings
-import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Mapping
 from functools import partial
@@ -24,6 +23,7 @@ from torch import nn
 from atoll.errors import AtollError
 from atoll.storage.content import advice, content_of
 from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.unpacking import TIMES_STORED, refuse_bomb
 
 _DEPTH = 20  # levels of nested configurations that `plain` follows
 
@@ -185,7 +185,8 @@ def read_torch(file: Path) -> Any:
     # A reader of damaged or hostile bytes can raise anything; all of it becomes one line.
     try:
         content = content_of(file)
-        _check_sizes(file, content)
+        if content == "torch":
+            refuse_bomb(file, TIMES_STORED, "torch.save, which stores tensors as they are")
         # A bare pickle holds the data itself; torch.save before version 1.6 wrote a magic number first.
         if content == "pickle":
             with file.open("rb") as stream:
@@ -228,19 +229,6 @@ def _unpickle(stream: Any, **options: Any) -> Any:
     """Read one pickle from a stream with the restricted unpickler."""
     # Only the restricted unpickler reads bytes of the file.
     return _Unpickler(stream, **options).load()
-
-
-def _check_sizes(file: Path, content: str) -> None:
-    """Raise AtollError if a zip file unpacks to much more than its own size."""
-    # torch.save does not compress, so a small file that unpacks to a large one is an attack on the memory.
-    if content != "torch" or not zipfile.is_zipfile(file):
-        return
-    with zipfile.ZipFile(file) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > 2 * file.stat().st_size:
-        raise AtollError(
-            f"{file}: unpacks to {unpacked:,} bytes; expected a file of torch.save, which stores tensors as they are"
-        )
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -29,6 +29,7 @@ from atoll.evaluate.metrics.frechet import Moments
 from atoll.storage.artifact import sha256_file, write_bytes
 from atoll.storage.content import advice, content_of
 from atoll.storage.torch_file import Opaque, read_torch
+from atoll.storage.unpacking import NPZ_WRITER, TIMES_COMPRESSED, refuse_bomb
 
 FORMAT = "atoll-statistics-1"
 _SAVE = "np.savez(FILE, mu=mean, sigma=covariance)"
@@ -156,6 +157,7 @@ def _read_safetensors(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
 
 def _read_npz(file: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
     try:
+        refuse_bomb(file, TIMES_COMPRESSED, NPZ_WRITER)
         # No pickles: a downloaded file must not execute code.
         with np.load(file, allow_pickle=False) as content:
             mean, covariance = (_moment(file, name, content[name]) for name in _names(file, content))

@@ -151,6 +151,11 @@ class TestRefused:
         with pytest.raises(AtollError, match=r"a mean of \[2048\].* 'pixels' has 12 dimensions"):
             load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
 
+    def test_an_npz_that_unpacks_to_much_more_than_its_size_is_refused(self, tmp_path: Path) -> None:
+        np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+        with pytest.raises(AtollError, match=r"a\.npz: unpacks to 33,\d+,\d+ bytes"):
+            load_gaussian(tmp_path / "a.npz", Pixels(2), SHAPE)
+
     @pytest.mark.parametrize("name", ["no.npz", "no.safetensors"])
     def test_missing_and_damaged_files_are_refused(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(AtollError, match="not found"):
