@@ -29,6 +29,8 @@ AVERAGED = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model",
 NESTED = (*AVERAGED, "model", "state_dict", "model_state_dict", "module", "net", "network", "params")
 ARGUMENTS = ("args", "config", "cfg", "hparams", "hyper_parameters")  # under which they save their arguments
 
+_TIED = 4  # times the file's size that its tensors may have in all; tied weights are stored once
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -167,7 +169,19 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any
     if not tensors:
         held = f"keys {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else _type_of(content)
         raise AtollError(f"{file}: holds {held}; expected tensors by name, or such under {', '.join(NESTED)}")
+    _refuse_shared(file, tensors)
     return tensors, args, ".".join(keys)
+
+
+def _refuse_shared(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AtollError if the tensors take much more memory than the file: they share its bytes."""
+    # Each is a tensor of its own after the conversion. Tied weights count two or three times.
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total > _TIED * file.stat().st_size + 2**20:
+        raise AtollError(
+            f"{file}: its {len(tensors):,} tensors have {total:,} bytes in a file of {file.stat().st_size:,}, so they "
+            "share memory; save each tensor's own values (clone() them first)"
+        )
 
 
 def _holds_weights(file: Path, key: str, value: Any) -> bool:

@@ -236,11 +236,15 @@ def _load_experts(
     fetch: Fetch | None,
 ) -> list[LoadedExpert]:
     """Load the experts of the ensemble at `path` that are there."""
-    experts, root = [], trust.run or owning_directory(path)
+    experts, root, seen = list[LoadedExpert](), trust.run or owning_directory(path), set[Path]()
     for entry in card.experts:
         # Nothing outside is touched, not even to see whether it is there.
         part = path / entry.url
         _require_part(part, root, path / ENSEMBLE_CARD, trust)
+        # A card of thousands of entries would load one expert as often.
+        if part.resolve() in seen:
+            raise AtollError(f"{path / ENSEMBLE_CARD}: names {part} twice; {card.remedy}")
+        seen.add(part.resolve())
         # A missing expert is left out; its weight goes to the others.
         if not (part / CARD).is_file():
             if strict:

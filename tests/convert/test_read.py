@@ -202,3 +202,13 @@ def test_weights_that_are_not_finite_are_refused_by_name(dit, tmp_path, name, va
     (torch.save if name.endswith(".pt") else save_file)(dit, tmp_path / name)
     with pytest.raises(AtollError, match=r"the tensor 'blocks\.1\.attn\.qkv\.bias' holds NaN or infinity"):
         read_checkpoint(tmp_path / name)
+
+
+def test_tensors_that_share_their_memory_to_claim_more_than_the_file_are_refused(tmp_path) -> None:
+    shared = torch.zeros(200_000)
+    torch.save({f"blocks.{i}.weight": shared for i in range(20)}, tmp_path / "x.pt")
+    with pytest.raises(AtollError, match=r"its 20 tensors have 16,000,000 bytes in a file of .*share memory"):
+        read_checkpoint(tmp_path / "x.pt")
+    # Tied weights, and the same weights under two keys, are usual.
+    torch.save({"model": {"a": shared, "b": shared}, "ema": {"a": shared, "b": shared}}, tmp_path / "y.pt")
+    assert read_checkpoint(tmp_path / "y.pt").tensors.keys() == {"a", "b"}

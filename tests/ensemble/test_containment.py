@@ -43,6 +43,17 @@ def test_an_ensemble_with_all_parts_inside_loads(ensemble) -> None:
     assert len(load_ensemble(ensemble).ensemble.experts) == 3
 
 
+@pytest.mark.parametrize("again", ["experts/1-flow-linear", "./experts/../experts/1-flow-linear", "link"])
+def test_an_expert_that_is_named_twice_is_refused(ensemble, again) -> None:
+    (ensemble / "link").symlink_to("experts/1-flow-linear")
+    points_to(ensemble, "experts", again)
+    card = json.loads((ensemble / "ensemble.json").read_text())
+    card["experts"][0]["sha256"] = card["experts"][1]["sha256"]
+    (ensemble / "ensemble.json").write_text(json.dumps(card))
+    with pytest.raises(AtollError, match=r"ensemble\.json: names .*1-flow-linear twice"):
+        load_ensemble(ensemble)
+
+
 @pytest.mark.parametrize("part", ["experts/0-eps-cosine", "router"])
 @pytest.mark.parametrize("absolute", [True, False])
 def test_a_path_that_leads_out_is_refused_unless_the_user_trusts_it(ensemble, outside, part, absolute) -> None:
