@@ -3,7 +3,8 @@
 A small file may unpack to a very large one, and a line may have no end. Nothing here limits the number of samples.
 """
 
-MAX_CAPTION_BYTES = 1 << 16  # the longest prompt that a text encoder reads, 512 tokens, has some 3,000
+from atoll.storage.bounds import MAX_CAPTION_BYTES as MAX_CAPTION_BYTES
+
 MAX_SIDECAR_BYTES = 1 << 20  # the JSON that img2dataset puts beside an image, EXIF included, has some 20,000
 MAX_LINE = 1 << 20  # characters of a line of metadata
 MAX_JSON_BYTES = 1 << 26  # of a metadata.json, whose parts take 20 times the space in memory; larger ones as .jsonl

@@ -1,8 +1,6 @@
 """Read rows of a parquet file in bounded memory: the unpacked size of pages is checked before unpacking.
 
 A page's header says how many bytes it unpacks to, and Arrow allocates these first: 183 kB of a file can ask for 1 GiB.
-The footer's sums may be wrong, so the headers themselves are read (parquet-format, PageHeader in Thrift's compact
-protocol), which costs a few bytes per page.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +17,10 @@ from atoll.data.opening import is_local, open_file
 from atoll.data.types import Damaged, Oversized
 from atoll.errors import AtollError
 from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.parquet_pages import DICTIONARY_PAGE, pages
 
 _ROWS = 32  # rows that are decoded together
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
-_DICTIONARY_PAGE = 2  # parquet-format, enum PageType
-# Field types of the Thrift compact protocol.
-_TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
 
 
 def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text: Sequence[str]) -> Iterator[Any]:
@@ -157,102 +153,13 @@ def _check_pages(file: Any, footer: Any, groups: Sequence[int], columns: set[str
             starts = [chunk.data_page_offset]
             if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                 starts.append(chunk.dictionary_page_offset)
-            for kind, unpacked, packed in _pages(file, min(starts), chunk.total_compressed_size):
+            for kind, unpacked, packed in pages(file, min(starts), chunk.total_compressed_size):
                 if unpacked > (MAX_TEXT_PAGE_BYTES if name in text else may_expand_to(packed)):
                     raise Damaged(_bomb(name, unpacked, packed))
-                if kind == _DICTIONARY_PAGE:
+                if kind == DICTIONARY_PAGE:
                     largest = max(largest, unpacked)
     return largest
 
 
 def _bomb(name: str, unpacked: int, packed: int) -> str:
     return f"column {clean(name)!r} unpacks {packed:,} bytes to {unpacked:,}, which is more than is read at once"
-
-
-def _pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the kind, unpacked bytes and packed bytes of the pages of a column chunk."""
-    at, end = start, start + size
-    while at < end:
-        for length in (1 << 9, 1 << 12, 1 << 18):  # statistics may make a header long
-            file.seek(at)
-            head = file.read(min(length, end - at))
-            try:
-                fields, used = _header(head, 0)
-                break
-            except IndexError:
-                if len(head) < length:
-                    raise Damaged(f"no page header at byte {at:,}") from None
-        else:
-            raise Damaged(f"no page header at byte {at:,}")
-        # Fields 1 to 3 of PageHeader: type, uncompressed and compressed size.
-        kind, unpacked, packed = (fields.get(number, -1) for number in (1, 2, 3))
-        if min(kind, unpacked, packed) < 0:
-            raise Damaged(f"a page header without sizes at byte {at:,}")
-        yield kind, unpacked, packed
-        at += used + packed
-
-
-def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
-    """Return the integer fields of a struct in Thrift's compact protocol, and its end. IndexError if cut short."""
-    fields: dict[int, int] = {}
-    number = 0
-    # Crafted nesting must not exhaust the stack.
-    if depth > 8:
-        raise Damaged("a page header that is nested too deeply")
-    while (head := data[at]) != 0:
-        at, kind = at + 1, head & 15
-        # The high half is the distance to the previous field number; 0 means that the number follows.
-        if head >> 4:
-            number += head >> 4
-        else:
-            number, at = _zigzag(data, at)
-        if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
-            fields[number], at = _zigzag(data, at)
-        elif kind not in (_TRUE, _FALSE):  # a truth value is its own type
-            at = _skip(data, at, kind, depth)
-    return fields, at + 1
-
-
-def _skip(data: bytes, at: int, kind: int, depth: int) -> int:
-    """Return the position after a value of a type."""
-    if kind in (_TRUE, _FALSE, _BYTE):  # in a list, truth values take a byte
-        at += 1
-    elif kind in (4, 5, 6):
-        at = _varint(data, at)[1]
-    elif kind == _DOUBLE:
-        at += 8
-    elif kind == _BINARY:
-        length, at = _varint(data, at)
-        at += length
-    elif kind in (_LIST, _SET):
-        size, element, at = data[at] >> 4, data[at] & 15, at + 1
-        # Sizes below 15 are in the head byte.
-        if size == 15:
-            size, at = _varint(data, at)
-        for _ in range(size):
-            at = _skip(data, at, element, depth + 1)
-    elif kind == _STRUCT:
-        at = _header(data, at, depth + 1)[1]
-    else:
-        raise Damaged("a page header of an unknown form")
-    # A longer piece of the file may hold the rest.
-    if at > len(data):
-        raise IndexError
-    return at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
-        if byte < 128:
-            return value, at
-        # A crafted number could otherwise be as long as the file.
-        if shift > 63:
-            raise Damaged("a page header with a number of more than 64 bits")
-
-
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at

@@ -36,6 +36,7 @@ MAX_LOG_SNR = 100.0  # either sign; beyond 88 exp() overflows in float32
 MAX_ERROR = 1e30  # a mean squared error; squares of float32 stay finite below 3e38
 # Text and files.
 MAX_NAME = 255  # characters; experts' names are names of directories, which hold 255 bytes
+MAX_CAPTION_BYTES = 1 << 16  # the longest prompt that a text encoder reads, 512 tokens, has some 3,000
 MAX_TEXT = 65_536  # characters of any other string: one of 10,000 words
 CARD_BYTES = 8 << 20  # of a card's file. A thousand experts with 19 stacking nodes take 1 MiB
 JSON_BYTES = 64 << 20  # of any JSON file. The index of a billion rows takes 40 MiB

@@ -24,6 +24,7 @@ from atoll.storage.cards import (
 )
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe
+from atoll.storage.shards.manifest import ManifestFile
 from atoll.storage.verified import sha256_once
 
 
@@ -73,6 +74,10 @@ class Shards:
         self._index = _read_index(self.path)
         self.columns: tuple[str, ...] = tuple(sorted(self._index.columns))
         self._files: tuple[ShardEntry, ...] = self._index.shards
+        # A hash of another file would leave the manifest unchecked, and a shard that repeats would claim rows for free.
+        names = [file.file for file in self._files]
+        if self._index.manifest.file != MANIFEST or len(set(names)) != len(names):
+            raise self._broken(INDEX, f"it names another manifest than {MANIFEST}, or a shard twice")
         # Check the manifest before the shards: their error messages take keys from it.
         if wrong := _wrong(self.path / MANIFEST, self._index.manifest) or self._altered(self._index.manifest, verify):
             raise self._broken(MANIFEST, wrong)
@@ -208,8 +213,8 @@ class Shards:
         import pyarrow as pa
 
         try:
-            return self._manifest.read(columns=[column], use_threads=False)[column]
-        except (OSError, pa.ArrowException) as error:
+            return self._manifest.column(column)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._broken(MANIFEST, error) from error
 
     def _group(self, number: int, columns: tuple[str, ...]) -> dict[str, list[str]]:
@@ -217,11 +222,8 @@ class Shards:
         import pyarrow as pa
 
         try:
-            value: dict[str, list[str]] = self._manifest.read_row_group(
-                number, columns=list(columns), use_threads=False
-            ).to_pydict()
-            return value
-        except (OSError, pa.ArrowException) as error:
+            return self._manifest.group(number, columns)
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._broken(MANIFEST, error) from error
 
     def _shard(self, number: int) -> dict[str, Tensor]:
@@ -250,23 +252,14 @@ class Shards:
             raise self._broken(entry.file, f"its columns are {described}", number)
         return tensors
 
-    def _open_manifest(self) -> Any:
-        """Open the manifest as a pyarrow ParquetFile. Only the footer is read."""
+    def _open_manifest(self) -> ManifestFile:
+        """Open the manifest. Only the footer is read."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        rows = [file.rows for file in self._files]
         try:
-            file = pq.ParquetFile(self.path / MANIFEST)
-            actual = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        except (OSError, pa.ArrowException) as error:
+            return ManifestFile(self.path / MANIFEST, [file.rows for file in self._files])
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._broken(MANIFEST, error) from error
-        # One row group per shard: `_group` depends on it.
-        if actual != rows:
-            raise self._broken(
-                MANIFEST, f"it has {sum(actual)} rows, the index has {sum(rows)}, or they are cut otherwise"
-            )
-        return file
 
     def _altered(self, file: FileEntry, anew: bool = False) -> str:
         """Describe how the hash of a file differs from its entry in the index; "" if it is equal.

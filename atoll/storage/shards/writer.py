@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.storage.artifact import sha256_file, whole_directory, write_bytes, write_card
+from atoll.storage.bounds import MAX_CAPTION_BYTES
 from atoll.storage.cards import CardRecord, ColumnEntry, FileEntry, ShardEntry, ShardsIndex, SplitCounts
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, refuse_foreign
@@ -162,6 +163,11 @@ class ShardWriter:
         # One value per row in every column.
         if len(lengths := {len(keys), len(captions), len(splits), *rows}) != 1:
             raise ValueError(f"keys, captions, splits and columns differ in length: {sorted(lengths)}")
+        # A reader would refuse the whole directory.
+        for text in (*keys, *captions):
+            # A letter has up to 4 bytes, so most texts need not be encoded.
+            if len(text) > MAX_CAPTION_BYTES // 4 and (size := len(text.encode())) > MAX_CAPTION_BYTES:
+                raise AtollError(f"a key or caption of {size:,} bytes; expected at most {MAX_CAPTION_BYTES:,}")
         if unknown := set(splits) - set(SPLITS):
             raise ValueError(f"a split is one of {SPLITS}; got {sorted(unknown)}")
 

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -375,3 +377,67 @@ def test_rows_held_back_are_the_same_whoever_asks(tmp_path) -> None:
     assert 0.07 < everything.float().mean() / 0.8 < 0.13
     assert (everything <= is_held_out([Shards(tmp_path / "all")], 0.3)).all()
     assert is_held_out([Shards(tmp_path / "all")], 1e-9).sum() == 1
+
+
+def rewrite_manifest(path: Path, **changes: object) -> None:
+    """Write the manifest anew with other columns (None: without it), and its hash into the index."""
+    with pq.ParquetFile(path / MANIFEST) as file:
+        groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    for number, table in enumerate(groups):
+        for name, value in changes.items():
+            at = table.schema.get_field_index(name)
+            column = None if value is None else pa.array([value(i) for i in range(len(table))])
+            groups[number] = table = table.drop([name]) if column is None else table.set_column(at, name, column)
+    with pq.ParquetWriter(path / MANIFEST, groups[0].schema, compression="zstd") as writer:
+        for table in groups:
+            writer.write_table(table)
+    index = json.loads((path / INDEX).read_text())
+    index["manifest"] |= {"bytes": (path / MANIFEST).stat().st_size, "sha256": sha256_file(path / MANIFEST)}
+    (path / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"caption": None}, r".*expected the texts key, caption, split"),
+        ({"caption": lambda i: i}, r"its columns are .*'caption': 'int64'"),
+        ({"caption": lambda i: "a" if i else None}, r"caption: 1 rows have none"),
+        ({"split": lambda i: "holiday"}, r"split: 'holiday', expected train or val"),
+        ({"caption": lambda i: "a" * 100_000}, r"caption: a text of 100,000 bytes, expected at most 65,536"),
+        ({"key": lambda i: f"{i}" + "a" * 5_000_000}, r"key: \d+,\d+,\d+ bytes of 6 rows"),
+    ],
+    ids=["none", "numbers", "null", "split", "long", "bomb"],
+)
+def test_a_manifest_that_no_writer_writes_is_refused(path, changes, problem) -> None:
+    rewrite_manifest(path, **changes)
+    with pytest.raises(AtollError, match=rf"manifest\.parquet is corrupt: {problem}"):
+        [*Shards(path).parts()]
+    with pytest.raises(AtollError, match=problem):
+        print(*(getattr(Shards(path), f"{name}s") for name in changes))
+
+
+def test_the_longest_caption_is_read_though_all_rows_repeat_it(tmp_path) -> None:
+    keys, _, splits, columns = rows()
+    with ShardWriter(tmp_path / "data", {"made": "here"}) as writer:
+        writer.append(keys, ["é" * 32_768] * ROWS, splits, columns)
+    assert Shards(tmp_path / "data").captions == ["é" * 32_768] * ROWS
+
+
+def test_a_caption_that_no_reader_accepts_is_not_written(tmp_path) -> None:
+    keys, captions, splits, columns = rows()
+    with pytest.raises(AtollError, match=r"a key or caption of 65,538 bytes"), ShardWriter(tmp_path / "data", {}) as w:
+        w.append(keys, ["é" * 32_769, *captions[1:]], splits, columns)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("change", ["manifest", "twice"])
+def test_an_index_whose_hashes_leave_a_file_out_is_refused(path, change) -> None:
+    index = json.loads((path / INDEX).read_text())
+    if change == "manifest":
+        shutil.copy(path / MANIFEST, path / "other.parquet")
+        index["manifest"]["file"] = "other.parquet"
+    else:
+        index["shards"][1] = index["shards"][0]
+    (path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(AtollError, match=r"names another manifest than manifest\.parquet, or a shard twice"):
+        Shards(path)
