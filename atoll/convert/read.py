@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoll.convert.names import unwrapped
+from atoll.convert.names import one_network, unwrapped
 from atoll.encoders.weight_files import weight_files
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json, sha256_file
@@ -27,6 +27,7 @@ STEM = "diffusion_pytorch_model"
 # The keys under which training scripts save weights, averaged ones first. The first one that holds tensors is read.
 AVERAGED = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema")
 NESTED = (*AVERAGED, "model", "state_dict", "model_state_dict", "module", "net", "network", "params")
+NESTED += ("denoiser", "diffusion_model", "dit", "transformer")
 ARGUMENTS = ("args", "config", "cfg", "hparams", "hyper_parameters")  # under which they save their arguments
 
 _TIED = 4  # times the file's size that its tensors may have in all; tied weights are stored once
@@ -79,7 +80,7 @@ def read_checkpoint(source: Path) -> Checkpoint:
         tensors |= part
     config = directory / "config.json"
     return Checkpoint(
-        unwrapped(tensors, str(source)),
+        one_network(unwrapped(tensors, str(source)), str(source)),
         _config(config) if config.is_file() else None,
         {file.name: sha256_file(file) for file in files},
         str(source),
@@ -167,7 +168,7 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any
     if isinstance(content, Mapping):
         tensors = {str(name): _dense(file, str(name), v) for name, v in content.items() if isinstance(v, Tensor)}
     if not tensors:
-        held = f"keys {', '.join(map(str, list(content)[:4]))}" if isinstance(content, Mapping) else _type_of(content)
+        held = _keys_of(content) if isinstance(content, Mapping) else _type_of(content)
         raise AtollError(f"{file}: holds {held}; expected tensors by name, or such under {', '.join(NESTED)}")
     _refuse_shared(file, tensors)
     return tensors, args, ".".join(keys)
@@ -192,7 +193,7 @@ def _holds_weights(file: Path, key: str, value: Any) -> bool:
     """
     if isinstance(value, Mapping):
         # Tensors here, or at a deeper level.
-        if any(isinstance(entry, Tensor) for entry in value.values()):
+        if _has_tensors(value):
             return True
         if any(_holds_weights(file, inner, value.get(inner)) for inner in NESTED):
             return True
@@ -204,6 +205,16 @@ def _holds_weights(file: Path, key: str, value: Any) -> bool:
     if key in NESTED and isinstance(value, Opaque) and "_modules" in value.fields:
         raise AtollError(f"{file}: {key} is a whole {value.type_name}; save its state_dict() instead of the module")
     return False
+
+
+def _keys_of(content: Mapping[Any, Any]) -> str:
+    # Keys that hold tensors by name come first: one of them may be the network.
+    inner = [key for key, value in content.items() if isinstance(value, Mapping) and _has_tensors(value)]
+    return f"tensors under {', '.join(map(str, inner[:4]))}" if inner else f"keys {', '.join(map(str, [*content][:4]))}"
+
+
+def _has_tensors(content: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in content.values())
 
 
 def _type_of(content: Any) -> str:

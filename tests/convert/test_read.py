@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from atoll.convert import convert, detect
-from atoll.convert.read import Checkpoint, Taker, read_checkpoint
+from atoll.convert.names import PREFIXES
+from atoll.convert.read import ARGUMENTS, NESTED, Checkpoint, Taker, read_checkpoint
 from atoll.errors import AtollError
 
 W, B = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
@@ -31,7 +32,17 @@ def test_the_averaged_weights_and_the_arguments_are_read(tmp_path) -> None:
     "content",
     [
         {"state_dict": {"model.w": W, "model.b": B}, "hyper_parameters": {"lr": 0.1}},
+        {"state_dict": {"denoiser.w": W, "denoiser.b": B}, "loops": {}, "callbacks": {"x": {"best": 0.1}}},
+        {"state_dict": {"net._orig_mod.w": W, "net._orig_mod.b": B}, "pytorch-lightning_version": "2.5.0"},
         {"module": {"w": W, "b": B}, "epoch": 3},
+        {
+            "module": {"module.w": W, "module.b": B},
+            "optimizer": None,
+            "param_shapes": [{"w": W.shape}],
+            "dp_world_size": 8,
+        },
+        {"ema_model": {"w": W, "b": B}, "model": {"w": B, "b": B}},
+        {"denoiser": {"w": W, "b": B}, "optimizer": {"state": {}}},
         {"ema": {"module": {"module.w": W, "module.b": B}}, "model": {"w": B, "b": B}},
         {"state_dict_ema": {"w": W, "b": B}, "state_dict": {"w": B, "b": B}},
         {"ema": None, "model": {"w": W, "b": B}},
@@ -66,6 +77,7 @@ def test_any_protocol_of_pickle_is_read(tmp_path, protocol, zipped) -> None:
         ({}, "holds keys ; expected tensors by name"),
         ({"lr": 0.1, "step": 3}, "holds keys lr, step; expected tensors by name, or such under ema, state_dict_ema"),
         ({"model": {"w": 1}}, "holds keys model; expected"),
+        ({"a": 1, "c": 2, "d": 3, "e": 4, "actor": {"w": W}}, "holds tensors under actor; expected tensors by name"),
         (
             {"ema": {"shadow_params": [W], "decay": 0.9}, "model": {"w": W}},
             "ema holds shadow_params, tensors without n",
@@ -102,6 +114,32 @@ def test_prefixes_of_wrappers_are_removed_in_any_order(tmp_path, suffix, wrapper
     tensors = read_checkpoint(file).tensors
     assert tensors.keys() == {"blocks.0.w", "end.b"}
     assert torch.equal(tensors["blocks.0.w"], W)
+
+
+FIRST = "x_embedder.proj.weight"
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "denoiser.", "unet_or_dit.", "model.diffusion_model."])
+def test_the_one_network_of_a_lightning_module_is_read_and_the_rest_is_named(tmp_path, prefix) -> None:
+    rest = {"vae.encoder.conv_in.weight": B, "text_encoder.embeddings.weight": B, "loss_ema": B}
+    content = {f"{prefix}_orig_mod.{FIRST}": W, f"{prefix}_orig_mod.end.b": B, **rest}
+    torch.save({"state_dict": content}, tmp_path / "x.ckpt")
+    with pytest.warns(match=r"x\.ckpt: reading .*\*; loss_ema\.\*, text_encoder\.\*, vae\.\* not read"):
+        tensors = read_checkpoint(tmp_path / "x.ckpt").tensors
+    assert tensors.keys() == {FIRST, "end.b"}
+    assert torch.equal(tensors[FIRST], W)
+
+
+def test_the_page_names_every_key_and_prefix_that_is_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "convert.md").read_text()
+    for names in (NESTED, ARGUMENTS, PREFIXES):
+        assert ", ".join(f"`{name}`" for name in names) in page
+
+
+def test_two_networks_in_one_module_are_named_and_refused(tmp_path) -> None:
+    torch.save({"state_dict": {f"model.{FIRST}": W, f"ema_model.{FIRST}": W, "vae.w": B}}, tmp_path / "x.ckpt")
+    with pytest.raises(AtollError, match=r"holds 2 networks, ema_model\.\*, model\.\*; expected one: save the state_d"):
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 def test_a_file_is_read_by_what_it_is(tmp_path) -> None:

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from atoll.data.captions import COLUMNS
 from atoll.data.sources import build_source
+from atoll.data.tables import FILE_COLUMNS
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
@@ -394,8 +396,12 @@ def test_a_documented_layout_is_read_or_named(tmp_path, layout) -> None:
 
 def test_every_layout_stands_in_the_documentation() -> None:
     text = DOCS.read_text()
-    missing = [layout.where for layout in LAYOUTS if layout.where not in text]
-    assert missing == []
+    table = text.partition("| layout |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert sorted(line.split("|")[1].strip() for line in table) == sorted(layout.where for layout in LAYOUTS)
+    # The usual names of columns, in their order.
+    words = " ".join(text.split())
+    assert ", ".join(COLUMNS) in words
+    assert f"{', '.join(FILE_COLUMNS[:-1])} or {FILE_COLUMNS[-1]}" in words
 
 
 @pytest.mark.parametrize("name", ["train.tfrecord", "data-00000-of-00001.arrow", "urls.csv"])
