@@ -9,8 +9,10 @@ from torch import Tensor
 from atoll.errors import AtollError
 
 # Before every name, in any order and number.
-PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "base_model.", "net.", "network.", "_forward_module.")
-PREFIXES += ("denoiser.", "diffusion_model.")
+PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "ema_model.", "base_model.", "net.", "network.", "_forward_module."),
+    *("denoiser.", "diffusion_model."),
+)
 # Every network that is converted has one of these tensors, once.
 _FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 # Inside names: a block that was compiled, sharded or recomputed by itself. No network has these names of its own.

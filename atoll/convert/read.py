@@ -26,8 +26,10 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 STEM = "diffusion_pytorch_model"
 # The keys under which training scripts save weights, averaged ones first. The first one that holds tensors is read.
 AVERAGED = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "params_ema")
-NESTED = (*AVERAGED, "model", "state_dict", "model_state_dict", "module", "net", "network", "params")
-NESTED += ("denoiser", "diffusion_model", "dit", "transformer")
+NESTED = (
+    *(*AVERAGED, "model", "state_dict", "model_state_dict", "module", "net", "network", "params"),
+    *("denoiser", "diffusion_model", "dit", "transformer"),
+)
 ARGUMENTS = ("args", "config", "cfg", "hparams", "hyper_parameters")  # under which they save their arguments
 
 _TIED = 4  # times the file's size that its tensors may have in all; tied weights are stored once
