@@ -163,3 +163,30 @@ def test_a_lineage_that_cannot_be_is_refused(tmp_path, out, ancestors) -> None:
     plain["lineage"] = [{"assignment": name, "clusters": clusters} for name, clusters in ancestors]
     with pytest.raises(AtollError, match="lineage: "):
         parse_card(ClustersCard, plain, "clusters.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cluster", "--new-cluster"], "--new-cluster needs --encoded, the images of the new cluster"),
+        (["cluster", "--split", 0, "--assign-only"], "--assign-only and --split: choose one"),
+        (["cluster", "--split", 0, "--force"], "leave --force and --router-fraction out"),
+        (["cluster", "--encoded", "new"], "use it with --assign-only, --new-cluster or --split"),
+        (["cluster", "--new-cluster", "--encoded", "a", "--encoded", "b"], "takes one --encoded"),
+        (["train", "router", "--rows", "drawn"], "--rows names latents for --extend"),
+        (["train", "router", "--extend", "--restart"], "leave --resume, --restart and --nproc out"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(atoll, options, message) -> None:
+    code, _, error = atoll(*options)
+    assert code == 2
+    assert message in " ".join(error.split())
+
+
+def test_the_commands_say_what_to_do_next(atoll, tmp_path, out) -> None:
+    code, output, _ = atoll("cluster", "-r", tmp_path, "--split", 1)
+    assert code == 0
+    assert "set clusters.k: 4 in atoll.yaml, and run `atoll train router --extend`" in " ".join(output.split())
+    write(tmp_path / "new", range(90, 120), blobs=3)
+    assert atoll("cluster", "-r", tmp_path, "--new-cluster", "--encoded", tmp_path / "new")[0] == 0
+    assert card_of(out).k == 5
