@@ -1,7 +1,7 @@
 """A model that grows, on a finished run: the router extended, trained anew, and left as it is.
 
     atoll demo runs/demo
-    python benchmarks/grow.py runs/demo [--split 1] [--out grow.json]
+    python benchmarks/grow.py runs/demo [--split 1] [--seed 0] [--out grow.json]
 
 - new: the last cluster of the run joins a model that was founded on the others. Its assignment is the run's own without
   that cluster's fine centroids, so the run's experts serve the founders and the newcomer; no expert is trained.
@@ -90,10 +90,10 @@ def adopt_expert(source: Path, out: Path, k: int, assignment: str, cluster: int)
     save_artifact(out, card.model_copy(update={"k": k, "assignment": assignment, "clusters": (cluster,)}), tensors)
 
 
-def write_manifest(run: Path, out: Path, k: int) -> Manifest:
+def write_manifest(run: Path, out: Path, k: int, seed: int) -> Manifest:
     """The run's atoll.yaml with k clusters and the experts of those that exist in both."""
     settings = yaml.safe_load((run / "atoll.yaml").read_text())
-    settings["clusters"]["k"] = k
+    settings["clusters"]["k"], settings["seed"] = k, seed
     settings["experts"] = [expert for expert in settings["experts"] if expert["cluster"] < k]
     (out / "atoll.yaml").write_text(yaml.safe_dump(settings))
     return load_manifest(out)
@@ -168,7 +168,7 @@ def three_ways(run: Path, manifest: Manifest, experts: list[Path], old_router: P
     return {"results": results, "seconds": seconds}
 
 
-def grow_by_last(run: Path, out: Path) -> dict:
+def grow_by_last(run: Path, out: Path, seed: int) -> dict:
     """Found on all clusters but the last, then add it."""
     out.mkdir()
     new = found_without_last(run, out)
@@ -176,11 +176,11 @@ def grow_by_last(run: Path, out: Path) -> dict:
     founding = load_card(layout.clusters_card, ClustersCard)
     # The founders' router, before anybody knows of the new data.
     start = time.monotonic()
-    train_router(out, write_manifest(run, out, founding.k))
+    train_router(out, write_manifest(run, out, founding.k, seed))
     print(f"founding router: {time.monotonic() - start:.0f} s", flush=True)
     shutil.move(layout.router, out / "router-before")
     add_cluster(layout.clusters, new)
-    grown, manifest = load_card(layout.clusters_card, ClustersCard), write_manifest(run, out, founding.k + 1)
+    grown, manifest = load_card(layout.clusters_card, ClustersCard), write_manifest(run, out, founding.k + 1, seed)
     experts = []
     for path in sorted(source.experts.glob("[0-9]*")):
         (cluster,) = read_card(path, ExpertCard).clusters
@@ -190,13 +190,13 @@ def grow_by_last(run: Path, out: Path) -> dict:
     return three_ways(out, manifest, experts, out / "router-before", None)
 
 
-def grow_by_split(run: Path, out: Path, number: int) -> dict:
+def grow_by_split(run: Path, out: Path, number: int, seed: int) -> dict:
     """Split a cluster of the run."""
     for name in ("encoded", "clusters", "experts"):
         shutil.copytree(run / name, out / name)
     layout = RunLayout(out)
     print(split_cluster(layout.clusters, number, [layout.encoded]), flush=True)
-    manifest = write_manifest(run, out, load_card(layout.clusters_card, ClustersCard).k)
+    manifest = write_manifest(run, out, load_card(layout.clusters_card, ClustersCard).k, seed)
     shutil.copytree(run / "router", out / "router-before")
     return three_ways(out, manifest, sorted(layout.experts.glob("[0-9]*")), out / "router-before", number)
 
@@ -219,12 +219,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run, such as that of `atoll demo`")
     parser.add_argument("--split", type=int, default=1, help="the cluster to split")
+    parser.add_argument("--seed", type=int, default=0, help="of the routers' trainings")
     parser.add_argument("--out", type=Path, help="write the numbers to this .json file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        results = {"new": grow_by_last(options.run, Path(directory) / "new")}
+        results = {"new": grow_by_last(options.run, Path(directory) / "new", options.seed)}
         show("A new cluster", results["new"])
-        results["split"] = grow_by_split(options.run, Path(directory) / "split", options.split)
+        results["split"] = grow_by_split(options.run, Path(directory) / "split", options.split, options.seed)
         show(f"Cluster {options.split} split in two", results["split"])
     if options.out:
         options.out.write_text(json.dumps(results, indent=2))

@@ -93,10 +93,13 @@ def test_new_data_become_a_cluster_of_their_own(tmp_path, out) -> None:
     assert card.lineage[0].clusters == ((0,), (1,), (2,))
     assert 0 < (Shards(out / "router").read("cluster", slice(None)) == 3).sum() < 30
     # Images that come later find it.
+    cards = [Shards(path).card(ClusterShardsCard) for path in sorted(out.glob("cluster-*"))]
     assign_only(out, write(tmp_path / "later", range(120, 130), blobs=3))
     consistent(out)
     assert all(labels(out)[f"k{i}"] == 3 for i in range(120, 130))
-    assert Shards(out / "cluster-000").card(ClusterShardsCard).assignment == old.assignment
+    # Each directory stays of the assignment that it was written under.
+    assert [Shards(path).card(ClusterShardsCard) for path in sorted(out.glob("cluster-*"))] == cards
+    assert [card.clusters for card in cards] == [3, 3, 3, 4]
     # And a second step from there: the lineage says what the first clusters are now.
     split_cluster(out, 3, [tmp_path / "later", tmp_path / "new"])
     consistent(out)

@@ -16,11 +16,11 @@ from tests.conftest import RUN, K
 
 
 def two_gaussians(count: int, fraction: float, seed: int) -> LogitSamples:
-    """Two unit Gaussians at +-t e_1, as many of each, weighted: the log-odds are 2 t x_1 + log(f / (1 - f))."""
+    """Two unit Gaussians at (5 +- t) e_1, weighted: the log-odds are 2 t (x_1 - 5) + log(f / (1 - f))."""
     g = torch.Generator().manual_seed(seed)
     t, labels = torch.rand(count, generator=g), (torch.arange(count) % 2).float()
     features = torch.randn(count, 3, generator=g)
-    features[:, 0] += (2 * labels - 1) * t
+    features[:, 0] += 5 + (2 * labels - 1) * t
     return LogitSamples(features, t, labels, torch.where(labels == 1, fraction, 1 - fraction))
 
 
@@ -28,7 +28,8 @@ def two_gaussians(count: int, fraction: float, seed: int) -> LogitSamples:
 def test_the_exact_log_odds_are_found(fraction: float) -> None:
     fitted = fit_logit(two_gaussians(16_384, fraction, 0), two_gaussians(4096, fraction, 1))
     points, t = torch.randn(200, 3, generator=torch.Generator().manual_seed(2)), torch.linspace(0, 1, 200)
-    exact = 2 * t * points[:, 0] + math.log(fraction / (1 - fraction))
+    points[:, 0] += 5
+    exact = 2 * t * (points[:, 0] - 5) + math.log(fraction / (1 - fraction))
     # Within the error of estimation; a wrong frequency alone would be off by 2.9.
     assert (fitted.logit(points, t) - exact).square().mean().sqrt() < 0.15
     assert fitted.held_out_loss is not None
