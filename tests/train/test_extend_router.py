@@ -17,6 +17,7 @@ from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, sha256_file, write_json
 from atoll.storage.cards import ExpertCard, RouterCard
 from atoll.storage.shards import Shards, ShardWriter
+from atoll.synthesize import synthesize_run
 from atoll.train import extend_router as extend_module
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.extend_router import extend_router
@@ -150,16 +151,16 @@ def test_several_steps_are_learnt_at_once(run) -> None:
     torch.testing.assert_close(parts.log_softmax(1), old(x, t), atol=1e-5, rtol=0)
 
 
-def test_rows_of_other_clusters_may_lie_elsewhere(run) -> None:
-    # Drawn or copied latents of the old clusters, as they were before the growth.
-    shutil.copytree(run / "clusters", run.parent / "drawn")
+def test_old_clusters_may_be_drawn_by_their_experts(run) -> None:
+    # Before the growth: nobody has the images of clusters 0 and 2 here, but their experts.
+    synthesize_run(run, load_manifest(run), run.parent / "drawn", images=10, steps=2)
     add_cluster(run / "clusters", run.parent / "new")
     for number in (0, 2):
         shutil.rmtree(run / "clusters" / f"cluster-00{number}")
     manifest = grow_manifest(run, 4)
     with pytest.raises(AtollError, match=r"no latents of cluster 0, 2; .* by --rows"):
         extend_router(run, manifest)
-    extend_router(run, manifest, rows=run.parent / "drawn")
+    extend_router(run, manifest, rows=run.parent / "drawn" / "clusters")
     assert read_card(run / "router", RouterCard).clusters == 4
 
 
