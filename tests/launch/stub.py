@@ -6,14 +6,14 @@ from pathlib import Path
 from atoll.launch.job import Job
 
 DONE = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"  # the result
-# Runs until it is stopped; then prints that it saved.
+# Runs until it is stopped; then prints that it saved. Each line is one write: a signal may arrive inside `print`.
 UNTIL_STOPPED = """
-    import signal, sys, time
+    import os, signal, sys, time
     def save(*_):
-        print("saved", flush=True)
+        os.write(1, b"saved\\n")
         sys.exit(0)
     signal.signal(signal.SIGTERM, save)
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")
     time.sleep(3600)
 """
 # Runs `first` in its first `times` starts, then makes the result; the file `count` counts the starts.
