@@ -67,6 +67,32 @@ def assemble(
     cards = {path: read_card(path, ExpertCard) for path in experts}
     routing = None if router is None else read_card(router, RouterCard)
     first = experts[0]
+    _refuse_mixed(cards, router, routing)
+    # Write the card. Hashes of the parts' cards pin their weights, too.
+    out.mkdir(parents=True, exist_ok=True)
+    shared = cards[first]
+    ensemble = EnsembleCard(
+        # Each expert by name, current clusters and place, with the hash of its card.
+        experts=[
+            ExpertEntry(name=card.name, clusters=_clusters_now(card, routing), **_place(path, out))
+            for path, card in cards.items()
+        ],
+        router=None if router is None else RouterEntry(**_place(router, out)),
+        clusters=shared.k if routing is None else routing.clusters,
+        assignment=shared.assignment if routing is None else routing.assignment,
+        **({"lineage": routing.lineage} if routing is not None and routing.lineage else {}),
+        latent_shape=shared.latent_shape,
+        codec=shared.codec,
+        **({"stackings": _write_stackings(out, stackings)} if stackings else {}),
+        sampling=parse_record(SamplingDefaults, sampling or {}, "sampling"),
+    )
+    write_card(out / ENSEMBLE_CARD, ensemble)
+    return out
+
+
+def _refuse_mixed(cards: dict[Path, ExpertCard], router: Path | None, routing: RouterCard | None) -> None:
+    """Raise AtollError unless experts and router come from the same clusters, with the same latents and codec."""
+    first = next(iter(cards))
     parts: dict[Path, ExpertCard | RouterCard] = {**cards}
     if router is not None and routing is not None:
         parts[router] = routing
@@ -88,26 +114,6 @@ def assemble(
         known = None if lineage is None else lineage.clusters_of(card.assignment)
         if known is not None and card.k != known:
             raise AtollError(f"{router}: knows {known} clusters, {path} is of {card.k}; take the router trained on its")
-    # Write the card. Hashes of the parts' cards pin their weights, too.
-    out.mkdir(parents=True, exist_ok=True)
-    shared = cards[first]
-    ensemble = EnsembleCard(
-        # Each expert by name, current clusters and place, with the hash of its card.
-        experts=[
-            ExpertEntry(name=card.name, clusters=_clusters_now(card, routing), **_place(path, out))
-            for path, card in cards.items()
-        ],
-        router=None if router is None else RouterEntry(**_place(router, out)),
-        clusters=shared.k if routing is None else routing.clusters,
-        assignment=shared.assignment if routing is None else routing.assignment,
-        **({"lineage": routing.lineage} if routing is not None and routing.lineage else {}),
-        latent_shape=shared.latent_shape,
-        codec=shared.codec,
-        **({"stackings": _write_stackings(out, stackings)} if stackings else {}),
-        sampling=parse_record(SamplingDefaults, sampling or {}, "sampling"),
-    )
-    write_card(out / ENSEMBLE_CARD, ensemble)
-    return out
 
 
 def _refuse_foreign(path: Path, part: ExpertCard | RouterCard, router: Path | None, lineage: Lineage) -> None:
