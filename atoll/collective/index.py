@@ -23,6 +23,7 @@ from atoll.collective.statements import (
 )
 from atoll.collective.store import Store
 from atoll.errors import AtollError
+from atoll.storage.layout import CARD
 
 INDEX, SUBMISSIONS, REPORTS, RETIREMENTS = "index", "submissions", "reports", "retirements"
 SUBMISSION = "submission.json"
@@ -104,7 +105,7 @@ def read_submission(store: Store, collective: Collective, submission: str) -> Si
     if data is None:
         raise AtollError(f"{store.place(place)}: not found; the submission is not whole, publish it again")
     signed = read_signed(Submission, data, store.place(place), collective.identity)
-    expected = submission_id(signed.signer(store.place(place)), signed.statement.files["card.json"].sha256)
+    expected = submission_id(signed.signer(store.place(place)), signed.statement.files[CARD].sha256)
     if expected != submission:
         raise AtollError(f"{store.place(place)}: belongs to {expected}; it was copied from there")
     return signed

@@ -5,7 +5,6 @@ import os
 import resource
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 TRACEBACK = 70  # the exit code of a child whose exception nobody caught
 CPU_SECONDS = 60  # after which the kernel ends a child; a hang is told by its own, smaller limit
-WALL_SECONDS = 300  # for a child that sleeps for ever; far above what a loaded machine needs
+ALARM_SECONDS = 600  # for a child that sleeps for ever; far above what a loaded machine needs
 ADDRESSES = 16 << 30  # bytes of addresses: reserved ones count, too
 
 
@@ -41,15 +40,7 @@ def run(work: Callable[[], object], log: Path) -> Outcome:
     child = os.fork()
     if child == 0:
         _child(work, log)
-    # The kernel ends a child that computes for ever; one that waits for ever is ended here.
-    deadline = time.monotonic() + WALL_SECONDS
-    while True:
-        ended, status, usage = os.wait4(child, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+    _, status, usage = os.wait4(child, 0)
     grown = (usage.ru_maxrss << 10) - before
     error = log.read_text(errors="backslashreplace")
     return Outcome(os.waitstatus_to_exitcode(status), error, usage.ru_utime + usage.ru_stime, grown)
@@ -62,6 +53,9 @@ def _child(work: Callable[[], object], log: Path) -> None:
         os.dup2(descriptor, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115 (for good)
+        # The kernel ends a child that computes for ever, and an alarm one that waits for ever.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(ALARM_SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
