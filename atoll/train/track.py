@@ -1,6 +1,7 @@
 """Tracking: metrics.jsonl always, TensorBoard or W&B if chosen, the progress line, and summary.json."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -93,7 +94,18 @@ class Tracker:
             self.progress(line)
 
     def validated(self, done: int, losses: dict[str, float]) -> None:
-        """Log the validation losses after `done` steps."""
+        """Log the validation losses after `done` steps.
+
+        Raises:
+            AtollError: one of them is NaN or infinite, so every later one would be, too.
+        """
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise AtollError(
+                    f"{self.files.root}: the validation loss at {name} is {loss} after step {done}, expected a "
+                    "finite one: a held-out latent is not finite (encode the data again), or the weights are not "
+                    "(start again with a smaller train.lr)"
+                )
         self.validation = losses
         self._write({"step": done, "val": losses})
 
