@@ -65,6 +65,11 @@ def cluster_number(name: str) -> int:
     return int(match[1])
 
 
+def cluster_directories(clusters: Path) -> list[Path]:
+    """List the directories of clusters in a directory, by number. Raises AtollError for other names like cluster-*."""
+    return sorted(clusters.glob(f"{CLUSTER_PREFIX}*"), key=lambda path: cluster_number(path.name))
+
+
 def cluster_path(clusters: Path, number: int) -> Path:
     """Return the directory of one cluster's shards, in a run's clusters/ or in a copy of it."""
     return clusters / cluster_name(number)
@@ -141,8 +146,8 @@ class RunLayout:
         return cluster_path(self.clusters, number)
 
     def existing_clusters(self) -> list[Path]:
-        """List the directories of all clusters, sorted by number. Raises AtollError for other names like cluster-*."""
-        return sorted(self.clusters.glob(f"{CLUSTER_PREFIX}*"), key=lambda path: cluster_number(path.name))
+        """List the directories of all clusters, as `cluster_directories` does."""
+        return cluster_directories(self.clusters)
 
     def part(self, name: str) -> Path:
         """Return the artifact of the router, the monolith or the student, by name."""

@@ -23,7 +23,7 @@ from atoll.runtime.device import best_device
 from atoll.schedule import PATH
 from atoll.storage.artifact import load_card, read_card, save_artifact
 from atoll.storage.cards import ClustersCard, ClusterShardsCard, InitRecord, Lineage, RouterCard, TrainingRecord
-from atoll.storage.layout import ROUTER, RunLayout, cluster_path, router_seed
+from atoll.storage.layout import ROUTER, RunLayout, cluster_directories, cluster_path, router_seed
 from atoll.storage.shards import INDEX, SPLITS, Shards, Split
 from atoll.train.batches import CaptionedLatents, Rows, drop_condition
 from atoll.train.grown_logit import LogitSamples, fit_logit
@@ -208,7 +208,7 @@ def _sources(layout: RunLayout, rows: Path | None, lineage: Lineage) -> list[Clu
         labels = sample.read("cluster", slice(None))
         for number in labels.unique().tolist():
             offer(sample, number, (labels == number).nonzero().flatten())
-    for path in sorted(rows.glob("cluster-*")) if rows is not None else []:
+    for path in cluster_directories(rows) if rows is not None else []:
         offer(shards := Shards(path), shards.card(ClusterShardsCard).cluster or 0)
     return sources
 
