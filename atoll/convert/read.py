@@ -156,11 +156,13 @@ def _weights(file: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, Any
     # Descend through the keys that hold weights. The outermost training arguments are used.
     args: dict[str, Any] = {}
     keys: list[str] = []
-    while isinstance(content, Mapping):
+    visited: set[int] = set()  # an entry may hold itself
+    while isinstance(content, Mapping) and id(content) not in visited:
+        visited.add(id(content))
         for name in ARGUMENTS:
             saved = plain(content.get(name))
             args = args or (saved if isinstance(saved, dict) else {})
-        key = next((key for key in NESTED if _holds_weights(file, key, content.get(key))), None)
+        key = next((key for key in NESTED if _holds_weights(file, key, content.get(key), set())), None)
         if key is None:
             break
         keys.append(key)
@@ -187,17 +189,26 @@ def _refuse_shared(file: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _holds_weights(file: Path, key: str, value: Any) -> bool:
+def _holds_weights(file: Path, key: str, value: Any, seen: set[int]) -> bool:
     """Return whether the entry `key` holds tensors by name, at any depth.
+
+    Args:
+        file: for messages.
+        key: the entry's.
+        value: the entry.
+        seen: ids of entries that were searched; an entry may hold itself, or one entry many times.
 
     Raises:
         AtollError: it holds averaged weights without names, or a whole module. Another entry would be other weights.
     """
     if isinstance(value, Mapping):
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
         # Tensors here, or at a deeper level.
         if _has_tensors(value):
             return True
-        if any(_holds_weights(file, inner, value.get(inner)) for inner in NESTED):
+        if any(_holds_weights(file, inner, value.get(inner), seen) for inner in NESTED):
             return True
         # diffusers' and torch-ema's averages, in the order of a module's parameters.
         if key in AVERAGED and "shadow_params" in value:

@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
 
 from atoll.choices import Method
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
-from atoll.manifest.base import Section
+from atoll.manifest.base import Section, parse_yaml
 from atoll.manifest.evaluation import EvaluateSettings
 from atoll.storage.layout import MANIFEST, RunLayout
 
@@ -326,11 +325,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     Raises:
         AtollError: the first problem: the key, what was got, what is expected.
     """
-    # Read the YAML.
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+    content = parse_yaml(text, where)
     if not isinstance(content, dict):
         raise AtollError(f"{where}: holds {type(content).__name__}; expected keys such as name, data, experts")
     # Validate; report the first problem.

@@ -7,14 +7,15 @@ object of any other class, and refuses the file if it calls a function that is n
 """
 
 import collections
+import itertools
 import pickle
 import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from torch import nn
 from atoll.errors import AtollError
 from atoll.storage.content import advice, content_of
 from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.pickled_arrays import PickledType, array_of_buffer, empty_array, number
 from atoll.storage.unpacking import TIMES_STORED, refuse_bomb
 
 _DEPTH = 20  # levels of nested configurations that `plain` follows
+_VALUES = 100_000  # that it converts; training arguments have some hundreds
 
 
 class _Refused(Exception):
@@ -99,12 +102,6 @@ def _byte_array(data: bytes | str = b"", *encoding: str) -> bytearray:
     return bytearray(_text_bytes(data, *encoding) if isinstance(data, str) else bytes(memoryview(data)))
 
 
-def _empty_array(*_: Any) -> np.ndarray:
-    """Replace numpy's `_reconstruct`: return an empty array. Its shape and data follow in the pickle."""
-    # The arguments are ignored, because a shape named by the file could allocate any amount of memory.
-    return np.empty(0)
-
-
 # Types and functions that are really used, by their name in the pickle. None of them runs code from the file.
 _BUILT: dict[str, Any] = {
     **{f"collections.{kind.__name__}": kind for kind in (collections.OrderedDict, collections.Counter)},
@@ -126,14 +123,14 @@ _BUILT: dict[str, Any] = {
             torch._utils._rebuild_parameter_with_state,
         )
     },
-    "numpy.dtype": np.dtype,
+    "numpy.dtype": PickledType,
     **{
         f"numpy.{package}.{name}": function
         for package in ("core", "_core")  # before and after numpy 2
         for name, function in (
-            ("multiarray.scalar", np.float64(0).__reduce__()[0]),
-            ("multiarray._reconstruct", _empty_array),
-            ("numeric._frombuffer", np.zeros(1).__reduce_ex__(5)[0]),
+            ("multiarray.scalar", number),
+            ("multiarray._reconstruct", empty_array),
+            ("numeric._frombuffer", array_of_buffer),
         )
     },
 }
@@ -157,6 +154,7 @@ class _Unpickler(pickle._Unpickler):
     # Python's own unpickler: its memo is a dict, so a large index in the file allocates nothing. C's is an array.
 
     proto: int
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         # Pickles before protocol 3 call modules by their names in Python 2.
@@ -171,6 +169,29 @@ class _Unpickler(pickle._Unpickler):
         if full not in _RECORDED and module.partition(".")[0] in _NEVER:
             raise _Refused(f"it names {full}")
         return _StandIn(name, (Opaque,), {"__module__": module, "__qualname__": name})
+
+    def load_build(self) -> None:
+        """Set the state of an object, as the pickle says; never that of a class or a function."""
+        # These are the process's own: an attribute of one would change every later use of it.
+        if callable(target := self.stack[-2]):
+            raise _Refused(f"it changes {getattr(target, '__qualname__', type(target).__name__)}")
+        super().load_build()  # type: ignore[misc]
+
+    def load_binpersid(self) -> None:
+        """Load what torch keeps outside of the pickle: the data of tensors."""
+        # Before version 1.6 a class came with its source, and torch writes the differences to a file.
+        saved = self.stack[-1]
+        if isinstance(saved, tuple) and saved[:1] in (("module",), (b"module",)) and len(saved) > 1:
+            self.stack[-1] = saved[1]
+        else:
+            super().load_binpersid()  # type: ignore[misc]
+
+    # Python's unpickler calls its opcodes by this table.
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BINPERSID[0]: load_binpersid,
+    }
 
 
 def read_torch(file: Path) -> Any:
@@ -231,20 +252,22 @@ def _unpickle(stream: Any, **options: Any) -> Any:
     return _Unpickler(stream, **options).load()
 
 
-def plain(value: Any, depth: int = 0) -> Any:
+def plain(value: Any) -> Any:
     """Convert a value of a pickle to dictionaries, lists, numbers and text.
 
-    An argparse.Namespace becomes {name: value}. Any other object becomes the name of its type.
-
-    Args:
-        value: the value, as `read_torch` returns it.
-        depth: the level of nesting; deeper than 20 levels the result is "...".
+    An argparse.Namespace becomes {name: value}. Any other object becomes the name of its type. Deeper than 20 levels,
+    and beyond 100,000 values, the result is "...".
     """
-    # A deep nesting would exhaust the stack.
-    if depth > _DEPTH:
+    return _plain(value, 0, itertools.count())
+
+
+def _plain(value: Any, depth: int, count: Iterator[int]) -> Any:
+    """`plain` at a level of nesting. count: the values so far."""
+    # A deep nesting would exhaust the stack, and lists that hold one list many times take no space in the file.
+    if depth > _DEPTH or next(count) > _VALUES:
         return "..."
     # Stand-ins first: objects of classes that were not loaded.
-    deeper = partial(plain, depth=depth + 1)
+    deeper = partial(_plain, depth=depth + 1, count=count)
     if isinstance(value, Opaque):
         if value.type_name.startswith("pathlib"):
             return "/".join(map(str, value.arguments))

@@ -250,3 +250,16 @@ def test_tensors_that_share_their_memory_to_claim_more_than_the_file_are_refused
     # Tied weights, and the same weights under two keys, are usual.
     torch.save({"model": {"a": shared, "b": shared}, "ema": {"a": shared, "b": shared}}, tmp_path / "y.pt")
     assert read_checkpoint(tmp_path / "y.pt").tensors.keys() == {"a", "b"}
+
+
+def test_entries_that_hold_themselves_or_each_other_end_the_search(tmp_path) -> None:
+    content: dict = {"w": W}
+    content["ema"] = content
+    torch.save(content, tmp_path / "x.pt")
+    assert torch.equal(read_checkpoint(tmp_path / "x.pt").tensors["w"], W)
+    nested: dict = {}
+    for _ in range(30):
+        nested = dict.fromkeys(("ema", "model", "state_dict", "module", "net"), nested)
+    torch.save(nested, tmp_path / "y.pt")
+    with pytest.raises(AtollError, match="expected tensors by name"):
+        read_checkpoint(tmp_path / "y.pt")

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -110,3 +112,31 @@ def test_missing_files_are_named(tmp_path) -> None:
         load_manifest(tmp_path)
     with pytest.raises(AtollError, match="demo"):
         recipe_path("nothing")
+
+
+def nine_times(value: str) -> str:
+    """Ten levels of YAML, each with nine aliases of the one before it."""
+    levels = (f"{b}: &{b} " + value.format(",".join([f"*{a}"] * 9)) for a, b in pairwise("abcdefghij"))
+    return "\n".join(["a: &a {x: 1}", *levels])
+
+
+LISTS, MERGES = nine_times("[{}]"), nine_times("{{<<: [{}]}}")
+
+
+@pytest.mark.parametrize("text", [LISTS, MERGES, "a: &a [*a, *a]\n"], ids=["lists", "merges", "cycle"])
+def test_aliases_that_describe_a_huge_value_are_refused(text) -> None:
+    with pytest.raises(AtollError, match=r"atoll\.yaml: its aliases \(\*NAME\) describe more than 1,000,000 values"):
+        parse_manifest(text, "atoll.yaml")
+
+
+def test_usual_aliases_are_read() -> None:
+    experts = (
+        "experts:\n- &one {cluster: 0, objective: {prediction: flow, schedule: linear}}\n- {<<: *one, cluster: 1}\n"
+    )
+    parsed = parse_manifest(f"name: small\nclusters: {{k: 2}}\n{experts}", "atoll.yaml")
+    assert [expert.cluster for expert in parsed.experts] == [0, 1]
+
+
+def test_a_deep_nesting_is_refused_in_one_line() -> None:
+    with pytest.raises(AtollError, match=r"nested too deeply"):
+        parse_manifest("[" * 3000, "atoll.yaml")

@@ -182,3 +182,103 @@ def test_damaged_files_are_an_error_of_one_line_or_read(tmp_path, data) -> None:
     file.write_bytes(bytes(content))
     with suppress(AtollError):  # the only exception that may come
         read_torch(file)
+
+
+def rebuilt(shape: tuple[int, ...], dtype: Any, data: Any) -> Any:
+    """An array as numpy pickles it, with any state."""
+    reconstruct = np.zeros(1).__reduce__()[0]
+
+    class Array:
+        def __reduce__(self):
+            return reconstruct, (np.ndarray, (0,), b"b"), (1, shape, np.dtype(dtype), False, data)
+
+    return Array()
+
+
+NUMBER = np.float64(0).__reduce__()[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [rebuilt((3,), "f8", b"x" * 8), rebuilt((10**9,), "f8", b"x"), Call(NUMBER, np.dtype("V900000"), b"x" * 900_000)],
+    ids=["short", "huge", "number"],
+)
+def test_an_array_of_another_size_than_its_data_is_refused(tmp_path, value) -> None:
+    torch.save({"w": W, "args": value}, tmp_path / "x.pt")
+    with pytest.raises(AtollError, match=r"no PyTorch file: .*with [\d,]+ bytes"):
+        read_torch(tmp_path / "x.pt")
+
+
+def test_a_number_without_its_data_allocates_nothing(tmp_path) -> None:
+    torch.save({"w": W, "args": Call(NUMBER, np.dtype("V900000000"))}, tmp_path / "x.pt")
+    with pytest.raises(AtollError, match=r"a number of type \|V900000000 with 0 bytes"):
+        read_torch(tmp_path / "x.pt")
+
+
+def test_objects_in_an_array_are_not_rebuilt(tmp_path) -> None:
+    # numpy reads as many objects as the shape says, beyond the list's end.
+    torch.save({"w": W, "args": rebuilt((10**6,), "O", [])}, tmp_path / "x.pt")
+    assert read_torch(tmp_path / "x.pt")["args"].size == 0
+    fields = np.zeros(2, [("a", "f4"), ("b", "i8")])
+    torch.save({"w": W, "args": [fields, np.datetime64("2026-01-01")]}, tmp_path / "y.pt")
+    array, date = read_torch(tmp_path / "y.pt")["args"]
+    assert (array.size, date) == (0, None)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<i8", ">u2", "?", "<U5", "S3", "<c16", "|u1", "<f2"])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_of_plain_numbers_and_text_are_read_exactly(tmp_path, dtype, protocol) -> None:
+    array = np.asfortranarray(np.arange(12).reshape(3, 4).astype(dtype))
+    torch.save(
+        {"w": W, "args": argparse.Namespace(a=array, b=array[1, 2])}, tmp_path / "x.pt", pickle_protocol=protocol
+    )
+    read = read_torch(tmp_path / "x.pt")["args"].fields
+    # numpy may swap the bytes while it reads.
+    assert read["a"].dtype.newbyteorder("=") == array.dtype.newbyteorder("=")
+    assert np.array_equal(read["a"], array)
+    assert read["b"] == array[1, 2]
+
+
+def text(value: str) -> bytes:
+    """The opcode that pushes a text."""
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+COUNTER = b"ccollections\nCounter\n"
+CHANGE = COUNTER + b"N}(" + text("dump_patches") + b"\x88" + text("__name__") + text("MARK") + b"u\x86b0"
+SOURCE = b"(" + text("module") + COUNTER + text("x.py") + text("other source") + b"tQ0"
+
+
+def legacy(body: bytes) -> bytes:
+    """A file as torch wrote it before version 1.6."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    head = (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, system)
+    return b"".join(pickle.dumps(part, 2) for part in head) + b"\x80\x02" + body + b"}." + pickle.dumps([], 2)
+
+
+@pytest.mark.parametrize("body", [CHANGE, COUNTER + b"}b0"], ids=["attributes", "state"])
+def test_a_pickle_does_not_change_classes_of_this_process(tmp_path, body) -> None:
+    (tmp_path / "x.pt").write_bytes(legacy(body))
+    with pytest.raises(AtollError, match="it changes Counter, which could run code"):
+        read_torch(tmp_path / "x.pt")
+    assert collections.Counter.__name__ == "Counter"
+    assert not hasattr(collections.Counter, "dump_patches")
+
+
+def test_the_source_that_an_old_file_holds_is_not_written(tmp_path, monkeypatch) -> None:
+    # torch writes CLASS.patch into the working directory, if the class says so.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(collections.Counter, "dump_patches", True, raising=False)
+    (tmp_path / "x.pt").write_bytes(legacy(SOURCE))
+    assert read_torch(tmp_path / "x.pt") == {}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_list_that_is_repeated_in_itself_is_converted_in_bounded_time() -> None:
+    value: Any = 1
+    for _ in range(18):
+        value = [value] * 4
+    assert str(plain(value)).count("1") < 100_000
+    cycle: dict[str, Any] = {}
+    cycle |= {"a": cycle, "b": [cycle, cycle]}
+    assert "..." in str(plain(cycle))
