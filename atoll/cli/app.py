@@ -62,7 +62,7 @@ def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
     # Description, bar, counts, note, and the remaining time.
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
         # The total is not known before the first update.
@@ -70,7 +70,7 @@ def bar(what: str, unit: str, quiet: bool) -> Iterator[Callable[..., None]]:
 
         # `done` counts from the start, not since the last call.
         def update(done: int, total: int | None, note: str = "") -> None:
-            progress.update(task, completed=done, total=total, note=note)
+            progress.update(task, completed=done, total=total, note=escaped(note))  # names of parts are foreign text
 
         yield update
 

@@ -20,6 +20,7 @@ def compare(
     """Compare two evaluated models: the paired difference of each number, with its confidence interval."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from atoll.evaluate.pages.compare_page import compare_runs, lines
 
@@ -31,7 +32,7 @@ def compare(
     for column in table.columns[1:]:
         column.justify = "right"
     for row in lines(numbers):
-        table.add_row(*map(escaped, row))  # names of metrics come from the reports
+        table.add_row(*(Text(escaped(cell)) for cell in row))  # names of metrics come from the reports: no markup
     Console().print(table)
     typer.echo(f"{out} written; open it in a browser")
 

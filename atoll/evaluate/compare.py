@@ -5,6 +5,7 @@ whatever both have in common (an easy prompt, a hard latent) cancels.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,23 +52,23 @@ class EvaluatedVariant:
 
     def features(self, space: int) -> Tensor:
         """Features [n, D] of the drawn images in the space with this number."""
-        parts = load_parts(self.store / self.score["key"], "images")
+        parts = load_parts(self._cached(self.score["key"]), "images")
         return torch.cat([part[str(space)] for part in parts])
 
     def prompts(self) -> list[int]:
         """One number per image [n]; equal for equal prompts."""
         # The prompts belong to the reference data, not to a variant.
-        (part,) = load_parts(self.store / self.bench, "prompts")
+        (part,) = load_parts(self._cached(self.bench), "prompts")
         return part["number"].tolist()
 
     def errors(self) -> Tensor:
         """|u - (eps - x0)|^2 on the held-out latents by level, [n, M]."""
-        return torch.cat([part["errors"] for part in load_parts(self.store / self.score["errors_key"], "errors")])
+        return torch.cat([part["errors"] for part in load_parts(self._cached(self.score["errors_key"]), "errors")])
 
     def diversity(self) -> Tensor | None:
         """Mean distance between the images of each prompt, [P]; None if it was not measured."""
         # The evaluation measures diversity only if its settings name a distance.
-        parts = load_parts(self.store / self.score["key"], "diversity")
+        parts = load_parts(self._cached(self.score["key"]), "diversity")
         return torch.cat([part["distance"] for part in parts]) if parts else None
 
     def grid(self) -> Tensor | None:
@@ -76,11 +77,17 @@ class EvaluatedVariant:
         if key is None:
             return None
         # Images are cached as one axis: prompts, then seeds.
-        (part,) = load_parts(self.store / key, "grid")
+        (part,) = load_parts(self._cached(key), "grid")
         value: Tensor | None = part["images"].unflatten(
             0, (len(self.report["grid"]["prompts"]), len(self.report["grid"]["seeds"]))
         )
         return value
+
+    def _cached(self, key: Any) -> Path:
+        """Return the directory of a cached measurement. Raises AtollError for a key that would lead elsewhere."""
+        if not re.fullmatch(r"[0-9a-f]{16}", str(key)):
+            raise AtollError(f"{self.title}: {key!r:.60} is no key of a cached result; run `atoll evaluate` again")
+        return self.store / str(key)
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,10 @@ def open_evaluated(named: str) -> EvaluatedVariant:
     if variant not in scores:
         raise AtollError(f"{file}: no variant {variant!r}; expected one of {', '.join(scores)}")
     # The cached features and errors.
-    if not key or not (store / key).is_dir():
+    evaluated = EvaluatedVariant(f"{directory}:{variant}", report, scores[variant], store)
+    if not key or not evaluated._cached(key).is_dir():
         raise AtollError(f"{store}: no cached results for {variant}; run `atoll evaluate --run {directory}` again")
-    return EvaluatedVariant(f"{directory}:{variant}", report, scores[variant], store)
+    return evaluated
 
 
 def _default(report: dict[str, Any]) -> str:

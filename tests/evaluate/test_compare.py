@@ -127,3 +127,13 @@ def test_a_file_that_is_no_report_is_one_line(tmp_path, report) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report))
     with pytest.raises(AtollError, match=r"report\.json: (is no report|written by an older version)"):
         open_evaluated(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["../../elsewhere", "/tmp", "0" * 15, "0" * 16 + "/.."])
+def test_a_report_does_not_lead_out_of_the_cache(run: Path, tmp_path: Path, key: str) -> None:
+    report = json.loads((run / "report.json").read_text())
+    report["results"]["scores"][0]["key"] = key
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    name = report["results"]["scores"][0]["name"]
+    with pytest.raises(AtollError, match="is no key of a cached result"):
+        open_evaluated(f"{tmp_path}:{name}")
