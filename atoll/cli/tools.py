@@ -106,7 +106,14 @@ def convert(
     trust_paths: TrustPaths = False,
 ) -> None:
     """Convert a checkpoint into an expert: `atoll convert DiT-XL-2-256x256.pt -o start --run . --expert 3`."""
-    from atoll.convert.arguments import arguments_of_run, codec_of, frozen_network, objective_of, size_of
+    from atoll.convert.arguments import (
+        arguments_of_run,
+        codec_of,
+        condition_beside_run,
+        frozen_network,
+        objective_of,
+        size_of,
+    )
     from atoll.convert.paris import is_paris
 
     # `atoll convert KIND DIR` is short for `atoll convert DIR --kind KIND`.
@@ -139,7 +146,9 @@ def convert(
             "name": name,
         }
     if keep:
-        _keep(source, out, kind, arguments | ({"condition": encoder} if encoder else {}))
+        if run is not None and encoder:
+            arguments |= condition_beside_run(encoder, arguments["trust"])
+        _keep(source, out, kind, arguments)
     else:
         more = {"modulation": modulation, "heads": heads, "seed": seed, "classes": classes}
         _convert(source, out, kind, arguments | more)

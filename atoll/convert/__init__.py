@@ -48,7 +48,8 @@ from atoll.convert.pixart_original import as_diffusers, is_original
 from atoll.convert.read import Checkpoint, read_checkpoint
 from atoll.convert.sit import reversed_time, unscaled
 from atoll.encoders.codec import Codec, build_codec
-from atoll.encoders.text import build_encoder
+from atoll.encoders.text import TextEncoder, build_encoder
+from atoll.encoders.trust import USER, Trust
 from atoll.errors import AtollError
 from atoll.nn import DiT, DiTConfig, Foreign, build_network
 from atoll.objective import Objective
@@ -78,6 +79,7 @@ class Destination:
     k: int | None
     codec: Mapping[str, Any] | None
     assignment: str | None
+    trust: Trust = USER
 
     def __post_init__(self) -> None:
         # Fail before gigabytes are read.
@@ -94,7 +96,7 @@ class Destination:
 
     @cached_property
     def _codec(self) -> Codec | None:
-        return build_codec(self.codec) if self.codec else None
+        return build_codec(self.codec, self.trust) if self.codec else None
 
     def write(
         self,
@@ -161,6 +163,7 @@ def convert(
     pooled: bool = False,
     seed: int = 0,
     classes: int | None = None,
+    trust: Trust = USER,
 ) -> Path:
     """Convert the checkpoint at `source` into the expert artifact `out`, and return `out`.
 
@@ -183,12 +186,13 @@ def convert(
         seed: for the weights that the checkpoint lacks: the text's projection, N(0, 0.02), and cross-attention, whose
             output is zero.
         classes: the number of a DiT's classes without the null class; None: as its training arguments say.
+        trust: what `condition` and `codec` may reach, if they are from a card.
 
     Raises:
         AtollError: an unknown layout or value, a checkpoint that could be of several kinds, tensors missing, misshapen
             or unknown, a pickle that could run code, or something at `out` already.
     """
-    destination = Destination(out, name, clusters, k, codec, assignment)
+    destination = Destination(out, name, clusters, k, codec, assignment, trust)
     if modulation not in (None, *MODULATIONS):
         raise AtollError(f"unknown modulation {modulation!r}; expected one of {', '.join(MODULATIONS)}")
     # The kind of the checkpoint, and the objective of the expert.
@@ -204,7 +208,8 @@ def convert(
     if chosen in ("fit", "reinit"):
         native = share(native, fit=chosen == "fit")
     _check(native, required, source)
-    texts, pooled_dim = _text_widths(native, condition, pooled)
+    encoder = build_encoder(condition, trust) if condition else None
+    texts, pooled_dim = _text_widths(native, encoder, pooled)
     built = _network(native, texts, pooled_dim, seed)
     # Free the checkpoint before the artifact is written, which needs another copy of the weights.
     files, notes = checkpoint.files, native.notes | ({"weights": checkpoint.key} if checkpoint.key else {})
@@ -213,7 +218,7 @@ def convert(
         built,
         (built.config.channels, *built.config.size),
         aim,
-        build_encoder(condition).config() if condition else {"name": "unknown", "dim": texts},
+        encoder.config() if encoder is not None else {"name": "unknown", "dim": texts},
         {"kind": kind, "modulation": chosen, "source": files, "seed": seed, **notes},
     )
 
@@ -283,11 +288,11 @@ def _check(native: Native, required: Mapping[str, Any], source: Path) -> None:
         raise AtollError(f"{source}: its network has {', '.join(other)}; make atoll.yaml's network and codec equal")
 
 
-def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bool) -> tuple[int, int | None]:
+def _text_widths(native: Native, encoder: TextEncoder | None, pooled: bool) -> tuple[int, int | None]:
     """Return the widths of the condition's states and, if the network reads it, of its pooled vector."""
     # Without an encoder only the checkpoint's own text projection determines the width.
     own = native.config.get("states_dim")
-    if condition is None:
+    if encoder is None:
         if own is None:
             raise AtollError(
                 "DiT knows no text: say which condition encoder the expert reads (--condition clip,weights=..., "
@@ -297,7 +302,6 @@ def _text_widths(native: Native, condition: Mapping[str, Any] | None, pooled: bo
             raise AtollError("pooled: without a `condition` encoder nothing tells the width of its pooled vector")
         return own, None
     # With an encoder, its states must fit that projection.
-    encoder = build_encoder(condition)
     if own not in (None, encoder.dim):
         raise AtollError(f"condition: its states are {encoder.dim} wide, the checkpoint's {own}; name its own encoder")
     if pooled and encoder.pooled_dim is None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 from atoll.convert.dit import ImageSize
 from atoll.encoders.codec import build_codec
 from atoll.encoders.text import build_encoder
+from atoll.encoders.trust import USER, Trust
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import read_card
@@ -43,8 +44,10 @@ def arguments_of_run(run: Path, wanted: str, *, allow_hub: bool = False, trust_p
     # Its network. It reads the pooled vector only if the encoder has one.
     channels, height, width = data.latent_shape
     network = manifest.network_of(part).model_dump(exclude={"pooled"})
-    # The card of the shards may reach only what the manifest names, and what the user allows.
-    encoder = build_encoder(data.condition, manifest.trust_in_cards(run))
+    # The card of the shards may reach only what the manifest names, and what the user allows. The manifest is the
+    # user's own.
+    trust = manifest.trust_in_cards(run) if shards.is_dir() else USER
+    encoder = build_encoder(data.condition, trust)
     reads_pooled = manifest.network_of(part).pooled and encoder.pooled_dim is not None
     return {
         "objective": part.objective.model_dump(),
@@ -57,6 +60,7 @@ def arguments_of_run(run: Path, wanted: str, *, allow_hub: bool = False, trust_p
         "network": {"channels": channels, **network},
         "size": (height, width),
         "pooled": reads_pooled,
+        "trust": trust,
     }
 
 
@@ -84,6 +88,18 @@ def _planned(manifest: Manifest) -> _Data:
     # Training images are squares of `data.size` pixels.
     shape = (codec.channels, side // codec.factor, side // codec.factor)
     return _Data(codec.config(), build_encoder(manifest.condition).config(), shape, None)
+
+
+def condition_beside_run(condition: Mapping[str, Any], trust: Trust) -> dict[str, Any]:
+    """Return the arguments that replace a run's condition by one that the user wrote on the command line.
+
+    Args:
+        condition: the encoder's config; it may reach anything.
+        trust: what the cards of the run may reach.
+    """
+    # Complete, so that it names no file of labels; its weights are those of the user.
+    config = build_encoder(condition).config()
+    return {"condition": config, "trust": replace(trust, named=trust.named | {str(config.get("weights", ""))})}
 
 
 def objective_of(prediction: str | None, schedule: str | None) -> dict[str, Any] | None:

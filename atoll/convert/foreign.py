@@ -17,6 +17,7 @@ from atoll.convert.kind import CheckpointKind, check_kind, detect, original_obje
 from atoll.convert.pixart_original import as_diffusers, is_original
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
 from atoll.encoders.text import build_encoder
+from atoll.encoders.trust import USER, Trust
 from atoll.errors import AtollError
 from atoll.nn import Foreign, build_network
 from atoll.nn.foreign import Class, arguments_of
@@ -40,6 +41,7 @@ def keep(
     k: int | None = None,
     assignment: str | None = None,
     size: ImageSize | None = None,
+    trust: Trust = USER,
 ) -> Path:
     """Write the checkpoint at `source` as the expert artifact `out` without converting it, and return `out`.
 
@@ -52,13 +54,14 @@ def keep(
         clusters, k: the clusters it covers, and how many there are; None: one more than the highest number.
         assignment: which clusters these are, as in the cards of its ensemble's other parts.
         size: (H, W) of the ensemble's latents; must be the network's own.
+        trust: what `condition` and `codec` may reach, if they are from a card.
 
     Raises:
         AtollError: another kind of checkpoint, no config.json, one that diffusers cannot build, tensors missing,
             misshapen or unknown, a condition encoder that does not fit, or `out` exists already.
     """
     # The kind of the checkpoint, and its training objective.
-    destination = Destination(out, name, clusters, k, codec, assignment)
+    destination = Destination(out, name, clusters, k, codec, assignment, trust)
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint) if kind == "auto" else check_kind(checkpoint, kind)
     aim = Objective(**(original_objective(kind, checkpoint) if objective is None else dict(objective)))
@@ -75,7 +78,7 @@ def keep(
         network,
         (network.channels, *network.size),
         aim,
-        _condition(network, condition),
+        _condition(network, condition, trust),
         {"kind": kind, "modulation": "kept", "source": checkpoint.files},
     )
 
@@ -119,7 +122,7 @@ def _config(checkpoint: Checkpoint, cls: Class) -> dict[str, Any]:
     return {key: value for key, value in checkpoint.config.items() if key in known}
 
 
-def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[str, Any]:
+def _condition(network: Foreign, condition: Mapping[str, Any] | None, trust: Trust) -> dict[str, Any]:
     """Return the card's entry for the condition encoder. Raises AtollError unless the encoder fits the network."""
     # PixArt reads the states of its own text encoder; DiT reads the number of a class.
     needed = network.condition_width
@@ -131,7 +134,7 @@ def _condition(network: Foreign, condition: Mapping[str, Any] | None) -> dict[st
     )
     if condition is None:
         raise AtollError(f"a network that is kept reads the condition of its training: name the encoder: {expected}")
-    encoder = build_encoder(condition)
+    encoder = build_encoder(condition, trust)
     if encoder.dim != needed or (labels and encoder.name != "label"):
         raise AtollError(
             f"condition: {encoder.name!r} with states {encoder.dim} wide does not fit; expected {expected}"

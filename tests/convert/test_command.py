@@ -1,8 +1,11 @@
 """`atoll convert` as a user meets it: for itself, or for an expert of a run."""
 
 import argparse
+import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,12 +114,34 @@ def test_the_manifest_alone_tells_as_much(run) -> None:
     shutil.rmtree(run / "clusters")
     alone = arguments_of_run(run, "1-flow-linear")
     differ = {key for key in whole if whole[key] != alone[key]}
-    assert differ == {"assignment", "size", "codec"}  # its shards' card tells the codec in short
+    assert differ == {"assignment", "size", "codec", "trust"}  # its shards' card tells the codec in short
     assert (alone["network"]["channels"], alone["size"], alone["assignment"]) == (1, (16, 16), None)
     manifest = yaml.safe_load((run / "atoll.yaml").read_text())
     manifest["network"]["pooled"] = False
     (run / "atoll.yaml").write_text(yaml.safe_dump(manifest))
     assert arguments_of_run(run, "1")["pooled"] is False
+
+
+def test_the_card_of_a_runs_shards_reaches_no_hub_and_no_path(atoll, run, checkpoint, tmp_path, monkeypatch) -> None:
+    calls: list = []
+
+    def download(repository: str, *, local_files_only: bool = False, **_: object) -> str:
+        calls.append(local_files_only)
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
+    monkeypatch.delenv("ATOLL_WEIGHTS", raising=False)
+    index = run / "clusters" / "cluster-001" / "index.json"
+    (tmp_path / "here").mkdir()
+    for weights in ("owner/name", str(tmp_path / "here")):
+        content = json.loads(index.read_text())
+        content["card"]["codec"] = {"name": "kl", "weights": weights, "sha256": "0" * 64, "shift": 0.0, "scale": 1.0}
+        index.write_text(json.dumps(content))
+        code, _, error = atoll("convert", checkpoint, "-o", "start", "--run", run, "--expert", "1", "--heads", "4")
+        assert code == 2
+        assert f"weights '{weights}': not found" in error
+    assert all(calls)
+    assert calls
 
 
 @pytest.mark.parametrize(
