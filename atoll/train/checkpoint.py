@@ -266,11 +266,15 @@ class Checkpoints:
         from torch.distributed import checkpoint
         from torch.distributed.checkpoint.api import CheckpointException
 
+        from atoll.train.sharded_reader import ShardedReader
+
         # The counters and the mark are in a file beside the tensors.
         record = read_json(path / NUMBERS)
         try:
             self._check(path, record.get("mark"))
             hashes = dict(record.get("sha256", {}))  # {}: of a time before hashes
+            if strange := [name for name in hashes if "/" in name or "\\" in name]:
+                raise _damaged(path / NUMBERS, f"it names {strange[0]!r:.60}, no file of a checkpoint")
             if hashes.pop(NUMBERS, mark := fingerprint(record["numbers"])) != mark:
                 raise _damaged(path / NUMBERS, "its numbers are not those that were written")
             state.numbers = Counters(**record["numbers"])
@@ -278,7 +282,7 @@ class Checkpoints:
             # One process may read the parts of many.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")  # one process
-                checkpoint.load(dict(state.tensors()), checkpoint_id=path)  # type: ignore[attr-defined]
+                checkpoint.load(dict(state.tensors()), storage_reader=ShardedReader(path))  # type: ignore[attr-defined]
         except (OSError, KeyError, TypeError, AttributeError, CheckpointException, MemoryError) as error:
             raise _damaged(path, error) from None
         self._refuse_not_finite(path, state.tensors())
