@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from poison import APART, CHEAP, DEAR, Honest, Poison, noisy, scaled
 
-from atoll.collective.gate.checks import HONEST_SPREAD
+from atoll.collective.gate.checks import HONEST_SPREAD, NEAR_DATA
 from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
 from atoll.collective.gate.judge import PROBE_ROWS, ClusterReference, judge
 from atoll.collective.gate.probe import EDGES, LEVELS, Probe
@@ -32,7 +32,7 @@ from atoll.storage.cards import ClusterShardsCard, ExpertCard
 from atoll.storage.layout import CARD, CLUSTERS, EXPERTS, cluster_path
 from atoll.storage.shards import Shards, ShardWriter, is_held_out
 
-ORDER = ("contents", "card", "null", "others", "error", "captions", "single")
+ORDER = ("contents", "card", "null", "prompt", "others", "error", "captions", "single")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ class Gate:
         rows = reference.probe.rows(reference.clusters, PROBE_ROWS, seed)
         draws = Draws.of(rows.latents, EDGES, reference.own, seed)
         errors = draws.errors(expert_velocity(loaded.expert, self.encoder(list(rows.captions))))
-        return float((errors.mean(1) / draws.errors(linear_velocity(reference.own)).mean(1)).max())
+        ratios = errors.mean(1) / draws.errors(linear_velocity(reference.own)).mean(1)
+        # There, experts that predict x0 are compared otherwise.
+        compared = torch.tensor(EDGES[:-1]) >= (NEAR_DATA if loaded.expert.objective.prediction == "x0" else 0)
+        return float(ratios[compared].max())
 
 
 def rounded(path: Path, out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Where the gate's line lies: how far a change of one expert moves the fused images, and whether it is refused.
+"""Where the gate's line lies: how far a change of one expert moves the fused images.
 
     python benchmarks/gate_line.py runs/demo --more runs/other/experts --out gate
 
@@ -28,6 +28,12 @@ from atoll.storage.cards import ExpertCard
 from atoll.storage.layout import CARD, ENSEMBLE, EXPERTS
 
 STEPS, SCALE, IMAGES = 15, 2.0, 16
+# Kinds near the line; all others move the images further.
+NEAR = (
+    *("weights_x_1.02", "weights_x_1.05", "weights_x_1.1", "weights_x_1.2", "noise_1_pc", "noise_2_pc", "noise_5_pc"),
+    *("noise_10_pc", "noise_20_pc", "random_block_2", "another_cluster", "captions_ignored_own_curve"),
+    *("wrong_above_0.9_own_curve", "wrong_for_a_tenth_of_captions", "captions_exchanged_own_curve"),
+)
 
 
 def images(ensemble: Ensemble, condition: Condition, shape: tuple[int, ...]) -> Tensor:
@@ -42,7 +48,8 @@ def variants(run: Path, more: Path, out: Path) -> Iterator[tuple[str, Path, Path
     for base in sorted(path.parent for path in (run / EXPERTS).glob(f"*/{CARD}")):
         yield "weights in bf16", base, out / "bf16" / base.name
         for path in sorted(path.parent for path in (out / "poison" / base.name).glob(f"*/{CARD}")):
-            yield path.name.replace("_", " "), base, path
+            if path.name in NEAR:
+                yield path.name.replace("_", " "), base, path
     for half in sorted(path.parent for path in more.glob(f"*-half/{CARD}")):
         finished = half.with_name(half.name.removesuffix("-half"))
         if (finished / CARD).is_file():
@@ -67,22 +74,17 @@ def main() -> None:
         return images(replace(base, experts=experts), gate.encoder(list(rows.captions)), shape)
 
     known: dict[Path, Tensor] = {}
-    table: dict[str, list[tuple[float, bool]]] = {}
+    table: dict[str, list[float]] = {}
     for kind, reference, path in variants(args.run, args.more, args.out):
         cluster = read_card(path, ExpertCard).clusters[0]
-        trial = gate(kind, path, 3000)
-        # What cannot be evaluated moves no image.
-        if "contents" in trial.refused_by:
-            continue
         if reference not in known:
             known[reference] = with_expert(reference, cluster)
         distance = float((with_expert(path, cluster) - known[reference]).square().mean().sqrt())
-        table.setdefault(kind, []).append((distance, bool(trial.refused_by)))
-        print(f"{kind}: {path.parent.name}/{path.name} {distance:.3f} {trial.refused_by}", flush=True)
-    print("\n| one expert exchanged | images move by (RMS) | refused |\n|---|---|---|")
+        table.setdefault(kind, []).append(distance)
+        print(f"{kind}: {path.parent.name}/{path.name} {distance:.3f}", flush=True)
+    print("\n| one expert exchanged | experts | images move by (RMS) |\n|---|---|---|")
     for kind, values in sorted(table.items(), key=lambda item: min(item[1])):
-        low, high = min(d for d, _ in values), max(d for d, _ in values)
-        print(f"| {kind} | {low:.3f} to {high:.3f} | {sum(r for _, r in values)} of {len(values)} |")
+        print(f"| {kind} | {len(values)} | {min(values):.3f} to {max(values):.3f} |")
 
 
 if __name__ == "__main__":

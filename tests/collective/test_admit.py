@@ -108,7 +108,7 @@ def test_an_honest_expert_enters_and_leaves(reef) -> None:
     key = Key.load(Path("founder.key")).id
     report = reef.report(submission, key)
     assert report.accepted
-    assert {"contents", "card.worst", "null.threshold", "others", "error", "captions", "single"} <= set(
+    assert {"contents", "card.worst", "null.threshold", "prompt", "others", "error", "captions", "single"} <= set(
         report.statistics
     )
     text = " ".join(report.reasons)

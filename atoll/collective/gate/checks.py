@@ -18,7 +18,8 @@ from atoll.schedule import PATH
 
 # Bands of path time for checks of which less is expected: near the data, in the middle, near the noise.
 BANDS = (EDGES[0], 0.25, 0.7, EDGES[-1])
-CARD_TIMES = NODES[3::4]  # nodes at which the card's claim is compared
+NEAR_DATA = BANDS[1]  # below it, an x0-expert is compared in x0
+CARD_TIMES = NODES[3::6]  # nodes at which the card's claim is compared
 # How much worse than the best linear denoiser an honest expert may be at its worst level: the tolerance bound of 100
 # honest experts (99.9 % of all, at 95 % confidence), by `benchmarks/gate.py`. It matters only where clusters are so
 # far apart that the border would be above it.
@@ -26,23 +27,31 @@ HONEST_SPREAD = 2.0
 _ROUNDING = 1e-3  # a spread of logarithms below this is rounding
 
 
-def tolerance(draws: Draws, own: LinearDenoiser, other: LinearDenoiser | None) -> Tensor:
+def tolerance(draws: Draws, own: LinearDenoiser, other: LinearDenoiser | None, prediction: str = "") -> Tensor:
     """Return the error that each row may have, in units of `Draws.scale` [levels, n].
 
     Two hypotheses: the expert knows its cluster as well as the best linear denoiser of that cluster, or it knows
     other data only, as the best linear denoiser of the other clusters. The border lies half-way between their errors
     on a logarithmic scale; never below the first, and never above HONEST_SPREAD times the first.
 
+    A network that predicts x0 has an error of x0 that does not vanish with the noise, and a velocity error that grows
+    like 1/t^2. Below NEAR_DATA it may have the x0 error that the linear denoiser is expected to have there.
+
     Args:
         draws: the rows.
         own: of the expert's cluster.
         other: of the other clusters; None if there is no other.
+        prediction: the expert's.
     """
     errors = draws.errors(linear_velocity(own))
-    if other is None:
-        return errors
-    ratio = draws.errors(linear_velocity(other)).mean(1) / errors.mean(1)
-    return errors * ratio.sqrt().clamp(1, HONEST_SPREAD)[:, None]
+    if other is not None:
+        ratio = draws.errors(linear_velocity(other)).mean(1) / errors.mean(1)
+        errors = errors * ratio.sqrt().clamp(1, HONEST_SPREAD)[:, None]
+    if prediction == "x0":
+        times = torch.stack([noisy.t for noisy in draws.noisy])
+        floor = HONEST_SPREAD * own.error(torch.tensor([NEAR_DATA])) * (NEAR_DATA / times) ** 2 / draws.scale
+        errors = torch.where(times < NEAR_DATA, errors.maximum(floor), errors)
+    return errors
 
 
 def check_error(errors: Tensor, allowed: Tensor, edges: Sequence[float], name: str = "error") -> Check:
@@ -70,6 +79,24 @@ def check_error(errors: Tensor, allowed: Tensor, edges: Sequence[float], name: s
         "this cluster and one of the others"
     )
     return Check(name, float(values[level]), bound, passed, reason, where, float(ratios.max()))
+
+
+def check_prompt(errors: Tensor, null: Tensor) -> Check:
+    """Refuse an expert that is worse with the true captions than without any.
+
+    Of every row the mean over levels of log(error / error with the empty prompt). Statistic: Student's t of its mean.
+    Threshold: its quantile. It finds captions that were exchanged. An expert that ignores captions has a mean of 0 and
+    passes.
+
+    Args:
+        errors, null: with the true captions and with the empty prompt [levels, n], on the same noise.
+    """
+    logs = _logs(errors, null).mean(0)
+    statistic = float(excess(logs, torch.zeros_like(logs)))
+    bound, ratio = quantile(1, len(logs)), float(logs.mean().exp())
+    passed = statistic <= bound
+    reason = f"with the true captions its error is {ratio:.2f} of that with the empty prompt"
+    return Check("prompt", statistic, bound, passed, reason, "", ratio)
 
 
 def check_others(errors: Tensor, random: Tensor, edges: Sequence[float]) -> Check:

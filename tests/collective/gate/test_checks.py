@@ -11,11 +11,13 @@ from atoll.collective.gate.check import Check, excess, quantile
 from atoll.collective.gate.checks import (
     BANDS,
     CARD_TIMES,
+    NEAR_DATA,
     card_errors,
     check_captions,
     check_card,
     check_error,
     check_others,
+    check_prompt,
     check_single,
     random_velocity,
     tolerance,
@@ -121,6 +123,22 @@ def test_an_expert_that_is_wrong_in_one_band_is_refused(mixture, bench, low, hig
     assert not (bench.error(expert).passed and bench.single(expert).passed)
 
 
+def test_a_network_that_predicts_x0_may_have_a_rest_of_error_near_the_data(mixture, bench) -> None:
+    """Its velocity error grows like 1/t^2; the same error of another prediction, or at higher noise, is refused."""
+    rest = float(bench.own.error(torch.tensor([NEAR_DATA]))) ** 0.5 * NEAR_DATA
+
+    def change(output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        return output + rest * torch.ones_like(output)
+
+    draws = Draws.of(bench.rows, EDGES, bench.own, 0)
+    errors = draws.errors(expert_velocity(spoiled(expert_of(mixture, OBJECTIVES[2]), change), condition(ROWS)))
+    assert check_error(errors, tolerance(draws, bench.own, bench.other, "x0"), EDGES).passed
+    assert not check_error(errors, tolerance(draws, bench.own, bench.other), EDGES).passed
+    # Three times the rest is too much for it, too.
+    errors = errors * 9
+    assert not check_error(errors, tolerance(draws, bench.own, bench.other, "x0"), EDGES).passed
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_an_expert_that_is_not_finite_for_one_row_is_refused(mixture, bench, bad) -> None:
     def change(output: Tensor, x: Tensor, time: Tensor) -> Tensor:
@@ -151,6 +169,17 @@ def test_one_wrong_caption_stands_out(mixture, bench) -> None:
     errors[:, 5] *= 60
     check = check_captions(errors, allowed)
     assert (check.passed, check.where) == (False, "row 5")
+
+
+def test_captions_that_hurt_are_refused_and_captions_that_are_ignored_are_not() -> None:
+    g = torch.Generator().manual_seed(0)
+    null = torch.rand(2, ROWS, generator=g) + 0.5
+    spread = (0.3 * torch.randn(2, ROWS, generator=g)).exp()
+    assert check_prompt(null * 0.8 * spread, null).passed
+    assert check_prompt(null, null).passed
+    check = check_prompt(null * 1.2 * spread, null)
+    assert not check.passed
+    assert "of that with the empty prompt" in check.reason
 
 
 def test_a_card_of_other_weights_is_refused(mixture, bench) -> None:
@@ -207,7 +236,7 @@ def test_quantiles_are_those_of_student() -> None:
     from scipy.stats import t
 
     for rows in (20, 64, 400):
-        exact = t.ppf(1 - 1e-3 / 6 / 19, rows - 1)
+        exact = t.ppf(1 - 1e-3 / 7 / 19, rows - 1)
         assert abs(quantile(19, rows) / exact - 1) < 0.015
 
 
