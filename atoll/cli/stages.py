@@ -263,8 +263,19 @@ def demo(
     recipe: Recipe = None,
     data: Data = None,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Trainings at a time.")] = None,
+    collective: Annotated[
+        bool, typer.Option("--collective", help="Four contributors who share a directory, in place of one owner.")
+    ] = False,
 ) -> None:
     """Run everything, on built-in or your own data: encode, cluster, train, assemble, sample, evaluate."""
+    if collective:
+        from atoll.collective.demo import run_demo
+
+        if data is not None or jobs is not None:
+            raise AtollError("--collective: takes neither --data nor --jobs; name a --recipe with your data")
+        page = run_demo(run, recipe, lambda line: typer.echo(line, err=True))
+        typer.echo(f"{page} written; open it in a browser")
+        return
     from atoll.data.init import init_run
     from atoll.manifest import load_manifest
 
