@@ -29,13 +29,14 @@ from atoll.randomness import cpu_generator
 from atoll.report.page import document, table
 from atoll.schedule import PATH
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
-from atoll.storage.cards import ExpertCard
+from atoll.storage.cards import EncodedCard, ExpertCard
 from atoll.storage.layout import REPORT, RunLayout
-from atoll.storage.shards import Shards
+from atoll.storage.shards import Shards, ShardWriter
 
 RECIPE = "collective"
 CONTRIBUTORS = ("ada", "ben", "cy", "dee")
 LEASE_HOURS = 0.01  # 36 s: Ben's lease must end while one watches
+_SECRET = 0.12  # of the training images: the admitter's probe
 _ROWS = 32  # held-out latents of each cluster, for the model's error
 _TIMES = (0.3, 0.5, 0.7, 0.9)
 Tell = Callable[[str], None]
@@ -139,11 +140,14 @@ class World:
     def __init__(self, root: Path):
         self.root = root.absolute()
         self.bucket, self.founder = str(self.root / "bucket"), self.root / "founder"
+        self.probe = self.root / "probe"
 
     def found(self, story: Story) -> None:
         """The founder prepares the data, trains the router, and opens the collective."""
         self.run("encode", "-r", self.founder, "--quiet")
+        hold_back(RunLayout(self.founder).encoded, self.root / "secret")
         self.run("cluster", "-r", self.founder, "--quiet")
+        self.run("collective", "probe", self.root / "secret", "-r", self.founder, "-o", self.probe)
         self.run("train", "router", "-r", self.founder, "--quiet")
         key = self.root / "founder.key"
         self.run("collective", "key", key)
@@ -181,8 +185,7 @@ class World:
 
     def admit(self) -> list[str]:
         """The founder judges what was offered. Returns one line for each."""
-        probe = RunLayout(self.founder).clusters
-        printed = self.run("collective", "admit", self.bucket, "--probe", probe, "-r", self.founder, "--quiet")
+        printed = self.run("collective", "admit", self.bucket, "--probe", self.probe, "-r", self.founder, "--quiet")
         # Without the id, which says nothing to people.
         return [line.split(" ", 1)[1] for line in printed.splitlines()]
 
@@ -237,6 +240,28 @@ class World:
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.root, env=environment
         )
+
+
+def hold_back(encoded: Path, secret: Path) -> None:
+    """Move a part of some encoded images to another directory, before anybody clusters or publishes them.
+
+    Args:
+        encoded: output of `atoll encode`; it is written anew without them.
+        secret: the new directory.
+    """
+    shards = Shards(encoded)
+    # Of the training images alone: a probe must be like the data that the experts learn.
+    train = shards.rows("train")
+    chosen = train[torch.randperm(len(train), generator=cpu_generator(0))[: int(_SECRET * len(train))]]
+    is_secret = torch.zeros(len(shards), dtype=torch.bool)
+    is_secret[chosen] = True
+    card, columns = shards.card(EncodedCard), shards.columns
+    for out, here in ((secret, is_secret), (encoded, ~is_secret)):
+        rows = here.nonzero().flatten()
+        keys, splits = ([texts[row] for row in rows.tolist()] for texts in (shards.keys, shards.splits))
+        content = {name: shards.read(name, rows).clone() for name in columns}
+        with ShardWriter(out, card) as writer:
+            writer.append(keys, shards.captions_of(rows), splits, content)
 
 
 def spoil(expert: Path) -> None:
