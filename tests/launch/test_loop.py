@@ -156,6 +156,9 @@ def test_no_more_jobs_run_than_slots(tmp_path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_stops_all_jobs_and_all_save(tmp_path, number) -> None:
+    # A shell that runs the tests in the background makes them ignore Ctrl-C.
+    heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    previous = signal.signal(number, heard)
     jobs = [job(tmp_path, name, UNTIL_STOPPED) for name in "abc"]
     before = signal.getsignal(number)
 
@@ -170,6 +173,7 @@ def test_signal_stops_all_jobs_and_all_save(tmp_path, number) -> None:
     assert [part.state for part in parts] == ["stopped", "stopped", "waiting"]
     assert [(tmp_path / name / "output.log").read_text() for name in "ab"] == ["ready\nsaved\n"] * 2
     assert signal.getsignal(number) is before
+    signal.signal(number, previous)
 
 
 @pytest.mark.parametrize("survives_launch", [True, False])
