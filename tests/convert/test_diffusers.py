@@ -157,7 +157,7 @@ def dit_error(theirs: nn.Module, out: Path) -> float:
         {},
         {"num_attention_heads": 3, "attention_head_dim": 8},
         {"patch_size": 4},
-        {"norm_eps": 100.0},
+        {"norm_eps": 1.0},
         {"out_channels": None},
         {"attention_bias": False},
     ],

@@ -178,6 +178,8 @@ def test_signal_stops_all_jobs_and_all_save(tmp_path, number) -> None:
 
 @pytest.mark.parametrize("survives_launch", [True, False])
 def test_closed_terminal_stops_only_jobs_that_need_the_launch(tmp_path, survives_launch) -> None:
+    # Under nohup the tests ignore SIGHUP.
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     handlers = []
     backend = ScriptedBackend({"a": ["result"]})
     backend.survives_launch = survives_launch
@@ -185,6 +187,7 @@ def test_closed_terminal_stops_only_jobs_that_need_the_launch(tmp_path, survives
         [job(tmp_path, "a")], backend, lambda parts: handlers.append(signal.getsignal(signal.SIGHUP)), interval=0.0
     )
     assert (handlers[0] is signal.SIG_DFL) == survives_launch
+    signal.signal(signal.SIGHUP, previous)
 
 
 def test_error_in_the_launch_stops_all_jobs(tmp_path) -> None:
