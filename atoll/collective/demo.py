@@ -39,14 +39,14 @@ LEASE_HOURS = 0.01  # 36 s: Ben's lease must end while one watches
 _SECRET = 0.12  # of the training images: the admitter's probe
 _ROWS = 32  # held-out latents of each cluster, for the model's error
 _TIMES = (0.3, 0.5, 0.7, 0.9)
-Tell = Callable[[str], None]
+TellLine = Callable[[str], None]
 
 
 @dataclass
 class Story:
     """What happened, for the terminal and the page. started: by a monotonic clock."""
 
-    tell: Tell
+    tell: TellLine
     started: float = field(default_factory=time.monotonic)
     events: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Story:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class ModelView:
     """The model at one time. experts: how many it has. images: a PNG file. error: of its velocity."""
 
     experts: int
@@ -66,7 +66,7 @@ class Snapshot:
     error: float
 
 
-def run_demo(directory: Path, recipe: str | None, tell: Tell) -> Path:
+def run_demo(directory: Path, recipe: str | None, tell: TellLine) -> Path:
     """Play the story, and write report.html.
 
     Args:
@@ -209,7 +209,7 @@ class World:
                 return
             time.sleep(2)
 
-    def snapshot(self, name: str) -> Snapshot:
+    def snapshot(self, name: str) -> ModelView:
         """Sample the model as it is now, as anyone could, into a file; measure its error on held-out latents."""
         file = self.root / name
         prompts = load_manifest(self.founder).evaluate.prompts
@@ -227,7 +227,7 @@ class World:
                 with torch.inference_mode():
                     velocity = loaded.ensemble.velocity(PATH.diffuse(x0, eps, t), t, condition)
                 errors.append((velocity - (eps - x0)).square().mean())
-        return Snapshot(len(loaded.ensemble.experts), file, float(torch.stack(errors).mean()))
+        return ModelView(len(loaded.ensemble.experts), file, float(torch.stack(errors).mean()))
 
     def run(self, *arguments: object) -> str:
         """Run a command of atoll to its end, and return what it prints."""
@@ -289,7 +289,7 @@ def _named(recipe: str) -> str:
     return str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe
 
 
-def render(world: World, story: Story, before: Snapshot, after: Snapshot) -> str:
+def render(world: World, story: Story, before: ModelView, after: ModelView) -> str:
     """The story as one HTML document."""
     rows = "".join(
         f"<tr><th scope=row>{when}</th><td>{escape(who)}</td><td>{escape(what)}</td></tr>"

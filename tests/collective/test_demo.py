@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from atoll.collective.demo import Snapshot, Story, World, render, run_demo, spoil
+from atoll.collective.demo import ModelView, Story, World, render, run_demo, spoil
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
@@ -50,7 +50,7 @@ def test_the_page_shows_what_happened_as_text_and_both_models(tmp_path) -> None:
     story = Story(lines.append)
     story.add("ada", "publishes <b>")
     (tmp_path / "x.png").write_bytes(b"png")
-    page = render(world, story, *(Snapshot(n, tmp_path / "x.png", error) for n, error in ((3, 0.5), (4, 0.25))))
+    page = render(world, story, *(ModelView(n, tmp_path / "x.png", error) for n, error in ((3, 0.5), (4, 0.25))))
     assert lines == ["0:00 ada: publishes <b>"]
     assert "publishes &lt;b&gt;" in page
     assert re.findall(r"(\d) experts; mean squared error .*?: ([\d.]+)\.<", page) == [("3", "0.5000"), ("4", "0.2500")]
