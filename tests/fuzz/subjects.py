@@ -37,6 +37,7 @@ class Subject:
         read: the command's result, to be compared with that of the undamaged files.
         owned: a regular expression of the JSON paths whose values are the owner's to choose. bytes_owned: whether
             bytes are, too (weights, images), once their hashes fit.
+        efforts: the JSON paths that say how much is to be computed, of a file that the user writes.
     """
 
     files: tuple[str, ...]
@@ -45,6 +46,7 @@ class Subject:
     owned: str = "$^"
     bytes_owned: bool = False
     remove: tuple[str, ...] = ()
+    efforts: str = "$^"
 
     def paths(self, root: Path) -> list[Path]:
         """The files to damage, in order."""
@@ -166,6 +168,7 @@ SUBJECTS: dict[str, Subject] = {
         ".*",
         bytes_owned=True,
         remove=("experts/0-eps-cosine", "experts/.train-0-eps-cosine"),
+        efforts=r"(train|network)(\..*)?",
     ),
     "assembly": Subject(
         ("experts/*/card.json", "router/card.json"), ("assemble",), lambda root: None, ".*", remove=("ensemble",)
