@@ -7,8 +7,10 @@ from atoll.collective.charter import Collective, read_collective
 from atoll.collective.connect import open_store
 from atoll.collective.files import MANIFEST_BYTES, files_prefix, parse_published, read_list
 from atoll.collective.heartbeat import works_of
-from atoll.collective.index import SUBMISSION, SUBMISSIONS, read_index, read_submission
+from atoll.collective.index import SUBMISSION, SUBMISSIONS, read_index, read_submission, report_path
 from atoll.collective.leases import WORK, WorkStatus, work_status
+from atoll.collective.signed import read_signed
+from atoll.collective.statements import STATEMENT_BYTES, AdmissionReport
 from atoll.collective.store import Store, StoreRefusedError
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -19,7 +21,8 @@ _SHOWN = 1000  # submissions that are read
 
 @dataclass(frozen=True)
 class SubmissionStatus:
-    """A submission. state: "admitted", "offered", "replica" (its lease was taken over), "not whole", or why not."""
+    """A submission. state: "admitted", "refused" and why, "offered", "replica" (its lease was
+    taken over), "not whole", or why not."""
 
     submission: str
     name: str
@@ -94,6 +97,22 @@ def _is_work(name: str) -> bool:
     return cluster.isdigit() and len(name) <= 7 and (not replica or replica.isdigit())
 
 
+def _refusal(store: Store, collective: Collective, submission: str, digest: str) -> str:
+    """Say which admitter refused a submission, and why; "" if none did."""
+    for key in collective.charter.roles.admitters:
+        place = report_path(submission, key)
+        data = store.read(place, STATEMENT_BYTES)
+        if data is None:
+            continue
+        try:
+            report = read_signed(AdmissionReport, data, store.place(place), collective.identity)
+        except AtollError:  # anybody can write one; it counts for nothing
+            continue
+        if report.signers == {key} and report.statement.submission == digest and not report.statement.accepted:
+            return f"refused by {collective.name_of(key)}: {'; '.join(report.statement.reasons)}"
+    return ""
+
+
 def _submissions(store: Store, collective: Collective, works: list[WorkStatus]) -> list[SubmissionStatus]:
     """All submissions with their state. A broken one is a row, not an error: anybody can write one."""
     latest = read_index(store, collective)
@@ -116,6 +135,7 @@ def _submissions(store: Store, collective: Collective, works: list[WorkStatus]) 
         # Removed members' offers are not looked at; what was admitted before stays.
         state = "offered" if statement.epoch == epochs.get(statement.work, 0) > 0 else "replica"
         state = state if collective.may_work(key) else "its owner was removed"
+        state = _refusal(store, collective, name, signed.sha256) or state
         state = "admitted" if name in admitted else "retired" if name in retired else state
         rows.append(SubmissionStatus(name, statement.name, statement.work, collective.name_of(key), state))
     return rows

@@ -100,7 +100,7 @@ STYLE = """
 --c0:#2a78d6;--c1:#eb6834;--c2:#1baf7a;--c3:#eda100;--c4:#e87ba4;--c5:#008300;--c6:#4a3aa7;--c7:#e34948}
 @media(prefers-color-scheme:dark){:root{--ink:#eceae3;--soft:#908f87;--rule:#3a3934;--page:#191917;--box:#24231f;--shade:#fff4;
 --c0:#3987e5;--c1:#d95926;--c2:#199e70;--c3:#c98500;--c4:#d55181;--c5:#2fa02f;--c6:#9085e9;--c7:#e66767}}
-*{box-sizing:border-box}
+*{box-sizing:border-box}code{overflow-wrap:anywhere}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 main{max-width:64rem;margin:auto;padding:1rem}
 h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.25rem;margin:2.5rem 0 .5rem}h3{font-size:1rem;margin:1rem 0 .3rem}

@@ -15,6 +15,7 @@ from atoll.collective.index import read_index, report_path
 from atoll.collective.keys import Key
 from atoll.collective.signed import read_signed, sign
 from atoll.collective.statements import STATEMENT_BYTES, AdmissionReport
+from atoll.collective.status import collective_status
 from atoll.storage.artifact import read_card, read_tensors, save_artifact
 from atoll.storage.cards import ClusterShardsCard, ExpertCard
 from atoll.storage.shards import Shards, ShardWriter
@@ -164,6 +165,8 @@ def test_a_bad_expert_is_refused_with_its_reason(reef, change, reason) -> None:
     report = reef.report(submission, Key.load(Path("founder.key")).id)
     assert not report.accepted
     assert all(str(reef.root) not in one for one in report.reasons)
+    (row,) = collective_status("bucket").submissions
+    assert row.state.startswith(f"refused by founder ({Key.load(Path('founder.key')).id[:20]}...): {reason}")
     assert read_index(open_store("bucket"), read_collective(open_store("bucket"))) is None
 
 
