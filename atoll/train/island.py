@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from atoll.errors import AtollError
 
+# Process groups that this process has left. Whatever holds the last reference to one, such as DDP's reducer, frees it
+# under Python's lock and waits for its threads; one of these may wait for that lock to free the tensors of the last
+# reduction. On a busy machine both then wait for ever. Kept here, a group is freed when the process ends.
+_LEFT: list[Any] = []
+
 
 @dataclass(frozen=True)
 class Island:
@@ -63,6 +68,7 @@ class Island:
             yield Island(rank, world, own_device)
             torch.distributed.barrier()  # a process that leaves early closes the connections of the others
         finally:
+            _LEFT.append(torch.distributed.group.WORLD)
             torch.distributed.destroy_process_group()
 
     def local_rows(self, batch: int, parts: int = 1) -> slice:
