@@ -1,7 +1,7 @@
 """Four contributors make one model through a shared directory: `atoll demo --collective`.
 
 Each is a process of its own with its own key and directory, and runs the commands that a person would type. Ada and
-Cy train; Ben's machine dies and Ada continues from what it shared; Cy first hands in spoilt weights; Dee comes late.
+Cy train; Ben's machine dies and Ada continues from what it shared; Cy first hands in poisoned weights; Dee comes late.
 """
 
 import base64
@@ -94,18 +94,17 @@ def run_demo(directory: Path, recipe: str | None, tell: TellLine) -> Path:
         world.join(name)
     story.add("ada, ben, cy and dee", "make a key each, and join")
 
-    # Three of them train. One of the machines dies, and one of the experts is spoilt.
+    # Three of them train. One of the machines dies, and one of the experts is poisoned.
     trainings = [world.claim_and_train("ada", 0), world.claim_and_train("ben", 1), world.claim_and_train("cy", 2)]
     story.add("ada, ben and cy", "claim clusters 0, 1 and 2, and train, each alone")
     world.kill_half_way(trainings[1], "ben", 1)
     story.add("ben", "the machine dies half-way; its last checkpoint is in the bucket")
     world.publish("ada", 0, trainings[0])
     story.add("ada", "publishes an expert of cluster 0")
-    spoil(world.expert("cy", 2, trainings[2]))
+    poison(world.expert("cy", 2, trainings[2]))
     world.publish("cy", 2)
     story.add("cy", "publishes an expert of cluster 2, whose weights were exchanged")
-    for line in world.admit():
-        story.add("founder", line)
+    world.admit(story)
 
     # Ada takes over what Ben began, from where he was. Cy tries again.
     again = world.claim_and_train("cy", 2, "--again", restart=True)
@@ -114,16 +113,14 @@ def run_demo(directory: Path, recipe: str | None, tell: TellLine) -> Path:
     world.publish("ada", 1, world.claim_and_train("ada", 1, "--resume", resume=True))
     world.publish("cy", 2, again)
     story.add("ada and cy", "publish experts of clusters 1 and 2")
-    for line in world.admit():
-        story.add("founder", line)
+    world.admit(story)
     before = world.snapshot("before.png")
     story.add("anyone", f"samples the model: {before.experts} experts, error {before.error:.4f}")
 
     # Whoever comes late makes it better.
     world.publish("dee", 3, world.claim_and_train("dee", 3))
     story.add("dee", "comes late: trains cluster 3, and publishes")
-    for line in world.admit():
-        story.add("founder", line)
+    world.admit(story)
     after = world.snapshot("after.png")
     story.add("anyone", f"samples the model: {after.experts} experts, error {after.error:.4f}")
     write_bytes(directory / REPORT, render(world, story, before, after).encode())
@@ -183,11 +180,12 @@ class World:
         """A contributor offers an expert, once its training has ended."""
         self.run("collective", "publish", self.expert(name, cluster, training), "--quiet")
 
-    def admit(self) -> list[str]:
-        """The founder judges what was offered. Returns one line for each."""
+    def admit(self, story: Story) -> None:
+        """The founder judges what was offered."""
         printed = self.run("collective", "admit", self.bucket, "--probe", self.probe, "-r", self.founder, "--quiet")
-        # Without the id, which says nothing to people.
-        return [line.split(" ", 1)[1] for line in printed.splitlines()]
+        for line in printed.splitlines():
+            # Without the id, which says nothing to people.
+            story.add("founder", line.split(" ", 1)[1])
 
     def kill_half_way(self, training: "subprocess.Popen[str]", name: str, cluster: int) -> None:
         """Kill a training once a checkpoint of it is in the bucket."""
@@ -264,7 +262,7 @@ def hold_back(encoded: Path, secret: Path) -> None:
             writer.append(keys, shards.captions_of(rows), splits, content)
 
 
-def spoil(expert: Path) -> None:
+def poison(expert: Path) -> None:
     """Replace the weights of an expert by others, and its hashes too: the card stays as honest as it was."""
     card = read_card(expert, ExpertCard)
     tensors = dict(read_tensors(expert, card))

@@ -4,8 +4,10 @@ index/000001.json, ... Each version names the hash of the one before. An expert 
 admitters, and leaves with the retirements of enough retirers; a reader checks both.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import TypeVar
 
 from atoll.collective.charter import Collective, chain, check_seen, numbered
 from atoll.collective.keys import Key, hex_of, short
@@ -27,6 +29,7 @@ from atoll.storage.layout import CARD
 
 INDEX, SUBMISSIONS, REPORTS, RETIREMENTS = "index", "submissions", "reports", "retirements"
 SUBMISSION = "submission.json"
+JudgementT = TypeVar("JudgementT", AdmissionReport, Retirement)
 
 
 @dataclass(frozen=True)
@@ -193,17 +196,10 @@ def _check_admitted(store: Store, collective: Collective, charter: Charter, expe
         raise AtollError(f"{where}: {expert.submission} is not the submission that was admitted; it was exchanged")
     if signed.signers & set(charter.removed):
         raise AtollError(f"{where}: {expert.submission} is of a key that was removed; an admitter must leave it out")
-    count = 0
-    for key in charter.roles.admitters:
-        place = report_path(expert.submission, key)
-        data = store.read(place, STATEMENT_BYTES)
-        if data is None or sha256(data).hexdigest() not in expert.reports:
-            continue
-        report = read_signed(AdmissionReport, data, store.place(place), collective.identity)
-        # A report counts for one submission only, and for the key whose name it has.
-        if report.signers != {key} or report.statement.submission != expert.sha256:
-            raise AtollError(f"{store.place(place)}: is a report on another submission or of another key")
-        count += report.statement.accepted
+    reports = _statements(
+        store, collective, AdmissionReport, report_path, charter.roles.admitters, expert, expert.reports
+    )
+    count = sum(report.accepted for report in reports)
     if count < charter.thresholds.admitters:
         need = charter.thresholds.admitters
         raise AtollError(f"{where}: {expert.submission} was accepted by {count} admitters, expected {need}")
@@ -211,16 +207,32 @@ def _check_admitted(store: Store, collective: Collective, charter: Charter, expe
 
 def _check_retired(store: Store, collective: Collective, charter: Charter, expert: RetiredExpert, where: str) -> None:
     """Check that enough retirers want an expert out."""
-    count = 0
-    for key in charter.roles.retirers:
-        place = retirement_path(expert.submission, key)
-        data = store.read(place, STATEMENT_BYTES)
-        if data is None or sha256(data).hexdigest() not in expert.retirements:
-            continue
-        signed = read_signed(Retirement, data, store.place(place), collective.identity)
-        if signed.signers != {key} or signed.statement.submission != expert.sha256:
-            raise AtollError(f"{store.place(place)}: is a retirement of another submission or key")
-        count += 1
+    retirements = _statements(
+        store, collective, Retirement, retirement_path, charter.roles.retirers, expert, expert.retirements
+    )
+    count = len(list(retirements))
     if count < charter.thresholds.retirers:
         need = charter.thresholds.retirers
         raise AtollError(f"{where}: {expert.submission} was retired by {count} retirers, expected {need}")
+
+
+def _statements(
+    store: Store,
+    collective: Collective,
+    kind: type[JudgementT],
+    place_of: Callable[[str, str], str],
+    keys: Sequence[str],
+    expert: IndexedExpert | RetiredExpert,
+    hashes: Sequence[str],
+) -> Iterator[JudgementT]:
+    """Yield the statements of some keys on an expert, as far as the index lists their hashes."""
+    for key in keys:
+        place = place_of(expert.submission, key)
+        data = store.read(place, STATEMENT_BYTES)
+        if data is None or sha256(data).hexdigest() not in hashes:
+            continue
+        signed = read_signed(kind, data, store.place(place), collective.identity)
+        # It counts for one submission only, and for the key whose name it has.
+        if signed.signers != {key} or signed.statement.submission != expert.sha256:
+            raise AtollError(f"{store.place(place)}: is on another submission or of another key; remove it")
+        yield signed.statement

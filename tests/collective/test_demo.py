@@ -8,18 +8,18 @@ import pytest
 import torch
 import yaml
 
-from atoll.collective.demo import ModelView, Story, World, render, run_demo, spoil
+from atoll.collective.demo import ModelView, Story, World, poison, render, run_demo
 from atoll.ensemble.loading import load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card
 from atoll.storage.cards import ExpertCard
 
 
-def test_spoilt_weights_load_under_a_card_that_says_the_same(trained_run, tmp_path) -> None:
+def test_poisoned_weights_load_under_a_card_that_says_the_same(trained_run, tmp_path) -> None:
     name = "1-flow-linear"
     shutil.copytree(trained_run / "experts" / name, tmp_path / name)
     before, card = load_expert(tmp_path / name), read_card(tmp_path / name, ExpertCard)
-    spoil(tmp_path / name)
+    poison(tmp_path / name)
     after = load_expert(tmp_path / name)
     assert read_card(tmp_path / name, ExpertCard).calibration == card.calibration
     pairs = zip(before.expert.network.parameters(), after.expert.network.parameters(), strict=True)

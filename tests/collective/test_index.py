@@ -140,7 +140,7 @@ def test_a_replayed_report_is_refused(world) -> None:
         data = world.store.read(report_path(good.submission, admitter.id), 10_000)
         world.store.create(report_path(name, admitter.id), data)
     world.force(world.index(IndexedExpert(submission=name, sha256=digest, clusters=(1,), reports=good.reports)))
-    world.refused("is a report on another submission or of another key")
+    world.refused("is on another submission or of another key")
 
 
 def test_one_admitters_report_under_two_names_counts_once(world) -> None:

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
-from atoll.storage.cards.lineage import Ancestors, Lineage
+from atoll.storage.cards.lineage import Ancestors, DescendedRecord, Lineage
 from atoll.storage.cards.record import Card, CardRecord, refuse_renamed
 from atoll.storage.layout import WEIGHTS
 
@@ -184,7 +184,7 @@ class ExpertCard(ArtifactCard):
         return self
 
 
-class RouterCard(ArtifactCard):
+class RouterCard(ArtifactCard, DescendedRecord):
     """A router's card.json.
 
     Attributes:
@@ -206,11 +206,6 @@ class RouterCard(ArtifactCard):
     accuracy_at_t: dict[Name, bounds.Fraction] | None = None
     training: TrainingRecord | None = None
     conversion: ConversionRecord | None = None
-
-    @model_validator(mode="after")
-    def _descends(self) -> Self:
-        self.descent.check()
-        return self
 
     @property
     def descent(self) -> Lineage:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
-from atoll.storage.cards.lineage import Ancestors, Lineage
+from atoll.storage.cards.lineage import Ancestors, DescendedRecord, Lineage
 from atoll.storage.cards.record import Card, CardRecord
 
 
@@ -114,7 +114,7 @@ class EncodedCard(CardRecord):
     counts: EncodedCounts | None = None
 
 
-class ClusterShardsCard(CardRecord):
+class ClusterShardsCard(DescendedRecord):
     """Shards with known clusters.
 
     Attributes:
@@ -132,11 +132,6 @@ class ClusterShardsCard(CardRecord):
     condition: bounds.ConditionConfig
     source: Plain
     lineage: Ancestors | None = None
-
-    @model_validator(mode="after")
-    def _descends(self) -> Self:
-        self.descent.check()
-        return self
 
     @property
     def descent(self) -> Lineage:
@@ -175,7 +170,7 @@ class ClusterQuality(CardRecord):
     clusters: tuple[ClusterWords, ...] = Field(max_length=bounds.MAX_CLUSTERS)
 
 
-class ClusteringCard(Card):
+class ClusteringCard(Card, DescendedRecord):
     """The settings that determine clusters, before any row is assigned.
 
     Attributes:
@@ -199,11 +194,6 @@ class ClusteringCard(Card):
     assignment: Name
     encoded: tuple[Sha256, ...] = Field(min_length=1)
     lineage: Ancestors | None = None
-
-    @model_validator(mode="after")
-    def _descends(self) -> Self:
-        self.descent.check()
-        return self
 
     @property
     def descent(self) -> Lineage:

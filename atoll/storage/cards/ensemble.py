@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Name, Plain, Sha256
-from atoll.storage.cards.lineage import Ancestors, Lineage
+from atoll.storage.cards.lineage import Ancestors, DescendedRecord, Lineage
 from atoll.storage.cards.record import Card, CardRecord
 
 
@@ -71,7 +71,7 @@ class SamplingDefaults(CardRecord):
         return scale if self.guidance_scale is None else self.guidance_scale
 
 
-class EnsembleCard(Card):
+class EnsembleCard(Card, DescendedRecord):
     """ensemble.json.
 
     Attributes:
@@ -90,11 +90,6 @@ class EnsembleCard(Card):
     codec: Plain
     stackings: StackingsEntry | None = None
     sampling: SamplingDefaults
-
-    @model_validator(mode="after")
-    def _descends(self) -> Self:
-        self.descent.check()
-        return self
 
     @property
     def descent(self) -> Lineage:

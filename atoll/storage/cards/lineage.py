@@ -5,9 +5,9 @@ either new data, or the second part of a cluster that was split. So the ancestor
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Name
@@ -116,3 +116,17 @@ class Lineage:
     def _as_ancestor(self) -> list[AncestorRecord]:
         assert self.assignment is not None, "an unknown assignment does not grow"
         return [AncestorRecord(assignment=self.assignment, clusters=tuple((number,) for number in range(self.k)))]
+
+
+class DescendedRecord(CardRecord):
+    """A record of clusters that may have grown; reading it checks its lineage."""
+
+    @property
+    def descent(self) -> Lineage:
+        """The assignment with its ancestors."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _descends(self) -> Self:
+        self.descent.check()
+        return self
