@@ -124,26 +124,36 @@ def test_workers_exit_when_their_parent_is_killed(tmp_path) -> None:
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
-def run_killed(run: Path, kills: int, flags: list[object], seconds: float, seed: int) -> int:
+def run_killed(run: Path, kills: int, flags: list[object], lines: int, seed: int) -> int:
     """Start the training and kill its process group `kills` times; return how many died writing a checkpoint.
 
-    Every other one is killed at a random moment, the others while a checkpoint is being written.
+    Every other one is killed after a random number of log lines (at most `lines`), the others while a checkpoint is
+    being written. A training that ends before its moment comes is not killed.
     """
-    moments, writing = random.Random(seed), 0
+    moments, writing, killed = random.Random(seed), 0, 0
     for kill in range(kills):
-        before = time.time()
+        before, already = time.time(), logged(run)
         process = start(run, *flags, "--resume", "--quiet")
-        if kill % 2:
-            wait_until(
-                lambda since=before, ended=process.poll: ended() is not None or partly_written(run, since),
-                progress=lambda: sizes(state(run)),
-            )
-        else:
-            time.sleep(moments.uniform(0.5, 1) * seconds)
-        os.killpg(process.pid, signal.SIGKILL)
+        moment = already + moments.randint(1, lines)
+        wait_until(
+            lambda since=before, ended=process.poll, moment=moment, number=kill: (
+                ended() is not None or (partly_written(run, since) if number % 2 else logged(run) >= moment)
+            ),
+            progress=lambda: sizes(state(run)),
+        )
+        if process.poll() is None:  # not reaped, so the group exists even if its processes end this moment
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
         process.communicate()
         writing += bool(partly_written(run))
+    assert killed > 0, "every training ended before it was killed: give it more steps"
     return writing
+
+
+def logged(run: Path) -> int:
+    """The lines of the training log; a line that is being written counts when it ends."""
+    metrics = state(run) / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -165,7 +175,7 @@ def partly_written(run: Path, since: float = 0.0) -> list[Path]:
 def test_resume_is_bit_exact_after_two_kills(tmp_path) -> None:
     run, whole = (make(tmp_path / name, 60, every=1) for name in ("killed", "whole"))
     train_expert(whole, load_manifest(whole), "1")
-    run_killed(run, 2, [], 3, seed=0)
+    run_killed(run, 2, [], 20, seed=0)
     train_expert(run, load_manifest(run), "1", resume=True)
     assert_equal(run, whole)
 
@@ -180,7 +190,7 @@ def test_resume_is_bit_exact_after_twenty_kills(tmp_path, flags) -> None:
             text = (path / "atoll.yaml").read_text()
             (path / "atoll.yaml").write_text(text.replace("steps: 4000", "steps: 1000\n  sharding: shard"))
     assert call(whole, *flags, "--quiet").returncode == 0
-    writing = run_killed(run, 20, flags, 5, seed=1)
+    writing = run_killed(run, 20, flags, 100, seed=1)
     assert writing > 0
     assert call(run, *flags, "--resume", "--quiet").returncode == 0
     assert_equal(run, whole)
