@@ -1,10 +1,8 @@
 """Prompts to images, with the interface of a diffusers pipeline."""
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,15 +12,14 @@ from torch import Tensor
 from atoll.choices import Method
 from atoll.condition import move_to
 from atoll.encoders.trust import Trust
-from atoll.ensemble import Alignment, Sampler, Trace
+from atoll.ensemble import Alignment, Ensemble, Sampler, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import Fetch, LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
+from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.randomness import seeded_noise
-from atoll.report.page import colour, document, table, weight_strip
 from atoll.solver import sample
-from atoll.storage.artifact import write_bytes, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a pipeline returns for B prompts.
+    """The B images of a call, those of one prompt consecutive.
 
     Attributes:
-        images: PIL images, one per prompt.
+        images: PIL images.
         latents: x at t = 0 [B, C, H, W].
         traces: the routing trace of each batch.
         dropped: the experts that were dropped while sampling, and why.
@@ -141,6 +138,8 @@ class Pipeline:
         generator: torch.Generator | None = None,
         seeds: Sequence[int] | None = None,
         *,
+        negative_prompt: str | Sequence[str] | None = None,
+        images_per_prompt: int | Sequence[int] = 1,
         method: Method | None = None,
         routing: str | None = None,
         clusters: Sequence[int] | None = None,
@@ -149,14 +148,18 @@ class Pipeline:
         callback: Callable[[int, int], Any] | None = None,
         block_cache: float = 0.0,
     ) -> PipelineOutput:
-        """Sample one image per prompt.
+        """Sample images of each prompt: all images of the first one, then all of the second one, and so on.
 
         Args:
             prompts: one or several.
             num_inference_steps: default: the ensemble's.
             guidance_scale: default: the ensemble's.
             generator: draws the seeds; not together with `seeds`.
-            seeds: one per prompt. An image depends on its prompt and its seed only, not on its batch.
+            seeds: one per image; or one per prompt, from which the seeds of its images count up. An image depends on
+                its prompts and its seed only, not on its batch.
+            negative_prompt: what guidance leads away from, in place of the empty prompt: one for all, or one per
+                prompt. Needs a guidance scale other than 1.
+            images_per_prompt: one number for all, or one per prompt.
             method: "euler", "heun", "midpoint" or "dpm++2m"; default: the ensemble's.
             routing: default: the ensemble's.
             clusters: one per prompt, for routing "oracle".
@@ -167,38 +170,43 @@ class Pipeline:
                 says how much other); 0: none.
 
         Raises:
-            AtollError: no prompts, another number of seeds or clusters than prompts, steps < 1, an unknown method or
-                routing.
+            AtollError: no prompts; another number of seeds than images or prompts; another number of clusters,
+                negative prompts or image counts than prompts; a negative prompt without guidance; steps < 1; an unknown
+                method or routing.
         """
         # Arguments, completed by the ensemble's defaults.
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise AtollError("no prompts; expected at least one")
-        seeds = self._seeds(len(prompts), generator, seeds)
+        counts = _image_counts(len(prompts), images_per_prompt)
+        owners = [prompt for prompt, count in enumerate(counts) for _ in range(count)]  # the prompt of each image
+        seeds = _seeds(counts, generator, seeds)
         if clusters is not None and len(clusters) != len(prompts):
             raise AtollError(f"{len(clusters)} clusters for {len(prompts)} prompts; expected one cluster per prompt")
-        # Frame 4 is the caller's: torch's decorator of `__call__` is a frame too.
-        self.loaded.encoder.warn_of_truncated(prompts, "prompt", stacklevel=4)
         defaults = self.loaded.sampling
         steps = defaults.steps_or(50) if num_inference_steps is None else num_inference_steps
         scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
         method = method or cast(Method, defaults.method or "euler")
+        negatives = _negatives(len(prompts), negative_prompt, scale)
+        # Frame 4 is the caller's: torch's decorator of `__call__` is a frame too.
+        self.loaded.encoder.warn_of_truncated(prompts, "prompt", stacklevel=4)
+        self.loaded.encoder.warn_of_truncated(negatives or [], "negative prompt", stacklevel=4)
         sampler = self.sampler
         if routing is not None:
             sampler = Sampler(replace(self.loaded.ensemble, routing=routing))
 
         # Latents and routing traces, batch by batch.
         latents, traces = [], []
-        batches = range(0, len(prompts), batch_size)
+        batches = range(0, len(owners), batch_size)
         for number, start in enumerate(batches):
-            rows = slice(start, start + batch_size)
             # Each batch has its own prompts, and its own cache of them.
-            conditions = move_to(self.loaded.encoder(prompts[rows]), self.device)
+            rows = owners[start : start + batch_size]
+            cluster = None if clusters is None else torch.tensor([clusters[row] for row in rows], device=self.device)
             velocity = partial(
                 sampler.velocity,
-                prompt_cache=sampler.ensemble.prompt_cache(conditions, block_cache=block_cache),
+                prompt_cache=self._prompt_cache(sampler.ensemble, prompts, negatives, rows, block_cache),
                 guidance_scale=scale,
-                cluster=None if clusters is None else torch.tensor(clusters[rows], device=self.device),
+                cluster=cluster,
                 guidance_range=guidance_range,
             )
 
@@ -207,7 +215,8 @@ class Pipeline:
                     callback(number * steps + index + 1, len(batches) * steps)
 
             with sampler.tracing() as trace:
-                latents.append(sample(velocity, self.noise(seeds[rows]), steps, method, callback=report))
+                noise = self.noise(seeds[start : start + batch_size])
+                latents.append(sample(velocity, noise, steps, method, callback=report))
             traces.append(trace)
         x0 = torch.cat(latents)
         return PipelineOutput(to_pil(self.loaded.codec.decode(x0)), x0, traces, dict(sampler.dropped))
@@ -216,17 +225,84 @@ class Pipeline:
         """Return x at t = 1, [B, C, H, W] float32: one seed per row, sampled on the CPU, so equal on every device."""
         return seeded_noise(seeds, self.loaded.latent_shape).to(self.device)
 
-    @staticmethod
-    def _seeds(count: int, generator: torch.Generator | None, seeds: Sequence[int] | None) -> list[int]:
-        """Return one seed per prompt: the given ones, or random ones."""
-        # An image depends on its seed only, so a generator draws seeds and not noise.
-        if seeds is None:
-            return torch.randint(2**31, (count,), generator=generator).tolist()
-        if generator is not None:
-            raise AtollError("generator and seeds were both given; expected one of them")
-        if len(seeds) != count:
-            raise AtollError(f"{len(seeds)} seeds for {count} prompts; expected one seed per prompt")
+    def _prompt_cache(
+        self,
+        ensemble: Ensemble,
+        prompts: Sequence[str],
+        negatives: Sequence[str] | None,
+        rows: Sequence[int],
+        block_cache: float,
+    ) -> PromptCache:
+        """Return the cache of one batch, in which each prompt and each negative prompt is one row.
+
+        Args:
+            ensemble: what is sampled.
+            prompts: P prompts.
+            negatives: one per prompt; None: the ensemble's own null condition.
+            rows: the prompt of each image in the batch [b].
+            block_cache: as in `PromptCache`.
+        """
+        # Images of one prompt share its row; equal prompts by different numbers do not.
+        used = list(dict.fromkeys(rows))
+        conditions = move_to(self.loaded.encoder([prompts[row] for row in used]), self.device)
+        prompt_of = [used.index(row) for row in rows]
+        if negatives is None:
+            return ensemble.prompt_cache(conditions, block_cache=block_cache, prompt_of=prompt_of)
+        # Equal negative prompts share a row.
+        texts = list(dict.fromkeys(negatives[row] for row in used))
+        null = move_to(self.loaded.encoder(texts), self.device)
+        null_of = [texts.index(negatives[row]) for row in rows]
+        return ensemble.prompt_cache(conditions, null, block_cache=block_cache, prompt_of=prompt_of, null_of=null_of)
+
+
+def _image_counts(prompts: int, images: int | Sequence[int]) -> list[int]:
+    """Return the number of images of each prompt."""
+    # One number for all prompts, or one for each.
+    counts = list(images) if isinstance(images, Sequence) else [images] * prompts
+    if len(counts) != prompts or not all(type(n) is int and n >= 1 for n in counts):
+        raise AtollError(
+            f"images_per_prompt is {images!r:.60} for {prompts} prompts; expected a number from 1, or one per prompt"
+        )
+    return counts
+
+
+def _negatives(count: int, negative: str | Sequence[str] | None, scale: float) -> list[str] | None:
+    """Return one negative prompt per prompt; None without any."""
+    if negative is None:
+        return None
+    # Without guidance, only the prompts are evaluated.
+    if scale == 1.0:
+        raise AtollError("negative_prompt changes nothing at guidance_scale 1; set guidance_scale, or leave it out")
+    # One for all, or one per prompt.
+    texts = [negative] * count if isinstance(negative, str) else list(negative)
+    if not all(isinstance(text, str) for text in texts):
+        raise AtollError(f"negative_prompt is {negative!r:.60}; expected a string, or a list of them")
+    if len(texts) != count:
+        raise AtollError(f"{len(texts)} negative prompts for {count} prompts; expected one, or one for each")
+    return texts
+
+
+def _seeds(counts: Sequence[int], generator: torch.Generator | None, seeds: Sequence[int] | None) -> list[int]:
+    """Return one seed per image: the given ones, those that count up from each prompt's, or random ones.
+
+    Args:
+        counts: the number of images of each prompt.
+        generator: draws the seeds.
+        seeds: one per image, or one per prompt.
+    """
+    # An image depends on its seed only, so a generator draws seeds and not noise.
+    prompts, images = len(counts), sum(counts)
+    if seeds is None:
+        return torch.randint(2**31, (images,), generator=generator).tolist()
+    if generator is not None:
+        raise AtollError("generator and seeds were both given; expected one of them")
+    if len(seeds) == images:
         return list(seeds)
+    if len(seeds) != prompts:
+        expected = "one seed per prompt" + (f", or one for each of {images} images" if images > prompts else "")
+        raise AtollError(f"{len(seeds)} seeds for {prompts} prompts; expected {expected}")
+    # The images of a prompt count up from its seed.
+    return [seed + number for seed, count in zip(seeds, counts, strict=True) for number in range(count)]
 
 
 def to_pil(images: Tensor) -> list["Image"]:
@@ -262,132 +338,3 @@ def grid(images: Sequence["Image"], columns: int | None = None, min_side: int = 
         enlarged = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (index % columns * cell[0], index // columns * cell[1]))
     return sheet
-
-
-def sample_to_file(
-    ensemble: Path,
-    prompts: Sequence[str],
-    out: Path,
-    *,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    routing: str | None = None,
-    method: Method | None = None,
-    alignment: Alignment = "snr",
-    strict: bool = False,
-    side: int = 128,
-    replicas: str | None = None,
-    trace: Path | None = None,
-    progress: Callable[[int, int], Any] | None = None,
-    memory_budget: str | None = None,
-    weights: WeightDtype | None = None,
-    allow_hub: bool = False,
-    trust_paths: bool = False,
-    fetch: Fetch | None = None,
-) -> dict[str, str]:
-    """Sample one image per prompt and write them as one sheet.
-
-    Args:
-        ensemble: a directory for `Pipeline.from_pretrained`.
-        prompts: at least one.
-        out: the image file to write.
-        seed: of the first image; the next ones count up.
-        steps: default: the ensemble's, like guidance, routing, method and replicas.
-        guidance: the guidance scale.
-        routing: as in `Pipeline.from_pretrained`.
-        method: as in `Pipeline`.
-        alignment, strict: as in `Pipeline.from_pretrained`.
-        side: pixels of an image's longer side, at least.
-        replicas: as in `Pipeline.from_pretrained`.
-        trace: a JSON file for the routing trace; a page that shows it is written beside it.
-        progress: called with (steps done, total steps).
-        memory_budget, weights, allow_hub, trust_paths, fetch: as in `Pipeline.from_pretrained`.
-
-    Returns:
-        The experts that were dropped while sampling, and why.
-
-    Raises:
-        AtollError: as `Pipeline` does; `out` has no image format or cannot be written.
-    """
-    from PIL import Image
-
-    # Refuse what cannot be written before anything is computed.
-    Image.init()
-    if (image_format := Image.EXTENSION.get(out.suffix.lower())) not in Image.SAVE:  # it reads more than it writes
-        raise AtollError(f"{out}: no image format is known by {out.suffix!r}; expected .png, .jpg or .webp")
-    if not out.parent.is_dir():
-        raise AtollError(f"{out.parent}: no such directory; create it first")
-    if trace is not None and (trace.suffix != ".json" or not trace.parent.is_dir()):
-        raise AtollError(f"{trace}: expected a file that ends in .json, in a directory that exists")
-    pipe = Pipeline.from_pretrained(
-        ensemble,
-        routing,
-        alignment,
-        strict,
-        replicas=replicas,
-        memory_budget=memory_budget,
-        weights=weights,
-        allow_hub=allow_hub,
-        trust_paths=trust_paths,
-        fetch=fetch,
-    )
-    output = pipe(
-        prompts,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        seeds=range(seed, seed + len(prompts)),
-        method=method,
-        callback=progress,
-    )
-    # Write the sheet, atomically, and the trace.
-    encoded = io.BytesIO()
-    try:
-        grid(output.images, min_side=side).save(encoded, image_format)
-    except (OSError, ValueError) as error:  # a format that lacks the mode, or limits the size
-        raise AtollError(f"{out}: cannot be written as {image_format} ({error}); name a .png file") from None
-    write_bytes(out, encoded.getvalue())
-    if trace is not None:
-        write_trace(trace, prompts, [expert.name for expert in pipe.loaded.ensemble.experts], output.traces)
-    return output.dropped
-
-
-def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces: Sequence[Trace]) -> None:
-    """Write routing traces as JSON, and as a page beside it.
-
-    The JSON is {"experts": names, "prompts": [{"prompt", "t": [T], "weights": [T, E]}]}.
-
-    Args:
-        file: the JSON file.
-        prompts: B prompts.
-        names: the experts' names, E of them.
-        traces: one per batch.
-    """
-    # Times and weights by prompt.
-    rows = []
-    for trace in traces:
-        times, weights = torch.stack(trace.times, 1), torch.stack(trace.weights, 1)  # [b, T], [b, T, E]
-        # A batch's trace has the steps first; a page has the prompts first.
-        for t, weight in zip(times.tolist(), weights.tolist(), strict=True):
-            rows.append((t, weight))
-    entries = [
-        {"prompt": prompt, "t": [round(v, 6) for v in t], "weights": [[round(w, 6) for w in step] for step in weight]}
-        for prompt, (t, weight) in zip(prompts, rows, strict=True)
-    ]
-    write_json(file, {"experts": list(names), "prompts": entries})
-    # The page: one strip of colours per prompt.
-    key = " ".join(
-        f'<span style="white-space:nowrap"><span style="background:{colour(i)}">&emsp;</span> {escape(name)}</span>'
-        for i, name in enumerate(names)
-    )
-    lines = "".join(
-        f"<tr><th scope=row>{escape(prompt)}</th><td>{weight_strip(torch.tensor(weight), prompt)}</td></tr>"
-        for prompt, (_, weight) in zip(prompts, rows, strict=True)
-    )
-    lead = (
-        f"<p>One column per step ({len(rows[0][0])}, from noise at the left, t = 1, to the image at the right, "
-        f"t = 0); the height of a colour is the expert's weight.</p><p>{key}</p>"
-    )
-    strips = table("", lines, "Weights of the experts by step", "usage")
-    page = document("Routing trace", lead, [("Prompts", strips)])
-    write_bytes(file.with_suffix(".html"), page.encode())

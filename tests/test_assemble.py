@@ -12,7 +12,8 @@ from atoll.encoders.text import build_encoder
 from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
-from atoll.pipeline import Pipeline, sample_to_file
+from atoll.pipeline import Pipeline
+from atoll.sample.sheet import sample_to_file
 from atoll.storage.artifact import CARD, read_card, read_tensors, save_artifact
 from atoll.storage.cards import ExpertCard
 from atoll.train.expert import train_expert

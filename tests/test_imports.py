@@ -39,7 +39,7 @@ LEVELS = [
         "convert",
         "collective",
     ],
-    ["study"],
+    ["study", "sample"],
     ["cli"],
     ["__main__"],
 ]

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import atoll.solver
 from atoll.calibration import Calibration
+from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
 from atoll.schedule import PATH, Cosine, Linear, LinearBeta, TableSchedule
@@ -162,3 +164,31 @@ def test_calibration_repairs_samples_of_biased_eps_experts(mixture) -> None:
         return sliced_wasserstein(atoll.solver.sample(ensemble.velocity, noise, steps=40), reference)
 
     assert distance(calibrated) < 0.4 * distance(clamped) < 0.4 * distance(plain)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.5])
+def test_guidance_from_negative_prompts_of_their_own_is_exact(scale) -> None:
+    """Each prompt is a mixture: an image of prompt p, negative n gets u_n + g (u_p - u_n) of the exact mixtures."""
+    mixtures = [GaussianMixture.random(components=4, clusters=1, shape=SHAPE, seed=seed) for seed in range(4)]
+    objective = Objective("eps", Cosine())
+    networks = [one.network(objective) for one in mixtures]
+
+    def network(x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
+        assert condition is not None
+        # The first number of a condition is the mixture that it describes.
+        named = condition.states[:, 0, 0].long().tolist()
+        answers = [exact(x, time) for exact in networks]
+        return torch.stack([answers[number][row] for row, number in enumerate(named)])
+
+    def states(*numbers: int) -> tuple[Condition]:
+        values = torch.tensor(numbers, dtype=torch.float64).reshape(-1, 1, 1)
+        return (Condition(values, torch.ones(len(numbers), 1, dtype=torch.bool)),)
+
+    ensemble = Ensemble([Expert(network, objective, (0,))], None, "full")
+    cache = ensemble.prompt_cache(states(0, 1), states(2, 3), prompt_of=[0, 0, 1, 1, 1])
+    t = inside_support([objective], 5)
+    x = noisy_batch(mixtures[0], t)
+    positive = torch.stack([mixtures[m].velocity(x, t)[row] for row, m in enumerate((0, 0, 1, 1, 1))])
+    negative = torch.stack([mixtures[m].velocity(x, t)[row] for row, m in enumerate((2, 2, 3, 3, 3))])
+    u = ensemble.velocity(x, t, None, scale, prompt_cache=cache)
+    torch.testing.assert_close(u, negative + scale * (positive - negative), atol=1e-6, rtol=1e-6)

@@ -1,7 +1,4 @@
-"""Prompts to images: seeds, batches, routing traces, the sheet of images."""
-
-import errno
-import os
+"""Prompts to images: seeds, negative prompts, batches, routing traces, the grid of images."""
 
 import numpy as np
 import pytest
@@ -9,7 +6,7 @@ import torch
 from PIL import Image
 
 from atoll.errors import AtollError
-from atoll.pipeline import Pipeline, grid, sample_to_file
+from atoll.pipeline import Pipeline, grid
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +60,39 @@ def test_traces_and_callback_cover_every_step(pipe) -> None:
     assert out.traces[1].weights[0].shape == (3, 3)
 
 
+def test_images_of_a_prompt_follow_each_other_and_have_seeds_that_count_up(pipe) -> None:
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    apart = pipe(["moss", "moss", "rain", "rain"], seeds=[3, 4, 8, 9], **options).latents
+    for seeds in ([3, 8], [3, 4, 8, 9]):
+        together = pipe(["moss", "rain"], seeds=seeds, images_per_prompt=2, **options).latents
+        torch.testing.assert_close(together, apart)
+    one = pipe(["moss", "rain"], seeds=[3, 8], images_per_prompt=[1, 2], clusters=[0, 1], batch_size=2, **options)
+    torch.testing.assert_close(one.latents, apart[[0, 2, 3]])
+    assert len(one.images) == 3
+
+
+def test_each_prompt_has_its_own_negative_prompt(pipe) -> None:
+    options = {"num_inference_steps": 4, "guidance_scale": 40.0}  # the tiny networks barely read their prompts
+    both = pipe(["moss", "rain"], seeds=[1, 2], negative_prompt=["sand", "rust"], images_per_prompt=2, **options)
+    for row, (prompt, negative, seed) in enumerate([("moss", "sand", 1), ("moss", "sand", 2), ("rain", "rust", 2)]):
+        alone = pipe(prompt, seeds=[seed], negative_prompt=negative, **options).latents
+        torch.testing.assert_close(both.latents[row], alone[0])
+    assert not torch.allclose(both.latents[:1], pipe("moss", seeds=[1], **options).latents, rtol=1e-3)
+    empty = pipe("moss", seeds=[1], negative_prompt="", **options).latents
+    assert torch.equal(empty, pipe("moss", seeds=[1], **options).latents)
+
+
+def test_networks_read_each_prompt_and_negative_prompt_once(pipe, monkeypatch) -> None:
+    rows = []
+    network = type(pipe.loaded.ensemble.experts[0].network)
+    read_prompt = network.read_prompt
+    monkeypatch.setattr(network, "read_prompt", lambda self, c: rows.append(len(c)) or read_prompt(self, c))
+    negative = ["sand", "sand", "rust"]
+    options = {"negative_prompt": negative, "images_per_prompt": 3, "guidance_scale": 2.0, "routing": "full"}
+    pipe(["moss", "rain", "moss"], num_inference_steps=3, **options)
+    assert rows == [3 + 2] * len(pipe.loaded.ensemble.experts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,6 +102,15 @@ def test_traces_and_callback_cover_every_step(pipe) -> None:
         ({"prompts": "moss", "num_inference_steps": 0}, "steps is 0"),
         ({"prompts": "moss", "routing": "best"}, "unknown routing"),
         ({"prompts": "moss", "method": "rk4"}, "unknown method"),
+        (
+            {"prompts": "moss", "negative_prompt": "rain", "guidance_scale": 1.0},
+            "negative_prompt changes nothing at guidance_scale 1",
+        ),
+        ({"prompts": PROMPTS, "negative_prompt": ["a"], "guidance_scale": 2.0}, "1 negative prompts for 7 prompts"),
+        ({"prompts": "moss", "negative_prompt": [None], "guidance_scale": 2.0}, "expected a string, or a list of them"),
+        ({"prompts": "moss", "images_per_prompt": 0}, "images_per_prompt is 0 for 1 prompts; expected a number from 1"),
+        ({"prompts": PROMPTS, "images_per_prompt": [1, 2]}, "expected a number from 1, or one per prompt"),
+        ({"prompts": ["a", "b"], "images_per_prompt": 3, "seeds": [1]}, "or one for each of 6 images"),
     ],
 )
 def test_invalid_arguments_are_refused(pipe, arguments, message) -> None:
@@ -85,27 +124,3 @@ def test_the_grid_shows_every_image_enlarged() -> None:
     assert sheet.size == (2 * 16 + 8, 2 * 8 + 8)
     assert [sheet.getpixel(at) for at in ((3, 3), (30, 3), (3, 20))] == [0, 50, 100]
     assert grid(images[:1], min_side=4).size == (8, 4)
-
-
-def test_images_are_sampled_to_a_file(trained_run, tmp_path) -> None:
-    sample_to_file(trained_run / "ensemble", ["moss", "rain"], tmp_path / "out.png", steps=2)
-    assert Image.open(tmp_path / "out.png").size == (2 * 128 + 8, 64)
-    assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
-    with pytest.raises(AtollError, match="no image format"):
-        sample_to_file(trained_run / "ensemble", ["moss"], tmp_path / "out.txt")
-    with pytest.raises(AtollError, match="no such directory"):
-        sample_to_file(trained_run / "ensemble", ["moss"], tmp_path / "no" / "out.png")
-    with pytest.raises(AtollError, match="no image format"):  # Pillow reads it only
-        sample_to_file(trained_run / "ensemble", ["moss"], tmp_path / "out.psd")
-
-
-def test_a_full_disk_leaves_the_earlier_image(trained_run, tmp_path, monkeypatch) -> None:
-    (tmp_path / "out.png").write_bytes(b"earlier")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(AtollError, match=r"out\.png: cannot be written \(No space left.*untouched"):
-        sample_to_file(trained_run / "ensemble", ["moss"], tmp_path / "out.png", steps=1)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("out.png", b"earlier")]

@@ -188,7 +188,7 @@ def sample(
 ) -> None:
     """Sample images: `atoll sample runs/demo/ensemble "digit seven, sans bold" -o out.png`."""
     from atoll.collective.model import is_collective, open_model
-    from atoll.pipeline import sample_to_file
+    from atoll.sample.sheet import sample_to_file
 
     # Of a collective, whatever is admitted now; each expert is fetched when it is first needed.
     model = open_model(ensemble, identity) if is_collective(ensemble) else None

@@ -215,6 +215,9 @@ class Ensemble:
         null: tuple[Condition, ...] | None = None,
         limit: int = CACHE_BYTES,
         block_cache: float = 0.0,
+        *,
+        prompt_of: Sequence[int] | None = None,
+        null_of: Sequence[int] | None = None,
     ) -> PromptCache:
         """Return a cache for one sampling: each network reads a prompt once, not at every step.
 
@@ -222,13 +225,13 @@ class Ensemble:
         skips.
 
         Args:
-            conditions: of B rows, one per text encoder.
-            null: one row per text encoder, in place of the ensemble's own null condition.
-            limit: as in `PromptCache`.
-            block_cache: as in `PromptCache`.
+            conditions: of P rows, one per text encoder.
+            null: of one row or of P rows, one per text encoder, in place of the ensemble's own null condition.
+            limit, block_cache, prompt_of, null_of: as in `PromptCache`.
         """
-        # The caller's null condition replaces the ensemble's own, for a negative prompt.
-        return PromptCache(conditions, self.null if null is None else null, limit, block_cache)
+        # The caller's null condition replaces the ensemble's own, for negative prompts.
+        null = self.null if null is None else null
+        return PromptCache(conditions, null, limit, block_cache, prompt_of=prompt_of, null_of=null_of)
 
     # The steps of `velocity`, each pure, for whoever samples.
 
@@ -379,6 +382,6 @@ class Ensemble:
         """Return what the router sees of the prompt [B, P]; the null condition's vector if there is no prompt."""
         # Guidance does not change the routing: the router sees the prompt alone.
         if query.prompts is not None:
-            return query.prompts.conditions[self.router_encoder].pooled
+            return query.prompts.pooled(self.router_encoder)
         pooled = None if self.null is None else self.null[self.router_encoder].pooled
         return None if pooled is None else pooled.expand(len(query.x), -1)

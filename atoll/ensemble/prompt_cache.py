@@ -5,6 +5,7 @@ block, once per prompt, and not again at every step.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -29,19 +30,23 @@ class CachesPrompt(Protocol):
 
 
 class PromptCache:
-    """B prompts by every text encoder, the null condition, and the `TextKV` that networks have computed for them.
+    """The prompts of B images by every text encoder, the null condition, and the `TextKV` computed from them.
 
     Valid for the current weights only. It is filled as a side effect of evaluating experts, so it belongs to one
     sampling and one thread; an `Ensemble` never holds one.
 
     Args:
-        conditions: of B rows, one per text encoder.
-        null: of one row, one per text encoder; needed for guidance.
+        conditions: of P rows, one per text encoder.
+        null: of one row, or of P rows, each prompt's own; one per text encoder. Needed for guidance.
         limit: cache size in bytes; prompts beyond it are computed at every step. 0 caches nothing.
         block_cache: the threshold of first-block caching (`atoll.nn.block_cache`); 0 evaluates all blocks.
+        prompt_of: each image's row of the conditions [B]; default: one image per prompt, B = P.
+        null_of: each image's row of the null condition [B], for any number of rows; default: the only row, or that of
+            the image's prompt.
 
     Raises:
-        AtollError: `block_cache` is negative or not finite.
+        AtollError: `block_cache` is negative or not finite; a null condition of neither one nor P rows; images without
+            a row.
     """
 
     def __init__(
@@ -50,15 +55,39 @@ class PromptCache:
         null: tuple[Condition, ...] | None = None,
         limit: int = CACHE_BYTES,
         block_cache: float = 0.0,
+        *,
+        prompt_of: Sequence[int] | None = None,
+        null_of: Sequence[int] | None = None,
     ):
         if not 0 <= block_cache < math.inf:
             raise AtollError(f"block_cache is {block_cache}; expected a threshold from 0 (none) to about 0.3")
         self.conditions, self.null, self.limit, self.block_cache = conditions, null, limit, block_cache
+        # Images by prompt, and by negative prompt: rows that several images share are computed once.
+        count, nulls = len(conditions[0]), 0 if null is None else len(null[0])
+        self._prompt_of = list(range(count) if prompt_of is None else prompt_of)
+        self._one_each = self._prompt_of == list(range(count))
+        if null_of is None and nulls not in (0, 1, count):
+            raise AtollError(f"a null condition of {nulls} rows for {count} prompts; expected one row, or one for each")
+        own_nulls = self._prompt_of if nulls == count else [0] * len(self._prompt_of)
+        self._null_of = own_nulls if null_of is None else list(null_of)
+        # A negative row would silently count from the end.
+        for rows, total in ((self._prompt_of, count), (self._null_of, max(1, nulls))):
+            if len(rows) != len(self._prompt_of) or not all(0 <= row < total for row in rows):
+                raise AtollError(f"{len(rows)} images' rows of {total}; expected one from 0 to {total - 1} per image")
         self._by_network: dict[CachesPrompt, _NetworkCache] = {}
         self._full = False  # the limit was reached
 
     def __len__(self) -> int:
-        return len(self.conditions[0])
+        """B, the number of images."""
+        return len(self._prompt_of)
+
+    def pooled(self, encoder: int) -> Tensor | None:
+        """Return the images' pooled vectors by one text encoder [B, width]; None if it has none."""
+        pooled = self.conditions[encoder].pooled
+        # Usually each image has a prompt of its own.
+        if pooled is None or self._one_each:
+            return pooled
+        return pooled[torch.tensor(self._prompt_of, device=pooled.device)]
 
     @property
     def skip_rate(self) -> float:
@@ -78,8 +107,8 @@ class PromptCache:
         Args:
             network: the expert's network.
             encoder: the index of the text encoder that it reads.
-            rows: prompts by number [b] int64.
-            guided: whether b rows of the null condition follow.
+            rows: images by number [b] int64.
+            guided: whether the b images' rows of the null condition follow.
 
         Returns:
             A condition of b rows; 2 b if guided.
@@ -93,9 +122,10 @@ class PromptCache:
                 f"{type(network).__name__} has no block cache: only DiT and Paris have, without a memory budget; leave "
                 "block_cache at 0"
             )
-        # Prompts by number; the null condition has the number B.
-        numbers = rows.tolist()
-        numbers += [len(self)] * len(rows) if guided else []
+        # Prompts by number; the rows of the null condition are numbered behind them.
+        images, first_null = rows.tolist(), len(self.conditions[0])
+        numbers = [self._prompt_of[image] for image in images]
+        numbers += [first_null + self._null_of[image] for image in images] if guided else []
         if not self.limit or not isinstance(network, CachesPrompt):
             return self._uncached(encoder, numbers)
 
@@ -112,24 +142,25 @@ class PromptCache:
                 return self._uncached(encoder, numbers)
             cached.add(missing, computed)
 
-        # A row and its guidance branch name a sample for the block cache.
-        branches = [(row, branch) for branch in range(1 + guided) for row in rows.tolist()]
+        # An image and its guidance branch name a sample for the block cache.
+        branches = [(image, branch) for branch in range(1 + guided) for image in images]
         return cached.index(numbers, rows.device, tuple(branches))
 
     def _uncached(self, encoder: int, numbers: list[int]) -> Condition:
-        """Return the conditions of prompts by number; numbers from B on are the null condition's, and come last."""
+        """Return the conditions of prompts by number; numbers from P on are the null condition's, and come last."""
         # The prompts' own rows.
         condition = self.conditions[encoder]
         # The condition's device: rows may come from elsewhere.
         device = condition.states.device
-        own = [number for number in numbers if number < len(self)]
+        own = [number for number in numbers if number < len(condition)]
         rows = condition.index(torch.tensor(own, device=device, dtype=torch.long))
         if len(own) == len(numbers):
             return rows
-        # The null condition is one row, repeated.
+        # The null condition's rows, repeated as needed.
         if self.null is None:
             raise AtollError("guidance without a null condition; create the cache with an ensemble that has one")
-        null = self.null[encoder].index(torch.zeros(len(numbers) - len(own), device=device, dtype=torch.long))
+        nulls = [number - len(condition) for number in numbers[len(own) :]]
+        null = self.null[encoder].index(torch.tensor(nulls, device=device, dtype=torch.long))
         return Condition.cat([rows, null]) if own else null
 
 

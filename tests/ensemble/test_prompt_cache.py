@@ -208,6 +208,50 @@ def test_a_cache_can_have_another_null_condition() -> None:
     assert not torch.allclose(guided, ensemble.velocity(x, t, condition, 2.0))
 
 
+def test_each_prompt_can_have_its_own_null_condition() -> None:
+    network, condition, own = Counted(dit()), condition_of(3), condition_of(3, seed=4)
+    ensemble = ensemble_of([network])
+    x, t = torch.randn(3, C, SIDE, SIDE).double(), torch.full((3,), 0.4).double()
+    cache = ensemble.prompt_cache((condition,), (own,))
+    u = ensemble.velocity(x, t, None, 2.0, prompt_cache=cache)
+    for row in range(3):
+        one, null = (c.index(torch.tensor([row])) for c in (condition, own))
+        alone = replace(ensemble, null=(null,)).velocity(x[row][None], t[:1], one, 2.0)
+        torch.testing.assert_close(u[row], alone[0])
+
+
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_images_share_the_rows_of_their_prompts(limit: int) -> None:
+    network, condition, negatives = Counted(dit(pooled_dim=POOLED)), condition_of(2), condition_of(2, seed=4)
+    ensemble = ensemble_of([network])
+    prompt_of, null_of = [0, 0, 1, 1, 1], [1, 1, 0, 1, 0]
+    x, t = torch.randn(5, C, SIDE, SIDE).double(), torch.full((5,), 0.4).double()
+    cache = ensemble.prompt_cache((condition,), (negatives,), limit, prompt_of=prompt_of, null_of=null_of)
+    each = [c.index(torch.tensor(rows)) for c, rows in ((condition, prompt_of), (negatives, null_of))]
+    expected = ensemble.velocity(x, t, None, 2.0, prompt_cache=ensemble.prompt_cache((each[0],), (each[1],), 0))
+    assert network.read == []
+    for _ in range(2):
+        torch.testing.assert_close(ensemble.velocity(x, t, None, 2.0, prompt_cache=cache), expected)
+    assert network.read == ([4] if limit else [])  # two prompts, two negative prompts
+    assert len(cache) == 5
+    assert torch.equal(cache.pooled(0), each[0].pooled)
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (2, {}, "null condition of 2 rows for 3 prompts; expected one row, or one for each"),
+        (1, {"prompt_of": [0, 3]}, "2 images' rows of 3; expected one from 0 to 2 per image"),
+        (1, {"prompt_of": [0, -1]}, "expected one from 0 to 2 per image"),
+        (2, {"null_of": [0, 1]}, "2 images' rows of 2; expected one from 0 to 1 per image"),
+        (2, {"null_of": [0, 1, 2]}, "expected one from 0 to 1 per image"),
+    ],
+)
+def test_rows_that_do_not_fit_the_images_are_refused(rows, arguments, message) -> None:
+    with pytest.raises(AtollError, match=message):
+        ensemble_of([dit()]).prompt_cache((condition_of(3),), (condition_of(rows),), **arguments)
+
+
 class TestBlockCache:
     @pytest.mark.parametrize("network", [dit(0, depth=3), paris(0), dit(1, depth=1)])
     @pytest.mark.parametrize("guidance", [1.0, 2.0])

@@ -1,0 +1,1 @@
+"""Prompts to files: the stage behind `atoll sample`."""
