@@ -68,7 +68,7 @@ class Gate:
 
     def __init__(self, run: Path, probe: Path):
         first = Shards(cluster_path(run / CLUSTERS, 0)).card(ClusterShardsCard)
-        self.run, self.probe, self.encoder = run, Probe(probe, first.clusters), build_encoder(first.condition)
+        self.run, self.probe, self.encoder = run, Probe(probe, first.descent), build_encoder(first.condition)
         self._references: dict[int, ClusterReference] = {}
 
     def reference(self, cluster: int) -> ClusterReference:

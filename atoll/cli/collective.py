@@ -83,6 +83,40 @@ def join(
 
 
 @collective_app.command()
+def grow(
+    url: Url,
+    key: Annotated[list[Path] | None, typer.Option(help="Another founder's key, if several must sign.")] = None,
+    run: MemberOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a cluster that the founder's run has more, after `atoll cluster --new-cluster` or `--split`."""
+    from atoll.collective.grow import grow_collective
+    from atoll.collective.member import find_member, full_url
+
+    with bar("grow", "files", quiet) as update:
+        done = grow_collective(find_member(full_url(url), run), more_keys=tuple(key or ()), progress=update)
+    typer.echo(
+        f"charter {done.charter} published: {done.before} clusters became {done.clusters}; {done.uploaded} of "
+        f"{done.files} files were new; members run `atoll collective follow {url}`"
+    )
+
+
+@collective_app.command()
+def follow(url: Url, run: MemberOption = None) -> None:
+    """Follow a collective that grew: update atoll.yaml and the clustering; trainings and experts stay."""
+    from atoll.collective.follow import follow_collective
+    from atoll.collective.member import find_member, full_url
+
+    directory = find_member(full_url(url), run)
+    done = follow_collective(directory)
+    if done.before == done.clusters:
+        typer.echo(f"{directory} knows all {done.clusters} clusters")
+    else:
+        works = ", ".join(done.works)
+        typer.echo(f"{directory} knows {done.clusters} clusters, before {done.before}; new work: {works}")
+
+
+@collective_app.command()
 def claim(
     url: Url,
     cluster: Annotated[int | None, typer.Option(min=0, help="The cluster; default: the next that nobody has.")] = None,

@@ -9,23 +9,25 @@ from pathlib import Path
 
 from atoll.collective.charter import Collective
 from atoll.collective.entry import update_index, whole_submissions
-from atoll.collective.files import FileProgress, fetch_files, files_prefix, read_list
+from atoll.collective.files import FileProgress, fetch_files
 from atoll.collective.gate.check import Check
 from atoll.collective.gate.judge import PROBE_ROWS, ClusterReference, judge
 from atoll.collective.gate.probe import Probe
 from atoll.collective.index import SUBMISSIONS, read_index, read_submission, report_path
 from atoll.collective.keys import Key, hex_of
 from atoll.collective.member import changing
+from atoll.collective.run_files import PublishedRun, read_run
 from atoll.collective.signed import Signed, sign
-from atoll.collective.statements import AdmissionReport, FileDigest, Submission
+from atoll.collective.statements import AdmissionReport, Submission
 from atoll.collective.store import Store
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.runtime.device import best_device
+from atoll.storage.artifact import read_card
 from atoll.storage.bounds import CARD_BYTES
-from atoll.storage.cards import ClusterShardsCard
-from atoll.storage.layout import CARD, CLUSTERS, WEIGHTS, RunLayout, cluster_name
+from atoll.storage.cards import ExpertCard, Lineage
+from atoll.storage.layout import CARD, WEIGHTS, RunLayout
 from atoll.storage.shards import Shards
 
 Tell = Callable[["Judgement"], None]
@@ -84,15 +86,15 @@ def admit_submissions(
         collective = member.read(store)
         _check_admitter(store, collective, key)
         manifest = load_manifest(directory)
-        secret = Probe(probe, manifest.clusters.k)
+        run = read_run(store, collective)
+        secret = Probe(probe, run.lineage)
         encoder = build_encoder(manifest.condition, manifest.trust_in_cards(directory))
         references: dict[tuple[int, ...], ClusterReference] = {}
 
         def reference(clusters: tuple[int, ...]) -> ClusterReference:
             if clusters not in references:
-                shards = tuple(_shards(store, collective, directory, number, progress) for number in clusters)
-                secret.check(shards[0].card(ClusterShardsCard).assignment)
-                references[clusters] = ClusterReference(clusters, secret, shards, encoder)
+                shards = tuple(_shards(run, directory, number, progress) for number in clusters)
+                references[clusters] = ClusterReference(clusters, secret, shards, encoder, run.lineage)
             return references[clusters]
 
         # Judge one after the other. A report is there for good before the next expert is looked at.
@@ -101,7 +103,16 @@ def admit_submissions(
         outcomes = []
         for name in _wanted(store, key, submissions):
             outcome = _judge_one(
-                directory, store, collective, key, name, reference=reference, known=known, rows=rows, progress=progress
+                directory,
+                store,
+                collective,
+                key,
+                name,
+                reference=reference,
+                lineage=run.lineage,
+                known=known,
+                rows=rows,
+                progress=progress,
             )
             outcomes.append(outcome)
             if tell is not None:
@@ -143,6 +154,7 @@ def _judge_one(
     name: str,
     *,
     reference: Callable[[tuple[int, ...]], ClusterReference],
+    lineage: Lineage,
     known: dict[str, str],
     rows: int,
     progress: FileProgress | None,
@@ -157,8 +169,6 @@ def _judge_one(
             raise AtollError(f"names cluster {max(statement.clusters)}, which does not exist")
     except AtollError as error:
         return Judgement(name, "", None, (str(error),))
-    # The probe or the shards may lack a cluster; that is no fault of the expert.
-    about = reference(statement.clusters)
     seed = secrets.randbits(63)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".admit-") as place:
         try:
@@ -166,7 +176,18 @@ def _judge_one(
         # Not what was signed, or not there: nothing was judged.
         except AtollError as error:
             return Judgement(name, statement.name, None, (str(error),))
-        checks = judge(Path(place), about, name=statement.name, seed=seed, known=known, rows=rows, device=best_device())
+        # The probe or the shards may lack a cluster; that is no fault of the expert.
+        about = reference(_clusters_now(Path(place), statement, lineage))
+        checks = judge(
+            Path(place),
+            about,
+            name=statement.name,
+            seed=seed,
+            clusters=statement.clusters,
+            known=known,
+            rows=rows,
+            device=best_device(),
+        )
     report = report_of(signed, collective, checks, seed)
     if not store.create(report_path(name, key.id), sign(report, [key], collective.identity)):
         raise AtollError(f"{store.place(report_path(name, key.id))}: something else is at its place; remove it")
@@ -213,14 +234,18 @@ def _weights_in(store: Store, collective: Collective, submissions: Sequence[str]
     return {one.files[WEIGHTS].sha256: one.name for one in statements}
 
 
-def _shards(
-    store: Store, collective: Collective, directory: Path, cluster: int, progress: FileProgress | None
-) -> Shards:
+def _clusters_now(expert: Path, statement: Submission, lineage: Lineage) -> tuple[int, ...]:
+    """What the clusters of a submission are now; as it names them if its card does not fit, which the gate refuses."""
+    try:
+        return lineage.now(read_card(expert, ExpertCard).assignment, statement.clusters)
+    except (AtollError, ValueError):
+        return statement.clusters
+
+
+def _shards(run: PublishedRun, directory: Path, cluster: int, progress: FileProgress | None) -> Shards:
     """Return the collective's shards of a cluster, fetched if they are not there."""
-    files = read_list(store, collective.charter.files)
-    prefix = f"{CLUSTERS}/{cluster_name(cluster)}/"
-    wanted: dict[str, FileDigest] = {name: digest for name, digest in files.items() if name.startswith(prefix)}
-    if not wanted:
-        raise AtollError(f"{store.url}: its list of files has no shards of cluster {cluster}; ask the founder")
-    fetch_files(store, files_prefix(collective.charter.files), wanted, directory, progress)
+    # Those of before a split stay where they are: a training may be reading them.
+    if run.holds_other(cluster, directory):
+        directory = directory / f".reference-{run.collective.charter.files.sha256[:12]}"
+    run.fetch(run.cluster(cluster), directory, progress)
     return Shards(RunLayout(directory).cluster(cluster))

@@ -143,6 +143,14 @@ def check_seen(hashes: Sequence[str], seen: Position | None, where: str, what: s
         raise AtollError(f"{where}: version {seen.version} is not the one seen before; the {what} was exchanged")
 
 
+def check_founders(charter: Charter, keys: Sequence[Key]) -> None:
+    """Raise AtollError unless these keys may sign the next charter."""
+    if missing := [key.id for key in keys if key.id not in charter.roles.founders]:
+        raise AtollError(f"{short(missing[0])} is no founder of {charter.name!r}; only founders change the charter")
+    if len(keys) < (need := charter.thresholds.founders):
+        raise AtollError(f"{need} founders must sign, {len(keys)} keys are here; name the others with --key")
+
+
 def publish_charter(store: Store, charter: Charter, keys: Sequence[Key], identity: str) -> str:
     """Create a charter.
 

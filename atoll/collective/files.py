@@ -61,13 +61,17 @@ def upload_files(
 
 
 def fetch_files(
-    store: Store, prefix: str, files: Mapping[str, FileDigest], directory: Path, progress: FileProgress | None = None
+    store: Store,
+    prefix: str | Mapping[str, str],
+    files: Mapping[str, FileDigest],
+    directory: Path,
+    progress: FileProgress | None = None,
 ) -> None:
     """Download files, each checked and atomic; those that are there already are kept.
 
     Args:
         store: the collective's.
-        prefix: their place in the store.
+        prefix: their place in the store, or that of each of them.
         files: relative paths with size and hash. A path that leads out of the directory is refused.
         directory: where to write them.
         progress: called before each file.
@@ -75,14 +79,16 @@ def fetch_files(
     Raises:
         AtollError: missing, changed or too large; no space.
     """
+    places = {name: prefix if isinstance(prefix, str) else prefix[name] for name in files}
     # All names and sizes before the first byte.
     for name, digest in files.items():
+        place = store.place(places[name])
         try:
             safe_path(name)
         except ValueError as error:
-            raise AtollError(f"{store.place(prefix)}: {error}; do not trust this list") from None
+            raise AtollError(f"{place}: {error}; do not trust this list") from None
         if digest.size > MAX_FILE:
-            raise AtollError(f"{store.place(prefix)}/{name}: {digest.size:,} bytes, expected at most {MAX_FILE:,}")
+            raise AtollError(f"{place}/{name}: {digest.size:,} bytes, expected at most {MAX_FILE:,}")
     for number, (name, digest) in enumerate(files.items()):
         if progress is not None:
             progress(number, len(files), name)
@@ -90,7 +96,7 @@ def fetch_files(
         if file.is_file() and file.stat().st_size == digest.size and digest_of(file) == digest:
             continue
         file.parent.mkdir(parents=True, exist_ok=True)
-        store.download(f"{prefix}/{name}", file, digest.sha256, digest.size)
+        store.download(f"{places[name]}/{name}", file, digest.sha256, digest.size)
 
 
 def list_of(files: Mapping[str, FileDigest]) -> tuple[FileDigest, bytes]:

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from atoll.collective.charter import read_collective
 from atoll.collective.connect import open_store
-from atoll.collective.files import MANIFEST_BYTES, fetch_files, files_prefix, parse_published, read_list
 from atoll.collective.keys import Key, hex_of
 from atoll.collective.member import MemberRecordFile, full_url, write_record
+from atoll.collective.run_files import read_run
 from atoll.collective.signed import sign
 from atoll.collective.statements import Request
 from atoll.errors import AtollError
 from atoll.storage.artifact import whole_directory
-from atoll.storage.layout import CLUSTERS, MANIFEST
+from atoll.storage.layout import MANIFEST
 
 REQUESTS = "requests"
 
@@ -43,16 +43,11 @@ def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity:
     if key.id in collective.charter.removed:
         collective.check_may_work(key.id)
     # The manifest and the clustering; the clusters themselves are large.
-    charter = collective.charter
-    files = read_list(store, charter.files)
-    small = {file: digest for file, digest in files.items() if file == MANIFEST or _is_clustering(file)}
-    manifest = small.get(MANIFEST)
-    if manifest is None or manifest.sha256 != charter.founded.manifest or manifest.size > MANIFEST_BYTES:
-        raise AtollError(f"{url}: its list of files lacks the manifest that the charter names; ask the founder")
+    run = read_run(store, collective)
+    # A manifest that this version cannot read is refused now, not after days.
+    assert run.manifest
     with whole_directory(out) as directory:
-        fetch_files(store, files_prefix(charter.files), small, directory)
-        # A manifest that this version cannot read is refused now, not after days.
-        parse_published((directory / MANIFEST).read_bytes(), f"{url}: {MANIFEST}")
+        run.fetch([MANIFEST, *run.clustering()], directory)
         write_record(
             directory,
             MemberRecordFile(
@@ -67,8 +62,3 @@ def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity:
         place = f"{REQUESTS}/{hex_of(key.id)}.json"
         store.create(place, sign(Request(name=name), [key], collective.identity))
     return collective.identity
-
-
-def _is_clustering(file: str) -> bool:
-    """Whether a file lies directly in clusters/."""
-    return file.startswith(f"{CLUSTERS}/") and file.count("/") == 1

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.collective.charter import publish_charter, read_collective
+from atoll.collective.charter import check_founders, publish_charter, read_collective
 from atoll.collective.join import REQUESTS
 from atoll.collective.keys import Key, hex_of, short
 from atoll.collective.member import Membership
@@ -65,11 +65,7 @@ def change_members(
     collective = member.read(store)
     old = collective.charter
     # What must hold before anything is signed.
-    if missing := [key.id for key in keys if key.id not in old.roles.founders]:
-        raise AtollError(f"{short(missing[0])} is no founder of {old.name!r}; only founders change the charter")
-    if len(keys) < old.thresholds.founders:
-        need = old.thresholds.founders
-        raise AtollError(f"{need} founders must sign, {len(keys)} keys are here; name the others with --key")
+    check_founders(old, keys)
     for key in remove:
         if key in {*old.roles.founders, *old.roles.admitters, *old.roles.retirers}:
             raise AtollError(f"{short(key)} has a role in the charter; give that to another key first")

@@ -6,6 +6,7 @@ their hash checked while they stream. All of it stays in a cache directory, one 
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,13 +15,13 @@ from typing import Literal
 
 from atoll.collective.charter import CHARTERS, Collective, numbered, read_collective
 from atoll.collective.connect import open_store
-from atoll.collective.files import MANIFEST_BYTES, fetch_files, files_prefix, parse_published, read_list
+from atoll.collective.files import fetch_files
 from atoll.collective.index import SUBMISSIONS, VerifiedIndex, check_date, read_index, read_submission
 from atoll.collective.member import full_url
+from atoll.collective.run_files import PublishedRun, read_run
 from atoll.collective.statements import FileDigest, Position
 from atoll.collective.store import Store
 from atoll.errors import AtollError
-from atoll.manifest import Manifest
 from atoll.storage.artifact import read_card, read_json, sha256_file, write_card, write_json
 from atoll.storage.bounds import FreeText, Sha256
 from atoll.storage.cards import (
@@ -33,7 +34,7 @@ from atoll.storage.cards import (
     SamplingDefaults,
     parse_record,
 )
-from atoll.storage.layout import CARD, ENSEMBLE_CARD, EXPERTS, MANIFEST, ROUTER, WEIGHTS
+from atoll.storage.layout import CARD, ENSEMBLE_CARD, EXPERTS, ROUTER, WEIGHTS
 from atoll.storage.lock import hold
 
 ROUTERS = "router"  # in the store: router/<hash of its card>/
@@ -116,9 +117,13 @@ def _seen(directory: Path) -> SeenCollective | None:
 
 def _materialize(store: Store, collective: Collective, verified: VerifiedIndex, directory: Path) -> CollectiveModel:
     """Write the ensemble of an index: ensemble.json, the experts' cards and the router."""
-    # The cards, each pinned by the hash in a submission that the index pins.
+    # The router knows the clusters as they were when it was trained or extended; experts may be older or newer.
+    run = read_run(store, collective)
+    router = _fetch_router(run, verified, directory)
+    routing = None if router is None else read_card(directory / router.url, RouterCard)
+    # The experts' cards, each pinned by the hash in a submission that the index pins.
     entries, weights = [], dict[str, tuple[str, FileDigest]]()
-    cards = list[ExpertCard]()
+    cards, newer = list[ExpertCard](), list[str]()
     for expert in verified.index.experts:
         submission = read_submission(store, collective, expert.submission)
         if submission.sha256 != expert.sha256:
@@ -129,17 +134,19 @@ def _materialize(store: Store, collective: Collective, verified: VerifiedIndex, 
         card = read_card(part, ExpertCard)
         if card.weights_sha256 != files[WEIGHTS].sha256 or card.clusters != expert.clusters:
             raise AtollError(f"{part / CARD}: differs from what its submission says; retire {expert.submission}")
+        if routing is not None and _is_newer(card, routing):
+            newer.append(card.name)
+            continue
         cards.append(card)
         weights[expert.submission] = (prefix, files[WEIGHTS])
         url = f"{EXPERTS}/{expert.submission}"
-        entries.append(ExpertEntry(name=card.name, clusters=card.clusters, url=url, sha256=files[CARD].sha256))
+        clusters = card.clusters if routing is None else _clusters_now(card, routing)
+        entries.append(ExpertEntry(name=card.name, clusters=clusters, url=url, sha256=files[CARD].sha256))
+    _tell_newer(store, newer, len(cards))
 
-    # The router and the sampling defaults.
-    router = _fetch_router(store, collective, verified, directory)
-    manifest = _manifest(store, collective, directory)
+    # The ensemble, with the run's sampling defaults.
     first = cards[0]
-    # The router knows the clusters as they are now; experts may be older than their last growth.
-    routing = None if router is None else read_card(directory / router.url, RouterCard)
+    sampling = run.manifest.sampling.model_dump(include=set(SamplingDefaults.model_fields))
     ensemble = EnsembleCard(
         experts=tuple(entries),
         router=router,
@@ -148,7 +155,7 @@ def _materialize(store: Store, collective: Collective, verified: VerifiedIndex, 
         lineage=None if routing is None else routing.lineage,
         latent_shape=first.latent_shape,
         codec=first.codec,
-        sampling=SamplingDefaults(**manifest.sampling.model_dump(include=set(SamplingDefaults.model_fields))),
+        sampling=SamplingDefaults(**sampling),
     )
     write_card(directory / ENSEMBLE_CARD, ensemble)
 
@@ -160,27 +167,42 @@ def _materialize(store: Store, collective: Collective, verified: VerifiedIndex, 
     return CollectiveModel(directory, fetch, verified.position.version)
 
 
-def _fetch_router(store: Store, collective: Collective, verified: VerifiedIndex, directory: Path) -> RouterEntry | None:
+def _is_newer(card: ExpertCard, router: RouterCard) -> bool:
+    """Return whether an expert is of clusters that a router does not know yet."""
+    return card.k > router.clusters and not router.descent.knows(card.assignment)
+
+
+def _clusters_now(card: ExpertCard, router: RouterCard) -> tuple[int, ...]:
+    """The clusters of an expert in the router's numbering; its own if the router does not know them."""
+    lineage = router.descent
+    # A card that does not fit is refused with the others when the ensemble is loaded.
+    fits = lineage.knows(card.assignment) and card.k == lineage.clusters_of(card.assignment)
+    return lineage.now(card.assignment, card.clusters) if fits else card.clusters
+
+
+def _tell_newer(store: Store, newer: list[str], usable: int) -> None:
+    """Warn about experts that wait for a router. Raises AtollError if there are no others."""
+    if not newer:
+        return
+    remedy = "an admitter publishes the extended router: `atoll collective publish RUN/router`"
+    if not usable:
+        raise AtollError(f"{store.url}: the router knows the clusters of no admitted expert; {remedy}")
+    names = ", ".join(newer[:5]) + (", ..." if len(newer) > 5 else "")
+    warnings.warn(f"without {names}: the router does not know their clusters yet; {remedy}", stacklevel=4)
+
+
+def _fetch_router(run: PublishedRun, verified: VerifiedIndex, directory: Path) -> RouterEntry | None:
     """Fetch the router: the index's, or else the one that the founder published with the run."""
+    place: str | dict[str, str]
     if (files := verified.index.router) is not None:
-        prefix = f"{ROUTERS}/{files[CARD].sha256}"
+        place = f"{ROUTERS}/{files[CARD].sha256}"
     else:
-        prefix = f"{files_prefix(collective.charter.files)}/{ROUTER}"
-        run = read_list(store, collective.charter.files)
-        files = {name: run[f"{ROUTER}/{name}"] for name in (CARD, WEIGHTS) if f"{ROUTER}/{name}" in run}
+        names = [name for name in (CARD, WEIGHTS) if f"{ROUTER}/{name}" in run.files]
+        files = {name: run.files[f"{ROUTER}/{name}"] for name in names}
+        place = {name: f"{run.places[f'{ROUTER}/{name}']}/{ROUTER}" for name in names}
     # A single expert, or a generalist, needs none.
     if not files:
         return None
     part = directory / ROUTER / files[CARD].sha256[:32]
-    fetch_files(store, prefix, files, part)
+    fetch_files(run.store, place, files, part)
     return RouterEntry(url=f"{ROUTER}/{part.name}", sha256=sha256_file(part / CARD))
-
-
-def _manifest(store: Store, collective: Collective, directory: Path) -> Manifest:
-    """Read the run's atoll.yaml."""
-    charter = collective.charter
-    digest = read_list(store, charter.files).get(MANIFEST)
-    if digest is None or digest.sha256 != charter.founded.manifest or digest.size > MANIFEST_BYTES:
-        raise AtollError(f"{store.url}: its list of files lacks the manifest that the charter names; ask the founder")
-    fetch_files(store, files_prefix(charter.files), {MANIFEST: digest}, directory)
-    return parse_published((directory / MANIFEST).read_bytes(), store.place(MANIFEST))

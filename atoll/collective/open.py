@@ -108,8 +108,13 @@ def open_collective(
     return identity
 
 
-def run_files(run: Path, clusters: int) -> list[str]:
+def run_files(run: Path, clusters: int, *, router: bool = True) -> list[str]:
     """List the files of a run that contributors need: atoll.yaml, the clustering, every cluster, the router's data.
+
+    Args:
+        run: the run.
+        clusters: how many it has.
+        router: whether the trained router is among them.
 
     Raises:
         AtollError: a cluster is missing.
@@ -118,9 +123,8 @@ def run_files(run: Path, clusters: int) -> list[str]:
     names = [MANIFEST, *(f"{CLUSTERS}/{name}" for name in (CLUSTERS_CARD, CENTROIDS))]
     directories = [f"{CLUSTERS}/{cluster_name(number)}" for number in range(clusters)]
     # The router's sample, and the router, if the run has them.
-    directories += [
-        place.relative_to(run).as_posix() for place in (layout.router_sample, layout.router) if place.is_dir()
-    ]
+    places = (layout.router_sample, layout.router) if router else (layout.router_sample,)
+    directories += [place.relative_to(run).as_posix() for place in places if place.is_dir()]
     for directory in directories:
         here = sorted(path.name for path in (run / directory).glob("*") if path.is_file() and path.name[0] != ".")
         if not here:

@@ -11,6 +11,7 @@ from atoll.collective.index import SUBMISSION, SUBMISSIONS, submission_id
 from atoll.collective.keys import Key, hex_of
 from atoll.collective.leases import end, work_status
 from atoll.collective.member import Membership, changing, full_url
+from atoll.collective.run_files import read_run
 from atoll.collective.signed import sign
 from atoll.collective.statements import Submission
 from atoll.collective.store import Store, StoreError
@@ -55,8 +56,7 @@ def publish_expert(expert: Path, url: str | None = None, *, progress: FileProgre
         collective = member.read(store)
         collective.check_may_work(key.id)
         collective.check_date(store.now(hex_of(key.id)))
-        if card.k != (clusters := collective.charter.founded.clusters):
-            raise AtollError(f"{expert}: is of {card.k} clusters, the collective has {clusters}")
+        _check_clusters(expert, card, store, collective)
         # The lease that it was trained under.
         work = _work_of(directory, expert, card)
         lease = member.leases.get(work)
@@ -80,6 +80,18 @@ def publish_expert(expert: Path, url: str | None = None, *, progress: FileProgre
             warnings.warn(f"published, but the lease on work {work} is not ended ({error})", stacklevel=2)
             current = lease is not None
     return Published(submission, replica=not current)
+
+
+def _check_clusters(expert: Path, card: ExpertCard, store: Store, collective: Collective) -> None:
+    """Raise AtollError unless an expert is of the collective's clusters, or of clusters that they grew from."""
+    clusters = collective.charter.founded.clusters
+    if card.k == clusters:
+        return
+    lineage = read_run(store, collective).lineage
+    if not lineage.knows(card.assignment) or card.k != lineage.clusters_of(card.assignment):
+        raise AtollError(
+            f"{expert}: is of {card.k} clusters, the collective has {clusters}, which did not grow from them"
+        )
 
 
 def _finish(member: Membership, store: Store, collective: Collective, key: Key, work: str) -> bool:

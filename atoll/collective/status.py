@@ -1,20 +1,17 @@
 """Where a collective stands: `atoll collective status`. It needs no key, and only rights to read."""
 
 from dataclasses import dataclass
-from hashlib import sha256
 
 from atoll.collective.charter import Collective, read_collective
 from atoll.collective.connect import open_store
-from atoll.collective.files import MANIFEST_BYTES, files_prefix, parse_published, read_list
 from atoll.collective.heartbeat import works_of
 from atoll.collective.index import SUBMISSION, SUBMISSIONS, read_index, read_submission, report_path
 from atoll.collective.leases import WORK, WorkStatus, work_status
+from atoll.collective.run_files import read_run
 from atoll.collective.signed import read_signed
 from atoll.collective.statements import STATEMENT_BYTES, AdmissionReport
 from atoll.collective.store import Store, StoreRefusedError
 from atoll.errors import AtollError
-from atoll.manifest import Manifest
-from atoll.storage.layout import MANIFEST
 
 _SHOWN = 1000  # submissions that are read
 
@@ -66,7 +63,7 @@ def collective_status(url: str, identity: str | None = None) -> CollectiveStatus
     collective = read_collective(store, identity)
     now, exact = _now(store)
     # Work items: those of the manifest, and replicas beyond it.
-    experts = works_of(_manifest(store, collective))
+    experts = works_of(read_run(store, collective).manifest)
     names = [entry.path.split("/")[1] for entry in store.list(WORK)]
     further = sorted({name for name in names if name not in experts and _is_work(name)})
     works = [work_status(store, collective, work) for work in (*experts, *further)]
@@ -79,17 +76,6 @@ def _now(store: Store) -> tuple[float, bool]:
         return store.now("reader"), True
     except StoreRefusedError:
         return max((entry.modified for entry in store.list(WORK)), default=0.0), False
-
-
-def _manifest(store: Store, collective: Collective) -> Manifest:
-    """The run's manifest, as the charter names it."""
-    charter = collective.charter
-    place = f"{files_prefix(charter.files)}/{MANIFEST}"
-    listed = read_list(store, charter.files).get(MANIFEST)
-    data = store.read(place, MANIFEST_BYTES)
-    if data is None or listed is None or sha256(data).hexdigest() != charter.founded.manifest:
-        raise AtollError(f"{store.place(place)}: is not the manifest that the charter names; ask the founder")
-    return parse_published(data, store.place(place))
 
 
 def _is_work(name: str) -> bool:

@@ -5,15 +5,16 @@ from pathlib import Path
 
 from atoll.collective.charter import Collective
 from atoll.collective.checkpoints import fetch_checkpoint
-from atoll.collective.files import FileProgress, fetch_files, files_prefix, read_list
+from atoll.collective.files import FileProgress
 from atoll.collective.heartbeat import works_of
 from atoll.collective.keys import Key
 from atoll.collective.leases import Lease, claim, claim_next, end, new_nonce, renew, when, work_status
 from atoll.collective.member import LeaseRecord, Membership, changing
+from atoll.collective.run_files import PublishedRun, read_run
 from atoll.collective.store import Store
 from atoll.errors import AtollError
-from atoll.manifest import load_manifest
-from atoll.storage.layout import CLUSTERS, MANIFEST, RunLayout, TrainingLayout, cluster_name
+from atoll.manifest import Manifest, load_manifest
+from atoll.storage.layout import MANIFEST, RunLayout, TrainingLayout
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,6 @@ def claim_work(
     Membership(directory)
     manifest = load_manifest(directory)
     works = works_of(manifest)
-    if cluster is not None and not 0 <= cluster < manifest.clusters.k:
-        raise AtollError(f"cluster {cluster}: expected 0 to {manifest.clusters.k - 1}")
     if cluster is None and (replica or again):
         raise AtollError("--replica and --again need --cluster")
     wanted = None if cluster is None else (f"{cluster}.{replica}" if replica else f"{cluster}")
@@ -70,16 +69,28 @@ def claim_work(
         store, key = member.open(), member.key()
         collective = member.read(store)
         _recover(member, store, collective)
+        run, clusters = read_run(store, collective), collective.charter.founded.clusters
+        if cluster is not None and not 0 <= cluster < clusters:
+            raise AtollError(f"cluster {cluster}: expected 0 to {clusters - 1}")
         # A lease that this member holds, or a new one. Its nonce is on disk before the claim is in the store.
         held = _held(member, store, collective, key, wanted)
-        if held is None:
+        if held is not None:
+            run = _claimed_run(run, directory, _cluster_of(held.work))
+        else:
+            _check_followed(directory, manifest, collective)
+            free = [work for work in works if not run.holds_other(_cluster_of(work), directory)]
             if wanted is None:
-                held = claim_next(store, collective, key, list(works), lambda work: _prepare(member, work))
+                held = claim_next(store, collective, key, free, lambda work: _prepare(member, work))
+            elif run.holds_other(_cluster_of(wanted), directory):
+                raise AtollError(
+                    f"{RunLayout(directory).cluster(_cluster_of(wanted))}: holds the shards of before the split, which "
+                    "a training may be reading; remove it, or join in another directory"
+                )
             else:
                 held = claim(store, collective, key, wanted, _prepare(member, wanted), again=again)
         member.with_lease(held.work, LeaseRecord(epoch=held.epoch, nonce=held.nonce, share=share))
         # The shards of its cluster and of no other.
-        _fetch_cluster(store, collective, directory, int(held.work.split(".")[0]), progress)
+        run.fetch(run.cluster(_cluster_of(held.work)), directory, progress)
         expert = works.get(held.work)
         source = _fetch_checkpoint(store, collective, directory, held, expert) if resume else None
         status = work_status(store, collective, held.work)
@@ -112,6 +123,15 @@ def release_work(directory: Path, work: str | None) -> list[Lease]:
     return leases
 
 
+def _check_followed(directory: Path, manifest: Manifest, collective: Collective) -> None:
+    """Raise AtollError if the collective grew since a directory followed it."""
+    if manifest.clusters.k < (clusters := collective.charter.founded.clusters):
+        raise AtollError(
+            f"{directory}: knows {manifest.clusters.k} clusters, the collective has grown to {clusters}; run "
+            "`atoll collective follow URL`"
+        )
+
+
 def _prepare(member: Membership, work: str) -> str:
     """Record a claim that is about to be made, and return its nonce."""
     nonce = new_nonce()
@@ -141,16 +161,22 @@ def _held(member: Membership, store: Store, collective: Collective, key: Key, wa
     return None
 
 
-def _fetch_cluster(
-    store: Store, collective: Collective, directory: Path, cluster: int, progress: FileProgress | None
-) -> None:
-    """Download the shards of one cluster."""
-    files = read_list(store, collective.charter.files)
-    prefix = f"{CLUSTERS}/{cluster_name(cluster)}/"
-    shards = {name: digest for name, digest in files.items() if name.startswith(prefix)}
-    if not shards:
-        raise AtollError(f"{store.url}: its list of files has no shards of cluster {cluster}; ask the founder")
-    fetch_files(store, files_prefix(collective.charter.files), shards, directory, progress)
+def _cluster_of(work: str) -> int:
+    return int(work.split(".")[0])
+
+
+def _claimed_run(run: PublishedRun, directory: Path, cluster: int) -> PublishedRun:
+    """Return the version of the run whose shards of a cluster are in a directory: a split changes them.
+
+    The shards of a lease that is held stay those that it was claimed with, so that a training can go on.
+    """
+    for version in range(run.version, 0, -1):
+        earlier = run if version == run.version else read_run(run.store, run.collective, version)
+        if not earlier.holds_other(cluster, directory):
+            return earlier
+    raise AtollError(
+        f"{RunLayout(directory).cluster(cluster)}: holds shards that no charter names; move them away, and claim again"
+    )
 
 
 def _fetch_checkpoint(store: Store, collective: Collective, directory: Path, lease: Lease, expert: str | None) -> str:

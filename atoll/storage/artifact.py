@@ -97,15 +97,32 @@ def read_json(path: Path, most: int = JSON_BYTES) -> Any:
             raise AtollError(f"{path}: is no regular file; expected a JSON file")
         if (size := path.stat().st_size) > most:
             raise AtollError(f"{path}: has {size:,} bytes; expected JSON of at most {most:,}")
-        return json.loads(path.read_text(encoding="utf-8"), parse_float=_finite_float, parse_constant=_no_constant)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise AtollError(f"{path}: not found") from None
-    except RecursionError:
-        raise AtollError(f"{path}: not readable JSON (lists and objects are nested too deeply)") from None
     except OSError as error:
         raise AtollError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise AtollError(f"{path}: not readable JSON ({error}); get a fresh copy of it") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parse JSON whose size was checked.
+
+    Args:
+        text: the content; bytes are UTF-8.
+        where: its place, for messages.
+
+    Raises:
+        AtollError: not JSON, or it holds NaN or infinity.
+    """
+    try:
+        return json.loads(text, parse_float=_finite_float, parse_constant=_no_constant)
+    except RecursionError:
+        raise AtollError(f"{where}: not readable JSON (lists and objects are nested too deeply)") from None
+    except ValueError as error:
+        raise AtollError(f"{where}: not readable JSON ({error}); get a fresh copy of it") from None
 
 
 def _finite_float(text: str) -> float:

@@ -134,12 +134,13 @@ def test_random_clusters_do_not_grow(tmp_path) -> None:
 @given(st.integers(1, 4), st.lists(st.integers(-1, 6), max_size=5))
 def test_the_lineage_follows_every_cluster(k, steps) -> None:
     lineage, sets = Lineage("a0", k), [{i} for i in range(k)]  # what the founding clusters are now
-    parents = []
+    parents, before = [], []
     for number, step in enumerate(steps, start=1):
         parent = None if step < 0 else step % lineage.k
         for one in sets:
             if parent in one:
                 one.add(lineage.k)
+        before.append(lineage)
         lineage = lineage.grown(f"a{number}", parent)
         parents.append(parent)
     lineage.check()
@@ -149,6 +150,14 @@ def test_the_lineage_follows_every_cluster(k, steps) -> None:
     assert not lineage.knows("b")
     for number in range(len(steps)):
         assert lineage.parents_since(f"a{number}") == parents[number:]
+    # It continues every lineage that it went through, and none that took other steps.
+    assert lineage.continues(lineage)
+    for older in before:
+        assert lineage.continues(older)
+        assert not older.continues(lineage)
+        other = older.grown("b", None)
+        assert not lineage.continues(other)
+        assert not other.grown(lineage.assignment or "", 0).continues(lineage)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,19 @@ from atoll.encoders.weights import same
 from atoll.ensemble.loading import LoadedExpert, load_expert
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_card, read_tensors
-from atoll.storage.cards import ClusterShardsCard, ExpertCard
+from atoll.storage.cards import ClusterShardsCard, ExpertCard, Lineage
 
-_COMPARED = ("latent_shape", "codec", "condition", "assignment")
+_COMPARED = ("latent_shape", "codec", "condition")
 
 
 def check_contents(
     path: Path,
     data: ClusterShardsCard,
+    lineage: Lineage,
     *,
     name: str,
     clusters: tuple[int, ...],
+    now: tuple[int, ...],
     known: Mapping[str, str],
     device: torch.device | str = "cpu",
 ) -> tuple[Check, LoadedExpert | None]:
@@ -29,8 +31,10 @@ def check_contents(
     Args:
         path: its directory. Sizes and hashes of its files are compared with the signed ones when they are downloaded.
         data: the card of the collective's shards of one of these clusters.
+        lineage: the collective's assignment, with the older ones that it grew from.
         name: its name in the submission.
-        clusters: its clusters in the submission.
+        clusters: its clusters in the submission, by the assignment that it was trained on.
+        now: what these clusters are now.
         known: names of admitted experts, by the hash of their weights.
         device: where it is loaded.
 
@@ -39,7 +43,8 @@ def check_contents(
     """
     try:
         card = read_card(path, ExpertCard)
-        _compare(card, data, name, clusters, known)
+        _refuse_other_subject(card, lineage, name, clusters, now)
+        _compare(card, data, known)
         _require_finite(path, card)
         loaded = load_expert(path, device)
     # The messages are about the stranger's files and end with a remedy for their owner.
@@ -50,17 +55,26 @@ def check_contents(
     return Check("contents", 0.0, 0.0, True, "its card, weights and network fit each other and the run"), loaded
 
 
-def _compare(
-    card: ExpertCard, data: ClusterShardsCard, name: str, clusters: tuple[int, ...], known: Mapping[str, str]
+def _refuse_other_subject(
+    card: ExpertCard, lineage: Lineage, name: str, clusters: tuple[int, ...], now: tuple[int, ...]
 ) -> None:
-    """Raise AtollError unless the card is the submission's and of the collective's run."""
+    """Raise AtollError unless the card is the submission's, and of clusters that are the collective's or became so."""
     if (card.name, tuple(card.clusters)) != (name, clusters):
         raise AtollError(
             f"card.json is of {card.name!r}, clusters {list(card.clusters)}; the submission names {name!r}, "
             f"{list(clusters)}"
         )
-    if card.k != data.clusters:
-        raise AtollError(f"is of {card.k} clusters, the collective has {data.clusters}")
+    known = lineage.knows(card.assignment)
+    if card.k != (expected := lineage.clusters_of(card.assignment) if known else lineage.k):
+        raise AtollError(f"is of {card.k} clusters, the collective has {expected}")
+    if not known:
+        raise AtollError(f"its assignment is {card.assignment!s:.200}, the collective's is {lineage.assignment!s:.200}")
+    if (became := lineage.now(card.assignment, clusters)) != now:
+        raise AtollError(f"its clusters {list(clusters)} are {list(became)} now, expected {list(now)}")
+
+
+def _compare(card: ExpertCard, data: ClusterShardsCard, known: Mapping[str, str]) -> None:
+    """Raise AtollError unless the card is of the collective's run."""
     expected, actual = data.plain(), card.plain()
     for key in _COMPARED:
         if not same(actual.get(key), expected[key]):

@@ -30,7 +30,7 @@ from atoll.condition import Condition
 from atoll.encoders.text import TextEncoder
 from atoll.ensemble.loading import LoadedExpert
 from atoll.randomness import Stream, cpu_generator, hashed_seed, random_rows, seeded
-from atoll.storage.cards import ClusterShardsCard
+from atoll.storage.cards import ClusterShardsCard, Lineage
 from atoll.storage.shards import Shards, is_held_out
 
 PROBE_ROWS = 64
@@ -48,12 +48,19 @@ class ClusterReference:
         probe: secret rows of all clusters.
         shards: the collective's shards of these clusters.
         encoder: of captions.
+        lineage: the collective's assignment, with the older ones that it grew from; None: that of the shards alone.
     """
 
     clusters: tuple[int, ...]
     probe: Probe
     shards: tuple[Shards, ...]
     encoder: TextEncoder
+    lineage: Lineage | None = None
+
+    @property
+    def descent(self) -> Lineage:
+        """The collective's assignment, with the older ones that it grew from."""
+        return self.lineage or self.data.descent
 
     @property
     def data(self) -> ClusterShardsCard:
@@ -78,8 +85,8 @@ class ClusterReference:
 
     def others(self, count: int, seed: int) -> ProbeRows | None:
         """Secret rows of the other clusters; None if there is none."""
-        others = [number for number in self.probe.numbers if number not in self.clusters]
-        return self.probe.rows(others, count, seed) if others else None
+        others = [number for number in range(self.probe.lineage.k) if number not in self.clusters]
+        return self.probe.rows(others, count, seed) if self.probe.has(others) else None
 
     def claimed_rows(self, holdout: float, seed: int) -> Tensor:
         """The numbers [n] of the rows that a card's curve was measured on, counted through the shards."""
@@ -104,6 +111,7 @@ def judge(
     *,
     name: str,
     seed: int,
+    clusters: tuple[int, ...] | None = None,
     known: Mapping[str, str] | None = None,
     rows: int = PROBE_ROWS,
     device: torch.device | str = "cpu",
@@ -113,9 +121,10 @@ def judge(
 
     Args:
         path: its directory.
-        reference: of its clusters.
+        reference: of what its clusters are now.
         name: its name in the submission.
         seed: of rows and noise; nobody knows it before.
+        clusters: its clusters in the submission, by the assignment that it was trained on; None: the reference's.
         known: names of admitted experts, by the hash of their weights.
         rows: secret rows of its clusters.
         device: where it is evaluated.
@@ -125,7 +134,14 @@ def judge(
         The results, in order; the last one failed, or all passed.
     """
     check, loaded = check_contents(
-        path, reference.data, name=name, clusters=reference.clusters, known=known or {}, device=device
+        path,
+        reference.data,
+        reference.descent,
+        name=name,
+        clusters=clusters or reference.clusters,
+        now=reference.clusters,
+        known=known or {},
+        device=device,
     )
     results = [check]
     if loaded is None:

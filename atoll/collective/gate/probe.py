@@ -17,7 +17,7 @@ from atoll.calibration import NODES
 from atoll.errors import AtollError
 from atoll.randomness import cpu_generator, hashed_seed, random_rows
 from atoll.schedule import PATH
-from atoll.storage.cards import ClusterShardsCard
+from atoll.storage.cards import ClusterShardsCard, Lineage
 from atoll.storage.layout import cluster_path
 from atoll.storage.shards import Shards
 
@@ -77,41 +77,43 @@ def diffuse(latents: Tensor, low: float, high: float, seed: int, level: int) -> 
 class Probe:
     """Directories of secret shards, one per cluster, laid out as clusters/ is.
 
-    Rows of the val split are used if there are any, because training reads the others; otherwise all rows.
+    Rows of the val split are used if there are any, because training reads the others; otherwise all rows. Rows that
+    were assigned before the clusters grew are still rows of what their cluster is now: those of a cluster that was
+    split stand for all its parts together, and for none of them alone.
 
     Args:
         directory: holds cluster-000/ and so on; clusters without rows may be missing.
-        clusters: the number of clusters.
+        lineage: the collective's assignment, with the older ones that it grew from.
 
     Raises:
         AtollError: shards of another clustering, or none at all.
     """
 
-    def __init__(self, directory: Path, clusters: int):
-        self.directory, self.clusters = directory, clusters
+    def __init__(self, directory: Path, lineage: Lineage):
+        self.directory, self.lineage = directory, lineage
         self._shards: dict[int, Shards] = {}
-        for number in range(clusters):
+        self._now: dict[int, frozenset[int]] = {}  # what a directory's cluster is now
+        self._older = False
+        for number in range(lineage.k):
             path = cluster_path(directory, number)
             if not path.is_dir():
                 continue
             shards = Shards(path)
             card = shards.card(ClusterShardsCard)
-            if (card.cluster, card.clusters) != (number, clusters):
+            expected = number, lineage.clusters_of(card.assignment) if lineage.knows(card.assignment) else None
+            if (card.cluster, card.clusters) != expected or number >= card.clusters:
                 raise AtollError(f"{path}: {_OTHER}")
             self._shards[number] = shards
+            self._now[number] = frozenset(lineage.now(card.assignment, (number,)))
+            self._older |= card.clusters < lineage.k
         if not self._shards:
-            raise AtollError(f"{directory}: no cluster-000 to cluster-{clusters - 1:03d} in it; expected secret shards")
+            raise AtollError(
+                f"{directory}: no cluster-000 to cluster-{lineage.k - 1:03d} in it; expected secret shards"
+            )
 
-    def check(self, assignment: str) -> None:
-        """Raise AtollError unless the rows were assigned by this rule. assignment: its hash."""
-        for shards in self._shards.values():
-            if shards.card(ClusterShardsCard).assignment != assignment:
-                raise AtollError(f"{shards.path}: {_OTHER}")
-
-    @property
-    def numbers(self) -> list[int]:
-        """The clusters that it has rows of."""
-        return list(self._shards)
+    def has(self, clusters: Sequence[int]) -> bool:
+        """Return whether it has rows of these clusters alone."""
+        return bool(self._available(clusters))
 
     def rows(self, clusters: Sequence[int], count: int, seed: int) -> ProbeRows:
         """Read at most `count` random rows, from all the named clusters alike.
@@ -119,7 +121,7 @@ class Probe:
         Raises:
             AtollError: fewer than 8 rows; no test has a meaning then.
         """
-        parts, available = [], [number for number in clusters if number in self._shards]
+        parts, available = [], self._available(clusters)
         for place, number in enumerate(available):
             shards, numbers = self._shards[number], self._numbers[number]
             # Equal parts; the first ones take what does not divide.
@@ -128,8 +130,20 @@ class Probe:
             parts.append(ProbeRows(shards.read("latent", chosen).float(), tuple(shards.captions_of(chosen))))
         total = sum(map(len, parts))
         if total < 8:
-            raise AtollError(f"{self.directory}: {total} rows of clusters {list(clusters)}, expected at least 8")
+            raise AtollError(
+                f"{self.directory}: {total} rows of clusters {list(clusters)}, expected at least 8{self._remedy}"
+            )
         return ProbeRows.cat(parts)
+
+    @property
+    def _remedy(self) -> str:
+        # Its images may be of these clusters, but it does not say which of them are.
+        how = "`atoll collective follow` and `atoll collective probe` assign its images anew"
+        return f"; it is older than the growth of the collective: {how}" if self._older else ""
+
+    def _available(self, clusters: Sequence[int]) -> list[int]:
+        """The directories whose rows belong to these clusters, whichever of them."""
+        return [number for number in clusters if number in self._shards and self._now[number] <= set(clusters)]
 
     @cached_property
     def _numbers(self) -> dict[int, Tensor]:

@@ -290,6 +290,11 @@ class DrawnClustersCard(DrawnCard, Card):
     k: bounds.ClusterCount
     counts: tuple[SplitCounts, ...] = Field(max_length=bounds.MAX_CLUSTERS)
 
+    @property
+    def descent(self) -> Lineage:
+        """The assignment; drawn clusters do not grow."""
+        return Lineage(self.assignment, self.k)
+
 
 def clusters_kind(content: Any) -> type[ClustersCard | DrawnClustersCard]:
     """Return the class of a clusters.json with this content."""

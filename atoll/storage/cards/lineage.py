@@ -86,6 +86,18 @@ class Lineage:
             raise ValueError(f"cluster {max(clusters)} of an assignment of {len(ancestor.clusters)} clusters")
         return tuple(sorted(number for cluster in clusters for number in ancestor.clusters[cluster]))
 
+    def continues(self, older: "Lineage") -> bool:
+        """Return whether this is another lineage after some steps of growth, or that lineage itself."""
+        if not self.knows(older.assignment) or self.clusters_of(older.assignment) != older.k:
+            return False
+        # Every older assignment is here too, and its clusters are what the other lineage's became.
+        for theirs in older.ancestors:
+            mine = self.ancestor(theirs.assignment)
+            now = [self.now(older.assignment, clusters) for clusters in theirs.clusters]
+            if mine is None or [tuple(sorted(clusters)) for clusters in mine.clusters] != now:
+                return False
+        return True
+
     def parents_since(self, assignment: str | None) -> list[int | None]:
         """Return the steps from a known assignment to this one: the cluster that was split, None for a new cluster."""
         parents: list[int | None] = []
