@@ -40,6 +40,7 @@ LEVELS = [
         "collective",
     ],
     ["study", "sample"],
+    ["serve"],
     ["cli"],
     ["__main__"],
 ]
