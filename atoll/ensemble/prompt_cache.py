@@ -1,7 +1,7 @@
 """The prompts of one sampling, in the form in which each expert's network takes them.
 
-A network with `read_prompt` (DiT, Paris) computes what depends on the prompt alone, the text's keys and values in every
-block, once per prompt, and not again at every step.
+A network with `read_prompt` (DiT, MMDiT, Paris) computes what depends on the prompt alone, the text's keys and values
+in every block, once per prompt, and not again at every step.
 """
 
 import math
@@ -140,7 +140,7 @@ class PromptCache:
         # A block cache needs the network's own blocks, which only these networks expose.
         if self.block_cache and not isinstance(network, CachesPrompt):
             raise AtollError(
-                f"{type(network).__name__} has no block cache: only DiT and Paris have, without a memory budget; leave "
+                f"{type(network).__name__} has no block cache: only DiT, MMDiT and Paris have, without a budget; leave "
                 "block_cache at 0"
             )
         # Prompts by number; the rows of the null condition are numbered behind them.
