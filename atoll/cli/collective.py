@@ -1,12 +1,15 @@
 """The commands of a collective: many owners of one model, through any object store."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from atoll.cli.app import Quiet, app, bar
 from atoll.errors import AtollError
+
+if TYPE_CHECKING:
+    from atoll.collective.publish_router import ApprovedRouter
 
 collective_app = typer.Typer(
     no_args_is_help=True, help="Train one model with people you have never met, through any object store."
@@ -173,17 +176,48 @@ def release(
 
 @collective_app.command()
 def publish(
-    expert: Annotated[Path, typer.Argument(help="A trained expert in the directory that joined.")],
+    path: Annotated[Path, typer.Argument(help="A trained expert, or the router, in the directory that joined.")],
     url: Annotated[str | None, typer.Argument(help="The collective; default: the one that was joined.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Offer a trained expert: upload it, and sign it."""
+    """Offer a trained expert; admitters and founders: a router, after `grow` the extended one. Uploads and signs it."""
     from atoll.collective.publish import publish_expert
+    from atoll.collective.publish_router import is_router, publish_router
 
     with bar("publish", "files", quiet) as update:
-        done = publish_expert(expert, url, progress=update)
+        if is_router(path):
+            typer.echo(_approval_line(publish_router(path, url, progress=update)))
+            return
+        done = publish_expert(path, url, progress=update)
     kind = "as a replica: another member holds its work, or nobody claimed it" if done.replica else "for admission"
     typer.echo(f"{done.submission} published {kind}")
+
+
+@collective_app.command()
+def approve(
+    url: Url,
+    router: Annotated[str, typer.Argument(help="The router's hash, or its beginning; `status` lists what waits.")],
+    key: Annotated[Path | None, typer.Option(help="Your key; default: the one that joined.")] = None,
+    run: MemberOption = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sign that a published router shall enter the model, where several admitters or founders must."""
+    from atoll.collective.member import find_member, full_url
+    from atoll.collective.publish_router import approve_router
+
+    with bar("approve", "files", quiet) as update:
+        done = approve_router(find_member(full_url(url), run), router, key_file=key, progress=update)
+    typer.echo(_approval_line(done))
+
+
+def _approval_line(router: "ApprovedRouter") -> str:
+    """The outcome of an approval, in one line."""
+    if router.version is not None:
+        return f"{router.router} is the model's router: index {router.version} names it"
+    return (
+        f"{router.router} has {router.signers} approvals; the next index that an admitter publishes after "
+        f"{router.admitters} admitters or {router.founders} founders approved names it"
+    )
 
 
 @collective_app.command()
@@ -301,6 +335,8 @@ def status(
     clock = when(now.now) if now.exact else f"after {when(now.now)} (the store can only be read)"
     console.print(f"{charter.name}, charter {charter.version}, {clock}", markup=False)
     console.print(now.collective.identity, markup=False)
+    for line in now.growth:
+        console.print(line, markup=False)
     # Who trains what.
     table = Table("work", "expert", "state", "epoch", "holder", "until")
     for one in now.works:
@@ -311,6 +347,12 @@ def status(
         row = (one.work, now.experts.get(one.work, ""), state, str(one.epoch or ""), holder, until)
         table.add_row(*map(Text, row))
     console.print(table)
+    # Routers, where there is more to say than that the founder's is the model's.
+    if len(now.routers) > 1 or any(one.router for one in now.routers):
+        table = Table("router", "clusters", "state")
+        for router in now.routers:
+            table.add_row(*map(Text, (router.router[:16], str(router.clusters or ""), router.state)))
+        console.print(table)
     # What was offered.
     if now.submissions:
         table = Table("submission", "expert", "work", "owner", "state")

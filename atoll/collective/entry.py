@@ -1,4 +1,7 @@
-"""Bring the index up to date: who enough admitters accepted enters, who enough retirers want out leaves."""
+"""Bring the index up to date: who enough admitters accepted enters, who enough retirers want out leaves.
+
+A router that was approved by enough keys takes the place of the one before.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from atoll.collective.index import (
     retirement_path,
 )
 from atoll.collective.keys import Key, hex_of
+from atoll.collective.routers import approved_router
 from atoll.collective.signed import Signed, read_signed
 from atoll.collective.statements import (
     STATEMENT_BYTES,
@@ -29,6 +33,7 @@ from atoll.collective.statements import (
 )
 from atoll.collective.store import Store
 from atoll.errors import AtollError
+from atoll.storage.layout import CARD
 
 _DAY = 86_400
 INDEX_DAYS = 365.0  # after which an admitter must publish a new index
@@ -37,10 +42,16 @@ _ATTEMPTS = 5  # against other admitters who publish at the same time
 
 @dataclass(frozen=True)
 class IndexChanges:
-    """What a new index changed: submission ids. entered: in now. left: out now."""
+    """What a new index changed.
+
+    Attributes:
+        entered, left: submission ids of experts that are in, and out, now.
+        router: the hash of the new router's card; None if it is the one of before.
+    """
 
     entered: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    router: str | None = None
 
 
 def whole_submissions(store: Store) -> list[str]:
@@ -58,7 +69,7 @@ def update_index(
         store: the collective's.
         collective: its verified charters.
         key: an admitter's, who signs it.
-        submissions: ids that may enter; retirements are looked for by the experts that are in.
+        submissions: ids that may enter; retirements and approvals of routers are looked for in any case.
         renew: publish a new one in any case, for its date.
 
     Returns:
@@ -82,7 +93,8 @@ def update_index(
             if attempt == _ATTEMPTS - 1 or now is None or (latest is not None and now.position == latest.position):
                 raise
             continue
-        return VerifiedIndex(index, position), changes
+        since = position.version if changes.router else latest.router_since if latest else 0
+        return VerifiedIndex(index, position, since), changes
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -123,7 +135,12 @@ def _next(
         experts=tuple(experts.values()),
         retired=tuple(retired.values()),
     )
-    return index, IndexChanges(tuple(entered), tuple(left))
+    # A router that enough admitters or founders want, and that knows these experts.
+    before, since = (latest.index, latest.router_since) if latest else (None, 0)
+    router = approved_router(store, collective, index, before, since)
+    if router is not None:
+        index = index.model_copy(update={"router": router})
+    return index, IndexChanges(tuple(entered), tuple(left), None if router is None else router[CARD].sha256)
 
 
 def _readable(store: Store, collective: Collective, name: str) -> Signed[Submission] | None:

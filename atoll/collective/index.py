@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from atoll.collective.charter import Collective, chain, check_seen, numbered
 from atoll.collective.keys import Key, hex_of, short
+from atoll.collective.routers import check_router
 from atoll.collective.signed import Signed, read_signed, sign
 from atoll.collective.statements import (
     STATEMENT_BYTES,
@@ -34,10 +35,11 @@ JudgementT = TypeVar("JudgementT", AdmissionReport, Retirement)
 
 @dataclass(frozen=True)
 class VerifiedIndex:
-    """The latest index, checked back to the first one."""
+    """The latest index, checked back to the first one. router_since: the index that brought its router; 0: none did."""
 
     index: Index
     position: Position
+    router_since: int = 0
 
 
 def read_index(store: Store, collective: Collective, seen: Position | None = None) -> VerifiedIndex | None:
@@ -56,7 +58,7 @@ def read_index(store: Store, collective: Collective, seen: Position | None = Non
         The latest index; None if nothing was admitted yet.
 
     Raises:
-        AtollError: a rolled-back, exchanged or forged index, or one whose experts were not properly admitted.
+        AtollError: a rolled-back, exchanged or forged index, or one whose experts or router were not properly admitted.
     """
     latest: VerifiedIndex | None = None
     hashes: list[str] = []
@@ -66,7 +68,9 @@ def read_index(store: Store, collective: Collective, seen: Position | None = Non
         new = seen is None or len(hashes) >= seen.version
         _check_link(store, collective, signed, latest, thorough=new)
         hashes.append(signed.sha256)
-        latest = VerifiedIndex(signed.statement, Position(version=len(hashes), sha256=signed.sha256))
+        since, before = (latest.router_since, latest.index.router) if latest else (0, None)
+        since = since if signed.statement.router == before else len(hashes)
+        latest = VerifiedIndex(signed.statement, Position(version=len(hashes), sha256=signed.sha256), since)
         signers = signed.signers
     check_seen(hashes, seen, store.place(INDEX), "index")
     if latest is not None and not signers & set(collective.charter.roles.admitters):
@@ -143,7 +147,7 @@ def _check_link(
         store, collective: as for `read_index`.
         signed: the index.
         latest: the one before it.
-        thorough: also read the submissions, reports and retirements of what changed.
+        thorough: also read the submissions, reports, retirements and approvals of what changed.
     """
     index, before = signed.statement, latest.index if latest else None
     where = store.place(numbered(INDEX, latest.position.version + 1 if latest else 1))
@@ -163,6 +167,7 @@ def _check_link(
         raise AtollError(f"{where}: signed by {short(next(iter(signed.signers)))}, who is no admitter; remove it")
     if thorough:
         _check_changes(store, collective, charter, index, before, where)
+        check_router(store, collective, charter, index, before, latest.router_since if latest else 0, where)
 
 
 def _check_changes(

@@ -18,6 +18,7 @@ from atoll.collective.connect import open_store
 from atoll.collective.files import fetch_files
 from atoll.collective.index import SUBMISSIONS, VerifiedIndex, check_date, read_index, read_submission
 from atoll.collective.member import full_url
+from atoll.collective.routers import router_prefix
 from atoll.collective.run_files import PublishedRun, read_run
 from atoll.collective.statements import FileDigest, Position
 from atoll.collective.store import Store
@@ -37,7 +38,6 @@ from atoll.storage.cards import (
 from atoll.storage.layout import CARD, ENSEMBLE_CARD, EXPERTS, ROUTER, WEIGHTS
 from atoll.storage.lock import hold
 
-ROUTERS = "router"  # in the store: router/<hash of its card>/
 _SEEN = "seen.json"
 FetchWeights = Callable[[Path], None]  # an expert's directory
 
@@ -195,7 +195,7 @@ def _fetch_router(run: PublishedRun, verified: VerifiedIndex, directory: Path) -
     """Fetch the router: the index's, or else the one that the founder published with the run."""
     place: str | dict[str, str]
     if (files := verified.index.router) is not None:
-        place = f"{ROUTERS}/{files[CARD].sha256}"
+        place = router_prefix(files[CARD].sha256)
     else:
         names = [name for name in (CARD, WEIGHTS) if f"{ROUTER}/{name}" in run.files]
         files = {name: run.files[f"{ROUTER}/{name}"] for name in names}

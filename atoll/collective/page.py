@@ -30,11 +30,14 @@ def status_page(status: CollectiveStatus) -> str:
         for one in status.works
     ]
     offers = [(one.submission, one.name, one.work, one.submitter, one.state) for one in status.submissions]
+    routers = [(one.router[:16] or "-", str(one.clusters or ""), one.state) for one in status.routers]
+    growth = "".join(f"<p>{escape(line)}</p>" for line in status.growth)
     return document(
         charter.name,
-        lead,
+        lead + growth,
         [
             ("Work", _rows(("work", "expert", "state", "epoch", "holder", "until"), works)),
+            ("Router", _rows(("router", "clusters", "state"), routers)),
             ("Submissions", _rows(("submission", "expert", "work", "owner", "state"), offers)),
         ],
     )

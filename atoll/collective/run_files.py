@@ -19,14 +19,16 @@ from atoll.collective.files import (
     parse_published,
     read_list,
 )
+from atoll.collective.index import VerifiedIndex
+from atoll.collective.routers import read_router_card
 from atoll.collective.statements import FileDigest
 from atoll.collective.store import Store
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
 from atoll.storage.artifact import parse_json
 from atoll.storage.bounds import CARD_BYTES
-from atoll.storage.cards import Lineage, clusters_kind, parse_card
-from atoll.storage.layout import CLUSTERS, CLUSTERS_CARD, MANIFEST, cluster_name
+from atoll.storage.cards import Lineage, RouterCard, clusters_kind, parse_card
+from atoll.storage.layout import CARD, CLUSTERS, CLUSTERS_CARD, MANIFEST, ROUTER, cluster_name
 from atoll.storage.shards import INDEX
 
 _CLUSTERING = f"{CLUSTERS}/{CLUSTERS_CARD}"
@@ -133,6 +135,17 @@ def read_run(store: Store, collective: Collective, version: int | None = None) -
             first.setdefault(item, files_prefix(listed))
     files = lists[charters[-1].files]
     return PublishedRun(store, collective, version, files, {name: first[name, one] for name, one in files.items()})
+
+
+def current_router(run: PublishedRun, latest: VerifiedIndex | None) -> RouterCard | None:
+    """Return the card of the model's router: the index's, or else the founders'; None if there is none."""
+    if latest is not None and latest.index.router is not None:
+        return read_router_card(run.store, latest.index.router)
+    name = f"{ROUTER}/{CARD}"
+    if name not in run.files:
+        return None
+    where = f"{run.store.url}: {name}"
+    return parse_card(RouterCard, parse_json(run.read(name, CARD_BYTES), where), where)
 
 
 def known_manifests(collective: Collective) -> Collection[str]:

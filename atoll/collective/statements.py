@@ -249,6 +249,28 @@ class Retirement(Statement):
     why: Reason
 
 
+class RouterApproval(Statement):
+    """The signer wants a router in the model.
+
+    Attributes:
+        files: card.json, whose hash pins the weights, and these.
+        after: the index that brought the router which this one replaces; 0 if no index names one. So an approval is
+            worth nothing once another router is in.
+        charter: the version that the signer acted under.
+    """
+
+    type: ClassVar[str] = "router-approval"
+    files: dict[SafePath, FileDigest] = Field(min_length=2, max_length=2)
+    after: Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]
+    charter: Numbered
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if missing := {CARD, WEIGHTS} - set(self.files):
+            raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        return self
+
+
 class IndexedExpert(CardRecord):
     """An admitted expert: its submission, the hash of its submission.json, its clusters and the reports for it."""
 

@@ -1,19 +1,24 @@
 """Where a collective stands: `atoll collective status`. It needs no key, and only rights to read."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from atoll.collective.charter import Collective, read_collective
 from atoll.collective.connect import open_store
 from atoll.collective.heartbeat import works_of
-from atoll.collective.index import SUBMISSION, SUBMISSIONS, read_index, read_submission, report_path
+from atoll.collective.index import SUBMISSION, SUBMISSIONS, VerifiedIndex, read_index, read_submission, report_path
 from atoll.collective.leases import WORK, WorkStatus, work_status
-from atoll.collective.run_files import read_run
+from atoll.collective.routers import approvals, offered_routers, read_router_card
+from atoll.collective.run_files import PublishedRun, current_router, read_run
 from atoll.collective.signed import read_signed
 from atoll.collective.statements import STATEMENT_BYTES, AdmissionReport
 from atoll.collective.store import Store, StoreRefusedError
 from atoll.errors import AtollError
+from atoll.storage.bounds import MAX_CLUSTERS
+from atoll.storage.layout import CARD
 
 _SHOWN = 1000  # submissions that are read
+_MODEL = "the model's"
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,15 @@ class SubmissionStatus:
 
 
 @dataclass(frozen=True)
+class RouterStatus:
+    """A router. router: the hash of its card; "" for the one in the founders' files. state: for people."""
+
+    router: str
+    clusters: int
+    state: str
+
+
+@dataclass(frozen=True)
 class CollectiveStatus:
     """A collective at one time.
 
@@ -39,6 +53,7 @@ class CollectiveStatus:
         experts: by work item.
         works: work items, those of the manifest first.
         submissions: everything that was offered.
+        routers: the model's, and those that wait for approvals.
     """
 
     collective: Collective
@@ -47,6 +62,17 @@ class CollectiveStatus:
     experts: dict[str, str]
     works: list[WorkStatus]
     submissions: list[SubmissionStatus]
+    routers: list[RouterStatus]
+
+    @property
+    def growth(self) -> list[str]:
+        """The steps of growth, for people."""
+        steps = pairwise(self.collective.history)
+        return [
+            f"grew from {before.founded.clusters} to {after.founded.clusters} clusters with charter {after.version}"
+            for before, after in steps
+            if before.founded.clusters != after.founded.clusters
+        ]
 
 
 def collective_status(url: str, identity: str | None = None) -> CollectiveStatus:
@@ -63,11 +89,44 @@ def collective_status(url: str, identity: str | None = None) -> CollectiveStatus
     collective = read_collective(store, identity)
     now, exact = _now(store)
     # Work items: those of the manifest, and replicas beyond it.
-    experts = works_of(read_run(store, collective).manifest)
+    run = read_run(store, collective)
+    experts = works_of(run.manifest)
     names = [entry.path.split("/")[1] for entry in store.list(WORK)]
     further = sorted({name for name in names if name not in experts and _is_work(name)})
     works = [work_status(store, collective, work) for work in (*experts, *further)]
-    return CollectiveStatus(collective, now, exact, experts, works, _submissions(store, collective, works))
+    latest = read_index(store, collective)
+    routers = _routers(run, latest)
+    # The number of clusters that the model draws; without a router, a single expert draws alone.
+    known = next((one.clusters for one in routers if one.state.startswith(_MODEL)), MAX_CLUSTERS)
+    submissions = _submissions(store, collective, works, latest, known)
+    return CollectiveStatus(collective, now, exact, experts, works, submissions, routers)
+
+
+def _routers(run: PublishedRun, latest: VerifiedIndex | None) -> list[RouterStatus]:
+    """The model's router first, if there is one, then those that wait."""
+    rows, store, since = [], run.store, latest.router_since if latest else 0
+    # Whatever is wrong with it is a row, not an error: the status is for finding out.
+    try:
+        current = current_router(run, latest)
+    except AtollError as error:
+        current = None
+        rows.append(RouterStatus("", 0, f"cannot be read: {error}"))
+    if current is not None:
+        files = latest.index.router if latest else None
+        state = f"{_MODEL}, since index {since}" if files else f"{_MODEL}, of the founders' files"
+        rows.append(RouterStatus(files[CARD].sha256 if files else "", current.clusters, state))
+    for router in offered_routers(store, since)[:_SHOWN]:
+        signed = approvals(store, run.collective, run.collective.charter, router, since)
+        if not signed:
+            continue
+        names = ", ".join(map(run.collective.name_of, signed))
+        try:
+            clusters = read_router_card(store, next(iter(signed.values())).statement.files).clusters
+        except AtollError as error:
+            rows.append(RouterStatus(router, 0, f"refused: {error}"))
+            continue
+        rows.append(RouterStatus(router, clusters, f"waits, approved by {names}"))
+    return rows
 
 
 def _now(store: Store) -> tuple[float, bool]:
@@ -99,9 +158,17 @@ def _refusal(store: Store, collective: Collective, submission: str, digest: str)
     return ""
 
 
-def _submissions(store: Store, collective: Collective, works: list[WorkStatus]) -> list[SubmissionStatus]:
-    """All submissions with their state. A broken one is a row, not an error: anybody can write one."""
-    latest = read_index(store, collective)
+def _submissions(
+    store: Store, collective: Collective, works: list[WorkStatus], latest: VerifiedIndex | None, known: int
+) -> list[SubmissionStatus]:
+    """All submissions with their state. A broken one is a row, not an error: anybody can write one.
+
+    Args:
+        store, collective: where to look.
+        works: the work items.
+        latest: the index.
+        known: the number of clusters that the model's router knows.
+    """
     admitted = {one.submission for one in latest.index.experts} if latest else set()
     retired = {one.submission for one in latest.index.retired} if latest else set()
     epochs = {status.work: status.epoch for status in works}
@@ -123,5 +190,7 @@ def _submissions(store: Store, collective: Collective, works: list[WorkStatus]) 
         state = state if collective.may_work(key) else "its owner was removed"
         state = _refusal(store, collective, name, signed.sha256) or state
         state = "admitted" if name in admitted else "retired" if name in retired else state
+        if name in admitted and max(statement.clusters) >= known:
+            state = "admitted, and waits for a router that knows its cluster"
         rows.append(SubmissionStatus(name, statement.name, statement.work, collective.name_of(key), state))
     return rows

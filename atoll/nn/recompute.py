@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from atoll.choices import Checkpointing
 
-_Output = TypeVar("_Output", Tensor, tuple[Tensor, Tensor])
 _aten = torch.ops.aten
 # Expensive operations: selective checkpointing stores their results and computes everything else again.
 _STORED = [
@@ -23,7 +21,7 @@ _STORED = [
 ]
 
 
-def recomputed(function: Callable[..., _Output], kind: Checkpointing, *inputs: Tensor | None) -> _Output:
+def recomputed(function: Callable[..., Tensor], kind: Checkpointing, *inputs: Tensor | None) -> Tensor:
     """Compute function(*inputs); gradients are bit-identical for every kind.
 
     Args:

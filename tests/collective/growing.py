@@ -11,18 +11,19 @@ import yaml
 from atoll.cluster import add_cluster, cluster, split_cluster
 from atoll.collective.connect import open_store
 from atoll.manifest import load_manifest
-from atoll.storage.shards import ShardWriter
+from atoll.storage.cards import ClusterShardsCard
+from atoll.storage.shards import Shards, ShardWriter
 from atoll.train import extend_router as extend_module
 from atoll.train.extend_router import extend_router
 from atoll.train.router import train_router
 from tests.cards import encoded_card
-from tests.conftest import RUN, write_run
+from tests.conftest import RUN, WORDS, write_run
 
-NEW_MEAN = 3.0  # of the new cluster's latents; the old ones have -1, 0 and 1
+NEW_MEAN = 0.5  # of the new cluster's latents; the old ones have -1, 0 and 1
 FLOW = {"prediction": "flow", "schedule": "linear"}
 
 
-def write_new(path: Path, rows: int = 30) -> Path:
+def write_new(path: Path, rows: int = 80) -> Path:
     """Encoded images of the new cluster."""
     card = encoded_card(codec={"name": "pixels", "channels": 1}, condition=RUN["condition"])
     latents = NEW_MEAN + 0.3 * torch.randn(rows, 1, 4, 8, generator=torch.Generator().manual_seed(5))
@@ -35,7 +36,7 @@ def write_new(path: Path, rows: int = 30) -> Path:
     return path
 
 
-def write_founded(root: Path, rows: int = 60) -> Path:
+def write_founded(root: Path, rows: int = 180) -> Path:
     """A run with three real clusters and a router, and `new` beside it: images of a fourth cluster."""
     path = write_run(root / "run", rows)
     shutil.rmtree(path / "clusters")
@@ -43,6 +44,19 @@ def write_founded(root: Path, rows: int = 60) -> Path:
     train_router(path, load_manifest(path))
     write_new(root / "new")
     return root
+
+
+def write_probe(path: Path, run: Path, clusters: list[int], rows: int = 24) -> Path:
+    """Secret rows of clusters, from the distribution of their data."""
+    g = torch.Generator().manual_seed(77)
+    for number in clusters:
+        shards = Shards(run / "clusters" / f"cluster-{number:03d}")
+        mean = shards.read("latent", slice(None)).float().mean()
+        latents = (mean + 0.3 * torch.randn(rows, *shards.shape("latent"), generator=g)).half()
+        captions = ["reef" if number == 3 else f"{WORDS[i % 4]} {WORDS[i // 4 % 4]}" for i in range(rows)]
+        with ShardWriter(path / f"cluster-{number:03d}", shards.card(ClusterShardsCard)) as writer:
+            writer.append([f"secret-{number}-{i}" for i in range(rows)], captions, ["val"] * rows, {"latent": latents})
+    return path
 
 
 class GrowingReef:

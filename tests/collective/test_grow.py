@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from atoll.cluster import cluster
+from atoll.collective import admit as admit_module
 from atoll.collective.charter import publish_charter, read_collective
 from atoll.collective.connect import open_store
+from atoll.collective.gate.contents import check_contents
 from atoll.collective.keys import Key
 from atoll.collective.run_files import read_run
 from atoll.collective.statements import Charter, Roles, Thresholds
@@ -15,20 +17,13 @@ from atoll.manifest import load_manifest
 from atoll.storage.artifact import read_card
 from atoll.storage.cards import ExpertCard
 from atoll.storage.layout import CARD, WEIGHTS
-from tests.collective.growing import FLOW, GrowingReef, edit, write_founded
-
-
-@pytest.fixture(scope="module")
-def founded(tmp_path_factory) -> Path:
-    return write_founded(tmp_path_factory.mktemp("founded"))
+from atoll.storage.shards import Shards
+from tests.collective.growing import FLOW, GrowingReef, edit, write_probe
 
 
 @pytest.fixture
-def reef(founded, tmp_path, atoll) -> GrowingReef:
-    shutil.copytree(founded, tmp_path, dirs_exist_ok=True)
-    reef = GrowingReef(tmp_path, atoll)
-    reef.open()
-    return reef
+def reef(growing) -> GrowingReef:
+    return growing
 
 
 def test_growth_uploads_what_is_new_and_members_follow(reef) -> None:
@@ -94,6 +89,34 @@ def test_a_training_goes_on_through_a_split(reef) -> None:
     reef.join("ben")
     reef("claim", "bucket", "--cluster", 1, "-r", "ben")
     assert (reef.root / "ben" / "clusters" / "cluster-001" / lost.name).read_bytes() != data
+
+
+def test_an_older_expert_is_admitted_as_what_its_clusters_are_now(reef, monkeypatch) -> None:
+    reef.join("ada")
+    expert = reef.train("ada", 1)
+    reef.split(1)
+    reef("grow", "bucket", "-r", "run")
+    submission = reef("publish", expert).split()[0]
+    judged = []
+
+    def judge(path, reference, *, clusters, name, known, **options):
+        judged.append((reference.clusters, clusters, [shards.keys[0] for shards in reference.shards]))
+        now = reference.clusters
+        about = {"name": name, "clusters": clusters, "now": now, "known": known}
+        return [check_contents(path, reference.data, reference.descent, **about)[0]]
+
+    monkeypatch.setattr(admit_module, "judge", judge)
+    # The admitter's directory has the shards of before the split, too: they stay, the parts are fetched apart.
+    write_probe(reef.root / "probe", reef.run, [0, 2])
+    founders = [Shards(reef.run / "clusters" / f"cluster-{number:03d}").keys[0] for number in (1, 3)]
+    before = (reef.root / "ada" / "clusters" / "cluster-001" / "index.json").read_bytes()
+    admit = "admit", "bucket", "--probe", "probe", "-r", "ada", "--key", "founder.key"
+    assert reef(*admit) == f"{submission} 1-flow-linear accepted, and in"
+    assert judged == [((1, 3), (1,), founders)]
+    assert (reef.root / "ada" / "clusters" / "cluster-001" / "index.json").read_bytes() == before
+    # An expert of clusters that never were the collective's is not even uploaded.
+    edit(expert / "card.json", lambda one: one.update(assignment="0" * 64, k=2, clusters=[1]))
+    assert "is of 2 clusters, the collective has 4, which did not grow from them" in reef.refused("publish", expert)
 
 
 def test_two_steps_can_be_published_at_once(reef) -> None:
