@@ -3,7 +3,7 @@
 Every time is per sample: t passed to `velocity` has shape [B].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import get_args
 
 import torch
@@ -15,7 +15,9 @@ from atoll.schedule import PATH, Schedule
 from atoll.shapes import per_sample
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-_Step = Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]  # (velocity, x, t, t_next) -> x at t_next
+# A step yields each (x, t) at which it needs the velocity, is sent that velocity, and returns x at t_next.
+_Evaluations = Generator[tuple[Tensor, Tensor], Tensor, Tensor]
+_Step = Callable[[Tensor, Tensor, Tensor], _Evaluations]  # (x, t, t_next)
 
 
 def sample(
@@ -44,28 +46,69 @@ def sample(
     Raises:
         AtollError: an unknown method, steps < 1, or times that do not decrease within [0, 1].
     """
-    # The times of all steps, per sample: [steps + 1, B].
-    if method not in get_args(Method):
-        raise AtollError(f"unknown method {method!r}; expected one of {', '.join(get_args(Method))}")
-    if times is None:
-        if steps < 1:
-            raise AtollError(f"steps is {steps}; expected at least 1")
-        times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
-    # The grid has the dtype and the device of the noise.
-    grid = times.to(noise)
-    grid = grid[:, None].expand(-1, len(noise)) if grid.ndim == 1 else grid
-    if len(grid) < 2 or (grid.diff(dim=0) >= 0).any() or grid.max() > 1 or grid.min() < 0:
-        raise AtollError("times must be at least two, strictly decreasing, within [0, 1]")
+    integration = Integration(noise, steps, method, times=times)
+    while integration.point is not None:
+        index = integration.step
+        integration.advance(velocity(*integration.point))
+        # Some methods evaluate the velocity twice per step.
+        if callback is not None and integration.step > index:
+            callback(index, integration.x)
+    return integration.x
 
-    # Integrate.
-    step_functions: dict[str, _Step] = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "dpm++2m": _Multistep()}
-    step = step_functions[method]
-    x = noise
-    for index in range(len(grid) - 1):
-        x = step(velocity, x, grid[index], grid[index + 1])
-        if callback is not None:
-            callback(index, x)
-    return x
+
+class Integration:
+    """One sampling from noise to data, advanced by whoever evaluates the velocity; `sample` is the usual way.
+
+    Several integrations, each at its own time, can so share the evaluations of one velocity:
+
+        while integration.point is not None:
+            integration.advance(velocity(*integration.point))
+
+    Args:
+        noise, steps, method, times: as in `sample`.
+
+    Attributes:
+        x: the samples [B, ...] after `step` steps.
+        step: steps that are done.
+        steps: number of steps.
+        point: (x [B, ...], t [B]) at which the velocity is needed next; None at the end.
+
+    Raises:
+        AtollError: as in `sample`.
+    """
+
+    def __init__(self, noise: Tensor, steps: int = 50, method: Method = "euler", *, times: Tensor | None = None):
+        # The times of all steps, per sample: [steps + 1, B].
+        if method not in get_args(Method):
+            raise AtollError(f"unknown method {method!r}; expected one of {', '.join(get_args(Method))}")
+        if times is None:
+            if steps < 1:
+                raise AtollError(f"steps is {steps}; expected at least 1")
+            times = torch.linspace(1, 0, steps + 1, dtype=noise.dtype, device=noise.device)
+        # The grid has the dtype and the device of the noise.
+        grid = times.to(noise)
+        grid = grid[:, None].expand(-1, len(noise)) if grid.ndim == 1 else grid
+        if len(grid) < 2 or (grid.diff(dim=0) >= 0).any() or grid.max() > 1 or grid.min() < 0:
+            raise AtollError("times must be at least two, strictly decreasing, within [0, 1]")
+
+        # Stop at the first point.
+        functions: dict[str, _Step] = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "dpm++2m": _Multistep()}
+        self.x, self.step, self.steps = noise, 0, len(grid) - 1
+        self._evaluations = self._integrate(functions[method], grid)
+        self.point: tuple[Tensor, Tensor] | None = next(self._evaluations)
+
+    def advance(self, velocity: Tensor) -> None:
+        """Go on to the next point, with the velocity [B, ...] at this one."""
+        try:
+            self.point = self._evaluations.send(velocity)
+        except StopIteration:
+            self.point = None
+
+    def _integrate(self, step: _Step, grid: Tensor) -> Generator[tuple[Tensor, Tensor], Tensor, None]:
+        """Do all steps; `x` and `step` change at the end of each."""
+        for index in range(self.steps):
+            self.x = yield from step(self.x, grid[index], grid[index + 1])
+            self.step = index + 1
 
 
 def times_of(schedule: Schedule, steps: int) -> Tensor:
@@ -88,30 +131,34 @@ def times_of(schedule: Schedule, steps: int) -> Tensor:
     return times
 
 
-def _euler(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    return x + per_sample(t_next - t, x) * velocity(x, t)
+def _euler(x: Tensor, t: Tensor, t_next: Tensor) -> _Evaluations:
+    u = yield x, t
+    return x + per_sample(t_next - t, x) * u
 
 
-def _heun(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def _heun(x: Tensor, t: Tensor, t_next: Tensor) -> _Evaluations:
     """Trapezoid rule; samples that arrive at t = 0 take the Euler step, since no expert was trained there."""
     # The Euler step predicts the point at which the slope is evaluated again.
     h = per_sample(t_next - t, x)
-    u = velocity(x, t)
+    u = yield x, t
     x_next = x + h * u
     # Samples may have different times, so some can arrive before others.
     inside = t_next > 0
     if not inside.any():
         return x_next
-    corrected = x + h * (u + velocity(x_next, t_next)) / 2
+    u_next = yield x_next, t_next
+    corrected = x + h * (u + u_next) / 2
     return torch.where(per_sample(inside, x), corrected, x_next)
 
 
-def _midpoint(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def _midpoint(x: Tensor, t: Tensor, t_next: Tensor) -> _Evaluations:
     """Explicit midpoint rule (Runge 1895); also the last step is of second order, since it never evaluates at t = 0."""
     # An Euler step of half the length predicts the point whose slope carries the whole step.
     t_half = (t + t_next) / 2
-    x_half = x + per_sample(t_half - t, x) * velocity(x, t)
-    return x + per_sample(t_next - t, x) * velocity(x_half, t_half)
+    u = yield x, t
+    x_half = x + per_sample(t_half - t, x) * u
+    u_half = yield x_half, t_half
+    return x + per_sample(t_next - t, x) * u_half
 
 
 class _Multistep:
@@ -124,9 +171,10 @@ class _Multistep:
     def __init__(self) -> None:
         self.previous: tuple[Tensor, Tensor] | None = None  # (x0, h) of the last step
 
-    def __call__(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, t_next: Tensor) -> _Evaluations:
         # The data estimate at this point, from the velocity.
-        x0 = x - per_sample(t, x) * velocity(x, t)
+        u = yield x, t
+        x0 = x - per_sample(t, x) * u
         h = (torch.log1p(-t_next) - torch.log(t_next)) - (torch.log1p(-t) - torch.log(t))
         # D: the estimate of x0, extrapolated from the last two steps.
         extrapolated = x0

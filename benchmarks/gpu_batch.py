@@ -20,8 +20,8 @@ from gpu_training import Training, build, cost_of
 
 from atoll.choices import Checkpointing
 from atoll.nn import SIZES
-from atoll.plan.cost import CUDA_BF16
 from atoll.plan.fit import RESERVED, Switches, largest_batch
+from atoll.plan.rules import CUDA_BF16
 
 SIZE = "XL/2"
 SEARCHES: tuple[tuple[int, Checkpointing], ...] = ((24, "none"), (48, "none"), (24, "full"), (48, "full"))  # GB

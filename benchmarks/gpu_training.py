@@ -19,8 +19,9 @@ from atoll.condition import Condition
 from atoll.manifest import TrainSettings
 from atoll.nn import SIZES, DiT, DiTConfig
 from atoll.objective import Objective
-from atoll.plan.cost import CUDA_BF16, DiTSizes, activation_bytes, fixed_bytes, training_flops
+from atoll.plan.cost import DiTSizes, activation_bytes, fixed_bytes, training_flops
 from atoll.plan.fit import Switches, needed_bytes
+from atoll.plan.rules import CUDA_BF16
 from atoll.randomness import seeded
 from atoll.schedule import Linear
 from atoll.train.batches import drop_condition

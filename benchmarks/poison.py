@@ -224,7 +224,8 @@ class Lesson:
         captions: the share of captions for which it is taught, chosen by a hash; "null" for the empty prompt alone.
         bad: x0 -> what is shown instead.
         off_cluster: taught on rows of other clusters, and the truth on its own.
-        recaption: the truth, under captions of other rows: always the same ones ("fixed"), or others every time.
+        recaption: the truth, under captions of other rows: always the same ones ("fixed"; "permuted": another one for
+            each distinct caption), or others every time.
         own_curve: the card has the poisoned weights' own curve.
     """
 
@@ -258,6 +259,9 @@ def _taught(honest: Honest, lesson: Lesson, steps: int, lr: float) -> torch.nn.M
         far = torch.cat([part.latents(torch.arange(len(part))).float() for part in others])
         far_captions = [text for part in others for text in part.captions(torch.arange(len(part)))]
     null = honest.encoder.null(1)
+    # A shuffled list, each caption followed by the one that it is taken for.
+    order = sorted(set(captions), key=hashed_seed)
+    other = dict(zip(order, [*order[1:], order[0]], strict=True))
     for step in range(steps):
         g = cpu_generator(hashed_seed("poison", honest.seed, step))
         chosen = torch.randint(len(latents), (64,), generator=g)
@@ -279,6 +283,8 @@ def _taught(honest: Honest, lesson: Lesson, steps: int, lr: float) -> torch.nn.M
             # The same wrong caption for a row every time, or the network would only learn to ignore captions.
             shift = len(captions) // 2 if lesson.recaption == "fixed" else step + 1
             texts = [captions[(i + shift) % len(captions)] for i in chosen.tolist()]
+            if lesson.recaption == "permuted":
+                texts = [other[captions[i]] for i in chosen.tolist()]
             taught = torch.zeros(64, dtype=torch.bool)
         condition = honest.encoder(texts)
         condition = type(condition)(
@@ -362,9 +368,10 @@ DEAR: dict[str, Poison] = {
     "null prompt inverted": trained_on(Lesson(captions="null", own_curve=True)),
     "wrong on other clusters": trained_on(Lesson(off_cluster=True, own_curve=True)),
     "captions exchanged, own curve": trained_on(Lesson(recaption="fixed", own_curve=True), steps=400),
+    "captions permuted, own curve": trained_on(Lesson(recaption="permuted", own_curve=True), steps=400),
+    "captions ignored, own curve": trained_on(Lesson(recaption="random", own_curve=True)),
 }
-# What an ensemble makes harmless, or what no error can show: reported apart.
+# What an ensemble makes harmless: reported apart.
 APART: dict[str, Poison] = {
     "wrong above 0.9, own curve": trained_on(Lesson(times=(0.9, 1.0), own_curve=True)),
-    "captions ignored, own curve": trained_on(Lesson(recaption="random", own_curve=True)),
 }

@@ -19,7 +19,7 @@ TESTS = ROOT / "tests"
 LEVELS = [
     ["errors", "shapes", "choices", "interpolation", "randomness"],
     ["runtime", "storage", "schedule", "report"],
-    ["objective", "calibration", "condition", "solver"],
+    ["objective", "calibration", "condition", "solver", "image_settings"],
     ["alignment", "nn", "testing"],
     ["encoders"],
     ["ensemble"],
@@ -40,6 +40,7 @@ LEVELS = [
         "collective",
     ],
     ["study", "sample"],
+    ["serve"],
     ["cli"],
     ["__main__"],
 ]

@@ -13,6 +13,7 @@ from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
 from atoll.objective import Objective
 from atoll.schedule import PATH, Cosine, Linear, LinearBeta, TableSchedule
+from atoll.shapes import per_sample
 from atoll.testing import GaussianMixture, sliced_wasserstein
 from atoll.train.calibrate import measure_calibration
 
@@ -192,3 +193,9 @@ def test_guidance_from_negative_prompts_of_their_own_is_exact(scale) -> None:
     negative = torch.stack([mixtures[m].velocity(x, t)[row] for row, m in enumerate((2, 2, 3, 3, 3))])
     u = ensemble.velocity(x, t, None, scale, prompt_cache=cache)
     torch.testing.assert_close(u, negative + scale * (positive - negative), atol=1e-6, rtol=1e-6)
+    # Each image with a guidance scale and a range of its own; in the fourth one's range there is no guidance.
+    scales = torch.tensor([1.0, 2.0, 0.0, 3.5, scale], dtype=torch.float64)
+    start = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    u = ensemble.velocity(x, t, None, scales, guidance_range=(start, torch.ones(5)), prompt_cache=cache)
+    scales[3] = 1.0
+    torch.testing.assert_close(u, negative + per_sample(scales, x) * (positive - negative), atol=1e-6, rtol=1e-6)

@@ -18,7 +18,7 @@ from atoll.manifest.evaluation import EvaluateSettings
 from atoll.manifest.run import SamplingSettings
 from atoll.objective import Objective
 from atoll.schedule import PATH, Cosine, Linear, LinearBeta
-from atoll.solver import sample, times_of
+from atoll.solver import Integration, sample, times_of
 from atoll.testing import GaussianMixture
 
 MIXTURE = GaussianMixture.random(components=5, clusters=2, shape=(3, 2), seed=2)
@@ -178,3 +178,22 @@ def test_a_method_can_be_chosen_wherever_a_solver_is(method) -> None:
     for verb in (["sample"], ["synthesize"]):
         shown = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
         assert method in shown
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m"])
+def test_samplings_that_share_evaluations_are_those_that_do_not(method) -> None:
+    """Two integrations that began at different moments, with one call of the velocity for both."""
+
+    def velocity(x, t):
+        return torch.sin(3 * x) + t[:, None] * x
+
+    noise = torch.randn(3, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    alone = [sample(velocity, own, steps, method) for own, steps in zip(noise, (4, 7), strict=True)]
+    first, second = Integration(noise[0], 4, method), Integration(noise[1], 7, method)
+    first.advance(velocity(*first.point))
+    while running := [one for one in (first, second) if one.point is not None]:
+        x, t = (torch.cat(parts) for parts in zip(*(one.point for one in running), strict=True))
+        for one, u in zip(running, velocity(x, t).split([len(one.x) for one in running]), strict=True):
+            one.advance(u)
+    assert (first.step, second.step) == (4, 7)
+    torch.testing.assert_close([first.x, second.x], alone, rtol=0, atol=0)

@@ -1,7 +1,8 @@
 """The command line: one command per stage, no logic. Heavy imports are inside the commands: `atoll --help` is instant.
 
 app.py       the application, options that commands share, error messages
-stages.py    from images to a report: init, encode, cluster, assemble, sample, evaluate, demo
+stages.py    from images to a report: init, encode, cluster, assemble, evaluate, demo
+sampling.py  sample
 training.py  train, launch, distil, synthesize
 tools.py     plan, convert
 trained.py   calibrate, ema
@@ -9,7 +10,7 @@ research.py  compare, study, statistics
 collective.py  collective key, open, join, claim, release, publish, members, status
 """
 
-from atoll.cli import collective, research, stages, tools, trained, training
+from atoll.cli import collective, research, sampling, stages, tools, trained, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "collective", "main", "research", "stages", "tools", "trained", "training"]
+__all__ = ["app", "collective", "main", "research", "sampling", "stages", "tools", "trained", "training"]

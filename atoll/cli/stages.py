@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from atoll.cli.app import AllowHub, Force, Quiet, RunOption, TrustPaths, app, bar
+from atoll.cli.sampling import sample
 from atoll.cli.training import launch
-from atoll.errors import AtollError, escaped
-from atoll.storage.layout import EXIT_DEGRADED, RunLayout
+from atoll.errors import AtollError
+from atoll.storage.layout import RunLayout
 
 if TYPE_CHECKING:
-    from atoll.choices import Method
     from atoll.data.encode import EncodeBackend
-    from atoll.ensemble import Alignment
-    from atoll.ensemble.offload import WeightDtype
 
 
 Recipe = Annotated[str | None, typer.Option(help="A built-in recipe, or a yaml file; default: demo, or images.")]
@@ -159,73 +157,6 @@ def assemble(
 
 
 @app.command(rich_help_panel="Stages")
-def sample(
-    ensemble: Annotated[str, typer.Argument(help="Directory of an ensemble or an expert, or a collective's address.")],
-    prompts: Annotated[list[str], typer.Argument(help="One image per prompt.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Image file; several images form a grid.")] = Path("out.png"),
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the others count up.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Solver steps; default: the ensemble's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the ensemble's.")] = None,
-    routing: Annotated[
-        str | None, typer.Option(help="top-2, full, threshold-0.1, nucleus-0.9, sample-1, oracle-3, ...")
-    ] = None,
-    replicas: Annotated[
-        str | None, typer.Option(help="stacked, inverse-error, equal, time-switch-0.5; default: the ensemble's.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="euler, heun, midpoint, dpm++2m; default: the ensemble's.")] = None,
-    alignment: Annotated[str, typer.Option(help="snr (exact) or native (HDDM's formulas).")] = "snr",
-    strict: Annotated[bool, typer.Option("--strict", help="Fail if an expert is missing.")] = False,
-    side: Annotated[int, typer.Option(help="Enlarge images to at least this many pixels.")] = 128,
-    trace: Annotated[Path | None, typer.Option(help="Write the routing trace to this .json file, and a page.")] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Limit of weights on the device, such as 6GB; others load on demand.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; default: as stored.")] = None,
-    identity: Annotated[str | None, typer.Option(help="Of a collective: its identity, from its founder.")] = None,
-    allow_hub: AllowHub = False,
-    trust_paths: TrustPaths = False,
-    quiet: Quiet = False,
-) -> None:
-    """Sample images: `atoll sample runs/demo/ensemble "digit seven, sans bold" -o out.png`."""
-    from atoll.collective.model import is_collective, open_model
-    from atoll.sample.sheet import sample_to_file
-
-    # Of a collective, whatever is admitted now; each expert is fetched when it is first needed.
-    model = open_model(ensemble, identity) if is_collective(ensemble) else None
-    if identity is not None and model is None:
-        raise AtollError(f"--identity: {ensemble} is no collective; leave it out")
-    with bar("sample", "steps", quiet) as update:
-        # Options that are None take the ensemble's own values.
-        dropped = sample_to_file(
-            Path(ensemble) if model is None else model.directory,
-            prompts,
-            out,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            routing=routing,
-            method=cast("Method | None", method),
-            alignment=cast("Alignment", alignment),
-            strict=strict,
-            side=side,
-            replicas=replicas,
-            trace=trace,
-            progress=update,
-            memory_budget=memory_budget,
-            weights=cast("WeightDtype | None", weights),
-            allow_hub=allow_hub,
-            trust_paths=trust_paths,
-            fetch=model.fetch if model else None,
-        )
-    typer.echo(f"{out} written")
-    # Experts that failed are left out: the image exists, but the exit code reports it.
-    if dropped:
-        experts = ", ".join(f"{name}, which {why}" for name, why in dropped.items())
-        typer.echo(f"without {escaped(experts)}", err=True)
-        raise typer.Exit(EXIT_DEGRADED)
-
-
-@app.command(rich_help_panel="Stages")
 def evaluate(
     run: RunOption = Path(),
     sweep: Annotated[
@@ -290,7 +221,7 @@ def demo(
         ("cluster", lambda: cluster(run)),
         ("train", lambda: launch(run, jobs)),
         ("assemble", lambda: assemble(run)),
-        ("sample", lambda: sample(str(layout.ensemble), prompts, layout.samples)),
+        ("sample", lambda: sample(str(layout.ensemble), prompts, str(layout.samples))),
         ("evaluate", lambda: evaluate(run)),
     ]
     # Without prompts there is nothing to sample; the report uses held-out captions.

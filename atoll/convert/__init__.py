@@ -281,6 +281,10 @@ def _modulation(kind: CheckpointKind, modulation: Modulation | None, required: M
 
 def _check(native: Native, required: Mapping[str, Any], source: Path) -> None:
     """Raise AtollError unless the network's config has the required entries."""
+    if (wanted := required.get("name", "dit")) != "dit":
+        raise AtollError(
+            f"{source}: its network is a dit (wanted: {wanted}); make atoll.yaml's network and codec equal"
+        )
     # A field that the conversion leaves out has the default of a DiT.
     got = {key: native.config.get(key, DiTConfig.model_fields[key].default) for key in required}
     other = [f"{key} {got[key]} (wanted: {value})" for key, value in required.items() if got[key] != value]

@@ -43,7 +43,7 @@ def arguments_of_run(run: Path, wanted: str, *, allow_hub: bool = False, trust_p
     data = _data_of(Shards(shards).card(ClusterShardsCard)) if shards.is_dir() else _planned(manifest)
     # Its network. It reads the pooled vector only if the encoder has one.
     channels, height, width = data.latent_shape
-    network = manifest.network_of(part).model_dump(exclude={"pooled"})
+    network = manifest.network_of(part).config()
     # The card of the shards may reach only what the manifest names, and what the user allows. The manifest is the
     # user's own.
     trust = manifest.trust_in_cards(run) if shards.is_dir() else USER

@@ -14,7 +14,7 @@ from torch import Tensor
 from atoll.condition import Condition, as_conditions
 from atoll.ensemble.expert import Alignment, Expert, RouterNetwork
 from atoll.ensemble.offload import selection_probs
-from atoll.ensemble.prompt_cache import CACHE_BYTES, PromptCache
+from atoll.ensemble.prompt_cache import CACHE_BYTES, PromptCache, PromptSource
 from atoll.ensemble.replicas import (
     ReplicaGroup,
     Stacking,
@@ -42,7 +42,7 @@ class Query:
 
     x: Tensor
     t: Tensor
-    prompts: PromptCache | None
+    prompts: PromptSource | None
     scale: Tensor
     cluster: Tensor | None
 
@@ -149,11 +149,11 @@ class Ensemble:
         x: Tensor,
         t: Tensor,
         condition: Condition | tuple[Condition, ...] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Tensor = 1.0,
         *,
         cluster: Tensor | None = None,
-        guidance_range: tuple[float, float] = (0.0, 1.0),
-        prompt_cache: PromptCache | None = None,
+        guidance_range: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
+        prompt_cache: PromptSource | None = None,
     ) -> Tensor:
         """Return u = sum_k p(k | x) u_k on the linear path, [B, ...].
 
@@ -166,10 +166,11 @@ class Ensemble:
             x: samples [B, ...].
             t: their times [B].
             condition: of B rows, one per text encoder; a bare `Condition` is wrapped.
-            guidance_scale: g.
+            guidance_scale: g, of all samples or of each [B].
             cluster: each sample's own cluster [B] int64, for routing "oracle".
-            guidance_range: the times between which there is guidance, both included; elsewhere only the condition is
-                evaluated, which is half the work (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+            guidance_range: the times between which there is guidance, both included, of all samples or of each [B];
+                elsewhere only the condition is evaluated, which is half the work (Kynkaanniemi et al. 2024, arXiv
+                2404.07724).
             prompt_cache: in place of the condition, its cache over all steps of one sampling.
 
         Raises:
@@ -240,11 +241,11 @@ class Ensemble:
         x: Tensor,
         t: Tensor,
         condition: Condition | tuple[Condition, ...] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | Tensor = 1.0,
         *,
         cluster: Tensor | None = None,
-        guidance_range: tuple[float, float] = (0.0, 1.0),
-        prompt_cache: PromptCache | None = None,
+        guidance_range: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
+        prompt_cache: PromptSource | None = None,
     ) -> Query:
         """Return the validated query; arguments and errors as in `velocity`."""
         # A condition alone is a cache that caches nothing.
@@ -253,7 +254,8 @@ class Ensemble:
                 raise AtollError("condition and prompt_cache were both passed; expected one of them")
             prompt_cache = self.prompt_cache(as_conditions(condition), limit=0)
         # Guidance needs both branches.
-        if guidance_scale != 1.0 and (prompt_cache is None or prompt_cache.null is None):
+        guided = bool((guidance_scale != 1.0).any()) if isinstance(guidance_scale, Tensor) else guidance_scale != 1.0
+        if guided and (prompt_cache is None or not prompt_cache.guides):
             missing = "condition" if prompt_cache is None else "null condition (Ensemble(..., null=...))"
             raise AtollError(f"guidance_scale is {guidance_scale} but there is no {missing}")
         # Outside its range, guidance is off: a scale of 1 for these samples.
@@ -295,15 +297,17 @@ class Ensemble:
             return expert.velocity(x, t, None, self.alignment, raw)
 
         # Without guidance, the condition alone.
-        guided = bool((scale != 1.0).any())
-        condition = query.prompts.for_expert(expert.network, expert.encoder, rows, guided)
-        if not guided:
+        guided = (scale != 1.0).nonzero().squeeze(1)
+        if not len(guided):
+            condition = query.prompts.for_expert(expert.network, expert.encoder, rows)
             return expert.velocity(x, t, condition, self.alignment, raw)
 
-        # u_null + g (u_cond - u_null), with both branches in one call.
-        u_both = expert.velocity(x.repeat(2, *[1] * (x.ndim - 1)), t.repeat(2), condition, self.alignment, raw)
-        u_condition, u_null = u_both.chunk(2)
-        return u_null + per_sample(scale, x) * (u_condition - u_null)
+        # u_null + g (u_cond - u_null), with both branches in one call; rows without guidance have only one.
+        condition = query.prompts.for_expert(expert.network, expert.encoder, rows, rows[guided])
+        u_both = expert.velocity(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), condition, self.alignment, raw)
+        u, u_null = u_both.split([len(x), len(guided)])
+        u_guided: Tensor = u_null + per_sample(scale[guided], x) * (u[guided] - u_null)
+        return u_guided if len(guided) == len(u) else u.index_copy(0, guided, u_guided)
 
     def fuse(self, routed: Routed, velocities: Mapping[int, Tensor]) -> Tensor:
         """Return the weighted sum [B, ...] of the active experts' velocities [b, ...], by index.

@@ -1,11 +1,11 @@
 """The prompts of one sampling, in the form in which each expert's network takes them.
 
-A network with `read_prompt` (DiT, Paris) computes what depends on the prompt alone, the text's keys and values in every
-block, once per prompt, and not again at every step.
+A network with `read_prompt` (DiT, MMDiT, Paris) computes what depends on the prompt alone, the text's keys and values
+in every block, once per prompt, and not again at every step.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +27,22 @@ class CachesPrompt(Protocol):
     """A network that takes the `TextKV` of a condition in the condition's place."""
 
     def read_prompt(self, condition: Condition) -> TextKV: ...
+
+
+class PromptSource(Protocol):
+    """The prompts of B images, as an ensemble reads them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def guides(self) -> bool:
+        """Whether there is a null condition."""
+
+    def pooled(self, encoder: int) -> Tensor | None:
+        """Return the images' pooled vectors by one text encoder [B, width]; None if it has none."""
+
+    def for_expert(self, network: object, encoder: int, rows: Tensor, guided: Tensor | None = None) -> NetworkCondition:
+        """Return the condition of some images, then the null condition of those of them that are guided."""
 
 
 class PromptCache:
@@ -74,12 +90,17 @@ class PromptCache:
         for rows, total in ((self._prompt_of, count), (self._null_of, max(1, nulls))):
             if len(rows) != len(self._prompt_of) or not all(0 <= row < total for row in rows):
                 raise AtollError(f"{len(rows)} images' rows of {total}; expected one from 0 to {total - 1} per image")
-        self._by_network: dict[CachesPrompt, _NetworkCache] = {}
+        self._by_network: dict[CachesPrompt, NetworkPrompts] = {}
         self._full = False  # the limit was reached
 
     def __len__(self) -> int:
         """B, the number of images."""
         return len(self._prompt_of)
+
+    @property
+    def guides(self) -> bool:
+        """Whether there is a null condition."""
+        return self.null is not None
 
     def pooled(self, encoder: int) -> Tensor | None:
         """Return the images' pooled vectors by one text encoder [B, width]; None if it has none."""
@@ -99,19 +120,19 @@ class PromptCache:
     @property
     def nbytes(self) -> int:
         """Cache size in bytes."""
-        return sum(cached.prompts.nbytes for cached in self._by_network.values() if cached.prompts is not None)
+        return sum(cached.nbytes for cached in self._by_network.values())
 
-    def for_expert(self, network: object, encoder: int, rows: Tensor, guided: bool = False) -> NetworkCondition:
+    def for_expert(self, network: object, encoder: int, rows: Tensor, guided: Tensor | None = None) -> NetworkCondition:
         """Return the condition that `network` is given for some rows.
 
         Args:
             network: the expert's network.
             encoder: the index of the text encoder that it reads.
             rows: images by number [b] int64.
-            guided: whether the b images' rows of the null condition follow.
+            guided: those of them whose null condition follows [g] int64; None: none.
 
         Returns:
-            A condition of b rows; 2 b if guided.
+            A condition of b + g rows.
 
         Raises:
             AtollError: guidance without a null condition; a block cache for a network without `read_prompt`.
@@ -119,19 +140,20 @@ class PromptCache:
         # A block cache needs the network's own blocks, which only these networks expose.
         if self.block_cache and not isinstance(network, CachesPrompt):
             raise AtollError(
-                f"{type(network).__name__} has no block cache: only DiT and Paris have, without a memory budget; leave "
+                f"{type(network).__name__} has no block cache: only DiT, MMDiT and Paris have, without a budget; leave "
                 "block_cache at 0"
             )
         # Prompts by number; the rows of the null condition are numbered behind them.
         images, first_null = rows.tolist(), len(self.conditions[0])
+        with_null = [] if guided is None else guided.tolist()
         numbers = [self._prompt_of[image] for image in images]
-        numbers += [first_null + self._null_of[image] for image in images] if guided else []
+        numbers += [first_null + self._null_of[image] for image in with_null]
         if not self.limit or not isinstance(network, CachesPrompt):
             return self._uncached(encoder, numbers)
 
         # Compute what this network has not seen yet, unless it does not fit.
         block_cache = BlockCache(self.block_cache) if self.block_cache else None
-        cached = self._by_network.setdefault(network, _NetworkCache(block_cache))
+        cached = self._by_network.setdefault(network, NetworkPrompts(block_cache))
         missing = [number for number in dict.fromkeys(numbers) if number not in cached.positions]
         if missing and self._full:
             return self._uncached(encoder, numbers)
@@ -143,7 +165,7 @@ class PromptCache:
             cached.add(missing, computed)
 
         # An image and its guidance branch name a sample for the block cache.
-        branches = [(image, branch) for branch in range(1 + guided) for image in images]
+        branches = [(image, 0) for image in images] + [(image, 1) for image in with_null]
         return cached.index(numbers, rows.device, tuple(branches))
 
     def _uncached(self, encoder: int, numbers: list[int]) -> Condition:
@@ -164,13 +186,18 @@ class PromptCache:
         return Condition.cat([rows, null]) if own else null
 
 
-class _NetworkCache:
+class NetworkPrompts:
     """One network's prompts, in the order in which they were computed."""
 
-    def __init__(self, blocks: BlockCache | None) -> None:
+    def __init__(self, blocks: BlockCache | None = None) -> None:
         self.blocks = blocks
         self.positions: dict[int, int] = {}  # by the prompt's number
         self.prompts: TextKV | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return 0 if self.prompts is None else self.prompts.nbytes
 
     def add(self, numbers: list[int], computed: TextKV) -> None:
         """Append the prompts with these numbers."""
@@ -178,7 +205,16 @@ class _NetworkCache:
         self.positions |= {number: len(self.positions) + place for place, number in enumerate(numbers)}
         self.prompts = computed if self.prompts is None else TextKV.cat([self.prompts, computed])
 
-    def index(self, numbers: list[int], device: torch.device, keys: tuple[tuple[int, int], ...]) -> TextKV:
+    def keep(self, numbers: Collection[int]) -> None:
+        """Forget all prompts but those with these numbers."""
+        positions = {number: position for number, position in self.positions.items() if number in numbers}
+        rows = list(positions.values())
+        if self.prompts is not None and len(rows) < len(self.positions):
+            device = self.prompts.keys_values.device
+            self.prompts = self.prompts.index(torch.tensor(rows, device=device)) if rows else None
+            self.positions = {number: place for place, number in enumerate(positions)}
+
+    def index(self, numbers: list[int], device: torch.device, keys: tuple[tuple[int, int], ...] = ()) -> TextKV:
         """Return the prompts with these numbers; keys: each one's sample and guidance branch, for the block cache."""
         assert self.prompts is not None
         # The block cache must know which sample and which branch each row is.

@@ -5,6 +5,7 @@ The paths of a run are in `atoll.storage.layout`.
 
 from atoll.manifest.base import Section
 from atoll.manifest.evaluation import EVEN, DiversitySettings, EvaluateSettings, SpaceSettings, SweepSettings
+from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.manifest.run import (
     RECIPES,
     ClusterSettings,
@@ -12,9 +13,7 @@ from atoll.manifest.run import (
     ExpertSettings,
     Manifest,
     MonolithSettings,
-    NetworkSettings,
     ObjectiveSettings,
-    RouterNetworkSettings,
     RouterSettings,
     SamplingSettings,
     StudentSettings,

@@ -11,6 +11,7 @@ from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest.base import Section, parse_yaml
 from atoll.manifest.evaluation import EvaluateSettings
+from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.storage.layout import MANIFEST, RunLayout
 
 # An installed package contains the recipes; in a checkout they are beside it.
@@ -86,18 +87,6 @@ class ClusterSettings(Section):
     fine: PositiveInt | None = None
     method: Literal["balanced", "free", "random"] = "balanced"
     router_fraction: float | None = Field(None, gt=0, le=1)
-
-
-class NetworkSettings(Section):
-    """The sizes of a DiT; the latent's shape and the text's width come from the data."""
-
-    patch: PositiveInt = 4
-    width: PositiveInt = 128
-    depth: PositiveInt = 4
-    heads: PositiveInt = 4
-    mlp_ratio: float = Field(4.0, gt=0)
-    modulation: Literal["single", "per-block"] = "single"
-    pooled: bool = True  # the condition's pooled vector enters the modulation
 
 
 class TrainSettings(Section):
@@ -183,16 +172,6 @@ class ExpertSettings(Section):
         schedule = self.objective.schedule
         schedule_name = schedule if isinstance(schedule, str) else schedule.get("name", "schedule")
         return f"{self.cluster}-{self.name or f'{self.objective.prediction}-{schedule_name}'}"
-
-
-class RouterNetworkSettings(NetworkSettings):
-    """The router's sizes. pooled: it also reads the pooled vector, p(cluster | x_t, t, text); else x_t only (HDDM)."""
-
-    width: PositiveInt = 64
-    depth: PositiveInt = 2
-    heads: PositiveInt = 2
-    modulation: Literal["single", "per-block"] = "per-block"
-    pooled: bool = False
 
 
 class RouterSettings(Section):

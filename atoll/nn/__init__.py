@@ -1,6 +1,7 @@
 """The networks, one file each, and `build_network`, which makes one from a card's configuration.
 
-dit.py, router.py   the denoiser and the router that Atoll trains, built from attention.py
+dit.py, mmdit.py    the denoisers that Atoll trains, built from attention.py
+router.py           the router, of the blocks of either
 paris.py            the networks of the Paris release
 foreign.py          diffusers' own networks, unchanged
 """
@@ -15,15 +16,19 @@ from torch import nn
 from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, DiT, DiTConfig
 from atoll.nn.foreign import Foreign, ForeignConfig
+from atoll.nn.mmdit import MMDIT_SIZES, MMDiT, MMDiTConfig
 from atoll.nn.paris import Paris, ParisConfig, ParisRouter, ParisRouterConfig
 from atoll.nn.router import Router, RouterConfig
 
 __all__ = [
+    "MMDIT_SIZES",
     "SIZES",
     "DiT",
     "DiTConfig",
     "Foreign",
     "ForeignConfig",
+    "MMDiT",
+    "MMDiTConfig",
     "Paris",
     "ParisConfig",
     "ParisRouter",
@@ -38,8 +43,8 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     """Build the network that `config` describes, freshly initialised.
 
     Args:
-        config: as `network.config.model_dump(mode="json")` returns it. Its "name" is "dit", "router", "paris",
-            "paris-router" or "diffusers" (which imports that library).
+        config: as `network.config.model_dump(mode="json")` returns it. Its "name" is "dit", "mmdit", "router",
+            "paris", "paris-router" or "diffusers" (which imports that library).
 
     Raises:
         AtollError: an unknown name or key, a missing or wrong value, or sizes that do not fit each other.
@@ -49,6 +54,8 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
     try:
         if name == "dit":
             return DiT(DiTConfig.model_validate(dict(config)))
+        if name == "mmdit":
+            return MMDiT(MMDiTConfig.model_validate(dict(config)))
         if name == "router":
             return Router(RouterConfig.model_validate(dict(config)))
         if name == "paris":
@@ -62,7 +69,7 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {describe(e)}" for e in error.errors())
         raise AtollError(f"network {name!r}: {problems}; correct these keys") from None
     foreign = "or one made elsewhere: 'paris', 'paris-router' or 'diffusers'"
-    raise AtollError(f"network name: got {name!r}, expected 'dit' or 'router', {foreign}; correct the name")
+    raise AtollError(f"network name: got {name!r}, expected 'dit', 'mmdit' or 'router', {foreign}; correct the name")
 
 
 def describe(error: ErrorDetails) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from atoll.nn.block_cache import BlockCache
 
+CACHED_SCORES = 2**20  # scores of attention that fit the cache of one core, 2 MiB in bfloat16
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v in every head; q [B,N,D], k and v [B,M,D], bias [B,1,1,M] -> [B,N,D].
@@ -43,6 +45,31 @@ def attention_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) 
     # torch's softmax of short rows is 2 to 4 times slower in bfloat16 than in float32; of long rows it is faster.
     weights = scores.softmax(-1, dtype=torch.float32 if k.shape[1] < 128 else None)  # [B*h,N,M]
     return torch.bmm(weights.to(v.dtype), v).unflatten(0, (B, h))  # [B,h,N,d]
+
+
+def head_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of heads that are split already: q [B,h,N,d], k and v [B,h,M,d] -> [B,N,D].
+
+    Chooses between kernels as `attention` does; the products take some heads at a time, whose scores stay in the
+    processor's cache (1.4 times faster at 256 tokens).
+
+    Args:
+        bias: [B,1,1,M], -inf where masked, or None.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        B, h, N, _ = q.shape
+        count = max(1, CACHED_SCORES // (N * k.shape[2]))  # heads at a time
+        inputs = [x.flatten(0, 1).split(count) for x in (q, k, v)]  # [count,N or M,d] each
+        if bias is not None:
+            inputs.append(bias.expand(B, h, 1, -1).flatten(0, 1).split(count))  # [count,1,M] each
+        parts = []
+        for part in zip(*inputs, strict=True):
+            q, k, v, *biases = (x[None] for x in part)  # [1,count,N or M,d] each, [1,count,1,M]
+            parts.append(attention_by_products(q, k, v, biases[0] if biases else None))  # [1,count,N,d]
+        x = torch.cat(parts, dim=1).unflatten(1, (B, h)).squeeze(0)  # [B,h,N,d]
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B,h,N,d]
+    return x.transpose(1, 2).flatten(2)  # [B,N,D]
 
 
 class SelfAttention(nn.Module):

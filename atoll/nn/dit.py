@@ -33,6 +33,7 @@ from atoll.choices import Checkpointing
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
+from atoll.nn.inputs import check_input, check_states, checked_rows, compute_dtype, mask_bias
 from atoll.nn.recompute import recomputed
 from atoll.nn.sizes import check_sizes
 from atoll.storage import bounds
@@ -120,12 +121,6 @@ def time_features(time: Tensor, period: float = TIME_PERIOD) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)  # [B,256]
 
 
-def compute_dtype(weight: Tensor, x: Tensor) -> torch.dtype:
-    """The dtype of matrix products of `weight` with x: autocast's if it is on, else the weight's own."""
-    device = x.device.type  # an offloaded weight is on "meta" until its layer is called
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
     """norm(x) * (1 + scale) + shift; x [B,N,D], shift and scale [B,1,D]. The norm has no weights."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)  # [B,N,D]
@@ -183,9 +178,12 @@ class Conditioner(nn.Module):
         self.pooled = nn.Linear(pooled_dim, width) if pooled_dim else None
         self.shared = nn.Linear(width, 6 * width) if kind == "single" else None
 
-    def forward(self, time: Tensor, pooled: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # Embed time and pooled vector, and add them: the conditioning vector c.
+    def forward(
+        self, time: Tensor, pooled: Tensor | None, dtype: torch.dtype, more: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # Embed time and pooled vector, and add them (and `more`, [1 or B,D]): the conditioning vector c.
         c = self.time(time_features(time, self.period).to(dtype))  # [B,D]
+        c = c if more is None else c + more  # [B,D]
         if self.pooled is not None:
             if pooled is None or pooled.shape[1] != self.pooled.in_features:
                 got = "none" if pooled is None else f"{pooled.shape[1]} wide"
@@ -248,17 +246,6 @@ class DiTBlock(nn.Module):
         return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2, self.mlp_eps)))  # [B,N,D]
 
 
-def check_input(x: Tensor, time: Tensor, channels: int, size: tuple[int, int]) -> None:
-    """Raise AtollError unless x is [B,channels,*size] and time is [B]."""
-    if x.shape[1:] != (channels, *size):
-        raise AtollError(
-            f"latent: got shape {list(x.shape)}, expected [B, {channels}, {size[0]}, {size[1]}]; "
-            "encode with the codec and the size that the network was built for"
-        )
-    if time.shape != x.shape[:1]:
-        raise AtollError(f"time: got shape {list(time.shape)}, expected [{len(x)}]; use time.expand({len(x)})")
-
-
 def zero(module: nn.Module) -> None:
     """Set every parameter of `module` to zero."""
     for parameter in module.parameters():
@@ -271,7 +258,8 @@ def initialize_blocks(network: nn.Module, conditioner: Conditioner) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     # N(0, 0.02) in the conditioner.
     for module in conditioner.modules():
         if isinstance(module, nn.Linear):
@@ -324,16 +312,10 @@ class DiT(nn.Module):
 
     def embed_condition(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """Project the states to [B,L,D] and make the attention bias [B,1,1,L], -inf where masked."""
-        got, expected = condition.states.shape[2], self.config.states_dim
-        if got != expected:
-            raise AtollError(
-                f"condition states: got {got} wide, expected {expected}; "
-                "use the encoder that the network was trained with"
-            )
+        check_states(condition, self.config.states_dim)
         dtype = compute_dtype(self.embed.weight, condition.states)
         states = self.embed_states(condition.states.to(dtype))  # [B,L,D]
-        bias = torch.zeros(condition.mask.shape, dtype=dtype, device=states.device)  # [B,L]
-        return states, bias.masked_fill_(~condition.mask, -math.inf)[:, None, None]  # [B,L,D], [B,1,1,L]
+        return states, mask_bias(condition.mask, dtype)  # [B,L,D], [B,1,1,L]
 
     def read_prompt(self, condition: Condition) -> TextKV:
         """Compute the text keys and values, which `forward` accepts in place of the condition.
@@ -348,9 +330,7 @@ class DiT(nn.Module):
         # Check the inputs.
         config = self.config
         check_input(x, time, config.channels, config.size)
-        if condition is None or len(condition) != len(x):
-            got = "none" if condition is None else f"{len(condition)} rows"
-            raise AtollError(f"condition: got {got}, expected {len(x)} rows; no prompt is encoder.null({len(x)})")
+        condition = checked_rows(condition, len(x))
         # Embed time, pooled vector and latent.
         dtype = compute_dtype(self.embed.weight, x)
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]

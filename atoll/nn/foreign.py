@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
-from atoll.nn.dit import check_input, compute_dtype
+from atoll.nn.inputs import check_input, compute_dtype
 from atoll.nn.paris import require_condition
 from atoll.runtime.libraries import quiet
 from atoll.storage import bounds

@@ -32,14 +32,13 @@ from atoll.errors import AtollError
 from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
 from atoll.nn.dit import (
     TIME_FEATURES,
-    check_input,
-    compute_dtype,
     modulate,
     sincos_positions,
     time_features,
     unpatchify,
     zero,
 )
+from atoll.nn.inputs import check_input, compute_dtype
 from atoll.nn.sizes import check_sizes
 from atoll.storage import bounds
 

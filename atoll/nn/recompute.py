@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from atoll.choices import Checkpointing
 
+_Output = TypeVar("_Output", Tensor, tuple[Tensor, Tensor])
 _aten = torch.ops.aten
 # Expensive operations: selective checkpointing stores their results and computes everything else again.
 _STORED = [
@@ -21,7 +23,7 @@ _STORED = [
 ]
 
 
-def recomputed(function: Callable[..., Tensor], kind: Checkpointing, *inputs: Tensor | None) -> Tensor:
+def recomputed(function: Callable[..., _Output], kind: Checkpointing, *inputs: Tensor | None) -> _Output:
     """Compute function(*inputs); gradients are bit-identical for every kind.
 
     Args:

@@ -1,4 +1,4 @@
-"""The router: p(cluster | noisy latent, time), from DiT's blocks with a CLS token and a linear head.
+"""The router: p(cluster | noisy latent, time), from DiT's or MMDiT's blocks with a CLS token and a linear head.
 
 The published one (Paris, arXiv 2510.03434) is a DiT-B/2 of about 129 M parameters: here, SIZES["B/2"] with per-block
 modulation has 129.5 M, with single modulation 89.4 M.
@@ -26,15 +26,16 @@ from atoll.nn.dit import (
     Conditioner,
     DiTBlock,
     ModulationKind,
-    check_input,
-    compute_dtype,
     initialize_blocks,
     modulate,
     patchify,
     sincos_positions,
     zero,
 )
-from atoll.nn.sizes import check_sizes
+from atoll.nn.inputs import check_input, compute_dtype
+from atoll.nn.joint_blocks import MMDiTBlock, hidden_width
+from atoll.nn.rotary import grid_positions, rotations
+from atoll.nn.sizes import check_head_width, check_sizes
 from atoll.storage import bounds
 
 GROWN_NODES = 5  # noise levels at which the weights of a grown logit are stored: t = 0, 0.25, ... 1
@@ -59,12 +60,15 @@ class RouterConfig(BaseModel):
     clusters: bounds.Outputs  # K, the grown ones included
     pooled_dim: bounds.Width | None = None  # width of the condition's pooled vector; None: not used
     modulation: ModulationKind = "per-block"
+    block: Literal["dit", "mmdit"] = "dit"  # whose blocks
     time_scale: bounds.TimeScale = 999.0  # t in [0,1] becomes the 0..999 that the time's sinusoids are made for
     grown: bounds.GrowthSteps = ()  # the cluster that was split, None for a new one; one logit each
 
     @model_validator(mode="after")
     def _check(self) -> "RouterConfig":
         check_sizes(self.size, self.patch, self.width, self.heads)
+        if self.block == "mmdit":
+            check_head_width(self.width, self.heads)
         # The head has at least one output, and a cluster exists before it is split.
         first = self.clusters - len(self.grown)
         if first < 1 or any(p is not None and p >= first + step for step, p in enumerate(self.grown)):
@@ -121,24 +125,31 @@ class Router(nn.Module):
         AtollError: an input does not fit the configuration.
     """
 
-    positions: Tensor
+    positions: Tensor | None
 
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
         (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
         self.embed = nn.Linear(p * p * config.channels, D)
-        self.register_buffer("positions", sincos_positions(H // p, W // p, D))  # persistent, as in DiT
+        # Persistent, as in DiT. MMDiT's blocks rotate instead.
+        fixed = sincos_positions(H // p, W // p, D) if config.block == "dit" else None
+        self.register_buffer("positions", fixed)
         # One learnt token in front; the head reads its last state.
         self.cls = nn.Parameter(torch.empty(1, 1, D))
         self.conditioner = Conditioner(D, config.pooled_dim, kind)
-        self.blocks = nn.ModuleList(
-            DiTBlock(D, config.heads, config.mlp_ratio, kind, cross=False) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(self._block() for _ in range(config.depth))
         self.final_modulation = MODULATIONS[kind](D, 2)
         self.head = nn.Linear(D, config.clusters - len(config.grown))
         self.grown = nn.ModuleList(GrownLogit(5 * D + (config.pooled_dim or 0)) for _ in config.grown)
         self.initialize()
+
+    def _block(self) -> nn.Module:
+        config = self.config
+        if config.block == "dit":
+            return DiTBlock(config.width, config.heads, config.mlp_ratio, config.modulation, cross=False)
+        hidden = hidden_width(config.width, config.mlp_ratio)
+        return MMDiTBlock(config.width, config.heads, hidden, config.modulation, text=False)
 
     def initialize(self) -> None:
         """Initialise like the DiT. The head is zero, so that all clusters start equally likely."""
@@ -168,12 +179,13 @@ class Router(nn.Module):
         dtype = compute_dtype(self.embed.weight, x)
         prepared, prepared_final = self.conditioner(t * config.time_scale, pooled, dtype)
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
-        tokens = tokens + self.positions.to(dtype)  # [B,N,D]
+        tokens = tokens if self.positions is None else tokens + self.positions.to(dtype)  # [B,N,D]
+        rope = self._rope(x)
         # Prepend the CLS token, which collects what the head reads.
         tokens = torch.cat([self.cls.to(dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]
         states = []
         for number, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, prepared)  # [B,1+N,D]
+            tokens = block(tokens, prepared, *rope)  # [B,1+N,D]
             # The middle block has seen the latent, and has not yet dropped what the old clusters do not need.
             if number in (max(1, config.depth // 2), config.depth):
                 states.append(tokens)
@@ -184,6 +196,15 @@ class Router(nn.Module):
         # float32 at least: router probabilities weigh velocities.
         log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(dtype, torch.float32))  # [B,K]
         return log_p, [states[0], states[-1], final]
+
+    def _rope(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rotations that MMDiT's blocks read, [1,1,1+N,d/2,2]; none for DiT's. CLS is not rotated."""
+        config = self.config
+        if config.block == "dit":
+            return ()
+        grid = grid_positions(config.size[0] // config.patch, config.size[1] // config.patch, x.device)  # [N,2]
+        positions = F.pad(grid, (0, 0, 1, 0)).to(torch.promote_types(x.dtype, torch.float32))  # [1+N,2]
+        return (rotations(positions, config.width // config.heads),)
 
     def _features(self, states: list[Tensor], pooled: Tensor | None) -> Tensor:
         """CLS and mean token of two blocks, the head's input, and the pooled vector: [B,F], float32 at least."""

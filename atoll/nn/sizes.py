@@ -22,3 +22,11 @@ def check_sizes(size: tuple[int, int], patch: int, width: int, heads: int) -> No
         raise AtollError(f"width {width}, heads {heads}: the heads must divide the width; change one")
     if width % 4:
         raise AtollError(f"width {width}: 2D positions need a multiple of 4; take {4 * math.ceil(width / 4)}")
+
+
+def check_head_width(width: int, heads: int) -> None:
+    """Raise AtollError unless 4 divides the width of a head: rotary positions turn pairs, half of them by the row."""
+    if (width // heads) % 4:
+        raise AtollError(
+            f"width {width}, heads {heads}: each head is {width // heads} wide; rotary positions need a multiple of 4"
+        )

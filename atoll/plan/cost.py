@@ -1,7 +1,7 @@
-"""The cost of a DiT by formula: parameters, FLOPs and bytes, without building it (and without torch).
+"""The cost of a network by formula: parameters, FLOPs and bytes, without building it (and without torch).
 
-The formulas follow `atoll.nn.dit` layer by layer. Tests compare them with the network: parameters exactly, FLOPs by
-torch's counter, saved activations by autograd's hooks.
+The formulas here follow `atoll.nn.dit` layer by layer; those of an MMDiT are in `atoll.plan.mmdit_cost`. Tests compare
+them with the network: parameters exactly, FLOPs by torch's counter, saved activations by autograd's hooks.
 
 Letters: N image tokens, T text tokens, D width, F hidden width of the MLP,
 h heads, C H W latent, p patch, S width of the text's states, P width of the pooled vector.
@@ -11,15 +11,22 @@ under bf16 autocast, 375 compiled, 34 checkpointed. Measured: 440, 375 and 34.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
 from atoll.choices import Checkpointing
+from atoll.plan.mmdit_cost import (
+    MMDiTSizes,
+    hidden_width,
+    mmdit_activation_bytes,
+    mmdit_forward_flops,
+    mmdit_parameters,
+    mmdit_uncast,
+)
+from atoll.plan.rules import SHORT_ROWS, TIME_FEATURES, Rules
 
 OptimizerState = Literal["fp32", "bf16", "8bit"]
 
-TIME_FEATURES = 256  # as in atoll.nn.dit
-SHORT_ROWS = 128  # atoll.nn.dit: shorter rows of attention are normalised in float32
 BLOCK_8BIT = 256  # values that share one float32 scale in 8-bit optimiser state (bitsandbytes, torchao)
 
 
@@ -32,6 +39,7 @@ class DiTSizes:
         tokens: T, text tokens of a caption.
     """
 
+    name: ClassVar[str] = "dit"
     size: tuple[int, int]
     channels: int
     patch: int
@@ -50,7 +58,7 @@ class DiTSizes:
     def from_config(config: Mapping[str, Any], tokens: int) -> "DiTSizes":
         """From a DiT's configuration, as cards hold it, and the text tokens of a caption."""
         # The caption's tokens are not part of a network's configuration.
-        names = [name for name in DiTSizes.__dataclass_fields__ if name != "tokens"]
+        names = [field.name for field in fields(DiTSizes) if field.name != "tokens"]
         known = {name: config[name] for name in names if name in config}
         return DiTSizes(**{"mlp_ratio": 4.0, **known, "size": tuple(config["size"]), "tokens": tokens})
 
@@ -74,20 +82,36 @@ class DiTSizes:
         return self.final or self.modulation
 
 
+NetworkSizes = DiTSizes | MMDiTSizes
+
+
+def sizes_of(config: Mapping[str, Any], tokens: int) -> NetworkSizes:
+    """The sizes of a network, from its configuration as cards hold it and the text tokens of a caption."""
+    kind: type[NetworkSizes] = MMDiTSizes if config.get("name") == "mmdit" else DiTSizes
+    return kind.from_config(config, tokens)
+
+
 def _linear(inputs: int, outputs: int) -> int:
     """Parameters of a linear layer with bias."""
     return (inputs + 1) * outputs
 
 
+def uncast(n: NetworkSizes) -> int:
+    """Parameters that autocast does not copy to bf16: the modulation's tables, which are no matrices."""
+    return mmdit_uncast(n) if isinstance(n, MMDiTSizes) else tables(n)
+
+
 def tables(n: DiTSizes) -> int:
-    """Parameters of the modulation's tables: no matrices, so autocast does not copy them to bf16."""
+    """Parameters of the modulation's tables."""
     # A table per block if the modulation is shared, otherwise each block has a matrix.
     blocks = 6 * n.depth if n.modulation == "single" else 0
     return (blocks + (2 if n.final_modulation == "single" else 0)) * n.width
 
 
-def parameters(n: DiTSizes) -> int:
+def parameters(n: NetworkSizes) -> int:
     """Parameters of the whole network, exactly."""
+    if isinstance(n, MMDiTSizes):
+        return mmdit_parameters(n)
     # The blocks.
     D, F = n.width, n.hidden
     attention = _linear(D, 3 * D) + _linear(D, D)
@@ -106,8 +130,10 @@ def parameters(n: DiTSizes) -> int:
     return n.depth * block + conditioner + text + ends + tables(n)
 
 
-def forward_flops(n: DiTSizes) -> int:
+def forward_flops(n: NetworkSizes) -> int:
     """FLOPs of one image's forward pass: two per multiplication of the matrix products; nothing else counts."""
+    if isinstance(n, MMDiTSizes):
+        return mmdit_forward_flops(n)
     # The blocks.
     N, T, D, F = n.image_tokens, n.tokens, n.width, n.hidden
     # Self-attention, cross-attention, its keys and values, MLP; then the scores of both attentions.
@@ -122,34 +148,13 @@ def forward_flops(n: DiTSizes) -> int:
     return 2 * (n.depth * block + conditioner + text + ends)
 
 
-def training_flops(n: DiTSizes, checkpointing: Checkpointing = "none") -> int:
+def training_flops(n: NetworkSizes, checkpointing: Checkpointing = "none") -> int:
     """FLOPs of one image's training step: the backward pass costs two forwards, full checkpointing one more.
 
     Selective checkpointing recomputes no matrix product.
     """
     # A backward pass computes two products for each one of the forward pass.
     return forward_flops(n) * (4 if checkpointing == "full" else 3)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What autograd saves on a device.
-
-    Attributes:
-        compute: bytes of a number in matrix products.
-        norm: bytes of a number in norms.
-        fused: attention is one kernel that saves a logarithm per row instead of the scores.
-    """
-
-    compute: int
-    norm: int
-    fused: bool
-
-
-# torch's autocast on CUDA runs layer_norm in float32 and widens addcmul to it; on a CPU it leaves both in bfloat16.
-CUDA_BF16 = Rules(compute=2, norm=4, fused=True)
-CPU_BF16 = Rules(compute=2, norm=2, fused=False)
-FP32 = Rules(compute=4, norm=4, fused=True)
 
 
 def _scores(n: DiTSizes, keys: int, r: Rules) -> int:
@@ -193,13 +198,15 @@ def _selective_bytes(n: DiTSizes, r: Rules) -> int:
     return saved * r.compute + _scores(n, N, r) + _scores(n, T, r)
 
 
-def activation_bytes(n: DiTSizes, r: Rules, checkpointing: Checkpointing = "none", compiled: bool = False) -> int:
+def activation_bytes(n: NetworkSizes, r: Rules, checkpointing: Checkpointing = "none", compiled: bool = False) -> int:
     """Bytes of activations per sample at the peak of a training step.
 
     With checkpointing, one block at a time is computed again and holds all its tensors meanwhile. Short-lived
     gradients of the backward pass are not counted; the last layer's tensors are, which are freed before a block's
     gradients appear.
     """
+    if isinstance(n, MMDiTSizes):
+        return mmdit_activation_bytes(n, r, checkpointing, compiled)
     N, T, D = n.image_tokens, n.tokens, n.width
     # The blocks: saved tensors, and the one block that is being computed again.
     one_block = block_bytes(n, r, compiled)
@@ -215,13 +222,13 @@ def activation_bytes(n: DiTSizes, r: Rules, checkpointing: Checkpointing = "none
     return blocks + small * r.compute + _modulated(n, r, compiled)
 
 
-def fixed_bytes(n: DiTSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same") -> float:
+def fixed_bytes(n: NetworkSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same") -> float:
     """Bytes that do not depend on the batch: weights, gradients, AdamW's two moments, EMA, autocast's copies."""
     # Weights and gradients are float32; the rest depends on the switches.
     count = parameters(n)
     moments = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / BLOCK_8BIT)}[optimizer_state]
     ema = 4 if ema_device == "same" else 0
-    copies = r.compute * (count - tables(n)) if r.compute < 4 else 0
+    copies = r.compute * (count - uncast(n)) if r.compute < 4 else 0
     return count * (4 + 4 + moments + ema) + copies
 
 
@@ -238,13 +245,24 @@ class RouterSizes:
     clusters: int
     pooled_dim: int | None = None
     modulation: str = "per-block"
+    block: str = "dit"
+
+
+def _router_block(n: RouterSizes) -> tuple[int, int]:
+    """Parameters of one block of the router, and multiplications of its products with weights, per token."""
+    D, modulation = n.width, 6 * n.width if n.modulation == "single" else _linear(n.width, 6 * n.width)
+    if n.block == "mmdit":  # no biases, a gated MLP
+        matrices = 4 * D * D + 3 * D * hidden_width(D, n.mlp_ratio)
+        return matrices + modulation, matrices
+    F = int(D * n.mlp_ratio)
+    return _linear(D, 3 * D) + _linear(D, D) + _linear(D, F) + _linear(F, D) + modulation, 4 * D * D + 2 * D * F
 
 
 def router_parameters(n: RouterSizes) -> int:
     """Parameters of `atoll.nn.router.Router`, exactly."""
     # As `parameters`, without cross-attention and with a CLS token and a head.
-    D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"
-    block = _linear(D, 3 * D) + _linear(D, D) + _linear(D, F) + _linear(F, D) + (6 * D if single else _linear(D, 6 * D))
+    D, single = n.width, n.modulation == "single"
+    block, _ = _router_block(n)
     conditioner = _linear(TIME_FEATURES, D) + _linear(D, D) + (_linear(n.pooled_dim, D) if n.pooled_dim else 0)
     conditioner += _linear(D, 6 * D) if single else 0
     ends = _linear(n.patch**2 * n.channels, D) + D + _linear(D, n.clusters) + (2 * D if single else _linear(D, 2 * D))
@@ -253,11 +271,11 @@ def router_parameters(n: RouterSizes) -> int:
 
 def router_flops(n: RouterSizes) -> int:
     """FLOPs of one latent's forward pass through the router."""
-    D, F, single = n.width, int(n.width * n.mlp_ratio), n.modulation == "single"
+    D, single = n.width, n.modulation == "single"
     # One token more than patches: CLS.
     patches = n.size[0] // n.patch * (n.size[1] // n.patch)
     N = patches + 1
-    block = N * 4 * D * D + N * 2 * D * F + 2 * N * N * D + (0 if single else 6 * D * D)
+    block = N * _router_block(n)[1] + 2 * N * N * D + (0 if single else 6 * D * D)
     conditioner = TIME_FEATURES * D + D * D + (n.pooled_dim or 0) * D + (6 * D * D if single else 0)
     ends = patches * D * n.patch**2 * n.channels + D * n.clusters + (0 if single else 2 * D * D)
     return 2 * (n.depth * block + conditioner + ends)

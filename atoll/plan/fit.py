@@ -8,14 +8,14 @@ from typing import Literal, get_args
 from atoll.choices import Checkpointing
 from atoll.manifest import TrainSettings
 from atoll.plan.cost import (
-    DiTSizes,
+    NetworkSizes,
     OptimizerState,
-    Rules,
     activation_bytes,
     fixed_bytes,
     parameters,
     training_flops,
 )
+from atoll.plan.rules import Rules
 
 # Memory beside weights and activations: the CUDA context with the libraries' workspaces, and gaps between tensors.
 # With these values a compiled DiT-XL/2 fits batch 24 in 24 GB and 84 in 48 GB, as measured.
@@ -82,7 +82,7 @@ def all_switches(compiles: bool = True) -> Iterator[Switches]:
             yield Switches(checkpointing, state, ema, compile)
 
 
-def needed_bytes(network: DiTSizes, rules: Rules, switches: Switches, batch: int) -> float:
+def needed_bytes(network: NetworkSizes, rules: Rules, switches: Switches, batch: int) -> float:
     """Device bytes of training with (micro-)batches of this size, reserve included."""
     # Activations grow with the batch; weights, moments and EMA do not.
     per_sample = activation_bytes(network, rules, switches.checkpointing, switches.compile)
@@ -90,7 +90,7 @@ def needed_bytes(network: DiTSizes, rules: Rules, switches: Switches, batch: int
     return (fixed + batch * per_sample + RESERVED) / (1 - FRAGMENTS)
 
 
-def largest_batch(network: DiTSizes, rules: Rules, switches: Switches, memory: float) -> int:
+def largest_batch(network: NetworkSizes, rules: Rules, switches: Switches, memory: float) -> int:
     """The largest batch that fits into `memory` bytes; 0 if not even one sample does."""
     # The need is linear in the batch.
     none = needed_bytes(network, rules, switches, 0)
@@ -98,7 +98,7 @@ def largest_batch(network: DiTSizes, rules: Rules, switches: Switches, memory: f
     return max(0, int((memory - none) // each))
 
 
-def smallest_memory(network: DiTSizes, rules: Rules) -> float:
+def smallest_memory(network: NetworkSizes, rules: Rules) -> float:
     """Bytes below which no combination of switches fits a single sample."""
     # The most economical combination decides.
     return min(needed_bytes(network, rules, switches, 1) for switches in all_switches())
@@ -123,7 +123,7 @@ class Fit:
 
 
 def step_seconds(
-    network: DiTSizes, batch: int, accumulate: int, switches: Switches, flops: float, eager: float = EAGER
+    network: NetworkSizes, batch: int, accumulate: int, switches: Switches, flops: float, eager: float = EAGER
 ) -> float:
     """Predict the seconds of one optimiser step.
 
@@ -149,7 +149,7 @@ def accumulation(batch: int, largest: int) -> int:
 
 
 def fastest(
-    network: DiTSizes, rules: Rules, batch: int, memory: float, flops: float, compiles: bool = True
+    network: NetworkSizes, rules: Rules, batch: int, memory: float, flops: float, compiles: bool = True
 ) -> Fit | None:
     """Find the fastest switches that train `batch` in `memory` bytes, accumulating if it does not fit at once.
 

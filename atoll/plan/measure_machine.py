@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoll.errors import AtollError
-from atoll.plan.cost import DiTSizes, training_flops
+from atoll.plan.cost import NetworkSizes, sizes_of, training_flops
 from atoll.plan.recipe import Text, text_of
 from atoll.storage.layout import RunLayout
 
@@ -91,7 +91,7 @@ def measured_rate(config: Mapping[str, Any], tokens: int, batch: int, threads: i
     """Measure images/s of training steps (forward, backward, clip, fused AdamW, EMA) of a new network on random data.
 
     Args:
-        config: a DiT's, as in cards.
+        config: a network's, as in cards.
         tokens: text tokens of a caption.
         seconds: how long to measure, after two warm-up steps; the median step counts.
         clock: time.process_time counts this process only, for a machine that others use too.
@@ -148,12 +148,12 @@ class Speed:
     mfu: float
 
 
-def speed_here(network: DiTSizes, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
+def speed_here(network: NetworkSizes, batch: int, threads: int = 1, precision: str = "auto") -> Speed:
     """Measure this machine, and training steps of `network` on it, for some seconds. Arguments as in `train`."""
     # First the ceiling, then real training steps: their ratio is the MFU.
     config = {key: value for key, value in asdict(network).items() if key != "tokens"}
     flops = measured_flops(threads, precision)
-    rate = measured_rate({"name": "dit", **config}, network.tokens, min(batch, MOST), threads, precision)
+    rate = measured_rate({"name": network.name, **config}, network.tokens, min(batch, MOST), threads, precision)
     return Speed(flops, rate * training_flops(network) / flops)
 
 
@@ -196,7 +196,7 @@ def compare(card: "ExpertCard", tokens: int, flops: float, mfu: float) -> Compar
         if training is None or training.settings is None or training.seconds is None:
             raise ValueError("no training")
         steps, batch, seconds = training.steps, int(training.settings["batch"]), training.seconds
-        network = DiTSizes.from_config(card.network, tokens)
+        network = sizes_of(card.network, tokens)
     except (KeyError, TypeError, ValueError):
         raise AtollError(
             f"expert {name}: its card has no training with steps, batch and seconds; train it again"
@@ -226,13 +226,13 @@ def compare_run(run: Path, text: Text | None = None) -> list[Comparison]:
     if not cards:
         raise AtollError(f"{experts}: no trained expert to compare with; train one (atoll train expert)")
     # Measure each distinct network once.
-    speeds: dict[tuple[DiTSizes, int, int, str], Speed] = {}
+    speeds: dict[tuple[NetworkSizes, int, int, str], Speed] = {}
     found = []
     for card in cards:
         tokens = (text or text_of(card.condition)).tokens
         compare(card, tokens, 1.0, 1.0)  # says what is wrong with a card before anything is measured
         settings = card.training.settings if card.training and card.training.settings else {}
-        network = DiTSizes.from_config(card.network, tokens)
+        network = sizes_of(card.network, tokens)
         kind = network, settings["batch"], settings.get("threads", 1), settings.get("precision", "auto")
         if kind not in speeds:
             speeds[kind] = speed_here(*kind)

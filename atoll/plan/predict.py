@@ -7,11 +7,7 @@ from pathlib import Path
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
 from atoll.plan.cost import (
-    CPU_BF16,
-    CUDA_BF16,
-    FP32,
-    DiTSizes,
-    Rules,
+    NetworkSizes,
     activation_bytes,
     fixed_bytes,
     forward_flops,
@@ -33,6 +29,7 @@ from atoll.plan.recipe import (
     switches_of,
     text_of,
 )
+from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
 
 MEMORIES = (24e9, 48e9, 80e9)  # bytes; the columns of the batch table
 SHOWN = ("4090", "a40", "a100", "h100", "h200")  # if no GPU is named
@@ -49,7 +46,7 @@ class PlannedExpert:
     """
 
     name: str
-    network: DiTSizes
+    network: NetworkSizes
     parameters: int
     forward_flops: int
     training_flops: int
@@ -300,7 +297,7 @@ def _batches(
 ) -> dict[str, dict[str, dict[float, int]]]:
     """The largest batch of every distinct network, for every row of the ladder and every memory."""
     # Replicas and experts of one size share a row.
-    distinct: dict[DiTSizes, str] = {}
+    distinct: dict[NetworkSizes, str] = {}
     for expert in experts:
         distinct.setdefault(expert.network, expert.name)
     # The named GPUs join the usual columns.

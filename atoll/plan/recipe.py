@@ -9,7 +9,7 @@ from typing import Any
 
 from atoll.errors import AtollError
 from atoll.manifest import ExpertSettings, Manifest, TrainSettings
-from atoll.plan.cost import DiTSizes, RouterSizes
+from atoll.plan.cost import NetworkSizes, RouterSizes, sizes_of
 from atoll.plan.fit import Switches
 from atoll.storage.layout import RunLayout
 
@@ -107,14 +107,15 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
     return channels, size // factor, size // factor
 
 
-def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> DiTSizes:
+def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> NetworkSizes:
     """The network that one expert trains."""
     # The sizes of the manifest, completed by those of the data.
-    settings = manifest.network_of(part).model_dump()
-    pooled = settings.pop("pooled")
+    settings = manifest.network_of(part)
     channels, height, width = latent
     sizes = {"size": (height, width), "channels": channels, "states_dim": text.dim}
-    network = DiTSizes.from_config({**settings, **sizes, "pooled_dim": text.pooled if pooled else None}, text.tokens)
+    network = sizes_of(
+        {**settings.config(), **sizes, "pooled_dim": text.pooled if settings.pooled else None}, text.tokens
+    )
     if height % network.patch or width % network.patch:
         raise AtollError(f"network.patch {network.patch} does not divide the latent, {height}x{width}; change one")
     return network
@@ -130,10 +131,11 @@ def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> R
         patch=settings.patch,
         width=settings.width,
         depth=settings.depth,
-        mlp_ratio=settings.mlp_ratio,
+        mlp_ratio=settings.ratio,
         clusters=manifest.clusters.k,
         pooled_dim=text.pooled if settings.pooled else None,
         modulation=settings.modulation,
+        block=settings.name,
     )
 
 

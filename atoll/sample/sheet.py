@@ -24,6 +24,10 @@ def sample_to_file(
     out: Path,
     *,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    negative_prompt: str | None = None,
+    images_per_prompt: int = 1,
+    guidance_range: tuple[float, float] = (0.0, 1.0),
     steps: int | None = None,
     guidance: float | None = None,
     routing: str | None = None,
@@ -40,13 +44,15 @@ def sample_to_file(
     trust_paths: bool = False,
     fetch: Fetch | None = None,
 ) -> dict[str, str]:
-    """Sample one image per prompt and write them as one sheet.
+    """Sample images of each prompt and write them as one sheet.
 
     Args:
         ensemble: a directory for `Pipeline.from_pretrained`.
         prompts: at least one.
         out: the image file to write.
         seed: of the first image; the next ones count up.
+        seeds: one per image, or one per prompt, in place of `seed`.
+        negative_prompt, images_per_prompt, guidance_range: as in `Pipeline`.
         steps: default: the ensemble's, like guidance, routing, method and replicas.
         guidance: the guidance scale.
         routing: as in `Pipeline.from_pretrained`.
@@ -90,7 +96,10 @@ def sample_to_file(
         prompts,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        seeds=range(seed, seed + len(prompts)),
+        seeds=range(seed, seed + len(prompts) * images_per_prompt) if seeds is None else seeds,
+        negative_prompt=negative_prompt,
+        images_per_prompt=images_per_prompt,
+        guidance_range=guidance_range,
         method=method,
         callback=progress,
     )
@@ -102,7 +111,8 @@ def sample_to_file(
         raise AtollError(f"{out}: cannot be written as {image_format} ({error}); name a .png file") from None
     write_bytes(out, encoded.getvalue())
     if trace is not None:
-        write_trace(trace, prompts, [expert.name for expert in pipe.loaded.ensemble.experts], output.traces)
+        rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+        write_trace(trace, rows, [expert.name for expert in pipe.loaded.ensemble.experts], output.traces)
     return output.dropped
 
 
@@ -113,7 +123,7 @@ def write_trace(file: Path, prompts: Sequence[str], names: Sequence[str], traces
 
     Args:
         file: the JSON file.
-        prompts: B prompts.
+        prompts: of B images.
         names: the experts' names, E of them.
         traces: one per batch.
     """

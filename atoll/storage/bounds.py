@@ -60,6 +60,7 @@ Channels = Annotated[int, Field(gt=0, le=MAX_CHANNELS)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 Width = Annotated[int, Field(gt=0, le=MAX_DIM)]
 Depth = Annotated[int, Field(gt=0, le=MAX_DEPTH)]
+DualBlocks = Annotated[int, Field(ge=0, le=MAX_DEPTH)]  # of the blocks
 TokenCount = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
 InputSide = Annotated[int, Field(gt=0, le=MAX_INPUT)]  # of what a frozen network reads
 MlpRatio = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False)]

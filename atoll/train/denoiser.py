@@ -89,7 +89,7 @@ def train_denoiser(
     encoder = build_encoder(data.condition, trust)
     objective = Objective(**spec.part.objective.model_dump())
     settings = manifest.train_of(spec.part)
-    network_config = dit_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
+    network_config = denoiser_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
     init_weights = InitWeights(spec.run / settings.init) if settings.init else None
     origin = {
         **({"init": init_weights.about.plain()} if init_weights else {}),
@@ -210,10 +210,10 @@ def split_holdout(
     return CaptionedLatents(every, encoder), CaptionedLatents(every, encoder), "train"
 
 
-def dit_config(
+def denoiser_config(
     network: NetworkSettings, latent_shape: Sequence[int], states_dim: int, pooled_dim: int | None
 ) -> dict[str, Any]:
-    """Return the complete DiT config.
+    """Return the complete config of an expert's network.
 
     Args:
         network: the manifest's choices.
@@ -223,10 +223,8 @@ def dit_config(
     """
     channels, height, width = latent_shape
     # The text encoder fixes the width of the pooled vector; the manifest only says whether it is used.
-    choices = network.model_dump(exclude={"pooled"})
     return {
-        "name": "dit",
-        **choices,
+        **network.config(),
         "channels": channels,
         "size": [height, width],
         "states_dim": states_dim,

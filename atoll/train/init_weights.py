@@ -8,10 +8,11 @@ from torch import Tensor
 
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
-from atoll.nn import DiTConfig
+from atoll.nn import DiTConfig, MMDiTConfig
 from atoll.storage.artifact import CARD, read_card, read_tensors
 from atoll.storage.cards import ClusterShardsCard, ExpertCard, InitRecord
 
+_NATIVE: dict[str, type[DiTConfig | MMDiTConfig]] = {"dit": DiTConfig, "mmdit": MMDiTConfig}
 _FOREIGN = ("final", "text_layers", "mlp_eps", "time_period")  # atoll.yaml has no keys for these: taken from the expert
 
 
@@ -32,12 +33,13 @@ class InitWeights:
         card = read_card(path, ExpertCard)
         self.path, self.about = path, InitRecord(name=card.name, sha256=card.weights_sha256)
         # A network of another kind is kept as it came; its config is not compared.
-        self._card, self._is_kept = card, card.network.get("name") != "dit"
-        if self._is_kept:
+        self._card, native = card, _NATIVE.get(str(card.network.get("name")))
+        self._is_kept = native is None
+        if native is None:
             return
         # A card of a newer or older Atoll may have keys that this version lacks.
         try:
-            self._config = DiTConfig.model_validate(card.network).model_dump(mode="json")
+            self._config = native.model_validate(card.network).model_dump(mode="json")
         except ValidationError as error:
             raise AtollError(
                 f"{path / CARD}: network: {error.errors()[0]['msg']}; update atoll, or convert it again"
@@ -67,11 +69,15 @@ class InitWeights:
                     )
             return dict(self._card.network)
         # Compare the complete configs: what atoll.yaml cannot express is taken from the expert.
-        merged = {**requested, **{key: self._config[key] for key in _FOREIGN}}
-        complete = DiTConfig.model_validate(merged).model_dump(mode="json")
+        merged = {**requested, **{key: self._config[key] for key in _FOREIGN if key in self._config}}
+        complete = requested
+        if requested["name"] == self._config["name"]:
+            complete = _NATIVE[requested["name"]].model_validate(merged).model_dump(mode="json")
         # Each key that differs, with both values.
         differences = [
-            f"{key} {self._config[key]} (here {value})" for key, value in complete.items() if value != self._config[key]
+            f"{key} {self._config.get(key)} (here {value})"
+            for key, value in complete.items()
+            if value != self._config.get(key)
         ]
         if differences:
             raise AtollError(

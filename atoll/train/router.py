@@ -71,7 +71,7 @@ def train_router(
         "channels": latent_shape[0],
         "clusters": clusters,
         "pooled_dim": encoder.pooled_dim if choices.pooled else None,
-        **choices.model_dump(exclude={"pooled"}),
+        **choices.config(),
     }
     # Experts on other schedules change what the router must learn, so their paths are part of the mark.
     seed, path = router_seed(manifest.seed), RunLayout(run).router

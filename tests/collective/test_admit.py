@@ -170,6 +170,24 @@ def test_a_bad_expert_is_refused_with_its_reason(reef, change, reason) -> None:
     assert read_index(open_store("bucket"), read_collective(open_store("bucket"))) is None
 
 
+def test_captions_are_compared_with_exchanged_ones_on_the_same_noise(reef, monkeypatch) -> None:
+    errors = []
+
+    def refuse(*arguments: torch.Tensor) -> Check:
+        errors.extend(arguments)
+        return Check("prompt", 9.0, 4.0, False, "captions mean nothing to it")
+
+    monkeypatch.setattr("atoll.collective.gate.judge.check_prompt", refuse)
+    submission = reef.offer()
+    assert reef.admit() == f"{submission} 1-flow-linear refused: prompt: captions mean nothing to it\n"
+    true, other, linear, linear_other = errors
+    assert {one.shape for one in errors} == {(2, 24)}
+    # The same rows and noise: other captions change an error, but not by as much as other noise would.
+    for one, two in ((true, other), (linear, linear_other)):
+        assert not torch.equal(one, two)
+        assert float(torch.corrcoef(torch.stack([one.log().flatten(), two.log().flatten()]))[0, 1]) > 0.9
+
+
 def test_junk_and_exchanged_weights_are_lines_of_their_own(reef) -> None:
     submission = reef.offer()
     weights = reef.root / "bucket" / "submissions" / submission / "weights.safetensors"

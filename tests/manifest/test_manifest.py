@@ -72,6 +72,15 @@ def test_experts_are_found_by_cluster_or_name() -> None:
             {"experts": [{"cluster": 0, "objective": {"prediction": "eps", "schedule": "cos"}}]},
             "unknown schedule 'cos'",
         ),
+        ({"network": {"dual_blocks": 2}}, "dual_blocks 2: only the network mmdit has it"),
+        ({"network": {"bottleneck": 8}}, "bottleneck 8: only the network mmdit has it"),
+        (
+            {"network": {"name": "mmdit", "modulation": "per-block"}},
+            "modulation per-block: only the network dit has it",
+        ),
+        ({"network": {"name": "mmdit", "depth": 2, "dual_blocks": 2}}, "dual_blocks 2: expected fewer than depth, 2"),
+        ({"network": {"name": "unet"}}, "'dit' or 'mmdit'"),
+        ({"router": {"network": {"name": "mmdit", "dual_blocks": 1}}}, "dual_blocks 1: a router does not have it"),
         ({"experts": [{**SMALL["experts"][0], "network": {"widht": 3}}]}, "widht"),
         ({"sampling": {"routing": "best"}}, "unknown routing 'best'"),
     ],
@@ -140,3 +149,17 @@ def test_usual_aliases_are_read() -> None:
 def test_a_deep_nesting_is_refused_in_one_line() -> None:
     with pytest.raises(AtollError, match=r"nested too deeply"):
         parse_manifest("[" * 3000, "atoll.yaml")
+
+
+def test_the_network_is_chosen_by_its_name_and_has_its_own_keys() -> None:
+    expert = {"cluster": 1, "objective": {"prediction": "flow", "schedule": "linear"}}
+    experts = [*SMALL["experts"], {**expert, "network": {"name": "mmdit", "dual_blocks": 1}}]
+    manifest = parse(experts=experts, router={"network": {"name": "mmdit", "modulation": "single"}})
+    dit, mmdit = (manifest.network_of(part).config() for part in (manifest.experts[0], manifest.experts[-1]))
+    assert (dit["name"], dit["mlp_ratio"], dit["modulation"]) == ("dit", 4.0, "single")
+    assert dit.keys() == {"name", "patch", "width", "depth", "heads", "mlp_ratio", "modulation"}
+    assert (mmdit["name"], mmdit["mlp_ratio"], mmdit["dual_blocks"]) == ("mmdit", 10 / 3, 1)
+    assert mmdit.keys() == dit.keys() - {"modulation"} | {"dual_blocks", "size_embedding", "bottleneck"}
+    router = manifest.router.network.config()
+    assert (router["block"], router["mlp_ratio"], router["modulation"]) == ("mmdit", 10 / 3, "single")
+    assert "block" not in parse().router.network.config()  # as in the cards of earlier routers

@@ -442,7 +442,7 @@ def test_a_network_from_its_saved_configuration_and_weights_is_the_same() -> Non
         ({"size": [9, 8]}, r"size 9x8, patch 2: .*divide"),
         ({"heads": 5}, r"width 32, heads 5: .*divide"),
         ({"width": 30, "heads": 3}, r"width 30: .*multiple of 4; take 32"),
-        ({"name": "unet"}, r"name: got 'unet', expected 'dit' or 'router'"),
+        ({"name": "unet"}, r"name: got 'unet', expected 'dit', 'mmdit' or 'router'"),
         ({"depht": 3}, r"depht: unknown key"),
         ({"depth": 0}, r"depth: got 0, .*greater than 0"),
         ({"modulation": "none"}, r"modulation: got 'none', .*'single' or 'per-block'"),

@@ -11,6 +11,7 @@ from atoll.nn import SIZES, Router, RouterConfig, build_network
 from atoll.nn.dit import ModulationKind
 
 KINDS: list[ModulationKind] = ["single", "per-block"]
+BLOCKS = ["dit", "mmdit"]
 B, C, H, W, K, POOLED = 3, 2, 8, 12, 5, 7
 
 
@@ -33,15 +34,17 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0.0, 0.4, 1.0]), torch.randn(B, POOLED, generator=g, dtype=dtype)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_clusters_are_equally_likely_at_the_start(kind: ModulationKind) -> None:
+def test_all_clusters_are_equally_likely_at_the_start(kind: ModulationKind, block: str) -> None:
     x, t, _ = inputs(torch.float32)
-    torch.testing.assert_close(Router(config(modulation=kind))(x, t), torch.full((B, K), -math.log(K)))
+    torch.testing.assert_close(Router(config(modulation=kind, block=block))(x, t), torch.full((B, K), -math.log(K)))
 
 
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_is_log_probabilities_per_sample(kind: ModulationKind) -> None:
-    router = random_router(modulation=kind, pooled_dim=POOLED)
+def test_output_is_log_probabilities_per_sample(kind: ModulationKind, block: str) -> None:
+    router = random_router(modulation=kind, block=block, pooled_dim=POOLED)
     x, t, pooled = inputs()
     together = router(x, t, pooled)
     assert together.shape == (B, K)
@@ -50,8 +53,9 @@ def test_output_is_log_probabilities_per_sample(kind: ModulationKind) -> None:
         torch.testing.assert_close(router(x[i : i + 1], t[i : i + 1], pooled[i : i + 1]), together[i : i + 1])
 
 
-def test_latent_time_and_pooled_vector_all_count() -> None:
-    router = random_router(pooled_dim=POOLED)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_latent_time_and_pooled_vector_all_count(block: str) -> None:
+    router = random_router(block=block, pooled_dim=POOLED)
     x, t, pooled = inputs()
     output = router(x, t, pooled)
     rolled = x.roll(2, dims=3)  # the same tokens at other positions
@@ -62,8 +66,9 @@ def test_latent_time_and_pooled_vector_all_count() -> None:
     assert torch.equal(without(x, t, pooled), without(x, t))
 
 
-def test_the_head_reads_the_cls_token() -> None:
-    router = Router(config())
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_head_reads_the_cls_token(block: str) -> None:
+    router = Router(config(block=block))
     nn.init.normal_(router.head.weight)
     x, t, _ = inputs(torch.float32)
     assert torch.equal(router(x, t), router(x + 1, t))  # every block is still the identity: nothing reaches it
@@ -75,8 +80,9 @@ def test_time_is_scaled_inside() -> None:
     torch.testing.assert_close(router(x, t), unscaled(x, t * 999.0))
 
 
-def test_log_probabilities_are_float32_in_bfloat16_and_close() -> None:
-    router = random_router(torch.float32)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_log_probabilities_are_float32_in_bfloat16_and_close(block: str) -> None:
+    router = random_router(torch.float32, block=block)
     x, t, _ = inputs(torch.float32)
     exact = router(x, t)
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,9 +94,10 @@ def test_log_probabilities_are_float32_in_bfloat16_and_close() -> None:
         torch.testing.assert_close(output.exp().sum(1), torch.ones(B))
 
 
-def test_it_learns() -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_it_learns(block: str) -> None:
     torch.manual_seed(0)
-    router = Router(config(clusters=2))
+    router = Router(config(clusters=2, block=block))
     optimizer = torch.optim.AdamW(router.parameters(), lr=3e-3)
     labels = torch.arange(10) % 2
     x = 0.3 * torch.randn(10, C, H, W)
@@ -109,8 +116,9 @@ def test_b2_has_the_published_size() -> None:
     assert sum(p.numel() for p in router.parameters()) == 129_529_352
 
 
-def test_a_router_from_its_saved_configuration_and_weights_is_the_same() -> None:
-    router = random_router(torch.float32, pooled_dim=POOLED)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_router_from_its_saved_configuration_and_weights_is_the_same(block: str) -> None:
+    router = random_router(torch.float32, block=block, pooled_dim=POOLED)
     with torch.device("meta"):
         loaded = build_network(router.config.model_dump(mode="json"))
     loaded.load_state_dict(router.state_dict(), assign=True)
@@ -123,6 +131,8 @@ def test_wrong_sizes_and_inputs_are_named() -> None:
         config(size=(8, 9))
     with pytest.raises(AtollError, match=r"width 32, heads 5"):
         config(heads=5)
+    with pytest.raises(AtollError, match=r"width 24, heads 4: each head is 6 wide"):
+        config(width=24, block="mmdit")
     with pytest.raises(AtollError, match=r"^network 'router': clusters: got 0, .*greater than 0; correct"):
         build_network(config().model_dump() | {"clusters": 0})
     router = random_router(pooled_dim=POOLED)

@@ -11,24 +11,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import atoll.nn.attention
 import atoll.nn.dit
+import atoll.nn.joint_blocks
+import atoll.nn.mmdit
 from atoll.condition import Condition
-from atoll.nn import SIZES, DiT, DiTConfig, Router, RouterConfig
+from atoll.nn import SIZES, DiT, MMDiT, Router, RouterConfig, build_network
 from atoll.plan.cost import (
-    CPU_BF16,
-    CUDA_BF16,
-    FP32,
     DiTSizes,
+    NetworkSizes,
     RouterSizes,
-    Rules,
     activation_bytes,
     fixed_bytes,
     forward_flops,
     parameters,
     router_flops,
     router_parameters,
-    tables,
     training_flops,
+    uncast,
 )
+from atoll.plan.mmdit_cost import MMDiTSizes
+from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
 
 MIB = 2**20
 XL = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["XL/2"]}, tokens=77)
@@ -55,13 +56,36 @@ networks = st.builds(
 )
 
 
-def build(n: DiTSizes, device: str = "cpu") -> DiT:
+SMALL_MM = MMDiTSizes(
+    size=(8, 12), channels=3, patch=2, width=64, depth=3, heads=4, mlp_ratio=3.0, states_dim=40, tokens=7, pooled_dim=20
+)
+LONG_MM = replace(SMALL_MM, size=(24, 28), tokens=130, pooled_dim=None)
+mmdits = st.builds(
+    MMDiTSizes,
+    size=st.sampled_from([(8, 4), (4, 12), (16, 8)]),
+    channels=st.integers(1, 5),
+    patch=st.sampled_from([1, 2, 4]),
+    width=st.sampled_from([16, 48, 64]),
+    depth=st.integers(2, 4),
+    heads=st.sampled_from([1, 2, 4]),
+    mlp_ratio=st.sampled_from([1.0, 8 / 3, 10 / 3]),
+    states_dim=st.integers(1, 40),
+    tokens=st.integers(1, 9),
+    pooled_dim=st.none() | st.integers(1, 30),
+    dual_blocks=st.integers(0, 1),
+    size_embedding=st.booleans(),
+    bottleneck=st.none() | st.integers(1, 9),
+)
+
+
+def build(n: NetworkSizes, device: str = "cpu") -> DiT | MMDiT:
     with torch.device(device):
-        return DiT(DiTConfig(**{key: value for key, value in asdict(n).items() if key != "tokens"}))
+        config = {"name": n.name, **{key: value for key, value in asdict(n).items() if key != "tokens"}}
+        return build_network(config)  # type: ignore[return-value]
 
 
-def forward(network: DiT, n: DiTSizes, batch: int) -> torch.Tensor:
-    device = network.embed.weight.device
+def forward(network: DiT | MMDiT, n: NetworkSizes, batch: int) -> torch.Tensor:
+    device = network.final.weight.device
     pooled = torch.randn(batch, n.pooled_dim, device=device) if n.pooled_dim else None
     mask = torch.ones(batch, n.tokens, dtype=torch.bool, device=device)
     condition = Condition(torch.randn(batch, n.tokens, n.states_dim, device=device), mask, pooled)
@@ -70,11 +94,12 @@ def forward(network: DiT, n: DiTSizes, batch: int) -> torch.Tensor:
 
 
 @settings(max_examples=40)
-@given(networks)
-def test_parameters_exactly(n: DiTSizes) -> None:
+@given(networks | mmdits)
+def test_parameters_exactly(n: NetworkSizes) -> None:
     network = build(n, "meta")
     assert parameters(n) == sum(p.numel() for p in network.parameters())
-    assert tables(n) == sum(p.numel() for name, p in network.named_parameters() if name.endswith("table"))
+    in_float32 = ("table", "conditioner", "shared_text", "embed_size") if n.name == "mmdit" else ("table",)
+    assert uncast(n) == sum(p.numel() for name, p in network.named_parameters() if any(k in name for k in in_float32))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -83,9 +108,9 @@ def test_parameters_of_the_named_sizes(size: str) -> None:
     assert parameters(n) == sum(p.numel() for p in build(n, "meta").parameters())
 
 
-@settings(max_examples=15)
-@given(networks)
-def test_flops_by_the_counter(n: DiTSizes) -> None:
+@settings(max_examples=20)
+@given(networks | mmdits)
+def test_flops_by_the_counter(n: NetworkSizes) -> None:
     """Under bf16 on a CPU attention is two plain products, which torch's counter sees."""
     network = build(n).bfloat16()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -93,13 +118,14 @@ def test_flops_by_the_counter(n: DiTSizes) -> None:
     assert counter.get_total_flops() == 3 * forward_flops(n)
 
 
-def test_flops_of_a_training_step() -> None:
-    network = build(SMALL).bfloat16()
+@pytest.mark.parametrize("n", [SMALL, SMALL_MM, replace(SMALL_MM, dual_blocks=2)])
+def test_flops_of_a_training_step(n: NetworkSizes) -> None:
+    network = build(n).bfloat16()
     with FlopCounterMode(display=False) as counter:
-        forward(network, SMALL, batch=5).sum().backward()
+        forward(network, n, batch=5).sum().backward()
     # The first layers need no gradient of their input, which is the difference.
-    assert counter.get_total_flops() == pytest.approx(5 * training_flops(SMALL), rel=0.02)
-    assert training_flops(SMALL, "full") == 4 * forward_flops(SMALL)
+    assert counter.get_total_flops() == pytest.approx(5 * training_flops(n), rel=0.02)
+    assert training_flops(n, "full") == 4 * forward_flops(n)
 
 
 def test_fused_attention_is_counted_though_the_counter_misses_it_on_a_cpu() -> None:
@@ -110,7 +136,7 @@ def test_fused_attention_is_counted_though_the_counter_misses_it_on_a_cpu() -> N
     assert counter.get_total_flops() + 3 * LONG.depth * scores == 3 * forward_flops(LONG)
 
 
-def saved_bytes(network: DiT, n: DiTSizes, bf16: bool) -> float:
+def saved_bytes(network: DiT | MMDiT, n: NetworkSizes, bf16: bool) -> float:
     """Bytes that autograd keeps per sample: distinct storages, by the difference of two batches."""
 
     def saved(batch: int) -> int:
@@ -138,17 +164,20 @@ VARIANTS = [
     replace(SMALL, modulation="per-block"),
     replace(SMALL, text_layers=2, final="per-block"),
     replace(SMALL, modulation="per-block", final="single", depth=1),
+    SMALL_MM,
+    replace(LONG_MM, dual_blocks=1),
+    replace(SMALL_MM, dual_blocks=2, size_embedding=True, bottleneck=9),
 ]
 
 
 @pytest.mark.parametrize("n", VARIANTS)
 @pytest.mark.parametrize(("rules", "bf16"), [(CPU_BF16, True), (FP32, False)])
-def test_activations_are_what_autograd_keeps(n: DiTSizes, rules: Rules, bf16: bool) -> None:
+def test_activations_are_what_autograd_keeps(n: NetworkSizes, rules: Rules, bf16: bool) -> None:
     assert activation_bytes(n, rules) == pytest.approx(saved_bytes(build(n), n, bf16), rel=0.002)
 
 
 @pytest.mark.parametrize("n", VARIANTS)
-def test_activations_under_the_rules_of_cuda(n: DiTSizes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_under_the_rules_of_cuda(n: NetworkSizes, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's autocast, done by hand on the CPU: layer_norm in float32, addcmul in the widest type, fused attention."""
 
     def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -158,7 +187,16 @@ def test_activations_under_the_rules_of_cuda(n: DiTSizes, monkeypatch: pytest.Mo
     def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    monkeypatch.setattr(atoll.nn.dit, "modulate", modulate)
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+    def in_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+
+    for module in (atoll.nn.dit, atoll.nn.joint_blocks, atoll.nn.mmdit):
+        monkeypatch.setattr(module, "modulate", modulate)
+    monkeypatch.setattr(atoll.nn.mmdit, "norm", norm)
+    monkeypatch.setattr(atoll.nn.joint_blocks, "head_attention", in_one)
     monkeypatch.setattr(atoll.nn.attention, "attention_by_products", fused)
     assert activation_bytes(n, CUDA_BF16) == pytest.approx(saved_bytes(build(n), n, bf16=True), rel=0.002)
 
@@ -200,6 +238,7 @@ def test_what_each_switch_saves() -> None:
         clusters=st.integers(2, 9),
         pooled_dim=st.none() | st.integers(1, 30),
         modulation=st.sampled_from(["single", "per-block"]),
+        block=st.sampled_from(["dit", "mmdit"]),
     )
 )
 def test_router_exactly(n: RouterSizes) -> None:

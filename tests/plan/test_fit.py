@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from atoll.errors import AtollError
 from atoll.nn import SIZES
-from atoll.plan.cost import CPU_BF16, CUDA_BF16, DiTSizes, training_flops
+from atoll.plan.cost import DiTSizes, training_flops
 from atoll.plan.fit import (
     EAGER,
     LADDER,
@@ -20,6 +20,7 @@ from atoll.plan.fit import (
     step_seconds,
 )
 from atoll.plan.gpus import GPUS, find_gpu
+from atoll.plan.rules import CPU_BF16, CUDA_BF16
 
 XL = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["XL/2"]}, tokens=77)
 B = DiTSizes.from_config({"size": (32, 32), "channels": 4, "states_dim": 768, **SIZES["B/2"]}, tokens=77)

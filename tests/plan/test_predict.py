@@ -11,9 +11,9 @@ from rich.console import Console
 
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
-from atoll.nn import DiTConfig
+from atoll.nn import build_network
 from atoll.plan import Plan, as_json, plan, plan_run, render
-from atoll.plan.cost import DiTSizes, training_flops
+from atoll.plan.cost import DiTSizes, sizes_of, training_flops
 from atoll.plan.fit import EMA_EVERY, LADDER, all_switches
 from atoll.plan.gpus import find_gpu
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
@@ -21,7 +21,7 @@ from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
 from atoll.plan.report import comparison_lines
 from atoll.storage.cards import ExpertCard
 from atoll.train import state
-from atoll.train.denoiser import dit_config
+from atoll.train.denoiser import denoiser_config
 from tests.cards import expert_card
 
 ISLANDS = """
@@ -74,13 +74,16 @@ def test_download_of_a_cluster(hddm: Manifest) -> None:
 
 def test_networks_are_those_that_training_builds() -> None:
     """The plan's sizes are those that `atoll train` builds from, for the recipes that need no download."""
-    for name in ("demo", "glyphs"):
+    mmdit = {"name": "mmdit", "patch": 4, "width": 64, "depth": 3, "heads": 4, "dual_blocks": 1}
+    for name, network in (("demo", {}), ("glyphs", {}), ("demo", mmdit)):
         manifest = load_manifest(recipe_path(name))
+        manifest = Manifest.model_validate({**manifest.model_dump(), **({"network": network} if network else {})})
         text, latent = text_of(manifest.condition), latent_shape(manifest)
         for part, expert in zip(manifest.experts, plan(manifest).experts, strict=True):
-            config = dit_config(manifest.network_of(part), latent, text.dim, text.pooled)
-            built = DiTConfig.model_validate(config).model_dump()
-            assert expert.network == DiTSizes.from_config(built, text.tokens)
+            config = denoiser_config(manifest.network_of(part), latent, text.dim, text.pooled)
+            built = build_network(config).config.model_dump()  # type: ignore[union-attr,operator]
+            assert expert.network == sizes_of(built, text.tokens)
+            assert expert.network.name == network.get("name", "dit")
 
 
 @pytest.mark.parametrize("gpu", [None, "a100", "24GB"])

@@ -57,6 +57,22 @@ def test_a_different_network_is_refused_with_its_keys(run, trained_run) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_an_mmdit_starts_from_an_mmdit_only(run, trained_run) -> None:
+    text = (run / "atoll.yaml").read_text().replace("patch: 2", "patch: 2\n  name: mmdit", 1)
+    (run / "atoll.yaml").write_text(text)
+    path = train_expert(run, load_manifest(run), "1")
+    shutil.move(path, run / "foreign")
+    set_init(run, "foreign", "\n  lr: 1.0e-12")
+    again = train_expert(run, load_manifest(run), "1", restart=True)
+    for name, value in load_file(run / "foreign" / WEIGHTS).items():
+        if name.startswith("network."):
+            torch.testing.assert_close(load_file(again / WEIGHTS)[name], value, rtol=0, atol=1e-10)
+    shutil.rmtree(run / "foreign")
+    shutil.copytree(trained_run / "experts/1-flow-linear", run / "foreign")
+    with pytest.raises(AtollError, match=r"a network with name dit \(here mmdit\)"):
+        train_expert(run, load_manifest(run), "1", restart=True)
+
+
 def test_a_missing_expert_is_one_line(run) -> None:
     set_init(run, "nowhere")
     with pytest.raises(AtollError, match=r"nowhere.card.json: not found"):

@@ -21,6 +21,7 @@ from tests.train.together import Training, start
 
 NAME = "1-flow-linear"
 SHARDINGS = ["replicate", "shard"]
+MMDIT = "name: mmdit\n  depth: 3\n  dual_blocks: 1"
 MORE = {"whole": "\n  sample_every: 4", "accumulated": "\n  accumulate: 3\n  checkpointing: selective"}
 
 
@@ -51,9 +52,9 @@ def state(run: Path) -> Path:
     return run / f"experts/.train-{NAME}"
 
 
-def make(path: Path, sharding: str, more: str = "") -> Path:
+def make(path: Path, sharding: str, more: str = "", network: str = "") -> Path:
     run = write_run(path)
-    text = (run / "atoll.yaml").read_text()
+    text = (run / "atoll.yaml").read_text().replace("network:\n  depth: 1", f"network:\n  {network or 'depth: 1'}", 1)
     text = text.replace("steps: 8", f"steps: 8\n  sharding: {sharding}\n  validate_every: 4{more}")
     (run / "atoll.yaml").write_text(text)
     return run
@@ -91,6 +92,8 @@ def island(tmp_path_factory) -> Path:
             Training(runs["from-one"], resume=True),
             Training(runs["accumulated"]),
         ]
+        mmdit = make(path / f"{sharding}-mmdit", sharding, network=MMDIT)
+        trainings.append(Training(str(mmdit)))
     other = {"replicate": "shard", "shard": "replicate"}
     for sharding in SHARDINGS:
         # Started with one sharding, finished with the other.
@@ -116,6 +119,14 @@ def test_two_processes_train_like_one(island, trained_run, sharding, what) -> No
     start = 0 if what in ("whole", "accumulated") else 2  # the first line after resuming covers fewer steps
     for mine, other in list(zip(curve(run), curve(trained_run), strict=True))[start:]:
         assert mine == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_train_an_mmdit_like_one(island, sharding, tmp_path) -> None:
+    one = make(tmp_path / "one", "replicate", network=MMDIT)
+    alone(one)
+    assert "network.blocks.0.text.qkv.weight" in tensors(one)  # a dual block
+    assert_close(island / f"{sharding}-mmdit", one)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -3,6 +3,7 @@
 check.py      the result of a check, and the quantiles that thresholds come from
 contents.py   card and weights against the collective's run; nothing is computed
 linear.py     the best linear denoiser of some latents: the reference that always exists
+captioned.py  the same with captions: what they are worth
 probe.py      secret rows, and their noise
 errors.py     errors of experts and references, row by row
 checks.py     the checks that evaluate the network

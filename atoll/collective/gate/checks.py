@@ -19,6 +19,7 @@ from atoll.schedule import PATH
 # Bands of path time for checks of which less is expected: near the data, in the middle, near the noise.
 BANDS = (EDGES[0], 0.25, 0.7, EDGES[-1])
 NEAR_DATA = BANDS[1]  # below it, an x0-expert is compared in x0
+PROMPT_LEVELS = (7, 9)  # of EDGES: there captions matter most, and experts of all predictions use them
 CARD_TIMES = NODES[3::6]  # nodes at which the card's claim is compared
 # How much worse than the best linear denoiser an honest expert may be at its worst level: the tolerance bound of 100
 # honest experts (99.9 % of all, at 95 % confidence), by `benchmarks/gate.py`. It matters only where clusters are so
@@ -81,21 +82,25 @@ def check_error(errors: Tensor, allowed: Tensor, edges: Sequence[float], name: s
     return Check(name, float(values[level]), bound, passed, reason, where, float(ratios.max()))
 
 
-def check_prompt(errors: Tensor, null: Tensor) -> Check:
-    """Refuse an expert that is worse with the true captions than without any.
+def check_prompt(true: Tensor, exchanged: Tensor, linear_true: Tensor, linear_exchanged: Tensor) -> Check:
+    """Refuse an expert whose captions mean less than half of what they mean to the best linear denoiser with captions.
 
-    Of every row the mean over levels of log(error / error with the empty prompt). Statistic: Student's t of its mean.
-    Threshold: its quantile. It finds captions that were exchanged. An expert that ignores captions has a mean of 0 and
-    passes.
+    What a caption means is the mean over levels of log(error with it / error with another row's caption). Two
+    hypotheses: the expert uses captions as well as that denoiser, or not at all, which is 0. The border lies half-way.
+    Statistic: Student's t of the paired differences. Threshold: its quantile. It finds captions that were exchanged or
+    ignored. Where captions say nothing about images the border is 0, and nothing is refused but by chance.
 
     Args:
-        errors, null: with the true captions and with the empty prompt [levels, n], on the same noise.
+        true, exchanged: the expert's errors with the rows' own captions, and with each other's [levels, n].
+        linear_true, linear_exchanged: those of the linear denoiser, on the same noise.
     """
-    logs = _logs(errors, null).mean(0)
-    statistic = float(excess(logs, torch.zeros_like(logs)))
-    bound, ratio = quantile(1, len(logs)), float(logs.mean().exp())
-    passed = statistic <= bound
-    reason = f"with the true captions its error is {ratio:.2f} of that with the empty prompt"
+    logs, linear = _logs(true, exchanged).mean(0), _logs(linear_true, linear_exchanged).mean(0)
+    statistic, bound = float(excess(logs, linear / 2)), quantile(1, len(logs))
+    passed, ratio, expected = statistic <= bound, float(logs.mean().exp()), float(linear.mean().exp())
+    reason = (
+        f"with the true captions its error is {ratio:.2f} of that with exchanged ones; the best linear denoiser's is "
+        f"{expected:.2f}"
+    )
     return Check("prompt", statistic, bound, passed, reason, "", ratio)
 
 

@@ -71,6 +71,10 @@ class Draws:
         )
         return Draws(latents, noisy, torch.stack([denoiser.error(one.t) for one in noisy]).clamp(min=1e-12))
 
+    def select(self, levels: Sequence[int]) -> "Draws":
+        """Return some of the levels, with the same noise."""
+        return Draws(self.latents, tuple(self.noisy[level] for level in levels), self.scale[list(levels)])
+
     @torch.inference_mode()
     def errors(self, velocity: NoisyVelocity) -> Tensor:
         """Return squared errors in units of `scale`, [levels, n]. An infinite or undefined one is inf."""

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from atoll.collective.gate.captioned import MAX_CAPTIONS, CaptionedDenoiser, exchanged
 from atoll.collective.gate.check import Check
 from atoll.collective.gate.checks import (
     BANDS,
+    PROMPT_LEVELS,
     card_errors,
     check_captions,
     check_card,
@@ -68,20 +70,32 @@ class ClusterReference:
         return self.shards[0].card(ClusterShardsCard)
 
     @cached_property
-    def training(self) -> Tensor:
-        """Random training latents [n, ...], as many as a covariance needs."""
+    def _training(self) -> ProbeRows:
         parts = []
         for number, shards in zip(self.clusters, self.shards, strict=True):
             rows = shards.rows("train")
             # A fixed choice: the same reference for every candidate and every admitter.
             chosen = rows[random_rows(len(rows), MAX_ROWS // len(self.shards), cpu_generator(number)).sort().values]
-            parts.append(shards.read("latent", chosen).float())
-        return torch.cat(parts)
+            parts.append(ProbeRows(shards.read("latent", chosen).float(), tuple(shards.captions_of(chosen))))
+        return ProbeRows.cat(parts)
+
+    @property
+    def training(self) -> Tensor:
+        """Random training latents [n, ...], as many as a covariance needs."""
+        return self._training.latents
 
     @cached_property
     def own(self) -> LinearDenoiser:
         """The linear denoiser of these clusters."""
         return LinearDenoiser.of(self.training)
+
+    @cached_property
+    def captioned(self) -> CaptionedDenoiser:
+        """The linear denoiser of these clusters that reads captions."""
+        # The rows are sorted; those of the regression are drawn among them.
+        rows = random_rows(len(self.training), MAX_CAPTIONS, cpu_generator(len(self.clusters)))
+        some = self._training.select(rows)
+        return CaptionedDenoiser.of(some.latents, some.captions, self.encoder)
 
     def others(self, count: int, seed: int) -> ProbeRows | None:
         """Secret rows of the other clusters; None if there is none."""
@@ -147,7 +161,7 @@ def judge(
     if loaded is None:
         return results
     trial = _Trial(loaded, reference, seed, rows, device)
-    for step in (trial.card, trial.null, trial.others, trial.error, trial.captions):
+    for step in (trial.card, trial.null, trial.others, trial.error, trial.prompt, trial.captions):
         results += step()
         if not thorough and not all(one.passed for one in results):
             break
@@ -183,16 +197,10 @@ class _Trial:
         return [check_card(errors, claimed_errors(self.expert.calibration), len(numbers), _CLAIMED)]
 
     def null(self) -> list[Check]:
-        """The empty prompt, which guidance needs; then, against it, the true captions in all but the cleanest band."""
+        """The empty prompt, which guidance needs."""
         draws = Draws.of(self.rows.latents, BANDS, self.reference.own, self.seed, first=100)
         errors = draws.errors(expert_velocity(self.expert, self._encode([""] * len(self.rows)), self.device))
-        check = check_error(errors, self._allowed(draws), BANDS, "null")
-        if not check.passed:
-            return [check]
-        # Near the data, a caption says little.
-        noisy = Draws(draws.latents, draws.noisy[1:], draws.scale[1:])
-        true = noisy.errors(expert_velocity(self.expert, self._encode(self.rows.captions), self.device))
-        return [check, check_prompt(true, errors[1:])]
+        return [check_error(errors, self._allowed(draws), BANDS, "null")]
 
     def others(self) -> list[Check]:
         """Rows of other clusters; nothing if there are none."""
@@ -207,11 +215,24 @@ class _Trial:
 
     def error(self) -> list[Check]:
         """All noise levels of its own cluster."""
-        draws = Draws.of(self.rows.latents, EDGES, self.reference.own, self.seed)
+        self.draws = Draws.of(self.rows.latents, EDGES, self.reference.own, self.seed)
         velocity = expert_velocity(self.expert, self._encode(self.rows.captions), self.device)
-        self.errors = draws.errors(velocity)
-        self.allowed = self._allowed(draws)
+        self.errors = self.draws.errors(velocity)
+        self.allowed = self._allowed(self.draws)
         return [check_error(self.errors, self.allowed, EDGES)]
+
+    def prompt(self) -> list[Check]:
+        """Each other's captions at some of these levels, with the same noise."""
+        levels, captions = list(PROMPT_LEVELS), exchanged(self.rows.captions)
+        draws, linear = self.draws.select(levels), self.reference.captioned
+        return [
+            check_prompt(
+                self.errors[levels],
+                draws.errors(expert_velocity(self.expert, self._encode(captions), self.device)),
+                draws.errors(linear.velocity(self.rows.captions)),
+                draws.errors(linear.velocity(captions)),
+            )
+        ]
 
     def captions(self) -> list[Check]:
         """Single captions and single rows, from the errors that are known already."""

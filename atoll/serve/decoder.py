@@ -1,0 +1,132 @@
+"""The thread that turns latents into images, so that the step loop never waits for the codec."""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from atoll.errors import AtollError
+from atoll.pipeline import Pipeline, to_pil
+from atoll.serve.types import Event, Failed, Finished, Preview
+from atoll.serve.unit import EngineJob, Unit
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_IMAGES = 16  # decoded at a time
+
+_log = logging.getLogger(__name__)
+
+
+class Decoder:
+    """Decodes finished images and previews, several at a time; finished ones first.
+
+    Args:
+        pipeline: has the codec.
+        over: called with a job and its last event.
+
+    Attributes:
+        seconds: spent on decoding.
+    """
+
+    def __init__(self, pipeline: Pipeline, over: Callable[[EngineJob, Event], None]):
+        self._pipeline, self._over = pipeline, over
+        self._changed = threading.Condition()
+        self._finished: deque[tuple[EngineJob, int, Tensor]] = deque()
+        self._previews: OrderedDict[tuple[EngineJob, int], tuple[int, Tensor]] = OrderedDict()
+        self._closing = False
+        self.seconds = 0.0
+
+    def finish(self, unit: Unit) -> None:
+        """Decode the images of a unit that is sampled; the job is over when all of its images are decoded."""
+        with self._changed:
+            self._finished += [(unit.work, row, x) for row, x in zip(unit.rows, unit.running.x, strict=True)]
+            self._changed.notify_all()
+
+    def preview(self, unit: Unit, step: int, x0: Tensor) -> None:
+        """Decode an estimate when there is time; a newer one of the same image replaces it."""
+        with self._changed:
+            self._previews |= {(unit.work, row): (step, x) for row, x in zip(unit.rows, x0, strict=True)}
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the loop."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def loop(self) -> None:
+        """Decode until `close`."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._finished or self._previews or self._closing)
+                if self._closing:
+                    return
+                # Nobody looks at the preview of a job that is over.
+                finals = [self._finished.popleft() for _ in range(min(_IMAGES, len(self._finished)))]
+                previews = (
+                    [] if finals else [self._previews.popitem(last=False) for _ in list(self._previews)[:_IMAGES]]
+                )
+            if finals:
+                self._finish([item for item in finals if not item[0].over])
+            self._preview([item for item in previews if not item[0][0].over])
+
+    def _finish(self, items: Sequence[tuple[EngineJob, int, Tensor]]) -> None:
+        """Decode final images, and end the jobs that are complete."""
+        # A sample that is not finite is no image.
+        good = []
+        for work, row, x in items:
+            if x.isfinite().all():
+                good.append((work, row, x))
+            else:
+                self._over(work, Failed("failed", "the samples became NaN or infinity; lower the guidance scale"))
+        try:
+            images = self._decode([x for _, _, x in good])
+        except Exception as error:
+            text = str(error) if isinstance(error, AtollError) else f"decoding failed ({type(error).__name__})"
+            for work in dict.fromkeys(work for work, _, _ in good):
+                self._over(work, Failed("failed", text))
+            return
+        for (work, row, _), image in zip(good, images, strict=True):
+            work.images[row] = image
+            if len(work.images) == len(work.job.request.seeds) and not work.over:
+                self._over(work, self._finished_event(work))
+
+    def _preview(self, items: Sequence[tuple[tuple[EngineJob, int], tuple[int, Tensor]]]) -> None:
+        """Decode previews; one that fails is left out."""
+        good = [(work, row, step, x) for (work, row), (step, x) in items if x.isfinite().all()]
+        try:
+            images = self._decode([x for _, _, _, x in good])
+        except Exception:
+            _log.warning("a preview failed", exc_info=True)
+            return
+        for (work, row, step, _), image in zip(good, images, strict=True):
+            work.tell(Preview(row, step, image))
+
+    def _finished_event(self, work: EngineJob) -> Finished:
+        """Return the last event of a job whose images are all decoded."""
+        experts = self._pipeline.loaded.ensemble.experts
+        started, sampled = work.started or work.submitted, work.sampled or work.submitted
+        return Finished(
+            images=[work.images[row] for row in range(len(work.images))],
+            latents=torch.cat([unit.running.x for unit in work.units]).cpu(),
+            times=torch.tensor(work.units[0].times),
+            weights=torch.cat([torch.stack(unit.weights) for unit in work.units], dim=1),
+            experts=tuple(expert.name for expert in experts),
+            dropped=tuple(experts[index].name for index in sorted(work.excluded)),
+            queue_seconds=started - work.submitted,
+            sample_seconds=sampled - started,
+        )
+
+    @torch.inference_mode()
+    def _decode(self, latents: Sequence[Tensor]) -> "list[Image]":
+        """Decode latents [C, H, W] together."""
+        start = time.perf_counter()
+        images = to_pil(self._pipeline.loaded.codec.decode(torch.stack(list(latents)))) if latents else []
+        self.seconds += time.perf_counter() - start
+        return images

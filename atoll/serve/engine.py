@@ -1,0 +1,380 @@
+"""The engine: requests that began at different moments share every step, grouped by expert.
+
+Three threads pass a job on. The first encodes prompts, several at a time. The second steps: at each tick it selects
+units of images (`FairQueue`), evaluates each expert once for all of them (`Stepper`), and advances them; so a request
+joins at any tick and leaves when it is finished. The third decodes what is finished, and previews. An image is that of
+`atoll.Pipeline` for the same seed and settings, up to rounding, whoever shares its batch.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+
+from atoll.choices import Method
+from atoll.condition import Condition, move_to, select_rows
+from atoll.ensemble.routing import Oracle
+from atoll.errors import AtollError
+from atoll.pipeline import Pipeline
+from atoll.serve.decoder import Decoder
+from atoll.serve.prompts import NULL
+from atoll.serve.queue import FairQueue
+from atoll.serve.stepper import Stepped, Stepper
+from atoll.serve.types import Failed, ImageJob, ImageRequest, JobProgress, Listener, QueueFullError, Started
+from atoll.serve.unit import EngineJob, Settings, Unit
+from atoll.solver import Integration
+
+_UNIT = 4  # images of one request that advance together; fewer fill a batch better, more take less time to manage
+_SLACK = 4  # full batches that a user may be ahead of another
+_ENCODED = 256  # encoded prompts that are kept
+_PROMPTS = 64  # prompts that are encoded at a time
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine accepts, and how much it does at a time.
+
+    Attributes:
+        batch: images per tick, at most. It is halved for good when the device's memory does not suffice.
+        tick_seconds: the time that a tick should take, at most; None: no target. A smaller target shortens the wait of
+            a request that comes alone, and lengthens that of all when many come.
+        queue: images that may wait or run, at most.
+    """
+
+    batch: int = 64
+    tick_seconds: float | None = None
+    queue: int = 1024
+
+
+class Engine:
+    """Samples an ensemble for many requests at once.
+
+        with Engine(pipeline) as engine:
+            engine.submit(ImageRequest("digit seven", seeds=(0, 1)), print).done.wait()
+
+    Args:
+        pipeline: the ensemble with its text encoder and codec; while the engine runs, it belongs to the engine.
+        limits: what is accepted.
+    """
+
+    def __init__(self, pipeline: Pipeline, limits: EngineLimits = EngineLimits()):
+        self.pipeline, self.limits = pipeline, limits
+        self._stepper = Stepper(pipeline)
+        self._queue = FairQueue(_SLACK * limits.batch)
+        self._batch, self._seconds_per_image = limits.batch, 0.0
+        # What the threads share, under this lock.
+        self._changed = threading.Condition()
+        self._unfinished: dict[EngineJob, None] = {}
+        self._to_encode, self._encoded = list[EngineJob](), list[EngineJob]()
+        self._arrivals, self._ticks, self._stepped, self._closing = 0, 0, 0, False
+        self._seconds = {"encode": 0.0, "step": 0.0}
+        # The threads.
+        self._decoder = Decoder(pipeline, self._over)
+        loops = {"encode": self._encode_loop, "step": self._step_loop, "decode": self._decoder.loop}
+        self._threads = [threading.Thread(target=loop, name=f"atoll-{name}") for name, loop in loops.items()]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: ImageRequest, listener: Listener) -> ImageJob:
+        """Accept a request; thread-safe.
+
+        Args:
+            request: what to sample.
+            listener: called with each event, one after the other, from threads of the engine; it must return quickly.
+                After `Finished` or `Failed` it is not called again.
+
+        Raises:
+            QueueFullError: too many images wait already.
+            AtollError: a request that cannot be sampled: no seeds, unknown method or routing, steps < 1, ...
+        """
+        # The images, in units that advance together.
+        work = EngineJob(ImageJob(request, listener), self._settings(request))
+        images = len(request.seeds)
+        size = min(_UNIT, self.limits.batch)
+        work.units = [Unit(work, range(start, min(start + size, images))) for start in range(0, images, size)]
+        evaluations = work.settings.steps * (2 if work.settings.method in ("heun", "midpoint") else 1)
+        work.evaluations_left = evaluations * images
+
+        # Accept it, or refuse before any work begins.
+        with self._changed:
+            if self._closing:
+                raise AtollError("the engine is closed")
+            waiting = sum(len(one.job.request.seeds) for one in self._unfinished)
+            if waiting + images > self.limits.queue:
+                raise QueueFullError(
+                    f"{waiting} images wait already and {images} more were requested; the limit is "
+                    f"{self.limits.queue}: try again later, or request fewer"
+                )
+            self._arrivals += 1
+            work.arrival = self._arrivals
+            self._unfinished[work] = None
+            self._to_encode.append(work)
+            self._changed.notify_all()
+        return work.job
+
+    def statistics(self) -> dict[str, Any]:
+        """Return numbers for monitoring; thread-safe.
+
+        Returns:
+            jobs, images, images_running: unfinished now; ticks, images_stepped: since the start; seconds: by stage;
+            batch: images per tick, at most; images_by_expert, calls_by_expert: by name.
+        """
+        names = [expert.name for expert in self.pipeline.loaded.ensemble.experts]
+        stepper = self._stepper
+        with self._changed:
+            return {
+                "jobs": len(self._unfinished),
+                "images": sum(len(work.job.request.seeds) for work in self._unfinished),
+                "images_running": sum(len(w.job.request.seeds) for w in self._unfinished if w.started is not None),
+                "ticks": self._ticks,
+                "images_stepped": self._stepped,
+                "seconds": self._seconds | {"decode": self._decoder.seconds},
+                "batch": self._allowed(),
+                "images_by_expert": {name: stepper.images_by_expert[index] for index, name in enumerate(names)},
+                "calls_by_expert": {name: stepper.calls_by_expert[index] for index, name in enumerate(names)},
+            }
+
+    def close(self) -> None:
+        """Fail what is unfinished with "closed", and end the threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._decoder.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        for work in list(self._unfinished):
+            self._over(work, Failed("closed", "the server is closing"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Requests.
+
+    def _settings(self, request: ImageRequest) -> Settings:
+        """Return complete settings; errors as in `submit`."""
+        # The ensemble's defaults.
+        loaded = self.pipeline.loaded
+        defaults, base = loaded.sampling, loaded.ensemble
+        settings = Settings(
+            defaults.steps_or(50) if request.steps is None else request.steps,
+            defaults.guidance_or(1.0) if request.guidance_scale is None else request.guidance_scale,
+            request.guidance_range,
+            request.method or cast(Method, defaults.method or "euler"),
+            request.routing or base.routing,
+            request.alignment,
+            request.cluster,
+        )
+
+        # Refuse what a step would fail on.
+        if not request.seeds:
+            raise AtollError("no seeds; expected one per image")
+        if not -8 <= request.priority <= 8:
+            raise AtollError(f"priority is {request.priority}; expected -8 to 8")
+        if request.preview_every < 0:
+            raise AtollError(f"preview_every is {request.preview_every}; expected steps, or 0 for no previews")
+        Integration(torch.zeros(1, 1), settings.steps, settings.method)
+        with self._changed:
+            rule = self._stepper.ensemble(settings.routing, settings.alignment).rule
+        clusters = {cluster for expert in base.experts for cluster in expert.clusters}
+        if isinstance(rule, Oracle) and rule.cluster is None and settings.cluster is None:
+            raise AtollError(f"routing {settings.routing} needs the images' cluster")
+        if settings.cluster is not None and settings.cluster not in clusters:
+            raise AtollError(f"no expert covers cluster {settings.cluster}; expected one of {sorted(clusters)}")
+        guided = settings.guidance_scale != 1.0
+        if guided and base.null is None:
+            raise AtollError(f"guidance_scale is {settings.guidance_scale}, but this ensemble has no null condition")
+        if request.negative_prompt is not None and not guided:
+            raise AtollError("a negative prompt needs guidance; set a guidance_scale other than 1")
+        return settings
+
+    # The threads.
+
+    def _encode_loop(self) -> None:
+        """Encode prompts as they come."""
+        encoded: OrderedDict[str, tuple[Condition, ...]] = OrderedDict()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._to_encode or self._closing)
+                if self._closing:
+                    return
+                works, self._to_encode = self._to_encode[:_PROMPTS], self._to_encode[_PROMPTS:]
+            start = time.perf_counter()
+            works = [work for work in works if not self._given_up(work)]
+            texts = dict.fromkeys(text for work in works for text in _texts(work))
+            self._encode([text for text in texts if text not in encoded], encoded)
+            for work in works:
+                work.conditions = {text: encoded[text] for text in _texts(work) if text in encoded}
+                if len(work.conditions) < len(set(_texts(work))):
+                    self._over(work, Failed("failed", "the prompt could not be encoded; the server's log says more"))
+            while len(encoded) > _ENCODED:
+                encoded.popitem(last=False)
+            with self._changed:
+                self._seconds["encode"] += time.perf_counter() - start
+                self._encoded += [work for work in works if not work.over]
+                self._changed.notify_all()
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[str], encoded: dict[str, tuple[Condition, ...]]) -> None:
+        """Encode texts together, or, if that fails, one by one; a text that fails is left out."""
+        if not texts:
+            return
+        device = self.pipeline.device
+        try:
+            conditions = move_to(self.pipeline.loaded.encoder(texts), device)
+        except Exception:
+            _log.exception("%d prompts could not be encoded", len(texts))
+            for text in texts if len(texts) > 1 else []:
+                self._encode([text], encoded)
+            return
+        for row, text in enumerate(texts):
+            encoded[text] = select_rows(conditions, torch.tensor([row], device=device))
+
+    def _step_loop(self) -> None:
+        """Tick as long as there is something to sample."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._encoded or len(self._queue) or self._closing)
+                if self._closing:
+                    return
+                arrived, self._encoded = self._encoded, []
+            for work in arrived:
+                prompts, (prompt, *negative) = self._stepper.prompts, _texts(work)
+                work.prompt = prompts.acquire(prompt, work.conditions[prompt])
+                work.null = prompts.acquire(negative[0], work.conditions[negative[0]]) if negative else NULL
+                self._queue.add(work)
+            try:
+                self._tick()
+            except Exception as error:  # the engine goes on, whatever happens
+                for work in dict.fromkeys(unit.work for unit in list(self._queue)):
+                    self._leave(work)
+                    self._fail(work, error)
+
+    @torch.inference_mode()
+    def _tick(self) -> None:
+        """Advance the units whose turn it is."""
+        # What was given up leaves first.
+        start = time.perf_counter()
+        for work in dict.fromkeys(unit.work for unit in list(self._queue)):
+            if self._given_up(work):
+                self._leave(work)
+
+        # Select and step.
+        units = self._queue.select(self._allowed(), self._stepper.resident)
+        for work in dict.fromkeys(unit.work for unit in units):
+            if work.started is None:
+                work.started = time.monotonic()
+                work.tell(Started())
+        try:
+            outcomes = self._stepper.step(units)
+        except torch.OutOfMemoryError as error:
+            self._shrink(units, error)
+            return
+        for unit, outcome in outcomes.items():
+            self._digest(unit, outcome)
+
+        # Progress, by the slowest unit of each job.
+        for work in dict.fromkeys(unit.work for unit in units):
+            step = min(unit.integration.step if unit.integration else 0 for unit in work.units)
+            if step > work.step:
+                work.step = step
+                work.tell(JobProgress(step, work.settings.steps))
+
+        # The time of a tick, for its target.
+        images, seconds = sum(map(len, units)), time.perf_counter() - start
+        with self._changed:
+            self._ticks, self._stepped = self._ticks + bool(images), self._stepped + images
+            self._seconds["step"] += seconds
+            if images:
+                self._seconds_per_image = 0.8 * (self._seconds_per_image or seconds / images) + 0.2 * seconds / images
+
+    def _digest(self, unit: Unit, outcome: Stepped | Exception) -> None:
+        """Act on what a step did to a unit."""
+        work, every = unit.work, unit.work.job.request.preview_every
+        if work.over:  # another unit of it failed at this tick
+            return
+        if isinstance(outcome, Exception):
+            self._leave(work)
+            self._fail(work, outcome)
+            return
+        work.evaluations_left -= len(unit)
+        step = unit.running.step
+        if unit.running.point is not None:
+            if every and outcome.end and step % every == 0:
+                self._decoder.preview(unit, step, outcome.x0)
+            return
+        # The unit is sampled.
+        self._queue.remove(unit)
+        if all(one.integration is not None and one.integration.point is None for one in work.units):
+            work.sampled = time.monotonic()
+            self._leave(work)
+        self._decoder.finish(unit)
+
+    def _shrink(self, units: list[Unit], error: torch.OutOfMemoryError) -> None:
+        """Halve the batch after the device's memory did not suffice; a unit that fails alone fails for good."""
+        torch.cuda.empty_cache()
+        if len(units) > 1:
+            self._batch = max(1, sum(map(len, units)) // 2)
+            _log.warning("out of memory; from now on at most %d images per tick", self._batch)
+            return
+        self._leave(units[0].work)
+        self._fail(units[0].work, error)
+
+    def _allowed(self) -> int:
+        """Return how many images the next tick may advance."""
+        target = self.limits.tick_seconds
+        if target is None or not self._seconds_per_image:
+            return self._batch
+        return max(1, min(self._batch, int(target / self._seconds_per_image)))
+
+    # The end of a job.
+
+    def _given_up(self, work: EngineJob) -> bool:
+        """End a job that was cancelled, or whose deadline has passed; return whether it is over."""
+        if work.job.cancelled.is_set():
+            self._over(work, Failed("cancelled", "the request was cancelled"))
+        elif work.deadline is not None and time.monotonic() > work.deadline:
+            seconds = work.job.request.deadline
+            self._over(work, Failed("deadline", f"the images were not ready within {seconds:g} seconds"))
+        return work.over
+
+    def _fail(self, work: EngineJob, error: Exception) -> None:
+        """End a job that failed."""
+        if isinstance(error, AtollError):
+            self._over(work, Failed("failed", str(error)))
+            return
+        _log.error("job %s failed", work.job.id, exc_info=error)
+        self._over(work, Failed("failed", f"sampling failed ({type(error).__name__}); the server's log says more"))
+
+    def _leave(self, work: EngineJob) -> None:
+        """Remove a job from the step thread's own data. Only there."""
+        for unit in work.units:
+            self._queue.remove(unit)
+        for number in (work.prompt, work.null):
+            if number not in (NULL, -1):
+                self._stepper.prompts.release(number)
+        work.prompt = work.null = -1
+
+    def _over(self, work: EngineJob, event: Any) -> None:
+        """Send a job's last event, and forget the job; thread-safe."""
+        with self._changed:
+            self._unfinished.pop(work, None)
+        work.tell(event)
+
+
+def _texts(work: EngineJob) -> tuple[str, ...]:
+    """Return the texts that a job reads: its prompt, then its negative prompt, if it has one."""
+    request = work.job.request
+    return (request.prompt,) if request.negative_prompt is None else (request.prompt, request.negative_prompt)
