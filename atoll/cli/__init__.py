@@ -8,9 +8,10 @@ tools.py     plan, convert
 trained.py   calibrate, ema
 research.py  compare, study, statistics
 collective.py  collective key, open, join, claim, release, publish, members, status
+serve.py     serve
 """
 
-from atoll.cli import collective, research, sampling, stages, tools, trained, training
+from atoll.cli import collective, research, sampling, serve, stages, tools, trained, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "collective", "main", "research", "sampling", "stages", "tools", "trained", "training"]
+__all__ = ["app", "collective", "main", "research", "sampling", "serve", "stages", "tools", "trained", "training"]

@@ -14,7 +14,7 @@ from atoll.storage.layout import EXIT_USER_ERROR
 
 # The order of a run's stages, for `atoll --help`.
 ORDER = ["init", "plan", "encode", "cluster", "train", "launch", "calibrate", "ema", "convert", "assemble", "sample"]
-ORDER += ["evaluate", "compare", "statistics", "study", "distil", "synthesize", "collective", "demo"]
+ORDER += ["evaluate", "compare", "statistics", "study", "distil", "synthesize", "collective", "serve", "demo"]
 
 
 class _InOrder(typer.core.TyperGroup):

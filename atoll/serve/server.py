@@ -1,0 +1,177 @@
+"""uvicorn around an app: a socket of our own, slow clients, and an end within seconds."""
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from atoll.errors import AtollError
+from atoll.serve.engine import Engine
+from atoll.serve.guard import is_loopback
+from atoll.serve.refusals import logger
+from atoll.serve.settings import LOOPBACK_NAMES
+
+HEADER_SECONDS = 15.0  # for a request's headers to arrive
+_GRACE_SECONDS = 5  # for open requests to end, once their jobs were told that the server ends
+_CONNECTIONS = 2048
+_HEADER_BYTES = 16_384
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 with a time limit on headers, which uvicorn lacks: a connection that sends none is closed."""
+
+    header_seconds = HEADER_SECONDS
+    _header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer of the first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the timer when the headers are complete; start it when the next request begins."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+        elif self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.header_seconds, self._give_up)
+
+    def _stop(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _give_up(self) -> None:
+        # While an answer is under way, its client is not slow.
+        self._header_timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+
+class AtollServer(uvicorn.Server):
+    """A server that tells unfinished jobs first when it ends; SIGTERM and SIGINT end it with exit code 0."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End: jobs get their last event, requests their answer, then connections are closed."""
+        app = self.config.loaded_app
+        while not isinstance(app, FastAPI):
+            app = app.app
+        app.state.service.close()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """End gracefully; at once with the second signal."""
+        # uvicorn would raise the signal again at the end, which is an exit code of failure.
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def make_server(app: FastAPI, forwarded_from: str | None = None, **options: Any) -> AtollServer:
+    """Return a server for an app.
+
+    Args:
+        app: from `create_app`.
+        forwarded_from: addresses of proxies, by commas, whose X-Forwarded-For names the client; None: nobody's.
+        options: more options of `uvicorn.Config`.
+    """
+    values: dict[str, Any] = {
+        "http": PatientProtocol,
+        "ws": "none",
+        "loop": "asyncio",
+        "lifespan": "on",
+        "log_config": None,
+        "access_log": False,  # with queries; the guard logs requests
+        "server_header": False,
+        "proxy_headers": forwarded_from is not None,
+        "forwarded_allow_ips": forwarded_from or "",
+        "h11_max_incomplete_event_size": _HEADER_BYTES,
+        "limit_concurrency": _CONNECTIONS,
+        "timeout_graceful_shutdown": _GRACE_SECONDS,
+    }
+    return AtollServer(uvicorn.Config(app, **{**values, **options}))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, so that a port in use is known before anything is loaded.
+
+    Raises:
+        AtollError: an unknown address, or a port that is in use or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise AtollError(f"--host {host}: no such address ({error}); expected one of this machine") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        bound.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AtollError(f"{host} port {port}: {reason.lower()}; choose another --port or --host") from None
+    return bound
+
+
+def close_engines(engines: Iterable[Engine], seconds: float = 5.0) -> bool:
+    """Close engines. Returns whether all were closed within the time: a long step cannot be interrupted."""
+    threads = [threading.Thread(target=engine.close, daemon=True) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def end_process() -> None:
+    """End the process at once, whatever its threads do."""
+    os._exit(0)
+
+
+def check_access(host: str, tokens: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the accepted Host names; None: any.
+
+    Args:
+        host: the address to listen on.
+        tokens: the accepted tokens.
+
+    Raises:
+        AtollError: other machines could use the server without a token, or a token is too short.
+    """
+    # A short token can be guessed, whatever the rate limit.
+    if any(len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token for token in tokens):
+        raise AtollError("--token: expected at least 8 ASCII characters without spaces")
+    if is_loopback(host):
+        return (*LOOPBACK_NAMES, host)
+    if not tokens:
+        raise AtollError(f"--host {host}: other machines could use the server; set --token or ATOLL_TOKEN")
+    return None
+
+
+def address_of(host: str, listener: socket.socket) -> str:
+    """Return the URL of a listening socket."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listener.getsockname()[1]}"
+
+
+def log_to_stderr() -> None:
+    """Log requests and errors to stderr."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
