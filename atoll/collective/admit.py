@@ -108,8 +108,8 @@ def admit_submissions(
                 collective,
                 key,
                 name,
+                probe=secret,
                 reference=reference,
-                lineage=run.lineage,
                 known=known,
                 rows=rows,
                 progress=progress,
@@ -153,8 +153,8 @@ def _judge_one(
     key: Key,
     name: str,
     *,
+    probe: Probe,
     reference: Callable[[tuple[int, ...]], ClusterReference],
-    lineage: Lineage,
     known: dict[str, str],
     rows: int,
     progress: FileProgress | None,
@@ -176,11 +176,14 @@ def _judge_one(
         # Not what was signed, or not there: nothing was judged.
         except AtollError as error:
             return Judgement(name, statement.name, None, (str(error),))
-        # The probe or the shards may lack a cluster; that is no fault of the expert.
-        about = reference(_clusters_now(Path(place), statement, lineage))
+        # The probe or the shards may lack a cluster; that is no fault of the expert. Others can be judged with a probe
+        # that is older than the cluster.
+        clusters = _clusters_now(Path(place), statement, probe.lineage)
+        if problem := probe.outgrown(clusters):
+            return Judgement(name, statement.name, None, (problem,))
         checks = judge(
             Path(place),
-            about,
+            reference(clusters),
             name=statement.name,
             seed=seed,
             clusters=statement.clusters,

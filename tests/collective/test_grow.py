@@ -55,10 +55,10 @@ def test_growth_uploads_what_is_new_and_members_follow(reef) -> None:
     assert (reef.root / "ada" / "atoll.yaml").read_bytes() == (reef.run / "atoll.yaml").read_bytes()
     assert "knows all 4 clusters" in reef("follow", "bucket", "-r", "ada")
     # The new work is offered, and only its shards are fetched. Whoever joins now is as far.
-    reef("claim", "bucket", "--cluster", 3, "-r", "ada")
     reef.join("ben")
-    reef("claim", "bucket", "-r", "ben")
+    assert "work 1 is yours" in reef("claim", "bucket", "-r", "ben")
     assert "work 2 is yours" in reef("claim", "bucket", "-r", "ben")
+    assert "work 3 is yours" in reef("claim", "bucket", "-r", "ada")
     for name, clusters in (("ada", [0, 3]), ("ben", [1, 2])):
         here = sorted(path.name for path in (reef.root / name / "clusters").glob("cluster-*"))
         assert here == [f"cluster-{number:03d}" for number in clusters]
@@ -94,6 +94,7 @@ def test_a_training_goes_on_through_a_split(reef) -> None:
 def test_an_older_expert_is_admitted_as_what_its_clusters_are_now(reef, monkeypatch) -> None:
     reef.join("ada")
     expert = reef.train("ada", 1)
+    write_probe(reef.root / "probe", reef.run, [0, 1, 2])
     reef.split(1)
     reef("grow", "bucket", "-r", "run")
     submission = reef("publish", expert).split()[0]
@@ -107,7 +108,6 @@ def test_an_older_expert_is_admitted_as_what_its_clusters_are_now(reef, monkeypa
 
     monkeypatch.setattr(admit_module, "judge", judge)
     # The admitter's directory has the shards of before the split, too: they stay, the parts are fetched apart.
-    write_probe(reef.root / "probe", reef.run, [0, 2])
     founders = [Shards(reef.run / "clusters" / f"cluster-{number:03d}").keys[0] for number in (1, 3)]
     before = (reef.root / "ada" / "clusters" / "cluster-001" / "index.json").read_bytes()
     admit = "admit", "bucket", "--probe", "probe", "-r", "ada", "--key", "founder.key"

@@ -24,6 +24,7 @@ from atoll.storage.shards import Shards
 # The noise levels: intervals of path time around the nodes of a calibration. The last node stands for t = 1.
 EDGES = (0.01, *((a + b) / 2 for a, b in pairwise(NODES)), NODES[-1])
 LEVELS = len(EDGES) - 1
+_LEAST = 8  # rows; no test has a meaning with fewer
 _OTHER = "is of another clustering than the collective's; make the probe again"
 
 
@@ -129,17 +130,20 @@ class Probe:
             chosen = numbers[random_rows(len(numbers), part, cpu_generator(hashed_seed("probe", seed, number)))]
             parts.append(ProbeRows(shards.read("latent", chosen).float(), tuple(shards.captions_of(chosen))))
         total = sum(map(len, parts))
-        if total < 8:
-            raise AtollError(
-                f"{self.directory}: {total} rows of clusters {list(clusters)}, expected at least 8{self._remedy}"
-            )
+        if total < _LEAST:
+            raise AtollError(self._problem(clusters, total))
         return ProbeRows.cat(parts)
 
-    @property
-    def _remedy(self) -> str:
+    def outgrown(self, clusters: Sequence[int]) -> str:
+        """Say that it is older than the growth that brought some clusters, and lacks their rows; "" if it does not."""
+        count = sum(len(self._numbers[number]) for number in self._available(clusters))
+        return self._problem(clusters, count) if self._older and count < _LEAST else ""
+
+    def _problem(self, clusters: Sequence[int], count: int) -> str:
+        problem = f"{self.directory}: {count} rows of clusters {list(clusters)}, expected at least {_LEAST}"
         # Its images may be of these clusters, but it does not say which of them are.
         how = "`atoll collective follow` and `atoll collective probe` assign its images anew"
-        return f"; it is older than the growth of the collective: {how}" if self._older else ""
+        return f"{problem}; it is older than the growth of the collective: {how}" if self._older else problem
 
     def _available(self, clusters: Sequence[int]) -> list[int]:
         """The directories whose rows belong to these clusters, whichever of them."""
