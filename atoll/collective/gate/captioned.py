@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoll.collective.gate.check import excess
 from atoll.collective.gate.errors import NoisyVelocity
 from atoll.collective.gate.linear import LinearDenoiser
 from atoll.collective.gate.probe import Noisy
@@ -30,6 +31,9 @@ class CaptionedDenoiser:
         centre: mean caption vector [P]; mean: mean latent [D]; slope: of the regression [P, D]. All float64.
         rest: the linear denoiser of what the regression leaves.
         encoder: of captions.
+        rows: the number of rows that it is fitted to.
+        worse: Student's t of its squared error less that of the mean latent, on rows that are left out; far below 0 if
+            captions say anything.
     """
 
     centre: Tensor
@@ -37,6 +41,8 @@ class CaptionedDenoiser:
     slope: Tensor
     rest: LinearDenoiser
     encoder: TextEncoder
+    rows: int
+    worse: float
 
     @classmethod
     def of(cls, latents: Tensor, captions: Sequence[str], encoder: TextEncoder) -> "CaptionedDenoiser":
@@ -60,7 +66,9 @@ class CaptionedDenoiser:
 
         penalty = _PENALTIES[int(torch.stack([remainders(one).square().sum() for one in _PENALTIES]).argmin())]
         slope = right.T @ ((singular / (singular.square() + penalty * largest))[:, None] * projected)
-        return cls(centre, mean, slope, LinearDenoiser.of(remainders(penalty).view_as(latents)), encoder)
+        remainder, spread = remainders(penalty), (rows - mean) * len(rows) / (len(rows) - 1)
+        worse = float(excess(remainder.square().mean(1), spread.square().mean(1)))
+        return cls(centre, mean, slope, LinearDenoiser.of(remainder.view_as(latents)), encoder, len(rows), worse)
 
     def velocity(self, captions: Sequence[str]) -> NoisyVelocity:
         """Return its velocity for rows with these captions."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atoll.collective.gate.captioned import MAX_CAPTIONS, CaptionedDenoiser, exchanged
-from atoll.collective.gate.check import Check
+from atoll.collective.gate.check import Check, quantile
 from atoll.collective.gate.checks import (
     BANDS,
     PROMPT_LEVELS,
@@ -222,9 +222,13 @@ class _Trial:
         return [check_error(self.errors, self.allowed, EDGES)]
 
     def prompt(self) -> list[Check]:
-        """Each other's captions at some of these levels, with the same noise."""
-        levels, captions = list(PROMPT_LEVELS), exchanged(self.rows.captions)
-        draws, linear = self.draws.select(levels), self.reference.captioned
+        """Each other's captions at some of these levels, with the same noise; nothing if captions say nothing."""
+        linear, captions = self.reference.captioned, exchanged(self.rows.captions)
+        # Of rows that the regression left out: what it gains on the few rows of the probe would prove little.
+        if linear.worse > -quantile(1, linear.rows):
+            return []
+        levels = list(PROMPT_LEVELS)
+        draws = self.draws.select(levels)
         return [
             check_prompt(
                 self.errors[levels],

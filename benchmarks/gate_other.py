@@ -1,0 +1,192 @@
+"""Statistics that the gate does not use: what they separate, and what they cost.
+
+    python benchmarks/gate_other.py runs/demo --more runs/other/experts --out gate
+
+Run `benchmarks/gate.py` with the same `--out` first: its probe, its poisoned experts and its results are used. Each
+statistic is the largest over the noise levels, in units of what needs no training:
+
+- replica: the squared distance to another honest expert of the cluster, over the border;
+- fused: the error of the ensemble with the expert over that without any expert of its cluster, top-2, the run's router;
+- adjacent: the squared distance of its x0 at t and at 0.9 t, same image and noise, over the best linear denoiser's.
+
+No threshold is derived. Each statistic gets the best threshold that a hand could choose for it: the largest honest
+value. Writes other.json and prints a table for docs/collective.md.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gate import Gate
+from torch import Tensor
+
+from atoll.collective.gate.checks import tolerance
+from atoll.collective.gate.errors import Draws, NoisyVelocity, expert_velocity, linear_velocity
+from atoll.collective.gate.judge import OTHER_ROWS, PROBE_ROWS
+from atoll.collective.gate.linear import LinearDenoiser
+from atoll.collective.gate.probe import EDGES, Noisy
+from atoll.condition import Condition
+from atoll.ensemble import Ensemble
+from atoll.ensemble.loading import load_ensemble, load_expert
+from atoll.manifest import load_manifest
+from atoll.schedule import PATH
+from atoll.shapes import per_sample
+from atoll.storage.artifact import read_card
+from atoll.storage.cards import ExpertCard
+from atoll.storage.layout import CARD, ENSEMBLE, EXPERTS
+
+NAMES = ("replica", "fused", "adjacent")
+NEARER = 0.9  # of a time: the adjacent one
+
+
+@torch.inference_mode()
+def velocities(velocity: NoisyVelocity, noisy: tuple[Noisy, ...]) -> Tensor:
+    """Velocities [levels, n, ...] in float64."""
+    return torch.stack([velocity(one) for one in noisy]).double()
+
+
+def squares(difference: Tensor) -> Tensor:
+    """Mean squares [levels, n] of [levels, n, ...]; what is undefined is infinite."""
+    return torch.nan_to_num(difference.square().flatten(2).mean(2), nan=math.inf, posinf=math.inf)
+
+
+def nearer(noisy: Noisy, latents: Tensor) -> Noisy:
+    """The same images and noise at the adjacent time."""
+    return Noisy(PATH.diffuse(latents, noisy.eps, NEARER * noisy.t), noisy.eps, NEARER * noisy.t)
+
+
+def x0_of(velocity: Tensor, noisy: tuple[Noisy, ...]) -> Tensor:
+    """x0 = x - t u on the linear path."""
+    return torch.stack([one.x - per_sample(one.t, one.x) * u for one, u in zip(noisy, velocity, strict=True)])
+
+
+def fused_velocity(ensemble: Ensemble, condition: Condition) -> NoisyVelocity:
+    return lambda noisy: ensemble.velocity(noisy.x, noisy.t, (condition,))
+
+
+class Others:
+    """The statistics of one run's experts.
+
+    Args:
+        run: with its ensemble.
+        honest: experts, the replicas among them.
+        probe: the gate's.
+    """
+
+    def __init__(self, run: Path, honest: list[Path], probe: Path):
+        self.gate, self.honest = Gate(run, probe), honest
+        trust = load_manifest(run).trust_in_cards(run)
+        self.ensemble = load_ensemble(run / ENSEMBLE, trust=trust).ensemble
+
+    def replica(self, name: str, clusters: tuple[int, ...]) -> Path:
+        """The first honest expert of these clusters with another name."""
+        return next(p for p in self.honest if read_card(p, ExpertCard).clusters == clusters and p.name != name)
+
+    def __call__(self, path: Path, name: str, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+        """The statistics of an expert, and their seconds over those of one pass. name: of the expert it is made of."""
+        card, candidate = read_card(path, ExpertCard), load_expert(path).expert
+        reference = self.gate.reference(card.clusters[0])
+        rows = reference.probe.rows(reference.clusters, PROBE_ROWS, seed)
+        far = reference.others(OTHER_ROWS, seed)
+        draws = Draws.of(rows.latents, EDGES, reference.own, seed)
+        condition = self.gate.encoder(list(rows.captions))
+        seconds = {}
+
+        def timed(name: str, velocity: NoisyVelocity, noisy: tuple[Noisy, ...] = draws.noisy) -> Tensor:
+            start = time.perf_counter()
+            result = velocities(velocity, noisy)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+
+        own = timed("pass", expert_velocity(candidate, condition))
+        values = {}
+        # A replica.
+        other = load_expert(self.replica(name, card.clusters)).expert
+        border = tolerance(draws, reference.own, LinearDenoiser.of(far.latents) if far else None)
+        distance = squares(own - timed("replica", expert_velocity(other, condition))) / draws.scale
+        values["replica"] = float((distance.mean(1) / border.mean(1)).max())
+        # The ensemble with and without.
+        rest = [one for one in self.ensemble.experts if one.clusters != card.clusters]
+        target = torch.stack([one.eps - rows.latents for one in draws.noisy])
+        with_it, without = (
+            squares(timed("fused", fused_velocity(replace(self.ensemble, experts=experts), condition)) - target)
+            for experts in ([*rest, candidate], rest)
+        )
+        values["fused"] = float((with_it.mean(1) / without.mean(1)).max())
+        # The adjacent time.
+        near = tuple(nearer(one, rows.latents) for one in draws.noisy)
+        linear = linear_velocity(reference.own)
+        moved, least = (
+            squares(x0_of(at, draws.noisy) - x0_of(then, near)).mean(1)
+            for at, then in (
+                (own, timed("adjacent", expert_velocity(candidate, condition), near)),
+                (velocities(linear, draws.noisy), velocities(linear, near)),
+            )
+        )
+        values["adjacent"] = float((moved / least).max())
+        return values, {name: seconds[name] / seconds["pass"] for name in NAMES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--more", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("gate"))
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="other.json of other data sets, for the tables")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    honest = sorted(path.parent for root in (args.more, args.run / EXPERTS) for path in root.glob(f"*/{CARD}"))
+    others, judged = Others(args.run, honest, args.out / "probe"), json.loads((args.out / "results.json").read_text())
+    content: dict[str, Any] = {"honest": [], "poisoned": [], "costs": []}
+    for kind in ("honest", "poisoned"):
+        seen = set()
+        for trial in judged[kind]:
+            # One draw each; those that are rounded to bf16 tell nothing new.
+            if trial["path"] in seen or trial["kind"] == "bf16":
+                continue
+            seen.add(trial["path"])
+            values: dict[str, float] = {}
+            # What does not load has no statistic: the gate refuses it by its contents.
+            if "contents" not in trial["refused_by"]:
+                values, costs = others(Path(trial["path"]), trial["expert"], 0)
+                content["costs"].append(costs)
+            content[kind].append({**trial, "other": values})
+    (args.out / "other.json").write_text(json.dumps(content, indent=1))
+    for path in args.add:
+        content = {key: value + json.loads(path.read_text())[key] for key, value in content.items()}
+    report(content)
+
+
+def report(content: dict[str, Any]) -> None:
+    """Print the table; `error` is the gate's own statistic of the same draws, for comparison."""
+    honest, poisoned = ([t for t in content[key] if t["other"]] for key in ("honest", "poisoned"))
+    for trial in honest + poisoned:
+        trial["other"]["error"] = trial["worst"].get("error", math.inf)
+    print("| statistic | honest | poisoned, least, median | above all honest | also by `error` | alone | passes |")
+    print("|---|---|---|---|---|---|---|")
+    top = {name: max(t["other"][name] for t in honest) for name in (*NAMES, "error")}
+    for name in (*NAMES, "error"):
+        least = min(t["other"][name] for t in honest)
+        values = [t["other"][name] for t in poisoned]
+        above = [t for t in poisoned if t["other"][name] > top[name]]
+        both = sum(t["other"]["error"] > top["error"] for t in above)
+        alone = [t["kind"] for t in above if not t["refused_by"]]
+        cost = statistics.median(c[name] for c in content["costs"]) if name in NAMES else 1.0
+        print(
+            f"| {name} | {least:.2f} to {top[name]:.2f} | {min(values):.2f}, {statistics.median(values):.3g} "
+            f"| {len(above)} of {len(poisoned)} | {both} | {len(alone)} | {cost:.2f} |"
+        )
+    for name in NAMES:
+        missed = Counter(t["kind"] for t in poisoned if t["other"][name] <= top[name])
+        print(f"\nbelow an honest one by {name}: {dict(missed)}")
+
+
+if __name__ == "__main__":
+    main()
