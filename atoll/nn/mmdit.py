@@ -17,7 +17,7 @@ The linear layers have no bias, except those that embed the time; the norms have
 of queries and keys alone: tokens may lie at any place. Time, norms and rotations are computed in float32 at least.
 
 With the default `mlp_ratio`, 10/3, a block has the FLOPs of a `DiTBlock` of the same width whose MLP has the ratio 4.
-XL/2 with 4 channels and 768 wide text has 605.5 M parameters.
+XL/2 with 4 channels and 768 wide text has 605.3 M parameters.
 """
 
 from collections.abc import Hashable, Sequence
@@ -326,9 +326,10 @@ class MMDiTSize(TypedDict):
 
 
 # MMDiTConfig(size=(32, 32), channels=4, states_dim=768, **MMDIT_SIZES["B/2"]); the FLOPs of the DiT of that name.
-# Parameters with these: tiny 1.3 M, S/2 29.8 M, B/2 118.4 M, L/2 411.6 M, XL/2 605.7 M.
-# "3B/2" is the expert of DDM (arXiv 2501.05450: width 2560, depth 30, 3 B; eight make 24 B). Its count fits one stream
-# with an MLP of ratio 3: 3.00 B with 16 channels and T5-XL's 2048 wide text. Two streams in all blocks would have 6 B.
+# Parameters with these: tiny 1.3 M, S/2 29.8 M, B/2 118.2 M, L/2 411.4 M, XL/2 605.3 M.
+# "3B/2" is the expert of DDM (arXiv 2501.05450: width 2560, depth 30, 3 B; eight make 24 B). Heads and ratio are chosen
+# here: one stream with a ratio of 3 has 3.00 B, for 16 channels and T5-XL's 2048 wide text. Two streams in 29 of the
+# blocks would have 5.1 B.
 MMDIT_SIZES: dict[str, MMDiTSize] = {
     "tiny": {"patch": 4, "width": 128, "depth": 4, "heads": 4},
     "S/2": {"patch": 2, "width": 384, "depth": 12, "heads": 6},

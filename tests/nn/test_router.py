@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from atoll.errors import AtollError
 from atoll.nn import SIZES, Router, RouterConfig, build_network
 from atoll.nn.dit import ModulationKind
+from atoll.nn.rotary import grid_positions, rotations
 
 KINDS: list[ModulationKind] = ["single", "per-block"]
 BLOCKS = ["dit", "mmdit"]
@@ -72,6 +73,12 @@ def test_the_head_reads_the_cls_token(block: str) -> None:
     nn.init.normal_(router.head.weight)
     x, t, _ = inputs(torch.float32)
     assert torch.equal(router(x, t), router(x + 1, t))  # every block is still the identity: nothing reaches it
+
+
+def test_mmdits_blocks_rotate_the_patches_by_their_place_and_cls_not_at_all() -> None:
+    (rope,) = random_router(block="mmdit")._rope(inputs()[0])
+    assert torch.equal(rope[..., 0, :, 0], torch.ones(1, 1, 4).double())
+    torch.testing.assert_close(rope[..., 1:, :, :], rotations(grid_positions(H // 2, W // 2).double(), 8))
 
 
 def test_time_is_scaled_inside() -> None:
