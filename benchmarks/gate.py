@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from poison import APART, CHEAP, DEAR, Honest, Poison, noisy, scaled
 
-from atoll.collective.gate.checks import HONEST_SPREAD, NEAR_DATA
+from atoll.collective.gate.checks import HONEST_SPREAD, IMPRECISION, NEAR_DATA
 from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
-from atoll.collective.gate.judge import PROBE_ROWS, ClusterReference, judge
+from atoll.collective.gate.judge import OTHER_ROWS, PROBE_ROWS, ClusterReference, judge
+from atoll.collective.gate.linear import LinearDenoiser
 from atoll.collective.gate.probe import EDGES, Probe
 from atoll.encoders.text import build_encoder
 from atoll.ensemble.loading import load_expert
@@ -127,17 +128,24 @@ class Gate:
             before = after
         return ratios
 
-    def linear_ratio(self, path: Path, seed: int) -> float:
-        """The largest ratio over levels of an expert's error to that of the best linear denoiser."""
+    def linear_ratios(self, path: Path, seed: int) -> tuple[float, float]:
+        """The largest ratios of an expert's error to that of the best linear denoiser: over all levels, and over those
+        at which the linear denoisers of the cluster and of the others are alike (0 if there are none)."""
         card, loaded = read_card(path, ExpertCard), load_expert(path)
         reference = self.reference(card.clusters[0])
         rows = reference.probe.rows(reference.clusters, PROBE_ROWS, seed)
+        far = reference.others(OTHER_ROWS, seed)
+        assert far is not None
         draws = Draws.of(rows.latents, EDGES, reference.own, seed)
-        errors = draws.errors(expert_velocity(loaded.expert, self.encoder(list(rows.captions))))
-        ratios = errors.mean(1) / draws.errors(linear_velocity(reference.own)).mean(1)
+        errors = draws.errors(expert_velocity(loaded.expert, self.encoder(list(rows.captions)))).mean(1)
+        linear, other = (
+            draws.errors(linear_velocity(one)).mean(1) for one in (reference.own, LinearDenoiser.of(far.latents))
+        )
+        ratios, alike = errors / linear, other / linear < IMPRECISION
         # There, experts that predict x0 are compared otherwise.
         compared = torch.tensor(EDGES[:-1]) >= (NEAR_DATA if loaded.expert.objective.prediction == "x0" else 0)
-        return float(ratios[compared].max())
+        both = compared & alike
+        return float(ratios[compared].max()), float(ratios[both].max()) if bool(both.any()) else 0.0
 
 
 def dit_s2(path: Path, out: Path) -> Path:
@@ -265,7 +273,7 @@ def main() -> None:
         "poisoned": [vars(t) for t in poisoned],
         "apart": [vars(t) for t in apart],
         "graded": [vars(t) for t in graded],
-        "ratios": {str(path): gate.linear_ratio(path, 0) for path in experts},
+        "ratios": {str(path): gate.linear_ratios(path, 0) for path in experts},
     }
     (args.out / "results.json").write_text(json.dumps(content, indent=1))
     for path in args.add:
@@ -291,7 +299,7 @@ def report(content: dict[str, Any]) -> None:
     honest, poisoned, apart, graded = (
         [Trial(**one) for one in content[key]] for key in ("honest", "poisoned", "apart", "graded")
     )
-    experts, ratios = len(content["ratios"]), list(content["ratios"].values())
+    experts = len(content["ratios"])
     refused = [trial for trial in poisoned if trial.refused_by]
     wrongly = [trial for trial in honest if trial.refused_by]
     two = [trial for trial in poisoned if {"contents", "card"} & set(trial.refused_by)]
@@ -327,15 +335,18 @@ def report(content: dict[str, Any]) -> None:
             print(
                 f"| {kind} | {sum(bool(t.refused_by) for t in group)} of {len(group)} | {', '.join(names)} | {span} |"
             )
-    logs = [math.log(max(ratio, 1e-9)) for ratio in ratios]
-    mean, spread, n = statistics.mean(logs), statistics.stdev(logs), len(logs)
-    # One-sided tolerance factor (Natrella 1963) for 99.9 % of all experts at 95 % confidence.
-    z, c = 3.0902, 1.6449
+    for title, place, bound in (("all levels", 0, HONEST_SPREAD), ("levels where clusters are alike", 1, IMPRECISION)):
+        ratios = [both[place] for both in content["ratios"].values() if both[place] > 0]
+        print(f"error over the best linear denoiser's, largest over {title}: {min(ratios):.2f} to {max(ratios):.2f};")
+        print(f"tolerance bound of {len(ratios)} experts {tolerance_bound(ratios):.2f}, in the gate {bound}")
+
+
+def tolerance_bound(ratios: list[float]) -> float:
+    """The bound of 99.9 % of all log-normal ratios at 95 % confidence (one-sided, Natrella 1963)."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, spread, n, z, c = statistics.mean(logs), statistics.stdev(logs), len(logs), 3.0902, 1.6449
     a, b = 1 - c**2 / (2 * (n - 1)), z**2 - c**2 / n
-    factor = (z + math.sqrt(z**2 - a * b)) / a
-    bound = math.exp(mean + factor * spread)
-    print(f"error over the best linear denoiser's at the worst level: {min(ratios):.2f} to {max(ratios):.2f};")
-    print(f"tolerance bound {bound:.2f}, HONEST_SPREAD is {HONEST_SPREAD}")
+    return math.exp(mean + (z + math.sqrt(z**2 - a * b)) / a * spread)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ BANDS = (EDGES[0], 0.25, 0.7, EDGES[-1])
 NEAR_DATA = BANDS[1]  # below it, an x0-expert is compared in x0
 PROMPT_LEVELS = (7, 9)  # of EDGES: there captions matter, and experts of all predictions use them
 CARD_TIMES = NODES[3::6]  # nodes at which the card's claim is compared
-# How much worse than the best linear denoiser an honest expert may be at its worst level: the tolerance bound of 100
-# honest experts (99.9 % of all, at 95 % confidence), by `benchmarks/gate.py`. It matters only where clusters are so
-# far apart that the border would be above it.
+# How much worse than the best linear denoiser an honest expert may be at its worst level: tolerance bounds of honest
+# experts (99.9 % of all, at 95 % confidence), by `benchmarks/gate.py`. The first limits the border where clusters are
+# far apart. The second is the imprecision of a network: a level at which the clusters' linear denoisers are nearer to
+# each other says nothing about what an expert knows, such as the levels next to the data.
 HONEST_SPREAD = 2.0
+IMPRECISION = 1.25
 _ROUNDING = 1e-3  # a spread of logarithms below this is rounding
 
 
@@ -33,7 +35,8 @@ def tolerance(draws: Draws, own: LinearDenoiser, other: LinearDenoiser | None, p
 
     Two hypotheses: the expert knows its cluster as well as the best linear denoiser of that cluster, or it knows
     other data only, as the best linear denoiser of the other clusters. The border lies half-way between their errors
-    on a logarithmic scale; never below the first, and never above HONEST_SPREAD times the first.
+    on a logarithmic scale, and never above HONEST_SPREAD times the first. Where the second is not IMPRECISION times the
+    first, no network can be told from them, and the border is there.
 
     A network that predicts x0 has an error of x0 that does not vanish with the noise, and a velocity error that grows
     like 1/t^2. Below NEAR_DATA it may have the x0 error that the linear denoiser is expected to have there.
@@ -45,9 +48,8 @@ def tolerance(draws: Draws, own: LinearDenoiser, other: LinearDenoiser | None, p
         prediction: the expert's.
     """
     errors = draws.errors(linear_velocity(own))
-    if other is not None:
-        ratio = draws.errors(linear_velocity(other)).mean(1) / errors.mean(1)
-        errors = errors * ratio.sqrt().clamp(1, HONEST_SPREAD)[:, None]
+    ratio = draws.errors(linear_velocity(other)).mean(1) / errors.mean(1) if other else torch.ones(len(errors))
+    errors = errors * torch.where(ratio < IMPRECISION, IMPRECISION, ratio.sqrt().clamp(max=HONEST_SPREAD))[:, None]
     if prediction == "x0":
         times = torch.stack([noisy.t for noisy in draws.noisy])
         floor = HONEST_SPREAD * own.error(torch.tensor([NEAR_DATA])) * (NEAR_DATA / times) ** 2 / draws.scale

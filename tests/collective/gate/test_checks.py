@@ -12,6 +12,8 @@ from atoll.collective.gate.check import Check, excess, quantile
 from atoll.collective.gate.checks import (
     BANDS,
     CARD_TIMES,
+    HONEST_SPREAD,
+    IMPRECISION,
     NEAR_DATA,
     card_errors,
     check_captions,
@@ -23,7 +25,7 @@ from atoll.collective.gate.checks import (
     random_velocity,
     tolerance,
 )
-from atoll.collective.gate.errors import Draws, expert_velocity
+from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
 from atoll.collective.gate.linear import LinearDenoiser
 from atoll.collective.gate.probe import EDGES, diffuse
 from atoll.condition import Condition, Tokens
@@ -123,6 +125,19 @@ def test_an_expert_that_is_wrong_in_one_band_is_refused(mixture, bench, low, hig
 
     expert = spoiled(expert_of(mixture, OBJECTIVES[1]), change)
     assert not (bench.error(expert).passed and bench.single(expert).passed)
+
+
+def test_where_clusters_are_alike_a_network_may_be_imprecise(bench) -> None:
+    """Next to the data, all clusters' denoisers leave x as it is; half-way between them would be no room at all."""
+    draws = Draws.of(bench.rows, EDGES, bench.own, 0)
+    linear = draws.errors(linear_velocity(bench.own))
+    for other in (bench.own, None):
+        assert torch.allclose(tolerance(draws, bench.own, other), IMPRECISION * linear)
+    ratio = draws.errors(linear_velocity(bench.other)).mean(1) / linear.mean(1)
+    border = (tolerance(draws, bench.own, bench.other) / linear).mean(1)
+    apart = ratio >= IMPRECISION
+    assert apart.sum() > 0
+    assert torch.allclose(border[apart], ratio[apart].sqrt().clamp(max=HONEST_SPREAD))
 
 
 def test_a_network_that_predicts_x0_may_have_a_rest_of_error_near_the_data(mixture, bench) -> None:
