@@ -20,7 +20,7 @@ from atoll.collective.run_files import PublishedRun, read_run
 from atoll.collective.signed import Signed, sign
 from atoll.collective.statements import AdmissionReport, Submission
 from atoll.collective.store import Store
-from atoll.encoders.text import build_encoder
+from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.runtime.device import best_device
@@ -87,33 +87,14 @@ def admit_submissions(
         _check_admitter(store, collective, key)
         manifest = load_manifest(directory)
         run = read_run(store, collective)
-        secret = Probe(probe, run.lineage)
         encoder = build_encoder(manifest.condition, manifest.trust_in_cards(directory))
-        references: dict[tuple[int, ...], ClusterReference] = {}
-
-        def reference(clusters: tuple[int, ...]) -> ClusterReference:
-            if clusters not in references:
-                shards = tuple(_shards(run, directory, number, progress) for number in clusters)
-                references[clusters] = ClusterReference(clusters, secret, shards, encoder, run.lineage)
-            return references[clusters]
-
+        references = _References(run, directory, Probe(probe, run.lineage), encoder, progress)
         # Judge one after the other. A report is there for good before the next expert is looked at.
         latest = read_index(store, collective, member.record.index)
         known = _weights_in(store, collective, [one.submission for one in latest.index.experts] if latest else [])
         outcomes = []
         for name in _wanted(store, key, submissions):
-            outcome = _judge_one(
-                directory,
-                store,
-                collective,
-                key,
-                name,
-                probe=secret,
-                reference=reference,
-                known=known,
-                rows=rows,
-                progress=progress,
-            )
+            outcome = _judge_one(store, collective, key, name, references=references, known=known, rows=rows)
             outcomes.append(outcome)
             if tell is not None:
                 tell(outcome)
@@ -146,18 +127,49 @@ def _wanted(store: Store, key: Key, submissions: Sequence[str]) -> list[str]:
     return without
 
 
+class _References:
+    """What experts are compared with, for each set of clusters; their shards are fetched when they are needed.
+
+    Args:
+        run: the collective's run.
+        directory: the admitter's.
+        probe: the secret rows.
+        encoder: of captions.
+        progress: called before each file.
+    """
+
+    def __init__(
+        self, run: PublishedRun, directory: Path, probe: Probe, encoder: TextEncoder, progress: FileProgress | None
+    ):
+        self.run, self.directory, self.probe, self.encoder, self.progress = run, directory, probe, encoder, progress
+        self._known: dict[tuple[int, ...], ClusterReference] = {}
+
+    def __call__(self, clusters: tuple[int, ...]) -> ClusterReference:
+        """Return the reference for some clusters of today."""
+        if clusters not in self._known:
+            shards = tuple(map(self._shards, clusters))
+            self._known[clusters] = ClusterReference(clusters, self.probe, shards, self.encoder, self.run.lineage)
+        return self._known[clusters]
+
+    def _shards(self, cluster: int) -> Shards:
+        """Return the collective's shards of a cluster, fetched if they are not there."""
+        directory = self.directory
+        # Those of before a split stay where they are: a training may be reading them.
+        if self.run.holds_other(cluster, directory):
+            directory = directory / f".reference-{self.run.collective.charter.files.sha256[:12]}"
+        self.run.fetch(self.run.cluster(cluster), directory, self.progress)
+        return Shards(RunLayout(directory).cluster(cluster))
+
+
 def _judge_one(
-    directory: Path,
     store: Store,
     collective: Collective,
     key: Key,
     name: str,
     *,
-    probe: Probe,
-    reference: Callable[[tuple[int, ...]], ClusterReference],
+    references: _References,
     known: dict[str, str],
     rows: int,
-    progress: FileProgress | None,
 ) -> Judgement:
     """Fetch a submission, judge it, and write the report."""
     try:
@@ -170,20 +182,20 @@ def _judge_one(
     except AtollError as error:
         return Judgement(name, "", None, (str(error),))
     seed = secrets.randbits(63)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".admit-") as place:
+    with tempfile.TemporaryDirectory(dir=references.directory, prefix=".admit-") as place:
         try:
-            fetch_files(store, f"{SUBMISSIONS}/{name}", statement.files, Path(place), progress)
+            fetch_files(store, f"{SUBMISSIONS}/{name}", statement.files, Path(place), references.progress)
         # Not what was signed, or not there: nothing was judged.
         except AtollError as error:
             return Judgement(name, statement.name, None, (str(error),))
         # The probe or the shards may lack a cluster; that is no fault of the expert. Others can be judged with a probe
         # that is older than the cluster.
-        clusters = _clusters_now(Path(place), statement, probe.lineage)
-        if problem := probe.outgrown(clusters):
+        clusters = _clusters_now(Path(place), statement, references.run.lineage)
+        if problem := references.probe.outgrown(clusters):
             return Judgement(name, statement.name, None, (problem,))
         checks = judge(
             Path(place),
-            reference(clusters),
+            references(clusters),
             name=statement.name,
             seed=seed,
             clusters=statement.clusters,
@@ -243,12 +255,3 @@ def _clusters_now(expert: Path, statement: Submission, lineage: Lineage) -> tupl
         return lineage.now(read_card(expert, ExpertCard).assignment, statement.clusters)
     except (AtollError, ValueError):
         return statement.clusters
-
-
-def _shards(run: PublishedRun, directory: Path, cluster: int, progress: FileProgress | None) -> Shards:
-    """Return the collective's shards of a cluster, fetched if they are not there."""
-    # Those of before a split stay where they are: a training may be reading them.
-    if run.holds_other(cluster, directory):
-        directory = directory / f".reference-{run.collective.charter.files.sha256[:12]}"
-    run.fetch(run.cluster(cluster), directory, progress)
-    return Shards(RunLayout(directory).cluster(cluster))

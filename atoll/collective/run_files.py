@@ -14,6 +14,7 @@ from atoll.collective.charter import Collective
 from atoll.collective.files import (
     MANIFEST_BYTES,
     FileProgress,
+    digest_of,
     fetch_files,
     files_prefix,
     parse_published,
@@ -25,9 +26,9 @@ from atoll.collective.statements import FileDigest
 from atoll.collective.store import Store
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
-from atoll.storage.artifact import parse_json
+from atoll.storage.artifact import load_card, parse_json
 from atoll.storage.bounds import CARD_BYTES
-from atoll.storage.cards import Lineage, RouterCard, clusters_kind, parse_card
+from atoll.storage.cards import Lineage, RouterCard, ShardsIndex, clusters_kind, parse_card
 from atoll.storage.layout import CARD, CLUSTERS, CLUSTERS_CARD, MANIFEST, ROUTER, cluster_name
 from atoll.storage.shards import INDEX
 
@@ -108,10 +109,20 @@ class PublishedRun:
         return data
 
     def holds_other(self, number: int, directory: Path) -> bool:
-        """Return whether a directory holds shards of a cluster that are not those of this list."""
+        """Return whether a directory holds whole shards of a cluster that are not those of this list.
+
+        They are those of before or after a split, which must not be replaced: a training may be reading them.
+        """
         index = f"{CLUSTERS}/{cluster_name(number)}/{INDEX}"
-        file, digest = directory / index, self.files.get(index)
-        return file.is_file() and digest is not None and sha256(file.read_bytes()).hexdigest() != digest.sha256
+        file = directory / index
+        if index not in self.files or not file.is_file() or digest_of(file) == self.files[index]:
+            return False
+        try:
+            load_card(file, ShardsIndex)
+        # A damaged index is downloaded again.
+        except AtollError:
+            return False
+        return True
 
 
 def read_run(store: Store, collective: Collective, version: int | None = None) -> PublishedRun:

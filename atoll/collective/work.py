@@ -78,15 +78,11 @@ def claim_work(
             run = _claimed_run(run, directory, _cluster_of(held.work))
         else:
             _check_followed(directory, manifest, collective)
-            free = [work for work in works if not run.holds_other(_cluster_of(work), directory)]
+            works_here = [work for work in works if not run.holds_other(_cluster_of(work), directory)]
             if wanted is None:
-                held = claim_next(store, collective, key, free, lambda work: _prepare(member, work))
-            elif run.holds_other(_cluster_of(wanted), directory):
-                raise AtollError(
-                    f"{RunLayout(directory).cluster(_cluster_of(wanted))}: holds the shards of before the split, which "
-                    "a training may be reading; remove it, or join in another directory"
-                )
+                held = claim_next(store, collective, key, works_here, lambda work: _prepare(member, work))
             else:
+                _check_shards(run, directory, _cluster_of(wanted))
                 held = claim(store, collective, key, wanted, _prepare(member, wanted), again=again)
         member.with_lease(held.work, LeaseRecord(epoch=held.epoch, nonce=held.nonce, share=share))
         # The shards of its cluster and of no other.
@@ -163,6 +159,15 @@ def _held(member: Membership, store: Store, collective: Collective, key: Key, wa
 
 def _cluster_of(work: str) -> int:
     return int(work.split(".")[0])
+
+
+def _check_shards(run: PublishedRun, directory: Path, cluster: int) -> None:
+    """Raise AtollError if a directory holds other shards of a cluster than a new claim is for."""
+    if run.holds_other(cluster, directory):
+        raise AtollError(
+            f"{RunLayout(directory).cluster(cluster)}: holds other shards than the collective's, such as those of "
+            "before a split, which a training may be reading; remove it, or join in another directory"
+        )
 
 
 def _claimed_run(run: PublishedRun, directory: Path, cluster: int) -> PublishedRun:

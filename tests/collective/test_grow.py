@@ -1,8 +1,10 @@
 """An open collective grows: the founder publishes another clustering, and members follow without disturbance."""
 
+import itertools
 import shutil
 from pathlib import Path
 
+import obstore
 import pytest
 
 from atoll.cluster import cluster
@@ -85,10 +87,27 @@ def test_a_training_goes_on_through_a_split(reef) -> None:
     assert (card.k, card.clusters) == (3, (1,))
     # A new claim of the same number is one of the part, whose shards never replace the old ones.
     reef("release", "bucket", "-r", "ada")
-    assert "holds the shards of before the split" in reef.refused("claim", "bucket", "--cluster", 1, "-r", "ada")
+    assert "such as those of before a split" in reef.refused("claim", "bucket", "--cluster", 1, "-r", "ada")
     reef.join("ben")
     reef("claim", "bucket", "--cluster", 1, "-r", "ben")
     assert (reef.root / "ben" / "clusters" / "cluster-001" / lost.name).read_bytes() != data
+
+
+def test_whole_shards_are_never_replaced_and_damaged_ones_are_fetched_again(reef) -> None:
+    reef.join("ada")
+    reef("claim", "bucket", "--cluster", 1, "-r", "ada")
+    index = reef.root / "ada" / "clusters" / "cluster-001" / "index.json"
+    data = index.read_bytes()
+    index.write_bytes(data[:-9])
+    reef("claim", "bucket", "--cluster", 1, "-r", "ada")
+    assert index.read_bytes() == data
+    reef("release", "bucket", "-r", "ada")
+    # The founder has split a cluster, and published nothing yet.
+    reef.split(1)
+    index = reef.run / "clusters" / "cluster-001" / "index.json"
+    data = index.read_bytes()
+    assert "holds other shards than the collective's" in reef.refused("claim", "bucket", "--cluster", 1, "-r", "run")
+    assert index.read_bytes() == data
 
 
 def test_an_older_expert_is_admitted_as_what_its_clusters_are_now(reef, monkeypatch) -> None:
@@ -97,6 +116,11 @@ def test_an_older_expert_is_admitted_as_what_its_clusters_are_now(reef, monkeypa
     write_probe(reef.root / "probe", reef.run, [0, 1, 2])
     reef.split(1)
     reef("grow", "bucket", "-r", "run")
+    # Its training is finished also by the atoll.yaml of today, and would have gone on with it.
+    before = (expert / CARD).read_bytes()
+    reef("follow", "bucket", "-r", "ada")
+    assert reef.atoll("train", "expert", "1", "-r", "ada", "--resume")[0] == 0
+    assert (expert / CARD).read_bytes() == before
     submission = reef("publish", expert).split()[0]
     judged = []
 
@@ -117,6 +141,34 @@ def test_an_older_expert_is_admitted_as_what_its_clusters_are_now(reef, monkeypa
     # An expert of clusters that never were the collective's is not even uploaded.
     edit(expert / "card.json", lambda one: one.update(assignment="0" * 64, k=2, clusters=[1]))
     assert "is of 2 clusters, the collective has 4, which did not grow from them" in reef.refused("publish", expert)
+
+
+def test_a_store_that_fails_shows_no_half_of_a_growth(reef, monkeypatch) -> None:
+    reef.new_cluster()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    put = obstore.put
+    # The store fails after none, one, ... of the writes.
+    for allowed in range(100):
+        count = itertools.count()
+
+        def failing(*values, **options):
+            if next(count) >= allowed:  # noqa: B023
+                raise obstore.exceptions.GenericError("Generic error: 500 Internal Server Error")
+            return put(*values, **options)
+
+        monkeypatch.setattr(obstore, "put", failing)
+        code, _, err = reef.atoll("collective", "grow", "bucket", "-r", "run")
+        monkeypatch.setattr(obstore, "put", put)
+        if code == 0:
+            break
+        assert (code, err.count("\n")) == (2, 1), err
+        store = open_store("bucket")
+        collective = read_collective(store)
+        assert (collective.position.version, read_run(store, collective).lineage.k) == (1, 3)
+    # The same command went on where it stopped.
+    assert allowed > 2
+    store = open_store("bucket")
+    assert read_run(store, read_collective(store)).lineage.k == 4
 
 
 def test_two_steps_can_be_published_at_once(reef) -> None:
