@@ -4,7 +4,7 @@ POST   /v1/images/generations   images in one answer, for OpenAI's clients
 POST   /v1/jobs                 the same as a job
 GET    /v1/jobs/ID              its state
 GET    /v1/jobs/ID/events       its events, as server-sent events
-DELETE /v1/jobs/ID              gives it up
+DELETE /v1/jobs/ID              cancels it
 GET    /v1/files/NAME.png       a finished image
 GET    /v1/models               the models, /v1/models/NAME one of them
 GET    /metrics /healthz /readyz /docs /openapi.json, and / for the page
@@ -79,7 +79,7 @@ class Service:
         return self.models[name]
 
     def close(self) -> None:
-        """Tell all unfinished jobs that the server ends, and accept no more. The engines stay open."""
+        """Send every unfinished job its last event, and accept no more. The engines stay open."""
         self.jobs.close()
 
     async def submit(self, request: Request, kind: type[GenerationBody], key: str | None) -> ServedJob:
@@ -163,7 +163,7 @@ def _images(service: Service) -> APIRouter:
     async def generate(request: Request, idempotency_key: IdempotencyKey = None) -> JSONResponse:
         """Sample images and return them in one answer, as OpenAI's API does.
 
-        If the client goes away, the images are given up, unless it sent an Idempotency-Key: then it may come back.
+        If the client goes away, the images are cancelled, unless it sent an Idempotency-Key: it may come back then.
         """
         job = await service.submit(request, GenerationBody, idempotency_key)
         await _finished_or_gone(request, job)
@@ -190,7 +190,7 @@ def _images(service: Service) -> APIRouter:
 
 
 async def _finished_or_gone(request: Request, job: ServedJob) -> None:
-    """Wait for the end of a job, or of the client's connection; without a key, the latter gives the job up."""
+    """Wait for the end of a job, or of the client's connection; without a key, the latter cancels the job."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -227,7 +227,7 @@ def _jobs(service: Service) -> APIRouter:
 
     @router.post("/v1/jobs", status_code=202, summary="Start a job", openapi_extra=_body(JobBody))
     async def start(request: Request, idempotency_key: IdempotencyKey = None) -> JSONResponse:
-        """Start a job and return at once; its events tell the rest. It runs on if the client goes away."""
+        """Start a job and return at once; its events report the rest. It continues if the client goes away."""
         job = await service.submit(request, JobBody, idempotency_key)
         return JSONResponse(job.state(), 202, {"location": f"/v1/jobs/{job.id}"})
 
@@ -236,9 +236,9 @@ def _jobs(service: Service) -> APIRouter:
         """Return a job's state: queued, running, finished, failed or cancelled."""
         return JSONResponse(service.jobs.get(id).state())
 
-    @router.delete("/v1/jobs/{id}", summary="Give a job up")
+    @router.delete("/v1/jobs/{id}", summary="Cancel a job")
     async def cancel(id: str) -> JSONResponse:
-        """Give a job up; its place is free at the next step. A finished job stays as it is."""
+        """Cancel a job; its place is free at the next step. A finished job stays as it is."""
         job = service.jobs.get(id)
         job.cancel()
         return JSONResponse(job.state())

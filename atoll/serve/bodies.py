@@ -213,9 +213,9 @@ def image_request(body: GenerationBody, card: ModelCard, settings: ServerSetting
 
 
 def _seeds(body: GenerationBody, settings: ServerSettings) -> tuple[int, ...]:
-    """Return one seed per image: the given ones, those that count up from the first, or random ones."""
+    """Return one seed per image: those of the body, those that count up from the first, or random ones."""
     if body.seed is not None and body.seeds is not None:
-        raise _invalid("seeds", "seed and seeds were both given; expected one of them")
+        raise _invalid("seeds", "seed and seeds are both set; expected one of them")
     if body.seeds is not None and body.n not in (None, len(body.seeds)):
         raise _invalid("seeds", f"{len(body.seeds)} seeds for n = {body.n}; expected one seed per image")
     count = len(body.seeds) if body.seeds is not None else body.n or 1

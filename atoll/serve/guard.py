@@ -44,7 +44,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics):
         self._app, self._settings, self._metrics = app, settings, metrics
-        # Hashes have one length, and comparing them tells nothing about the tokens.
+        # Hashes have one length, so the time of a comparison depends on no token.
         self._tokens = [hashlib.sha256(token.encode()).digest() for token in settings.tokens]
         self._rate = RateLimit(settings.rate)
 
@@ -104,7 +104,7 @@ class Guard:
         if self._settings.hosts is not None and _name_of(host) not in self._settings.hosts:
             expected = ", ".join(self._settings.hosts)
             raise Refusal(403, f"the Host header is {host!r:.80}; expected {expected}", code="unknown_host")
-        # Other sites may send simple requests without asking; only a token, which they lack, tells them apart.
+        # Browsers send simple requests of other sites without a preflight; only a token keeps them out.
         if not self._tokens and method not in _READING and _from_elsewhere(headers, host):
             raise Refusal(403, "requests from other sites are not accepted", code="cross_origin")
         client = address

@@ -34,6 +34,7 @@ from atoll.serve.types import (
 )
 
 _WEIGHT_TIMES = 256  # evaluations whose weights are reported, evenly spaced if there were more
+_PREVIEW_SHARES = 64  # jobs among which the memory for previews is divided, at least
 _RETRY_SECONDS = 2.0  # after which a full queue may have room
 _STATUS = {"cancelled": 409, "deadline": 504, "closed": 503, "failed": 500}  # of a plain generation that failed
 
@@ -86,7 +87,7 @@ class ServedJob:
     finished_at: float | None = None
 
     def cancel(self) -> None:
-        """Give the job up; its last event comes from the engine."""
+        """Cancel the job; its last event comes from the engine."""
         if self.job is not None:
             self.job.cancel()
 
@@ -141,6 +142,7 @@ class JobStore:
         self._keys: dict[tuple[str, ...], tuple[bytes, ServedJob]] = {}
         self._images: Counter[str] = Counter()  # unfinished images by client
         self._tasks: set[asyncio.Task[None]] = set()
+        self._raw_bytes = 0  # of previews that are not encoded yet
         self.closing = False
 
     def __len__(self) -> int:
@@ -192,13 +194,15 @@ class JobStore:
         if self.closing:
             raise Refusal(503, "the server is closing", code="closing", retry_after=_RETRY_SECONDS)
         self._require_room(model, request)
-        job = ServedJob(model, request, EventLog(self._settings.keep_bytes // 64), preview_format, response_format, key)
+        # The more jobs there are, the fewer previews each of them stores.
+        log = EventLog(self._settings.keep_bytes // max(_PREVIEW_SHARES, self.unfinished + 1))
+        job = ServedJob(model, request, log, preview_format, response_format, key)
         loop = asyncio.get_running_loop()
 
         def listener(event: Event) -> None:
             # The engine's threads may outlive the loop.
             if not loop.is_closed():
-                loop.call_soon_threadsafe(job.events.put_nowait, event)
+                loop.call_soon_threadsafe(self._receive, job, event)
 
         try:
             job.job = model.engine.submit(request, listener)
@@ -213,6 +217,16 @@ class JobStore:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return job
+
+    def _receive(self, job: ServedJob, event: Event) -> None:
+        """Take an event from the engine; previews that come faster than they are encoded are left out."""
+        if job.log.closed:
+            return
+        if isinstance(event, Preview):
+            if self._raw_bytes >= self._settings.keep_bytes:
+                return
+            self._raw_bytes += _bytes_of(event)
+        job.events.put_nowait(event)
 
     def _require_room(self, model: ServedModel, request: ImageRequest) -> None:
         """Refuse what would let one client fill the queue."""
@@ -233,7 +247,7 @@ class JobStore:
         return job
 
     def close(self) -> None:
-        """Tell all unfinished jobs that the server ends, and accept no more."""
+        """Send every unfinished job its last event, and accept no more."""
         self.closing = True
         for job in self._jobs.values():
             if not job.done.is_set():
@@ -263,7 +277,10 @@ class JobStore:
         elif isinstance(event, JobProgress):
             job.log.append("progress", {"step": event.step, "steps": event.steps})
         elif isinstance(event, Preview):
-            encoded = await asyncio.to_thread(encode_preview, event.image, job.preview_format)
+            try:
+                encoded = await asyncio.to_thread(encode_preview, event.image, job.preview_format)
+            finally:
+                self._raw_bytes -= _bytes_of(event)
             data = {"index": event.index, "step": event.step, "format": job.preview_format, "b64_json": encoded}
             job.log.append("preview", data)
         elif isinstance(event, Finished):
@@ -288,6 +305,10 @@ class JobStore:
 
     def _end(self, job: ServedJob) -> None:
         """Count a job as finished, and wake who waits for it."""
+        # Events behind the last one: the server ended the job before the engine did.
+        while not job.events.empty():
+            if isinstance(event := job.events.get_nowait(), Preview):
+                self._raw_bytes -= _bytes_of(event)
         self._images[job.request.user] -= len(job.request.seeds)
         if self._images[job.request.user] <= 0:
             del self._images[job.request.user]
@@ -317,6 +338,11 @@ class JobStore:
             del self._jobs[job.id]
             if job.key is not None:
                 del self._keys[job.key]
+
+
+def _bytes_of(event: Preview) -> int:
+    """Return the size of a preview in memory."""
+    return event.image.width * event.image.height * len(event.image.getbands())
 
 
 def _encode_all(event: Finished, settings: list[ImageSettings]) -> list[bytes]:

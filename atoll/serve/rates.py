@@ -50,7 +50,7 @@ def client_of_address(host: str | None) -> str:
     try:
         address = ipaddress.ip_address((host or "").partition("%")[0])
     except ValueError:
-        return host or "unknown"
+        return (host or "unknown")[:64]  # a proxy may write anything
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return str(address.ipv4_mapped)

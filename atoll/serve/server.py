@@ -20,7 +20,7 @@ from atoll.serve.refusals import logger
 from atoll.serve.settings import LOOPBACK_NAMES
 
 HEADER_SECONDS = 15.0  # for a request's headers to arrive
-_GRACE_SECONDS = 5  # for open requests to end, once their jobs were told that the server ends
+_GRACE_SECONDS = 5  # for open requests to end, once their jobs have their last events
 _CONNECTIONS = 2048
 _HEADER_BYTES = 16_384
 
@@ -65,7 +65,7 @@ class PatientProtocol(H11Protocol):
 
 
 class AtollServer(uvicorn.Server):
-    """A server that tells unfinished jobs first when it ends; SIGTERM and SIGINT end it with exit code 0."""
+    """A server that sends unfinished jobs their last event before it ends, by SIGTERM or SIGINT with exit code 0."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End: jobs get their last event, requests their answer, then connections are closed."""

@@ -25,7 +25,7 @@ class ServerSettings:
         client_queue: unfinished images per client; None: half of the engine's queue.
         client_streams: open event streams per client.
         keep_seconds: how long finished jobs and files stay.
-        keep_bytes: size of all finished images in memory, as PNG; and of the previews of one job, a 64th of it.
+        keep_bytes: size of all finished images in memory, as PNG; and of all previews, about.
         keep_jobs: number of finished jobs in memory.
         licence: the licence of the images or the models, shown in /v1/models.
         weights: the dtype that the experts' weights were rounded to, for the images' settings; None: as stored.

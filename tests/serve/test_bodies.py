@@ -12,6 +12,7 @@ from atoll.serve.bodies import MAX_SEED, JobBody, image_request, parse_json
 from atoll.serve.describe import ModelCard, model_card
 from atoll.serve.refusals import Refusal
 from atoll.serve.settings import ServerSettings
+from tests.waiting import SILENCE
 
 SMALL = ServerSettings(max_n=8, max_steps=20, max_prompt=30, max_previews=10, max_deadline=60, max_pixels=8 * 4 * 6)
 
@@ -108,7 +109,7 @@ def test_any_body_is_answered_in_the_error_format(client, body) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seed": 1, "seeds": [1]}, "seed and seeds were both given"),
+        ({"seed": 1, "seeds": [1]}, "seed and seeds are both set"),
         ({"n": 2, "seeds": [1]}, "1 seeds for n = 2"),
         ({"seeds": list(range(9))}, "n: 9 images; expected at most 8"),
         ({"n": 7}, "n: 224 pixels in all images; expected at most 192"),
@@ -143,18 +144,38 @@ def test_values_reach_the_engine(card) -> None:
 
 
 @pytest.mark.parametrize(
-    "head",
-    [b"Content-Length: 5000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n1388\r\n"],
+    "sent",
+    [b"Content-Length: 5000\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1388\r\n" + b" " * 4500],
     ids=["content-length", "chunked"],
 )
-def test_a_body_that_is_too_large_is_refused_before_its_end(serve, engine, head) -> None:
-    with socket.create_connection(("127.0.0.1", serve(max_body=4000).port)) as connection:
-        connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n" + head + b" " * 4500)
+def test_a_body_that_is_too_large_is_refused_before_its_end(serve, sent) -> None:
+    with socket.create_connection(("127.0.0.1", serve(max_body=4000).port), SILENCE) as connection:
+        connection.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n" + sent)
         received = b""
         while part := connection.recv(1000):
             received += part
     assert received.startswith(b"HTTP/1.1 413")
     assert b'"code":"body_too_large"' in received
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"[1e999]", "a number is too large"),
+        (b"[" + b"9" * 5000 + b"]", "a number has too many digits"),
+        (b'{"a": 1, "a": 2}', "a key occurs twice"),
+        (b'{"a": {"b": "\\udc00"}}', "half of a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff", "not UTF-8"),
+        (b"{'a': 1}", "at character 1"),
+    ],
+)
+def test_json_that_others_would_take_is_refused(content, message) -> None:
+    with pytest.raises(Refusal, match=message) as error:
+        parse_json(content)
+    assert (error.value.status, error.value.code) == (400, "invalid_json")
 
 
 def test_a_body_may_have_any_content_type(client) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from atoll.errors import AtollError
 from atoll.serve.server import PatientProtocol, bind, check_access
-from tests.waiting import wait_until
+from tests.waiting import SILENCE, wait_until
 
 BODY = {"prompt": "a secret prompt"}
 TOKENS = ("correct-horse", "battery-staple")
@@ -176,7 +176,7 @@ def test_prompts_are_logged_only_if_wanted(serve, caplog) -> None:
 
 
 def connected(server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port))
+    return socket.create_connection(("127.0.0.1", server.port), SILENCE)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: "], ids=["nothing", "half"])
@@ -215,12 +215,12 @@ def connected_later(client: httpx.Client, engine) -> socket.socket:
     import threading
 
     def generate() -> None:
-        with httpx.Client(base_url=client.base_url, timeout=None) as other:
+        with httpx.Client(base_url=client.base_url, timeout=SILENCE) as other:
             assert other.post("/v1/images/generations", json=BODY).status_code == 200
 
     threading.Thread(target=generate, daemon=True).start()
     wait_until(lambda: engine.jobs)
-    return socket.create_connection((client.base_url.host, client.base_url.port))
+    return socket.create_connection((client.base_url.host, client.base_url.port), SILENCE)
 
 
 def test_a_body_that_does_not_arrive_is_refused(serve, engine) -> None:

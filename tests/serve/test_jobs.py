@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -11,14 +12,14 @@ import pytest
 from PIL import Image
 
 from tests.serve.fake_engine import image_of
-from tests.waiting import wait_until
+from tests.waiting import SILENCE, wait_until
 
 BODY = {"prompt": "moss", "seed": 5, "steps": 4}
 
 
 def events_of(client: httpx.Client, path: str, **options: Any) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """The events of a stream: (id, name, data)."""
-    with client.stream("GET", path, timeout=None, **options) as response:
+    with client.stream("GET", path, timeout=SILENCE, **options) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         event: dict[str, str] = {}
         for line in response.iter_lines():
@@ -156,6 +157,18 @@ def test_when_the_server_ends_unfinished_jobs_are_told(serve, engine) -> None:
         *_, (_, name, data) = events
     assert (name, data["reason"]) == ("failed", "closed")
     wait_until(lambda: engine.jobs[0].cancelled.is_set())
+
+
+def test_when_the_server_ends_a_plain_generation_is_answered(serve, engine) -> None:
+    server = serve()
+    engine.hold()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(httpx.post, f"{server.url}/v1/images/generations", json=BODY, timeout=SILENCE)
+        wait_until(lambda: engine.jobs)
+        server.server.should_exit = True
+        response = answer.result()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "closed")
+    assert response.headers["x-should-retry"] == "false"
 
 
 def test_a_closing_server_refuses_before_work_begins(client, server, engine) -> None:

@@ -15,6 +15,7 @@ from atoll.serve.engine import Engine
 from atoll.serve.settings import ServerSettings
 from tests.serve.conftest import RunningServer
 from tests.serve.test_jobs import events_of
+from tests.waiting import SILENCE
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ REQUESTS = [
 def test_images_are_those_of_the_pipeline(real, pipeline) -> None:
     def generate(body):
         return httpx.post(
-            f"{real.url}/v1/images/generations", json={**body, "response_format": "b64_json"}, timeout=None
+            f"{real.url}/v1/images/generations", json={**body, "response_format": "b64_json"}, timeout=SILENCE
         )
 
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
@@ -62,7 +63,7 @@ def test_images_are_those_of_the_pipeline(real, pipeline) -> None:
 
 
 def test_events_show_the_steps_and_the_weights(real) -> None:
-    with httpx.Client(base_url=real.url, timeout=None) as client:
+    with httpx.Client(base_url=real.url, timeout=SILENCE) as client:
         job = client.post("/v1/jobs", json={"prompt": "moss", "seed": 4, "n": 2, "steps": 6, "preview_every": 2})
         events = list(events_of(client, job.json()["events"]))
     names = [name for _, name, _ in events]
@@ -92,12 +93,12 @@ def test_what_the_engine_cannot_sample_is_the_clients_error(real, body) -> None:
 def test_extreme_settings_of_one_request_do_not_harm_others(real) -> None:
     extreme = {"guidance_scale": 100.0, "routing": "nucleus-0.0001@0.01", "steps": 1, "prompt": "moss" * 900}
     for body in (extreme, {**extreme, "guidance_scale": -100.0, "method": "heun"}, {"prompt": "moss"}):
-        answer = httpx.post(f"{real.url}/v1/images/generations", json={"seed": 0, **body}, timeout=None)
+        answer = httpx.post(f"{real.url}/v1/images/generations", json={"seed": 0, **body}, timeout=SILENCE)
         assert answer.status_code == 200
 
 
 def test_the_metrics_have_the_batches_of_each_expert(real) -> None:
-    httpx.post(f"{real.url}/v1/images/generations", json={"prompt": "moss"}, timeout=None)
+    httpx.post(f"{real.url}/v1/images/generations", json={"prompt": "moss"}, timeout=SILENCE)
     text = httpx.get(f"{real.url}/metrics").text
     assert 'atoll_engine_images_by_expert{key="0-eps-cosine",model="tiny"}' in text
     assert "atoll_engine_ticks" in text

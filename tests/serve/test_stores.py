@@ -13,7 +13,8 @@ from atoll.serve.metrics import ServerMetrics
 from atoll.serve.rates import RateLimit, client_of_address
 from atoll.serve.refusals import Refusal
 from atoll.serve.settings import ServerSettings
-from atoll.serve.types import ImageRequest
+from atoll.serve.types import ImageRequest, Preview
+from tests.serve.fake_engine import image_of
 
 
 class Clock:
@@ -154,6 +155,21 @@ def test_a_mistake_while_events_are_handled_is_a_failed_job(model, monkeypatch) 
         assert job.failure is not None
         assert (job.status, job.failure.reason) == ("failed", "failed")
         assert store.unfinished == 0
+
+    asyncio.run(main())
+
+
+def test_previews_that_come_faster_than_they_are_encoded_are_left_out(model) -> None:
+    async def main() -> None:
+        store = JobStore(ServerSettings(keep_bytes=3 * 32), FileStore(10, 10_000), ServerMetrics({}))
+        job = store.start(model, REQUEST)
+        for step in range(5):
+            store._receive(job, Preview(0, step, image_of(0)))  # 32 bytes each
+        assert store._raw_bytes == 3 * 32
+        await job.done.wait()
+        assert (job.status, store._raw_bytes) == ("finished", 0)
+        store._receive(job, Preview(0, 1, image_of(0)))
+        assert store._raw_bytes == 0
 
     asyncio.run(main())
 
