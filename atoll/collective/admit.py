@@ -18,7 +18,7 @@ from atoll.collective.keys import Key, hex_of
 from atoll.collective.member import changing
 from atoll.collective.run_files import PublishedRun, read_run
 from atoll.collective.signed import Signed, sign
-from atoll.collective.statements import AdmissionReport, Submission
+from atoll.collective.statements import AdmissionReport, Index, Submission
 from atoll.collective.store import Store
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.errors import AtollError
@@ -90,8 +90,8 @@ def admit_submissions(
         encoder = build_encoder(manifest.condition, manifest.trust_in_cards(directory))
         references = _References(run, directory, Probe(probe, run.lineage), encoder, progress)
         # Judge one after the other. A report is there for good before the next expert is looked at.
-        latest = read_index(store, collective, member.record.index)
-        known = _weights_in(store, collective, [one.submission for one in latest.index.experts] if latest else [])
+        latest = read_index(store, collective, member.record.index, publishing=True)
+        known = _weights_in(store, collective, latest.index) if latest else {}
         outcomes = []
         for name in _wanted(store, key, submissions):
             outcome = _judge_one(store, collective, key, name, references=references, known=known, rows=rows)
@@ -207,7 +207,7 @@ def _judge_one(
     if not store.create(report_path(name, key.id), sign(report, [key], collective.identity)):
         raise AtollError(f"{store.place(report_path(name, key.id))}: something else is at its place; remove it")
     if report.accepted:
-        known[statement.files[WEIGHTS].sha256] = statement.name
+        known[statement.files[WEIGHTS].sha256] = f"{statement.name}, which is in already"
     return Judgement(name, statement.name, report.accepted, report.reasons)
 
 
@@ -243,10 +243,14 @@ def _check_files(statement: Submission) -> None:
         raise AtollError(f"{CARD} has {statement.files[CARD].size:,} bytes, expected at most {CARD_BYTES:,}")
 
 
-def _weights_in(store: Store, collective: Collective, submissions: Sequence[str]) -> dict[str, str]:
-    """The names of admitted experts by the hash of their weights."""
-    statements = [read_submission(store, collective, name).statement for name in submissions]
-    return {one.files[WEIGHTS].sha256: one.name for one in statements}
+def _weights_in(store: Store, collective: Collective, index: Index) -> dict[str, str]:
+    """Experts with their state, by the hash of their weights: those that are in, and those that were retired."""
+    known = {}
+    for experts, state in ((index.retired, "which was retired"), (index.experts, "which is in already")):
+        for expert in experts:
+            statement = read_submission(store, collective, expert.submission).statement
+            known[statement.files[WEIGHTS].sha256] = f"{statement.name}, {state}"
+    return known
 
 
 def _clusters_now(expert: Path, statement: Submission, lineage: Lineage) -> tuple[int, ...]:

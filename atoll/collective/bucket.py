@@ -1,6 +1,7 @@
 """A directory, a bucket of S3, GCS or Azure, or memory as a store, by obstore."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,10 +129,14 @@ _REFUSALS = (
     ),
     (("NoSuchBucket", "Bucket not found", "bucket does not exist"), "there is no such bucket"),
 )  # fmt: skip
+_BAD_NAME = re.compile(r'object with invalid path: Error parsing Path "(.*?)":', re.DOTALL)
 
 
 def store_error(where: str, text: str) -> StoreError:
     """Describe a store's failure in one line."""
+    # Anybody can place such an object in a shared directory, and then nothing beside it can be listed.
+    if bad := _BAD_NAME.search(text):
+        return StoreRefusedError(f"{where}: holds {bad[1]:.200}, a name that not every store takes; remove it")
     for marks, line in _REFUSALS:
         if any(mark in text for mark in marks):
             return StoreRefusedError(f"{where}: {line}")

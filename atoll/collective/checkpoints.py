@@ -86,7 +86,7 @@ def fetch_checkpoint(store: Store, collective: Collective, work: str, before: in
             try:
                 signed = read_signed(SharedCheckpoint, data or b"", store.place(place), collective.identity)
                 statement = signed.statement
-                if holder is None or signed.signers != {holder}:
+                if holder is None or signed.signers != {holder} or not collective.may_work(holder):
                     continue
                 if (statement.work, statement.epoch, statement.number) != (work, epoch, number):
                     continue

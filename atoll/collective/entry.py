@@ -81,15 +81,16 @@ def update_index(
     if key.id not in collective.charter.roles.admitters:
         raise AtollError(f"{collective.name_of(key.id)} is no admitter; an admitter must publish the index")
     for attempt in range(_ATTEMPTS):
-        latest = read_index(store, collective)
+        latest = read_index(store, collective, publishing=True)
         index, changes = _next(store, collective, latest, key, submissions)
-        if not renew and changes == IndexChanges():
+        # One of before a change of the roles needs a new one, which confirms it.
+        if not renew and changes == IndexChanges() and not (latest and latest.problem):
             return latest, changes
         try:
             position = append_index(store, collective, index, key)
         # Another admitter published this version first: start again from theirs.
         except AtollError:
-            now = read_index(store, collective)
+            now = read_index(store, collective, publishing=True)
             if attempt == _ATTEMPTS - 1 or now is None or (latest is not None and now.position == latest.position):
                 raise
             continue

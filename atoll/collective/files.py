@@ -136,7 +136,7 @@ def parse_published(data: bytes, where: str) -> Manifest:
 
     Raises:
         AtollError: as `parse_manifest`; or it holds aliases, with which a small file describes a huge value, or is
-            nested deeply, which takes long to read.
+            nested deeply, which takes long to read; or trainings would start from weights outside of the run.
     """
     try:
         text, depth = data.decode(), 0
@@ -147,11 +147,17 @@ def parse_published(data: bytes, where: str) -> Manifest:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MANIFEST_DEPTH:
                 raise AtollError(f"{where}: more than {_MANIFEST_DEPTH} levels of lists and keys; do not trust it")
-        return parse_manifest(text, where)
+        manifest = parse_manifest(text, where)
     except UnicodeDecodeError:
         raise AtollError(f"{where}: is no UTF-8 text") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())[:160]})") from None
+    for part in (*manifest.experts, manifest.router, manifest.monolith):
+        init = None if part is None else manifest.train_of(part).init
+        # What a training starts from is in what it publishes.
+        if init is not None and (Path(init).is_absolute() or ".." in Path(init).parts):
+            raise AtollError(f"{where}: train.init {init!r:.200} leads out of the run; put that expert into the run")
+    return manifest
 
 
 def files_prefix(digest: FileDigest) -> str:

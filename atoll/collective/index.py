@@ -5,7 +5,7 @@ admitters, and leaves with the retirements of enough retirers; a reader checks b
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TypeVar
 
@@ -35,24 +35,35 @@ JudgementT = TypeVar("JudgementT", AdmissionReport, Retirement)
 
 @dataclass(frozen=True)
 class VerifiedIndex:
-    """The latest index, checked back to the first one. router_since: the index that brought its router; 0: none did."""
+    """The latest index, checked back to the first one.
+
+    Attributes:
+        index: its content.
+        position: its place in the chain.
+        router_since: the index that brought its router; 0: none did.
+        problem: why only those who publish the next index may build on it; "" if everybody may.
+    """
 
     index: Index
     position: Position
     router_since: int = 0
+    problem: str = ""
 
 
-def read_index(store: Store, collective: Collective, seen: Position | None = None) -> VerifiedIndex | None:
+def read_index(
+    store: Store, collective: Collective, seen: Position | None = None, *, publishing: bool = False
+) -> VerifiedIndex | None:
     """Read and verify all indices.
 
     An expert is checked against the charter that was in force when it entered: an admitter who leaves later does not
     take it away. The latest index must be signed by an admitter of the latest charter, so one who was removed cannot
-    go on.
+    go on, and name a charter with the same roles and thresholds, so nobody admits by those of before.
 
     Args:
         store: the collective's.
         collective: its verified charters.
         seen: the highest index that this member has seen before.
+        publishing: whether the caller publishes the next index, which confirms one of before a change of the roles.
 
     Returns:
         The latest index; None if nothing was admitted yet.
@@ -73,12 +84,23 @@ def read_index(store: Store, collective: Collective, seen: Position | None = Non
         latest = VerifiedIndex(signed.statement, Position(version=len(hashes), sha256=signed.sha256), since)
         signers = signed.signers
     check_seen(hashes, seen, store.place(INDEX), "index")
-    if latest is not None and not signers & set(collective.charter.roles.admitters):
-        raise AtollError(
-            f"{store.place(numbered(INDEX, len(hashes)))}: signed by {short(next(iter(signers)))}, who is no admitter "
-            "any more; an admitter must publish a new one"
-        )
-    return latest
+    if latest is None:
+        return None
+    problem = _of_before(collective, latest.index, signers)
+    if problem and not publishing:
+        where = store.place(numbered(INDEX, len(hashes)))
+        raise AtollError(f"{where}: {problem}; an admitter must publish a new one with `atoll collective admit`")
+    return replace(latest, problem=problem)
+
+
+def _of_before(collective: Collective, index: Index, signers: frozenset[str]) -> str:
+    """Why the latest index is of before a change of the charter's roles; "" if it is not."""
+    if not signers & set(collective.charter.roles.admitters):
+        return f"signed by {short(next(iter(signers)))}, who is no admitter any more"
+    now, then = collective.charter, collective.history[index.charter.version - 1]
+    if (then.roles, then.thresholds) != (now.roles, now.thresholds):
+        return f"names charter {then.version}; others admit, or more must agree, since charter {now.version}"
+    return ""
 
 
 def check_date(index: Index, now: float) -> None:
@@ -99,7 +121,7 @@ def append_index(store: Store, collective: Collective, index: Index, key: Key) -
     place = numbered(INDEX, index.version)
     # Checked as every reader will check it, before it is there for good.
     signed = read_signed(Index, data, store.place(place), collective.identity)
-    _check_link(store, collective, signed, read_index(store, collective), thorough=True)
+    _check_link(store, collective, signed, read_index(store, collective, publishing=True), thorough=True)
     if not store.create(place, data):
         raise AtollError(f"{store.place(place)}: another admitter published it first; start again from theirs")
     return Position(version=index.version, sha256=sha256(data).hexdigest())

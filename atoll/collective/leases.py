@@ -19,7 +19,7 @@ from atoll.collective.store import Store, StoredObject, StoreError
 from atoll.errors import AtollError
 
 WORK = "work"
-_JUNK = 64  # claims without effect that are skipped, from the last one back
+_JUNK = 1024  # claims without effect that are skipped, from the last one back
 LeaseState = Literal["free", "held", "expired", "released", "finished"]
 
 
@@ -72,6 +72,9 @@ def work_status(store: Store, collective: Collective, work: str) -> WorkStatus:
 
     Claims that no member signed have no effect: junk in a bucket takes no lease away. Epochs count without gaps, so
     that a claim of epoch 999999 does not end them.
+
+    Raises:
+        AtollError: more junk than is read, or the store fails.
     """
     objects = {entry.path: entry for entry in store.list(f"{WORK}/{work}")}
     claims = 0
@@ -94,6 +97,9 @@ def work_status(store: Store, collective: Collective, work: str) -> WorkStatus:
             end=_end_of(store, collective, objects, work, epoch, holder),
             claims=claims,
         )
+    # An earlier claim may count; to call the work free would take its lease away.
+    if claims > _JUNK:
+        raise AtollError(f"{store.place(f'{WORK}/{work}')}: its last {_JUNK:,} claims are of no member; remove them")
     return WorkStatus(work, claims=claims)
 
 

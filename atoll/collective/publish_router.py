@@ -78,7 +78,7 @@ def publish_router(
     files = digests_of(router, [CARD, WEIGHTS])
     with changing(directory, "publishing") as member:
         collective, key, store = _open(member, key_file)
-        latest = read_index(store, collective, member.record.index)
+        latest = read_index(store, collective, member.record.index, publishing=True)
         _check_fit(router, store, collective, latest)
         upload_files(store, router_prefix(files[CARD].sha256), router, files, progress)
         return _approve(member, store, collective, latest, key, files)
@@ -100,7 +100,7 @@ def approve_router(
     """
     with changing(directory, "approving a router") as member:
         collective, key, store = _open(member, key_file)
-        latest = read_index(store, collective, member.record.index)
+        latest = read_index(store, collective, member.record.index, publishing=True)
         since = latest.router_since if latest else 0
         matches = [router for router in offered_routers(store, since) if router.startswith(wanted)]
         signed = [approvals(store, collective, collective.charter, router, since) for router in matches]

@@ -41,7 +41,7 @@ def retire_expert(directory: Path, wanted: str, why: str, key_file: Path | None 
         if key.id not in collective.charter.roles.retirers:
             raise AtollError(f"{collective.name_of(key.id)} may retire nobody in {collective.charter.name!r}")
         collective.check_date(store.now(hex_of(key.id)))
-        latest = read_index(store, collective, member.record.index)
+        latest = read_index(store, collective, member.record.index, publishing=True)
         experts = {one.submission: one for one in latest.index.experts} if latest else {}
         # By name, if it is unambiguous.
         names = {name: read_submission(store, collective, name).statement.name for name in experts}

@@ -219,6 +219,9 @@ class Submission(Statement):
     def _whole(self) -> Self:
         if missing := {CARD, WEIGHTS} - set(self.files):
             raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        # An admitter reads the shards of each.
+        if len(set(self.clusters)) < len(self.clusters):
+            raise ValueError("a cluster is named twice")
         return self
 
 

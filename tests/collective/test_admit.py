@@ -147,6 +147,18 @@ def _infinite(card, tensors):
     return card, {**tensors, "network.embed.weight": value}
 
 
+def _complex(card, tensors):
+    return card, {**tensors, "network.embed.weight": tensors["network.embed.weight"].to(torch.complex64)}
+
+
+def _of_two_types(card, tensors):
+    return card, {**tensors, "network.final.weight": tensors["network.final.weight"].double()}
+
+
+def _of_8_bits(card, tensors):
+    return card, {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}
+
+
 def _other_codec(card, tensors):
     return card.model_copy(update={"codec": {"name": "pixels", "channels": 1, "scale": 2.0}}), tensors
 
@@ -156,6 +168,9 @@ def _other_codec(card, tensors):
     [
         (_reversed, "card: at t ="),
         (_infinite, "contents: the weights network.embed.weight are not finite"),
+        (_complex, "contents: the weights network.embed.weight are complex"),
+        (_of_two_types, "contents: its network cannot be evaluated"),
+        (_of_8_bits, "contents: its network cannot be evaluated"),
         (_other_codec, "contents: its codec is"),
     ],
 )
@@ -212,6 +227,14 @@ def test_the_same_weights_do_not_enter_twice(reef) -> None:
     assert "accepted" in reef.admit()
     again = reef.offer(lambda card, tensors: (card.model_copy(update={"training": None}), tensors))
     assert "has the weights of 1-flow-linear, which is in already" in reef.admit(again)
+
+
+def test_the_weights_of_a_retired_expert_do_not_enter_again(reef) -> None:
+    reef.offer()
+    assert "accepted" in reef.admit()
+    reef("retire", "bucket", "1-flow-linear", "--why", "draws watermarks", "-r", "run")
+    again = reef.offer(lambda card, tensors: (card.model_copy(update={"training": None}), tensors))
+    assert "has the weights of 1-flow-linear, which was retired" in reef.admit(again)
 
 
 def test_two_admitters_must_agree(reef, monkeypatch) -> None:

@@ -11,12 +11,13 @@ from atoll.collective.checkpoints import fetch_checkpoint, share_checkpoint
 from atoll.collective.connect import open_store
 from atoll.collective.keys import Key
 from atoll.collective.leases import Lease, claim, end, new_nonce
+from atoll.collective.statements import Claim
 from atoll.collective.store import Store
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
 from atoll.train.expert import train_expert
 from atoll.train.loop import Interrupted
-from tests.collective.founding import found
+from tests.collective.founding import found, put
 from tests.waiting import wait_until
 
 ADA, BEN, EVE = (Key.generate() for _ in range(3))
@@ -64,6 +65,19 @@ def test_a_checkpoint_of_another_than_the_holder_is_not_taken(lost, tmp_path) ->
     with pytest.raises(AtollError, match="no earlier holder shared a whole checkpoint"):
         fetch_checkpoint(store, collective, "3", new.epoch, tmp_path / "file")
     assert not (tmp_path / "file").exists()
+
+
+def test_a_checkpoint_of_no_member_is_not_taken(local, tmp_path) -> None:
+    """Whoever may write in the store can sign a claim of the next epoch, which has no effect."""
+    collective = found(local, ADA, joining="invited")
+    for key, state in ((ADA, b"mine"), (EVE, b"poison")):
+        (tmp_path / "state").write_bytes(state)
+        lease = Lease("3", 1 if key is ADA else 2, new_nonce())
+        claimed = Claim(work="3", epoch=lease.epoch, nonce=lease.nonce)
+        put(local, f"work/3/{lease.epoch:06d}.json", claimed, key, collective)
+        share_checkpoint(local, collective, lease, key, tmp_path / "state")
+    fetch_checkpoint(local, collective, "3", 3, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"mine"
 
 
 def test_no_checkpoint_replaces_ones_own(lost, tmp_path) -> None:

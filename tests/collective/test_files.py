@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from atoll.collective import files as files_module
 from atoll.collective.files import (
@@ -22,6 +23,7 @@ from atoll.collective.keys import Key, canonical
 from atoll.collective.statements import FileDigest
 from atoll.errors import AtollError
 from tests.collective.founding import NOBODY, found
+from tests.conftest import RUN
 
 
 @pytest.fixture
@@ -132,6 +134,22 @@ def test_a_published_manifest_cannot_describe_more_than_it_holds() -> None:
     ):
         with pytest.raises(AtollError, match=problem):
             parse_published(text, "s3://reef/atoll.yaml")
+
+
+@pytest.mark.parametrize("path", ["/models/mine", "../mine", "init/../../mine"])
+@pytest.mark.parametrize("part", ["train", "experts", "router"])
+def test_trainings_do_not_start_from_weights_outside_of_the_run(part, path) -> None:
+    """What a training starts from would be in what a contributor publishes."""
+    start = {"train": {"init": path}}
+    changes = {
+        "train": {**RUN, "train": {**RUN["train"], "init": path}},
+        "experts": {**RUN, "experts": [RUN["experts"][0], {**RUN["experts"][1], **start}]},
+        "router": {**RUN, "router": {**RUN.get("router", {}), **start}},
+    }
+    with pytest.raises(AtollError, match="leads out of the run; put that expert into the run"):
+        parse_published(yaml.safe_dump(changes[part]).encode(), "s3://reef/atoll.yaml")
+    inside = {**RUN, "train": {**RUN["train"], "init": "init/mine"}}
+    assert parse_published(yaml.safe_dump(inside).encode(), "s3://reef/atoll.yaml").train.init == "init/mine"
 
 
 def test_a_manifest_that_the_charter_does_not_name_is_not_joined(local, source, tmp_path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from atoll.collective.charter import Collective, numbered, read_collective
+from atoll.collective.entry import IndexChanges, update_index
 from atoll.collective.index import (
     SUBMISSION,
     SUBMISSIONS,
@@ -244,6 +245,40 @@ def test_an_admitter_who_was_removed_publishes_nothing_more(world) -> None:
     third = {"version": 3, "previous": latest.position.sha256, "charter": old}
     world.force(Index(**{**_second(world, expert).model_dump(), **third}), BEN)
     world.refused("names charter 1, which is older or another one")
+
+
+def test_an_admitter_confirms_the_index_of_one_who_left(world) -> None:
+    expert = world.expert()
+    append_index(world.store, world.collective, world.index(expert), BEN)
+    roles = Roles(founders=(ADA.id,), admitters=(ADA.id, CY.id), retirers=(ADA.id, CY.id))
+    collective = world.collective = amend(world.store, world.collective, ADA, roles=roles, removed=(BEN.id,))
+    world.refused("who is no admitter any more; an admitter must publish a new one")
+    latest, changes = update_index(world.store, collective, CY, ())
+    assert latest is not None
+    assert (latest.position.version, latest.index.experts, changes) == (2, (expert,), IndexChanges())
+    assert read_index(world.store, collective) == latest
+    # Once is enough.
+    assert update_index(world.store, collective, ADA, ()) == (latest, IndexChanges())
+
+
+@pytest.mark.parametrize("change", ["thresholds", "roles"])
+def test_nobody_admits_by_the_charter_of_before(change, world) -> None:
+    """An admitter of both charters names the older one, under which two reports, or those of one who left, count."""
+    append_index(world.store, world.collective, world.index(), ADA)
+    old, expert = world.collective.position, world.expert()
+    roles = world.roles.model_copy(update={"admitters": (ADA.id, CY.id)})
+    changes = {"thresholds": {"thresholds": Thresholds(admitters=3, retirers=2)}, "roles": {"roles": roles}}
+    world.collective = amend(world.store, world.collective, ADA, **changes[change])
+    stale = Index(
+        version=2,
+        previous=sha256(Path(world.store.url, numbered("index", 1)).read_bytes()).hexdigest(),
+        charter=old,
+        expires=FAR,
+        experts=(expert,),
+        retired=(),
+    )
+    world.force(stale, ADA)
+    world.refused("names charter 1; others admit, or more must agree, since charter 2; an admitter must publish")
 
 
 def _second(world: World, expert: IndexedExpert) -> Index:

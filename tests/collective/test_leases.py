@@ -131,6 +131,19 @@ def test_junk_takes_no_lease_away(local) -> None:
     assert take(local, collective, BEN).epoch == 7
 
 
+def test_more_junk_than_is_read_takes_no_lease_away(local, monkeypatch) -> None:
+    monkeypatch.setattr("atoll.collective.leases._JUNK", 3)
+    collective = found(local, ADA)
+    take(local, collective, ADA)
+    for epoch in (2, 3, 4):
+        local.create(f"work/3/{epoch:06d}.json", b"junk")
+    with pytest.raises(AtollError, match="its last 3 claims are of no member; remove them"):
+        take(local, collective, BEN)
+    Path(local.url, "work/3/000004.json").unlink()
+    with pytest.raises(AtollError, match="is held by"):
+        take(local, collective, BEN)
+
+
 def test_a_member_removed_while_training_loses_the_lease(local) -> None:
     collective = found(local, ADA, joining="invited", members={BEN.id: MemberRecord(name="ben")})
     lease = take(local, collective, BEN)

@@ -149,6 +149,12 @@ def test_a_submission_without_card_or_weights_is_refused() -> None:
         )
 
 
+def test_a_submission_names_a_cluster_once() -> None:
+    files = {name: FileDigest(sha256=NOBODY, size=1) for name in ("card.json", "weights.safetensors")}
+    with pytest.raises(ValidationError, match="a cluster is named twice"):
+        Submission(name="x", clusters=(0, 0), work="0", epoch=1, files=files)
+
+
 def test_a_charter_cannot_lock_everybody_out() -> None:
     with pytest.raises(ValidationError, match="as many different keys"):
         charter_of([KEY], thresholds=statements.Thresholds(founders=2))

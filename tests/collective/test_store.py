@@ -148,6 +148,15 @@ def test_a_shared_directory_cannot_lead_out_of_itself(local, tmp_path) -> None:
     assert (tmp_path / "secret").read_bytes() == b"secret"
 
 
+def test_a_name_that_cannot_be_listed_is_one_line_with_the_remedy(local) -> None:
+    place = Path(local.url, "submissions", "a\nb")
+    place.mkdir(parents=True)
+    (place / "submission.json").write_bytes(b"{}")
+    with pytest.raises(StoreRefusedError, match=r"holds .*a.*b/submission.json, a name .* remove it") as error:
+        local.list("submissions")
+    assert "\n" not in str(error.value)
+
+
 def test_a_pipe_in_a_shared_directory_is_refused(local) -> None:
     import os
 

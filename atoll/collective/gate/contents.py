@@ -35,7 +35,7 @@ def check_contents(
         name: its name in the submission.
         clusters: its clusters in the submission, by the assignment that it was trained on.
         now: what these clusters are now.
-        known: names of admitted experts, by the hash of their weights.
+        known: names of experts that were admitted, with their state, by the hash of their weights.
         device: where it is loaded.
 
     Returns:
@@ -83,11 +83,15 @@ def _compare(card: ExpertCard, data: ClusterShardsCard, known: Mapping[str, str]
     if card.calibration is None:
         raise AtollError("has no calibration; `atoll calibrate` measures one")
     if card.weights_sha256 in known:
-        raise AtollError(f"has the weights of {known[card.weights_sha256]}, which is in already")
+        raise AtollError(f"has the weights of {known[card.weights_sha256]}")
 
 
 def _require_finite(path: Path, card: ExpertCard) -> None:
-    """Raise AtollError if a weight is infinite or undefined."""
+    """Raise AtollError if a weight is infinite, undefined or complex."""
     for tensor, values in read_tensors(path, card).items():
-        if values.is_floating_point() and not bool(values.isfinite().all()):
+        if values.is_complex():
+            raise AtollError(f"the weights {tensor:.80} are complex; expected real numbers")
+        # torch cannot test numbers of 8 bits.
+        numbers = values.float() if values.itemsize == 1 else values
+        if values.is_floating_point() and not bool(numbers.isfinite().all()):
             raise AtollError(f"the weights {tensor:.80} are not finite")

@@ -27,12 +27,14 @@ from atoll.collective.gate.checks import (
 from atoll.collective.gate.contents import check_contents
 from atoll.collective.gate.errors import Draws, expert_velocity
 from atoll.collective.gate.linear import MAX_ROWS, LinearDenoiser
-from atoll.collective.gate.probe import EDGES, Probe, ProbeRows
+from atoll.collective.gate.probe import EDGES, Noisy, Probe, ProbeRows
 from atoll.condition import Condition
 from atoll.encoders.text import TextEncoder
 from atoll.ensemble.loading import LoadedExpert
+from atoll.errors import AtollError, escaped
 from atoll.randomness import Stream, cpu_generator, hashed_seed, random_rows, seeded
 from atoll.storage.cards import ClusterShardsCard, Lineage
+from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import Shards, is_held_out
 
 PROBE_ROWS = 64
@@ -139,7 +141,7 @@ def judge(
         name: its name in the submission.
         seed: of rows and noise; nobody knows it before.
         clusters: its clusters in the submission, by the assignment that it was trained on; None: the reference's.
-        known: names of admitted experts, by the hash of their weights.
+        known: as in `check_contents`.
         rows: secret rows of its clusters.
         device: where it is evaluated.
         thorough: go on after a failed check, except where the expert cannot be evaluated.
@@ -161,6 +163,8 @@ def judge(
     if loaded is None:
         return results
     trial = _Trial(loaded, reference, seed, rows, device)
+    if problem := trial.broken():
+        return [Check("contents", 1.0, 0.0, False, problem)]
     for step in (trial.card, trial.null, trial.others, trial.error, trial.prompt, trial.captions):
         results += step()
         if not thorough and not all(one.passed for one in results):
@@ -180,6 +184,23 @@ class _Trial:
         others = reference.others(OTHER_ROWS, seed)
         self.other_rows = others
         self.other = LinearDenoiser.of(others.latents) if others else None
+
+    def broken(self) -> str:
+        """Why the network cannot be evaluated, "" if it can: types that do not fit each other show only then."""
+        row, t = self.rows.select(torch.arange(1)), torch.tensor([0.5])
+        try:
+            expert_velocity(self.expert, self._encode(row.captions), self.device)(Noisy(row.latents, row.latents, t))
+        except AtollError as error:
+            reason = str(error)
+        except (RuntimeError, TypeError, ValueError) as error:
+            # These are no fault of the expert, and a report stays.
+            refuse_out_of_memory(error, "the expert")
+            if isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.8
+                raise
+            reason = str(error)
+        else:
+            return ""
+        return f"its network cannot be evaluated ({escaped(' '.join(reason.split())[:200])})"
 
     def card(self) -> list[Check]:
         """The card's curve on the rows that it was measured on; nothing if these are unknown."""
