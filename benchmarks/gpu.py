@@ -5,9 +5,10 @@
     python benchmarks/gpu.py --table gpu.json                # the table for docs/benchmarks.md
     python benchmarks/gpu.py --device cpu --tiny             # test the code without a GPU; its numbers mean nothing
 
-Parts, in order: ceiling (bf16 matrix products), training (B/2 and XL/2 against diffusers' PixArt, eager and compiled
-per block), correct (the device against the CPU, a resumed training against an uninterrupted one), sampling (eight XL/2
-experts and a B/2 router), batch (the largest in 24 and 48 GB, predicted and measured).
+Parts, in order: ceiling (bf16 matrix products), training (DiT's B/2 and XL/2 against diffusers' PixArt, MMDiT's B/2
+against PRX, with dual blocks against SD3; eager and compiled per block), correct (the device against the CPU, a resumed
+training against an uninterrupted one), sampling (eight XL/2 experts and a B/2 router), batch (the largest in 24 and 48
+GB, predicted and measured).
 Variants alternate within each round, and medians count. A part that fails is recorded, and the others continue.
 """
 

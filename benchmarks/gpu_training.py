@@ -1,4 +1,4 @@
-"""The matmul ceiling, and training steps of Atoll's DiT and diffusers' PixArt: parts of benchmarks/gpu.py.
+"""The matmul ceiling, and training steps of Atoll's networks and diffusers': parts of benchmarks/gpu.py.
 
 A step is atoll.train's own: `gradients` (bf16 autocast, forward, backward, clipping) and `State.update` (fused AdamW,
 EMA), on fp32 weights, for either network. Its batch is on the device already: data loading is not measured here.
@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from gpu_measure import Call, Evaluator, interleaved, release
-from step import Diffusers
+from networks import CHANNELS, SIZE, TEXT_TOKENS, TEXT_WIDTH, Diffusers, atoll_network
+from networks import config_of as network_config
 from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.manifest import TrainSettings
-from atoll.nn import SIZES, DiT, DiTConfig
+from atoll.nn import SIZES, DiT, DiTConfig, MMDiT
 from atoll.objective import Objective
-from atoll.plan.cost import DiTSizes, activation_bytes, fixed_bytes, training_flops
+from atoll.plan.cost import NetworkSizes, activation_bytes, fixed_bytes, sizes_of, training_flops
 from atoll.plan.fit import Switches, needed_bytes
 from atoll.plan.rules import CUDA_BF16
 from atoll.randomness import seeded
@@ -30,29 +31,24 @@ from atoll.train.loop import Task, autocast_of, gradients, prepared
 from atoll.train.prefetch import Batch
 from atoll.train.state import State, learning_rate
 
-LATENT, TEXT_TOKENS, TEXT_WIDTH = (4, 32, 32), 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
+LATENT = (CHANNELS, SIZE, SIZE)
 MOST = 128  # samples of a step
 BYTES_OF_OTHERS = 1.25  # what diffusers' network saves for its backward pass, relative to Atoll's, with a margin
 STEPS = 3  # in a row; a round takes their mean
+# Size, network, and the seconds that its comparison may take.
+PAIRS = [("B/2", "dit", 60), ("XL/2", "dit", 120), ("B/2", "mmdit", 60), ("B/2", "dual", 60)]
 
 
 def config_of(size: str) -> DiTConfig:
     """A DiT of this size for the latents and the text of this benchmark."""
-    channels, *sides = LATENT
-    return DiTConfig(size=(sides[0], sides[1]), channels=channels, states_dim=TEXT_WIDTH, **SIZES[size])
+    config = network_config("dit", size)
+    assert isinstance(config, DiTConfig)
+    return config
 
 
-def cost_of(size: str) -> DiTSizes:
+def cost_of(size: str, network: str = "dit") -> NetworkSizes:
     """The sizes that `atoll plan` needs."""
-    return DiTSizes.from_config(config_of(size).model_dump(), TEXT_TOKENS)
-
-
-class PixArt(Diffusers):
-    """diffusers' network, with its blocks where the training loop expects them."""
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.network.transformer_blocks
+    return sizes_of(network_config(network, size).model_dump(), TEXT_TOKENS)
 
 
 class RandomBatch(Task):
@@ -76,8 +72,9 @@ class RandomBatch(Task):
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
-        text = Condition(batch["states"], batch["mask"])
-        null = Condition(torch.zeros_like(text.states[:1]), torch.ones_like(text.mask[:1]))
+        # The pooled vector, which only dual-stream networks read, is the first token's.
+        text = Condition(batch["states"], batch["mask"], batch["states"][:, 0])
+        null = Condition(torch.zeros_like(text.states[:1]), torch.ones_like(text.mask[:1]), text.pooled[:1] * 0)
         condition = drop_condition(text, null, batch["dropped"])
         output = module(self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale, condition)
         return self.objective.loss(output, x0, eps, t)
@@ -85,7 +82,7 @@ class RandomBatch(Task):
 
 def switched(network: nn.Module, settings: TrainSettings) -> nn.Module:
     """The network, with its blocks compiled if set, and Atoll's checkpointed as in the loop."""
-    if isinstance(network, DiT):
+    if isinstance(network, DiT | MMDiT):
         return prepared(network, settings)
     for block in network.blocks if settings.compile else ():  # type: ignore[union-attr]
         block.compile()
@@ -125,10 +122,10 @@ def randomized(network: nn.Module, std: float = 0.02) -> nn.Module:
     return network
 
 
-def build(kind: str, size: str, device: torch.device) -> nn.Module:
-    """The network of a kind, "atoll" or "diffusers"."""
+def build(kind: str, size: str, device: torch.device, network: str = "dit") -> nn.Module:
+    """The network of a kind, "atoll" or "diffusers"; network: "dit", "mmdit" or "dual", see networks.py."""
     with device:
-        return randomized(DiT(config_of(size)) if kind == "atoll" else PixArt(size))
+        return randomized(atoll_network(network, size) if kind == "atoll" else Diffusers(network, size))
 
 
 def product(rows: int, inner: int, columns: int, device: torch.device) -> tuple[Call, float]:
@@ -153,20 +150,22 @@ def ceiling(bench: Evaluator) -> None:
     bench.keep("ceiling", {"tflops": max(tflops[f"{side}^3"] for side in sides), "products": tflops})
 
 
-def common_batch(bench: Evaluator, size: str) -> int:
+def common_batch(bench: Evaluator, size: str, network: str = "dit") -> int:
     """Samples per step that leave memory for both networks' states; a multiple of 8 on a GPU, at most MOST."""
     if bench.tiny:
         return 3
-    network, memory = cost_of(size), torch.cuda.get_device_properties(bench.device).total_memory
-    free = 0.93 * memory - 2 * fixed_bytes(network, CUDA_BF16)
-    each = BYTES_OF_OTHERS * activation_bytes(network, CUDA_BF16)
+    cost, memory = cost_of(size, network), torch.cuda.get_device_properties(bench.device).total_memory
+    # diffusers' PRX and SD3 have a modulation per block: up to half more weights, beside more activations.
+    fixed = (2 if network == "dit" else 2.5) * fixed_bytes(cost, CUDA_BF16)
+    free = 0.93 * memory - fixed
+    each = (BYTES_OF_OTHERS if network == "dit" else 2) * activation_bytes(cost, CUDA_BF16)
     return max(8, min(MOST, int(free / each) // 8 * 8))
 
 
-def compared(bench: Evaluator, size: str, batch: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+def compared(bench: Evaluator, size: str, batch: int, kinds: tuple[str, ...], network: str = "dit") -> dict[str, Any]:
     """Training steps of the kinds, eager and compiled, and the ceiling's products, interleaved."""
     torch.compiler.reset()  # else a second batch or width is compiled for any size, which is another program
-    trainings = {kind: Training(build(kind, size, bench.device), batch, bench.device) for kind in kinds}
+    trainings = {kind: Training(build(kind, size, bench.device, network), batch, bench.device) for kind in kinds}
     calls: dict[str, Call] = {}
     for kind, training in trainings.items():
         calls[kind] = lambda training=training: training.step(False)
@@ -176,7 +175,7 @@ def compared(bench: Evaluator, size: str, batch: int, kinds: tuple[str, ...]) ->
     multiply, ceiling_flops = product(side, side, side, bench.device)
     calls["ceiling"] = lambda: [multiply() for _ in range(count)]
     seconds, first = interleaved(calls, bench.device, bench.rounds, repeats=1 if bench.tiny else STEPS)
-    flops, known = training_flops(cost_of(size)) * batch, bench.known_gpu()
+    flops, known = training_flops(cost_of(size, network)) * batch, bench.known_gpu()
     top = count * ceiling_flops / statistics.median(seconds.pop("ceiling"))
     rows = {}
     for name, own in seconds.items():
@@ -202,9 +201,10 @@ def _ratio(base: list[float], own: list[float]) -> float:
 
 
 def training(bench: Evaluator) -> None:
-    """Part "training": for each size images/s, fraction of the ceiling and MFU, against diffusers in the same rounds.
+    """Part "training": images/s, fraction of the ceiling and MFU, against diffusers in the same rounds.
 
-    If both together leave no memory for a batch of MOST, also Atoll alone with it.
+    The networks are DiTs of two sizes, then an MMDiT without and with dual blocks. If both together leave no memory for
+    a batch of MOST, also Atoll's DiT alone with it.
     """
     kinds: tuple[str, ...] = ("atoll", "diffusers")
     try:
@@ -214,22 +214,26 @@ def training(bench: Evaluator) -> None:
     except ImportError as error:
         kinds = ("atoll",)
         bench.leave_out("training", f"diffusers' network: {error}")
-    for size, needed in (("tiny", 0),) if bench.tiny else (("B/2", 60), ("XL/2", 120)):
-        if not bench.has_time(needed, "training", size):
+    tiny = [("tiny", "dit", 0), ("tiny", "mmdit", 0), ("tiny", "dual", 0)]
+    for size, network, needed in tiny if bench.tiny else PAIRS:
+        name = size if network == "dit" else f"{network} {size}"
+        if not bench.has_time(needed, "training", name):
             continue
-        about = {"flops_per_image": training_flops(cost_of(size)), "image_tokens": cost_of(size).image_tokens}
-        batch = common_batch(bench, size)
+        cost = cost_of(size, network)
+        about = {"flops_per_image": training_flops(cost), "image_tokens": cost.image_tokens}
+        batch = common_batch(bench, size, network)
         while True:
             release(bench.device)
             try:
-                bench.keep("training", {size: {**about, **compared(bench, size, batch, kinds)}})
+                bench.keep("training", {name: {**about, **compared(bench, size, batch, kinds, network)}})
                 break
             except torch.OutOfMemoryError:
                 batch = batch * 3 // 32 * 8  # three quarters, a multiple of 8
                 if batch < 8:
                     raise
         release(bench.device)
-        if bench.on_gpu and batch < MOST and bench.has_time(40, "training", f"{size} alone"):
+        alone_fits = bench.on_gpu and batch < MOST and network == "dit"
+        if alone_fits and bench.has_time(40, "training", f"{size} alone"):
             alone(bench, size)
 
 

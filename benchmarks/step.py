@@ -1,12 +1,13 @@
-"""Images per second of a DiT's forward pass and training step, against diffusers' PixArt of the same size.
+"""Images per second of a network's forward pass and training step, against diffusers' network of the same shape.
 
-    python benchmarks/step.py --rounds 7 --threads 2 --json step.json    # eager, in fp32 and bf16
+    python benchmarks/step.py --rounds 7 --threads 2 --json step.json    # DiT and PixArt, eager, in fp32 and bf16
     python benchmarks/step.py --compile --precisions bf16                # compiled too; takes minutes more on a CPU
+    python benchmarks/step.py --networks mmdit,dual --precisions bf16    # MMDiT and PRX; with dual blocks, and SD3
 
 Every variant is timed once per round, in turn, so that a busy machine slows all of them equally: read the ratios.
 forward: no gradients, weights in the given precision. train: float32 weights (bf16: under autocast), mean
 squared error, backward, fused AdamW. The ceiling is one matrix product in the shape of the MLP's first layer,
-timed in the same rounds; the fraction of it counts the operations of Atoll's DiT for either network.
+timed in the same rounds; the fraction of it counts the operations of Atoll's network for either one.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from networks import CHANNELS, NETWORKS, SIZE, TEXT_TOKENS, TEXT_WIDTH, Diffusers, atoll_network, config_of
 from torch import Tensor, nn
 
 from atoll.condition import Condition
-from atoll.nn.dit import SIZES, DiT, DiTBlock, DiTConfig
+from atoll.nn.dit import SIZES, DiTBlock
+from atoll.plan.cost import forward_flops, sizes_of
 
-SIZE, CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 32, 4, 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,44 +39,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Result:
     """One row of the table; `ratio` is the median over the rounds of diffusers' (eager) seconds over this row's."""
 
+    network: str
     mode: str
     precision: str
     variant: str
     images_per_second: float
     ratio: float | None
     ceiling_share: float
-
-
-class Diffusers(nn.Module):
-    """diffusers' PixArtTransformer2DModel with a size of ours, called like ours."""
-
-    def __init__(self, size: str) -> None:
-        super().__init__()
-        from diffusers import PixArtTransformer2DModel
-
-        s = SIZES[size]
-        self.network: Any = PixArtTransformer2DModel(
-            num_attention_heads=s["heads"],
-            attention_head_dim=s["width"] // s["heads"],
-            in_channels=CHANNELS,
-            out_channels=CHANNELS,
-            num_layers=s["depth"],
-            cross_attention_dim=s["width"],
-            sample_size=SIZE,
-            patch_size=s["patch"],
-            caption_channels=TEXT_WIDTH,
-            use_additional_conditions=False,
-        )
-
-    def forward(self, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        dtype = self.network.dtype
-        return self.network(
-            x.to(dtype),
-            condition.states.to(dtype),
-            time,
-            encoder_attention_mask=condition.mask,
-            return_dict=False,
-        )[0].to(x.dtype)
 
 
 def plain_block(block: DiTBlock, x: Tensor, prepared: Tensor, states: Tensor, bias: Tensor) -> Tensor:
@@ -95,33 +66,22 @@ def plain_block(block: DiTBlock, x: Tensor, prepared: Tensor, states: Tensor, bi
     return x + gate_2 * block.mlp(norm(x, shift_2, scale_2))
 
 
-def build(variant: str, size: str, device: str) -> nn.Module:
+def build(variant: str, kind: str, size: str, device: str) -> nn.Module:
     """The network of a variant, "atoll", "plain" or "diffusers", perhaps "...-compiled", with random weights."""
     torch.manual_seed(0)
+    network: nn.Module
     if variant.startswith(("atoll", "plain")):
-        config = DiTConfig(size=(SIZE, SIZE), channels=CHANNELS, states_dim=TEXT_WIDTH, **SIZES[size])
-        network: nn.Module = DiT(config)
+        network = atoll_network(kind, size)
         for block in network.blocks if variant.startswith("plain") else ():  # type: ignore[union-attr]
             block.forward = partial(plain_block, block)
     else:
-        network = Diffusers(size)
+        network = Diffusers(kind, size)
     for parameter in network.parameters():  # nothing is exactly zero, as in a trained network
         nn.init.normal_(parameter, std=0.02)
     network = network.to(device)
     if variant.endswith("compiled"):
         network.compile()
     return network
-
-
-def flops_per_image(size: str) -> float:
-    """Floating point operations of one forward pass: matrix products and attention, 2 per multiply-add."""
-    s = SIZES[size]
-    D, N, L = s["width"], (SIZE // s["patch"]) ** 2, TEXT_TOKENS
-    self_attention = N * 8 * D**2 + 4 * N * N * D
-    cross_attention = N * 4 * D**2 + L * 4 * D**2 + 4 * N * L * D
-    mlp = N * 16 * D**2
-    ends = 2 * N * 2 * s["patch"] ** 2 * CHANNELS * D + L * 2 * TEXT_WIDTH * D
-    return s["depth"] * (self_attention + cross_attention + mlp) + ends
 
 
 def make_batch(batch: int, device: str) -> tuple[Tensor, Tensor, Condition]:
@@ -131,7 +91,9 @@ def make_batch(batch: int, device: str) -> tuple[Tensor, Tensor, Condition]:
     times = torch.rand(batch, generator=generator) * 999
     lengths = torch.randint(5, TEXT_TOKENS + 1, (batch, 1), generator=generator)
     states = torch.randn(batch, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
-    condition = Condition(states.to(device), (torch.arange(TEXT_TOKENS) < lengths).to(device))
+    pooled = torch.randn(batch, TEXT_WIDTH, generator=generator)
+    mask = torch.arange(TEXT_TOKENS) < lengths
+    condition = Condition(states.to(device), mask.to(device), pooled.to(device))
     return x.to(device), times.to(device), condition
 
 
@@ -204,22 +166,25 @@ def interleave(calls: dict[str, Callable[[], object]], options: argparse.Namespa
     return seconds
 
 
-def measure(mode: str, precision: str, options: argparse.Namespace) -> list[Result]:
+def measure(network: str, mode: str, precision: str, options: argparse.Namespace) -> list[Result]:
     """All variants of one mode ("forward", "train") and precision, interleaved."""
     batch = make_batch(options.batch, options.device)
     make_call = forward_call if mode == "forward" else train_call
     variants = [v + c for c in ("", "-compiled")[: 1 + options.compile] for v in options.variants]
-    calls = {v: make_call(build(v, options.size, options.device), precision, batch) for v in variants}
+    calls = {v: make_call(build(v, network, options.size, options.device), precision, batch) for v in variants}
     calls["ceiling"], ceiling_flops = ceiling_call(options.size, precision, options.batch, options.device)
     seconds = interleave(calls, options)
     ceiling = ceiling_flops / statistics.median(seconds.pop("ceiling"))  # FLOP/s
-    flops = flops_per_image(options.size) * options.batch * (3 if mode == "train" else 1)
+    flops = forward_flops(sizes_of(config_of(network, options.size).model_dump(), TEXT_TOKENS))
+    flops *= options.batch * (3 if mode == "train" else 1)
     results = []
     for variant, own in seconds.items():
         median = statistics.median(own)
         base = seconds.get("diffusers")
         ratio = statistics.median(b / o for b, o in zip(base, own, strict=True)) if base else None
-        results.append(Result(mode, precision, variant, options.batch / median, ratio, flops / median / ceiling))
+        results.append(
+            Result(network, mode, precision, variant, options.batch / median, ratio, flops / median / ceiling)
+        )
     print_rows(results, ceiling)
     return results
 
@@ -229,7 +194,7 @@ def print_rows(results: Sequence[Result], ceiling: float) -> None:
     for r in results:
         ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
         speed = f"{r.images_per_second:9.2f} {ratio:>10} {r.ceiling_share:8.0%} {ceiling / 1e9:11.0f}"
-        print(f"{r.mode:8} {r.precision:5} {r.variant:20} {speed}", flush=True)
+        print(f"{r.network:6} {r.mode:8} {r.precision:5} {r.variant:20} {speed}", flush=True)
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
@@ -265,12 +230,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: for one thread on a busy machine")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--networks", type=listed, default=["dit"], help=",".join(NETWORKS))
     parser.add_argument("--modes", type=listed, default=["forward", "train"], help="forward,train")
     parser.add_argument("--precisions", type=listed, default=["fp32", "bf16"], help="fp32,bf16")
     parser.add_argument("--variants", type=listed, default=["atoll", "diffusers"], help="atoll,plain,diffusers")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled")
     parser.add_argument("--json", type=Path, help="where to write the results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.networks) - set(NETWORKS):
+        parser.error(f"--networks {','.join(unknown)}: expected some of {','.join(NETWORKS)}")
+    if "plain" in options.variants and options.networks != ["dit"]:
+        parser.error("--variants plain: only --networks dit has it")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -279,8 +250,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = machine(options)
     print(json.dumps(about))
     columns = f"{'images/s':>9} {'/diffusers':>10} {'ceiling':>8} {'of GFLOP/s':>11}"
-    print(f"{'mode':8} {'dtype':5} {'variant':20} {columns}")
-    results = [r for m in options.modes for p in options.precisions for r in measure(m, p, options)]
+    print(f"{'':6} {'mode':8} {'dtype':5} {'variant':20} {columns}")
+    results = [
+        r
+        for n in options.networks
+        for m in options.modes
+        for p in options.precisions
+        for r in measure(n, m, p, options)
+    ]
     if options.json:
         options.json.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=2) + "\n")
 

@@ -21,7 +21,17 @@ from atoll.train.island import Island
 from atoll.train.loop import train
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("gpu", "gpu_batch", "gpu_correct", "gpu_measure", "gpu_sampling", "gpu_table", "gpu_training")
+NAMES = (
+    "gpu",
+    "networks",
+    "step",
+    "gpu_batch",
+    "gpu_correct",
+    "gpu_measure",
+    "gpu_sampling",
+    "gpu_table",
+    "gpu_training",
+)
 CPU = torch.device("cpu")
 
 
@@ -61,17 +71,19 @@ def test_every_part_reports_finite_numbers_under_its_keys(told, modules) -> None
     assert {"date", "torch", "command", "device", "tiny", "rounds"} <= told.keys()
     assert all(map(math.isfinite, numbers_in(told)))
     assert not any("error" in part for part in told["parts"].values())
-    ceiling, training = told["parts"]["ceiling"], told["parts"]["training"]["tiny"]
+    ceiling = told["parts"]["ceiling"]
     assert ceiling["tflops"] == max(rate for name, rate in ceiling["products"].items() if "^3" in name)
     assert {name.split()[1] for name in ceiling["products"] if " " in name} == {"qkv", "out", "up", "down"}
-    assert training["variants"].keys() == {"atoll", "diffusers"}
-    for row in training["variants"].values():
-        assert row["images_per_second"] == pytest.approx(training["batch"] / row["step_seconds"])
-        assert row["tflops"] * 1e12 == pytest.approx(row["images_per_second"] * training["flops_per_image"])
-        assert row["of_ceiling"] == pytest.approx(row["tflops"] / training["ceiling_tflops"])
-        assert row["mfu"] is None  # a CPU has no data sheet here
-    assert training["variants"]["diffusers"]["over_diffusers"] == 1
-    assert training["variants"]["atoll"]["over_diffusers"] > 0
+    for network in ("tiny", "mmdit tiny", "dual tiny"):
+        training = told["parts"]["training"][network]
+        assert training["variants"].keys() == {"atoll", "diffusers"}
+        for row in training["variants"].values():
+            assert row["images_per_second"] == pytest.approx(training["batch"] / row["step_seconds"])
+            assert row["tflops"] * 1e12 == pytest.approx(row["images_per_second"] * training["flops_per_image"])
+            assert row["of_ceiling"] == pytest.approx(row["tflops"] / training["ceiling_tflops"])
+            assert row["mfu"] is None  # a CPU has no data sheet here
+        assert training["variants"]["diffusers"]["over_diffusers"] == 1
+        assert training["variants"]["atoll"]["over_diffusers"] > 0
     sampling = told["parts"]["sampling"]
     rows = {name: row for name, row in sampling.items() if isinstance(row, dict)}
     kinds = ("top-1, batch 3", "top-2, batch 3", "full, batch 3", "top-1, batch 1")
@@ -141,7 +153,8 @@ def test_the_table_of_a_gpu_has_what_a_cpu_cannot_fill(modules) -> None:
     assert "some GPU, 80 GB" in printed
 
 
-def test_a_step_is_the_loops_own(modules, tmp_path) -> None:
+@pytest.mark.parametrize("network", ["dit", "mmdit", "dual"])
+def test_a_step_is_the_loops_own(network, modules, tmp_path) -> None:
     """Two steps here leave the averaged weights that two of atoll.train's loop do, bit for bit."""
     training = modules.gpu_training
 
@@ -149,30 +162,42 @@ def test_a_step_is_the_loops_own(modules, tmp_path) -> None:
         def batch(self, index: int, local_rows: slice) -> Any:
             return super().batch(0, local_rows)
 
-    def network() -> torch.nn.Module:
+    def new() -> torch.nn.Module:
         torch.manual_seed(0)
-        return training.build("atoll", "tiny", CPU)
+        return training.build("atoll", "tiny", CPU, network)
 
-    here = training.Training(network(), 3, CPU)
+    here = training.Training(new(), 3, CPU)
     for _ in range(2):
         here.step(compiled=False)
-    task = SameBatch(network(), 3)
+    task = SameBatch(new(), 3)
     options = {"steps": 2, "track": "none", "validate_every": 0, "threads": torch.get_num_threads()}
     train(task, here.settings.model_copy(update=options), tmp_path, "mark", Island(0, 1, CPU))
     trained = list(task.module.parameters())
     assert all(torch.equal(a, b) for a, b in zip(here.state.ema, trained, strict=True))
-    before = network().parameters()
+    before = new().parameters()
     assert any(not torch.equal(a, b) for a, b in zip(here.state.parameters, before, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["atoll", "diffusers"])
-def test_the_eager_and_the_compiled_module_are_one_network(kind, modules) -> None:
-    training = modules.gpu_training.Training(modules.gpu_training.build(kind, "tiny", CPU), 3, CPU)
+@pytest.mark.parametrize("network", ["dit", "mmdit", "dual"])
+def test_the_eager_and_the_compiled_module_are_one_network(network, kind, modules) -> None:
+    training = modules.gpu_training.Training(modules.gpu_training.build(kind, "tiny", CPU, network), 3, CPU)
     for a, b in zip(training.eager.parameters(), training.compiled.parameters(), strict=True):
         assert a is b
     blocks = list(zip(training.eager.blocks, training.compiled.blocks, strict=True))
     assert all(a is not b for a, b in blocks)
     assert all(a._compiled_call_impl is None and b._compiled_call_impl is not None for a, b in blocks)
+
+
+def test_a_step_is_compared_for_every_network(modules, tmp_path) -> None:
+    file = tmp_path / "step.json"
+    options = ["--size", "tiny", "--rounds", "1", "--batch", "2", "--precisions", "bf16", "--modes", "forward"]
+    modules.step.main([*options, "--networks", "dit,mmdit,dual", "--json", str(file)])
+    rows = json.loads(file.read_text())["results"]
+    assert [(row["network"], row["variant"]) for row in rows] == [
+        (network, variant) for network in ("dit", "mmdit", "dual") for variant in ("atoll", "diffusers")
+    ]
+    assert all(math.isfinite(value) and value > 0 for value in numbers_in(rows))
 
 
 def test_experts_under_a_budget_draw_the_same_and_do_not_all_fit(modules) -> None:

@@ -26,6 +26,9 @@ HUGE: dict[str, dict[str, Any]] = {
     "tokens": {"size": [16_384, 16_384], "patch": 1},
     "ratio": {"mlp_ratio": 1e9},
     "text": {"states_dim": 10**9},
+    "another network": {"name": "mmdit", "depth": 1024},
+    "bottleneck": {"name": "mmdit", "bottleneck": 10**9},
+    "dual blocks": {"name": "mmdit", "depth": 2, "dual_blocks": 10**9},
 }
 PIXART = {"name": "diffusers", "class": "PixArtTransformer2DModel"}
 

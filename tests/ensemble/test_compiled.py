@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 from atoll.condition import Condition
 from atoll.ensemble.compiled import Padded, PaddedReader, compile_network, padded_size
 from atoll.errors import AtollError
-from atoll.nn import DiT, DiTConfig
+from atoll.nn import DiT, DiTConfig, MMDiT, MMDiTConfig
 from atoll.pipeline import Pipeline
 
 SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
@@ -38,9 +39,20 @@ def condition_of(rows: int, seed: int = 0) -> Condition:
     return Condition(torch.randn(rows, 5, 10, generator=g), mask)
 
 
+SHAPE = {"size": (8, 8), "channels": 2, "patch": 4, "width": 16, "depth": 3, "heads": 2, "states_dim": 10}
+
+
 def dit(seed: int) -> DiT:
     torch.manual_seed(seed)
-    network = DiT(DiTConfig(size=(8, 8), channels=2, patch=4, width=16, depth=3, heads=2, states_dim=10))
+    return random(DiT(DiTConfig.model_validate(SHAPE)))
+
+
+def mmdit(seed: int) -> MMDiT:
+    torch.manual_seed(seed)
+    return random(MMDiT(MMDiTConfig.model_validate(SHAPE)))
+
+
+def random(network: nn.Module) -> nn.Module:
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     return network.eval().requires_grad_(False)
@@ -56,10 +68,11 @@ def ask(network: object, rows: int, read: bool) -> Tensor:
     return network(x, time, network.read_prompt(condition) if read else condition)
 
 
+@pytest.mark.parametrize("network", [dit, mmdit])
 @pytest.mark.parametrize("read", [False, True])
-def test_batches_of_any_size_share_few_graphs_and_give_the_same(read: bool) -> None:
+def test_batches_of_any_size_share_few_graphs_and_give_the_same(read: bool, network: Callable) -> None:
     torch._dynamo.reset()
-    plain = [dit(0), dit(1)]
+    plain = [network(0), network(1)]
     compiled = [compile_network(copy.deepcopy(network), backend="eager") for network in plain]
     counters.clear()
     with torch.inference_mode():

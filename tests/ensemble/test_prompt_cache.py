@@ -15,14 +15,14 @@ from atoll.condition import Condition
 from atoll.ensemble import Ensemble, Expert
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
-from atoll.nn import DiT, DiTConfig, Paris, ParisConfig
+from atoll.nn import DiT, DiTConfig, MMDiT, MMDiTConfig, Paris, ParisConfig
 from atoll.nn.attention import TextKV
 from atoll.objective import Objective
 from atoll.pipeline import Pipeline
 from atoll.solver import sample
 
 C, SIDE, L, STATES, POOLED, K = 2, 8, 5, 10, 7, 3
-Network = DiT | Paris
+Network = DiT | MMDiT | Paris
 
 
 def condition_of(rows: int, seed: int = 0, length: int = L, states: int = STATES) -> Condition:
@@ -50,11 +50,18 @@ def paris(seed: int = 0) -> Paris:
     return random(Paris(ParisConfig.model_validate({**sizes, "states_dim": STATES})), seed)
 
 
+def mmdit(seed: int = 0, **changes: object) -> MMDiT:
+    sizes = {"size": (SIDE, SIDE), "channels": C, "patch": 2, "width": 32, "depth": 2, "heads": 4}
+    return random(MMDiT(MMDiTConfig.model_validate({**sizes, "states_dim": STATES, **changes})), seed)
+
+
 NETWORKS = {
     "single": lambda: dit(pooled_dim=POOLED),
     "per-block": lambda: dit(modulation="per-block"),
     "two text layers": lambda: dit(text_layers=2),
     "paris": paris,
+    "mmdit": lambda: mmdit(pooled_dim=POOLED),
+    "dual": lambda: mmdit(dual_blocks=1),
 }
 
 
@@ -90,7 +97,8 @@ def test_a_network_computes_the_same_from_cached_text(name: str) -> None:
     network, condition = NETWORKS[name](), condition_of(4)
     x, time = torch.randn(4, C, SIDE, SIDE, dtype=torch.float64), torch.tensor([1.0, 40.0, 500.0, 999.0]).double()
     read = network.read_prompt(condition)
-    assert (len(read), read.nbytes) == (4, 4 * 2 * L * 64 * 8)
+    numbers = 32 if name == "dual" else 2 * 64  # the projected text alone, or keys and values of two blocks
+    assert (len(read), read.nbytes) == (4, 4 * L * numbers * 8)
     torch.testing.assert_close(network(x, time, read), network(x, time, condition))
     rows = torch.tensor([2, 0, 2])
     torch.testing.assert_close(network(x[rows], time[rows], read.index(rows)), network(x, time, condition)[rows])
@@ -116,7 +124,7 @@ def test_cached_text_with_the_wrong_number_of_rows_is_refused() -> None:
     limit=st.sampled_from([0, 20_000, 60_000, 2**31]),
 )
 def test_images_are_the_same_with_and_without_a_cache(routing, guidance, guided, rows, seed, limit) -> None:
-    ensemble = ensemble_of([dit(0), paris(1), dit(2)], routing)
+    ensemble = ensemble_of([dit(0), paris(1), mmdit(2, dual_blocks=seed % 2)], routing)
     condition = condition_of(rows, seed)
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, C, SIDE, SIDE, generator=g, dtype=torch.float64)
@@ -324,7 +332,7 @@ class TestBlockCache:
 
         ensemble = ensemble_of([plain])
         x, t = torch.randn(2, C, SIDE, SIDE).double(), torch.full((2,), 0.5).double()
-        with pytest.raises(AtollError, match="function has no block cache: only DiT and Paris"):
+        with pytest.raises(AtollError, match="function has no block cache: only DiT, MMDiT and Paris"):
             ensemble.velocity(x, t, prompt_cache=ensemble.prompt_cache((condition_of(2),), block_cache=0.1))
         for threshold in (-0.1, math.nan, math.inf):
             with pytest.raises(AtollError, match="expected a threshold from 0"):
