@@ -21,6 +21,7 @@ import anyio
 from fastapi import APIRouter, FastAPI, Header, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
 from atoll import __version__
 from atoll.errors import escaped
@@ -265,8 +266,11 @@ def _jobs(service: Service) -> APIRouter:
         if service.streams[client] >= service.settings.client_streams:
             message = f"{service.settings.client_streams} event streams of yours are open; close one"
             raise Refusal(429, message, code="too_many_streams", retry_after=1)
-        return EventSourceResponse(
-            _event_stream(service, client, job, int(after)),
+        return _CountedStream(
+            service.streams,
+            client,
+            job,
+            int(after),
             sep="\n",
             send_timeout=_SEND_SECONDS,
             shutdown_event=anyio.Event(),
@@ -276,16 +280,41 @@ def _jobs(service: Service) -> APIRouter:
     return router
 
 
-async def _event_stream(service: Service, client: str, job: ServedJob, after: int) -> AsyncIterator[ServerSentEvent]:
-    """Yield a job's events above a number."""
-    service.streams[client] += 1
-    try:
-        async for event in job.log.follow(after):
-            yield ServerSentEvent(event.data, event=event.name, id=str(event.id))
-    finally:
-        service.streams[client] -= 1
-        if not service.streams[client]:
-            del service.streams[client]
+class _CountedStream(EventSourceResponse):
+    """An event stream that counts as its client's from the request on: many at once would all be below the limit.
+
+    Args:
+        streams: open streams by client.
+        client: the client.
+        job, after, options: events of a job above a number; options of `EventSourceResponse`.
+    """
+
+    def __init__(self, streams: Counter[str], client: str, job: ServedJob, after: int, **options: Any):
+        super().__init__(self._follow(job, after), **options)
+        self._streams, self._client, self._open = streams, client, True
+        streams[client] += 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
+
+    async def _follow(self, job: ServedJob, after: int) -> AsyncIterator[ServerSentEvent]:
+        try:
+            async for event in job.log.follow(after):
+                yield ServerSentEvent(event.data, event=event.name, id=str(event.id))
+        finally:
+            # Before the end is sent: whoever reads it may open the next stream.
+            self._release()
+
+    def _release(self) -> None:
+        if self._open:
+            self._open = False
+            self._streams[self._client] -= 1
+            if not self._streams[self._client]:
+                del self._streams[self._client]
 
 
 def _models(service: Service) -> APIRouter:

@@ -12,12 +12,13 @@ from starlette.requests import ClientDisconnect
 
 from atoll.choices import Method
 from atoll.ensemble import Alignment
-from atoll.ensemble.routing import Nucleus, Sample, parse_routing
+from atoll.ensemble.routing import Nucleus, Oracle, Sample, parse_routing
 from atoll.errors import AtollError
 from atoll.serve.describe import ModelCard
 from atoll.serve.refusals import Refusal
 from atoll.serve.settings import ServerSettings
 from atoll.serve.types import ImageRequest
+from atoll.storage import bounds
 
 MAX_SEED = 2**53 - 1  # what a browser's numbers hold
 _MAX_DRAWS = 64  # of routing sample-N, which hashes N numbers per image and step
@@ -58,7 +59,7 @@ class GenerationBody(BaseModel):
         description="Extension. Times between which there is guidance: 0 data, 1 noise.",
     )
     method: Method | None = Field(None, description="Extension. The solver.")
-    routing: str | None = Field(None, max_length=300, description="Extension. How experts are weighted.")
+    routing: str | None = Field(None, max_length=bounds.MAX_NAME, description="Extension. How experts are weighted.")
     alignment: Alignment | None = Field(None, description="Extension. snr is exact.")
     cluster: int | None = Field(None, ge=0, description="Extension. For routing oracle.")
     priority: int | None = Field(None, ge=-8, le=8, description="Extension. Your share is multiplied by 2^priority.")
@@ -239,6 +240,8 @@ def _check_routing(text: str | None, cluster: int | None, clusters: int) -> None
         routing = parse_routing(text)
     except AtollError as error:
         raise _invalid("routing", str(error)) from None
+    if isinstance(routing, Oracle) and routing.cluster is not None and routing.cluster >= clusters:
+        raise _invalid("routing", f"routing: cluster {routing.cluster}; expected a number below {clusters}")
     if isinstance(routing, Sample):
         _limit("routing", routing.count, _MAX_DRAWS, "draws")
     if isinstance(routing, Nucleus) and routing.temperature < _MIN_TEMPERATURE:

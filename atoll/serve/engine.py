@@ -186,8 +186,7 @@ class Engine:
         if request.preview_every < 0:
             raise AtollError(f"preview_every is {request.preview_every}; expected steps, or 0 for no previews")
         Integration(torch.zeros(1, 1), settings.steps, settings.method)
-        with self._changed:
-            rule = self._stepper.ensemble(settings.routing, settings.alignment).rule
+        rule = self._stepper.ensemble(settings.routing, settings.alignment).rule
         clusters = {cluster for expert in base.experts for cluster in expert.clusters}
         if isinstance(rule, Oracle) and rule.cluster is None and settings.cluster is None:
             raise AtollError(f"routing {settings.routing} needs the images' cluster")

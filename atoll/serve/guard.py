@@ -1,8 +1,11 @@
 """Before every route: host, origin, token, rate. After it: security headers, a log line, counts."""
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import re
 import time
 
@@ -13,7 +16,7 @@ from atoll.errors import escaped
 from atoll.serve.metrics import ServerMetrics
 from atoll.serve.rates import RateLimit, client_of_address
 from atoll.serve.refusals import Refusal, as_refusal, logger
-from atoll.serve.settings import ServerSettings
+from atoll.serve.settings import HEADER_BYTES, ServerSettings
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -31,6 +34,10 @@ HEADERS = {
 _OPEN = ("/", "/docs", "/openapi.json", "/healthz", "/readyz")
 _OPEN_BELOW = ("/static/", "/v1/files/")
 _READING = ("GET", "HEAD")
+# Of a body that is refused, as much is read, so that its client gets the answer.
+_DRAIN_BYTES = 2**24
+_DRAIN_SECONDS = 5.0
+_DRAIN_PAUSE = 0.5  # whoever sends nothing for so long has the answer already
 
 
 class Guard:
@@ -73,6 +80,11 @@ class Guard:
                 # Whoever is answered before the body ended does not send the rest.
                 if not complete:
                     headers["connection"] = "close"
+            elif not complete and status != 408 and not message.get("more_body", False):
+                # A client that still sends loses the answer if the connection is closed: it may send a little more.
+                await send({**message, "more_body": True})
+                message = {"type": "http.response.body"}
+                await _drain(receive_body)
             await send(message)
 
         try:
@@ -98,6 +110,11 @@ class Guard:
     def _admit(self, scope: Scope) -> str:
         """Return the client's name. Raises Refusal if the request is not to be handled."""
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        # uvicorn's own limit does not apply to headers that arrive together.
+        address_size = len(scope.get("raw_path") or path) + len(scope["query_string"])
+        size = address_size + sum(map(len, itertools.chain(*scope["headers"])))
+        if size > HEADER_BYTES:
+            raise Refusal(431, f"the address and the headers have more than {HEADER_BYTES:,} bytes", code="too_large")
         address = client_of_address(scope["client"][0] if scope.get("client") else None)
         # A name that resolves to this machine but is not its own: DNS rebinding.
         host = headers.get("host", "")
@@ -155,6 +172,17 @@ def _from_elsewhere(headers: Headers, host: str) -> bool:
         return True
     origin = headers.get("origin")
     return origin is not None and origin.partition("://")[2] != host
+
+
+async def _drain(receive: Receive) -> None:
+    """Discard the rest of a body, within limits."""
+    left = _DRAIN_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            more = True
+            while more and left > 0:
+                message = await asyncio.wait_for(receive(), _DRAIN_PAUSE)
+                more, left = message.get("more_body", False), left - len(message.get("body", b""))
 
 
 def _has_body(headers: Headers) -> bool:

@@ -295,8 +295,10 @@ class JobStore:
         if job.response_format == "url":
             job.names = [self._files.add(image) for image in job.images]
         self._metrics.finished(job.model.card.id, event, self._clock() - started)
+        # All images in base64, and their weights, are megabytes.
+        data = await asyncio.to_thread(_finished_data, job, event, settings)
         job.status = "finished"
-        job.log.append("finished", _finished_data(job, event, settings), last=True)
+        job.log.append("finished", data, last=True)
 
     def _fail(self, job: ServedJob, event: Failed) -> None:
         job.status, job.failure = ("cancelled" if event.reason == "cancelled" else "failed"), event
@@ -383,8 +385,6 @@ def expert_weights(times: Tensor, weights: Tensor) -> dict[str, Any]:
     rows = list(range(count))
     if count > _WEIGHT_TIMES:
         rows = [round(i * (count - 1) / (_WEIGHT_TIMES - 1)) for i in range(_WEIGHT_TIMES)]
-    chosen = weights[rows].transpose(0, 1).tolist()  # [n, V', E]
-    return {
-        "times": [round(time, 5) for time in times[rows].tolist()],
-        "weights": [[[round(weight, 4) for weight in row] for row in image] for image in chosen],
-    }
+    # As float64, 0.1 stays 0.1.
+    chosen = weights[rows].transpose(0, 1).double()  # [n, V', E]
+    return {"times": times[rows].double().round(decimals=5).tolist(), "weights": chosen.round(decimals=4).tolist()}

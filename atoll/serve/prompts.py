@@ -30,6 +30,7 @@ class PromptPool:
         self._users: dict[int, int] = {NULL: 1}  # how many jobs use it
         self._by_network: dict[CachesPrompt, NetworkPrompts] = {}
         self._next = NULL + 1
+        self._encoded_bytes = sum(map(_nbytes, self._conditions.values()))
 
     def __len__(self) -> int:
         return len(self._conditions)
@@ -37,7 +38,7 @@ class PromptPool:
     @property
     def nbytes(self) -> int:
         """Cache size in bytes."""
-        return sum(cached.nbytes for cached in self._by_network.values())
+        return self._encoded_bytes + sum(cached.nbytes for cached in self._by_network.values())
 
     def acquire(self, text: str, conditions: tuple[Condition, ...]) -> int:
         """Return the number of a prompt, which stays valid until it is released as often as it was acquired.
@@ -48,6 +49,7 @@ class PromptPool:
         """
         if text not in self._numbers:
             self._numbers[text], self._conditions[self._next] = self._next, conditions
+            self._encoded_bytes += _nbytes(conditions)
             self._users[self._next] = 0
             self._next += 1
         number = self._numbers[text]
@@ -82,9 +84,16 @@ class PromptPool:
         for conditions in (self._conditions, self._users):
             for number in conditions.keys() - kept:
                 del conditions[number]
+        self._encoded_bytes = sum(map(_nbytes, self._conditions.values()))
         self._numbers = {text: number for text, number in self._numbers.items() if number in kept}
         for cached in self._by_network.values():
             cached.keep(kept)
+
+
+def _nbytes(conditions: tuple[Condition, ...]) -> int:
+    """Return the size of an encoded prompt in bytes."""
+    fields = (field for one in conditions for field in (one.states, one.mask, one.pooled))
+    return sum(field.nbytes for field in fields if field is not None)
 
 
 class PooledPrompts:

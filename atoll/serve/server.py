@@ -16,25 +16,57 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from atoll.errors import AtollError
 from atoll.serve.engine import Engine
 from atoll.serve.guard import is_loopback
+from atoll.serve.rates import client_of_address
 from atoll.serve.refusals import logger
-from atoll.serve.settings import LOOPBACK_NAMES
+from atoll.serve.settings import HEADER_BYTES, LOOPBACK_NAMES
 
 HEADER_SECONDS = 15.0  # for a request's headers to arrive
+TAKE_SECONDS = 30.0  # in which a client takes at least something of its answer
+CONNECTIONS = 2048
 _GRACE_SECONDS = 5  # for open requests to end, once their jobs have their last events
-_CONNECTIONS = 2048
-_HEADER_BYTES = 16_384
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 with a time limit on headers, which uvicorn lacks: a connection that sends none is closed."""
+    """HTTP/1.1 with limits that uvicorn lacks.
+
+    A connection that sends no headers is closed, and so is one that takes nothing of an answer. One address has at most
+    half of the connections.
+    """
 
     header_seconds = HEADER_SECONDS
+    take_seconds = TAKE_SECONDS
+    client_connections = CONNECTIONS // 2
     _header_timer: asyncio.TimerHandle | None = None
+    _take_timer: asyncio.TimerHandle | None = None
+    _client_name = ""
+    _waiting = 0  # bytes of answers that the client had not taken when the take timer started
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timer of the first request."""
+        """Start the timers, or close a connection too many."""
         super().connection_made(transport)
+        self._client_name = client_of_address(self.client[0] if self.client else None)
+        # Behind a proxy, all connections have its address.
+        if not self.config.proxy_headers and self._own_connections() > self.client_connections:
+            transport.abort()
+            return
         self._watch()
+        self._watch_taking()
+
+    def _own_connections(self) -> int:
+        """Return the number of connections of this one's client."""
+        own = self._client_name
+        return sum(isinstance(one, PatientProtocol) and one._client_name == own for one in self.connections)
+
+    def _watch_taking(self) -> None:
+        self._waiting = self.transport.get_write_buffer_size()
+        self._take_timer = self.loop.call_later(self.take_seconds, self._check_taking)
+
+    def _check_taking(self) -> None:
+        # Also after `close`, which waits for the client without a limit.
+        if 0 < self.transport.get_write_buffer_size() == self._waiting:
+            self.transport.abort()
+        else:
+            self._watch_taking()
 
     def data_received(self, data: bytes) -> None:
         """Stop the timer when the headers are complete; start it when the next request begins."""
@@ -42,9 +74,11 @@ class PatientProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         super().connection_lost(exc)
         self._stop()
+        if self._take_timer is not None:
+            self._take_timer.cancel()
 
     def _watch(self) -> None:
         if self.conn.their_state is not h11.IDLE:
@@ -100,8 +134,8 @@ def make_server(app: FastAPI, forwarded_from: str | None = None, **options: Any)
         "server_header": False,
         "proxy_headers": forwarded_from is not None,
         "forwarded_allow_ips": forwarded_from or "",
-        "h11_max_incomplete_event_size": _HEADER_BYTES,
-        "limit_concurrency": _CONNECTIONS,
+        "h11_max_incomplete_event_size": HEADER_BYTES,
+        "limit_concurrency": CONNECTIONS,
         "timeout_graceful_shutdown": _GRACE_SECONDS,
     }
     return AtollServer(uvicorn.Config(app, **{**values, **options}))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+HEADER_BYTES = 16_384  # of a request's address and headers
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

@@ -1,5 +1,6 @@
 """One step of many images at different times: prepare, evaluate each expert once, advance."""
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ class Stepper:
         self.prompts = PromptPool(self._base.null, pipeline.device)
         self.images_by_expert, self.calls_by_expert = Counter[int](), Counter[int]()
         self._ensembles: OrderedDict[tuple[str, Alignment, frozenset[int]], Ensemble] = OrderedDict()
+        self._ensembles_lock = threading.Lock()
         self._networks = [expert.network for expert in self._base.experts]
         self._expert_cache = expert_cache_of(self._networks)
 
@@ -78,7 +80,10 @@ class Stepper:
             AtollError: an unknown routing, or one that this ensemble cannot use.
         """
         key = (routing, alignment, excluded)
-        if key not in self._ensembles:
+        with self._ensembles_lock:
+            if key in self._ensembles:
+                self._ensembles.move_to_end(key)
+                return self._ensembles[key]
             ensemble = replace(self._base, routing=routing, alignment=alignment, excluded=excluded)
             if len(excluded) == len(ensemble.experts) or (excluded and ensemble.rule.over_experts):
                 names = ", ".join(ensemble.experts[index].name for index in sorted(excluded))
@@ -86,7 +91,7 @@ class Stepper:
             self._ensembles[key] = ensemble
             while len(self._ensembles) > _MAX_ENSEMBLES:
                 self._ensembles.popitem(last=False)
-        return self._ensembles[key]
+            return ensemble
 
     def start(self, unit: Unit) -> None:
         """Draw a unit's noise; its memory is taken from here on."""

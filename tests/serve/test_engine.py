@@ -1,6 +1,8 @@
 """The engine: shared steps give the pipeline's images; fairness, cancellation, deadlines, faults of one request."""
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from atoll.errors import AtollError
 from atoll.pipeline import Pipeline
 from atoll.serve.engine import Engine, EngineLimits
+from atoll.serve.stepper import Stepper
 from atoll.serve.types import Failed, Finished, ImageRequest, JobProgress, Preview, QueueFullError, Started
 
 WORDS = ("moss", "sand", "rain", "rust")
@@ -356,3 +359,20 @@ def test_experts_on_the_device_come_first_and_images_stay_the_same(trained_run, 
     with Engine(small, EngineLimits(batch=2)) as engine:
         for request, events in zip(requests, run(engine, *requests), strict=True):
             assert_like_the_pipeline(pipe, request, events)
+
+
+def test_routings_that_others_displace_stay_usable(pipe, monkeypatch) -> None:
+    monkeypatch.setattr("atoll.serve.stepper._MAX_ENSEMBLES", 1)
+    stepper = Stepper(pipe)
+
+    def displace(number: int) -> None:
+        for turn in range(2000):
+            stepper.ensemble(f"top-{number + 2 * turn + 1}", "snr")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(displace, range(2)))
+    finally:
+        sys.setswitchinterval(interval)

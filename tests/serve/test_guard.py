@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import sys
 from collections.abc import Callable
 
 import httpx
@@ -240,6 +241,51 @@ def test_headers_beyond_a_size_are_refused(serve) -> None:
     with connected(serve()) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 17_000)
         assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_headers_beyond_a_size_are_refused_also_when_they_arrive_together(client, engine) -> None:
+    for headers, path in (({f"X-{i}": "x" * 80 for i in range(250)}, "/v1/jobs"), ({}, "/v1/jobs?" + "x" * 17_000)):
+        response = client.post(path, json=BODY, headers=headers)
+        assert (response.status_code, response.json()["error"]["code"]) == (431, "too_large")
+    assert not engine.jobs
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/nothing"])
+def test_a_client_that_sends_too_much_reads_why(serve, path) -> None:
+    # It reads nothing before it has sent everything, as most clients do.
+    content = b"x" * 3_000_000
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    with connected(serve()) as connection:
+        connection.sendall(head.encode() + content)
+        received = b""
+        while part := connection.recv(1000):
+            received += part
+    assert received.startswith(b"HTTP/1.1 413" if path == "/v1/jobs" else b"HTTP/1.1 404")
+    assert b"x-should-retry: false" in received
+
+
+def test_a_client_that_takes_nothing_of_its_answers_is_disconnected(serve, monkeypatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "take_seconds", 0.05)
+    server = serve()
+    connections = server.server.server_state.connections
+    with connected(server) as connection:
+        # Until the buffers of both sides are full.
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        wait_until(lambda: connections)
+        wait_until(lambda: not connections)
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_one_address_has_half_of_the_connections(serve, monkeypatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "client_connections", 2)
+    server = serve()
+    with connected(server), connected(server):
+        wait_until(lambda: len(server.server.server_state.connections) == 2)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{server.url}/healthz")
+        if sys.platform == "linux":  # elsewhere, loopback has one address
+            with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")) as other:
+                assert other.get(f"{server.url}/healthz").status_code == 200
 
 
 def test_other_machines_need_a_token() -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -123,8 +124,6 @@ def test_with_a_key_a_generation_outlives_its_connection(client, engine) -> None
 
 def wait_for_job(client: httpx.Client, engine: Any, headers: dict[str, str]) -> None:
     """Send a generation, and close the connection once the engine has it."""
-    import socket
-
     url = client.base_url
     body = json.dumps(BODY).encode()
     lines = [f"POST /v1/images/generations HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}\r\n"]
@@ -206,6 +205,22 @@ def test_one_client_cannot_open_endless_streams(serve, engine) -> None:
         assert list(events)[-1][1] == "finished"
         # Both have ended: there is room again.
         assert list(events_of(client, path))[-1][1] == "finished"
+
+
+def test_streams_that_are_opened_at_once_are_counted(serve, engine) -> None:
+    engine.hold()
+    server = serve(client_streams=2)
+    with httpx.Client(base_url=server.url) as client:
+        request = f"GET {start(client)['events']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(30)]
+        for connection in connections:
+            connection.sendall(request)
+        answers = [connection.recv(12) for connection in connections]
+        for connection in connections:
+            connection.close()
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert answers.count(b"HTTP/1.1 429") == 28
+    wait_until(lambda: not server.app.state.service.streams)
 
 
 def test_several_processes_have_neither_jobs_nor_files(serve, engine) -> None:

@@ -46,3 +46,15 @@ def test_what_nobody_uses_is_forgotten_when_there_is_no_room(pipe) -> None:
     )
     again = pool.acquire("rain", encoded(pipe, "rain"))
     assert again not in (a, b, c)
+
+
+def test_prompts_count_also_if_no_network_caches_them(pipe) -> None:
+    pool = PromptPool(pipe.loaded.ensemble.null)
+    empty = pool.nbytes
+    assert empty > 0
+    pool.limit = 3 * empty
+    numbers = [pool.acquire(f"moss {i}", encoded(pipe, f"moss {i}")) for i in range(9)]
+    assert pool.nbytes == 10 * empty
+    for number in numbers:
+        pool.release(number)
+    assert pool.nbytes <= pool.limit

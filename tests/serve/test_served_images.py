@@ -81,6 +81,8 @@ def test_events_show_the_steps_and_the_weights(real) -> None:
     [
         {"routing": "time-switch-0.5:a:b"},
         {"routing": "oracle"},
+        {"routing": "oracle-3"},
+        {"routing": "threshold-0." + "0" * 280},  # longer than what a PNG file's settings hold
         {"negative_prompt": "rust", "guidance_scale": 1.0},
     ],
 )
