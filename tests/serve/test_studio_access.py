@@ -5,7 +5,7 @@ import re
 import pytest
 
 from atoll.serve.pages import STATIC
-from tests.serve.browser import chromium, sample, says, studio, tiles
+from tests.serve.browser import chromium, complains, sample, says, studio, tiles
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,13 @@ def test_the_page_fits_a_phone_and_is_legible(browser, server, scheme) -> None:
         prompt = "a-word-without-any-space-" * 12
         sample(page, prompt=prompt, n=5, steps=3)
         says(page, "5 images are ready.")
+        # The images come into view by themselves, and an error is seen beside its field.
+        assert page.evaluate("document.querySelector('#results').getBoundingClientRect().top") < 370
+        sample(page, n=0)
+        complains(page, "Images: expected")
+        for name in ("error", "n"):
+            box = page.locator(f"#{name}").bounding_box()
+            assert 0 <= box["y"] <= 740 - box["height"]
         assert page.locator("#run").is_hidden()
         page.locator("#tiles button").first.click()
         for part in ("weights", "about", "more"):

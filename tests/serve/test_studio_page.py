@@ -27,10 +27,12 @@ def test_previews_are_shown_while_sampling_which_can_be_cancelled(page, engine) 
     tiles(page).nth(1).wait_for()
     assert page.locator("#sample").is_disabled()
     assert page.locator("#sheet").get_attribute("aria-busy") == "true"
+    page.locator("#step-text", has_text="4 of 4: the newest estimate").wait_for()
     page.get_by_role("button", name="Cancel").click()
     says(page, "Cancelled.")
     wait_until(lambda: engine.jobs[0].cancelled.is_set())
     assert page.locator(".waiting:visible").all_inner_texts() == ["cancelled"] * 2
+    assert page.locator("#step-field").is_hidden()
     assert page.locator("#sample").is_enabled()
     assert page.locator("#thumbs button").count() == 0
     # Side by side, what waits for its turn is not started.
@@ -62,6 +64,9 @@ def test_errors_are_shown_in_words(browser, serve, engine) -> None:
         complains(page, "Images: expected a whole number from 1 to 8.")
         assert page.locator("#n").get_attribute("aria-invalid") == "true"
         assert page.evaluate("document.activeElement.id") == "n"
+        page.locator("#n").fill("1")
+        assert page.locator("#error").is_hidden()
+        assert page.locator("[aria-invalid]").count() == 0
         # A field in a closed part is opened.
         sample(page, n=1, steps="")
         complains(page, "Steps: expected a whole number from 1 to 250.")

@@ -87,6 +87,7 @@ export function failTile(index, message) {
   tile.waiting.hidden = false;
   tile.waiting.textContent = message;
   tile.button.setAttribute("aria-label", `${tile.alt}: ${message}`);
+  if (!tiles.some((one) => one.record)) $("step-field").hidden = true;
 }
 
 /** The previews of a tile so far, to be stored with its image. */
@@ -112,7 +113,10 @@ function showStep() {
 
 function showStepText() {
   const { value, max } = $("step");
-  const text = value === max ? `${max} of ${max}: the image` : `${value} of ${max}: the estimate of the image`;
+  const finished = tiles.some((tile) => tile.record);
+  const newest = Math.max(...tiles.flatMap((tile) => [...tile.blobs.keys()]));
+  let text = `${value} of ${max}: the estimate of the image`;
+  if (value === max) text = finished ? `${max} of ${max}: the image` : `${newest} of ${max}: the newest estimate`;
   $("step-text").textContent = text;
   $("step").setAttribute("aria-valuetext", text);
 }

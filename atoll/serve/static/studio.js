@@ -70,11 +70,11 @@ async function sample(title, jobs, entries) {
   const steps = jobs[0].body.steps;
   const focused = document.activeElement;
   setRunning(controller);
+  if (focused?.matches(":disabled")) $("cancel").focus({ preventScroll: true });
+  beginSheet(title, entries, steps);
   // On a narrow page the images are below the form; on a wide one they may be scrolled away.
   const { top } = $("results").getBoundingClientRect();
   if (top < 0 || top > 0.5 * window.innerHeight) $("results").scrollIntoView();
-  if (focused?.matches(":disabled")) $("cancel").focus();
-  beginSheet(title, entries, steps);
   const done = new Array(jobs.length).fill(0);
   const errors = [];
   const dropped = new Set(); // experts that returned NaN or infinity
@@ -105,7 +105,7 @@ async function sample(title, jobs, entries) {
   } finally {
     const back = document.activeElement === $("cancel") || document.activeElement === document.body;
     setRunning(null);
-    if (back && focused?.isConnected) focused.focus();
+    if (back && focused?.isConnected) focused.focus({ preventScroll: true }); // the images stay in view
     await showGallery();
   }
   if (controller.signal.aborted) {
@@ -234,6 +234,11 @@ function listen() {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault(); // in a field of one line it would submit the form as well
     guarded(sampleImages);
+  });
+  // Whoever corrects a setting has read the error.
+  $("form").addEventListener("input", () => {
+    complain("");
+    markField(null);
   });
   $("cancel").addEventListener("click", () => running?.abort());
   for (const kind of ["routing", "expert", "model"]) {
