@@ -95,7 +95,11 @@ def fetch_files(
         file = directory / name
         if file.is_file() and file.stat().st_size == digest.size and digest_of(file) == digest:
             continue
-        file.parent.mkdir(parents=True, exist_ok=True)
+        # A list may name a file that another one needs as a directory.
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AtollError(f"{file.parent}: cannot be made ({error.strerror})") from None
         store.download(f"{places[name]}/{name}", file, digest.sha256, digest.size)
 
 

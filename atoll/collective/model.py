@@ -203,6 +203,8 @@ def _fetch_router(run: PublishedRun, verified: VerifiedIndex, directory: Path) -
     # A single expert, or a generalist, needs none.
     if not files:
         return None
+    if CARD not in files:
+        raise AtollError(f"{run.store.url}: its list of files has {ROUTER}/{WEIGHTS} without {CARD}; ask the founder")
     part = directory / ROUTER / files[CARD].sha256[:32]
     fetch_files(run.store, place, files, part)
     return RouterEntry(url=f"{ROUTER}/{part.name}", sha256=sha256_file(part / CARD))

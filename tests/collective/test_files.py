@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from atoll.collective import files as files_module
+from atoll.collective.connect import open_store
 from atoll.collective.files import (
     FILE_LIST,
     digests_of,
@@ -134,6 +135,16 @@ def test_a_published_manifest_cannot_describe_more_than_it_holds() -> None:
     ):
         with pytest.raises(AtollError, match=problem):
             parse_published(text, "s3://reef/atoll.yaml")
+
+
+def test_a_list_that_names_a_file_as_a_directory_is_one_line(tmp_path) -> None:
+    store = open_store(f"memory://{tmp_path}")
+    digest = FileDigest(sha256=hashlib.sha256(b"x").hexdigest(), size=1)
+    files = {"clusters/x": digest, "clusters/x/y": digest}
+    for name in files:
+        store.create(f"run/{name}", b"x")
+    with pytest.raises(AtollError, match="cannot be made"):
+        fetch_files(store, "run", files, tmp_path / "out")
 
 
 @pytest.mark.parametrize("path", ["/models/mine", "../mine", "init/../../mine"])

@@ -153,6 +153,15 @@ def test_what_is_not_right_is_refused_before_anything_is_fetched(reef, tmp_path)
         reef.model()
 
 
+def test_a_router_without_a_card_is_one_line(trained_run, tmp_path) -> None:
+    shutil.copytree(trained_run, tmp_path / "run")
+    (tmp_path / "run" / "router" / "card.json").unlink()
+    reef = Reef(tmp_path, tmp_path / "run")
+    reef.admit("1-flow-linear")
+    with pytest.raises(AtollError, match=r"has router/weights.safetensors without card.json"):
+        reef.model()
+
+
 def test_an_index_that_expired_is_refused(reef) -> None:
     reef.admit("1-flow-linear")
     reef.append(read_collective(reef.store), expires=1)

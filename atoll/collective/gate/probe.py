@@ -1,7 +1,8 @@
 """Secret rows, and the noise that they get: every row of every noise level has a time of its own.
 
-A time per row, not per level: whoever knows the levels could otherwise spoil an expert between them. The seed is drawn
-when the gate runs and stands in the report afterwards.
+A time per row, not per level: whoever knows the levels could otherwise spoil an expert between them. Some rows get
+exactly the times of a sampler's steps, at which alone an expert could be spoiled otherwise. The seed is drawn when the
+gate runs and stands in the report afterwards.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from atoll.storage.shards import Shards
 EDGES = (0.01, *((a + b) / 2 for a, b in pairwise(NODES)), NODES[-1])
 LEVELS = len(EDGES) - 1
 _LEAST = 8  # rows; no test has a meaning with fewer
+STEPS = (8, 10, 15, 20, 25, 28, 30, 40, 50, 100)  # that samplers take
+_SAMPLED = 8  # one row in so many has the time of a step
 _OTHER = "is of another clustering than the collective's; make the probe again"
 
 
@@ -61,6 +64,8 @@ class Noisy:
 def diffuse(latents: Tensor, low: float, high: float, seed: int, level: int) -> Noisy:
     """Noise latents [n, ...] at times that are spread evenly over (low, high), one for each row.
 
+    Every eighth row gets the nearest time of a sampler's step instead, if there is one in between.
+
     Args:
         latents: x0.
         low, high: path times.
@@ -72,6 +77,13 @@ def diffuse(latents: Tensor, low: float, high: float, seed: int, level: int) -> 
     places = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     t = low + (high - low) * places / count
     eps = torch.randn(latents.shape, generator=generator)
+    for row in range(0, count, _SAMPLED):
+        steps = STEPS[int(torch.randint(len(STEPS), (), generator=generator))]
+        # To the bit what `atoll.solver` computes.
+        times = torch.linspace(1, 0, steps + 1)
+        inside = times[(times > low) & (times < high)]
+        if len(inside):
+            t[row] = inside[(inside - t[row]).abs().argmin()]
     return Noisy(PATH.diffuse(latents, eps, t), eps, t)
 
 

@@ -27,7 +27,7 @@ from atoll.collective.gate.checks import (
 )
 from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
 from atoll.collective.gate.linear import LinearDenoiser
-from atoll.collective.gate.probe import EDGES, diffuse
+from atoll.collective.gate.probe import EDGES, STEPS, diffuse
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text.hashed import HashEncoder
 from atoll.ensemble import Expert
@@ -138,6 +138,19 @@ def test_where_clusters_are_alike_a_network_may_be_imprecise(bench) -> None:
     apart = ratio >= IMPRECISION
     assert apart.sum() > 0
     assert torch.allclose(border[apart], ratio[apart].sqrt().clamp(max=HONEST_SPREAD))
+
+
+def test_an_expert_that_is_wrong_at_the_steps_of_a_sampler_alone_is_refused(mixture, bench) -> None:
+    """Narrower than any time that is drawn would meet."""
+    times = torch.linspace(1, 0, 26)
+
+    def change(output: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        wrong = ((time / 999.0)[:, None] - times).abs().min(1).values < 1e-6
+        return torch.where(wrong.view(-1, 1, 1, 1), -output, output)
+
+    honest = expert_of(mixture, OBJECTIVES[1])
+    assert bench.single(honest).passed
+    assert not bench.single(spoiled(honest, change)).passed
 
 
 def test_a_network_that_predicts_x0_may_have_a_rest_of_error_near_the_data(mixture, bench) -> None:
@@ -305,10 +318,13 @@ def test_fewer_rows_than_numbers_give_a_finite_denoiser() -> None:
 def test_every_row_has_its_own_time_and_seeds_differ() -> None:
     latents = torch.zeros(40, 1, 2, 2)
     one, again, other = (diffuse(latents, 0.2, 0.3, seed, 0) for seed in (1, 1, 2))
-    assert len(one.t.unique()) == 40
     assert ((one.t >= 0.2) & (one.t <= 0.3)).all()
-    # Spread evenly: one in each fortieth.
-    assert ((one.t.sort().values - 0.2) / 0.0025).floor().long().tolist() == list(range(40))
+    # Spread evenly: one at most in each fortieth, but for the times of a sampler's steps.
+    sampled = torch.arange(40) % 8 == 0
+    places = ((one.t[~sampled] - 0.2) / 0.0025).floor().long()
+    assert len(places.unique()) == 35
+    steps = torch.cat([torch.linspace(1, 0, count + 1) for count in STEPS])
+    assert torch.isin(one.t, steps).tolist() == sampled.tolist()
     assert torch.equal(one.x, again.x)
     assert not torch.equal(one.x, other.x)
     assert torch.allclose(one.x, PATH.diffuse(latents, one.eps, one.t))
