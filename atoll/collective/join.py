@@ -11,6 +11,7 @@ from atoll.collective.signed import sign
 from atoll.collective.statements import Request
 from atoll.errors import AtollError
 from atoll.storage.artifact import whole_directory
+from atoll.storage.cards import parse_record
 from atoll.storage.layout import MANIFEST
 
 REQUESTS = "requests"
@@ -34,7 +35,7 @@ def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity:
     """
     if out.exists():
         raise AtollError(f"{out}: exists; join into a new directory")
-    key = Key.load(key_file)
+    key, request = Key.load(key_file), parse_record(Request, {"name": name}, "the request to join")
     store = open_store(url)
     # Who may do what, back to the first charter.
     collective = read_collective(store, identity)
@@ -60,5 +61,5 @@ def join_collective(url: str, out: Path, key_file: Path, *, name: str, identity:
         )
         # The founder sees who asks. One request per key: joining again changes nothing.
         place = f"{REQUESTS}/{hex_of(key.id)}.json"
-        store.create(place, sign(Request(name=name), [key], collective.identity))
+        store.create(place, sign(request, [key], collective.identity))
     return collective.identity

@@ -11,6 +11,7 @@ from atoll.collective.signed import read_signed
 from atoll.collective.statements import STATEMENT_BYTES, Charter, MemberRecord, Position, Request
 from atoll.collective.store import Store
 from atoll.errors import AtollError
+from atoll.storage.cards import parse_record
 
 _DAY = 86_400
 _SHOWN = 1000  # requests that are read
@@ -80,7 +81,7 @@ def change_members(
         "previous": collective.position.sha256,
         "expires": int(store.now(hex_of(keys[0].id)) + expires_days * _DAY),
     }
-    charter = Charter.model_validate(values)
+    charter = parse_record(Charter, values, "the charter")
     digest = publish_charter(store, charter, keys, collective.identity)
     member.update(charter=Position(version=charter.version, sha256=digest))
     # Read it as all others will.

@@ -19,7 +19,7 @@ from atoll.collective.member import MemberRecordFile, full_url, write_record
 from atoll.collective.statements import Charter, FoundedRun, MemberRecord, Position, Roles, Thresholds
 from atoll.errors import AtollError
 from atoll.manifest import load_manifest
-from atoll.storage.cards import FORMAT
+from atoll.storage.cards import FORMAT, parse_record
 from atoll.storage.layout import (
     CLUSTERS,
     CLUSTERS_CARD,
@@ -67,6 +67,7 @@ def open_collective(
     # Everything that can fail here, before the store sees anything.
     key = Key.load(key_file)
     manifest = load_manifest(run)
+    named = parse_record(MemberRecord, {"name": name or manifest.name}, "the charter")
     # Contributors read the manifest with more care than its owner does.
     parse_published(RunLayout(run).manifest.read_bytes(), str(RunLayout(run).manifest))
     names = run_files(run, manifest.clusters.k)
@@ -83,7 +84,7 @@ def open_collective(
     founders = (key.id,)
     charter = Charter(
         version=1,
-        name=name or manifest.name,
+        name=named.name,
         founded=FoundedRun(manifest=files[MANIFEST].sha256, encoded_format=FORMAT, clusters=manifest.clusters.k),
         files=digest,
         roles=Roles(founders=founders, admitters=founders, retirers=founders),

@@ -10,6 +10,7 @@ from atoll.collective.member import changing
 from atoll.collective.signed import sign
 from atoll.collective.statements import Retirement
 from atoll.errors import AtollError
+from atoll.storage.cards import parse_record
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def retire_expert(directory: Path, wanted: str, why: str, key_file: Path | None 
             problem = "several experts have this name; name the submission" if matches else "no such expert is in"
             raise AtollError(f"{wanted:.60}: {problem}; `atoll collective status` lists them")
         expert = experts[matches[0]]
-        statement = Retirement(submission=expert.sha256, charter=collective.position.version, why=why)
+        values = {"submission": expert.sha256, "charter": collective.position.version, "why": why}
+        statement = parse_record(Retirement, values, "the retirement")
         place = retirement_path(expert.submission, key.id)
         if not store.create(place, sign(statement, [key], collective.identity)):
             raise AtollError(f"{expert.submission}: this key has retired it already, for whatever reason")

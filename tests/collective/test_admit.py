@@ -130,7 +130,8 @@ def test_an_honest_expert_enters_and_leaves(reef) -> None:
     assert "has a report of this key already" in reef.refused(
         "admit", "bucket", submission, "--probe", "probe", "-r", "run"
     )
-    # It leaves by name, once.
+    # It leaves by name, once, and for a reason.
+    assert "the retirement: why" in reef.refused("retire", "bucket", "1-flow-linear", "--why", "", "-r", "run")
     assert "no such expert" in reef.refused("retire", "bucket", "9-none", "--why", "test", "-r", "run")
     assert reef("retire", "bucket", "1-flow-linear", "--why", "test", "-r", "run") == f"{submission} is out\n"
     assert "no such expert is in" in reef.refused("retire", "bucket", submission, "--why", "again", "-r", "run")

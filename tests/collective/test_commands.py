@@ -175,6 +175,18 @@ def test_invited_members_are_added_and_removed(reef) -> None:
     assert "no founder" in reef.refused("members", reef.url, "-r", "ada", "--add", ada)
 
 
+def test_a_value_that_no_statement_holds_is_one_line(reef) -> None:
+    reef("key", "founder.key")
+    assert "expected printable" in reef.refused(
+        "open", reef.url, "-r", reef.run, "--key", "founder.key", "--name", "\x1b"
+    )
+    assert not (reef.root / reef.url).exists()
+    reef("open", reef.url, "-r", reef.run, "--key", "founder.key")
+    assert "expected printable" in reef.refused("join", reef.url, "-o", "a", "--key", "founder.key", "--name", "\x1b")
+    assert not (reef.root / "a").exists()
+    assert "the charter: members" in reef.refused("members", reef.url, "-r", reef.run, "--add", "nonsense")
+
+
 def test_a_collective_that_was_exchanged_is_noticed(reef) -> None:
     identity = reef.open()
     reef.join("ada")
