@@ -129,7 +129,7 @@ _REFUSALS = (
     ),
     (("NoSuchBucket", "Bucket not found", "bucket does not exist"), "there is no such bucket"),
 )  # fmt: skip
-_BAD_NAME = re.compile(r'object with invalid path: Error parsing Path "(.*?)":', re.DOTALL)
+_BAD_NAME = re.compile(r'object with invalid path: (?:Error parsing )?Path "(.*?)"(?::| contained)', re.DOTALL)
 
 
 def store_error(where: str, text: str) -> StoreError:

@@ -112,6 +112,7 @@ def test_a_refusal_is_final_and_one_line(local) -> None:
         ("Server returned non-2xx status code: 403 Forbidden: AccessDenied", "refuses access"),
         ("NoSuchBucket", "no such bucket"),
         ("os error 28", "is full"),
+        ('Encountered object with invalid path: Path "a//b" contained empty path segment', "holds a//b, a name"),
         ("something else\n\nDebug source: {lots}", r"the store failed \(something else\); try again"),
     ],
 )
