@@ -164,7 +164,13 @@ def claim_next(
     """
     now = store.now(hex_of(key.id))
     for work in works:
-        status = work_status(store, collective, work)
+        try:
+            status = work_status(store, collective, work)
+        except StoreError:
+            raise
+        # Full of junk: the others are as good.
+        except AtollError:
+            continue
         if status.state(now) in ("held", "finished"):
             continue
         try:

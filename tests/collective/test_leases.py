@@ -139,6 +139,8 @@ def test_more_junk_than_is_read_takes_no_lease_away(local, monkeypatch) -> None:
         local.create(f"work/3/{epoch:06d}.json", b"junk")
     with pytest.raises(AtollError, match="its last 3 claims are of no member; remove them"):
         take(local, collective, BEN)
+    # The next work is another one.
+    assert claim_next(local, collective, BEN, ["3", "4"], lambda work: new_nonce()).work == "4"
     Path(local.url, "work/3/000004.json").unlink()
     with pytest.raises(AtollError, match="is held by"):
         take(local, collective, BEN)
