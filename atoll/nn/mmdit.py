@@ -120,18 +120,12 @@ class MMDiT(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.config = config
-        D, values, hidden = (
-            config.width,
-            config.patch**2 * config.channels,
-            hidden_width(config.width, config.mlp_ratio),
-        )
-        b = config.bottleneck
+        D, b, values = config.width, config.bottleneck, config.patch**2 * config.channels
+        hidden = hidden_width(D, config.mlp_ratio)
         self.embed = nn.Sequential(linear(values, b), linear(b, D)) if b else linear(values, D)
         self.conditioner = Conditioner(D, config.pooled_dim, "single")
         self.embed_size = linear(2 * TIME_FEATURES, D) if config.size_embedding else None
-        self.shared_text = (
-            nn.Linear(D, 6 * D) if config.dual_blocks else None
-        )  # the dual blocks' modulation of the text
+        self.shared_text = nn.Linear(D, 6 * D) if config.dual_blocks else None  # modulates the text of dual blocks
         self.embed_states = linear(config.states_dim, D)
         self.blocks = nn.ModuleList(
             DualBlock(D, config.heads, hidden) if number < config.dual_blocks else MMDiTBlock(D, config.heads, hidden)
@@ -286,12 +280,9 @@ class MMDiT(nn.Module):
             # Entering the route, tokens and rotations are gathered; leaving it, tokens return to their places.
             if route is not None and number == route.first:
                 skipped, x = x, route.take(x)  # [B,n,D]
-                # The bias of all image tokens is 0.
-                bias = (
-                    None
-                    if inputs.bias is None
-                    else inputs.bias[..., : inputs.bias.shape[3] - skipped.shape[1] + x.shape[1]]
-                )
+                # The bias of all image tokens is 0, so as many are left as there are tokens.
+                bias, fewer = inputs.bias, x.shape[1] - skipped.shape[1]
+                bias = None if bias is None else bias[..., : bias.shape[3] + fewer]
                 current = replace(inputs, rope=route.take(inputs.rope, dim=2), bias=bias)
             x, text = self._block(number, x, text, current)  # [B,N,D] or [B,n,D]
             if number + 1 == tap:

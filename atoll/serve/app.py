@@ -217,9 +217,8 @@ def _answer(job: ServedJob, base: str) -> JSONResponse:
         else:
             data.append({"b64_json": base64.b64encode(job.images[index]).decode(), "seed": seed})
     card = job.model.card
-    return JSONResponse(
-        {"created": job.created, "data": data, "size": card.sizes[0], "output_format": "png", "model": card.id}
-    )
+    answer = {"created": job.created, "data": data, "size": card.sizes[0], "output_format": "png", "model": card.id}
+    return JSONResponse({**answer, "truncated": list(job.truncated)})
 
 
 def _jobs(service: Service) -> APIRouter:
@@ -362,8 +361,9 @@ def _operation(service: Service) -> APIRouter:
 
     @router.get("/readyz", summary="Whether requests are accepted")
     async def readyz() -> JSONResponse:
-        """Return 200, or 503 while the server is closing."""
-        closing = service.jobs.closing
-        return JSONResponse({"status": "closing" if closing else "ready"}, 503 if closing else 200)
+        """Return 200, or 503 while the server is closing or if an engine has stopped."""
+        stopped = not all(model.engine.alive for model in service.models.values())
+        status = "closing" if service.jobs.closing else "stopped" if stopped else "ready"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     return router

@@ -119,6 +119,7 @@ class Decoder:
             weights=torch.cat([torch.stack(unit.weights) for unit in work.units], dim=1),
             experts=tuple(expert.name for expert in experts),
             dropped=tuple(experts[index].name for index in sorted(work.excluded)),
+            truncated=work.truncated,
             queue_seconds=started - work.submitted,
             sample_seconds=sampled - started,
         )

@@ -119,6 +119,11 @@ class Engine:
             self._changed.notify_all()
         return work.job
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine accepts requests and all of its threads run."""
+        return not self._closing and all(thread.is_alive() for thread in self._threads)
+
     def statistics(self) -> dict[str, Any]:
         """Return numbers for monitoring; thread-safe.
 
@@ -216,6 +221,8 @@ class Engine:
             self._encode([text for text in texts if text not in encoded], encoded)
             for work in works:
                 work.conditions = {text: encoded[text] for text in _texts(work) if text in encoded}
+                ends = (self.pipeline.loaded.encoder.truncated_text(text) for text in work.conditions)
+                work.truncated = tuple(end for end in ends if end)
                 if len(work.conditions) < len(set(_texts(work))):
                     self._over(work, Failed("failed", "the prompt could not be encoded; the server's log says more"))
             while len(encoded) > _ENCODED:

@@ -65,6 +65,7 @@ class ServedJob:
         job: the engine's own job.
         images: PNG files, when it is finished.
         names: their names in the file store.
+        truncated: ends of the prompts that were cut off.
         failure: why there are none.
         finished_at: on the store's clock; None while it is unfinished.
     """
@@ -83,6 +84,7 @@ class ServedJob:
     job: ImageJob | None = None
     images: list[bytes] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    truncated: tuple[str, ...] = ()
     failure: Failed | None = None
     finished_at: float | None = None
 
@@ -289,7 +291,7 @@ class JobStore:
             self._fail(job, event)
 
     async def _finish(self, job: ServedJob, event: Finished) -> None:
-        settings = job.settings(event.dropped)
+        settings, job.truncated = job.settings(event.dropped), event.truncated
         started = self._clock()
         job.images = await asyncio.to_thread(_encode_all, event, settings)
         if job.response_format == "url":
@@ -365,6 +367,7 @@ def _finished_data(job: ServedJob, event: Finished, settings: list[ImageSettings
         "images": images,
         "experts": list(event.experts),
         "dropped": list(event.dropped),
+        "truncated": list(event.truncated),
         **expert_weights(event.times, event.weights),
         "queue_seconds": round(event.queue_seconds, 4),
         "sample_seconds": round(event.sample_seconds, 4),

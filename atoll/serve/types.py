@@ -100,6 +100,7 @@ class Finished:
         weights: each expert's weight at each evaluation [V, n, E].
         experts: the experts' names.
         dropped: the experts that answered with NaN or infinity and were left out from then on.
+        truncated: ends of the prompt, or of the negative prompt, that are too long for the text encoder and cut off.
         queue_seconds: from submission to the first step.
         sample_seconds: from the first step to the last.
     """
@@ -110,6 +111,7 @@ class Finished:
     weights: "Tensor"
     experts: tuple[str, ...]
     dropped: tuple[str, ...]
+    truncated: tuple[str, ...]
     queue_seconds: float
     sample_seconds: float
 

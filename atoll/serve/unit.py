@@ -88,6 +88,7 @@ class EngineJob:
         sampled: when its last step ended; None before.
         prompt, null: the numbers of its prompt and of its negative prompt in the prompt pool; -1 before encoding.
         conditions: its prompt and its negative prompt as encoded, by text; empty before encoding.
+        truncated: ends of these texts that are cut off.
         evaluations_left: image evaluations until all images are sampled.
         images: the decoded images by their place.
         step: the step that was last told to the listener.
@@ -105,6 +106,7 @@ class EngineJob:
     prompt: int = -1
     null: int = -1
     conditions: dict[str, tuple[Condition, ...]] = field(default_factory=dict)
+    truncated: tuple[str, ...] = ()
     evaluations_left: int = 0
     images: dict[int, "Image"] = field(default_factory=dict)
     step: int = 0

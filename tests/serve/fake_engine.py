@@ -30,6 +30,7 @@ class FakeEngine:
         self.pipeline, self.limits = pipeline, EngineLimits(queue=queue)
         self.jobs: list[ImageJob] = []
         self.full = False
+        self.alive = True
         self.images = 0  # sampled
         self._go = threading.Event()
         self._go.set()
@@ -78,7 +79,8 @@ class FakeEngine:
             weights = torch.full((steps, n, len(experts)), 1 / len(experts))
             times = torch.linspace(1, 0, steps + 1)[:-1]
             images = [image_of(seed) for seed in request.seeds]
-            self._end(job, Finished(images, torch.zeros(n, 1, 4, 8), times, weights, experts, (), 0.5, 1.5))
+            latents, truncated = torch.zeros(n, 1, 4, 8), ("too long",)
+            self._end(job, Finished(images, latents, times, weights, experts, (), truncated, 0.5, 1.5))
 
     def _emit(self, job: ImageJob, event: Event) -> None:
         job.listener(event)

@@ -198,6 +198,11 @@ def test_users_receive_equal_shares_whatever_they_ask_for(pipe) -> None:
     assert counts["greedy"] <= 6, finished
 
 
+def test_the_end_of_a_prompt_that_is_cut_off_is_named(engine) -> None:
+    (events,) = run(engine, ImageRequest("moss rain sand rust moss", (1,), steps=1, negative_prompt="rain"))
+    assert events[-1].truncated == ("rust moss",)
+
+
 def test_cancellation_frees_the_place_and_is_the_last_event(engine) -> None:
     events, jobs = Events(), []
 
@@ -238,6 +243,7 @@ def test_what_is_unfinished_is_told_when_the_engine_closes(pipe) -> None:
     assert gate.events[-1].reason == "closed"
     with pytest.raises(AtollError, match="closed"):
         engine.submit(ImageRequest("moss"), events)
+    assert not engine.alive
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("atoll-")]
 
 

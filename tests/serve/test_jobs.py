@@ -57,6 +57,7 @@ def test_a_job_reports_progress_previews_and_who_drew_what(client) -> None:
     assert len(last["times"]) == 4
     assert [[len(row) for row in image] for image in last["weights"]] == [[3] * 4] * 2
     assert len(last["experts"]) == 3
+    assert last["truncated"] == ["too long"]
     assert [image["seed"] for image in last["images"]] == [5, 6]
     assert [image["settings"]["seed"] for image in last["images"]] == [5, 6]
     content = client.get(last["images"][1]["url"]).content
@@ -178,6 +179,13 @@ def test_a_closing_server_refuses_before_work_begins(client, server, engine) -> 
     assert not engine.jobs
     assert client.get("/readyz").status_code == 503
     assert client.get("/healthz").status_code == 200
+
+
+def test_a_server_whose_engine_has_stopped_is_not_ready(client, engine) -> None:
+    assert client.get("/readyz").json() == {"status": "ready"}
+    engine.alive = False
+    response = client.get("/readyz")
+    assert (response.status_code, response.json()) == (503, {"status": "stopped"})
 
 
 def test_one_client_cannot_fill_the_queue(serve, engine) -> None:

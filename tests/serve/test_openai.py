@@ -32,6 +32,7 @@ def test_images_come_in_base64(images) -> None:
     assert [image.tobytes() for image in received] == [image_of(seed).tobytes() for seed in (7, 8)]
     assert [one.seed for one in answer.data] == [7, 8]
     assert (answer.size, answer.output_format) == ("8x4", "png")
+    assert answer.model_extra["truncated"] == ["too long"]
 
 
 def test_images_come_by_url_with_their_settings(images, trained_run) -> None:
