@@ -170,10 +170,14 @@ def rounded(path: Path, out: Path) -> Path:
     return out
 
 
+def directory_of(kind: str) -> str:
+    """The directory of a kind of poisoned expert."""
+    return kind.replace("%", "pc").replace(",", "").replace(" ", "_")
+
+
 def made(honest: Honest, name: str, poison: Poison, out: Path) -> Path:
     """Write a poisoned expert, unless it is there."""
-    slug = name.replace("%", "pc").replace(",", "").replace(" ", "_")
-    path = out / honest.card.name / slug
+    path = out / honest.card.name / directory_of(name)
     if not (path / CARD).is_file():
         start = time.process_time()
         save_artifact(path, *poison(honest))

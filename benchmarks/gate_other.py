@@ -2,9 +2,10 @@
 
     python benchmarks/gate_other.py runs/demo --more runs/other/experts --out gate
 
-Run `benchmarks/gate.py` with the same `--out` first: its probe, its poisoned experts and its results are used. Each
+Run `benchmarks/gate.py` with the same `--out` first: its probe and its poisoned experts are used. Each
 statistic is the largest over every third noise level, in units of what needs no training:
 
+- error: the gate's own, the error over the border;
 - replica: the squared distance to another honest expert of the cluster, over the border;
 - fused: the error of the ensemble with the expert over that without any expert of its cluster, top-2, the run's router;
 - adjacent: the squared distance of its x0 at t and at 0.9 t, same image and noise, over the best linear denoiser's.
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gate import Gate
+from gate import Gate, directory_of
+from poison import CHEAP, DEAR
 from torch import Tensor
 
 from atoll.collective.gate.checks import tolerance
@@ -42,7 +44,7 @@ from atoll.storage.artifact import read_card
 from atoll.storage.cards import ExpertCard
 from atoll.storage.layout import CARD, ENSEMBLE, EXPERTS
 
-NAMES = ("replica", "fused", "adjacent")
+NAMES = ("error", "replica", "fused", "adjacent")
 NEARER = 0.9  # of a time: the adjacent one
 SOME = range(0, LEVELS, 3)  # noise levels
 
@@ -98,7 +100,7 @@ class Others:
         far = reference.others(OTHER_ROWS, seed)
         draws = Draws.of(rows.latents, EDGES, reference.own, seed).select(SOME)
         condition = self.gate.encoder(list(rows.captions))
-        seconds = {}
+        seconds: dict[str, float] = {}
 
         def timed(name: str, velocity: NoisyVelocity, noisy: tuple[Noisy, ...] = draws.noisy) -> Tensor:
             start = time.process_time()
@@ -107,15 +109,18 @@ class Others:
             return result
 
         own = timed("pass", expert_velocity(candidate, condition))
-        values = {}
+        values: dict[str, float] = {}
+        seconds["error"] = seconds["pass"]
         # A replica.
         other = load_expert(self.replica(name, card.clusters)).expert
-        border = tolerance(draws, reference.own, LinearDenoiser.of(far.latents) if far else None)
+        other_cluster = LinearDenoiser.of(far.latents) if far else None
+        border = tolerance(draws, reference.own, other_cluster, candidate.objective.prediction)
         distance = squares(own - timed("replica", expert_velocity(other, condition))) / draws.scale
         values["replica"] = float((distance.mean(1) / border.mean(1)).max())
         # The ensemble with and without.
         rest = [one for one in self.ensemble.experts if one.clusters != card.clusters]
         target = torch.stack([one.eps - rows.latents for one in draws.noisy])
+        values["error"] = float((squares(own - target) / draws.scale).mean(1).div(border.mean(1)).max())
         with_it, without = (
             squares(timed("fused", fused_velocity(replace(self.ensemble, experts=experts), condition)) - target)
             for experts in ([*rest, candidate], rest)
@@ -135,63 +140,62 @@ class Others:
         return values, {name: seconds[name] / seconds["pass"] for name in NAMES}
 
 
+def chosen(paths: list[Path], limit: int) -> list[Path]:
+    """At most `limit` of these, evenly."""
+    return [paths[number * len(paths) // limit] for number in range(limit)] if len(paths) > limit else paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--more", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("gate"))
+    parser.add_argument(
+        "--limit", type=int, default=1000, help="honest and poisoned experts each at most, evenly chosen"
+    )
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="other.json of other data sets, for the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    honest = sorted(path.parent for root in (args.more, args.run / EXPERTS) for path in root.glob(f"*/{CARD}"))
-    others, judged = Others(args.run, honest, args.out / "probe"), json.loads((args.out / "results.json").read_text())
-    content: dict[str, Any] = {"honest": [], "poisoned": [], "costs": []}
-    cache = args.out / "other-trials.json"
-    known = json.loads(cache.read_text()) if cache.is_file() else {}
-    for kind in ("honest", "poisoned"):
-        seen = set()
-        for trial in judged[kind]:
-            # One draw each; those that are rounded to bf16 tell nothing new.
-            if trial["path"] in seen or trial["kind"] == "bf16":
-                continue
-            seen.add(trial["path"])
-            # What does not load has no statistic: the gate refuses it by its contents.
-            if "contents" in trial["refused_by"]:
-                continue
-            if trial["path"] not in known:
-                known[trial["path"]] = others(Path(trial["path"]), trial["expert"], 0)
+    own = sorted(path.parent for path in (args.run / EXPERTS).glob(f"*/{CARD}"))
+    honest = sorted(path.parent for path in args.more.glob(f"*/{CARD}")) + own
+    # All kinds by turns, so that an even choice has each of them. What does not load has no statistic.
+    kinds = [directory_of(kind) for kind in {**CHEAP, **DEAR} if kind != "not finite"]
+    paths = [args.out / "poison" / base.name / kind for kind in kinds for base in own]
+    poisoned = [path for path in paths if (path / CARD).is_file()]
+
+    others, cache = Others(args.run, honest, args.out / "probe"), args.out / "other.json"
+    known: dict[str, Any] = json.loads(cache.read_text()) if cache.is_file() else {}
+    for group, experts in (("honest", chosen(honest, args.limit)), ("poisoned", chosen(poisoned, args.limit))):
+        for path in experts:
+            if str(path) not in known:
+                name = path.name if group == "honest" else path.parent.name
+                values, costs = others(path, name, 0)
+                known[str(path)] = {"group": group, "kind": path.name, "values": values, "costs": costs}
                 cache.write_text(json.dumps(known))
-            values, costs = known[trial["path"]]
-            content["costs"].append(costs)
-            content[kind].append({**trial, "other": values})
-    (args.out / "other.json").write_text(json.dumps(content, indent=1))
     for path in args.add:
-        content = {key: value + json.loads(path.read_text())[key] for key, value in content.items()}
-    report(content)
+        known |= json.loads(path.read_text())
+    report(list(known.values()))
 
 
-def report(content: dict[str, Any]) -> None:
-    """Print the table; `error` is the gate's own statistic of the same draws, for comparison."""
-    honest, poisoned = content["honest"], content["poisoned"]
-    for trial in honest + poisoned:
-        trial["other"]["error"] = trial["worst"].get("error", math.inf)
-    print("| statistic | honest | poisoned, least, median | above all honest | also by `error` | alone | passes |")
-    print("|---|---|---|---|---|---|---|")
-    top = {name: max(t["other"][name] for t in honest) for name in (*NAMES, "error")}
-    for name in (*NAMES, "error"):
-        least = min(t["other"][name] for t in honest)
-        values = [t["other"][name] for t in poisoned]
-        above = [t for t in poisoned if t["other"][name] > top[name]]
-        both = sum(t["other"]["error"] > top["error"] for t in above)
-        alone = [t["kind"] for t in above if not t["refused_by"]]
-        cost = statistics.median(c[name] for c in content["costs"]) if name in NAMES else 1.0
+def report(trials: list[dict[str, Any]]) -> None:
+    """Print the table; `error`, the gate's own statistic on the same draws, for comparison."""
+    honest, poisoned = ([t["values"] for t in trials if t["group"] == group] for group in ("honest", "poisoned"))
+    top = {name: max(values[name] for values in honest) for name in NAMES}
+    print(f"{len(honest)} honest, {len(poisoned)} poisoned")
+    print("| statistic | honest | poisoned: least, median | above all honest | not by error | passes |")
+    print("|---|---|---|---|---|---|")
+    for name in NAMES:
+        low, rest = min(values[name] for values in honest), [values[name] for values in poisoned]
+        above = [values for values in poisoned if values[name] > top[name]]
+        new = sum(values["error"] <= top["error"] for values in above)
+        cost = statistics.median(t["costs"][name] for t in trials)
         print(
-            f"| {name} | {least:.2f} to {top[name]:.2f} | {min(values):.2f}, {statistics.median(values):.3g} "
-            f"| {len(above)} of {len(poisoned)} | {both} | {len(alone)} | {cost:.2f} |"
+            f"| {name} | {low:.2f} to {top[name]:.2f} | {min(rest):.2f}, {statistics.median(rest):.3g} "
+            f"| {len(above)} of {len(rest)} | {new} | {cost:.2f} |"
         )
     for name in NAMES:
-        missed = Counter(t["kind"] for t in poisoned if t["other"][name] <= top[name])
-        print(f"\nbelow an honest one by {name}: {dict(missed)}")
+        missed = Counter(t["kind"] for t in trials if t["group"] == "poisoned" and t["values"][name] <= top[name])
+        print(f"\nnot above an honest one by {name}: {dict(missed)}")
 
 
 if __name__ == "__main__":

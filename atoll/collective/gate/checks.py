@@ -211,29 +211,34 @@ def _normal_quantile(tests: int) -> float:
     return NormalDist().inv_cdf(1 - FALSE_REFUSALS / SHARES / tests)
 
 
-def check_card(errors: Tensor, claimed: Tensor, claimed_rows: int, claimed_draws: int) -> Check:
+def check_card(errors: Tensor, linear: Tensor, all_linear: Tensor, claimed: Tensor, claimed_draws: int) -> Check:
     """Refuse an expert whose error on the card's own rows exceeds what the card says.
 
-    The rows are those that training held out, which everybody can select again. If all are used, the claim and the
-    measurement differ by noise alone, and by its rows' spread otherwise. Two draws per row show the former, the means
-    of rows the latter.
+    The rows are those that training held out, which everybody can select again. The expert is evaluated on some of
+    them, the best linear denoiser of the cluster on all: what is hard for one is hard for the other, so the expert's
+    error on all rows is estimated by their ratio (the ratio estimator of survey sampling, Cochran 1977). What remains
+    uncertain is the noise, which two draws per row show, and the spread of rows around the ratio.
 
     Args:
-        errors: squared errors of x0, two draws of each row at each node [nodes, 2, n].
+        errors: the expert's squared errors of x0, two draws of each row at each node [nodes, 2, n].
+        linear: those of the linear denoiser, on the same noise [nodes, 2, n].
+        all_linear: the same on all rows, with any noise [nodes, 2, N].
         claimed: the card's curve at these nodes [nodes].
-        claimed_rows: rows that the card's curve was measured on.
         claimed_draws: noisy latents per node that the card's curve was measured with.
     """
     nodes, _, rows = errors.shape
-    noise = (errors[:, 0] - errors[:, 1]).square().mean(1) / 2  # variance of one draw
-    means = errors.mean(1)  # [nodes, n]
-    between = (means.var(1) - noise / 2).clamp(min=0) * max(1 / rows - 1 / max(claimed_rows, rows), 0.0)
-    error = (noise / (2 * rows) + noise / claimed_draws + between).sqrt()
+    ratio = errors.mean((1, 2)) / linear.mean((1, 2))
+    estimate, rest = ratio * all_linear.mean((1, 2)), errors - ratio[:, None, None] * linear
+    # Variances: of the rows' spread, of the noise of both evaluations, and of the claim.
+    noise = _noise(rest)
+    between = (rest.mean(1).var(1) - noise / 2).clamp(min=0) * (1 / rows - 1 / all_linear.shape[2])
+    both = noise / (2 * rows) + ratio**2 * _noise(all_linear) / (2 * all_linear.shape[2])
+    error = (both + _noise(errors) / claimed_draws + between).sqrt()
     # What is below rounding of weights to bf16 is no difference: 2^-8 of the network's output, squared with its error.
     scale = error + 2**-8 * claimed.clamp(min=1e-12)
-    values = torch.nan_to_num((means.mean(1) - claimed) / scale, nan=math.inf, posinf=math.inf)
+    values = torch.nan_to_num((estimate - claimed) / scale, nan=math.inf, posinf=math.inf)
     bound = quantile(nodes, rows)
-    node, ratios = int(values.argmax()), means.mean(1) / claimed.clamp(min=1e-12)
+    node, ratios = int(values.argmax()), estimate / claimed.clamp(min=1e-12)
     passed = bool(values[node] <= bound)
     reason = (
         f"its error is {float(ratios.max()):.2f} of what its card says at most"
@@ -242,6 +247,12 @@ def check_card(errors: Tensor, claimed: Tensor, claimed_rows: int, claimed_draws
         "the card is of other weights"
     )
     return Check("card", float(values[node]), bound, passed, reason, f"t = {CARD_TIMES[node]:.3g}", float(ratios.max()))
+
+
+def _noise(errors: Tensor) -> Tensor:
+    """The variance of one draw, from two draws of each row [nodes, 2, n] -> [nodes]."""
+    variance: Tensor = (errors[:, 0] - errors[:, 1]).square().mean(1) / 2
+    return variance
 
 
 @torch.inference_mode()

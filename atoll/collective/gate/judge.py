@@ -25,7 +25,7 @@ from atoll.collective.gate.checks import (
     tolerance,
 )
 from atoll.collective.gate.contents import check_contents
-from atoll.collective.gate.errors import Draws, expert_velocity
+from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
 from atoll.collective.gate.linear import MAX_ROWS, LinearDenoiser
 from atoll.collective.gate.probe import EDGES, Noisy, Probe, ProbeRows
 from atoll.condition import Condition
@@ -212,10 +212,11 @@ class _Trial:
         chosen = numbers[some.sort().values]
         if len(chosen) < 2:
             return []
-        rows = self.reference.latents(chosen)
+        rows, linear = self.reference.latents(chosen), linear_velocity(self.reference.own)
         velocity = expert_velocity(self.expert, self._encode(rows.captions * 2), self.device)
-        errors = card_errors(velocity, rows.latents, self.seed)
-        return [check_card(errors, claimed_errors(self.expert.calibration), len(numbers), _CLAIMED)]
+        errors, same = (card_errors(one, rows.latents, self.seed) for one in (velocity, linear))
+        all_linear = card_errors(linear, self.reference.latents(numbers).latents, self.seed)
+        return [check_card(errors, same, all_linear, claimed_errors(self.expert.calibration), _CLAIMED)]
 
     def null(self) -> list[Check]:
         """The empty prompt, which guidance needs."""

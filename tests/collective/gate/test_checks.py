@@ -279,14 +279,31 @@ def test_exchanged_captions_differ_wherever_they_can() -> None:
 
 def test_a_card_of_other_weights_is_refused(mixture, bench) -> None:
     velocity = expert_velocity(expert_of(mixture, OBJECTIVES[1]), condition(2 * ROWS))
+    linear = linear_velocity(bench.own)
     # The claim is what other draws on the same rows show.
     claimed = torch.stack([card_errors(velocity, bench.rows, seed).mean((1, 2)) for seed in range(20)]).mean(0)
-    errors = card_errors(velocity, bench.rows, 99)
-    assert check_card(errors, claimed, ROWS, 256).passed
-    assert not check_card(errors, claimed / 3, ROWS, 256).passed
+    errors, same, every = (
+        card_errors(one, bench.rows, seed) for one, seed in ((velocity, 99), (linear, 99), (linear, 7))
+    )
+    assert check_card(errors, same, every, claimed, 256).passed
+    assert not check_card(errors, same, every, claimed / 3, 256).passed
     # Better than claimed is no lie.
-    assert check_card(errors, claimed * 3, ROWS, 256).passed
+    assert check_card(errors, same, every, claimed * 3, 256).passed
     assert errors.shape == (len(CARD_TIMES), 2, ROWS)
+
+
+def test_rows_of_unequal_difficulty_hide_no_other_weights() -> None:
+    """24 of 240 rows, some twenty times harder than others: 60 % more than the card says is seen."""
+    g = torch.Generator().manual_seed(0)
+    hard = (0.8 * torch.randn(240, generator=g)).exp().double()
+    every = hard * (1 + 0.1 * torch.randn(3, 2, 240, generator=g))
+    for seed in range(20):
+        some = torch.randperm(240, generator=torch.Generator().manual_seed(seed))[:24]
+        linear = every[:, :, some]
+        errors = 0.9 * hard[some] * (1 + 0.1 * torch.randn(3, 2, 24, generator=g))
+        claimed = 0.9 * hard.mean().expand(3)
+        assert check_card(errors, linear, every, claimed, 256).passed
+        assert not check_card(errors, linear, every, claimed / 1.6, 256).passed
 
 
 def test_the_linear_denoiser_is_exact_for_a_gaussian() -> None:
