@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from atoll.cli.app import Quiet, app, bar
-from atoll.errors import AtollError
+from atoll.errors import AtollError, escaped
 
 if TYPE_CHECKING:
     from atoll.collective.publish_router import ApprovedRouter
@@ -262,7 +262,7 @@ def admit(
         verdict += ", and in" if one.entered else ""
         # Of an accepted expert the report holds the reasons.
         reasons = "" if one.accepted else f": {'; '.join(one.reasons)}"
-        typer.echo(f"{one.submission} {one.name or '(broken)'} {verdict}{reasons}")
+        typer.echo(escaped(f"{one.submission} {one.name or '(broken)'} {verdict}{reasons}"))
     if not outcomes:
         typer.echo("nothing to judge: every submission has a report of yours")
 

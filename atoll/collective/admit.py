@@ -28,6 +28,7 @@ from atoll.storage.artifact import read_card
 from atoll.storage.bounds import CARD_BYTES
 from atoll.storage.cards import ExpertCard, Lineage
 from atoll.storage.layout import CARD, WEIGHTS, RunLayout
+from atoll.storage.memory import one_line
 from atoll.storage.shards import Shards
 
 Tell = Callable[["Judgement"], None]
@@ -193,16 +194,22 @@ def _judge_one(
         clusters = _clusters_now(Path(place), statement, references.run.lineage)
         if problem := references.probe.outgrown(clusters):
             return Judgement(name, statement.name, None, (problem,))
-        checks = judge(
-            Path(place),
-            references(clusters),
-            name=statement.name,
-            seed=seed,
-            clusters=statement.clusters,
-            known=known,
-            rows=rows,
-            device=best_device(),
-        )
+        about = references(clusters)
+        try:
+            checks = judge(
+                Path(place),
+                about,
+                name=statement.name,
+                seed=seed,
+                clusters=statement.clusters,
+                known=known,
+                rows=rows,
+                device=best_device(),
+            )
+        # It may be too large for this machine, and not for another; those that wait are judged all the same.
+        except (RuntimeError, MemoryError) as error:
+            reason = one_line(error) or f"cannot be judged ({' '.join(str(error).split())[:200]})"
+            return Judgement(name, statement.name, None, (reason,))
     report = report_of(signed, collective, checks, seed)
     if not store.create(report_path(name, key.id), sign(report, [key], collective.identity)):
         raise AtollError(f"{store.place(report_path(name, key.id))}: something else is at its place; remove it")

@@ -223,6 +223,17 @@ def test_junk_and_exchanged_weights_are_lines_of_their_own(reef) -> None:
     assert not open_store("bucket").list("reports")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory: you tried to allocate 9 bytes")])
+def test_an_expert_that_is_too_large_for_a_machine_keeps_no_other_from_being_judged(error, reef, monkeypatch) -> None:
+    def judge(*arguments: object, **options: object) -> list[Check]:
+        raise error
+
+    monkeypatch.setattr("atoll.collective.admit.judge", judge)
+    submission = reef.offer()
+    assert reef.admit().startswith(f"{submission} 1-flow-linear not judged: out of memory (")
+    assert not open_store("bucket").list("reports")
+
+
 def test_the_same_weights_do_not_enter_twice(reef) -> None:
     reef.offer()
     assert "accepted" in reef.admit()

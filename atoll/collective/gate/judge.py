@@ -34,7 +34,7 @@ from atoll.ensemble.loading import LoadedExpert
 from atoll.errors import AtollError, escaped
 from atoll.randomness import Stream, cpu_generator, hashed_seed, random_rows, seeded
 from atoll.storage.cards import ClusterShardsCard, Lineage
-from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.memory import is_out_of_memory
 from atoll.storage.shards import Shards, is_held_out
 
 PROBE_ROWS = 64
@@ -194,8 +194,7 @@ class _Trial:
             reason = str(error)
         except (RuntimeError, TypeError, ValueError) as error:
             # These are no fault of the expert, and a report stays.
-            refuse_out_of_memory(error, "the expert")
-            if isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.8
+            if is_out_of_memory(error) or isinstance(error, getattr(torch, "AcceleratorError", ())):  # torch 2.8
                 raise
             reason = str(error)
         else:
