@@ -60,7 +60,8 @@ def studio(
 
     page.on("console", lambda message: message.type in ("error", "warning") and note(message.text))
     page.on("pageerror", lambda error: note(str(error)))
-    page.on("requestfailed", lambda request: request.url.startswith(url) or note(f"requested {request.url}"))
+    own = (f"{url}/", f"blob:{url}/", "data:")
+    page.on("request", lambda request: request.url.startswith(own) or note(f"requested {request.url}"))
     page.goto(url)
     # The form is usable as soon as the models are known.
     if ready:
