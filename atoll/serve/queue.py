@@ -5,10 +5,14 @@ et al. 1996). The queue's own virtual time advances by what an average user rece
 starts there, so waiting earns nothing and nobody who comes anew is ahead of those who wait. Virtual times are compared
 in steps of `slack`: within a step, units whose experts are on the device come first, then earlier deadlines, then jobs
 with the least left to do, which ends most jobs soonest.
+
+Images under different options (`EngineJob.options`) share no evaluation, so a tick takes as long as it has options. If
+there are several users, each adds at most one to a tick: otherwise one user with as many routings as images would take
+almost all of the time.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 from atoll.serve.unit import EngineJob, Unit
@@ -75,11 +79,16 @@ class FairQueue:
             return math.floor(ahead / self.slack), absent, deadline, work.evaluations_left, work.arrival
 
         # Fill the batch; a smaller unit may still fit where a larger one does not.
-        selected, free = list[Unit](), images
+        selected, free, several = list[Unit](), images, len(self._users) > 1
+        added_by: dict[Hashable, str] = {}  # the user who added these options to the tick
         for unit in sorted(self._units, key=rank):
+            options, user = unit.work.options, unit.work.user
+            if several and options not in added_by and user in added_by.values():
+                continue
             if len(unit) <= free or not selected:
                 selected.append(unit)
                 free -= len(unit)
+                added_by.setdefault(options, user)
             if free <= 0:
                 break
 

@@ -1,6 +1,7 @@
 """Who is served: equal shares, priorities, short jobs and resident experts first, nobody starves."""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ SETTINGS = Settings(10, 1.0, (0.0, 1.0), "euler", "top-1", "snr", None)
 
 
 def work(images: int, steps: int = 10, arrival: int = 0, size: int = 4, **request) -> EngineJob:
-    job = EngineJob(ImageJob(ImageRequest("moss", tuple(range(images)), **request), print), SETTINGS, arrival=arrival)
+    own = replace(SETTINGS, routing=request.get("routing", SETTINGS.routing))
+    job = EngineJob(ImageJob(ImageRequest("moss", tuple(range(images)), **request), print), own, arrival=arrival)
     job.units = [Unit(job, range(start, min(start + size, images))) for start in range(0, images, size)]
     job.evaluations_left = images * steps
     return job
@@ -80,6 +82,22 @@ def test_short_jobs_and_deadlines_come_first_and_the_batch_is_filled() -> None:
     assert queue.select(4) == due.units
     assert queue.select(6) == [*due.units, *short.units]
     assert queue.select(8) == [*due.units, *short.units, long.units[1]]
+
+
+def test_a_user_with_many_routings_does_not_take_the_time_of_the_others() -> None:
+    queue = FairQueue(slack=1000)
+    many = [work(1, arrival=number, user="many", routing=f"top-{number + 1}") for number in range(8)]
+    for one in many:
+        queue.add(one)
+    # Alone, it may have as many at a tick as fit.
+    assert len(queue.select(64)) == 8
+    queue.add(other := work(1, arrival=8, user="other", routing="full"))
+    queue.add(same := work(1, arrival=9, user="many", routing="full"))
+    for _ in range(20):
+        selected = queue.select(64)
+        assert other.units[0] in selected
+        assert same.units[0] in selected  # in the same evaluation
+        assert len({unit.work.options for unit in selected}) == 2
 
 
 def test_units_whose_experts_are_on_the_device_come_first_within_the_slack() -> None:
