@@ -14,8 +14,8 @@
 
 The report says whether every request had one answer and every job one last event, whether the server's counts agree,
 what is left in the server at the end (jobs, streams, connections, threads), and its memory after each 200 requests.
-may grow while the server fills its store of 1,024 finished jobs, which is the warm-up. Some images are compared with
-`atoll.Pipeline`. The exit code is 1 if anything of this is wrong. Linux only.
+Memory may grow while the server fills its store of 1,024 finished jobs, which is the warm-up. Some images are compared
+with `atoll.Pipeline`. The exit code is 1 if anything of this is wrong. Linux only.
 """
 
 import argparse

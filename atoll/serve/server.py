@@ -23,19 +23,19 @@ from atoll.serve.settings import HEADER_BYTES, LOOPBACK_NAMES
 HEADER_SECONDS = 15.0  # for a request's headers to arrive
 TAKE_SECONDS = 30.0  # in which a client takes at least something of its answer
 CONNECTIONS = 2048
+_OTHER_FILES = 128  # that the process may open beside its connections
 _GRACE_SECONDS = 5  # for open requests to end, once their jobs have their last events
 
 
 class PatientProtocol(H11Protocol):
     """HTTP/1.1 with limits that uvicorn lacks.
 
-    A connection that sends no headers is closed, and so is one that takes nothing of an answer. One address has at most
-    half of the connections.
+    A connection that sends no headers is closed, and so is one that takes nothing of an answer, or one too many. One
+    address has at most half of all connections.
     """
 
     header_seconds = HEADER_SECONDS
     take_seconds = TAKE_SECONDS
-    client_connections = CONNECTIONS // 2
     _header_timer: asyncio.TimerHandle | None = None
     _take_timer: asyncio.TimerHandle | None = None
     _client_name = ""
@@ -46,7 +46,9 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._client_name = client_of_address(self.client[0] if self.client else None)
         # Behind a proxy, all connections have its address.
-        if not self.config.proxy_headers and self._own_connections() > self.client_connections:
+        most = self.limit_concurrency or CONNECTIONS
+        too_many = not self.config.proxy_headers and self._own_connections() > max(1, most // 2)
+        if too_many or len(self.connections) > most:
             transport.abort()
             return
         self._watch()
@@ -135,10 +137,27 @@ def make_server(app: FastAPI, forwarded_from: str | None = None, **options: Any)
         "proxy_headers": forwarded_from is not None,
         "forwarded_allow_ips": forwarded_from or "",
         "h11_max_incomplete_event_size": HEADER_BYTES,
-        "limit_concurrency": CONNECTIONS,
+        "limit_concurrency": connection_limit(),
         "timeout_graceful_shutdown": _GRACE_SECONDS,
     }
     return AtollServer(uvicorn.Config(app, **{**values, **options}))
+
+
+def connection_limit() -> int:
+    """Return how many connections there may be, after raising the limit of open files as far as they need it.
+
+    Without files for them, asyncio writes thousands of log lines per second.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return CONNECTIONS
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS + _OTHER_FILES
+    if 0 <= files < wanted:  # -1: unlimited
+        files = min(wanted, most) if most >= 0 else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    return CONNECTIONS if files < 0 else max(2, min(CONNECTIONS, files - _OTHER_FILES))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from atoll.errors import AtollError
-from atoll.serve.server import PatientProtocol, bind, check_access
+from atoll.serve.server import CONNECTIONS, PatientProtocol, bind, check_access, connection_limit
 from tests.waiting import SILENCE, wait_until
 
 BODY = {"prompt": "a secret prompt"}
@@ -250,6 +250,18 @@ def test_headers_beyond_a_size_are_refused_also_when_they_arrive_together(client
     assert not engine.jobs
 
 
+def test_there_are_never_more_connections_than_files(monkeypatch) -> None:
+    resource = pytest.importorskip("resource")
+    limits = [(256, 300)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.append(values))
+    assert connection_limit() == 300 - 128
+    assert limits[-1] == (300, 300)
+    limits.append((1024, -1))
+    assert connection_limit() == CONNECTIONS
+    assert limits[-1] == (CONNECTIONS + 128, -1)
+
+
 @pytest.mark.parametrize("path", ["/v1/jobs", "/nothing"])
 def test_a_client_that_sends_too_much_reads_why(serve, path) -> None:
     # It reads nothing before it has sent everything, as most clients do.
@@ -276,9 +288,8 @@ def test_a_client_that_takes_nothing_of_its_answers_is_disconnected(serve, monke
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
-def test_one_address_has_half_of_the_connections(serve, monkeypatch) -> None:
-    monkeypatch.setattr(PatientProtocol, "client_connections", 2)
-    server = serve()
+def test_one_address_has_half_of_the_connections(serve) -> None:
+    server = serve({"limit_concurrency": 4})
     with connected(server), connected(server):
         wait_until(lambda: len(server.server.server_state.connections) == 2)
         with pytest.raises(httpx.TransportError):
