@@ -23,7 +23,8 @@ from atoll.serve.settings import HEADER_BYTES, LOOPBACK_NAMES
 HEADER_SECONDS = 15.0  # for a request's headers to arrive
 TAKE_SECONDS = 30.0  # in which a client takes at least something of its answer
 CONNECTIONS = 2048
-_OTHER_FILES = 128  # that the process may open beside its connections
+_BACKLOG = 256  # connections that are accepted at once, before those too many of them are closed
+_OTHER_FILES = _BACKLOG + 128  # that the process may have open beside its connections
 _GRACE_SECONDS = 5  # for open requests to end, once their jobs have their last events
 
 
@@ -138,6 +139,7 @@ def make_server(app: FastAPI, forwarded_from: str | None = None, **options: Any)
         "forwarded_allow_ips": forwarded_from or "",
         "h11_max_incomplete_event_size": HEADER_BYTES,
         "limit_concurrency": connection_limit(),
+        "backlog": _BACKLOG,
         "timeout_graceful_shutdown": _GRACE_SECONDS,
     }
     return AtollServer(uvicorn.Config(app, **{**values, **options}))

@@ -252,14 +252,14 @@ def test_headers_beyond_a_size_are_refused_also_when_they_arrive_together(client
 
 def test_there_are_never_more_connections_than_files(monkeypatch) -> None:
     resource = pytest.importorskip("resource")
-    limits = [(256, 300)]
+    limits = [(256, 1000)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.append(values))
-    assert connection_limit() == 300 - 128
-    assert limits[-1] == (300, 300)
+    assert connection_limit() == 1000 - 384
+    assert limits[-1] == (1000, 1000)
     limits.append((1024, -1))
     assert connection_limit() == CONNECTIONS
-    assert limits[-1] == (CONNECTIONS + 128, -1)
+    assert limits[-1] == (CONNECTIONS + 384, -1)
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/nothing"])
