@@ -2,8 +2,8 @@
 
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -11,6 +11,14 @@ from dataclasses import dataclass
 class _StoredFile:
     content: bytes
     expires: float
+
+
+def largest_owner(shares: Iterable[tuple[str, int]]) -> str:
+    """Return the owner of the most. shares: (owner, how much), at least one."""
+    sums = Counter[str]()
+    for owner, share in shares:
+        sums[owner] += share
+    return sums.most_common(1)[0][0]
 
 
 class FileStore:

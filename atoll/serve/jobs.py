@@ -16,7 +16,7 @@ from atoll.image_settings import ImageSettings, encode_png
 from atoll.serve.describe import ModelCard, image_settings
 from atoll.serve.engine import Engine
 from atoll.serve.event_log import EventLog
-from atoll.serve.files import FileStore
+from atoll.serve.files import FileStore, largest_owner
 from atoll.serve.metrics import ServerMetrics
 from atoll.serve.previews import encode_preview
 from atoll.serve.refusals import Refusal, logger
@@ -332,6 +332,10 @@ class JobStore:
             few = len(self._finished) <= self._settings.keep_jobs
             if young and few and self._bytes <= self._settings.keep_bytes:
                 break
+            if young:  # there are too many: whoever has the most of them loses the oldest
+                users = {id: self._jobs[id].request.user for id in self._finished}
+                most = largest_owner((users[id], size if few else 1) for id, size in self._finished.items())
+                job = self._jobs[next(id for id, user in users.items() if user == most)]
             self.remove(job)
 
     def remove(self, job: ServedJob) -> None:

@@ -215,6 +215,22 @@ def test_one_client_cannot_open_endless_streams(serve, engine) -> None:
         assert list(events_of(client, path))[-1][1] == "finished"
 
 
+@pytest.mark.parametrize("limit", [{"keep_jobs": 3}, {"keep_bytes": 20_000}])
+def test_many_jobs_of_one_client_do_not_displace_those_of_another(serve, engine, limit) -> None:
+    server = serve(tokens=("correct-horse", "battery-staple"), **limit)
+    headers = [{"Authorization": f"Bearer {token}"} for token in ("correct-horse", "battery-staple")]
+    with (
+        httpx.Client(base_url=server.url, headers=headers[0]) as one,
+        httpx.Client(base_url=server.url, headers=headers[1]) as many,
+    ):
+        own = start(one)
+        wait_for_end(one, own)
+        jobs = [start(many) for _ in range(20)]
+        wait_until(lambda: not server.app.state.service.jobs.unfinished)
+        assert one.get(f"/v1/jobs/{own['id']}").status_code == 200
+        assert many.get(f"/v1/jobs/{jobs[0]['id']}").status_code == 404
+
+
 def test_streams_that_are_opened_at_once_are_counted(serve, engine) -> None:
     engine.hold()
     server = serve(client_streams=2)
