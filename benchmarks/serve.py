@@ -207,12 +207,15 @@ def overhead(pipeline: Pipeline, prompts: Sequence[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="S/2", choices=SIZES)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=64, help="at once")
+    parser.add_argument("--arrivals", type=int, default=24, help="of the Poisson process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not 1 <= arguments.arrivals <= arguments.requests:
+        parser.error(f"--arrivals is {arguments.arrivals}; expected 1 to --requests {arguments.requests}")
     torch.set_num_threads(arguments.threads)
     pipeline = build(arguments.size, torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
     draw = random.Random(0)
@@ -227,11 +230,15 @@ def main() -> None:
         for name, server in SERVERS.items():
             seconds, _ = play(server(pipeline), prompts, [0.0] * len(prompts))
             rates[name].append(len(prompts) / seconds)
-        gaps = [draw.expovariate(0.9 * rates["one"][-1]) for _ in prompts]
+        gaps = [draw.expovariate(0.9 * rates["one"][-1]) for _ in range(arguments.arrivals)]
         for name, server in SERVERS.items():
-            medians[name].append(statistics.median(play(server(pipeline), prompts, gaps)[1]))
+            latencies = play(server(pipeline), prompts[: len(gaps)], gaps)[1]
+            medians[name].append(statistics.median(latencies))
         overheads.append(overhead(pipeline, prompts))
         print(f"round {number + 1}", {n: round(r[-1], 2) for n, r in rates.items()}, flush=True)
+        if arguments.json:
+            result = {"images_per_second": rates, "median_latency": medians, "overhead": overheads}
+            arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
     # The table.
     print(f"{EXPERTS} experts {arguments.size}, {len(prompts)} requests of {STEPS} steps, {arguments.threads} threads")
@@ -245,9 +252,6 @@ def main() -> None:
             f"({parts[0]:.2f} to {parts[-1]:.2f})"
         )
     print(f"outside the networks: {100 * statistics.median(overheads):.1f} % of a tick")
-    if arguments.json:
-        result = {"images_per_second": rates, "median_latency": medians, "overhead": overheads}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
