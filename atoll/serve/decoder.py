@@ -14,6 +14,7 @@ from atoll.errors import AtollError
 from atoll.pipeline import Pipeline, to_pil
 from atoll.serve.types import Event, Failed, Finished, Preview
 from atoll.serve.unit import EngineJob, Unit
+from atoll.storage.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,6 +90,8 @@ class Decoder:
             images = self._decode([x for _, _, x in good])
         except Exception as error:
             text = str(error) if isinstance(error, AtollError) else f"decoding failed ({type(error).__name__})"
+            if is_out_of_memory(error):
+                text = "the server's memory does not suffice to decode the images; request fewer, or later"
             for work in dict.fromkeys(work for work, _, _ in good):
                 self._over(work, Failed("failed", text))
             return

@@ -28,6 +28,7 @@ from atoll.serve.stepper import Stepped, Stepper
 from atoll.serve.types import Failed, ImageJob, ImageRequest, JobProgress, Listener, QueueFullError, Started
 from atoll.serve.unit import EngineJob, Settings, Unit
 from atoll.solver import Integration
+from atoll.storage.memory import is_out_of_memory
 
 _UNIT = 4  # images of one request that advance together; fewer fill a batch better, more take less time to manage
 _SLACK = 4  # full batches that a user may be ahead of another
@@ -285,7 +286,9 @@ class Engine:
                 work.tell(Started())
         try:
             outcomes = self._stepper.step(units)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self._shrink(units, error)
             return
         for unit, outcome in outcomes.items():
@@ -328,9 +331,10 @@ class Engine:
             self._leave(work)
         self._decoder.finish(unit)
 
-    def _shrink(self, units: list[Unit], error: torch.OutOfMemoryError) -> None:
+    def _shrink(self, units: list[Unit], error: Exception) -> None:
         """Halve the batch after the device's memory did not suffice; a unit that fails alone fails for good."""
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if len(units) > 1:
             self._batch = max(1, sum(map(len, units)) // 2)
             _log.warning("out of memory; from now on at most %d images per tick", self._batch)
@@ -362,6 +366,9 @@ class Engine:
             self._over(work, Failed("failed", str(error)))
             return
         _log.error("job %s failed", work.job.id, exc_info=error)
+        if is_out_of_memory(error):
+            self._over(work, Failed("failed", "the server's memory does not suffice; request fewer images, or later"))
+            return
         self._over(work, Failed("failed", f"sampling failed ({type(error).__name__}); the server's log says more"))
 
     def _leave(self, work: EngineJob) -> None:

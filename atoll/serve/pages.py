@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
 
+from atoll.report.page import table
 from atoll.serve.refusals import Refusal
 
 STATIC = Path(__file__).parent / "static"  # index.html at /, the others at /static/NAME
@@ -90,7 +91,7 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     text = "".join(f"<p>{escape(part)}</p>" for part in operation.get("description", "").split("\n\n"))
     return (
         f"<section><h2><code>{method} {escape(path)}</code></h2>{text}{examples}"
-        f"<table><tbody>{answers}</tbody></table></section>\n"
+        f"{table('', answers, 'Answers')}</section>\n"
     )
 
 
@@ -106,7 +107,7 @@ def _body(name: str, body: dict[str, Any]) -> str:
         f"<td>{escape(value.get('description', ''))}</td></tr>"
         for key, value in body["properties"].items()
     )
-    return f'<section id="{escape(name)}"><h3>{escape(name)}</h3><table><tbody>{rows}</tbody></table></section>\n'
+    return f'<section id="{escape(name)}"><h3>{escape(name)}</h3>{table("", rows, name)}</section>\n'
 
 
 def _type(value: dict[str, Any]) -> str:

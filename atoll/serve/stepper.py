@@ -16,6 +16,7 @@ from atoll.serve.prompts import PromptPool
 from atoll.serve.unit import EngineJob, Unit
 from atoll.shapes import per_sample
 from atoll.solver import Integration
+from atoll.storage.memory import is_out_of_memory
 
 _MAX_ENSEMBLES = 64  # options in use at a time; further ones replace the oldest
 
@@ -106,7 +107,7 @@ class Stepper:
             What happened to each unit. A fault of one job does not concern the others.
 
         Raises:
-            torch.OutOfMemoryError: the batch is too large for the device; nothing was advanced.
+            Exception: the batch is too large for the memory (`is_out_of_memory`); nothing was advanced.
         """
         # Prepare: units that were not stepped before, then groups under the same options.
         groups: dict[Hashable, list[Unit]] = {}
@@ -139,9 +140,9 @@ class Stepper:
         """Evaluate the ensemble for units under the same options; return why, where that failed."""
         try:
             answers, failed = self._evaluate(units)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # One job's fault: find out whose.
             if len({unit.work for unit in units}) == 1:
                 return dict.fromkeys(units, error)

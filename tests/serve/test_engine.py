@@ -333,10 +333,14 @@ def test_a_fault_of_one_job_does_not_concern_the_others(pipe) -> None:
     assert_like_the_pipeline(pipe, requests[1], other)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_sampled_all_the_same(pipe) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_sampled_all_the_same(pipe, error) -> None:
     def full(output, bad):
         if len(output) > 6:
-            raise torch.OutOfMemoryError("no memory")
+            raise error
         return output
 
     request = ImageRequest("moss", tuple(range(20, 36)), steps=2, routing="full", guidance_scale=1.0)
@@ -344,6 +348,15 @@ def test_a_batch_that_does_not_fit_is_halved_and_sampled_all_the_same(pipe) -> N
         (events,) = run(engine, request)
         assert engine.statistics()["batch"] <= 6
     assert_like_the_pipeline(pipe, request, events)
+
+
+def test_an_image_that_does_not_fit_alone_fails_and_names_the_memory(pipe) -> None:
+    def full(output, bad):
+        raise torch.OutOfMemoryError("no memory")
+
+    with Engine(broken(pipe, 1, full)) as engine:
+        (events,) = run(engine, ImageRequest("moss", (1, 2), steps=2, routing="full"))
+    assert events[-1] == Failed("failed", "the server's memory does not suffice; request fewer images, or later")
 
 
 def test_a_listener_that_fails_does_not_stop_the_engine(engine) -> None:

@@ -27,6 +27,12 @@ OTHERS = {
     ("cli/app.py", "main"),  # one line for lack of memory, a traceback for all else
     ("collective/heartbeat.py", "run"),  # training goes on; the warning names the memory
     ("data/image.py", "frame"),  # the reason in the list of skipped images is the memory
+    ("serve/decoder.py", "_preview"),  # previews may be left out; the log names the reason
+    ("serve/engine.py", "_encode"),  # as _preview
+    ("serve/engine.py", "_step_loop"),  # the jobs' last event names the memory, by `_fail`
+    ("serve/guard.py", "__call__"),  # the log names the reason
+    ("serve/jobs.py", "_handle_events"),  # as __call__
+    ("serve/unit.py", "tell"),  # as __call__
     ("train/workers.py", "reporting"),  # as main
     ("launch/ray.py", "ray_backend"),  # connecting to a cluster
     ("launch/slurm.py", "submit"),  # an answer of Slurm
