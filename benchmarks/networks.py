@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from atoll.choices import MLP_RATIOS, hidden_width
 from atoll.condition import Condition
 from atoll.nn import MMDIT_SIZES, SIZES, DiT, DiTConfig, MMDiT, MMDiTConfig
-from atoll.nn.joint_blocks import hidden_width
-from atoll.nn.mmdit import MLP_RATIO
 
 SIZE, CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 32, 4, 77, 768  # a 256x256 image in SD's latents, CLIP-L's text
 NETWORKS = ("dit", "mmdit", "dual")
@@ -71,7 +70,7 @@ class Diffusers(nn.Module):
                 patch_size=s["patch"],
                 context_in_dim=TEXT_WIDTH,
                 hidden_size=width,
-                mlp_ratio=(hidden_width(width, MLP_RATIO) + 0.5) / width,  # it rounds down
+                mlp_ratio=(hidden_width(width, MLP_RATIOS["mmdit"]) + 0.5) / width,  # it rounds down
                 num_heads=heads,
                 depth=s["depth"],
                 axes_dim=[width // heads // 2] * 2,

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from atoll.choices import MLP_RATIOS
 from atoll.manifest.base import Section
 
 # What only one of the networks has, with the value that leaves it out.
@@ -11,7 +12,6 @@ _ONLY: dict[str, dict[str, object]] = {
     "dit": {"modulation": "single"},
     "mmdit": {"dual_blocks": 0, "size_embedding": False, "bottleneck": None},
 }
-_MLP_RATIOS = {"dit": 4.0, "mmdit": 10 / 3}  # with these, blocks of one width have equal FLOPs
 
 
 class NetworkSettings(Section):
@@ -55,7 +55,7 @@ class NetworkSettings(Section):
     @property
     def ratio(self) -> float:
         """`mlp_ratio`, or the network's default."""
-        return _MLP_RATIOS[self.name] if self.mlp_ratio is None else self.mlp_ratio
+        return MLP_RATIOS[self.name] if self.mlp_ratio is None else self.mlp_ratio
 
     def config(self) -> dict[str, Any]:
         """The fields of the network's configuration that do not come from the data."""

@@ -16,11 +16,6 @@ from atoll.nn.recompute import recomputed
 from atoll.nn.rotary import normed_heads
 
 
-def hidden_width(width: int, ratio: float) -> int:
-    """F, the hidden width of an MLP: width * ratio, rounded to a multiple of 8."""
-    return max(8, 8 * round(width * ratio / 8))
-
-
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer without bias."""
     return nn.Linear(inputs, outputs, bias=False)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
+from atoll.choices import MLP_RATIOS, hidden_width
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import TextKV
@@ -45,13 +46,11 @@ from atoll.nn.dit import (
     zero,
 )
 from atoll.nn.inputs import check_input, check_states, checked_rows, compute_dtype, mask_bias
-from atoll.nn.joint_blocks import DualBlock, MMDiTBlock, hidden_width, linear, norm
+from atoll.nn.joint_blocks import DualBlock, MMDiTBlock, linear, norm
 from atoll.nn.rotary import grid_positions, rotations
 from atoll.nn.sizes import check_head_width, check_sizes
 from atoll.nn.token_route import TokenRoute
 from atoll.storage import bounds
-
-MLP_RATIO = 10 / 3
 
 
 class MMDiTConfig(BaseModel):
@@ -69,7 +68,7 @@ class MMDiTConfig(BaseModel):
     width: bounds.Width  # D
     depth: bounds.Depth  # number of blocks
     heads: bounds.Width
-    mlp_ratio: bounds.MlpRatio = MLP_RATIO  # hidden width of a block's MLP over D, see `hidden_width`
+    mlp_ratio: bounds.MlpRatio = MLP_RATIOS["mmdit"]  # hidden width of a block's MLP over D, see `hidden_width`
     states_dim: bounds.Width  # width of the condition's states
     pooled_dim: bounds.Width | None = None  # width of the condition's pooled vector; None: not used
     dual_blocks: bounds.DualBlocks = 0  # of the blocks, the first ones, which update the text as well

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
+from atoll.choices import hidden_width
 from atoll.errors import AtollError
 from atoll.nn.dit import (
     MODULATIONS,
@@ -33,7 +34,7 @@ from atoll.nn.dit import (
     zero,
 )
 from atoll.nn.inputs import check_input, compute_dtype
-from atoll.nn.joint_blocks import MMDiTBlock, hidden_width
+from atoll.nn.joint_blocks import MMDiTBlock
 from atoll.nn.rotary import grid_positions, rotations
 from atoll.nn.sizes import check_head_width, check_sizes
 from atoll.storage import bounds

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from atoll.choices import Checkpointing
+from atoll.choices import Checkpointing, hidden_width
 from atoll.plan.mmdit_cost import (
     MMDiTSizes,
-    hidden_width,
     mmdit_activation_bytes,
     mmdit_forward_flops,
     mmdit_parameters,

@@ -8,13 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from atoll.choices import Checkpointing
+from atoll.choices import MLP_RATIOS, Checkpointing, hidden_width
 from atoll.plan.rules import SHORT_ROWS, TIME_FEATURES, Rules
-
-
-def hidden_width(width: int, ratio: float) -> int:
-    """F, as `atoll.nn.joint_blocks` rounds it."""
-    return max(8, 8 * round(width * ratio / 8))
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,9 @@ class MMDiTSizes:
         """From an MMDiT's configuration, as cards hold it, and the text tokens of a caption."""
         names = [field.name for field in fields(MMDiTSizes) if field.name != "tokens"]
         known = {name: config[name] for name in names if name in config}
-        return MMDiTSizes(**{"mlp_ratio": 10 / 3, **known, "size": tuple(config["size"]), "tokens": tokens})
+        return MMDiTSizes(
+            **{"mlp_ratio": MLP_RATIOS["mmdit"], **known, "size": tuple(config["size"]), "tokens": tokens}
+        )
 
     @property
     def image_tokens(self) -> int:

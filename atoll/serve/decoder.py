@@ -46,13 +46,13 @@ class Decoder:
     def finish(self, unit: Unit) -> None:
         """Decode the images of a unit that is sampled; the job is over when all of its images are decoded."""
         with self._changed:
-            self._finished += [(unit.work, row, x) for row, x in zip(unit.rows, unit.running.x, strict=True)]
+            self._finished += [(unit.job, row, x) for row, x in zip(unit.rows, unit.running.x, strict=True)]
             self._changed.notify_all()
 
     def preview(self, unit: Unit, step: int, x0: Tensor) -> None:
         """Decode an estimate when there is time; a newer one of the same image replaces it."""
         with self._changed:
-            self._previews |= {(unit.work, row): (step, x) for row, x in zip(unit.rows, x0, strict=True)}
+            self._previews |= {(unit.job, row): (step, x) for row, x in zip(unit.rows, x0, strict=True)}
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -81,49 +81,49 @@ class Decoder:
         """Decode final images, and end the jobs that are complete."""
         # A sample that is not finite is no image.
         good = []
-        for work, row, x in items:
+        for job, row, x in items:
             if x.isfinite().all():
-                good.append((work, row, x))
+                good.append((job, row, x))
             else:
-                self._over(work, Failed("failed", "the samples became NaN or infinity; lower the guidance scale"))
+                self._over(job, Failed("failed", "the samples became NaN or infinity; lower the guidance scale"))
         try:
             images = self._decode([x for _, _, x in good])
         except Exception as error:
             text = str(error) if isinstance(error, AtollError) else f"decoding failed ({type(error).__name__})"
             if is_out_of_memory(error):
-                text = "the server's memory does not suffice to decode the images; request fewer, or later"
-            for work in dict.fromkeys(work for work, _, _ in good):
-                self._over(work, Failed("failed", text))
+                text = "too little memory to decode the images; request fewer, or try later"
+            for job in dict.fromkeys(job for job, _, _ in good):
+                self._over(job, Failed("failed", text))
             return
-        for (work, row, _), image in zip(good, images, strict=True):
-            work.images[row] = image
-            if len(work.images) == len(work.job.request.seeds) and not work.over:
-                self._over(work, self._finished_event(work))
+        for (job, row, _), image in zip(good, images, strict=True):
+            job.images[row] = image
+            if len(job.images) == len(job.handle.request.seeds) and not job.over:
+                self._over(job, self._finished_event(job))
 
     def _preview(self, items: Sequence[tuple[tuple[EngineJob, int], tuple[int, Tensor]]]) -> None:
         """Decode previews; one that fails is left out."""
-        good = [(work, row, step, x) for (work, row), (step, x) in items if x.isfinite().all()]
+        good = [(job, row, step, x) for (job, row), (step, x) in items if x.isfinite().all()]
         try:
             images = self._decode([x for _, _, _, x in good])
         except Exception:
             _log.warning("a preview failed", exc_info=True)
             return
-        for (work, row, step, _), image in zip(good, images, strict=True):
-            work.tell(Preview(row, step, image))
+        for (job, row, step, _), image in zip(good, images, strict=True):
+            job.tell(Preview(row, step, image))
 
-    def _finished_event(self, work: EngineJob) -> Finished:
+    def _finished_event(self, job: EngineJob) -> Finished:
         """Return the last event of a job whose images are all decoded."""
         experts = self._pipeline.loaded.ensemble.experts
-        started, sampled = work.started or work.submitted, work.sampled or work.submitted
+        started, sampled = job.started or job.submitted, job.sampled or job.submitted
         return Finished(
-            images=[work.images[row] for row in range(len(work.images))],
-            latents=torch.cat([unit.running.x for unit in work.units]).cpu(),
-            times=torch.tensor(work.units[0].times),
-            weights=torch.cat([torch.stack(unit.weights) for unit in work.units], dim=1),
+            images=[job.images[row] for row in range(len(job.images))],
+            latents=torch.cat([unit.running.x for unit in job.units]).cpu(),
+            times=torch.tensor(job.units[0].times),
+            weights=torch.cat([torch.stack(unit.weights) for unit in job.units], dim=1),
             experts=tuple(expert.name for expert in experts),
-            dropped=tuple(experts[index].name for index in sorted(work.excluded)),
-            truncated=work.truncated,
-            queue_seconds=started - work.submitted,
+            dropped=tuple(experts[index].name for index in sorted(job.excluded)),
+            truncated=job.truncated,
+            queue_seconds=started - job.submitted,
             sample_seconds=sampled - started,
         )
 

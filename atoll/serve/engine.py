@@ -96,29 +96,29 @@ class Engine:
             AtollError: a request that cannot be sampled: no seeds, unknown method or routing, steps < 1, ...
         """
         # The images, in units that advance together.
-        work = EngineJob(ImageJob(request, listener), self._settings(request))
+        job = EngineJob(ImageJob(request, listener), self._settings(request))
         images = len(request.seeds)
         size = min(_UNIT, self.limits.batch)
-        work.units = [Unit(work, range(start, min(start + size, images))) for start in range(0, images, size)]
-        evaluations = work.settings.steps * (2 if work.settings.method in ("heun", "midpoint") else 1)
-        work.evaluations_left = evaluations * images
+        job.units = [Unit(job, range(start, min(start + size, images))) for start in range(0, images, size)]
+        evaluations = job.settings.steps * (2 if job.settings.method in ("heun", "midpoint") else 1)
+        job.evaluations_left = evaluations * images
 
         # Accept it, or refuse before any work begins.
         with self._changed:
             if self._closing:
                 raise AtollError("the engine is closed")
-            waiting = sum(len(one.job.request.seeds) for one in self._unfinished)
+            waiting = sum(len(one.handle.request.seeds) for one in self._unfinished)
             if waiting + images > self.limits.queue:
                 raise QueueFullError(
                     f"{waiting} images wait already and {images} more were requested; the limit is "
                     f"{self.limits.queue}: try again later, or request fewer"
                 )
             self._arrivals += 1
-            work.arrival = self._arrivals
-            self._unfinished[work] = None
-            self._to_encode.append(work)
+            job.arrival = self._arrivals
+            self._unfinished[job] = None
+            self._to_encode.append(job)
             self._changed.notify_all()
-        return work.job
+        return job.handle
 
     @property
     def alive(self) -> bool:
@@ -137,8 +137,8 @@ class Engine:
         with self._changed:
             return {
                 "jobs": len(self._unfinished),
-                "images": sum(len(work.job.request.seeds) for work in self._unfinished),
-                "images_running": sum(len(w.job.request.seeds) for w in self._unfinished if w.started is not None),
+                "images": sum(len(job.handle.request.seeds) for job in self._unfinished),
+                "images_running": sum(len(w.handle.request.seeds) for w in self._unfinished if w.started is not None),
                 "ticks": self._ticks,
                 "images_stepped": self._stepped,
                 "seconds": self._seconds | {"decode": self._decoder.seconds},
@@ -156,8 +156,8 @@ class Engine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        for work in list(self._unfinished):
-            self._over(work, Failed("closed", "the server is closing"))
+        for job in list(self._unfinished):
+            self._over(job, Failed("closed", "the server is closing"))
 
     def __enter__(self) -> Self:
         return self
@@ -215,22 +215,22 @@ class Engine:
                 self._changed.wait_for(lambda: self._to_encode or self._closing)
                 if self._closing:
                     return
-                works, self._to_encode = self._to_encode[:_PROMPTS], self._to_encode[_PROMPTS:]
+                jobs, self._to_encode = self._to_encode[:_PROMPTS], self._to_encode[_PROMPTS:]
             start = time.perf_counter()
-            works = [work for work in works if not self._given_up(work)]
-            texts = dict.fromkeys(text for work in works for text in _texts(work))
+            jobs = [job for job in jobs if not self._given_up(job)]
+            texts = dict.fromkeys(text for job in jobs for text in _texts(job))
             self._encode([text for text in texts if text not in encoded], encoded)
-            for work in works:
-                work.conditions = {text: encoded[text] for text in _texts(work) if text in encoded}
-                ends = (self.pipeline.loaded.encoder.truncated_text(text) for text in work.conditions)
-                work.truncated = tuple(end for end in ends if end)
-                if len(work.conditions) < len(set(_texts(work))):
-                    self._over(work, Failed("failed", "the prompt could not be encoded; the server's log says more"))
+            for job in jobs:
+                job.conditions = {text: encoded[text] for text in _texts(job) if text in encoded}
+                ends = (self.pipeline.loaded.encoder.truncated_text(text) for text in job.conditions)
+                job.truncated = tuple(end for end in ends if end)
+                if len(job.conditions) < len(set(_texts(job))):
+                    self._over(job, Failed("failed", "the prompt could not be encoded; the server's log says more"))
             while len(encoded) > _ENCODED:
                 encoded.popitem(last=False)
             with self._changed:
                 self._seconds["encode"] += time.perf_counter() - start
-                self._encoded += [work for work in works if not work.over]
+                self._encoded += [job for job in jobs if not job.over]
                 self._changed.notify_all()
 
     @torch.inference_mode()
@@ -257,33 +257,33 @@ class Engine:
                 if self._closing:
                     return
                 arrived, self._encoded = self._encoded, []
-            for work in arrived:
-                prompts, (prompt, *negative) = self._stepper.prompts, _texts(work)
-                work.prompt = prompts.acquire(prompt, work.conditions[prompt])
-                work.null = prompts.acquire(negative[0], work.conditions[negative[0]]) if negative else NULL
-                self._queue.add(work)
+            for job in arrived:
+                prompts, (prompt, *negative) = self._stepper.prompts, _texts(job)
+                job.prompt = prompts.acquire(prompt, job.conditions[prompt])
+                job.null = prompts.acquire(negative[0], job.conditions[negative[0]]) if negative else NULL
+                self._queue.add(job)
             try:
                 self._tick()
             except Exception as error:  # the engine goes on, whatever happens
-                for work in dict.fromkeys(unit.work for unit in list(self._queue)):
-                    self._leave(work)
-                    self._fail(work, error)
+                for job in dict.fromkeys(unit.job for unit in list(self._queue)):
+                    self._leave(job)
+                    self._fail(job, error)
 
     @torch.inference_mode()
     def _tick(self) -> None:
         """Advance the units whose turn it is."""
         # What was given up leaves first.
         start = time.perf_counter()
-        for work in dict.fromkeys(unit.work for unit in list(self._queue)):
-            if self._given_up(work):
-                self._leave(work)
+        for job in dict.fromkeys(unit.job for unit in list(self._queue)):
+            if self._given_up(job):
+                self._leave(job)
 
         # Select and step.
         units = self._queue.select(self._allowed(), self._stepper.resident)
-        for work in dict.fromkeys(unit.work for unit in units):
-            if work.started is None:
-                work.started = time.monotonic()
-                work.tell(Started())
+        for job in dict.fromkeys(unit.job for unit in units):
+            if job.started is None:
+                job.started = time.monotonic()
+                job.tell(Started())
         try:
             outcomes = self._stepper.step(units)
         except Exception as error:
@@ -295,11 +295,11 @@ class Engine:
             self._digest(unit, outcome)
 
         # Progress, by the slowest unit of each job.
-        for work in dict.fromkeys(unit.work for unit in units):
-            step = min(unit.integration.step if unit.integration else 0 for unit in work.units)
-            if step > work.step:
-                work.step = step
-                work.tell(JobProgress(step, work.settings.steps))
+        for job in dict.fromkeys(unit.job for unit in units):
+            step = min(unit.integration.step if unit.integration else 0 for unit in job.units)
+            if step > job.step:
+                job.step = step
+                job.tell(JobProgress(step, job.settings.steps))
 
         # The time of a tick, for its target.
         images, seconds = sum(map(len, units)), time.perf_counter() - start
@@ -311,14 +311,14 @@ class Engine:
 
     def _digest(self, unit: Unit, outcome: Stepped | Exception) -> None:
         """Act on what a step did to a unit."""
-        work, every = unit.work, unit.work.job.request.preview_every
-        if work.over:  # another unit of it failed at this tick
+        job, every = unit.job, unit.job.handle.request.preview_every
+        if job.over:  # another unit of it failed at this tick
             return
         if isinstance(outcome, Exception):
-            self._leave(work)
-            self._fail(work, outcome)
+            self._leave(job)
+            self._fail(job, outcome)
             return
-        work.evaluations_left -= len(unit)
+        job.evaluations_left -= len(unit)
         step = unit.running.step
         if unit.running.point is not None:
             if every and outcome.end and step % every == 0:
@@ -326,9 +326,9 @@ class Engine:
             return
         # The unit is sampled.
         self._queue.remove(unit)
-        if all(one.integration is not None and one.integration.point is None for one in work.units):
-            work.sampled = time.monotonic()
-            self._leave(work)
+        if all(one.integration is not None and one.integration.point is None for one in job.units):
+            job.sampled = time.monotonic()
+            self._leave(job)
         self._decoder.finish(unit)
 
     def _shrink(self, units: list[Unit], error: Exception) -> None:
@@ -339,8 +339,8 @@ class Engine:
             self._batch = max(1, sum(map(len, units)) // 2)
             _log.warning("out of memory; from now on at most %d images per tick", self._batch)
             return
-        self._leave(units[0].work)
-        self._fail(units[0].work, error)
+        self._leave(units[0].job)
+        self._fail(units[0].job, error)
 
     def _allowed(self) -> int:
         """Return how many images the next tick may advance."""
@@ -351,43 +351,46 @@ class Engine:
 
     # The end of a job.
 
-    def _given_up(self, work: EngineJob) -> bool:
+    def _given_up(self, job: EngineJob) -> bool:
         """End a job that was cancelled, or whose deadline has passed; return whether it is over."""
-        if work.job.cancelled.is_set():
-            self._over(work, Failed("cancelled", "the request was cancelled"))
-        elif work.deadline is not None and time.monotonic() > work.deadline:
-            seconds = work.job.request.deadline
-            self._over(work, Failed("deadline", f"the images were not ready within {seconds:g} seconds"))
-        return work.over
+        if job.handle.cancelled.is_set():
+            self._over(job, Failed("cancelled", "the request was cancelled"))
+        elif job.deadline is not None and time.monotonic() > job.deadline:
+            seconds = job.handle.request.deadline
+            self._over(job, Failed("deadline", f"the images were not ready within {seconds:g} seconds"))
+        return job.over
 
-    def _fail(self, work: EngineJob, error: Exception) -> None:
+    def _fail(self, job: EngineJob, error: Exception) -> None:
         """End a job that failed."""
         if isinstance(error, AtollError):
-            self._over(work, Failed("failed", str(error)))
+            self._over(job, Failed("failed", str(error)))
             return
-        _log.error("job %s failed", work.job.id, exc_info=error)
+        _log.error("job %s failed", job.handle.id, exc_info=error)
         if is_out_of_memory(error):
-            self._over(work, Failed("failed", "the server's memory does not suffice; request fewer images, or later"))
+            self._over(
+                job,
+                Failed("failed", "too little memory for this request; request fewer images, or try later"),
+            )
             return
-        self._over(work, Failed("failed", f"sampling failed ({type(error).__name__}); the server's log says more"))
+        self._over(job, Failed("failed", f"sampling failed ({type(error).__name__}); the server's log says more"))
 
-    def _leave(self, work: EngineJob) -> None:
-        """Remove a job from the step thread's own data. Only there."""
-        for unit in work.units:
+    def _leave(self, job: EngineJob) -> None:
+        """Remove a job from the step thread's own data. Call it in that thread only."""
+        for unit in job.units:
             self._queue.remove(unit)
-        for number in (work.prompt, work.null):
+        for number in (job.prompt, job.null):
             if number not in (NULL, -1):
                 self._stepper.prompts.release(number)
-        work.prompt = work.null = -1
+        job.prompt = job.null = -1
 
-    def _over(self, work: EngineJob, event: Any) -> None:
+    def _over(self, job: EngineJob, event: Any) -> None:
         """Send a job's last event, and forget the job; thread-safe."""
         with self._changed:
-            self._unfinished.pop(work, None)
-        work.tell(event)
+            self._unfinished.pop(job, None)
+        job.tell(event)
 
 
-def _texts(work: EngineJob) -> tuple[str, ...]:
+def _texts(job: EngineJob) -> tuple[str, ...]:
     """Return the texts that a job reads: its prompt, then its negative prompt, if it has one."""
-    request = work.job.request
+    request = job.handle.request
     return (request.prompt,) if request.negative_prompt is None else (request.prompt, request.negative_prompt)

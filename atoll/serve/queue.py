@@ -45,11 +45,11 @@ class FairQueue:
     def __iter__(self) -> Iterator[Unit]:
         return iter(self._units)
 
-    def add(self, work: EngineJob) -> None:
+    def add(self, job: EngineJob) -> None:
         """Add all units of a job."""
-        user = self._users.setdefault(work.user, _User(self._virtual_time))
-        user.units += len(work.units)
-        self._units |= dict.fromkeys(work.units)
+        user = self._users.setdefault(job.user, _User(self._virtual_time))
+        user.units += len(job.units)
+        self._units |= dict.fromkeys(job.units)
 
     def remove(self, unit: Unit) -> None:
         """Remove a unit that is finished or given up; nothing if it is not there."""
@@ -57,10 +57,10 @@ class FairQueue:
             return
         del self._units[unit]
         # A user without units is forgotten: the next one starts at the queue's virtual time.
-        user = self._users[unit.work.user]
+        user = self._users[unit.job.user]
         user.units -= 1
         if not user.units:
-            del self._users[unit.work.user]
+            del self._users[unit.job.user]
 
     def select(self, images: int, resident: Collection[int] | None = None) -> list[Unit]:
         """Return the units of the next tick, and charge their users for one evaluation of each image.
@@ -72,17 +72,17 @@ class FairQueue:
 
         # The order of service.
         def rank(unit: Unit) -> tuple[float, bool, float, int, int]:
-            work = unit.work
-            ahead = self._users[work.user].virtual_time - self._virtual_time
-            absent = resident is not None and unit.experts is not None and not unit.experts <= set(resident)
-            deadline = math.inf if work.deadline is None else work.deadline
-            return math.floor(ahead / self.slack), absent, deadline, work.evaluations_left, work.arrival
+            job = unit.job
+            ahead = self._users[job.user].virtual_time - self._virtual_time
+            absent = resident is not None and unit.experts is not None and not unit.experts.issubset(resident)
+            deadline = math.inf if job.deadline is None else job.deadline
+            return math.floor(ahead / self.slack), absent, deadline, job.evaluations_left, job.arrival
 
         # Fill the batch; a smaller unit may still fit where a larger one does not.
         selected, free, several = list[Unit](), images, len(self._users) > 1
         added_by: dict[Hashable, str] = {}  # the user who added these options to the tick
         for unit in sorted(self._units, key=rank):
-            options, user = unit.work.options, unit.work.user
+            options, user = unit.job.options, unit.job.user
             if several and options not in added_by and user in added_by.values():
                 continue
             if len(unit) <= free or not selected:
@@ -94,7 +94,7 @@ class FairQueue:
 
         # Charge.
         for unit in selected:
-            self._users[unit.work.user].virtual_time += len(unit) / 2.0**unit.work.job.request.priority
+            self._users[unit.job.user].virtual_time += len(unit) / 2.0**unit.job.handle.request.priority
         if selected:
             self._virtual_time += sum(map(len, selected)) / len(self._users)
         return selected

@@ -96,7 +96,7 @@ class Stepper:
 
     def start(self, unit: Unit) -> None:
         """Draw a unit's noise; its memory is taken from here on."""
-        settings, seeds = unit.work.settings, unit.work.job.request.seeds
+        settings, seeds = unit.job.settings, unit.job.handle.request.seeds
         noise = self._pipeline.noise([seeds[row] for row in unit.rows])
         unit.integration = Integration(noise, settings.steps, settings.method)
 
@@ -114,7 +114,7 @@ class Stepper:
         for unit in units:
             if unit.integration is None:
                 self.start(unit)
-            groups.setdefault(unit.work.options, []).append(unit)
+            groups.setdefault(unit.job.options, []).append(unit)
 
         # Evaluate all groups before any unit advances, so that a batch that does not fit can be tried again.
         answers: dict[Unit, _Answer | Exception] = {}
@@ -144,23 +144,23 @@ class Stepper:
             if is_out_of_memory(error):
                 raise
             # One job's fault: find out whose.
-            if len({unit.work for unit in units}) == 1:
+            if len({unit.job for unit in units}) == 1:
                 return dict.fromkeys(units, error)
             return self._separately(units)
         # An expert that answers a job with NaN or infinity is left out of that job, and of no other.
         if failed:
-            for work, index in failed:
-                work.excluded |= {index}
+            for job, index in failed:
+                job.excluded |= {index}
             return self._separately(units)
         return dict(answers)
 
     def _separately(self, units: Sequence[Unit]) -> dict[Unit, _Answer | Exception]:
         """Evaluate the ensemble for one job after the other."""
-        by_work: dict[EngineJob, list[Unit]] = {}
+        by_job: dict[EngineJob, list[Unit]] = {}
         for unit in units:
-            by_work.setdefault(unit.work, []).append(unit)
+            by_job.setdefault(unit.job, []).append(unit)
         answers: dict[Unit, _Answer | Exception] = {}
-        for own in by_work.values():
+        for own in by_job.values():
             answers |= self._answers(own)
         return answers
 
@@ -174,8 +174,8 @@ class Stepper:
             Each unit's answer; and the jobs with an expert, by its index, that answered with NaN or infinity.
         """
         # One row per image, with its own time and guidance.
-        owners = [unit.work for unit in units for _ in unit.rows]
-        settings = [work.settings for work in owners]
+        owners = [unit.job for unit in units for _ in unit.rows]
+        settings = [job.settings for job in owners]
         ensemble = self.ensemble(settings[0].routing, settings[0].alignment, owners[0].excluded)
         x, t = (torch.cat(parts) for parts in zip(*(unit.point for unit in units), strict=True))
         clusters = [one.cluster for one in settings if one.cluster is not None]
@@ -188,7 +188,7 @@ class Stepper:
                 x.new_tensor([one.guidance_range[1] for one in settings]),
             ),
             cluster=torch.tensor(clusters, device=x.device) if clusters else None,
-            prompt_cache=self.prompts.rows([work.prompt for work in owners], [work.null for work in owners]),
+            prompt_cache=self.prompts.rows([job.prompt for job in owners], [job.null for job in owners]),
         )
 
         # Each expert is evaluated once, for all images that selected it; resident ones first.

@@ -43,7 +43,7 @@ class Unit:
     """Images of one job that share every step.
 
     Attributes:
-        work: the job and what its units share.
+        job: the job and what its units share.
         rows: their places in the request's seeds.
         integration: how far they are; None before the first step, when they take no memory.
         times: the time of each evaluation so far.
@@ -51,7 +51,7 @@ class Unit:
         experts: the experts that the last evaluation used; None before the first.
     """
 
-    work: "EngineJob"
+    job: "EngineJob"
     rows: range
     integration: Integration | None = None
     times: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ class EngineJob:
     """A job in the engine.
 
     Attributes:
-        job: the job.
+        handle: what the caller holds.
         settings: its complete settings.
         units: all of its units.
         arrival: its number in the order of submission.
@@ -96,7 +96,7 @@ class EngineJob:
         over: whether the last event was sent.
     """
 
-    job: ImageJob
+    handle: ImageJob
     settings: Settings
     units: Sequence[Unit] = ()
     arrival: int = 0
@@ -121,11 +121,11 @@ class EngineJob:
                 return
             self.over = isinstance(event, Finished | Failed)
             try:
-                self.job.listener(event)
+                self.handle.listener(event)
             except Exception:  # a listener's fault is its owner's
-                _log.exception("the listener of job %s failed", self.job.id)
+                _log.exception("the listener of job %s failed", self.handle.id)
             if self.over:
-                self.job.done.set()
+                self.handle.done.set()
 
     @property
     def options(self) -> tuple[str, Alignment, frozenset[int], bool]:
@@ -135,10 +135,10 @@ class EngineJob:
 
     @property
     def user(self) -> str:
-        return self.job.request.user
+        return self.handle.request.user
 
     @property
     def deadline(self) -> float | None:
         """When the job fails, on the monotonic clock; None without a deadline."""
-        seconds = self.job.request.deadline
+        seconds = self.handle.request.deadline
         return None if seconds is None else self.submitted + seconds

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import profile
 
+from atoll.choices import hidden_width
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn import MMDIT_SIZES, SIZES, MMDiT, MMDiTConfig, build_network
 from atoll.nn.attention import attention_by_products, head_attention
 from atoll.nn.block_cache import BlockCache
-from atoll.nn.joint_blocks import DualBlock, hidden_width
+from atoll.nn.joint_blocks import DualBlock
 from atoll.nn.rotary import grid_positions, normed_heads, rotations
 from atoll.nn.token_route import TokenRoute
 from atoll.plan.cost import forward_flops, sizes_of

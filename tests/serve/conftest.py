@@ -11,6 +11,7 @@ from atoll.pipeline import Pipeline
 from atoll.serve.app import create_app
 from atoll.serve.server import AtollServer, bind, make_server
 from atoll.serve.settings import ServerSettings
+from tests.serve.browser import chromium, studio
 from tests.serve.fake_engine import FakeEngine
 from tests.waiting import wait_until
 
@@ -68,3 +69,15 @@ def server(serve) -> RunningServer:
 def client(server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, server):
+    with studio(browser, server.url) as page:
+        yield page

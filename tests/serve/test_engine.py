@@ -356,7 +356,7 @@ def test_an_image_that_does_not_fit_alone_fails_and_names_the_memory(pipe) -> No
 
     with Engine(broken(pipe, 1, full)) as engine:
         (events,) = run(engine, ImageRequest("moss", (1, 2), steps=2, routing="full"))
-    assert events[-1] == Failed("failed", "the server's memory does not suffice; request fewer images, or later")
+    assert events[-1] == Failed("failed", "too little memory for this request; request fewer images, or try later")
 
 
 def test_a_listener_that_fails_does_not_stop_the_engine(engine) -> None:

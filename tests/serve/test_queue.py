@@ -26,7 +26,7 @@ def serve(queue: FairQueue, images: int, ticks: int) -> Counter[str]:
     received = Counter[str]()
     for _ in range(ticks):
         for unit in queue.select(images):
-            received[unit.work.user] += len(unit)
+            received[unit.job.user] += len(unit)
     return received
 
 
@@ -56,8 +56,8 @@ def test_a_large_request_is_not_starved_by_a_stream_of_new_users() -> None:
     for tick in range(400):
         queue.add(one := work(4, steps=1, arrival=tick + 1, user=str(tick)))
         for unit in queue.select(4):
-            received += len(unit) * (unit.work.user == "large")
-            if unit.work is not one and unit.work.user != "large":
+            received += len(unit) * (unit.job.user == "large")
+            if unit.job is not one and unit.job.user != "large":
                 queue.remove(unit)
         if one.units[0] in list(queue) and tick % 2:
             queue.remove(one.units[0])
@@ -97,7 +97,7 @@ def test_a_user_with_many_routings_does_not_take_the_time_of_the_others() -> Non
         selected = queue.select(64)
         assert other.units[0] in selected
         assert same.units[0] in selected  # in the same evaluation
-        assert len({unit.work.options for unit in selected}) == 2
+        assert len({unit.job.options for unit in selected}) == 2
 
 
 def test_units_whose_experts_are_on_the_device_come_first_within_the_slack() -> None:
@@ -105,6 +105,6 @@ def test_units_whose_experts_are_on_the_device_come_first_within_the_slack() -> 
     queue.add(a := work(4, user="a"))
     queue.add(b := work(4, arrival=1, user="b"))
     a.units[0].experts, b.units[0].experts = frozenset({0}), frozenset({1, 2})
-    served = [queue.select(4, resident={1, 2})[0].work.user for _ in range(40)]
+    served = [queue.select(4, resident={1, 2})[0].job.user for _ in range(40)]
     assert served[0] == "b"
     assert 15 <= served.count("a") <= 25

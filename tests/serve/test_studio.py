@@ -11,16 +11,10 @@ from atoll.serve.app import create_app
 from atoll.serve.engine import Engine
 from atoll.serve.settings import ServerSettings
 from atoll.storage.layout import RunLayout
-from tests.serve.browser import bodies_of, chromium, sample, says, studio, tiles
+from tests.serve.browser import bodies_of, sample, says, studio, tiles
 from tests.serve.conftest import RunningServer
 
 FORM = {"prompt": "moss sand", "negative_prompt": "rust", "seed": "41", "n": "2", "steps": "5", "guidance_scale": "1.5"}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,7 @@ import re
 import pytest
 
 from atoll.serve.pages import STATIC
-from tests.serve.browser import chromium, complains, sample, says, studio, tiles
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser, server):
-    with studio(browser, server.url) as page:
-        yield page
+from tests.serve.browser import complains, sample, says, studio, tiles
 
 
 def test_everything_works_by_keyboard(page) -> None:

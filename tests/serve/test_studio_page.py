@@ -5,20 +5,8 @@ import zlib
 
 import pytest
 
-from tests.serve.browser import chromium, complains, sample, says, studio, tiles
+from tests.serve.browser import complains, sample, says, studio, tiles
 from tests.waiting import wait_until
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser, server):
-    with studio(browser, server.url) as page:
-        yield page
 
 
 def test_previews_are_shown_while_sampling_which_can_be_cancelled(page, engine) -> None:

@@ -4,6 +4,7 @@ A cluster keeps its number for ever. A step of growth adds one cluster, whose nu
 either new data, or the second part of a cluster that was split. So the ancestors alone tell every step.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -134,9 +135,9 @@ class DescendedRecord(CardRecord):
     """A record of clusters that may have grown; reading it checks its lineage."""
 
     @property
+    @abstractmethod
     def descent(self) -> Lineage:
         """The assignment with its ancestors."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _descends(self) -> Self:
