@@ -19,7 +19,10 @@ class FileEntry(CardRecord):
 
 
 class ShardEntry(FileEntry):
+    """A shard: its rows, and the shapes of those columns that have another one in it than in the index."""
+
     rows: PositiveCount
+    shapes: dict[Name, bounds.RowShape] | None = None
 
 
 class ColumnEntry(CardRecord):
@@ -55,6 +58,10 @@ class ShardsIndex(Card):
         # Row numbers are computed from the shards, so a wrong total would shift them.
         if self.rows != sum(shard.rows for shard in self.shards):
             raise ValueError(f"the shards do not add up to {self.rows} rows")
+        # A shape of no column would be ignored.
+        unknown = {name for shard in self.shards for name in shard.shapes or ()} - self.columns.keys()
+        if unknown:
+            raise ValueError(f"a shard has a shape for {sorted(unknown)[0]!r:.60}, which is no column")
         return self
 
     @property

@@ -4,6 +4,9 @@
     manifest.parquet          key, caption, split ("train" or "val"): one line per row, in order; a row group per shard
     index.json                format, kind, rows, columns, bytes and sha256 of each file, the writer's card
 
+The rows of a shard have one shape in each column. Latents of images of several sizes lie in shards of their own: the
+index names the main shape, and a shard's entry the shapes of its own.
+
 The same input gives the same bytes. A directory is written atomically. Iterating shard by shard (`Shards.parts`) takes
 the memory of one shard, even for a hundred million rows.
 """

@@ -1,5 +1,6 @@
 """Constants and helpers that the writer and the reader of shards share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -34,3 +35,16 @@ def describe(column: Tensor) -> ColumnEntry:
     """Return the dtype and the shape of one row of a column [rows, ...]."""
     # The rows vary between shards, the rest must not.
     return ColumnEntry(dtype=str(column.dtype).removeprefix("torch."), shape=column.shape[1:])
+
+
+def own_shapes(columns: Mapping[str, ColumnEntry], main: Mapping[str, ColumnEntry]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the columns of a shard that differ from the index's, `main`."""
+    return {name: column.shape for name, column in columns.items() if column.shape != main[name].shape}
+
+
+def with_shapes(
+    main: Mapping[str, ColumnEntry], shapes: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, ColumnEntry]:
+    """Return the columns of a shard with its own shapes: the inverse of `own_shapes`."""
+    own = shapes or {}
+    return {name: entry.model_copy(update={"shape": own.get(name, entry.shape)}) for name, entry in main.items()}

@@ -23,7 +23,7 @@ from atoll.storage.cards import (
     parse_record,
 )
 from atoll.storage.memory import refuse_out_of_memory
-from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe
+from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe, with_shapes
 from atoll.storage.shards.manifest import ManifestFile
 from atoll.storage.verified import sha256_once
 
@@ -144,9 +144,21 @@ class Shards:
         return sha256_file(self.path / INDEX)
 
     def shape(self, column: str) -> tuple[int, ...]:
-        """Return the shape of one row of a column."""
+        """Return the shape of one row of a column; the main one, if shards differ."""
         # The index knows the shape; no shard is opened.
         return self._index.columns[self._known(column)].shape
+
+    def shapes(self, column: str) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes that rows of a column have: the main one first if some have it, then the others sorted."""
+        there = {self._shape_in(number, column) for number in range(len(self._files))}
+        return tuple(sorted(there, key=lambda shape: (shape != self.shape(column), shape)))
+
+    def shape_numbers(self, column: str) -> Tensor:
+        """Return each row's shape as its position in `shapes`, [n] int16."""
+        shapes = self.shapes(column)
+        numbers = [shapes.index(self._shape_in(number, column)) for number in range(len(self._files))]
+        rows = torch.tensor([file.rows for file in self._files])
+        return torch.tensor(numbers, dtype=torch.int16).repeat_interleave(rows)
 
     def rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split, [n] int64, ascending."""
@@ -160,14 +172,14 @@ class Shards:
 
         Args:
             column: its name.
-            rows: row numbers [n] int64 in any order, or a slice.
+            rows: row numbers [n] int64 in any order, or a slice; of one shape.
 
         Returns:
             The rows [n, ...], in the order of `rows`.
 
         Raises:
             IndexError: a row does not exist.
-            AtollError: the column is unknown or a shard is broken.
+            AtollError: the column is unknown, a shard is broken, or the rows have several shapes.
         """
         # Row numbers, all within the directory.
         self._known(column)
@@ -181,8 +193,13 @@ class Shards:
         if len(used) == 1:
             return self._shard(used[0])[column][rows - self._start(used[0])]
         # Several shards: fill the result shard by shard.
-        what = self._index.columns[column]
-        result = torch.empty(len(rows), *what.shape, dtype=getattr(torch, what.dtype))
+        shapes = {self._shape_in(number, column) for number in used} or {self.shape(column)}
+        if len(shapes) > 1:
+            raise AtollError(
+                f"{self.path}: rows of the shapes {', '.join(map(str, sorted(shapes)))} in {column!r}; read rows of "
+                "one shape at a time"
+            )
+        result = torch.empty(len(rows), *shapes.pop(), dtype=getattr(torch, self._index.columns[column].dtype))
         for number in used:
             here = (shard == number).nonzero().flatten()
             result[here] = self._shard(number)[column][rows[here] - self._start(number)]
@@ -200,6 +217,10 @@ class Shards:
             # The message lists the columns that exist.
             raise AtollError(f"{self.path} has no column {column!r}; it has {', '.join(self.columns)}")
         return column
+
+    def _shape_in(self, number: int, column: str) -> tuple[int, ...]:
+        """The shape of a column's rows in a shard."""
+        return (self._files[number].shapes or {}).get(self._known(column), self.shape(column))
 
     def _start(self, number: int) -> int:
         return int(self._ends[number]) - self._files[number].rows
@@ -247,7 +268,7 @@ class Shards:
         except (OSError, SafetensorError, ValueError, MemoryError, RuntimeError) as error:
             raise self._broken(entry.file, error, number) from error
         # A right size and a wrong layout would otherwise fail much later, in `read`.
-        if actual != self._index.columns:
+        if actual != with_shapes(self._index.columns, entry.shapes):
             described = ", ".join(f"{name} {what.dtype} {list(what.shape)}" for name, what in actual.items())
             raise self._broken(entry.file, f"its columns are {described}", number)
         return tensors

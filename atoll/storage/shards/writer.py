@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,32 +17,52 @@ from atoll.storage.artifact import sha256_file, whole_directory, write_bytes, wr
 from atoll.storage.bounds import MAX_CAPTION_BYTES
 from atoll.storage.cards import CardRecord, ColumnEntry, FileEntry, ShardEntry, ShardsIndex, SplitCounts
 from atoll.storage.memory import refuse_out_of_memory
-from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, refuse_foreign
+from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, own_shapes, refuse_foreign
 from atoll.storage.shards.repeated import repeats
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of the columns whose shape is not the index's, hashable
+
+
+@dataclass
+class _Buffer:
+    """The rows of the next shard of one shape: tensors by column, and text of the same rows."""
+
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    text: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in TEXT})
+
+    def __len__(self) -> int:
+        return len(self.text["key"])
 
 
 class ShardWriter:
     """Write rows into a directory, which appears on `close`. As a context manager it removes everything on an error.
 
-    Memory: `shard_rows` rows, plus those of one call.
+    Memory: `shard_rows` rows of each shape, plus those of one call.
 
     Args:
         directory: the directory to write; an existing one is replaced only if it holds shards or is empty.
         card: the card that `Shards.card` returns; `self.card` may be replaced until `close`.
         shard_rows: rows per shard, default 4096.
+        shapes: main shapes, which the index names, of the columns that may have others; default: none may.
 
     Raises:
         AtollError: the directory holds other files.
     """
 
-    def __init__(self, directory: str | Path, card: CardRecord | Mapping[str, Any], shard_rows: int = 4096):
+    def __init__(
+        self,
+        directory: str | Path,
+        card: CardRecord | Mapping[str, Any],
+        shard_rows: int = 4096,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+    ):
         self.card, self._shard_rows = card, shard_rows
+        self._main = {name: tuple(shape) for name, shape in (shapes or {}).items()}
         refuse_foreign(Path(directory), INDEX)
         # Entered by hand, because it stays open from here to `close`.
         self._whole = whole_directory(Path(directory))
         self._path = self._whole.__enter__()
-        self._waiting: dict[str, list[Tensor]] = {}  # rows of the next shard, by column
-        self._text: dict[str, list[str]] = {name: [] for name in TEXT}  # of the same rows
+        self._waiting: dict[Shapes, _Buffer] = {}
         self._columns: dict[str, ColumnEntry] = {}
         self._splits = dict.fromkeys(SPLITS, 0)
         self._files: list[ShardEntry] = []
@@ -61,22 +82,24 @@ class ShardWriter:
             keys: one unique key per row.
             captions: one caption per row.
             splits: "train" or "val" per row.
-            columns: tensors [rows, ...] by name, with the same names, dtypes and shapes at every call.
+            columns: tensors [rows, ...] by name, with the same names, dtypes and shapes at every call; another shape
+                only where the writer was told a main one.
 
         Raises:
             ValueError: lengths, columns or split names do not fit.
         """
         # Check everything before the first row is buffered.
-        self._fit({name: describe(column) for name, column in columns.items()})
+        shapes = self._fit({name: describe(column) for name, column in columns.items()})
         self._fit_text(keys, captions, splits, {len(column) for column in columns.values()})
         # Buffer copies: the caller may reuse its tensors.
+        buffer = self._waiting.setdefault(shapes, _Buffer())
         for name, rows in zip(TEXT, (keys, captions, splits), strict=True):
-            self._text[name] += rows
+            buffer.text[name] += rows
         for name, column in columns.items():
-            self._waiting.setdefault(name, []).append(column.detach().to("cpu", copy=True))
+            buffer.columns.setdefault(name, []).append(column.detach().to("cpu", copy=True))
         # One call may bring more rows than a shard holds.
-        while len(self._text["key"]) >= self._shard_rows:
-            self._flush(self._shard_rows)
+        while len(buffer) >= self._shard_rows:
+            self._flush(shapes, self._shard_rows)
 
     def adopt(self, file: Path, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str]) -> None:
         """Append a finished safetensors file as the next shard. It is hard-linked if possible, else copied.
@@ -98,18 +121,17 @@ class ShardWriter:
         except (OSError, SafetensorError, MemoryError) as error:
             refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: cannot be read ({error})") from error
-        self._fit({name: describe(tensor) for name, tensor in tensors.items()})
+        shapes = self._fit({name: describe(tensor) for name, tensor in tensors.items()})
         self._fit_text(keys, captions, splits, {len(tensor) for tensor in tensors.values()})
-        # Write the buffered rows first, so that the order of rows is the order of calls.
-        if self._text["key"]:
-            self._flush(len(self._text["key"]))
+        # Write the buffered rows of this shape first, so that their order is the order of calls.
+        self._flush(shapes)
         place = self._path / self._next_name()
         # A hard link takes no space and no time; across file systems it fails.
         try:
             os.link(file, place)
         except OSError:
             shutil.copyfile(file, place)
-        self._count(place, place.stat().st_size, sha256_file(place), (keys, captions, splits))
+        self._count(place, place.stat().st_size, sha256_file(place), (keys, captions, splits), shapes)
 
     def attach(self, file: Path) -> None:
         """Copy a file into the directory under its own name. The index lists it with its hash."""
@@ -125,8 +147,8 @@ class ShardWriter:
             AtollError: there are no rows, or two rows have the same key.
         """
         try:
-            if self._text["key"]:
-                self._flush(len(self._text["key"]))
+            for shapes in self._waiting:
+                self._flush(shapes)
             index = self._write_index()
         # Also after Ctrl-C: no half directory may remain.
         except BaseException as error:
@@ -153,11 +175,19 @@ class ShardWriter:
             self._manifest.close()
         self._whole.__exit__(type(error), error, error.__traceback__)
 
-    def _fit(self, described: dict[str, ColumnEntry]) -> None:
-        # The first rows define the columns.
-        self._columns = self._columns or described
-        if described != self._columns:
+    def _fit(self, described: dict[str, ColumnEntry]) -> Shapes:
+        """Return the shapes that are not the index's. Raises ValueError for other columns than the first rows'."""
+        # The first rows define the columns, but for main shapes.
+        if not self._columns:
+            main = {name: self._main.get(name, entry.shape) for name, entry in described.items()}
+            self._columns = {name: entry.model_copy(update={"shape": main[name]}) for name, entry in described.items()}
+        same = described.keys() == self._columns.keys()
+        shapes = own_shapes(described, self._columns) if same else {}
+        kinds = {name: (entry.dtype, len(entry.shape)) for name, entry in described.items()}
+        expected = {name: (entry.dtype, len(entry.shape)) for name, entry in self._columns.items()}
+        if not same or kinds != expected or not shapes.keys() <= self._main.keys():
             raise ValueError(f"these columns are {described}, the first ones were {self._columns}")
+        return tuple(sorted(shapes.items()))
 
     def _fit_text(self, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str], rows: set[int]) -> None:
         # One value per row in every column.
@@ -175,30 +205,35 @@ class ShardWriter:
         # Numbered in the order of writing, which is the order of rows.
         return f"shard-{len(self._files):05d}.safetensors"
 
-    def _flush(self, rows: int) -> None:
-        """Write the first `rows` buffered rows as a shard."""
+    def _flush(self, shapes: Shapes, rows: int | None = None) -> None:
+        """Write the first `rows` buffered rows of one shape, or all, as a shard; nothing if there are none."""
         from safetensors.torch import save
 
+        buffer = self._waiting.get(shapes, _Buffer())
+        if not len(buffer):
+            return
+        rows = len(buffer) if rows is None else rows
         # Split the buffer into this shard and the rest.
         shard = {}
-        for name, chunks in self._waiting.items():
+        for name, chunks in buffer.columns.items():
             column = torch.cat(chunks)
             shard[name] = column[:rows].contiguous()
-            self._waiting[name] = [column[rows:]] if len(column) > rows else []
-        text = tuple(self._text[name][:rows] for name in TEXT)
-        self._text = {name: self._text[name][rows:] for name in TEXT}
+            buffer.columns[name] = [column[rows:]] if len(column) > rows else []
+        text = tuple(buffer.text[name][:rows] for name in TEXT)
+        buffer.text = {name: buffer.text[name][rows:] for name in TEXT}
         # Hash the bytes in memory rather than read the file back.
         file, content = self._path / self._next_name(), save(shard)
         write_bytes(file, content)
-        self._count(file, len(content), hashlib.sha256(content).hexdigest(), text)
+        self._count(file, len(content), hashlib.sha256(content).hexdigest(), text, shapes)
 
-    def _count(self, file: Path, size: int, sha256: str, text: tuple[Sequence[str], ...]) -> None:
+    def _count(self, file: Path, size: int, sha256: str, text: tuple[Sequence[str], ...], shapes: Shapes) -> None:
         """Add a written shard to the list, and its rows to the manifest as one row group."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         # The index gets the shard's hash, the manifest its rows.
-        self._files.append(ShardEntry(file=file.name, bytes=size, sha256=sha256, rows=len(text[0])))
+        own = {"shapes": dict(shapes)} if shapes else {}
+        self._files.append(ShardEntry(file=file.name, bytes=size, sha256=sha256, rows=len(text[0]), **own))
         for split in SPLITS:
             self._splits[split] += list(text[2]).count(split)
         table = pa.table({name: pa.array(rows, pa.string()) for name, rows in zip(TEXT, text, strict=True)})
