@@ -22,7 +22,7 @@ from atoll.cluster.grow_write import GrownClusters
 from atoll.cluster.nearest import Workers, nearest, unit_features
 from atoll.cluster.run import cut_of, finish, island_card, open_encoded, say_counts
 from atoll.cluster.sampling import hash_keys
-from atoll.cluster.write import row_text, shard_rows
+from atoll.cluster.write import append_rows, shard_rows
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, whole_directory
@@ -110,7 +110,7 @@ def add_cluster(out: Path, encoded: Path, progress: ClusterProgress | None = Non
         ):
             for assigned in workers.map(lambda part: _all_in(part, encoded, number, mean[0]), shards.parts()):
                 part, rows = assigned.part, _within(new, assigned.part)
-                writer.append(*row_text(part, rows), _columns(part, rows))
+                append_rows(writer, part, rows, _columns(part, rows))
                 output.add(assigned, rows)
                 nearer += int((clusters_of[nearest(assigned.features[rows], centroids)[0]] != number).sum())
                 tell(part.start + len(part), len(shards), "adding")
@@ -313,7 +313,7 @@ def _write_parts(
         with _writer(cluster_path(directory, cluster), card, rows) as writer:
             for part in rows.parts():
                 chosen = _within(mine, part)
-                writer.append(*row_text(part, chosen), _columns(part, chosen))
+                append_rows(writer, part, chosen, _columns(part, chosen))
         output.counts[cluster] = {split: int(mine[rows.rows(split)].sum()) for split in SPLITS}
 
 

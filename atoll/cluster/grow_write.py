@@ -13,7 +13,7 @@ from torch import Tensor
 from atoll.cluster.assign import Assigned
 from atoll.cluster.report_rows import ReportRows
 from atoll.cluster.sampling import below, draw, hash_keys
-from atoll.cluster.write import adopt_shards, assignment_table, row_text
+from atoll.cluster.write import adopt_shards, append_rows, assignment_table, keys_and_splits
 from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
 from atoll.storage.shards import SPLITS, Shards, ShardWriter, Split
@@ -71,7 +71,7 @@ class GrownClusters:
         part, hashes = assigned.part, hash_keys(assigned.part.keys)
         if not len(rows):
             return
-        keys, _, splits = row_text(part, rows)
+        keys, splits = keys_and_splits(part, rows)
         clusters = assigned.clusters[rows].tolist()
         self._table.write_table(assignment_table(keys, clusters, splits), row_group_size=len(keys))
         self.blank += int((assigned.features[rows] == 0).all(1).sum())
@@ -83,7 +83,7 @@ class GrownClusters:
                 torch.from_numpy(below(draw(hashes, self._card.seed, ROUTER), self._card.router_fraction))[rows]
             ]
             columns = {name: part.columns[name][chosen] for name in part.columns if name != "feature"}
-            self._router.append(*row_text(part, chosen), {**columns, "cluster": assigned.clusters[chosen]})
+            append_rows(self._router, part, chosen, {**columns, "cluster": assigned.clusters[chosen]})
         self.report_rows.offer(assigned, rows, hashes)
 
     def __exit__(
@@ -131,7 +131,8 @@ class GrownClusters:
             for part in old.parts():
                 moved = torch.tensor([key in self._moved for key in part.keys])
                 clusters = part.columns["cluster"].masked_fill(moved, self._card.k)
-                writer.append(part.keys, part.captions, part.splits, {**part.columns, "cluster": clusters})
+                columns = {**part.columns, "cluster": clusters}
+                writer.append(part.keys, part.captions, part.splits, columns, part.others)
         except BaseException as error:
             writer.__exit__(type(error), error, error.__traceback__)
             raise

@@ -1,7 +1,7 @@
 """Writes a clusters/ directory shard by shard; each cluster's writer holds at most one shard in memory."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -90,20 +90,21 @@ class ClustersWriter:
         clusters = assigned.clusters[rows]
         for number in clusters.unique().tolist():
             members = rows[clusters == number]
-            _, _, splits = text = row_text(part, members)
-            self._writers[number].append(*text, {name: part.columns[name][members] for name in self._columns})
+            splits = append_rows(
+                self._writers[number], part, members, {name: part.columns[name][members] for name in self._columns}
+            )
             for split in SPLITS:
                 self.counts[number][split] += splits.count(split)
         self.blank += int((assigned.features[rows] == 0).all(1).sum())
         # The table of keys and clusters.
-        keys, _, splits = row_text(part, rows)
+        keys, splits = keys_and_splits(part, rows)
         self._write_table(assignment_table(keys, clusters.tolist(), splits))
         # The samples for the router and the report.
         hashes = hash_keys(part.keys)
         if self._router is not None and self._fraction is not None:
             chosen = rows[torch.from_numpy(below(draw(hashes, self._seed, ROUTER), self._fraction))[rows]]
             latents = {name: part.columns[name][chosen] for name in self._columns}
-            self._router.append(*row_text(part, chosen), {**latents, "cluster": assigned.clusters[chosen]})
+            append_rows(self._router, part, chosen, {**latents, "cluster": assigned.clusters[chosen]})
             self._routed += len(chosen)
         self.report_rows.offer(assigned, rows, hashes)
 
@@ -185,14 +186,25 @@ def adopt_shards(writer: ShardWriter, old: Path) -> int:
     # Of clusters that grew, each directory keeps its own card: its experts stay those of their own assignment.
     writer.card = shards.card(ClusterShardsCard)
     for part in shards.parts():
-        writer.adopt(old / f"shard-{part.number:05d}.safetensors", part.keys, part.captions, part.splits)
+        file = old / f"shard-{part.number:05d}.safetensors"
+        writer.adopt(file, part.keys, part.captions, part.splits, part.others)
     return len(shards)
 
 
-def row_text(part: Shard, rows: Tensor) -> tuple[list[str], list[str], list[str]]:
-    """Return keys, captions and splits of rows [n] int64 of a shard."""
+def append_rows(writer: ShardWriter, part: Shard, rows: Tensor, columns: Mapping[str, Tensor]) -> list[str]:
+    """Append rows [n] int64 of a shard with all of their texts and these columns [n, ...]; return their splits."""
     chosen = rows.tolist()
-    return [part.keys[i] for i in chosen], [part.captions[i] for i in chosen], [part.splits[i] for i in chosen]
+    keys, captions, splits, others = (
+        [texts[i] for i in chosen] for texts in (part.keys, part.captions, part.splits, part.others)
+    )
+    writer.append(keys, captions, splits, columns, others)
+    return splits
+
+
+def keys_and_splits(part: Shard, rows: Tensor) -> tuple[list[str], list[str]]:
+    """Return keys and splits of rows [n] int64 of a shard."""
+    chosen = rows.tolist()
+    return [part.keys[i] for i in chosen], [part.splits[i] for i in chosen]
 
 
 def shard_rows(shards: Shards, columns: list[str], k: int) -> int:

@@ -107,6 +107,11 @@ class TrainSettings(Section):
     ema_snapshot_every: PositiveInt = 5000  # steps between two snapshots of these averages
     init: str | None = None  # an expert's directory, relative to the run's, to start from
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
+    # Of captions of tags, separated by commas: the fraction dropped, the first ones that stay in place, and whether the
+    # others come in random order.
+    tag_dropout: float = Field(0.0, ge=0, lt=1)
+    keep_tags: int = Field(0, ge=0)
+    shuffle_tags: bool = False
     # Fraction of the training rows held out for calibration; 0: the val split is used.
     calibration_holdout: float = Field(0.0, ge=0, lt=1)
     # Speed and memory.

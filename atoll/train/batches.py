@@ -1,6 +1,7 @@
 """Seeded batches: the batch of a step is a function of (seed, step) alone, so that a resumed training repeats it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,8 +10,11 @@ from atoll.condition import Condition, Tokens
 from atoll.encoders.text import TextEncoder
 from atoll.randomness import ShuffledPasses, Stream, random_rows, seeded
 from atoll.storage.cards import ClusterShardsCard
-from atoll.storage.shards import Shards, Split
+from atoll.storage.shards import Shards, Split, Weighted
+from atoll.train.drawn_captions import ALL_TAGS, TagDropout, drawn_captions
 from atoll.train.prefetch import Batch
+
+TextT = TypeVar("TextT")
 
 _CHUNK = 4096  # rows in memory at a time in a pass over all
 
@@ -70,18 +74,29 @@ class Rows:
         known = torch.tensor([part.card(ClusterShardsCard).cluster for part in self.shards])
         return known[self._part(self.numbers[rows])]
 
+    @property
+    def has_several_captions(self) -> bool:
+        """Whether some image has more than one caption."""
+        return any(part.has_several_captions for part in self.shards)
+
     def captions(self, rows: Tensor) -> list[str]:
-        """Read the captions of rows [b] int64."""
+        """Read the first captions of rows [b] int64."""
+        return self._texts(rows, Shards.captions_of)
+
+    def other_captions(self, rows: Tensor) -> list[list[Weighted]]:
+        """Read the captions after the first one of rows [b] int64, with weights over the first one's."""
+        return self._texts(rows, Shards.other_captions_of)
+
+    def _texts(self, rows: Tensor, read: Callable[[Shards, Tensor], list[TextT]]) -> list[TextT]:
         numbers = self.numbers[rows]
         part = self._part(numbers)
         # Each directory is read once for all of its rows.
-        captions = [""] * len(rows)
+        texts: dict[int, TextT] = {}
         for i in part.unique().tolist():
             positions = (part == i).nonzero().flatten()
-            texts = self.shards[i].captions_of(numbers[positions] - self._start(i))
-            for position, text in zip(positions.tolist(), texts, strict=True):
-                captions[position] = text
-        return captions
+            here = read(self.shards[i], numbers[positions] - self._start(i))
+            texts.update(zip(positions.tolist(), here, strict=True))
+        return [texts[position] for position in range(len(rows))]
 
     def mean(self) -> Tensor:
         """Return the mean latent [C,H,W] float32 of all rows."""
@@ -146,29 +161,43 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> Co
 
 
 class CaptionedLatents:
-    """Latents with their captions, to train on or to measure on."""
+    """Latents with their captions, to train on or to measure on.
 
-    def __init__(self, rows: Rows, encoder: TextEncoder):
-        self.rows, self.encoder = rows, encoder
+    Args:
+        rows: the latents.
+        encoder: of the captions.
+        tags: what happens to the tags of drawn captions.
+    """
+
+    def __init__(self, rows: Rows, encoder: TextEncoder, tags: TagDropout = ALL_TAGS):
+        self.rows, self.encoder, self.tags = rows, encoder, tags
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: Tensor, mirrored: Tensor | None = None) -> Batch:
+    def batch(self, rows: Tensor, mirrored: Tensor | None = None, draws: Tensor | None = None) -> Batch:
         """Read rows and tokenize their captions.
 
         Args:
             rows: [b] int64.
             mirrored: [b] bool, True for the latent of the mirrored image; ignored if none is stored.
+            draws: [b] int64 from `caption_draws`, for one of each image's captions; None for the first one as it is.
 
         Returns:
             x0 [b,C,H,W] float16, ids [b,L] and mask [b,L] of the captions.
         """
         # Tokens, not encodings: encoding runs on the device with the loss.
-        tokens = self.encoder.tokenize(self.rows.captions(rows))
+        tokens = self.encoder.tokenize(self._captions(rows, draws))
         if not self.rows.has_flips:
             mirrored = None
         return {"x0": self.rows.latents(rows, mirrored), "ids": tokens.ids, "mask": tokens.mask}
+
+    def _captions(self, rows: Tensor, draws: Tensor | None) -> list[str]:
+        captions = self.rows.captions(rows)
+        # Usually there is nothing to draw.
+        if draws is None or not (self.tags or self.rows.has_several_captions):
+            return captions
+        return drawn_captions(captions, self.rows.other_captions(rows), draws, self.tags)
 
     def condition(self, batch: Batch) -> Condition:
         """Encode a batch's captions, on its device."""

@@ -22,6 +22,7 @@ from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.calibrate import measure_calibration
+from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.init_weights import InitWeights
 from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
@@ -98,6 +99,7 @@ def train_denoiser(
     network_config = init_weights.config(network_config, data) if init_weights else network_config
     # Held-out rows show the errors that sampling will meet.
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
+    training.tags = tag_dropout(settings, encoder)
 
     # A change of any of these makes another expert, so they are part of the mark.
     identity = {
@@ -281,7 +283,8 @@ class Denoising(Task):
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         # Each process reads its own rows only.
         rows = self.order.at(index)[local_rows]
-        batch = self.data.batch(rows, mirrored(self.seed, index, count)[local_rows])
+        flips, draws = mirrored(self.seed, index, count), caption_draws(self.seed, index, count)
+        batch = self.data.batch(rows, flips[local_rows], draws[local_rows])
         batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
         # A teacher may evaluate the expert of each row's own cluster.
         if self.teacher is not None:

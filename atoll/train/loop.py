@@ -62,13 +62,16 @@ _MAY_CHANGE = {
     *("checkpoint_every", "log_every", "validate_every", "sample_every", "ema_snapshot_every", "track"),
     "init",  # the mark holds the hash of the weights that it names
 }
+# Settings that came after the first marks: left out at their defaults, so that those marks hold.
+_ADDED = {"tag_dropout", "keep_tags", "shuffle_tags"}
 _ROLLBACKS = 3  # at most; after one more, training fails
 _CALM = 100  # steps before a spike can be distinguished from the fall at the start
 
 
 def training_mark(identity: dict[str, Any], settings: TrainSettings) -> str:
     """Return a hash of everything that the result depends on: data, network, objective, seed and settings."""
-    return fingerprint({**identity, "train": settings.model_dump(exclude=_MAY_CHANGE)})
+    added = settings.model_dump(include=_ADDED, exclude_defaults=True)
+    return fingerprint({**identity, "train": settings.model_dump(exclude=_MAY_CHANGE | _ADDED) | added})
 
 
 def finished(path: Path, kind: type[ExpertCard | RouterCard], mark: str, resume: bool, restart: bool) -> bool:

@@ -20,6 +20,7 @@ from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import INDEX, SPLITS, Shards
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
+from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, finished, train, training_mark
 from atoll.train.prefetch import Batch
@@ -85,6 +86,7 @@ def train_router(
     router = build_network(config)
     # The router is trained on one split and evaluated on the other.
     training, held_out = (CaptionedLatents(Rows.of(parts, split), encoder) for split in SPLITS)
+    training.tags = tag_dropout(settings, encoder)
     with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
         task = RouterTask(router, training, held_out, labels, settings=settings, seed=seed, paths=paths)
         trained = train(
@@ -159,7 +161,8 @@ class RouterTask(Task):
         # The labels count through all rows of the data set, so they are looked up by row number.
         labels = self.labels[self.data.rows.numbers[rows]]
         random = {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
-        return {**self.data.batch(rows, mirrored(self.seed, index, count)[local_rows]), **random, "label": labels}
+        flips, draws = mirrored(self.seed, index, count), caption_draws(self.seed, index, count)
+        return {**self.data.batch(rows, flips[local_rows], draws[local_rows]), **random, "label": labels}
 
     def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
         condition = self.data.condition(batch)

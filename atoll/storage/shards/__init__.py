@@ -1,7 +1,8 @@
 """Directories of shards, the data between the stages: tensor columns, a manifest, an index with all hashes.
 
     shard-00000.safetensors   one tensor [rows, ...] per column, memory-mapped
-    manifest.parquet          key, caption, split ("train" or "val"): one line per row, in order; a row group per shard
+    manifest.parquet          key, caption, split ("train" or "val"): one line per row, in order; a row group per shard.
+                              If an image has several captions: other_captions, see captions.py
     index.json                format, kind, rows, columns, bytes and sha256 of each file, the writer's card
 
 The rows of a shard have one shape in each column. Latents of images of several sizes lie in shards of their own: the
@@ -11,6 +12,7 @@ The same input gives the same bytes. A directory is written atomically. Iteratin
 the memory of one shard, even for a hundred million rows.
 """
 
+from atoll.storage.shards.captions import Weighted, choose, pack, unpack
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
 from atoll.storage.shards.holdout import is_held_out
 from atoll.storage.shards.reader import Shard, Shards
@@ -26,9 +28,13 @@ __all__ = [
     "ShardWriter",
     "Shards",
     "Split",
+    "Weighted",
+    "choose",
     "is_held_out",
     "key_fraction",
+    "pack",
     "refuse_foreign",
     "repeats",
     "split_by_hash",
+    "unpack",
 ]

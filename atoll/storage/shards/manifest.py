@@ -1,4 +1,4 @@
-"""The manifest of a directory of shards: key, caption and split of each row, checked before they fill the memory.
+"""The manifest of a directory of shards: the texts of each row, checked before they fill the memory.
 
 A small manifest may claim much: a page that unpacks to a gigabyte, or a million rows with one long caption, which
 parquet stores once. So the pages are measured by their headers, and the texts by the dictionary of a column.
@@ -10,6 +10,7 @@ from typing import Any
 
 from atoll.storage.bounds import MAX_CAPTION_BYTES
 from atoll.storage.parquet_pages import pages
+from atoll.storage.shards.captions import OTHERS
 from atoll.storage.shards.format import SPLITS, TEXT
 
 _FREE = 1 << 20  # bytes of a column's pages beside its texts
@@ -17,6 +18,9 @@ _FREE = 1 << 20  # bytes of a column's pages beside its texts
 
 class ManifestFile:
     """An open manifest.
+
+    Attributes:
+        names: its columns: key, caption, split, and other_captions if an image has several.
 
     Args:
         path: the file.
@@ -40,8 +44,9 @@ class ManifestFile:
             raise ValueError(f"it has {sum(actual)} rows, the index has {sum(rows)}, or they are cut otherwise")
         # Other types would fail later, far from the file.
         types = {field.name: str(field.type) for field in self._file.schema_arrow}
-        if any(types.get(name) not in ("string", "large_string") for name in TEXT):
-            raise ValueError(f"its columns are {types!s:.200}, expected the texts {', '.join(TEXT)}")
+        self.names: tuple[str, ...] = (*TEXT, OTHERS) if OTHERS in types else TEXT
+        if any(types.get(name) not in ("string", "large_string") for name in self.names):
+            raise ValueError(f"its columns are {types!s:.200}, expected the texts {', '.join(self.names)}")
 
     def column(self, name: str) -> Any:
         """Read a whole column as a pyarrow ChunkedArray. Raises as the class does."""

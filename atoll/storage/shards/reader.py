@@ -23,7 +23,8 @@ from atoll.storage.cards import (
     parse_record,
 )
 from atoll.storage.memory import refuse_out_of_memory
-from atoll.storage.shards.format import INDEX, MANIFEST, TEXT, Split, describe, with_shapes
+from atoll.storage.shards.captions import OTHERS, Weighted, unpack
+from atoll.storage.shards.format import INDEX, MANIFEST, Split, describe, with_shapes
 from atoll.storage.shards.manifest import ManifestFile
 from atoll.storage.verified import sha256_once
 
@@ -37,6 +38,7 @@ class Shard:
         start: the row number of its first row in the directory.
         keys, captions, splits: one string per row.
         columns: tensors [rows, ...] by name, memory-mapped and read-only.
+        others: the captions after the first one of each row, as `atoll.storage.shards.captions` packs them.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Shard:
     captions: list[str]
     splits: list[str]
     columns: dict[str, Tensor]
+    others: list[str]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -61,7 +64,7 @@ class Shards:
 
     Attributes:
         columns: the names of the tensor columns.
-        keys, captions, splits: one string per row.
+        keys, captions, splits: one string per row. An image with several captions has its first one here.
 
     Raises:
         AtollError: a file is missing, truncated, of another format or altered. The message names the file and its
@@ -120,18 +123,43 @@ class Shards:
         return value
 
     def captions_of(self, rows: Tensor) -> list[str]:
-        """Return the captions of these rows [n] int64, in their order. The first call loads all captions."""
+        """Return the first captions of these rows [n] int64, in their order. The first call loads all captions."""
         # Only the captions of these rows become Python strings.
         value: list[str] = self._captions.take(rows.numpy()).to_pylist()
         return value
 
+    @property
+    def has_several_captions(self) -> bool:
+        """Whether some image has more than one caption."""
+        return OTHERS in self._manifest.names
+
+    def other_captions_of(self, rows: Tensor) -> list[list[Weighted]]:
+        """Return the captions after the first one of these rows [n] int64, with weights over the first one's.
+
+        Raises:
+            AtollError: the manifest holds something else.
+        """
+        if not self.has_several_captions:
+            return [[] for _ in range(len(rows))]
+        try:
+            return [unpack(text) for text in self._others.take(rows.numpy()).to_pylist()]
+        except ValueError as error:
+            raise self._broken(MANIFEST, f"{OTHERS}: {error}") from error
+
     @cached_property
     def _captions(self) -> Any:
-        """All captions as one pyarrow array, which takes about half the memory of Python strings."""
+        return self._array("caption")
+
+    @cached_property
+    def _others(self) -> Any:
+        return self._array(OTHERS)
+
+    def _array(self, column: str) -> Any:
+        """Read a column as one pyarrow array, which takes about half the memory of Python strings."""
         import pyarrow as pa
 
         # large_string has 64-bit offsets: one array may hold more than 2 GiB of text.
-        return self._text("caption").cast(pa.large_string()).combine_chunks()
+        return self._text(column).cast(pa.large_string()).combine_chunks()
 
     @cached_property
     def splits(self) -> list[str]:
@@ -209,8 +237,11 @@ class Shards:
         """Yield shard by shard, so that memory does not grow with the rows. Raises AtollError as `read` does."""
         for number in range(len(self._files)):
             # One row group and one mapped file at a time.
-            text = self._group(number, TEXT)
-            yield Shard(number, self._start(number), text["key"], text["caption"], text["split"], self._map(number))
+            text = self._group(number, self._manifest.names)
+            others = text.get(OTHERS) or [""] * len(text["key"])
+            yield Shard(
+                number, self._start(number), text["key"], text["caption"], text["split"], self._map(number), others
+            )
 
     def _known(self, column: str) -> str:
         if column not in self.columns:

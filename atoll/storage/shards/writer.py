@@ -17,8 +17,11 @@ from atoll.storage.artifact import sha256_file, whole_directory, write_bytes, wr
 from atoll.storage.bounds import MAX_CAPTION_BYTES
 from atoll.storage.cards import CardRecord, ColumnEntry, FileEntry, ShardEntry, ShardsIndex, SplitCounts
 from atoll.storage.memory import refuse_out_of_memory
+from atoll.storage.shards.captions import OTHERS
 from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, TEXT, describe, own_shapes, refuse_foreign
 from atoll.storage.shards.repeated import repeats
+
+_BUFFERED = (*TEXT, OTHERS)  # the texts of a row
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of the columns whose shape is not the index's, hashable
 
@@ -28,7 +31,7 @@ class _Buffer:
     """The rows of the next shard of one shape: tensors by column, and text of the same rows."""
 
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
-    text: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in TEXT})
+    text: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in _BUFFERED})
 
     def __len__(self) -> int:
         return len(self.text["key"])
@@ -68,6 +71,7 @@ class ShardWriter:
         self._files: list[ShardEntry] = []
         self._attached: list[FileEntry] = []
         self._manifest: Any = None  # a pyarrow ParquetWriter, from the first shard on
+        self._several = False  # whether some image has several captions
 
     def append(
         self,
@@ -75,6 +79,7 @@ class ShardWriter:
         captions: Sequence[str],
         splits: Sequence[str],
         columns: Mapping[str, Tensor],
+        others: Sequence[str] = (),
     ) -> None:
         """Append rows.
 
@@ -84,16 +89,17 @@ class ShardWriter:
             splits: "train" or "val" per row.
             columns: tensors [rows, ...] by name, with the same names, dtypes and shapes at every call; another shape
                 only where the writer was told a main one.
+            others: the further captions of each row (`Shard.others`); empty if no row has any.
 
         Raises:
             ValueError: lengths, columns or split names do not fit.
         """
         # Check everything before the first row is buffered.
         shapes = self._fit({name: describe(column) for name, column in columns.items()})
-        self._fit_text(keys, captions, splits, {len(column) for column in columns.values()})
+        text = self._fit_text(keys, captions, splits, others, {len(column) for column in columns.values()})
         # Buffer copies: the caller may reuse its tensors.
         buffer = self._waiting.setdefault(shapes, _Buffer())
-        for name, rows in zip(TEXT, (keys, captions, splits), strict=True):
+        for name, rows in text.items():
             buffer.text[name] += rows
         for name, column in columns.items():
             buffer.columns.setdefault(name, []).append(column.detach().to("cpu", copy=True))
@@ -101,12 +107,19 @@ class ShardWriter:
         while len(buffer) >= self._shard_rows:
             self._flush(shapes, self._shard_rows)
 
-    def adopt(self, file: Path, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str]) -> None:
+    def adopt(
+        self,
+        file: Path,
+        keys: Sequence[str],
+        captions: Sequence[str],
+        splits: Sequence[str],
+        others: Sequence[str] = (),
+    ) -> None:
         """Append a finished safetensors file as the next shard. It is hard-linked if possible, else copied.
 
         Args:
             file: the file, one tensor [rows, ...] per column.
-            keys, captions, splits: one per row, as in `append`.
+            keys, captions, splits, others: one per row, as in `append`.
 
         Raises:
             ValueError: as in `append`.
@@ -122,7 +135,7 @@ class ShardWriter:
             refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: cannot be read ({error})") from error
         shapes = self._fit({name: describe(tensor) for name, tensor in tensors.items()})
-        self._fit_text(keys, captions, splits, {len(tensor) for tensor in tensors.values()})
+        text = self._fit_text(keys, captions, splits, others, {len(tensor) for tensor in tensors.values()})
         # Write the buffered rows of this shape first, so that their order is the order of calls.
         self._flush(shapes)
         place = self._path / self._next_name()
@@ -131,7 +144,7 @@ class ShardWriter:
             os.link(file, place)
         except OSError:
             shutil.copyfile(file, place)
-        self._count(place, place.stat().st_size, sha256_file(place), (keys, captions, splits), shapes)
+        self._count(place, place.stat().st_size, sha256_file(place), text, shapes)
 
     def attach(self, file: Path) -> None:
         """Copy a file into the directory under its own name. The index lists it with its hash."""
@@ -189,17 +202,27 @@ class ShardWriter:
             raise ValueError(f"these columns are {described}, the first ones were {self._columns}")
         return tuple(sorted(shapes.items()))
 
-    def _fit_text(self, keys: Sequence[str], captions: Sequence[str], splits: Sequence[str], rows: set[int]) -> None:
+    def _fit_text(
+        self,
+        keys: Sequence[str],
+        captions: Sequence[str],
+        splits: Sequence[str],
+        others: Sequence[str],
+        rows: set[int],
+    ) -> dict[str, Sequence[str]]:
+        """Return the texts of some rows by column, once they are checked."""
+        others = others or [""] * len(keys)
         # One value per row in every column.
-        if len(lengths := {len(keys), len(captions), len(splits), *rows}) != 1:
+        if len(lengths := {len(keys), len(captions), len(splits), len(others), *rows}) != 1:
             raise ValueError(f"keys, captions, splits and columns differ in length: {sorted(lengths)}")
         # A reader would refuse the whole directory.
-        for text in (*keys, *captions):
+        for text in (*keys, *captions, *others):
             # A letter has up to 4 bytes, so most texts need not be encoded.
             if len(text) > MAX_CAPTION_BYTES // 4 and (size := len(text.encode())) > MAX_CAPTION_BYTES:
                 raise AtollError(f"a key or caption of {size:,} bytes; expected at most {MAX_CAPTION_BYTES:,}")
         if unknown := set(splits) - set(SPLITS):
             raise ValueError(f"a split is one of {SPLITS}; got {sorted(unknown)}")
+        return dict(zip(_BUFFERED, (keys, captions, splits, others), strict=True))
 
     def _next_name(self) -> str:
         # Numbered in the order of writing, which is the order of rows.
@@ -219,28 +242,52 @@ class ShardWriter:
             column = torch.cat(chunks)
             shard[name] = column[:rows].contiguous()
             buffer.columns[name] = [column[rows:]] if len(column) > rows else []
-        text = tuple(buffer.text[name][:rows] for name in TEXT)
-        buffer.text = {name: buffer.text[name][rows:] for name in TEXT}
+        text = {name: values[:rows] for name, values in buffer.text.items()}
+        buffer.text = {name: values[rows:] for name, values in buffer.text.items()}
         # Hash the bytes in memory rather than read the file back.
         file, content = self._path / self._next_name(), save(shard)
         write_bytes(file, content)
         self._count(file, len(content), hashlib.sha256(content).hexdigest(), text, shapes)
 
-    def _count(self, file: Path, size: int, sha256: str, text: tuple[Sequence[str], ...], shapes: Shapes) -> None:
+    def _count(self, file: Path, size: int, sha256: str, text: Mapping[str, Sequence[str]], shapes: Shapes) -> None:
         """Add a written shard to the list, and its rows to the manifest as one row group."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         # The index gets the shard's hash, the manifest its rows.
         own = {"shapes": dict(shapes)} if shapes else {}
-        self._files.append(ShardEntry(file=file.name, bytes=size, sha256=sha256, rows=len(text[0]), **own))
+        self._files.append(ShardEntry(file=file.name, bytes=size, sha256=sha256, rows=len(text["key"]), **own))
         for split in SPLITS:
-            self._splits[split] += list(text[2]).count(split)
-        table = pa.table({name: pa.array(rows, pa.string()) for name, rows in zip(TEXT, text, strict=True)})
+            self._splits[split] += list(text["split"]).count(split)
+        # Without an image of several captions there is no column for them.
+        if any(text[OTHERS]) and not self._several:
+            self._several = True
+            self._add_column()
+        names = _BUFFERED if self._several else TEXT
+        self._write_rows(pa.table({name: pa.array(text[name], pa.string()) for name in names}))
+
+    def _write_rows(self, table: Any) -> None:
+        import pyarrow.parquet as pq
+
         # Opened with the first shard, so that a writer without rows creates no file.
         if self._manifest is None:
             self._manifest = pq.ParquetWriter(self._path / MANIFEST, table.schema, compression="zstd")
         self._manifest.write_table(table, row_group_size=len(table))
+
+    def _add_column(self) -> None:
+        """Write the manifest so far again, with an empty column of further captions; one row group at a time."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if self._manifest is None:
+            return
+        self._manifest.close()
+        self._manifest = None
+        before = (self._path / MANIFEST).rename(self._path / f"{MANIFEST}.before")
+        with pq.ParquetFile(before) as file:
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                self._write_rows(table.append_column(OTHERS, pa.array([""] * len(table), pa.string())))
+        before.unlink()
 
     def _write_index(self) -> ShardsIndex:
         if not self._files:
