@@ -20,7 +20,8 @@ from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import USER, Trust
 from atoll.errors import AtollError
 from atoll.nn import Foreign, build_network
-from atoll.nn.foreign import Class, arguments_of
+from atoll.nn.foreign import arguments_of
+from atoll.nn.foreign_calls import Class
 from atoll.objective import Objective
 
 CLASSES: dict[str, Class] = {"pixart": "PixArtTransformer2DModel", "diffusers-dit": "DiTTransformer2DModel"}

@@ -3,7 +3,7 @@
 dit.py, mmdit.py    the denoisers that Atoll trains, built from attention.py
 router.py           the router, of the blocks of either
 paris.py            the networks of the Paris release
-foreign.py          diffusers' own networks, unchanged
+foreign.py          diffusers' own networks, unchanged; foreign_calls.py: how each is called
 """
 
 from collections.abc import Mapping
