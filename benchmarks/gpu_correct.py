@@ -20,6 +20,7 @@ from atoll.nn import DiT, DiTConfig
 from atoll.objective import Objective
 from atoll.train.island import Island
 from atoll.train.loop import train
+from atoll.train.plans import TrainingMarks
 
 LATENT, TOKENS, WIDTH = (4, 8, 12), 7, 48
 BF16, FP32 = 0.05, 1e-4  # how far a velocity may be off, root mean square over the reference's
@@ -78,7 +79,7 @@ def trained(directory: Path, device: torch.device, cut: bool) -> dict[str, Tenso
     """A tiny DiT's EMA after STEPS steps. cut: stopped at step STOP and resumed from step SAVED."""
     options = {"steps": STEPS, "batch": 6, "checkpoint_every": SAVED, "log_every": 1, "validate_every": 0}
     settings = TrainSettings.model_validate({**options, "precision": "bf16", "track": "none"})
-    island = Island(0, 1, device)
+    island, marks = Island(0, 1, device), TrainingMarks({"name": "gpu"}, settings)
 
     def progress(line: dict[str, Any]) -> None:
         if line["step"] == STOP:
@@ -90,9 +91,9 @@ def trained(directory: Path, device: torch.device, cut: bool) -> dict[str, Tenso
 
     if cut:
         with suppress(Stop):
-            train(task(), settings, directory, "gpu", island, progress=progress)
+            train(task(), settings, directory, marks, island, progress=progress)
     last = task()
-    train(last, settings, directory, "gpu", island, resume=cut)
+    train(last, settings, directory, marks, island, resume=cut)
     return {name: value.cpu() for name, value in last.module.state_dict().items()}
 
 

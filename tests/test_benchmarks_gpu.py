@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from atoll.train.island import Island
 from atoll.train.loop import train
+from atoll.train.plans import TrainingMarks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = (
@@ -171,7 +172,8 @@ def test_a_step_is_the_loops_own(network, modules, tmp_path) -> None:
         here.step(compiled=False)
     task = SameBatch(new(), 3)
     options = {"steps": 2, "track": "none", "validate_every": 0, "threads": torch.get_num_threads()}
-    train(task, here.settings.model_copy(update=options), tmp_path, "mark", Island(0, 1, CPU))
+    settings = here.settings.model_copy(update=options)
+    train(task, settings, tmp_path, TrainingMarks({"name": "mark"}, settings), Island(0, 1, CPU))
     trained = list(task.module.parameters())
     assert all(torch.equal(a, b) for a, b in zip(here.state.ema, trained, strict=True))
     before = new().parameters()

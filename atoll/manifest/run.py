@@ -126,6 +126,9 @@ class TrainSettings(Section):
     sharding: Literal["replicate", "shard"] = "replicate"  # several processes: DDP or FSDP2
     # Checkpoints, logs and samples: steps between two; 0: never.
     checkpoint_every: PositiveInt = 200
+    # After the last step: "all" keeps the last checkpoint, and the one before the decay of lr, to extend the training
+    # exactly; "last" keeps the last one; "none" removes all once the artifact is written.
+    keep_checkpoints: Literal["all", "last", "none"] = "all"
     log_every: PositiveInt = 10
     validate_every: int = Field(1000, ge=0)
     sample_every: int = Field(0, ge=0)

@@ -176,6 +176,7 @@ class TrainingLayout:
 
     # Written by the training itself.
     checkpoint = _Below("checkpoint.safetensors")
+    before_decay = _Below("before-decay")  # a checkpoint of the state before the learning rate's decay
     metrics = _Below("metrics.jsonl")
     summary = _Below("summary.json")
     sharded_temporary = _Below(".checkpoint.dcp.tmp")
@@ -208,6 +209,10 @@ class TrainingLayout:
     def sharded_checkpoints(self) -> list[Path]:
         """List the complete sharded checkpoints, in no particular order."""
         return list(self.root.glob("checkpoint-*.dcp"))
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint, of either kind."""
+        return self.checkpoint.exists() or bool(self.sharded_checkpoints())
 
     def snapshot(self, step: int, profile: int) -> Path:
         """Return the file of one profile's EMA weights at one step. profile: its position in train.ema_profiles."""

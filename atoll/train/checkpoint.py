@@ -8,13 +8,13 @@ Any number of processes, replicated or sharded, reads either of them. Both hold 
 compared when a checkpoint is read.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,12 @@ from atoll.storage.layout import TrainingLayout, temporary_of
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.tensor_hash import TensorHash, split_hash, with_hash
 from atoll.train.island import Island
+from atoll.train.plans import TrainingMarks, fingerprint
 from atoll.train.state import Counters, State
 
 NUMBERS = "numbers.json"
 _METADATA = {"mark", "numbers"}  # of checkpoint.safetensors, beside the hash
 _REMEDY = "restore the file from a copy, or train this part again from the start with --restart"
-
-
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Return a hash of the settings that must not change when a training is resumed."""
-    # Sorted keys, so that the order of the settings does not matter.
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Checkpoints:
@@ -46,13 +41,13 @@ class Checkpoints:
     Random numbers need no state: every batch is a function of (seed, index) alone.
 
     Args:
-        directory: the training's.
-        mark: of the settings that must not change, see `fingerprint`.
+        directory: the training's, or one inside it for another checkpoint of the same training.
+        marks: of the training; a checkpoint of another one is refused.
         island: the processes that train together; each calls all methods.
     """
 
-    def __init__(self, directory: Path, mark: str, island: Island):
-        self.directory, self.mark, self.island = directory, mark, island
+    def __init__(self, directory: Path, marks: TrainingMarks, island: Island):
+        self.directory, self.marks, self.island = directory, marks, island
         self._files = TrainingLayout(directory)
         # One thread: checkpoints are written one after the other.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -67,7 +62,7 @@ class Checkpoints:
     def exists(self) -> bool:
         """Return whether there is a checkpoint, the same answer in every process."""
         # Every process looks before any of them changes the directory.
-        exists = self._files.checkpoint.exists() or bool(self._sharded())
+        exists = self._files.has_checkpoint()
         self.island.barrier()  # before the first process writes one
         return exists
 
@@ -82,11 +77,12 @@ class Checkpoints:
         """Copy the state and write the copy in the background; raises like `finish`."""
         # The last checkpoint must be complete before the next one is copied.
         self.finish()
+        self.directory.mkdir(parents=True, exist_ok=True)
         # Sharded processes write their parts together; otherwise the first process has everything.
         if self.island.world > 1 and state.settings.sharding == "shard":
             self._save_sharded(state)
         elif self.island.is_first:
-            numbers = {"mark": self.mark, "numbers": json.dumps(state.text())}
+            numbers = {"mark": self.marks.of(state.numbers), "numbers": json.dumps(state.text())}
             # Training changes the tensors while the copy is being written.
             copy = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.tensors().items()}
             self._writing = self._thread.submit(self._write, copy, numbers)
@@ -104,17 +100,28 @@ class Checkpoints:
         Raises:
             AtollError: the file is damaged, holds a value that is not finite, or was written under other settings.
         """
+        file, state.numbers = self._last()
+        if file == self._files.checkpoint:
+            self._read(file, state.tensors())
+        else:
+            self._load_sharded(file, state)
+        self.island.barrier()  # only then may the first process write the next one
+
+    def numbers(self) -> Counters:
+        """Return the counters of the last checkpoint; raises like `load`, but reads no tensor."""
+        numbers = self._last()[1]
+        self.island.barrier()
+        return numbers
+
+    def _last(self) -> tuple[Path, Counters]:
+        """The last checkpoint with its counters."""
         self.finish()
         self.island.barrier()  # the first process may just have finished writing
-        sharded = self._sharded()
-        file = self._files.checkpoint
+        sharded, file = self._sharded(), self._files.checkpoint
         # Both formats exist after a change of the sharding: the later one counts.
         if sharded and (not file.exists() or _age_of(sharded[-1]) > self._numbers(file).age):
-            self._load_sharded(sharded[-1], state)
-        else:
-            state.numbers = self._numbers(file)
-            self._read(file, state.tensors())
-        self.island.barrier()  # only then may the first process write the next one
+            return sharded[-1], self._record(sharded[-1])[0]
+        return file, self._numbers(file)
 
     def _write(self, tensors: dict[str, Tensor], numbers: dict[str, str]) -> None:
         # Imported here: sharded training writes no safetensors file.
@@ -145,17 +152,19 @@ class Checkpoints:
             with safe_open(file, framework="pt") as stored:
                 # The header alone holds the counters; no tensor is read.
                 metadata, _ = split_hash(stored.metadata() or {}, _METADATA)
-            self._check(file, metadata["mark"])
-            return Counters(**json.loads(metadata["numbers"]))
+            return self._checked(file, metadata["mark"], json.loads(metadata["numbers"]))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, MemoryError) as error:
             raise _damaged(file, error) from None
 
-    def _check(self, file: Path, mark: str | None) -> None:
+    def _checked(self, file: Path, mark: str | None, values: dict[str, Any]) -> Counters:
+        """The counters of a checkpoint. Raises AtollError if it belongs to another training."""
+        numbers = Counters(**values)
         # Another mark means other settings or data, and a resumed training would differ.
-        if mark != self.mark:
+        if (planned := self.marks.plan_of(mark, numbers)) is None:
             raise AtollError(
                 f"{file}: was written with other settings or data; restore them, or train again with --restart"
             )
+        return replace(numbers, planned=planned)
 
     @torch.no_grad()
     def _read(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -215,7 +224,9 @@ class Checkpoints:
             # The new checkpoint appears under its name only when it is complete; then the old ones go.
             older = [self._files.checkpoint, *self._sharded()]
             hashes = self._merge_hashes(temporary) | {NUMBERS: fingerprint(state.text())}
-            write_json(temporary / NUMBERS, {"mark": self.mark, "numbers": state.text(), "sha256": hashes})
+            write_json(
+                temporary / NUMBERS, {"mark": self.marks.of(state.numbers), "numbers": state.text(), "sha256": hashes}
+            )
             os.replace(temporary, path)
             self._remove(older)
         # No process trains on before the checkpoint has its final name.
@@ -268,16 +279,8 @@ class Checkpoints:
 
         from atoll.train.sharded_reader import ShardedReader
 
-        # The counters and the mark are in a file beside the tensors.
-        record = read_json(path / NUMBERS)
+        state.numbers, hashes = self._record(path)
         try:
-            self._check(path, record.get("mark"))
-            hashes = dict(record.get("sha256", {}))  # {}: of a time before hashes
-            if strange := [name for name in hashes if "/" in name or "\\" in name]:
-                raise _damaged(path / NUMBERS, f"it names {strange[0]!r:.60}, no file of a checkpoint")
-            if hashes.pop(NUMBERS, mark := fingerprint(record["numbers"])) != mark:
-                raise _damaged(path / NUMBERS, "its numbers are not those that were written")
-            state.numbers = Counters(**record["numbers"])
             self._compare_hashes(path, hashes)
             # One process may read the parts of many.
             with warnings.catch_warnings():
@@ -286,6 +289,29 @@ class Checkpoints:
         except (OSError, KeyError, TypeError, AttributeError, CheckpointException, MemoryError) as error:
             raise _damaged(path, error) from None
         self._refuse_not_finite(path, state.tensors())
+
+    def _record(self, path: Path) -> tuple[Counters, dict[str, str]]:
+        """The counters of a sharded checkpoint, and the hashes of its files."""
+        # The counters and the mark are in a file beside the tensors.
+        record = read_json(path / NUMBERS)
+        try:
+            numbers = self._checked(path, record.get("mark"), record["numbers"])
+            hashes = dict(record.get("sha256", {}))  # {}: of a time before hashes
+            if strange := [name for name in hashes if "/" in name or "\\" in name]:
+                raise _damaged(path / NUMBERS, f"it names {strange[0]!r:.60}, no file of a checkpoint")
+            if hashes.pop(NUMBERS, mark := fingerprint(record["numbers"])) != mark:
+                raise _damaged(path / NUMBERS, "its numbers are not those that were written")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(path / NUMBERS, error) from None
+        return numbers, hashes
+
+
+def discard_checkpoints(directory: Path) -> None:
+    """Remove all checkpoints of a training that ended; it cannot be extended afterwards."""
+    files = TrainingLayout(directory)
+    for path in (files.before_decay, *files.sharded_checkpoints()):
+        shutil.rmtree(path, ignore_errors=True)
+    files.checkpoint.unlink(missing_ok=True)
 
 
 def _age_of(path: Path) -> tuple[int, ...]:

@@ -22,10 +22,12 @@ from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
 from atoll.train.calibrate import measure_calibration
+from atoll.train.checkpoint import discard_checkpoints
 from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.init_weights import InitWeights
 from atoll.train.island import Island, gathered_state
-from atoll.train.loop import Task, finished, train, training_mark
+from atoll.train.loop import Task, train
+from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
@@ -110,9 +112,9 @@ def train_denoiser(
         "seed": spec.seed,
         **origin,
     }
-    mark = training_mark(identity, settings)
-    # A finished artifact with this mark is the result already.
-    if finished(spec.path, ExpertCard, mark, resume, restart):
+    marks = TrainingMarks(identity, settings)
+    # A finished artifact with today's mark is the result already.
+    if finished(spec.path, ExpertCard, marks, resume, restart):
         return spec.path
     # Train and calibrate.
     torch.manual_seed(spec.seed)
@@ -130,7 +132,7 @@ def train_denoiser(
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
-        trained = train(task, settings, state, mark, island, **options)
+        trained = train(task, settings, state, marks, island, **options)
         # Calibrate with the EMA weights, which training leaves in the network.
         calibration = calibrate(
             stoppable(network, island, stopped),
@@ -157,6 +159,8 @@ def train_denoiser(
             )
             measured = CalibrationRecord(**calibration.config(), measured_on=measured_on)
             save_artifact(spec.path, _card(spec, data, identity, calibration=measured, training=record), weights)
+            if settings.keep_checkpoints == "none":
+                discard_checkpoints(state)
     return spec.path
 
 

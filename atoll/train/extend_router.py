@@ -27,7 +27,7 @@ from atoll.storage.layout import ROUTER, RunLayout, cluster_directories, cluster
 from atoll.storage.shards import INDEX, SPLITS, Shards, Split
 from atoll.train.batches import CaptionedLatents, Rows, drop_condition
 from atoll.train.grown_logit import LogitSamples, fit_logit
-from atoll.train.loop import training_mark
+from atoll.train.plans import training_mark
 from atoll.train.router import RouterTask
 from atoll.train.track import TrainProgress
 

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.runtime.device import has_bf16
-from atoll.storage.artifact import CARD, read_card
-from atoll.storage.cards import ExpertCard, RouterCard
 from atoll.storage.layout import TrainingLayout
-from atoll.train.checkpoint import Checkpoints, fingerprint, not_finite
+from atoll.train.checkpoint import Checkpoints, not_finite
 from atoll.train.island import Island, gather
+from atoll.train.plans import TrainingMarks, extended, is_exact
 from atoll.train.prefetch import Batch, Prefetcher
 from atoll.train.snapshots import Snapshots
-from atoll.train.state import Counters, State, learning_rate
+from atoll.train.state import Counters, State, learning_rate, steps_before_decay
 from atoll.train.stopping import Interrupted as Interrupted
 from atoll.train.stopping import stop_signals
 from atoll.train.track import Tracker, TrainProgress
@@ -56,39 +55,8 @@ class Task(ABC):
         """
 
 
-# Settings that may change when a training is resumed: they change its result by rounding at most.
-_MAY_CHANGE = {
-    *("threads", "device", "accumulate", "compile", "checkpointing", "sharding"),
-    *("checkpoint_every", "log_every", "validate_every", "sample_every", "ema_snapshot_every", "track"),
-    "init",  # the mark holds the hash of the weights that it names
-}
-# Settings that came after the first marks: left out at their defaults, so that those marks hold.
-_ADDED = {"tag_dropout", "keep_tags", "shuffle_tags"}
 _ROLLBACKS = 3  # at most; after one more, training fails
 _CALM = 100  # steps before a spike can be distinguished from the fall at the start
-
-
-def training_mark(identity: dict[str, Any], settings: TrainSettings) -> str:
-    """Return a hash of everything that the result depends on: data, network, objective, seed and settings."""
-    added = settings.model_dump(include=_ADDED, exclude_defaults=True)
-    return fingerprint({**identity, "train": settings.model_dump(exclude=_MAY_CHANGE | _ADDED) | added})
-
-
-def finished(path: Path, kind: type[ExpertCard | RouterCard], mark: str, resume: bool, restart: bool) -> bool:
-    """Return whether the artifact at `path` is the finished result of the training with this mark.
-
-    Raises:
-        AtollError: an artifact of another mark exists and restart is False, or one of this mark and both resume and
-            restart are False.
-    """
-    if restart or not (path / CARD).exists():
-        return False
-    training = read_card(path, kind).training
-    if training is None or training.mark != mark:
-        raise AtollError(f"{path} was trained under other settings or on other data; add --restart to replace it")
-    if not resume:
-        raise AtollError(f"{path} is already trained; add --restart to train it again")
-    return True
 
 
 @dataclass(frozen=True)
@@ -102,7 +70,7 @@ def train(
     task: Task,
     settings: TrainSettings,
     directory: Path,
-    mark: str,
+    marks: TrainingMarks,
     island: Island,
     *,
     resume: bool = False,
@@ -116,16 +84,17 @@ def train(
         task: batches and losses.
         settings: of the training.
         directory: for checkpoints, metrics.jsonl, summary.json and sample grids; created if missing.
-        mark: from `training_mark`; a checkpoint with another mark is refused.
+        marks: of the training; a checkpoint of another one is refused.
         island: the processes that train together; each of them calls this.
-        resume: continue from the checkpoint, bit for bit as if never stopped; without one, start.
+        resume: continue from the checkpoint, bit for bit as if never stopped; without one, start. If it was written
+            under another plan of steps, the training is extended, see `atoll.train.plans`.
         restart: discard an existing checkpoint.
         progress: called with each line of metrics.jsonl that reports a step.
         stopped: whether a signal arrived, see `stop_signals`; None: signals are recorded until this function returns.
 
     Raises:
-        AtollError: a checkpoint exists, and resume and restart are False; the loss was not finite, or spiked, more
-            often than `_ROLLBACKS`; the disk is full.
+        AtollError: a checkpoint exists, and resume and restart are False; more steps are done than settings.steps; the
+            loss was not finite, or spiked, more often than `_ROLLBACKS`; the disk is full.
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -135,12 +104,18 @@ def train(
     state = State(task.module, settings)
     # A checkpoint in progress is completed on every exit.
     signals = stop_signals() if stopped is None else nullcontext(stopped)
-    with signals as stopped, Checkpoints(directory, mark, island) as checkpoints:
+    early = TrainingLayout(directory).before_decay
+    with (
+        signals as stopped,
+        Checkpoints(directory, marks, island) as checkpoints,
+        Checkpoints(early, marks, island) as before_decay,
+    ):
         log = _run(
             task,
             module,
             state,
             checkpoints,
+            before_decay,
             settings=settings,
             directory=directory,
             island=island,
@@ -154,7 +129,7 @@ def train(
         for parameter, average in zip(state.parameters, state.ema, strict=True):
             parameter.copy_(average)
     task.module.eval()
-    return Trained(summary=log.close(state.numbers.rollbacks, state.numbers.skipped))
+    return Trained(summary=log.close(state.numbers))
 
 
 def _run(
@@ -162,6 +137,7 @@ def _run(
     module: nn.Module,
     state: State,
     checkpoints: Checkpoints,
+    before_decay: Checkpoints,
     *,
     settings: TrainSettings,
     directory: Path,
@@ -174,13 +150,18 @@ def _run(
     """Run the steps that are not done yet."""
     # Start from the checkpoint, or from the initial weights.
     local_rows = island.local_rows(settings.batch, settings.accumulate)
-    snapshots = Snapshots(directory, checkpoints.mark, island)
-    _load_or_save(state, checkpoints, snapshots, resume, restart)
+    change = _load_or_save(state, checkpoints, before_decay, resume, restart)
     # A rollback replaces this object, so it is read again afterwards.
     numbers = state.numbers
-    log = Tracker(
-        directory, numbers.step, settings, mark=checkpoints.mark, progress=progress, quiet=not island.is_first
-    )
+    mark = checkpoints.marks.of(numbers)
+    log = Tracker(directory, numbers.step, settings, mark=mark, progress=progress, quiet=not island.is_first)
+    if change and island.is_first:
+        warnings.warn(change, stacklevel=2)
+        log.event(numbers.step, change)
+    # Snapshots of later steps would be written twice.
+    snapshots = Snapshots(directory, mark, island)
+    snapshots.drop_after(numbers.step)
+    last_before_decay = steps_before_decay(settings) if settings.keep_checkpoints == "all" else settings.steps
     autocast = autocast_of(settings.precision, island.device)
 
     # The steps, with batches prefetched.
@@ -210,14 +191,19 @@ def _run(
             stop = island.any(stopped())
             snapshot = bool(settings.ema_profiles) and _due(done, settings.ema_snapshot_every, settings)
             checkpoint = stop or done % settings.checkpoint_every == 0 or done == settings.steps
+            early = done == last_before_decay < settings.steps
             # The loss of a step is computed before its update, which can be the one that fails.
-            if (snapshot or checkpoint) and (wrong := _not_finite(state, island)):
+            if (snapshot or checkpoint or early) and (wrong := _not_finite(state, island)):
                 numbers = _roll_back(state, checkpoints, done, f"after step {done}, {wrong} is not finite", log)
                 snapshots.drop_after(numbers.step)
                 continue
             # Save.
             if snapshot:
                 snapshots.save(state)
+            # Before the other one: if that exists, this one does.
+            if early:
+                before_decay.save(state)
+                before_decay.finish()
             if checkpoint:
                 checkpoints.save(state)
             if stop and done < settings.steps:
@@ -252,22 +238,43 @@ def gradients(
     return value, float(gather(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
 
 
-def _load_or_save(state: State, checkpoints: Checkpoints, snapshots: Snapshots, resume: bool, restart: bool) -> None:
-    """Load the last checkpoint into the state, or save the first one."""
+def _load_or_save(
+    state: State, checkpoints: Checkpoints, before_decay: Checkpoints, resume: bool, restart: bool
+) -> str:
+    """Load the last checkpoint into the state, or save the first one.
+
+    Returns:
+        A line that says what a change of the planned steps means; "" if they did not change.
+    """
     # A restart discards the old checkpoints before anything is loaded.
     if restart:
         checkpoints.clear()
+        before_decay.clear()
     # The first checkpoint holds the initial weights, where a rollback at the start returns to.
     if not checkpoints.exists():
         checkpoints.save(state)
-    elif resume:
-        checkpoints.load(state)
-    else:
+        return ""
+    if not resume:
         raise AtollError(
             f"{checkpoints.directory}: holds a checkpoint; --resume continues from it, --restart discards it"
         )
-    # Snapshots of later steps would be written twice.
-    snapshots.drop_after(state.numbers.step)
+    # The same plan: go on where it stopped.
+    marks, numbers = checkpoints.marks, checkpoints.numbers()
+    if numbers.planned == marks.settings.steps:
+        checkpoints.load(state)
+        return ""
+    # Another plan: from before the decay, if only that is as the new plan would have it.
+    source = checkpoints
+    if not is_exact(numbers, marks.settings) and before_decay.exists():
+        early = before_decay.numbers()
+        source = before_decay if is_exact(early, marks.settings) else checkpoints
+    _, change = extended(source.numbers(), marks)
+    source.load(state)
+    state.numbers, _ = extended(state.numbers, marks)
+    # On disk at once: from here on, the training follows the new plan only.
+    checkpoints.save(state)
+    checkpoints.finish()
+    return change
 
 
 def prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:

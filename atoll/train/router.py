@@ -20,9 +20,11 @@ from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import INDEX, SPLITS, Shards
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
+from atoll.train.checkpoint import discard_checkpoints
 from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.island import Island, gathered_state
-from atoll.train.loop import Task, finished, train, training_mark
+from atoll.train.loop import Task, train
+from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
@@ -78,8 +80,8 @@ def train_router(
     seed, path = router_seed(manifest.seed), RunLayout(run).router
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
-    mark = training_mark({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
-    if _is_extended(path, lineage, resume, restart) or finished(path, RouterCard, mark, resume, restart):
+    marks = TrainingMarks({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
+    if _is_extended(path, lineage, resume, restart) or finished(path, RouterCard, marks, resume, restart):
         return path
     # Train, then write the artifact.
     torch.manual_seed(seed)
@@ -93,7 +95,7 @@ def train_router(
             task,
             settings,
             TrainingLayout.of(path).root,
-            mark,
+            marks,
             island,
             resume=resume,
             restart=restart,
@@ -117,6 +119,8 @@ def train_router(
         weights = {f"network.{name}": value for name, value in gathered_state(router).items()}
         if island.is_first:
             save_artifact(path, card, weights)
+            if settings.keep_checkpoints == "none":
+                discard_checkpoints(TrainingLayout.of(path).root)
     return path
 
 

@@ -103,7 +103,9 @@ def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
     if not snapshots:
         raise AtollError(f"{directory}: no snapshots; train with train.ema_profiles, such as [0.05, 0.1]")
     tensors = read_tensors(expert, card)
-    widths = [_width(snapshot, training.mark) for snapshot in snapshots]
+    # A training that was extended took its first snapshots under an earlier plan.
+    marks = {training.mark, *(plan.mark for plan in training.plans or ())}
+    widths = [_width(snapshot, marks) for snapshot in snapshots]
     gammas = [gamma_of(width) for width in widths]
     factors = solve([s.step for s in snapshots], gammas, training.steps, gamma)
     # The same factors, applied to the weights.
@@ -114,13 +116,13 @@ def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
     return out
 
 
-def _width(snapshot: Snapshot, mark: str) -> float:
+def _width(snapshot: Snapshot, marks: set[str]) -> float:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(snapshot.file, framework="pt") as stored:
             metadata, _ = split_hash(stored.metadata() or {}, _METADATA)
-        if metadata["mark"] == mark:
+        if metadata["mark"] in marks:
             return float(metadata["sigma_rel"])
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise _damaged(snapshot.file, error) from None

@@ -1,7 +1,7 @@
 """The state of a training: weights, their averages, the optimizer's moments, and a few counters."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Counters:
         mean: running mean of the log-loss.
         square: running mean of its square.
         seen: number of steps in these means.
+        planned: steps of the plan that the training follows; 0 in a checkpoint that does not say.
+        plans: the plans before that one, as plain values of `EarlierPlan`.
     """
 
     step: int = 0
@@ -33,6 +35,8 @@ class Counters:
     mean: float = 0.0
     square: float = 0.0
     seen: int = 0
+    planned: int = 0
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def age(self) -> tuple[int, int]:
@@ -51,7 +55,7 @@ class State:
     """
 
     def __init__(self, module: nn.Module, settings: TrainSettings):
-        self.module, self.settings, self.numbers = module, settings, Counters()
+        self.module, self.settings, self.numbers = module, settings, Counters(planned=settings.steps)
         self.parameters: list[nn.Parameter] = list(module.parameters())
         self.optimizer = _optimizer(self.parameters, settings)
         self._eight_bit = settings.optimizer_state == "8bit"
@@ -135,6 +139,11 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     # The decay to 0 lets the loss fall once more at the end.
     cooldown = 1.0 if step < decay_start else (settings.steps - step) / max(1.0, settings.steps - decay_start)
     return settings.lr * warmup * cooldown
+
+
+def steps_before_decay(settings: TrainSettings) -> int:
+    """Return how many steps have a learning rate that does not depend on `settings.steps`: those before the decay."""
+    return int(settings.decay_from * settings.steps)
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from atoll.manifest import TrainSettings
 from atoll.storage.artifact import write_json
 from atoll.storage.bounds import Count, Number, Seconds
 from atoll.storage.layout import TrainingLayout, temporary_of
+from atoll.train.state import Counters
 
 TrainProgress = Callable[[dict[str, Any]], None]
 
@@ -113,7 +114,7 @@ class Tracker:
         """Log an irregularity, such as a rollback, on a line of its own."""
         self._write({"step": done, "event": message})
 
-    def close(self, rollbacks: int, skipped: int) -> dict[str, Any]:
+    def close(self, numbers: Counters) -> dict[str, Any]:
         """Write summary.json, and return it for the card."""
         # The last values, as the card and `atoll launch` read them.
         summary = {
@@ -123,8 +124,9 @@ class Tracker:
             "loss": self.last_line.get("loss"),
             "validation": self.validation,
             "seconds": round(self.last_line.get("seconds", 0.0), 1),
-            "rollbacks": rollbacks,
-            "skipped_batches": skipped,
+            "rollbacks": numbers.rollbacks,
+            "skipped_batches": numbers.skipped,
+            **({"plans": numbers.plans} if numbers.plans else {}),
         }
         if not self.quiet:
             write_json(self.files.summary, summary)

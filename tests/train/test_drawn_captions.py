@@ -20,7 +20,7 @@ from atoll.storage.shards import Shards, ShardWriter, pack
 from atoll.train.batches import CaptionedLatents, Rows
 from atoll.train.drawn_captions import TagDropout, caption_draws, drawn_captions, tag_dropout
 from atoll.train.expert import train_expert
-from atoll.train.loop import training_mark
+from atoll.train.plans import training_mark
 from atoll.train.router import RouterTask, train_router
 from tests.conftest import RUN, SHAPE, write_run
 

@@ -26,7 +26,8 @@ from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_cond
 from atoll.train.calibrate import measure_calibration
 from atoll.train.checkpoint import Checkpoints
 from atoll.train.expert import train_expert, train_monolith
-from atoll.train.loop import Interrupted, training_mark
+from atoll.train.loop import Interrupted
+from atoll.train.plans import training_mark
 from atoll.train.router import RouterTask, train_router
 from atoll.train.state import State
 from atoll.train.track import read_metrics

@@ -72,12 +72,29 @@ class EmaRecord(CardRecord):
     of: Sha256
 
 
+class EarlierPlan(CardRecord):
+    """A plan that a training followed before its last one, see `atoll.train.plans`.
+
+    Attributes:
+        mark: of the training under this plan.
+        steps: planned.
+        until: the step from which the next plan counts.
+        exact: all steps until then are the same under the next plan.
+    """
+
+    mark: Name
+    steps: PositiveCount
+    until: Count
+    exact: bool
+
+
 class TrainingRecord(CardRecord):
     """How an artifact was trained. A converted artifact has steps 0 and the mark "converted".
 
     Attributes:
-        mark: the hash of everything that the result depends on; see `atoll.train.loop.training_mark`.
+        mark: the hash of everything that the result depends on; see `atoll.train.plans.training_mark`.
         settings: the `train` section of atoll.yaml, whole.
+        plans: earlier plans of steps, the oldest first; None if the training was never extended.
         loss: the last logged loss. validation: losses by name.
         skipped_batches, rollbacks: counts, after losses that were not finite or jumped.
         rows: the number of latents in the training set.
@@ -89,6 +106,7 @@ class TrainingRecord(CardRecord):
     mark: Name
     settings: Plain | None = None
     steps: Count
+    plans: tuple[EarlierPlan, ...] | None = Field(None, max_length=bounds.MAX_ANCESTORS)
     loss: bounds.Number | None = None
     validation: dict[Name, bounds.Number] | None = None
     seconds: bounds.Seconds | None = None
