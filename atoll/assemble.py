@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
@@ -104,6 +105,7 @@ def _refuse_mixed(cards: dict[Path, ExpertCard], router: Path | None, routing: R
                 _refuse_foreign(path, part, router, lineage)
                 continue
             mine, theirs = part.plain().get(key), cards[first].plain().get(key)
+            refuse_other_statistics(path, mine, first, theirs)
             if not same(mine, theirs):
                 raise AtollError(
                     f"{path}: its {key} is {mine}, that of {first} is {theirs}; "

@@ -13,7 +13,7 @@ from atoll.cluster.dedupe import already_there
 from atoll.cluster.fit import ClusterProgress
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import FAIR
-from atoll.cluster.run import cut_of, finish, open_encoded, say_counts
+from atoll.cluster.run import cut_of, finish, open_encoded, say_counts, statistics_line
 from atoll.cluster.write import ClustersWriter
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import identity
@@ -46,7 +46,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
     """
     # The clusters, and the images that are new to them.
     card = load_card(out / CLUSTERS_CARD, ClustersCard)
-    assignment, shards = load_assignment(out, card), open_encoded(encoded)
+    assignment, shards = load_assignment(out, card), open_encoded(encoded, out)
     tell = progress or (lambda done, rows, note: None)
     first = Shards(cluster_path(out, 0))
     refuse_other(shards, out, card, first)
@@ -57,6 +57,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
     # Rows that the clusters hold already are skipped; without new rows there is nothing to write.
     known = torch.from_numpy(already_there(shards, out, card.k))
     skipped = f", {int(known.sum()):,} were there already" if known.any() else ""
+    note = statistics_line(encoded, card.codec)
     if known.all():
         return f"{out}: no image added{skipped}: {say_counts(card)}"
     # The new card describes the same clustering, with one more data set.
@@ -84,7 +85,7 @@ def assign_only(out: Path, encoded: Path, progress: ClusterProgress | None = Non
             "`atoll cluster --force` makes new clusters, for which all experts must be trained again",
             stacklevel=2,
         )
-    return f"{out}: {int((~known).sum()):,} images added{skipped}: {say_counts(card)}"
+    return f"{out}: {int((~known).sum()):,} images added{skipped}: {say_counts(card)}{note}"
 
 
 def both_cuts(old: CutRecord | None, new: CutRecord | None) -> CutRecord | None:
@@ -102,7 +103,6 @@ def refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -
     described = shards.card(EncodedCard)
     pairs: dict[str, tuple[Any, Any]] = {
         "feature": (identity(described.feature), identity(card.feature)),
-        "codec": (identity(described.codec), identity(card.codec)),
         "latent shape": (list(shards.shape("latent")), list(first.shape("latent"))),
         "columns": (list(columns), list(first.columns)),
     }

@@ -20,7 +20,7 @@ from atoll.cluster.dedupe import already_there
 from atoll.cluster.fit import ROWS_PER_CENTROID, ClusterProgress, fine_stage, free_coarse, survey
 from atoll.cluster.grow_write import GrownClusters
 from atoll.cluster.nearest import Workers, nearest, unit_features
-from atoll.cluster.run import cut_of, finish, island_card, open_encoded, say_counts
+from atoll.cluster.run import cut_of, finish, island_card, open_encoded, say_counts, statistics_line
 from atoll.cluster.sampling import hash_keys
 from atoll.cluster.write import append_rows, shard_rows
 from atoll.encoders.trust import STRANGER, Trust
@@ -81,7 +81,7 @@ def add_cluster(out: Path, encoded: Path, progress: ClusterProgress | None = Non
         AtollError: as `assign_only`; random clusters; no new training image.
     """
     # The clusters, and the images that are new to them.
-    old, shards = _Clusters.load(out), open_encoded(encoded)
+    old, shards = _Clusters.load(out), open_encoded(encoded, out)
     card, number, tell = old.card, old.card.k, progress or (lambda done, rows, note: None)
     refuse_other(shards, out, card, Shards(cluster_path(out, 0)))
     tell(0, len(shards), "looking for known images")
@@ -116,8 +116,9 @@ def add_cluster(out: Path, encoded: Path, progress: ClusterProgress | None = Non
                 tell(part.start + len(part), len(shards), "adding")
         cut = both_cuts(card.cut, cut_of(shards))
         card = finish(directory, clustering, assignment, output, workers=workers, tell=tell, trust=trust, cut=cut)
+    statistics = statistics_line(encoded, card.codec)
     note = f", {nearer:,} of its images nearer to an older one" if nearer else ""
-    return f"{out}: cluster {number} is new{note}: {say_counts(card)}; {_next(card)}"
+    return f"{out}: cluster {number} is new{note}: {say_counts(card)}; {_next(card)}{statistics}"
 
 
 def split_cluster(
@@ -151,7 +152,7 @@ def split_cluster(
     if not 0 <= number < card.k:
         raise AtollError(f"--split {number}: {out} has the clusters 0 to {card.k - 1}")
     # The features of the cluster's rows are in encoded/ alone.
-    rows, sources = Shards(cluster_path(out, number)), [open_encoded(path) for path in encoded]
+    rows, sources = Shards(cluster_path(out, number)), [open_encoded(path, out) for path in encoded]
     for shards in sources:
         refuse_other(shards, out, card, rows)
     with Workers() as workers, whole_directory(out) as directory:

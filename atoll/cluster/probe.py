@@ -33,11 +33,13 @@ def write_probe(clusters: Path, encoded: Path, out: Path) -> list[int]:
     if out.exists():
         raise AtollError(f"{out}: exists; write the probe to a new directory")
     card = load_card(clusters / CLUSTERS_CARD, ClustersCard)
-    assignment, shards = load_assignment(clusters, card), open_encoded(encoded)
+    assignment, shards = load_assignment(clusters, card), open_encoded(encoded, clusters)
     described = shards.card(EncodedCard)
-    for what, new, old in (("feature", described.feature, card.feature), ("codec", described.codec, card.codec)):
-        if not same(new, old):
-            raise AtollError(f"{encoded}: its {what} is {new}, the clusters' {old}; encode with the run's atoll.yaml")
+    if not same(described.feature, card.feature):
+        raise AtollError(
+            f"{encoded}: its feature is {described.feature}, the clusters' {card.feature}; encode with the run's "
+            "atoll.yaml"
+        )
     # What the clusters hold is no secret. A contributor has no list of it, and no shards but its own.
     known = torch.zeros(len(shards), dtype=torch.bool)
     if (clusters / ASSIGNMENT).is_file() and all(cluster_path(clusters, k).is_dir() for k in range(card.k)):

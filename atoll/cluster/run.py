@@ -1,7 +1,9 @@
 """The stage `atoll cluster`."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from atoll.cluster.assign import Assignment, ClusterMethod
 from atoll.cluster.describe import describe
@@ -9,6 +11,7 @@ from atoll.cluster.fit import ROWS_PER_CENTROID, ClusterProgress, Survey, survey
 from atoll.cluster.nearest import Workers
 from atoll.cluster.report import imbalance, to_html
 from atoll.cluster.write import ClustersWriter, WrittenClusters
+from atoll.encoders.codec.statistics import other_statistics, statistics_note, uses_measured, with_codec, with_measured
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -51,7 +54,7 @@ def cluster_run(
         AtollError: as `cluster`.
     """
     # Options of the call take precedence over the manifest.
-    settings, layout = manifest.clusters, RunLayout(run)
+    settings, layout, measured = manifest.clusters, RunLayout(run), uses_measured(manifest.codec)
     out = layout.clusters
     written = cluster(
         layout.encoded,
@@ -62,6 +65,7 @@ def cluster_run(
         seed=manifest.seed,
         force=force,
         router_fraction=settings.router_fraction if router_fraction is None else router_fraction,
+        measured=measured,
         progress=progress,
         trust=manifest.trust_in_cards(run),
     )
@@ -78,6 +82,7 @@ def cluster(
     seed: int = 0,
     force: bool = False,
     router_fraction: float | None = None,
+    measured: bool = False,
     progress: ClusterProgress | None = None,
     trust: Trust = STRANGER,
 ) -> bool:
@@ -98,6 +103,7 @@ def cluster(
         seed: of sample and k-means.
         force: replace an earlier clustering.
         router_fraction: of all rows that is copied to router/; None to train the router on all of `encoded`.
+        measured: normalise the latents by the statistics that `atoll encode` measured, instead of the codec's own.
         progress: called after each shard.
         trust: what the codec in the card of `encoded` may reach, to show images.
 
@@ -106,12 +112,13 @@ def cluster(
 
     Raises:
         AtollError: k < 1, k above the number of training images or of fine centroids, features that are not finite, an
-            empty cluster, no balance possible, or `out` holds another clustering or other files.
+            empty cluster, no balance possible, or `out` holds another clustering or other files; as `with_measured`.
     """
     # The request, and whether it is fulfilled already.
     if router_fraction is not None and not 0 < router_fraction <= 1:
         raise AtollError(f"the router's fraction is {router_fraction}; expected a number above 0, at most 1")
     shards, tell = open_encoded(encoded), progress or (lambda done, rows, note: None)
+    shards = with_measured(shards) if measured else shards
     tell(0, len(shards), "drawing the sample")
     # The sample of the fine stage, and the number of training images that bounds k.
     surveyed = survey(shards, seed, ROWS_PER_CENTROID * (fine or max(16 * k, _FINE)))
@@ -125,6 +132,7 @@ def cluster(
         "seed": seed,
         "router_fraction": router_fraction,
         "feature": described.feature,
+        "codec": described.codec,
     }
     if not force and _is_there(out, {"encoded": [shards.sha256], **request}):
         return False
@@ -140,7 +148,6 @@ def cluster(
             )
         card = ClusteringCard(
             **request,
-            codec=described.codec,
             assignment=assignment.sha256(described.feature),
             encoded=[shards.sha256],
         )
@@ -153,12 +160,29 @@ def cluster(
     return True
 
 
-def open_encoded(path: Path) -> Shards:
-    """Open shards with features. Raises AtollError if they have none."""
+def open_encoded(path: Path, clusters: Path | None = None) -> Shards:
+    """Open shards with features.
+
+    Args:
+        path: of the shards.
+        clusters: the directory of existing clusters, by whose statistics the latents are normalised; None for the
+            latents as they were encoded.
+
+    Raises:
+        AtollError: they have no features, or are of another codec than the clusters.
+    """
     shards = Shards(path)
     if "feature" not in shards.columns:
         raise AtollError(f"{path} has no column 'feature'; name the directory that `atoll encode` wrote")
-    return shards
+    if clusters is None:
+        return shards
+    return with_codec(shards, load_card(clusters / CLUSTERS_CARD, ClustersCard).codec, clusters)
+
+
+def statistics_line(encoded: Path, codec: Mapping[str, Any]) -> str:
+    """Return a new line that says how the statistics of new images differ from the clusters'; "" if they are alike."""
+    note = statistics_note(Shards(encoded), codec)
+    return f"\n{note}" if note else ""
 
 
 def island_card(card: ClusteringCard, shards: Shards) -> ClusterShardsCard:
@@ -248,6 +272,11 @@ def _is_there(out: Path, requested: dict[str, object]) -> bool:
         existing |= {"k": requested["k"], "fine": requested["fine"]}
     # Name the first setting that differs.
     for key, value in requested.items():
+        if constants := other_statistics(existing.get(key), value):
+            raise AtollError(
+                f"{out}: was made with latents of other statistics, {key} {constants[0]}, requested is {constants[1]} "
+                "(codec.statistics in atoll.yaml); replace it with --force, and train all experts again"
+            )
         if existing.get(key) != value:
             raise AtollError(
                 f"{out}: was made with {key} {existing.get(key)}, requested is {value}; "

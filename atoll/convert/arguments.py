@@ -10,6 +10,7 @@ import yaml
 
 from atoll.convert.dit import ImageSize
 from atoll.encoders.codec import build_codec
+from atoll.encoders.codec.statistics import uses_measured
 from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import USER, Trust
 from atoll.errors import AtollError
@@ -40,7 +41,7 @@ def arguments_of_run(run: Path, wanted: str, *, allow_hub: bool = False, trust_p
     part = manifest.find_expert(wanted)
     # Its data. The shards are preferred, because the manifest may have changed since they were written.
     shards = RunLayout(run).cluster(part.cluster)
-    data = _data_of(Shards(shards).card(ClusterShardsCard)) if shards.is_dir() else _planned(manifest)
+    data = _data_of(Shards(shards).card(ClusterShardsCard), manifest) if shards.is_dir() else _planned(manifest)
     # Its network. It reads the pooled vector only if the encoder has one.
     channels, height, width = data.latent_shape
     network = manifest.network_of(part).config()
@@ -74,9 +75,11 @@ class _Data:
     assignment: str | None
 
 
-def _data_of(card: ClusterShardsCard) -> _Data:
-    # The shards' card states everything that the expert must fit.
-    return _Data(card.codec, card.condition, card.latent_shape, card.assignment)
+def _data_of(card: ClusterShardsCard, manifest: Manifest) -> _Data:
+    # The shards' card states everything that the expert must fit, but for measured statistics: a foreign network knows
+    # the latents of the codec's own.
+    codec = build_codec(manifest.codec).config() if uses_measured(manifest.codec) else card.codec
+    return _Data(codec, card.condition, card.latent_shape, card.assignment)
 
 
 def _planned(manifest: Manifest) -> _Data:

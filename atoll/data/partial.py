@@ -32,6 +32,7 @@ from atoll.data.fingerprint import (
 )
 from atoll.data.lengths import CutCaptions
 from atoll.data.names import json_line
+from atoll.data.statistics import ChannelSums
 from atoll.data.tally import Tally, count_notes, tally_of
 from atoll.data.types import Block, Skipped
 from atoll.encoders.weights import same
@@ -47,6 +48,7 @@ PLAN = "plan.json"
 SKIPPED = "skipped.jsonl"
 TEXT = ("key", "caption", "split")
 _SHA256 = "sha256"  # in the metadata of a block's parquet file: the hash of its tensors
+_SUMS = "sums"  # beside it: the sums of its training latents, per channel
 
 
 class PartialEncoding:
@@ -176,7 +178,9 @@ class PartialEncoding:
         sink = pa.BufferOutputStream()
         table = pa.table({**arrays, "pixels": pa.array(pixels, pa.binary(16))})
         # The hash of the tensors is compared when the block is sealed, perhaps days later.
-        pq.write_table(table.replace_schema_metadata({_SHA256: digest}), sink, compression="zstd")
+        sums = ChannelSums.of(columns, text["split"])
+        metadata = {_SHA256: digest, _SUMS: sums.to_json()}
+        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
         write_bytes(self._file(number, "parquet"), sink.getvalue().to_pybytes())
 
     def tally(self, number: int) -> Tally:
@@ -202,7 +206,7 @@ class PartialEncoding:
 
         Args:
             out: the directory to create.
-            card: card of the shards; the counts are added.
+            card: card of the shards; the counts and the statistics of the latents are added.
             blocks: number of blocks.
             tally: counts of all blocks.
             skip_duplicates: drop samples with equal pixels.
@@ -222,7 +226,7 @@ class PartialEncoding:
             dropped.update({row: ("duplicate", first) for row, first in same.items()})
         # The report names the first sample with the same key or pixels.
         names = self._keys_of(blocks, {first for _, first in dropped.values()})
-        final = replace(tally, skipped=Counter(tally.skipped))
+        final, sums = replace(tally, skipped=Counter(tally.skipped)), ChannelSums()
         with ShardWriter(out, card) as writer, (self.path / SKIPPED).open("w", encoding="utf-8") as listed:
             start = 0
             for number in range(blocks):
@@ -239,7 +243,7 @@ class PartialEncoding:
                     final.good -= 1
                     final.uncaptioned -= text["caption"][i] == ""
                 # Add the rows that remain, and count truncated captions among them only.
-                self._add(writer, number, text, set(gone))
+                sums += self._add(writer, number, text, set(gone))
                 cut.add([caption for i, caption in enumerate(text["caption"]) if start + i not in dropped])
                 start += len(text["key"])
             # Close before attaching, so that all lines are on disk.
@@ -251,7 +255,9 @@ class PartialEncoding:
                 skipped=dict(sorted(final.skipped.items())),
                 **_more_counts(final, cut),
             )
-            writer.card = card.model_copy(update={"counts": counts})
+            # In the order of the blocks, so that the sums depend neither on who encoded them nor on interruptions.
+            measured = {} if (statistics := sums.statistics()) is None else {"statistics": statistics}
+            writer.card = card.model_copy(update={"counts": counts, **measured})
         if listing is not None:
             files = (self._file(number, "files") for number in range(blocks))
             records = [record for file in files if file.is_file() for record in read_records(file) or ()]
@@ -271,25 +277,33 @@ class PartialEncoding:
         write_bytes(self.path / SKIPPED, b"".join(lines))
         return self.path / SKIPPED
 
-    def _add(self, writer: ShardWriter, number: int, text: dict[str, list[str]], gone: set[int]) -> None:
-        """Add a block to the sealed shards: its file unchanged, or the rows that are not dropped."""
+    def _add(self, writer: ShardWriter, number: int, text: dict[str, list[str]], gone: set[int]) -> ChannelSums:
+        """Add a block to the sealed shards: its file unchanged, or the rows that are not dropped.
+
+        Returns:
+            The sums of its training latents.
+        """
         remaining = [i for i in range(len(text["key"])) if i not in gone]
         if not remaining:
-            return
+            return ChannelSums()
         file, expected = self._file(number, "safetensors"), self._sha256(number)
         if expected is not None and sha256_once(file) != expected:
             done = self._file(number, "parquet")
             raise AtollError(f"{file}: its contents are not those that were written; remove {done.name} and --resume")
         chosen = [[text[name][i] for i in remaining] for name in TEXT]
         if gone:
-            from safetensors.torch import load_file
-
-            columns = {name: column[torch.tensor(remaining)] for name, column in load_file(file).items()}
             # Rewriting is needed only for blocks that lose rows.
+            columns = {name: column[torch.tensor(remaining)] for name, column in _load(file).items()}
+            sums = ChannelSums.of(columns, chosen[2])
             writer.append(chosen[0], chosen[1], chosen[2], columns)
         else:
             # The common case: the file is taken over without reading its tensors.
+            sums = self._sums(number) or ChannelSums.of(_load(file), chosen[2])
             writer.adopt(file, chosen[0], chosen[1], chosen[2])
+        if not sums.finite:
+            raise AtollError(f"{file}: a latent in it is NaN or infinite; remove {self._file(number, 'parquet').name} "
+                             "and --resume")  # fmt: skip
+        return sums
 
     def _column(self, name: str, blocks: int, without: Container[int] = ()) -> Iterator[list[Any]]:
         """Yield a column block by block; the rows in `without` become objects that equal nothing else."""
@@ -325,16 +339,31 @@ class PartialEncoding:
 
     def _sha256(self, number: int) -> str | None:
         """Return the hash of a block's tensors when they were written; None for a block of a time before hashes."""
+        return self._metadata(number, _SHA256)
+
+    def _sums(self, number: int) -> ChannelSums | None:
+        """Return the sums of a block's training latents; None for a block of a time before sums."""
+        text = self._metadata(number, _SUMS)
+        return None if text is None else ChannelSums.from_json(text)
+
+    def _metadata(self, number: int, key: str) -> str | None:
+        """Read a text from the metadata of a block's parquet file; None if it is empty or not there."""
         import pyarrow.parquet as pq
 
         metadata = pq.read_schema(self._file(number, "parquet")).metadata or {}
-        digest = metadata.get(_SHA256.encode())
-        return digest.decode() if digest else None
+        value = metadata.get(key.encode())
+        return value.decode() if value else None
 
     def _skipped(self, number: int) -> Iterator[dict[str, str]]:
         with self._file(number, "jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
 
 
 def _line(sample: Skipped) -> str:

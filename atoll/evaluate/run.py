@@ -17,6 +17,7 @@ from torch import Tensor
 
 import atoll
 from atoll.condition import Condition, move_to
+from atoll.encoders.codec.statistics import refuse_other_statistics, with_codec
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.ensemble import Expert, Sampler
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
@@ -178,10 +179,13 @@ def open_run(path: Path, device: str | torch.device = "cpu", trust: Trust = STRA
             f"{path}: the ensemble generates latents of shape {list(loaded.latent_shape)}, encoded/ holds "
             f"{list(encoded.shape('latent'))}; evaluate it on the data that it was trained on"
         )
+    # Held-out latents are those of the ensemble: normalised by the statistics that it was trained with.
+    encoded = with_codec(encoded, loaded.card.codec, layout.ensemble)
     # The dense models, with the same encoder.
     present = [name for name in DENSE if (layout.part(name) / CARD).is_file()]
     dense = {name: load_ensemble(layout.part(name), device=device, trust=trust) for name in present}
     for name, model in dense.items():
+        refuse_other_statistics(layout.part(name), model.card.codec, layout.ensemble, loaded.card.codec)
         if not model.encoder.reads_like(loaded.encoder):
             raise AtollError(
                 f"{path}: the {name} encodes prompts with {model.encoder.configs()}, the ensemble with "

@@ -69,6 +69,7 @@ Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]  # of a norm
 
 # Real numbers, always finite.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Ratio = Annotated[float, Field(strict=True, ge=0, le=MAX_CLUSTERS)]  # of a cluster's size to the mean
 Guidance = Annotated[float, Field(strict=True, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.choices import Method
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import Trust
 from atoll.encoders.weights import same
@@ -130,7 +131,9 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"
     first, *others = cards
     for path in others:
         for key in ("assignment", "latent_shape", "codec", "k"):
-            if not same(own := cards[path].plain().get(key), other := cards[first].plain().get(key)):
+            own, other = cards[path].plain().get(key), cards[first].plain().get(key)
+            refuse_other_statistics(path, own, first, other)
+            if not same(own, other):
                 raise AtollError(f"{path}: its {key} is {own}, that of {first} is {other}; expected experts of one run")
     # They must also fit the manifest, and name an assignment that later stages can compare.
     card = cards[first]

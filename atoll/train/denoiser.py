@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atoll.calibration import Calibration
 from atoll.condition import Condition
+from atoll.encoders.codec.statistics import own_constants
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
@@ -111,6 +112,7 @@ def train_denoiser(
         "clusters": list(spec.clusters),
         "seed": spec.seed,
         **origin,
+        **own_constants(data.codec),
     }
     marks = TrainingMarks(identity, settings)
     # A finished artifact with today's mark is the result already.

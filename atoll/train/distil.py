@@ -7,12 +7,12 @@ clusters, and is sampled alone.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from atoll.condition import Condition
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import PromptEncoder, build_encoder
 from atoll.encoders.trust import Trust
 from atoll.ensemble import Ensemble, Sampler
@@ -67,27 +67,29 @@ def distil_run(
         clusters=clusters,
         seed=student_seed(manifest.seed),
     )
-    condition, trust = shards[0].card(ClusterShardsCard).condition, manifest.trust_in_cards(run)
-    teaching = _Teaching(layout.ensemble, manifest.student.teacher, condition, trust)
+    teaching = _Teaching(
+        layout.ensemble, manifest.student.teacher, shards[0].card(ClusterShardsCard), manifest.trust_in_cards(run)
+    )
     return train_denoiser(spec, manifest, shards, resume=resume, restart=restart, progress=progress, teaching=teaching)
 
 
 class _Teaching:
     """The run's ensemble, loaded on the device where the student trains."""
 
-    def __init__(self, path: Path, teacher: str, condition: dict[str, Any], trust: Trust):
+    def __init__(self, path: Path, teacher: str, data: ClusterShardsCard, trust: Trust):
         # A missing ensemble is reported before the training starts.
         if not (path / ENSEMBLE_CARD).is_file():
             raise AtollError(f"{path}: no ensemble to learn from; run `atoll assemble`")
         # A damaged card fails here, not when the teacher is loaded.
         read_json(path / ENSEMBLE_CARD)
-        self._path, self._teacher, self._trust = path, teacher, trust
-        self._encoder = PromptEncoder([build_encoder(condition, trust)])
+        self._path, self._teacher, self._trust, self._data = path, teacher, trust, data
+        self._encoder = PromptEncoder([build_encoder(data.condition, trust)])
         self.about = TeacherRecord(ensemble=sha256_file(path / ENSEMBLE_CARD), by=teacher)
 
     def on(self, device: torch.device) -> Teacher:
         # Loaded only here: the mark of the training needs the hash of the ensemble, not its weights.
         loaded = load_ensemble(self._path, device=device, trust=self._trust)
+        refuse_other_statistics(self._path, loaded.card.codec, "the student", self._data.codec)
         # The teacher reads the student's encodings, so both need one text encoder.
         if not loaded.encoder.reads_like(self._encoder):
             raise AtollError(

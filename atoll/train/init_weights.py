@@ -1,11 +1,13 @@
 """Training that starts from the weights of an expert: `train.init`."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from atoll.encoders.codec.statistics import other_statistics
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.nn import DiTConfig, MMDiTConfig
@@ -59,6 +61,12 @@ class InitWeights:
         Raises:
             AtollError: the expert's network differs from `requested`, or takes other latents or captions than the data.
         """
+        if constants := other_statistics(self._card.codec, data.codec):
+            warnings.warn(
+                f"train.init: {self.path} knows latents normalised by {constants[0]}, the data's by {constants[1]}; "
+                "with codec.statistics: codec in atoll.yaml, `atoll cluster` leaves latents as the codec's own",
+                stacklevel=4,
+            )
         if self._is_kept:
             # A kept network reads the data as they are, so latents and captions must be of its kind.
             for key in ("latent_shape", "condition"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atoll.encoders.codec.statistics import own_constants, with_codec
 from atoll.encoders.text import build_encoder
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings
@@ -80,7 +81,8 @@ def train_router(
     seed, path = router_seed(manifest.seed), RunLayout(run).router
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
-    marks = TrainingMarks({"network": config, "assignment": assignment, "seed": seed, **about}, settings)
+    identity = {"network": config, "assignment": assignment, "seed": seed, **about}
+    marks = TrainingMarks({**identity, **own_constants(encoded.data_card.codec)}, settings)
     if _is_extended(path, lineage, resume, restart) or finished(path, RouterCard, marks, resume, restart):
         return path
     # Train, then write the artifact.
@@ -266,7 +268,9 @@ def _data_set(run: Path) -> tuple[Shards, Tensor, int, str]:
         described = sample.card(ClusterShardsCard)
         return sample, sample.read("cluster", slice(None)), described.clusters, described.assignment
     # All of encoded/: the clusters come from the assignment, by key.
-    encoded, card = Shards(layout.encoded), load_clusters(layout.clusters_card)
+    card = load_clusters(layout.clusters_card)
+    # The experts' latents are normalised by the statistics of the run.
+    encoded = with_codec(Shards(layout.encoded), card.codec, layout.clusters)
     cluster_of = _assignment(layout.assignment)
     try:
         labels = torch.tensor([cluster_of[key] for key in encoded.keys])

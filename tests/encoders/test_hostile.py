@@ -15,7 +15,7 @@ from atoll.encoders.feature import build_feature
 from atoll.encoders.trust import STRANGER
 from atoll.encoders.weights import also_found_in, load_pretrained, sha256_weights
 from atoll.errors import AtollError
-from tests.encoders.test_codec import save_taef2
+from tests.encoders.codec.test_codec import save_taef2
 
 KERNEL = "kernels-community/flash-attn2"
 

@@ -128,7 +128,7 @@ def test_weights_beside_the_card_do_not_lead_out_of_it(hub, tmp_path) -> None:
 
 
 def test_other_weights_than_the_card_states_are_refused(tmp_path, monkeypatch) -> None:
-    from tests.encoders.test_codec import save_taef2
+    from tests.encoders.codec.test_codec import save_taef2
 
     monkeypatch.setenv("ATOLL_WEIGHTS", str(tmp_path))
     save_taef2(tmp_path / "taef2")

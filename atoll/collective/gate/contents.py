@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from atoll.collective.gate.check import Check
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import LoadedExpert, load_expert
 from atoll.errors import AtollError
@@ -77,6 +78,7 @@ def _compare(card: ExpertCard, data: ClusterShardsCard, known: Mapping[str, str]
     """Raise AtollError unless the card is of the collective's run."""
     expected, actual = data.plain(), card.plain()
     for key in _COMPARED:
+        refuse_other_statistics("the expert", actual.get(key), "the collective", expected[key])
         if not same(actual.get(key), expected[key]):
             raise AtollError(f"its {key} is {actual.get(key)!s:.200}, the collective's is {expected[key]!s:.200}")
     # Without a calibration an eps-expert is clamped by hand-set constants, and its error is unknown.

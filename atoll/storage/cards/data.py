@@ -107,8 +107,27 @@ class EncodedCounts(CardRecord):
     cut: CutRecord | None = None
 
 
+class LatentStatistics(CardRecord):
+    """Mean and standard deviation of the latents of all training rows, per channel.
+
+    Attributes:
+        mean, std: one number per channel. Mirrored latents count too.
+        values: the number of values in each channel.
+    """
+
+    mean: tuple[bounds.Number, ...] = Field(min_length=1, max_length=bounds.MAX_CHANNELS)
+    std: tuple[bounds.Deviation, ...] = Field(min_length=1, max_length=bounds.MAX_CHANNELS)
+    values: PositiveCount
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} deviations, expected one for each channel")
+        return self
+
+
 class EncodedCard(CardRecord):
-    """The source of encoded/ and the frozen networks that encoded it. counts: None until encoding ends."""
+    """The source of encoded/ and the frozen networks that encoded it. counts, statistics: None until encoding ends."""
 
     renamed: ClassVar[dict[str, str]] = {"pictures": "images"}
 
@@ -119,6 +138,7 @@ class EncodedCard(CardRecord):
     feature: Plain
     precision: Name
     counts: EncodedCounts | None = None
+    statistics: LatentStatistics | None = None
 
 
 class ClusterShardsCard(DescendedRecord):

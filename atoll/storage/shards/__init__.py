@@ -13,7 +13,7 @@ the memory of one shard, even for a hundred million rows.
 """
 
 from atoll.storage.shards.captions import Weighted, choose, pack, unpack
-from atoll.storage.shards.format import INDEX, MANIFEST, SPLITS, Split, refuse_foreign
+from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, SPLITS, Split, refuse_foreign
 from atoll.storage.shards.holdout import is_held_out
 from atoll.storage.shards.reader import Shard, Shards
 from atoll.storage.shards.repeated import repeats
@@ -22,6 +22,7 @@ from atoll.storage.shards.writer import ShardWriter
 
 __all__ = [
     "INDEX",
+    "LATENTS",
     "MANIFEST",
     "SPLITS",
     "Shard",

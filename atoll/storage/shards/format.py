@@ -13,6 +13,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 INDEX = "index.json"
 MANIFEST = "manifest.parquet"
+LATENTS = ("latent", "latent_flip")  # the columns with latents [rows, C, H, W]: of the image, of its mirror image
 TEXT = ("key", "caption", "split")  # the manifest's columns
 
 

@@ -1,6 +1,7 @@
 """Read a directory of shards."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,9 @@ from atoll.storage.cards import (
 )
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards.captions import OTHERS, Weighted, unpack
-from atoll.storage.shards.format import INDEX, MANIFEST, Split, describe, with_shapes
+from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, Split, describe, with_shapes
 from atoll.storage.shards.manifest import ManifestFile
+from atoll.storage.shards.mapped import LatentMap, MappedColumns
 from atoll.storage.verified import sha256_once
 
 
@@ -37,7 +39,7 @@ class Shard:
         number: its position among the shards, from 0.
         start: the row number of its first row in the directory.
         keys, captions, splits: one string per row.
-        columns: tensors [rows, ...] by name, memory-mapped and read-only.
+        columns: tensors [rows, ...] by name, memory-mapped and read-only; mapped latents are computed at first use.
         others: the captions after the first one of each row, as `atoll.storage.shards.captions` packs them.
     """
 
@@ -46,7 +48,7 @@ class Shard:
     keys: list[str]
     captions: list[str]
     splits: list[str]
-    columns: dict[str, Tensor]
+    columns: Mapping[str, Tensor]
     others: list[str]
 
     def __len__(self) -> int:
@@ -93,6 +95,7 @@ class Shards:
                 raise self._broken(file.file, wrong, number)
         self._open: dict[int, dict[str, Tensor]] = {}
         self._cards: dict[type[CardRecord], CardRecord] = {}
+        self._latent_map: LatentMap | None = None
 
     def __len__(self) -> int:
         return self._index.rows
@@ -110,6 +113,15 @@ class Shards:
     def data_card(self) -> EncodedCard | ClusterShardsCard:
         """The card of training data: encoded images, or rows with known clusters."""
         return self.card(ClusterShardsCard) if "assignment" in self._index.card else self.card(EncodedCard)
+
+    def with_latents(self, latent_map: LatentMap, card: EncodedCard | ClusterShardsCard) -> "Shards":
+        """Return these shards with other latents, computed while they are read, and the card that describes them."""
+        view = copy.copy(self)
+        # A map after a map, if there is one already.
+        before = self._latent_map
+        view._latent_map = latent_map if before is None else lambda latents: latent_map(before(latents))
+        view._cards = {type(card): card}
+        return view
 
     @cached_property
     def keys(self) -> list[str]:
@@ -219,7 +231,7 @@ class Shards:
         shard = torch.searchsorted(self._ends, rows, right=True)  # [n]
         used = shard.unique().tolist()
         if len(used) == 1:
-            return self._shard(used[0])[column][rows - self._start(used[0])]
+            return self._computed(column, self._shard(used[0])[column][rows - self._start(used[0])])
         # Several shards: fill the result shard by shard.
         shapes = {self._shape_in(number, column) for number in used} or {self.shape(column)}
         if len(shapes) > 1:
@@ -231,7 +243,11 @@ class Shards:
         for number in used:
             here = (shard == number).nonzero().flatten()
             result[here] = self._shard(number)[column][rows[here] - self._start(number)]
-        return result
+        return self._computed(column, result)
+
+    def _computed(self, column: str, rows: Tensor) -> Tensor:
+        """Map rows [n, ...] of a column, if it holds latents and there is a map."""
+        return rows if self._latent_map is None or column not in LATENTS else self._latent_map(rows)
 
     def parts(self) -> Iterator[Shard]:
         """Yield shard by shard, so that memory does not grow with the rows. Raises AtollError as `read` does."""
@@ -239,9 +255,10 @@ class Shards:
             # One row group and one mapped file at a time.
             text = self._group(number, self._manifest.names)
             others = text.get(OTHERS) or [""] * len(text["key"])
-            yield Shard(
-                number, self._start(number), text["key"], text["caption"], text["split"], self._map(number), others
-            )
+            columns: Mapping[str, Tensor] = self._map(number)
+            if self._latent_map is not None:
+                columns = MappedColumns(columns, self._latent_map)
+            yield Shard(number, self._start(number), text["key"], text["caption"], text["split"], columns, others)
 
     def _known(self, column: str) -> str:
         if column not in self.columns:

@@ -19,7 +19,7 @@ from atoll.errors import AtollError
 from atoll.nn import taef2
 from atoll.storage.artifact import sha256_file
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(__file__).parents[3].parent / "shared" / "data"
 STEM = "diffusion_pytorch_model"
 
 
@@ -247,7 +247,7 @@ def test_a_codec_is_frozen_in_any_dtype_and_batch(tmp_path, name, monkeypatch) -
     latents = codec.encode(images)
     assert not latents.requires_grad
     assert latents.is_contiguous()
-    monkeypatch.setattr("atoll.encoders.codec.CPU_PIXELS", 2 * 16 * 24)  # two images at a time
+    monkeypatch.setattr("atoll.encoders.codec.autoencoder.CPU_PIXELS", 2 * 16 * 24)  # two images at a time
     torch.testing.assert_close(codec.encode(images), latents)
     torch.testing.assert_close(codec.encode(images)[3:4], codec.encode(images[3:4]))
     assert codec.to("cpu", torch.bfloat16) is codec
