@@ -89,6 +89,25 @@ class ClusterSettings(Section):
     router_fraction: float | None = Field(None, gt=0, le=1)
 
 
+class ValidationSettings(Section):
+    """Images that are drawn during training for your own prompts, always from the same noise.
+
+    Attributes:
+        prompts: a list of prompts, or a text file relative to the run with one per line.
+        every: steps between two times; the first and the last step draw, too.
+        images: of each prompt; their seeds count up from `seed`.
+        guidance_scale: of the sampling; 1: none.
+        steps: of the sampling.
+    """
+
+    prompts: tuple[str, ...] | str = Field(min_length=1)
+    every: PositiveInt = 1000
+    images: PositiveInt = 1
+    seed: int = Field(0, ge=0)
+    guidance_scale: float = 2.0
+    steps: PositiveInt = 25
+
+
 class TrainSettings(Section):
     """The training loop. `atoll plan` computes what fits which GPU with which switches."""
 
@@ -131,7 +150,8 @@ class TrainSettings(Section):
     keep_checkpoints: Literal["all", "last", "none"] = "all"
     log_every: PositiveInt = 10
     validate_every: int = Field(1000, ge=0)
-    sample_every: int = Field(0, ge=0)
+    sample_every: int = Field(0, ge=0)  # a grid for captions of held-out images, without guidance
+    validation: ValidationSettings | None = None  # images for your own prompts; None: none
     track: Literal["auto", "none", "tensorboard", "wandb"] = "auto"  # auto: TensorBoard if it is installed
     spike: float = Field(8.0, gt=1)  # a rise of the log-loss by this many standard deviations rolls back, as NaN does
 

@@ -35,7 +35,7 @@ def table(head: str, body: str, label: str, kind: str = "") -> str:
         head: HTML of the rows of the head, "" for a table without one.
         body: HTML of the other rows.
         label: what the table shows, in plain text, for who cannot see it.
-        kind: a class of the style sheet: "usage" and "bars" for drawn cells, "text" for words that wrap.
+        kind: a class of the style sheet: "usage" and "bars" for drawn cells, "text" for words that wrap, "images".
     """
     head = f"<thead>{head}</thead>" if head else ""
     return (
@@ -132,6 +132,8 @@ i{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.4e
 .usage table{width:100%}.usage td{width:36%;padding:.2rem .4rem}.usage thead th{text-align:left;padding-left:.4rem}
 .bars table{width:100%}.bars td:last-child{width:50%}
 .usage,.bars,.text{width:auto}
+.images td{padding:.15rem}.images thead th{text-align:center}.images img{width:auto;max-width:none;height:5.5rem}
+.images th[scope=row]{min-width:4.5rem}.smooth img{image-rendering:auto}
 .text :is(td,thead th){text-align:left;vertical-align:top}
 .text td{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;font-size:.9rem}

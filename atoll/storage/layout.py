@@ -182,6 +182,8 @@ class TrainingLayout:
     sharded_temporary = _Below(".checkpoint.dcp.tmp")
     tensorboard = _Below("tensorboard")
     ema = _Below("ema")
+    validation = _Below("validation")  # images of the user's own prompts
+    validation_page = _Below("validation.html")  # the page that shows them
     # Written by `atoll launch`.
     output = _Below("output.log")  # output of the current start
     output_before = _Below("output-before.log")  # output of the previous start
@@ -217,6 +219,21 @@ class TrainingLayout:
     def snapshot(self, step: int, profile: int) -> Path:
         """Return the file of one profile's EMA weights at one step. profile: its position in train.ema_profiles."""
         return self.ema / f"{step:09d}-{profile}.safetensors"
+
+    def validation_image(self, strip: str, step: int, weights: str) -> Path:
+        """Return the file of one prompt's validation images.
+
+        Args:
+            strip: the name of the prompt's directory.
+            step: of the training.
+            weights: that drew them, "ema" or "trained".
+        """
+        return self.validation / strip / f"{step:09d}-{weights}.png"
+
+    def validation_images(self, strip: str) -> list[tuple[int, str]]:
+        """List the (step, weights) of a prompt's validation images, by step."""
+        names = [file.stem.split("-", 1) for file in (self.validation / strip).glob("[0-9]*-*.png")]
+        return sorted((int(step), weights) for step, weights in names)
 
     def samples(self, step: int) -> Path:
         """Return the file of the sample images drawn at one step."""

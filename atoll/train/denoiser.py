@@ -32,6 +32,7 @@ from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
+from atoll.train.validation_images import ValidationImages
 
 _VALIDATION_ROWS = 256
 _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
@@ -133,6 +134,18 @@ def train_denoiser(
         )
         if teaching is not None:
             task.teacher = teaching.on(island.device)
+        task.rows = max(1, task.rows // island.world)
+        if settings.validation is not None:
+            task.drawing = ValidationImages(
+                settings.validation,
+                spec.run,
+                objective=objective,
+                encoder=encoder,
+                shape=task.shape,
+                codec=data.codec,
+                trust=trust,
+                rows=task.rows,
+            )
         options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
         trained = train(task, settings, state, marks, island, **options)
         # Calibrate with the EMA weights, which training leaves in the network.
@@ -279,6 +292,8 @@ class Denoising(Task):
         self.shape = data.rows.shards[0].shape("latent")
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
+        self.drawing: ValidationImages | None = None
+        self.rows = settings.batch // settings.accumulate  # of a call of the network outside of training, at most
 
     def batch(self, index: int, local_rows: slice) -> Batch:
         g = seeded(self.seed, index)
@@ -314,15 +329,24 @@ class Denoising(Task):
         # The same rows at every validation.
         x0, condition = self.held_out.some(_VALIDATION_ROWS, self.seed)
         device = next(self.module.parameters()).device
+        # A call has as many rows as one of the training, so that it needs no more memory.
+        parts = torch.arange(len(x0)).split(self.rows)
         losses = {}
         for level in _VALIDATION_LOG_SNR:
             t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
             # The same noise at every validation, so losses compare.
             eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, Stream.VALIDATION))
             x, scaled = self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale
-            output = module(x.to(device), scaled.to(device), condition.to(device)).cpu()
-            losses[f"{level:+d}"] = round(float(self.objective.loss(output.float(), x0, eps, t).mean()), 6)
+            outputs = [
+                module(x[rows].to(device), scaled[rows].to(device), condition.index(rows).to(device)).cpu()
+                for rows in parts
+            ]
+            output = torch.cat(outputs).float()
+            losses[f"{level:+d}"] = round(float(self.objective.loss(output, x0, eps, t).mean()), 6)
         return losses
+
+    def validation_images(self) -> ValidationImages | None:
+        return self.drawing
 
     def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:
         """Draw a grid of images by this expert alone, for captions that it was not trained on."""

@@ -1,4 +1,4 @@
-"""The sample grid that an expert draws during training, by itself alone."""
+"""What an expert draws during training, by itself alone: the sample grid of held-out captions."""
 
 import io
 import math
@@ -49,21 +49,45 @@ def draw_grid(
     x0, condition = data.some(_IMAGES, seed)
     condition = condition.to(device)
 
-    def float_module(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
-        return module(x, time, rows).float()
-
-    null = data.encoder.null(1).to(device)
-    # It has no calibration yet; until then its x0 is clamped.
-    ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", null=(null,))
-    sampler = Sampler(ensemble)
     # Noise, then the images that this expert alone makes of it.
     noise = torch.randn(x0.shape, generator=seeded(seed, 0, Stream.SAMPLES)).to(device)
-    latents = sample(lambda x, t: sampler.velocity(x, t, (condition,)), noise, steps=_STEPS)
+    latents = sample_alone(module, objective, noise, condition, data.encoder.null(1).to(device), steps=_STEPS)
     if file is None:
         return
     # Only the first process decodes, since only it writes the file.
     images = build_codec(codec, trust).decode(latents.cpu().float())  # [B,C,h,w]
     write_bytes(file, _png(images))
+
+
+def sample_alone(
+    module: Callable[..., Tensor],
+    objective: Objective,
+    noise: Tensor,
+    condition: Condition,
+    null: Condition,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Sample latents [B, C, H, W] from noise of that shape by one expert that is not calibrated yet.
+
+    Args:
+        module: the expert's network.
+        objective: what it is trained with.
+        noise: on the network's device, as the conditions are.
+        condition: of B rows.
+        null: the null condition, of one row.
+        steps: of the solver.
+        guidance_scale: 1 for none.
+    """
+
+    def float_module(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
+        return module(x, time, rows).float()
+
+    # Without a calibration, the x0 of an eps-expert is clamped.
+    ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", null=(null,))
+    sampler = Sampler(ensemble)
+    return sample(lambda x, t: sampler.velocity(x, t, (condition,), guidance_scale), noise, steps=steps)
 
 
 def _png(images: Tensor) -> bytes:

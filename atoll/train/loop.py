@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from atoll.runtime.device import has_bf16
 from atoll.storage.layout import TrainingLayout
 from atoll.train.checkpoint import Checkpoints, not_finite
 from atoll.train.island import Island, gather
+from atoll.train.observe import Observer, is_due
 from atoll.train.plans import TrainingMarks, extended, is_exact
 from atoll.train.prefetch import Batch, Prefetcher
 from atoll.train.snapshots import Snapshots
@@ -26,6 +26,7 @@ from atoll.train.state import Counters, State, learning_rate, steps_before_decay
 from atoll.train.stopping import Interrupted as Interrupted
 from atoll.train.stopping import stop_signals
 from atoll.train.track import Tracker, TrainProgress
+from atoll.train.validation_images import ValidationImages
 
 
 class Task(ABC):
@@ -47,6 +48,10 @@ class Task(ABC):
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
         """Return losses on held-out rows by name, for the same rows and noise at every call."""
         return {}
+
+    def validation_images(self) -> ValidationImages | None:
+        """Return what draws images for the user's own prompts, if the task's module draws and there are prompts."""
+        return None
 
     def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:  # noqa: B027 (a router draws nothing)
         """Draw samples into a file, if the task's module draws.
@@ -163,6 +168,8 @@ def _run(
     snapshots.drop_after(numbers.step)
     last_before_decay = steps_before_decay(settings) if settings.keep_checkpoints == "all" else settings.steps
     autocast = autocast_of(settings.precision, island.device)
+    observer = Observer(task, state, log, island=island, directory=directory, autocast=autocast)
+    observer.start()
 
     # The steps, with batches prefetched.
     module.train()
@@ -175,6 +182,7 @@ def _run(
                 reason = f"the loss of step {numbers.step + 1} is {value:.4g}"
                 numbers = _roll_back(state, checkpoints, numbers.step + 1, reason, log)
                 snapshots.drop_after(numbers.step)
+                observer.drop_after(numbers.step)
                 continue
             # Update.
             lr = learning_rate(numbers.step, settings)
@@ -182,20 +190,17 @@ def _run(
             done = numbers.step
             # Log, validate, draw.
             log.step(done, value, norm, lr)
-            if _due(done, settings.validate_every, settings):
-                log.validated(done, _with_average(state, task.validate))
-            if _due(done, settings.sample_every, settings):
-                image = TrainingLayout(directory).samples(done) if island.is_first else None
-                _with_average(state, partial(task.draw, file=image))
+            observer.after(done)
             # A signal may reach one process only; all must stop at the same step.
             stop = island.any(stopped())
-            snapshot = bool(settings.ema_profiles) and _due(done, settings.ema_snapshot_every, settings)
+            snapshot = bool(settings.ema_profiles) and is_due(done, settings.ema_snapshot_every, settings)
             checkpoint = stop or done % settings.checkpoint_every == 0 or done == settings.steps
             early = done == last_before_decay < settings.steps
             # The loss of a step is computed before its update, which can be the one that fails.
             if (snapshot or checkpoint or early) and (wrong := _not_finite(state, island)):
                 numbers = _roll_back(state, checkpoints, done, f"after step {done}, {wrong} is not finite", log)
                 snapshots.drop_after(numbers.step)
+                observer.drop_after(numbers.step)
                 continue
             # Save.
             if snapshot:
@@ -353,24 +358,6 @@ def _roll_back(state: State, checkpoints: Checkpoints, failed: int, reason: str,
     warnings.warn(message, stacklevel=2)
     log.event(numbers.step, message)
     return numbers
-
-
-def _due(done: int, every: int, settings: TrainSettings) -> bool:
-    """Whether something that happens every `every` steps, 0 for never, and at the end, happens now."""
-    return every > 0 and (done % every == 0 or done == settings.steps)
-
-
-@torch.no_grad()
-def _with_average(state: State, evaluate: Callable[[nn.Module], Any]) -> Any:
-    """The result of `evaluate` for the module with its EMA weights; every process must call this."""
-    # EMA weights in place of the current ones, which come back whatever happens.
-    state.module.eval()
-    state.swap()
-    try:
-        return evaluate(state.module)
-    finally:
-        state.swap()
-        state.module.train()
 
 
 def autocast_of(precision: str, device: torch.device) -> Callable[[], Any]:

@@ -4,11 +4,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
@@ -110,6 +111,20 @@ class Tracker:
         self.validation = losses
         self._write({"step": done, "val": losses})
 
+    def drawn(self, done: int, images: Mapping[str, Tensor], count: int, seconds: float) -> None:
+        """Log that validation images were drawn, and what that cost.
+
+        Args:
+            done: steps done.
+            images: by prompt, [c, h, w] in [0, 1] each.
+            count: of single images, EMA's and weights'.
+            seconds: that drawing took; the training waited for so long.
+        """
+        self._write({"step": done, "images": count, "images_seconds": round(seconds, 3)})
+        if self.writer is not None:
+            for number, (prompt, image) in enumerate(images.items()):
+                self.writer.add_image(f"validation/{number:02d}", image, prompt, done)
+
     def event(self, done: int, message: str) -> None:
         """Log an irregularity, such as a rollback, on a line of its own."""
         self._write({"step": done, "event": message})
@@ -119,7 +134,8 @@ class Tracker:
         # The last values, as the card and `atoll launch` read them.
         summary = {
             "mark": self.mark,
-            "settings": self.settings.model_dump(),
+            # The prompts of the validation images are nobody else's business.
+            "settings": self.settings.model_dump(exclude={"validation"}),
             "steps": self.settings.steps,
             "loss": self.last_line.get("loss"),
             "validation": self.validation,
@@ -163,6 +179,10 @@ class _TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
+    def add_image(self, name: str, image: Tensor, prompt: str, step: int) -> None:
+        # The prompt is part of the tag: an image has no other text there.
+        self._writer.add_image(f"{name} {prompt[:100]}", image, step)
+
     def close(self) -> None:
         self._writer.close()
 
@@ -177,6 +197,12 @@ class _Wandb:
 
     def add(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers, step=step)
+
+    def add_image(self, name: str, image: Tensor, prompt: str, step: int) -> None:
+        import wandb
+
+        pixels = image.permute(1, 2, 0).numpy()  # [h, w, c], in [0, 1]
+        self._run.log({name: wandb.Image(pixels, caption=prompt)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
