@@ -26,7 +26,7 @@ class CutCaptions:
         """Check some captions, in the order of their rows."""
         for caption in captions[-self._row % self._step :: self._step]:
             # A token has at least one byte, so short captions need no tokenizer.
-            if len(caption.encode()) < self._encoder.length - 1:
+            if len(caption.encode()) < self._encoder.uncut_bytes:
                 continue
             if rest := self._encoder.truncated_text(caption):
                 self.captions += 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.diffusers.options import check_options, weight_dtype
+from atoll.encoders.text.joint import folders_of
 from atoll.encoders.trust import Trust
 from atoll.encoders.weights import WANTED, also_found_in, find_weights
 from atoll.ensemble import Alignment, Sampler
@@ -247,7 +248,7 @@ class AtollEnsemble(ModelMixin):
         names = dict[str, str]()
         for config in (config for config in configs if "weights" in config):
             # The name under which `find_weights` will find them again.
-            weights, subfolder = config["weights"], config.get("subfolder", "")
+            weights = config["weights"]
             name = Path(weights).name
             if not name.strip("."):
                 raise AtollError(
@@ -257,15 +258,14 @@ class AtollEnsemble(ModelMixin):
                 raise AtollError(f"weights {weights!r} and {names[name]!r}: both would be saved as {name}; rename one")
 
             # Their files, safetensors and JSON only.
-            tokenizer = subfolder if config.get("tokenizer") is None else config["tokenizer"]
-            folders = list(dict.fromkeys((subfolder, tokenizer)))
+            folders = folders_of(config)
             with also_found_in(self.path / FROZEN):
                 root = find_weights(
-                    weights, folders, self._trust, sha256=config.get("sha256"), revision=config.get("revision")
+                    weights, [*folders], self._trust, sha256=config.get("sha256"), revision=config.get("revision")
                 )
-            for folder in folders:
+            for folder, has_network in folders.items():
                 files = {file for pattern in WANTED for file in (root / folder).glob(pattern)}
-                if folder == subfolder and not any(file.suffix == ".safetensors" for file in files):
+                if has_network and not any(file.suffix == ".safetensors" for file in files):
                     raise AtollError(f"{root / folder}: no safetensors to save; convert these weights to safetensors")
                 (directory / name / folder).mkdir(parents=True, exist_ok=True)
                 for file in files:

@@ -73,7 +73,7 @@ def _forms(directory: Path, stem: str, end: str) -> dict[str | None, dict[Form, 
         "whole": re.compile(rf"{name}(?:\.([\w-]+))?{suffix}"),
     }
     forms: dict[str | None, dict[Form, Path]] = {}
-    for file in sorted(directory.iterdir()):
+    for file in sorted(directory.iterdir()) if directory.is_dir() else ():
         for form, pattern in patterns.items():
             match = pattern.fullmatch(file.name)
             if match and file.is_file() and not _SHARD.search(match[1] or ""):

@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -225,7 +226,7 @@ def load_pretrained(
             options["variant"] = weights.variant  # half-precision values, which are computed in `dtype`
         try:
             require_fit(config, *_extent(weights.files), str(directory))
-            cls = getattr(module, classes[kind])
+            cls = attrgetter(classes[kind])(module)  # a class that the library does not export has dots
             network, info = cls.from_pretrained(str(directory), output_loading_info=True, **options)
         except AtollError:
             raise

@@ -15,6 +15,8 @@ from atoll.storage.layout import RunLayout
 
 CAPTION_BYTES = 120  # a web caption of some 20 words; captions are stored as text
 T5_WIDTHS = {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}  # of v1.1's encoders
+# Hidden widths of Gemma 2 2B, Mistral Small 3 and Qwen 2.5 VL 7B. FLUX.2 [klein] exists with two.
+LANGUAGE_MODEL_WIDTHS = dict.fromkeys(("prx", "sana", "lumina2"), 2304) | {"flux2": 5120, "qwenimage": 3584}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,30 @@ def text_of(condition: Mapping[str, Any]) -> Text:
         width = _local_config(condition).get("d_model") or (T5_WIDTHS[size[1]] if size else None)
         if width:
             return Text(int(condition.get("length", 120)), int(width), None)
+    # The text encoders of diffusers' pipelines: the published widths, unless their config.json are here.
+    if name == "sd3":
+        return Text(77 + int(condition.get("length") or 256), 4096, 2048)
+    if name == "flux":
+        return Text(int(condition.get("length") or 512), 4096, 768)
+    if (language_model := _language_model(condition)) is not None:
+        return language_model
     raise AtollError(f"condition {dict(condition)}: its widths are known only once it is loaded; give --text 77x768")
+
+
+def _language_model(condition: Mapping[str, Any]) -> Text | None:
+    """The sizes of a caption encoded by a language model; None for other encoders, and unknown widths."""
+    from atoll.encoders.text.prompt_styles import STYLES  # imports torch
+
+    name = str(condition.get("name"))
+    if (style := STYLES.get(name)) is None:
+        return None
+    # A pipeline's directory has its text encoder in a folder.
+    subfolder = "" if name in ("gemma", "qwen") else "text_encoder"
+    local = _local_config({"subfolder": subfolder, **condition})
+    local = local.get("text_config", local)
+    width = local.get("hidden_size") or LANGUAGE_MODEL_WIDTHS.get(name)
+    layers = max(1, len(style.layers))
+    return Text(int(condition.get("length") or style.length), int(width) * layers, None) if width else None
 
 
 def latent_shape(manifest: Manifest) -> tuple[int, int, int]:

@@ -191,6 +191,12 @@ def test_widths_of_encoders(tmp_path: Path) -> None:
     assert text_of({"name": "clip", "weights": str(tmp_path), "length": 20, "pooled": "projected"}) == Text(20, 32, 24)
     assert text_of({"name": "t5", "weights": str(tmp_path)}) == Text(120, 48, None)
     assert text_of({"name": "label", "labels": ["cat", "dog", "owl"]}) == Text(1, 3, 3)
+    assert text_of({"name": "sd3", "weights": "stabilityai/sd3", "length": 100}) == Text(177, 4096, 2048)
+    assert text_of({"name": "flux", "weights": "x/y"}) == Text(512, 4096, 768)
+    assert text_of({"name": "sana", "weights": "x/y"}) == Text(300, 2304, None)
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"text_config": {"hidden_size": 20}}')
+    assert text_of({"name": "flux2", "weights": str(tmp_path)}) == Text(512, 60, None)
     for unknown in ({"name": "t5", "weights": "somebody/else"}, {"name": "words"}):
         with pytest.raises(AtollError, match="--text"):
             text_of(unknown)

@@ -1,4 +1,4 @@
-"""Conditions, and the frozen text encoders of captions: hash, label, clip, t5."""
+"""Conditions, and the frozen text encoders of captions: hash, label, clip, t5, language models, SD3's and FLUX's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,13 @@ from pydantic import BaseModel
 from atoll.condition import Condition, Tokens
 from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.text.hashed import HashConfig, HashEncoder
+from atoll.encoders.text.joint import FluxEncoder, JointConfig, SD3Encoder
 from atoll.encoders.text.label import LabelConfig, LabelEncoder, read_labels
+from atoll.encoders.text.language_model import (
+    LanguageModelEncoder,
+    PipelineLanguageModelConfig,
+    PlainLanguageModelConfig,
+)
 from atoll.encoders.text.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
 from atoll.encoders.text.prompt_encoder import PromptEncoder
 from atoll.encoders.trust import USER, Trust
@@ -19,9 +25,12 @@ from atoll.storage.bounds import LABELS_IN_CARDS
 __all__ = [
     "CLIPEncoder",
     "Condition",
+    "FluxEncoder",
     "HashEncoder",
     "LabelEncoder",
+    "LanguageModelEncoder",
     "PromptEncoder",
+    "SD3Encoder",
     "T5Encoder",
     "TextEncoder",
     "Tokens",
@@ -33,6 +42,9 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "label": LabelConfig,
     "clip": CLIPConfig,
     "t5": T5Config,
+    **dict.fromkeys(("gemma", "qwen"), PlainLanguageModelConfig),
+    **dict.fromkeys(("prx", "sana", "lumina2", "flux2", "flux2-klein", "qwenimage"), PipelineLanguageModelConfig),
+    **dict.fromkeys(("sd3", "flux"), JointConfig),
 }
 
 
@@ -57,6 +69,10 @@ def build_encoder(config: Mapping[str, Any], trust: Trust = USER) -> TextEncoder
             return CLIPEncoder(checked, trust)
         case T5Config() as checked:
             return T5Encoder(checked, trust)
+        case PlainLanguageModelConfig() | PipelineLanguageModelConfig() as checked:
+            return LanguageModelEncoder(checked, trust)
+        case JointConfig() as checked:
+            return SD3Encoder(checked, trust) if checked.name == "sd3" else FluxEncoder(checked, trust)
         case HashConfig() as checked:
             return HashEncoder(checked.dim, checked.length, checked.seed)
     # Every config above has a case, so only a mistake in the code leads here.

@@ -6,7 +6,7 @@ An encoder works in two steps, so that a training loop tokenizes its captions on
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from atoll.condition import Condition, Tokens
 
@@ -18,23 +18,33 @@ class TextEncoder(ABC):
         name: the name in configs.
         dim: D, the width of the states.
         pooled_dim: P; None without a pooled vector.
-        length: L, tokens per caption: longer captions are cut, shorter ones padded.
+        length: L, states per caption: longer captions are cut, shorter ones padded.
         zero_padding: whether the states are zero at padding, and only there.
     """
 
-    name: ClassVar[str]
-    zero_padding: ClassVar[bool] = False
+    name: str
+    zero_padding: bool = False
     dim: int
     pooled_dim: int | None
     length: int
 
+    @property
+    def token_length(self) -> int:
+        """Token numbers per caption: L, unless the encoder also reads text around it, or reads it several times."""
+        return self.length
+
+    @property
+    def uncut_bytes(self) -> int:
+        """Captions of fewer bytes than this are never cut: a token has at least one byte."""
+        return self.length - 1
+
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Tokenize B captions to [B, L]."""
+        """Tokenize B captions to [B, token_length]."""
 
     @abstractmethod
     def encode(self, tokens: Tokens) -> Condition:
-        """Encode tokens [B, L] as states [B, L, D], mask [B, L] and pooled [B, P], on the device of the tokens."""
+        """Encode tokens [B, token_length] as states [B, L, D], mask [B, L] and pooled [B, P], on their device."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

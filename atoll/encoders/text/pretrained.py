@@ -26,7 +26,7 @@ from atoll.runtime.libraries import quiet
 from atoll.storage import bounds
 from atoll.storage.memory import refuse_out_of_memory
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TextConfig(PretrainedConfig):
@@ -55,7 +55,7 @@ class T5Config(TextConfig):
     length: int = Field(120, ge=2, le=bounds.MAX_TOKENS)
 
 
-class _PretrainedTextEncoder(TextEncoder):
+class PretrainedTextEncoder(TextEncoder):
     """A tokenizer and a network from transformers. The network moves to the device of the tokens.
 
     Args:
@@ -70,24 +70,19 @@ class _PretrainedTextEncoder(TextEncoder):
     _classes: Mapping[str, str]  # model_type in config.json -> transformers' class
     _tokenizer_class: str
 
-    def __init__(self, config: CLIPConfig | T5Config, trust: Trust = USER):
+    def __init__(self, config: TextConfig, trust: Trust = USER):
         # Find the network and its tokenizer, and check their hash.
         folder = config.subfolder if config.tokenizer is None else config.tokenizer
         root = config.find(trust, (config.subfolder, folder))
         directory = root / config.subfolder
-        files = {**_tokenizer_files(root / folder), **pretrained_files(directory, "model")}
+        files = {**tokenizer_files(root / folder), **pretrained_files(directory, "model")}
         sha256 = sha256_files(files)
         require_sha256(f"condition encoder {self.name!r}", directory, sha256, config.sha256)
 
         # Load both; they must fit each other.
-        self._tokenizer = _load_tokenizer(self._tokenizer_class, root / folder)
-        self._network: nn.Module = load_pretrained("transformers", self._classes, directory, _DTYPES[config.precision])
-        vocabulary = self._network.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if len(self._tokenizer) > vocabulary:
-            raise AtollError(
-                f"{root / folder}: the tokenizer has {len(self._tokenizer)} tokens, the network in {directory} "
-                f"{vocabulary}; get both from one place"
-            )
+        self._tokenizer = load_tokenizer(self._tokenizer_class, root / folder)
+        self._network: nn.Module = load_pretrained("transformers", self._classes, directory, DTYPES[config.precision])
+        check_vocabulary(self._tokenizer, self._network, root / folder, directory)
         self._config = config.pinned(sha256, root)
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
@@ -122,7 +117,7 @@ class _PretrainedTextEncoder(TextEncoder):
         """Return (states [B, L, D], pooled [B, P] or None) as the network computes them."""
 
 
-class CLIPEncoder(_PretrainedTextEncoder):
+class CLIPEncoder(PretrainedTextEncoder):
     """CLIP's text encoder (Radford et al. 2021): the last hidden states, normalised, and the end token's as pooled.
 
     The mask is True from the start token to the first end token. CLIP pads with the end token, and its attention is
@@ -163,7 +158,7 @@ class CLIPEncoder(_PretrainedTextEncoder):
         return output.last_hidden_state, pooled  # [B,L,D]
 
 
-class T5Encoder(_PretrainedTextEncoder):
+class T5Encoder(PretrainedTextEncoder):
     """T5's encoder (Raffel et al. 2020): the last hidden states. An empty caption is its end token alone."""
 
     name = "t5"
@@ -183,7 +178,7 @@ class T5Encoder(_PretrainedTextEncoder):
         return output.last_hidden_state, None  # [B,L,D]
 
 
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
+def tokenizer_files(folder: Path) -> dict[str, Path]:
     """Return the files that a tokenizer is loaded from. Raises AtollError if they are missing."""
     # Any of three sets of files will do.
     files = {name: folder / name for name in TOKENIZER if (folder / name).is_file()}
@@ -196,7 +191,17 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _load_tokenizer(cls: str, folder: Path) -> Any:
+def check_vocabulary(tokenizer: Any, network: Any, folder: Path, directory: Path) -> None:
+    """Raise AtollError unless the network in `directory` knows all tokens of the tokenizer in `folder`."""
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise AtollError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the network in {directory} {vocabulary}; get both "
+            "from one place"
+        )
+
+
+def load_tokenizer(cls: str, folder: Path) -> Any:
     """Load a tokenizer of transformers from local files."""
     # transformers' warnings concern its own users.
     with quiet("transformers") as transformers:

@@ -30,7 +30,7 @@ class PromptEncoder:
     def encode(self, tokens: Tokens) -> tuple[Condition, ...]:
         """Return one condition of B rows per encoder, from tokens [B, L1 + L2 + ...]."""
         # Each encoder gets its own columns back.
-        lengths = [encoder.length for encoder in self.encoders]
+        lengths = [encoder.token_length for encoder in self.encoders]
         parts = zip(tokens.ids.split(lengths, dim=1), tokens.mask.split(lengths, dim=1), self.encoders, strict=True)
         return tuple(encoder.encode(Tokens(ids, mask)) for ids, mask, encoder in parts)
 
