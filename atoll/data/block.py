@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from atoll.data.image import Framing
-from atoll.data.partial import PartialEncoding
+from atoll.data.partial import TEXT, PartialEncoding
 from atoll.data.pool import Decoders, Framed
 from atoll.data.types import Block, Skipped, Source
 from atoll.encoders.codec import Codec, build_codec
 from atoll.encoders.feature import Feature, build_feature
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device, has_bf16
+from atoll.storage.shards import OTHERS
 
 # Images per call. A convolutional network on a CPU is fastest on batches that fit its caches.
 _BATCH = {"cpu": 8, "cuda": 64}
@@ -61,7 +62,7 @@ class Frozen:
 class _Good:
     """The good samples of a block so far."""
 
-    text: dict[str, list[str]] = field(default_factory=lambda: {"key": [], "caption": [], "split": []})
+    text: dict[str, list[str]] = field(default_factory=lambda: {"key": [], "caption": [], "split": [], OTHERS: []})
     pixels: list[bytes] = field(default_factory=list)  # hashes
     notes: list[str] = field(default_factory=list)
     columns: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -69,8 +70,9 @@ class _Good:
     def add(self, samples: list[Framed], columns: dict[str, Tensor], rows: Tensor) -> None:
         # `rows` selects the finite samples; text and tensors must stay aligned.
         for i in rows.tolist():
-            for name in self.text:
+            for name in TEXT:
                 self.text[name].append(getattr(samples[i], name))
+            self.text[OTHERS].append(samples[i].others)
             self.pixels.append(samples[i].sha)
             self.notes += samples[i].notes
         for name, column in columns.items():

@@ -55,15 +55,21 @@ def _words(name: str) -> list[str]:
 def field_of(record: Mapping[str, Any], column: str | None) -> Any:
     """Return the caption of a record: the field `column`, else the first usual field that is not null."""
     if column is not None:
-        return record.get(column)
+        return joined_tags(column, record.get(column))
     # A null in the preferred column falls through to the next one.
     for name in caption_columns(record):
-        value = record[name]
-        if name.lower() == "tags" and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
-            value = ", ".join(value) or None  # the tags of one caption, unlike a list of captions
-        if value is not None:
+        if (value := joined_tags(name, record[name])) is not None:
             return value
     return None
+
+
+def joined_tags(name: str, value: Any) -> Any:
+    """Return a list of texts in a column called tags as one caption, None if it is empty; any other value as it is."""
+    if name.lower() != "tags" or not isinstance(value, list):
+        return value
+    if all(isinstance(tag, str) for tag in value):
+        return ", ".join(value) or None
+    return b", ".join(value) if all(isinstance(tag, bytes) for tag in value) else value
 
 
 def lines_of(value: object, encoding: str) -> list[str]:
@@ -72,7 +78,7 @@ def lines_of(value: object, encoding: str) -> list[str]:
     Bytes are decoded with `encoding`, unless they start with a byte order mark of utf-8 or utf-16.
 
     Raises:
-        Unfit: the value is too long, is a list of captions, or is not text; the message names the first bad byte.
+        Unfit: the value is too long, or is not text; the message names the first bad byte.
     """
     if value is None:
         return []
@@ -89,11 +95,8 @@ def lines_of(value: object, encoding: str) -> list[str]:
         # Codecs such as utf-16 and punycode raise the plain UnicodeError, which has no byte position.
         except UnicodeError as error:
             raise _not_text(codec, message_of(error)) from None
-    # No rule says which of several captions to use, so lists are refused.
-    if isinstance(value, list | tuple):
-        raise Unfit("caption: is list, expected text; several captions of one image are not supported, choose one")
     if not isinstance(value, str):
-        raise Unfit(f"caption: is {type(value).__name__}, expected text")
+        raise Unfit(f"caption: is {type(value).__name__}, expected text, or a list of texts")
     _check_length(len(value))
     try:
         # Python strings may hold lone surrogates, which no file format can store.
@@ -103,11 +106,6 @@ def lines_of(value: object, encoding: str) -> list[str]:
         what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character, U+{code:04X},"
         raise _not_text(encoding, f"{what} at {error.start}") from None
     return [line for line in map(str.strip, value.splitlines()) if line]
-
-
-def caption_of(value: object, encoding: str) -> str:
-    """Return the caption of a cell or a file as one line; "" for None. Raises Unfit as `lines_of`."""
-    return " ".join(lines_of(value, encoding))
 
 
 def _too_long(size: int) -> Unfit:

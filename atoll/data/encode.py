@@ -90,7 +90,7 @@ def encode_run(
             _encode_here(todo, source, frozen, partial, workers, watch)
         # Judge the whole encoding before it is sealed, so that a bad one stays resumable.
         watch.check(final=True)
-        cut = CutCaptions(encoder, watch.tally.good)
+        cut = CutCaptions(encoder, watch.tally.good + watch.tally.others)
         skips = manifest.data.skips_duplicates
         tally = partial.seal(out, card, len(blocks), watch.tally, skips, listing, cut)
     return _say(out, source, tally, cut, encoder.length)
@@ -195,6 +195,11 @@ def _say(out: Path, source: Source, tally: Tally, cut: CutCaptions, length: int)
     lines += [*source.notes(), *tally.note_lines()]
     if tally.uncaptioned:
         lines.append(f"{tally.uncaptioned:,} images have no caption: they train the model without one")
+    if tally.several:
+        lines.append(
+            f"{tally.several:,} images have several captions, {tally.several + tally.others:,} in all: each step of "
+            "training draws one"
+        )
     if (counts := cut.counts()) is not None:
         lines.append(cut_line(counts, length))
     return "\n".join(lines)

@@ -2,18 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
-from atoll.data.captions import (
-    FROM_FILE,
-    FROM_FOLDER,
-    caption_from_name,
-    caption_of,
-    check_encoding,
-    field_of,
-    like_captions,
-    lines_of,
-)
+from atoll.data.caption_lists import captions_of, combined, first_and_others, joined_note
+from atoll.data.captions import FROM_FILE, FROM_FOLDER, caption_from_name, check_encoding, field_of, like_captions
 from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
 from atoll.data.folder_scan import Entry, FolderScan
 from atoll.data.limits import MAX_IMAGE_BYTES, MAX_SIDECAR_BYTES
@@ -22,7 +15,7 @@ from atoll.data.names import clean, listed, message_of
 from atoll.data.opening import TooLarge, ahead, is_local, join, read_file
 from atoll.data.types import UNREAD_CAPTIONS, Block, Raw, Skipped, Source, Unfit
 from atoll.manifest import DataSettings
-from atoll.storage.shards import split_by_hash
+from atoll.storage.shards import Weighted, split_by_hash
 
 _THREADS = 16  # threads that fetch remote files
 
@@ -63,7 +56,12 @@ class Folder(Source):
             part = entries[start : start + size]
             # A row may name a file that does not exist. Such a file has no size to record, and its entry is skipped
             # later.
-            files = [name for entry in part for name in (entry.file, *entry.sidecars) if name in self._scan.files.sizes]
+            files = [
+                name
+                for entry in part
+                for name in (entry.file, *chain(*entry.sidecars))
+                if name in self._scan.files.sizes
+            ]
             # The tables are read once for the whole folder, so the first block records them.
             tables = [] if start else [name for name in self._scan.tables if name in self._scan.files.sizes]
             blocks.append(
@@ -98,49 +96,58 @@ class Folder(Source):
         if entry.reason:
             return Skipped(entry.key, entry.reason)
         try:
-            caption, notes = self._caption(entry)
+            parts: list[tuple[list[Weighted], float]] = []
+            notes: tuple[str, ...] = ()
+            for number, (name, weight) in enumerate(self._data.captions):
+                captions, more = self._captions(entry, number, name)
+                parts.append((captions, weight))
+                notes += more
+            caption, others = first_and_others(combined(parts))
             # A split named by a table or folder wins over the hash of the key.
             split = entry.split or split_by_hash(entry.key, self._data.validation)
-            return Raw(entry.key, self._bytes(entry.file, MAX_IMAGE_BYTES), caption, split, notes)
+            return Raw(entry.key, self._bytes(entry.file, MAX_IMAGE_BYTES), caption, split, notes, others)
         except Unfit as error:
             return Skipped(entry.key, str(error))
 
-    def _caption(self, entry: Entry) -> tuple[str, tuple[str, ...]]:
-        """Return the caption of an image, and notes. The first text file that is not empty wins."""
+    def _captions(self, entry: Entry, number: int, wanted: str | None) -> tuple[list[Weighted], tuple[str, ...]]:
+        """Return the captions of an image for a name of `data.captions`, and notes.
+
+        The first text file that is not empty wins.
+        """
         # A caption from names needs no file.
-        if self._data.caption in (FROM_FILE, FROM_FOLDER):
-            return caption_from_name(entry.file, self._data.caption), ()
+        if wanted in (FROM_FILE, FROM_FOLDER):
+            return captions_of(caption_from_name(entry.file, wanted), self._data), ()
         # A table row wins over the text files beside the image.
-        if entry.caption is not None:
-            return caption_of(entry.caption, self._data.encoding), ()
+        if (captions := entry.captions[number]) is not None:
+            return captions, ()
         notes: list[str] = []
         # The scan sorted the sidecars by preference.
-        for name in entry.sidecars:
+        for name in entry.sidecars[number]:
             value: object = self._bytes(name, MAX_SIDECAR_BYTES)
             if name.lower().endswith(".json"):
-                value, note = self._field(name, value)
+                value, note = self._field(name, value, wanted)
                 notes += [note] if note else []
-            lines = lines_of(value, self._data.encoding)
-            # This note replaces those of earlier files: only the file that is used matters.
-            if len(lines) > 1:
-                notes = [f"captions of several lines, joined into one ({clean(name)})"]
-            if lines:
-                return " ".join(lines), tuple(notes)
-        return "", tuple(notes)
+            # The note replaces those of earlier files: only the file that is used matters.
+            if captions := captions_of(value, self._data):
+                return captions, joined_note(value, name, self._data) or tuple(notes)
+        return [], tuple(notes)
 
-    def _field(self, name: str, data: object) -> tuple[Any, str]:
+    def _field(self, name: str, data: object, wanted: str | None) -> tuple[Any, str]:
         """Return the caption in a JSON file beside an image, and a note if there is none."""
         assert isinstance(data, bytes)
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise Unfit(f"json: {clean(name)} cannot be parsed ({message_of(error)})") from None
-        # A bare string is the caption itself. A list goes to `lines_of`, which refuses it with the reason.
+        # A bare string is the caption itself, a bare list several.
         if not isinstance(content, dict):
             return content if isinstance(content, str | list) else None, ""
         # A value with a leading dot is a file extension, not the name of a field.
-        column = self._data.caption if not (self._data.caption or ".").startswith(".") else None
-        value = field_of(content, column if column in content else None)
+        column = wanted if not (wanted or ".").startswith(".") else None
+        # A field that one file lacks may have a usual name there; of several captions, it is one less.
+        value = field_of(content, column if column in content or len(self._data.captions) > 1 else None)
+        if value is None and len(self._data.captions) > 1:
+            return None, f"images without one of their captions (no {clean(str(wanted))} in {clean(name)})"
         # Report fields that look like captions, so that a wrong setting does not train without captions unnoticed.
         if value is None and (others := like_captions(content)):
             return None, f"{UNREAD_CAPTIONS}: .json files have {listed(others)}; data.caption names one"

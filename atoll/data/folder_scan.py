@@ -3,6 +3,7 @@
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from atoll.data.captions import FROM_FILE, FROM_FOLDER, SIDECARS, is_usual, like_captions
@@ -17,7 +18,7 @@ from atoll.data.splits import NamedSplits, named_splits
 from atoll.data.tables import FORMATS, columns_of
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.storage.shards import Split
+from atoll.storage.shards import Split, Weighted
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar", ".tfrecord", ".arrow")
 # Files of other tools that hold no captions; no note mentions them.
@@ -39,18 +40,23 @@ class Entry(NamedTuple):
     Attributes:
         key: unique in the folder.
         file: relative to the root.
-        sidecars: text files that may have its caption, preferred first; relative to the root.
-        caption: caption from a table; None to read the sidecars.
+        sidecars: for each name of `data.captions`, the text files that may have its caption, preferred first.
+        captions: for each of them, what a table has, with weights; None to read the sidecars.
         split: None if a hash of the key decides.
         reason: why it cannot be used; "" if it can.
     """
 
     key: str
     file: str = ""
-    sidecars: tuple[str, ...] = ()
-    caption: str | None = None
+    sidecars: tuple[tuple[str, ...], ...] = ()
+    captions: tuple[list[Weighted] | None, ...] = ()
     split: Split | None = None
     reason: str = ""
+
+    @property
+    def has_caption(self) -> bool:
+        """Whether a table or a text file may have its caption."""
+        return any(captions is not None for captions in self.captions) or any(self.sidecars)
 
 
 class FolderScan:
@@ -80,13 +86,14 @@ class FolderScan:
             raise nothing(data.path, "images", [f".{kind}" for kind in IMAGES[:5]], files.sizes)
         # Captions beside images.
         text = [name for name in (*files.sizes, *files.unopened) if name not in images and name not in self.tables]
-        sidecars = Sidecars(text, images, self._kinds(text))
-        self._metadata.check_columns(self._given_kinds(text))
-        candidates = {name: sidecars.of(name) for name in sorted(images)}
+        self._names = [name for name, _ in data.captions]
+        sidecars = [Sidecars(text, images, self._kinds(text, name)) for name in self._names]
+        self._metadata.check_columns([kind for name in self._names for kind in self._given_kinds(text, name)])
+        candidates = {name: tuple(kinds.of(name) for kinds in sidecars) for name in sorted(images)}
         # Masks and other companions; an image with a caption is never one.
         self._left_out: dict[str, str] = {}
         if data.companions == "skip":
-            captioned = self._metadata.rows.keys() | {name for name, beside in candidates.items() if beside}
+            captioned = self._metadata.rows.keys() | {name for name, beside in candidates.items() if any(beside)}
             self._left_out = companions(candidates, captioned)
         if self._left_out:
             self.notes.append(
@@ -104,17 +111,18 @@ class FolderScan:
 
     def read_names(self) -> set[str]:
         """Return the names of all files that are read."""
-        names = {name for entry in self.entries for name in (entry.file, *entry.sidecars)} | set(self.tables)
+        names = {name for entry in self.entries for name in (entry.file, *chain(*entry.sidecars))} | set(self.tables)
         return {name for name in names if name in self.files.sizes}
 
-    def _kinds(self, text: Iterable[str]) -> tuple[str, ...]:
+    def _kinds(self, text: Iterable[str], caption: str | None) -> tuple[str, ...]:
         """Return the extensions of text files with captions."""
-        chosen = self._given_kinds(text)
-        return SIDECARS if chosen is None or self._data.caption in self._metadata.columns else chosen
+        # Of several captions, a column is one and the files beside the images are another.
+        if caption in self._metadata.columns:
+            return SIDECARS if len(self._names) == 1 else ()
+        return self._given_kinds(text, caption)
 
-    def _given_kinds(self, text: Iterable[str]) -> tuple[str, ...]:
-        """Return the extensions that `data.caption` selects: with a leading dot, or as the files have it."""
-        caption = self._data.caption
+    def _given_kinds(self, text: Iterable[str], caption: str | None) -> tuple[str, ...]:
+        """Return the extensions that a value of `data.caption` selects: with a leading dot, or as the files have it."""
         if caption in (FROM_FILE, FROM_FOLDER):
             return ()
         # A column of that name wins over an extension.
@@ -125,7 +133,10 @@ class FolderScan:
             return (kind,)
         # The name may be a field of JSON files beside the images.
         has_json = any(name.lower().endswith(".json") for name in text)
-        return ("json", kind) if has_json else SIDECARS
+        if has_json:
+            return ("json", kind)
+        # Of several captions, each has its own place.
+        return SIDECARS if len(self._names) == 1 else (kind,)
 
     def _splits(self, images: list[str]) -> dict[str, Split]:
         """Return the splits from the names of files; a hash of the key decides for all others."""
@@ -142,7 +153,7 @@ class FolderScan:
         self.notes += recognised.notes
         return recognised.splits
 
-    def _entry(self, name: str, beside: tuple[str, ...], split: Split | None) -> Entry:
+    def _entry(self, name: str, candidates: tuple[tuple[str, ...], ...], split: Split | None) -> Entry:
         row, data = self._metadata.rows.get(name), self._data
         key = row.key if row is not None and row.key is not None else name
         # The first fault that applies is the reason.
@@ -156,32 +167,41 @@ class FolderScan:
             return Entry(printable(key), name, reason=reason)
         if printable(key) != key:
             return Entry(printable(key), name, reason="key: its name is not utf-8; rename it")
-        caption = row.caption if row is not None else None
-        if caption is not None or data.caption in (FROM_FILE, FROM_FOLDER):
-            beside = ()
-        elif beside and (reason := self.files.unopened.get(beside[0])):
-            return Entry(key, name, reason=f"caption: {clean(beside[0])} is {reason}")
-        # Sidecars that must not be opened are dropped unless the preferred one is among them.
-        beside = tuple(text for text in beside if text in self.files.sizes)
-        return Entry(key, name, beside, caption, row.split if row is not None and row.split else split)
+        captions = row.captions if row is not None else (None,) * len(candidates)
+        sidecars = []
+        for beside, own in zip(candidates, captions, strict=True):
+            # What a table has is not looked for beside the image.
+            if own is None and beside and (reason := self.files.unopened.get(beside[0])):
+                return Entry(key, name, reason=f"caption: {clean(beside[0])} is {reason}")
+            # Sidecars that must not be opened are dropped unless the preferred one is among them.
+            sidecars.append(tuple(text for text in beside if text in self.files.sizes) if own is None else ())
+        return Entry(key, name, tuple(sidecars), captions, row.split if row is not None and row.split else split)
 
     def _tell_unread(
-        self, entries: list[Entry], candidates: dict[str, tuple[str, ...]], sidecars: Sidecars, text: list[str]
+        self,
+        entries: list[Entry],
+        candidates: dict[str, tuple[tuple[str, ...], ...]],
+        sidecars: list[Sidecars],
+        text: list[str],
     ) -> None:
         """Add notes on files that are not read; refuse a folder if all captions are in such files."""
-        if (column := self._data.caption) in (FROM_FILE, FROM_FOLDER):
-            self.notes.append(f"captions are from names, as data.caption is {column}")
+        if columns := [name for name in self._names if name in (FROM_FILE, FROM_FOLDER)]:
+            self.notes.append(f"captions are from names, as data.caption is {' and '.join(columns)}")
             return
-        with_caption = [entry for entry in entries if entry.caption is not None or entry.sidecars]
-        by_table = [candidates[entry.file] for entry in entries if entry.caption is not None]
-        self.notes += unread_notes([entry.sidecars for entry in with_caption], by_table, sidecars)
+        with_caption = [entry for entry in entries if entry.has_caption]
+        # Files that come second are named; a list of several captions chooses each of its files.
+        if len(self._names) == 1:
+            by_table = [candidates[entry.file][0] for entry in entries if entry.captions[:1] not in ((), (None,))]
+            self.notes += unread_notes([entry.sidecars[0] for entry in with_caption], by_table, sidecars[0])
+        else:
+            self._check_each(with_caption)
         if columns := self._metadata.unread_columns():
             first = next(name for name in self._metadata.columns if is_usual(name) and name not in columns)
             self.notes.append(
                 f"metadata: {first} comes first; {listed(columns)} not read; data.caption chooses another"
             )
         # Files that belong to no image, or whose extension is not read.
-        used = {name for names in candidates.values() for name in names} | self._metadata.rows.keys()
+        used = {name for beside in candidates.values() for name in chain(*beside)} | self._metadata.rows.keys()
         others = [name for name in text if name not in used and name in self.files.sizes]
         plain = list(self._unread(others, candidates))
         self.notes += [note for note, _ in plain]
@@ -192,6 +212,16 @@ class FolderScan:
             return
         self._refuse_unread_captions(len(entries), [note for note, plainly in plain if plainly])
         self.notes.append('no image has a caption; data.caption: "@folder" takes its folder\'s name, "@file" its own')
+
+    def _check_each(self, entries: list[Entry]) -> None:
+        """Raise AtollError if one of several captions is found for no image."""
+        for number, name in enumerate(self._names):
+            if not any(entry.captions[number] is not None or entry.sidecars[number] for entry in entries):
+                columns = clean(", ".join(self._metadata.columns)) or "there is no metadata"
+                raise AtollError(
+                    f"{self._data.path}: no image has a caption by {name!r}, which data.caption names; expected a "
+                    f"column ({columns}) or the extension of text files"
+                )
 
     def _refuse_unread_captions(self, images: int, unread: list[str]) -> None:
         metadata = self._metadata
@@ -206,7 +236,7 @@ class FolderScan:
                 f"{'; '.join(unread)}; or go on without captions: --allow-uncaptioned"
             )
 
-    def _unread(self, others: list[str], candidates: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, bool]]:
+    def _unread(self, others: list[str], candidates: Iterable[str]) -> Iterator[tuple[str, bool]]:
         """Yield notes on files that are not read, each with whether they clearly hold captions."""
         # Sort the files by what they may hold.
         tables, archives, strays, beside = [], [], [], Counter[str]()

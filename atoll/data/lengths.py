@@ -17,22 +17,23 @@ class CutCaptions:
         characters, cut: characters of these, and characters that are not read.
     """
 
-    def __init__(self, encoder: TextEncoder, rows: int):
-        """Check an even sample of about `_ALL` of `rows` captions."""
-        self._encoder, self._step, self._row = encoder, max(1, rows // _ALL), 0
+    def __init__(self, encoder: TextEncoder, captions: int):
+        """Check an even sample of about `_ALL` of this number of captions."""
+        self._encoder, self._step, self._number = encoder, max(1, captions // _ALL), 0
         self.captions = self.characters = self.cut = 0
 
     def add(self, captions: Sequence[str]) -> None:
-        """Check some captions, in the order of their rows."""
-        for caption in captions[-self._row % self._step :: self._step]:
-            # A token has at least one byte, so short captions need no tokenizer.
-            if len(caption.encode()) < self._encoder.uncut_bytes:
+        """Check some captions, in the order of their rows; of an image with several, all."""
+        for caption in captions[-self._number % self._step :: self._step]:
+            # A token of ASCII has at least one letter, so short captions need no tokenizer. Other letters may unfold:
+            # T5 reads U+FDFA as 18 letters.
+            if caption.isascii() and len(caption) < self._encoder.uncut_bytes:
                 continue
             if rest := self._encoder.truncated_text(caption):
                 self.captions += 1
                 self.characters += len(caption)
                 self.cut += min(len(rest), len(caption))
-        self._row += len(captions)
+        self._number += len(captions)
 
     def counts(self) -> dict[str, Any] | None:
         """Return the counts of truncated captions and dropped text for the card; None if there are none."""

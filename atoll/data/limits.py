@@ -5,6 +5,7 @@ A small file may unpack to a very large one, and a line may have no end. Nothing
 
 from atoll.storage.bounds import MAX_CAPTION_BYTES as MAX_CAPTION_BYTES
 
+MAX_CAPTIONS_BYTES = 2 * MAX_CAPTION_BYTES  # of all captions of an image: the first one, and the others
 MAX_SIDECAR_BYTES = 1 << 20  # the JSON that img2dataset puts beside an image, EXIF included, has some 20,000
 MAX_LINE = 1 << 20  # characters of a line of metadata
 MAX_JSON_BYTES = 1 << 26  # of a metadata.json, whose parts take 20 times the space in memory; larger ones as .jsonl

@@ -38,7 +38,10 @@ Gaps = Literal["refuse", "skip"]
 # Settings that decide which samples a source yields. The first ones are in every card, the others only where they
 # differ from their defaults: a new setting then leaves old cards valid.
 _ALWAYS = ("path", "image", "caption", "key", "split", "validation", "encoding")
-_WHERE_SET = ("metadata", "file_name", "companions", "splits", "links", "key_until", "missing_shards", "fingerprint")
+_WHERE_SET = (
+    *("metadata", "file_name", "companions", "splits", "links", "key_until", "missing_shards", "fingerprint"),
+    *("caption_weights", "caption_lines"),
+)
 
 
 class _Entry(NamedTuple):

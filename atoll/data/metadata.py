@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from atoll.data.captions import FROM_FILE, FROM_FOLDER, caption_columns, caption_of, field_of, key_of, split_of
+from atoll.data.caption_lists import captions_in
+from atoll.data.captions import FROM_FILE, FROM_FOLDER, caption_columns, key_of, split_of
 from atoll.data.locate import Files
 from atoll.data.names import canonical, clean, printable
 from atoll.data.opening import is_local
@@ -17,7 +18,7 @@ from atoll.data.tables import FORMATS, Record, file_column, rows_of
 from atoll.data.types import Unfit
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
-from atoll.storage.shards import Split
+from atoll.storage.shards import Split, Weighted
 
 USUAL = tuple(f"metadata{kind}" for kind in (".jsonl", ".csv", ".tsv", ".json", ".parquet", ".ndjson"))
 
@@ -27,14 +28,14 @@ class ImageRow(NamedTuple):
 
     Attributes:
         where: its file and line.
-        caption: None if the row has none.
+        captions: with weights, for each name of `data.captions`; None if the row has none of that name.
         key: None if no column is set for it.
         split: None if it has none.
         reason: why the image cannot be used; "" if it can.
     """
 
     where: str
-    caption: str | None
+    captions: tuple[list[Weighted] | None, ...]
     key: str | None
     split: Split | None
     reason: str
@@ -63,7 +64,8 @@ class Metadata:
             AtollError: a table cannot be read, a directory has two, or a column that the settings name is in none.
         """
         self._files, self._data, self._images = files, data, images
-        self._wanted = {name for name in (data.caption, data.key, data.split, data.file_name) if name is not None}
+        self._captions = [name for name, _ in data.captions]
+        self._wanted = {name for name in (*self._captions, data.key, data.split, data.file_name) if name is not None}
         self._auto_splits: dict[str, str] = {}  # image -> value of a column called split
         self.columns: dict[str, None] = {}
         self.rows: dict[str, ImageRow] = {}
@@ -171,10 +173,6 @@ class Metadata:
 
     def _row(self, where: str, record: Record) -> ImageRow:
         data, key, split = self._data, None, None
-        # A caption from a file beside the image or from a name is not read from a table.
-        elsewhere = data.caption is not None and (
-            data.caption.startswith(".") or data.caption in (FROM_FILE, FROM_FOLDER)
-        )
         try:
             for name in filter(None, (data.key, data.split)):
                 if name not in record:
@@ -184,11 +182,19 @@ class Metadata:
                 key = key_of(value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value)
             if data.split is not None:
                 split = split_of(record[data.split])
-            value = None if elsewhere else field_of(record, data.caption)
-            caption = caption_of(value, data.encoding) if value is not None else None
+            captions = tuple(self._captions_in(record, name, where) for name in self._captions)
         except Unfit as error:
-            return ImageRow(where, "", key, None, str(error))
-        return ImageRow(where, caption, key, split, "")
+            return ImageRow(where, (), key, None, str(error))
+        return ImageRow(where, captions, key, split, "")
+
+    def _captions_in(self, record: Record, name: str | None, where: str) -> list[Weighted] | None:
+        # A caption from a file beside the image or from a name is not read from a table.
+        if name is not None and (name.startswith(".") or name in (FROM_FILE, FROM_FOLDER)):
+            return None
+        try:
+            return captions_in(record, name, self._data)
+        except Unfit as error:
+            raise Unfit(f"{error} ({where})") from None
 
     def _exact(self, folder: str, named: str) -> str | None:
         """Return the file that a row names: relative to the table's directory or the root, or absolute."""
@@ -258,8 +264,8 @@ class Metadata:
 
     def check_columns(self, sidecar_kinds: Collection[str]) -> None:
         """Raise AtollError if a column that the settings name is in no table, and is no extension of text files."""
-        for setting in ("caption", "key", "split", "file_name"):
-            column = getattr(self._data, setting)
+        columns = [(setting, getattr(self._data, setting)) for setting in ("key", "split", "file_name")]
+        for setting, column in [*(("caption", name) for name in self._captions), *columns]:
             if column is None or column in self.columns or (self.tables and not self.columns):
                 continue
             # data.caption may also name an extension or a name instead of a column.

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from atoll.data.captions import (
-    caption_of,
-    check_encoding,
-    key_of,
-    split_of,
-)
+from atoll.data.caption_lists import captions_of, combined, first_and_others
+from atoll.data.captions import check_encoding, joined_tags, key_of, split_of
 from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
 from atoll.data.limits import MAX_IMAGE_BYTES
 from atoll.data.locate import Files, config_of, locate
@@ -195,7 +191,7 @@ class Parquet(Source):
             if columns is None:
                 columns, first, schema = find_columns(footer.schema, self._data, name), name, footer.schema
                 self._notes += unread_notes(schema, columns, self._data)
-            for column in filter(None, columns):
+            for column in (columns.image, *columns.texts):
                 # Only the columns that are read are compared; others may differ.
                 here = footer.schema.field(column).type if column in footer.schema.names else "missing"
                 if here != schema.field(column).type:
@@ -245,14 +241,30 @@ class Parquet(Source):
                 return _without_image(key, cells)
             if len(cells.image) > MAX_IMAGE_BYTES:
                 raise Unfit(f"too large: {len(cells.image):,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
-            caption = caption_of(cells.caption, self._data.encoding)
+            caption, others = self._captions(part, row, cells)
             # A column beats the name of the file, and a hash of the key decides for the rest.
             split = part.split
             if part.columns is not None and part.columns.split is not None:
                 split = split_of(cells.split)
-            return Raw(key, cells.image, caption, split or split_by_hash(key, self._data.validation))
+            split = split or split_by_hash(key, self._data.validation)
+            return Raw(key, cells.image, caption, split, others=others)
         except Unfit as error:
             return Skipped(printable(key), str(error))
+
+    def _captions(self, part: _Part, row: int, cells: "_Cells") -> tuple[str, str]:
+        """Return the first caption of a row, and its others."""
+        assert part.columns is not None
+        try:
+            read = []
+            weights = [weight for _, weight in self._data.captions]
+            for name, value, weight in zip(part.columns.captions, cells.captions, weights, strict=False):
+                read.append((captions_of(joined_tags(name, value), self._data), weight))
+            return first_and_others(combined(read))
+        except Unfit as error:
+            # The row is in the key, unless a column holds the key.
+            raise Unfit(
+                f"{error} (row {row} of {clean(part.name)})" if self._data.key is not None else str(error)
+            ) from None
 
 
 class _Cells(NamedTuple):
@@ -260,7 +272,7 @@ class _Cells(NamedTuple):
 
     image: Any
     path: str | None
-    caption: Any
+    captions: tuple[Any, ...]
     key: Any
     split: Any
     status: Any
@@ -314,8 +326,9 @@ def _rows(part: _Part) -> Iterator[_Cells]:
     columns = part.columns
     assert columns is not None
     # Columns may coincide, for example key and caption; each is read once.
-    text = list(dict.fromkeys(name for name in columns[1:] if name is not None and name != columns.image))
-    for batch in batches(part.url, part.groups, list(dict.fromkeys((columns.image, *text))), text):
+    text, others = columns.texts, (columns.key, columns.split, columns.status, columns.error)
+    used = [name for name in others if name is not None]
+    for batch in batches(part.url, part.groups, (columns.image, *text), text):
         try:
             none = [None] * len(batch)
             image, paths = batch.column(columns.image), none
@@ -324,14 +337,15 @@ def _rows(part: _Part) -> Iterator[_Cells]:
                 fields = {field.name for field in image.type}
                 paths = values(pc.struct_field(image, "path")) if "path" in fields else none
                 image = pc.struct_field(image, "bytes")
-            texts = [values(batch.column(name)) if name is not None else none for name in columns[1:]]
+            cells = {name: values(batch.column(name)) for name in dict.fromkeys((*columns.captions, *used))}
             images = image.to_pylist()
         except Exception as error:  # Arrow raises several kinds over damaged bytes
             refuse_out_of_memory(error, part.url)
             raise Damaged(message_of(error)) from error
-        for data, path, *rest in zip(images, paths, *texts, strict=True):
+        for row, (data, path) in enumerate(zip(images, paths, strict=True)):
             name = clean(path.decode("utf-8", "surrogateescape")) if isinstance(path, bytes) else None
-            yield _Cells(data, name, *rest)
+            captions = tuple(cells[column][row] for column in columns.captions)
+            yield _Cells(data, name, captions, *(None if column is None else cells[column][row] for column in others))
 
 
 def _text(value: Any) -> Any:

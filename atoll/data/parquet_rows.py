@@ -14,6 +14,7 @@ from atoll.data.limits import (
 )
 from atoll.data.names import clean, message_of
 from atoll.data.opening import is_local, open_file
+from atoll.data.parquet_lists import is_caption_list, is_list, list_values, text_paths
 from atoll.data.types import Damaged, Oversized
 from atoll.errors import AtollError
 from atoll.storage.memory import refuse_out_of_memory
@@ -21,6 +22,7 @@ from atoll.storage.parquet_pages import DICTIONARY_PAGE, pages
 
 _ROWS = 32  # rows that are decoded together
 _BUFFER = 1 << 20  # bytes of a column that are read at a time
+_LEVEL = 8  # bytes of an item of a list in memory, beside its text
 
 
 def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text: Sequence[str]) -> Iterator[Any]:
@@ -41,9 +43,14 @@ def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text
         with open_file(url) as file:
             # Without the first two options Arrow reads all of a column's bytes in the row group at once.
             options = {"pre_buffer": False, "buffer_size": _BUFFER, "page_checksum_verification": True}
-            with pq.ParquetFile(file, **options) as opened:
+            facts = pq.read_metadata(file)
+            schema = facts.schema.to_arrow_schema()
+            lists = [name for name in text if is_list(schema.field(name).type)]
+            paths = text_paths(facts.schema, lists)
+            with pq.ParquetFile(file, metadata=facts, read_dictionary=paths, **options) as opened:
                 chosen = range(opened.metadata.num_row_groups) if groups is None else groups
-                largest = _check_pages(file, opened.metadata, chosen, set(columns), set(text), is_local(url))
+                local = is_local(url)
+                largest = _check_pages(file, opened.metadata, chosen, set(columns), set(text), set(lists), local)
                 # Rows may all point to one entry of a dictionary, and each gets a copy of it.
                 rows = max(1, min(_ROWS, MAX_BATCH_BYTES // max(1, largest)))
                 for batch in opened.iter_batches(rows, row_groups=chosen, columns=list(columns), use_threads=False):
@@ -57,9 +64,9 @@ def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text
 
 
 def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table of text: text and whole numbers in the wanted columns, None in all others.
+    """Yield the rows of a table: text, whole numbers and lists of captions in the wanted columns, None in all others.
 
-    A list becomes an empty list, whatever it holds.
+    Any other nested value is replaced by an empty one of its kind, which is no caption.
 
     Raises:
         Damaged: as `batches`.
@@ -77,14 +84,15 @@ def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, An
         raise Damaged(message_of(error)) from error
     # Arrow selects columns by name, so a repeated name cannot be read.
     names = [name for name in schema.names if wanted(name) and schema.names.count(name) == 1]
-    text = [name for name in names if is_text(schema.field(name).type)]
+    text = [name for name in names if is_text(schema.field(name).type) or is_caption_list(schema.field(name).type)]
     numbers = [name for name in names if kinds.is_integer(schema.field(name).type)]
-    lists: dict[str, Any] = {name: [] for name in names if kinds.is_nested(schema.field(name).type)}
+    others = [name for name in names if kinds.is_nested(schema.field(name).type) and name not in text]
+    wrong: dict[str, Any] = {name: [[]] if is_list(schema.field(name).type) else {} for name in others}
     for batch in batches(url, None, [*text, *numbers], text):
         columns = {name: values(batch.column(name)) for name in text}
         columns |= {name: batch.column(name).to_pylist() for name in numbers}
         for row in range(len(batch)):
-            yield {**dict.fromkeys(schema.names), **lists, **{name: column[row] for name, column in columns.items()}}
+            yield {**dict.fromkeys(schema.names), **wrong, **{name: column[row] for name, column in columns.items()}}
 
 
 def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
@@ -95,6 +103,8 @@ def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
+    if is_list(kind):
+        return list_values(column)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         # As bytes, a text that is not utf-8 fails alone instead of with its whole batch.
         column = column.cast(pa.large_binary() if pa.types.is_large_string(kind) else pa.binary())
@@ -130,13 +140,16 @@ def is_text(kind: Any) -> bool:
     return any(is_one(kind) for is_one in plain)
 
 
-def _check_pages(file: Any, footer: Any, groups: Sequence[int], columns: set[str], text: set[str], local: bool) -> int:
+def _check_pages(
+    file: Any, footer: Any, groups: Sequence[int], columns: set[str], text: set[str], lists: set[str], local: bool
+) -> int:
     """Check the unpacked size of the pages of some columns; return the bytes of the largest dictionary page.
 
     Remote files are checked by their footers where a column holds images: a look at each page would read them twice.
 
     Raises:
-        Damaged: a page of text beyond `MAX_TEXT_PAGE_BYTES`, or another one beyond `may_expand_to` its size.
+        Damaged: a page of text beyond `MAX_TEXT_PAGE_BYTES`, or another one beyond `may_expand_to` its size; a list of
+            more values than that.
     """
     largest = 0
     for group in groups:
@@ -153,11 +166,17 @@ def _check_pages(file: Any, footer: Any, groups: Sequence[int], columns: set[str
             starts = [chunk.data_page_offset]
             if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                 starts.append(chunk.dictionary_page_offset)
-            for kind, unpacked, packed in pages(file, min(starts), chunk.total_compressed_size):
-                if unpacked > (MAX_TEXT_PAGE_BYTES if name in text else may_expand_to(packed)):
-                    raise Damaged(_bomb(name, unpacked, packed))
-                if kind == DICTIONARY_PAGE:
-                    largest = max(largest, unpacked)
+            levels = 0
+            for page in pages(file, min(starts), chunk.total_compressed_size):
+                if page.unpacked > (MAX_TEXT_PAGE_BYTES if name in text else may_expand_to(page.packed)):
+                    raise Damaged(_bomb(name, page.unpacked, page.packed))
+                # A list keeps its dictionary, see `list_values`: what repeats is not unpacked.
+                if page.kind == DICTIONARY_PAGE and name not in lists:
+                    largest = max(largest, page.unpacked)
+                # Run-length coding stores a billion empty items in a few bytes; each takes some when it is read.
+                levels += page.values * _LEVEL
+            if name in lists and levels > may_expand_to(chunk.total_compressed_size):
+                raise Damaged(_bomb(name, levels, chunk.total_compressed_size))
     return largest
 
 

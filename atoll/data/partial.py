@@ -6,7 +6,8 @@ plan.json           the card of the encoding and its blocks; a resumed encoding 
 00012.notes         parts of its good samples that were left out or changed, if any
 00012.files         size, time and hash of the files it was read from, if any
 source.parquet      size and time of all files of the source, if any, when the encoding started
-00012.parquet       key, caption, split, pixels (a hash of them); written last: a block with this file is done
+00012.parquet       key, caption, split, pixels (a hash of them), and other_captions if an image has several; written
+                    last: a block with this file is done
 """
 
 import hashlib
@@ -41,7 +42,7 @@ from atoll.storage.artifact import load_card, read_json, write_bytes, write_card
 from atoll.storage.cards import EncodedCard, EncodedCounts, EncodingPlan
 from atoll.storage.lock import hold
 from atoll.storage.memory import refuse_out_of_memory
-from atoll.storage.shards import ShardWriter, repeats
+from atoll.storage.shards import OTHERS, ShardWriter, repeats, unpack
 from atoll.storage.verified import sha256_once
 
 PLAN = "plan.json"
@@ -151,7 +152,7 @@ class PartialEncoding:
 
         Args:
             number: number of the block.
-            text: key, caption and split of the good samples.
+            text: key, caption and split of the good samples, and their other_captions.
             pixels: 16-byte hashes of their pixels.
             columns: their tensors [rows, ...].
             skipped: the other samples.
@@ -174,7 +175,8 @@ class PartialEncoding:
             content = save(columns)
             digest = hashlib.sha256(content).hexdigest()
             write_bytes(self._file(number, "safetensors"), content)
-        arrays = {name: pa.array(text[name], pa.string()) for name in TEXT}
+        names = (*TEXT, OTHERS) if any(text.get(OTHERS, ())) else TEXT
+        arrays = {name: pa.array(text[name], pa.string()) for name in names}
         sink = pa.BufferOutputStream()
         table = pa.table({**arrays, "pixels": pa.array(pixels, pa.binary(16))})
         # The hash of the tensors is compared when the block is sealed, perhaps days later.
@@ -185,9 +187,9 @@ class PartialEncoding:
 
     def tally(self, number: int) -> Tally:
         """Return the counts of a finished block."""
-        captions = self._read(number, ("caption",))["caption"]
-        notes = self._file(number, "notes")
-        return tally_of(captions, self._skipped(number), read_json(notes) if notes.is_file() else [])
+        text, notes = self._texts(number), self._file(number, "notes")
+        others = [len(unpack(other)) for other in text[OTHERS]]
+        return tally_of(text["caption"], others, self._skipped(number), read_json(notes) if notes.is_file() else [])
 
     def seal(
         self,
@@ -230,7 +232,7 @@ class PartialEncoding:
         with ShardWriter(out, card) as writer, (self.path / SKIPPED).open("w", encoding="utf-8") as listed:
             start = 0
             for number in range(blocks):
-                text = self._read(number, TEXT)
+                text = self._texts(number)
                 # Row numbers count over all blocks; `gone` counts within this one.
                 gone = [i for i in range(len(text["key"])) if start + i in dropped]
                 listed.writelines(map(json_line, self._skipped(number)))
@@ -242,9 +244,13 @@ class PartialEncoding:
                     final.skipped[kind] += 1
                     final.good -= 1
                     final.uncaptioned -= text["caption"][i] == ""
+                    further = len(unpack(text[OTHERS][i]))
+                    final.several, final.others = final.several - (further > 0), final.others - further
                 # Add the rows that remain, and count truncated captions among them only.
                 sums += self._add(writer, number, text, set(gone))
-                cut.add([caption for i, caption in enumerate(text["caption"]) if start + i not in dropped])
+                for i, caption in enumerate(text["caption"]):
+                    if start + i not in dropped:
+                        cut.add([caption, *(other for other, _ in unpack(text[OTHERS][i]))])
                 start += len(text["key"])
             # Close before attaching, so that all lines are on disk.
             listed.close()
@@ -290,16 +296,16 @@ class PartialEncoding:
         if expected is not None and sha256_once(file) != expected:
             done = self._file(number, "parquet")
             raise AtollError(f"{file}: its contents are not those that were written; remove {done.name} and --resume")
-        chosen = [[text[name][i] for i in remaining] for name in TEXT]
+        keys, captions, splits, others = ([text[name][i] for i in remaining] for name in (*TEXT, OTHERS))
         if gone:
             # Rewriting is needed only for blocks that lose rows.
             columns = {name: column[torch.tensor(remaining)] for name, column in _load(file).items()}
-            sums = ChannelSums.of(columns, chosen[2])
-            writer.append(chosen[0], chosen[1], chosen[2], columns)
+            sums = ChannelSums.of(columns, splits)
+            writer.append(keys, captions, splits, columns, others)
         else:
             # The common case: the file is taken over without reading its tensors.
-            sums = self._sums(number) or ChannelSums.of(_load(file), chosen[2])
-            writer.adopt(file, chosen[0], chosen[1], chosen[2])
+            sums = self._sums(number) or ChannelSums.of(_load(file), splits)
+            writer.adopt(file, keys, captions, splits, others)
         if not sums.finite:
             raise AtollError(f"{file}: a latent in it is NaN or infinite; remove {self._file(number, 'parquet').name} "
                              "and --resume")  # fmt: skip
@@ -337,6 +343,14 @@ class PartialEncoding:
             refuse_out_of_memory(error, file)
             raise AtollError(f"{file}: cannot be read ({error}); remove it and go on with --resume") from error
 
+    def _texts(self, number: int) -> dict[str, list[str]]:
+        """Return the texts of a block: `TEXT`, and other_captions, which are "" where no image has several."""
+        import pyarrow.parquet as pq
+
+        there = OTHERS in pq.read_schema(self._file(number, "parquet")).names
+        text = self._read(number, (*TEXT, OTHERS) if there else TEXT)
+        return {OTHERS: [""] * len(text["key"]), **text}
+
     def _sha256(self, number: int) -> str | None:
         """Return the hash of a block's tensors when they were written; None for a block of a time before hashes."""
         return self._metadata(number, _SHA256)
@@ -372,7 +386,13 @@ def _line(sample: Skipped) -> str:
 
 
 def _more_counts(tally: Tally, cut: CutCaptions) -> dict[str, Any]:
-    """Return the optional counts: skipped without failure and noted, by kind, and truncated captions."""
+    """Return the optional counts: further captions, skipped without failure and noted, by kind, truncated captions."""
     apart = {kind: details.total() for kind, details in sorted(tally.apart_by_kind().items())}
-    counts = {"apart": apart, "notes": dict(sorted(tally.notes.items())), "cut": cut.counts()}
+    counts = {
+        "several": tally.several,
+        "others": tally.others,
+        "apart": apart,
+        "notes": dict(sorted(tally.notes.items())),
+        "cut": cut.counts(),
+    }
     return {name: value for name, value in counts.items() if value}

@@ -40,6 +40,7 @@ class Framed:
     pixels: np.ndarray
     sha: bytes
     notes: tuple[str, ...] = ()
+    others: str = ""
 
 
 class Decoders:
@@ -152,7 +153,7 @@ class Decoders:
             )
         # Hash decoded pixels: copies in other containers count as duplicates only if their pixels are equal.
         sha = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
-        return Framed(raw.key, raw.caption, raw.split, pixels, sha, raw.notes)
+        return Framed(raw.key, raw.caption, raw.split, pixels, sha, raw.notes, raw.others)
 
     def _kill(self) -> None:
         for remote in self._remotes:

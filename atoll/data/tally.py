@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ class Tally:
     Attributes:
         good: samples that are encoded.
         uncaptioned: good samples without a caption.
+        several: good samples with several captions.
+        others: captions of these after the first one.
         skipped: failures by the kind of their reason.
         apart: dead links, masks and other samples that are not failures, by reason.
         notes: parts of good samples that were left out or changed, by kind.
@@ -24,6 +26,8 @@ class Tally:
 
     good: int = 0
     uncaptioned: int = 0
+    several: int = 0
+    others: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     apart: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
@@ -37,6 +41,7 @@ class Tally:
     def add(self, other: "Tally") -> None:
         """Add the counts of another tally."""
         self.good, self.uncaptioned = self.good + other.good, self.uncaptioned + other.uncaptioned
+        self.several, self.others = self.several + other.several, self.others + other.others
         self.skipped += other.skipped
         self.apart += other.apart
         self.notes += other.notes
@@ -109,15 +114,21 @@ def count_notes(notes: Iterable[str]) -> list[dict[str, Any]]:
     return list(kinds.values())
 
 
-def tally_of(captions: list[str], skipped: Iterable[Mapping[str, Any]], notes: Iterable[Mapping[str, Any]]) -> Tally:
+def tally_of(
+    captions: list[str],
+    others: Sequence[int],
+    skipped: Iterable[Mapping[str, Any]],
+    notes: Iterable[Mapping[str, Any]],
+) -> Tally:
     """Return the tally of a finished block.
 
     Args:
-        captions: captions of its good samples.
+        captions: first captions of its good samples.
+        others: numbers of further captions of these.
         skipped: lines with key, reason and, if it is not a failure, failed = False.
         notes: as `count_notes` returns them.
     """
-    tally = Tally(len(captions), captions.count(""))
+    tally = Tally(len(captions), captions.count(""), sum(count > 0 for count in others), sum(others))
     for entry in skipped:
         tally.skip(entry["reason"], entry.get("failed", True))
     for entry in notes:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from atoll.data.caption_lists import captions_of, combined, first_and_others, joined_note
 from atoll.data.captions import (
     FROM_FILE,
     FROM_FOLDER,
@@ -14,7 +15,6 @@ from atoll.data.captions import (
     field_of,
     key_of,
     like_captions,
-    lines_of,
     split_of,
 )
 from atoll.data.companions import companion_suffix, is_always_companion
@@ -27,7 +27,7 @@ from atoll.data.splits import HELD_OUT, named_splits
 from atoll.data.tar_members import RULES, Member, members
 from atoll.data.types import UNREAD_CAPTIONS, Block, Damaged, Raw, Skipped, Source, Unfit
 from atoll.manifest import DataSettings
-from atoll.storage.shards import Split, split_by_hash
+from atoll.storage.shards import Split, Weighted, split_by_hash
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _DOT = (
@@ -95,9 +95,9 @@ class Tars(Source):
         self._files = locate(data.path or (), "tars", SUFFIXES, gaps=data.missing_shards)
         self.root = self._files.root
         self._images = IMAGES if data.image is None else (data.image.lower().removeprefix("."),)
-        named = (data.caption or "").lower().removeprefix(".")
+        named = [name.lower().removeprefix(".") for name, _ in data.captions if name]
         # Members with other extensions are never read, which keeps their content out of memory.
-        self._wanted = {*self._images, *SIDECARS, *([named] if named else [])}
+        self._wanted = {*self._images, *SIDECARS, *named}
         self._notes: list[str] = []
         self._splits: dict[str, Split] = {}
         # Names of tars and folders imply splits only if the settings do not decide.
@@ -208,11 +208,14 @@ class Tars(Source):
             # Test the image first: without it the json need not be parsed.
             image = self._image(sample)
             facts = _Json(sample.members.get("json"))
-            caption, notes = self._caption(sample, facts)
+            read = [self._captions(sample, facts, name) for name, _ in self._data.captions]
+            weights = [weight for _, weight in self._data.captions]
+            caption, others = first_and_others(combined([(own, w) for (own, _), w in zip(read, weights, strict=True)]))
+            notes = tuple(note for _, more in read for note in more)
             if hidden and self._data.image is None:
                 notes = (*notes, f"images beside the first of a sample, not read ({listed(hidden)})")
             key = key_of(facts[self._data.key]) if self._data.key is not None else key
-            yield Raw(key, image, caption, self._split(part, key, facts), notes)
+            yield Raw(key, image, caption, self._split(part, key, facts), notes, others)
         except Unfit as error:
             yield Skipped(printable(key), str(error))
 
@@ -232,18 +235,17 @@ class Tars(Source):
         expected = ", ".join(self._images[:5]) + (", ..." if len(self._images) > 5 else "")
         raise Unfit(f"image: none among its members ({_list(sample)}); expected {expected}")
 
-    def _caption(self, sample: _Sample, facts: "_Json") -> tuple[str, tuple[str, ...]]:
-        """Return the caption of a sample, and notes."""
-        data = self._data
-        if data.caption in (FROM_FILE, FROM_FOLDER):
-            return caption_from_name(f"{sample.key}.", data.caption), ()
-        # `data.caption` names a member by extension first, then a field of the json.
+    def _captions(self, sample: _Sample, facts: "_Json", wanted: str | None) -> tuple[list[Weighted], tuple[str, ...]]:
+        """Return the captions of a sample for a name of `data.captions`, and notes."""
+        if wanted in (FROM_FILE, FROM_FOLDER):
+            return captions_of(caption_from_name(f"{sample.key}.", wanted), self._data), ()
+        # The name is a member's extension first, then a field of the json.
         kinds: tuple[str, ...] = SIDECARS
         column = None
-        if data.caption is not None:
-            kinds = (data.caption.lower().removeprefix("."),)
-            if kinds[0] not in sample.members and not data.caption.startswith("."):
-                kinds, column = ("json",), data.caption
+        if wanted is not None:
+            kinds = (wanted.lower().removeprefix("."),)
+            if kinds[0] not in sample.members and not wanted.startswith("."):
+                kinds, column = ("json",), wanted
         for kind in kinds:
             # A caption that exists but cannot be read fails the sample; falling through would use another text.
             if kind in sample.reasons:
@@ -251,19 +253,16 @@ class Tars(Source):
             if sample.members.get(kind) is None:
                 continue
             value = field_of(facts.all(), column) if kind == "json" else sample.members[kind]
-            if lines := lines_of(value, data.encoding):
-                note = f"captions of several lines, joined into one ({clean(sample.key)})"
-                return " ".join(lines), (note,) if len(lines) > 1 else ()
-        return "", self._why_no_caption(sample, facts)
+            if captions := captions_of(value, self._data):
+                return captions, joined_note(value, sample.key, self._data)
+        return [], self._why_no_caption(sample, facts, wanted)
 
-    def _why_no_caption(self, sample: _Sample, facts: "_Json") -> tuple[str, ...]:
+    def _why_no_caption(self, sample: _Sample, facts: "_Json", wanted: str | None) -> tuple[str, ...]:
         """Return a note on members or fields that may hold the caption of a sample without one."""
         fields = facts.all() if sample.members.get("json") is not None else {}
-        if self._data.caption is not None:
+        if wanted is not None:
             there = f"members {_list(sample)}" + (f"; json has {listed(list(fields), 6)}" if fields else "")
-            return (
-                f"{UNREAD_CAPTIONS}: no {clean(self._data.caption)}, which data.caption names, in samples ({there})",
-            )
+            return (f"{UNREAD_CAPTIONS}: no {clean(wanted)}, which data.caption names, in samples ({there})",)
         # Fields with telling names, and members such as "en.txt" that a second dot hides.
         named = like_captions(fields) + [
             kind for kind in sample.members if kind.rpartition(".")[2] in SIDECARS[:-1] and "." in kind

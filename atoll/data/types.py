@@ -33,9 +33,10 @@ class Raw:
     Attributes:
         key: unique in the source.
         image: the bytes of an image file, or pixels [C, H, W] uint8 if there is nothing to decode.
-        caption: "" if there is none.
+        caption: the first one; "" if there is none.
         split: whether the sample trains or is held out.
         notes: parts that were left out or changed; each is a line whose words before ":" or "(" name the kind.
+        others: further captions, as `Shard.others` holds them.
     """
 
     key: str
@@ -43,6 +44,7 @@ class Raw:
     caption: str
     split: Split
     notes: tuple[str, ...] = ()
+    others: str = ""
 
 
 @dataclass(frozen=True)

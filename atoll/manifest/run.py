@@ -35,8 +35,11 @@ class DataSettings(Section):
     size: PositiveInt = 16  # pixels of a side; images are cropped to a square and resized to it
     image: str | None = None  # the column of the images; None: the one that holds bytes
     # The column or field of the captions, or the extension of the files with them (".caption"; in tars "txt"), or the
-    # image's own name ("@file") or its folder's ("@folder"); None: the usual names, in the order of docs/data.md.
-    caption: str | None = None
+    # image's own name ("@file") or its folder's ("@folder"); None: the usual names, in the order of docs/data.md. A
+    # list of them: several captions of each image.
+    caption: str | tuple[str, ...] | None = None
+    caption_weights: tuple[float, ...] = ()  # of the captions that a list names; (): all alike
+    caption_lines: Literal["join", "each"] = "join"  # several lines of text are one caption, or a caption each
     metadata: str | tuple[str, ...] | None = None  # folders: the tables of captions; None: metadata.jsonl, .csv, ...
     file_name: str | None = None  # tables: the column with the images' names; None: file_name and other usual names
     key: str | None = None  # the column of unique keys; None: the file and the number of the row
@@ -61,6 +64,28 @@ class DataSettings(Section):
     flips: bool = False  # the mirrored image's latent is stored too, and training sees either
     max_skipped: float = Field(0.05, ge=0, le=1)  # the fraction that may fail; duplicates and dead links do not count
     block: PositiveInt = 4096  # samples of a shard, where the source can be cut anywhere
+
+    @model_validator(mode="after")
+    def _weighted(self) -> "DataSettings":
+        names = self.caption if isinstance(self.caption, tuple) else ()
+        if isinstance(self.caption, tuple) and (not names or len(set(names)) < len(names)):
+            raise ValueError(f"caption: {list(names)}; expected different names, at least one")
+        weights = self.caption_weights
+        if weights and len(weights) != len(names):
+            raise ValueError(
+                f"caption_weights: {len(weights)} for {len(names)} names in the list `caption`; give one each"
+            )
+        if weights and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
+            raise ValueError(f"caption_weights: {list(weights)}; expected finite numbers of at least 0, not all 0")
+        return self
+
+    @property
+    def captions(self) -> tuple[tuple[str | None, float], ...]:
+        """The values of `caption` with their weights, those above 0; None for the usual names."""
+        if not isinstance(self.caption, tuple):
+            return ((self.caption, 1.0),)
+        weights = self.caption_weights or (1.0,) * len(self.caption)
+        return tuple((name, weight) for name, weight in zip(self.caption, weights, strict=True) if weight > 0)
 
     @property
     def smallest_side(self) -> int:

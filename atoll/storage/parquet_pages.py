@@ -6,15 +6,27 @@ page.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 DICTIONARY_PAGE = 2  # parquet-format, enum PageType
 # Field types of the Thrift compact protocol.
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 11, 12
 
 
-def pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the kind, unpacked bytes and packed bytes of the pages of a column chunk.
+_DATA_PAGES = (5, 8)  # fields of PageHeader: DataPageHeader and DataPageHeaderV2, whose first field counts values
+
+
+class Page(NamedTuple):
+    """A page by its header: its kind, the bytes it unpacks to, those it has, and its values (0 if not of data)."""
+
+    kind: int
+    unpacked: int
+    packed: int
+    values: int
+
+
+def pages(file: Any, start: int, size: int) -> Iterator[Page]:
+    """Yield the pages of a column chunk.
 
     Args:
         file: the open file.
@@ -38,16 +50,20 @@ def pages(file: Any, start: int, size: int) -> Iterator[tuple[int, int, int]]:
         else:
             raise ValueError(f"no page header at byte {at:,}")
         # Fields 1 to 3 of PageHeader: type, uncompressed and compressed size.
-        kind, unpacked, packed = (fields.get(number, -1) for number in (1, 2, 3))
-        if min(kind, unpacked, packed) < 0:
+        kind, unpacked, packed = (fields.get((number,), -1) for number in (1, 2, 3))
+        values = max(fields.get((number, 1), 0) for number in _DATA_PAGES)
+        if min(kind, unpacked, packed, values) < 0:
             raise ValueError(f"a page header without sizes at byte {at:,}")
-        yield kind, unpacked, packed
+        yield Page(kind, unpacked, packed, values)
         at += used + packed
 
 
-def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
-    """Return the integer fields of a struct in Thrift's compact protocol, and its end. IndexError if cut short."""
-    fields: dict[int, int] = {}
+def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[tuple[int, ...], int], int]:
+    """Return the integer fields of a struct in Thrift's compact protocol, and its end. IndexError if cut short.
+
+    A field of a struct within has the numbers of both.
+    """
+    fields: dict[tuple[int, ...], int] = {}
     number = 0
     # Crafted nesting must not exhaust the stack.
     if depth > 8:
@@ -60,7 +76,10 @@ def _header(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, int], int]:
         else:
             number, at = _zigzag(data, at)
         if kind in (4, 5, 6):  # whole numbers of 16, 32 and 64 bits
-            fields[number], at = _zigzag(data, at)
+            fields[(number,)], at = _zigzag(data, at)
+        elif kind == _STRUCT:
+            inner, at = _header(data, at, depth + 1)
+            fields |= {(number, *path): value for path, value in inner.items()}
         elif kind not in (_TRUE, _FALSE):  # a truth value is its own type
             at = _skip(data, at, kind, depth)
     return fields, at + 1

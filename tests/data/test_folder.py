@@ -163,15 +163,16 @@ def test_captions_in_another_encoding_are_skipped_or_named(tmp_path) -> None:
     put(tmp_path, a_jpg="1", b_jpg="2", c_jpg="3", d_jpg="4", e_jpg="5", f_jpg="6")
     put(tmp_path, a_txt="café", b_txt="café".encode("latin-1"), c_txt="café".encode("utf-16"))
     metadata = [b'{"file_name": "d.jpg", "text": "caf\xe9"}', b'{"file_name": "e.jpg", "text": "half \\ud83d"}']
-    write(tmp_path, "metadata.jsonl", b"\n".join([*metadata, b'{"file_name": "f.jpg", "text": ["a"]}']))
+    write(tmp_path, "metadata.jsonl", b"\n".join([*metadata, b'{"file_name": "f.jpg", "text": [["a"]]}']))
     found = {sample.key: getattr(sample, "caption", None) or sample.reason for sample in read(tmp_path)}
     assert found == {
         "a.jpg": "café",
         "b.jpg": "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding",
         "c.jpg": "café",
-        "d.jpg": "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding",
-        "e.jpg": "caption: not utf-8 (half a character, U+D83D, at 5); save it as utf-8, or set data.encoding",
-        "f.jpg": "caption: is list, expected text; several captions of one image are not supported, choose one",
+        "d.jpg": "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding (metadata.jsonl:1)",
+        "e.jpg": "caption: not utf-8 (half a character, U+D83D, at 5); save it as utf-8, or set data.encoding "
+        "(metadata.jsonl:2)",
+        "f.jpg": "caption: item 1 of its list is a list, expected text or {text, weight} (metadata.jsonl:3)",
     }
     found = {sample.key: getattr(sample, "caption", None) for sample in read(tmp_path, encoding="latin-1")}
     assert (found["b.jpg"], found["d.jpg"]) == ("café", "café")

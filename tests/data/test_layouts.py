@@ -22,6 +22,7 @@ from atoll.data.tables import FILE_COLUMNS
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
+from atoll.storage.shards import unpack
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -36,6 +37,7 @@ class Layout(NamedTuple):
         options: settings that the layout needs.
         told: a pattern in what is said without these settings: in an error, or in notes.
         source: of the data.
+        others: further captions of each image.
     """
 
     where: str
@@ -44,6 +46,7 @@ class Layout(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
     told: str | None = None
     source: str = "folder"
+    others: tuple[str, ...] = ()
 
 
 def images(pattern: str = "{}.jpg") -> dict[str, bytes]:
@@ -149,9 +152,11 @@ LAYOUTS = [
     Layout(
         "kohya: enable_wildcard, a line each",
         beside("{}.txt", lambda i: f"sheep {i}\n\na ram"),
-        tuple(f"sheep {i} a ram" for i in range(3)),
-        told="captions of several lines, joined into one",
+        options={"caption_lines": "each"},
+        told=r"captions of several lines, joined into one \(0\.txt\); data\.caption_lines: each keeps them apart",
+        others=("a ram",),
     ),
+    Layout("kohya: several lines without enable_wildcard", beside("{}.txt", lambda i: f"sheep\n\n{i}"), told="joined"),
     Layout(
         "kohya: conditioning_data_dir",
         {**beside("img/{}.txt", image="img/{}.jpg"), **images("mask/{}.png")},
@@ -162,8 +167,9 @@ LAYOUTS = [
     Layout(
         "OneTrainer: several lines",
         beside("{}.txt", lambda i: f"sheep {i}\na ram"),
-        tuple(f"sheep {i} a ram" for i in range(3)),
+        options={"caption_lines": "each"},
         told="captions of several lines, joined into one",
+        others=("a ram",),
     ),
     Layout(
         "OneTrainer: masks and conditions",
@@ -178,7 +184,36 @@ LAYOUTS = [
         told=r"prompts\.txt is not read",
     ),
     # SimpleTuner
-    Layout("SimpleTuner: textfile", beside("{}.txt")),
+    Layout(
+        "SimpleTuner: textfile",
+        beside("{}.txt", lambda i: f"sheep {i}\na ram"),
+        options={"caption_lines": "each"},
+        told="captions of several lines, joined into one",
+        others=("a ram",),
+    ),
+    Layout(
+        "SimpleTuner: parquet, a list in the field",
+        {
+            **images(),
+            "m.parquet": {
+                "filename": [f"{i}.jpg" for i in range(3)],
+                "caption": [[f"sheep {i}", "a ram"] for i in range(3)],
+            },
+        },
+        options={"metadata": "m.parquet"},
+        told=r"m\.parquet \(columns filename, caption\) is not read; data\.metadata: m\.parquet reads it",
+        others=("a ram",),
+    ),
+    Layout(
+        "SimpleTuner: JSON lines, a list in the field",
+        {
+            **images(),
+            "metadata.jsonl": json_lines(
+                [{"file_name": f"{i}.jpg", "captions": [f"sheep {i}", "a ram"]} for i in range(3)]
+            ),
+        },
+        others=("a ram",),
+    ),
     Layout("SimpleTuner: filename", images("sheep_{}.jpg"), options={"caption": "@file"}, told='"@file" its own'),
     Layout(
         "SimpleTuner: parquet, names without extension",
@@ -283,6 +318,20 @@ LAYOUTS = [
         {"a.parquet": {"image": [b"x"] * 3, "caption": [f"sheep {i}" for i in range(3)], "long_caption": ["y"] * 3}},
         told="captions are in the column caption; long_caption not read; data.caption chooses another",
         source="parquet",
+    ),
+    Layout(
+        "datasets: parquet with two captions, both read",
+        {"a.parquet": {"image": [b"x"] * 3, "short": [f"sheep {i}" for i in range(3)], "long": ["a ram"] * 3}},
+        options={"caption": ["short", "long"], "caption_weights": [1, 3]},
+        told="no column has a usual name of captions; short, long not read; data.caption names one",
+        source="parquet",
+        others=("a ram",),
+    ),
+    Layout(
+        "datasets: parquet with lists of captions",
+        {"a.parquet": {"image": [b"x"] * 3, "captions": [[f"sheep {i}", "a ram"] for i in range(3)]}},
+        source="parquet",
+        others=("a ram",),
     ),
     Layout(
         "datasets: parquet with captions of another name",
@@ -390,6 +439,7 @@ def test_a_documented_layout_is_read_or_named(tmp_path, layout) -> None:
     found, said = read(tmp_path, layout.source, **layout.options)
     good = [sample for sample in found if isinstance(sample, Raw)]
     assert tuple(raw.caption for raw in good) == layout.captions, said
+    assert {tuple(caption for caption, _ in unpack(raw.others)) for raw in good} == {layout.others}
     if layout.told is None and not layout.options:
         assert said == ""
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.data.captions import caption_of, check_encoding, key_of, split_of
+from atoll.data.captions import check_encoding, key_of, lines_of, split_of
 from atoll.data.fingerprint import fingerprint
 from atoll.data.locate import locate
 from atoll.data.names import clean, printable
@@ -261,7 +261,7 @@ def test_ahead_passes_errors_on() -> None:
     ],
 )
 def test_captions(value, encoding, caption) -> None:
-    assert caption_of(value, encoding) == caption
+    assert " ".join(lines_of(value, encoding)) == caption
 
 
 @pytest.mark.parametrize(
@@ -273,20 +273,20 @@ def test_captions(value, encoding, caption) -> None:
         (b"\xff\xfea", "utf-8", r"not utf-16 \(byte 0x61 at 2\)"),
         ("é".encode(), "ascii", r"not ascii \(byte 0xc3 at 0\)"),
         (3, "utf-8", "is int, expected text"),
-        (["a"], "utf-8", "is list, expected text; several captions of one image are not supported, choose one"),
+        ({"a": 1}, "utf-8", "is dict, expected text, or a list of texts"),
         (b"a" * 65537, "utf-8", "caption: 65,537 bytes, expected at most 65,536"),
         ("a" * 65537, "utf-8", "caption: 65,537 bytes, expected at most 65,536"),
     ],
 )
 def test_what_is_no_caption(value, encoding, said) -> None:
     with pytest.raises(Unfit, match=said):
-        caption_of(value, encoding)
+        lines_of(value, encoding)
 
 
 @given(st.binary(max_size=40), st.sampled_from(["utf-8", "utf-16", "utf-7", "idna", "shift_jis", "utf-32"]))
 def test_any_bytes_are_a_caption_or_unfit(data, encoding) -> None:
     try:
-        caption = caption_of(data, encoding)
+        caption = " ".join(lines_of(data, encoding))
     except Unfit as error:
         caption = str(error)
     assert caption == caption.strip()

@@ -158,7 +158,7 @@ def test_bad_cells_are_skipped_alone(tmp_path) -> None:
     found = one(tmp_path, {"image": images, "caption": latin, "id": ["0", "1", "2", "3", None, "5"]}, key="id")
     assert [raw.key for raw in found if isinstance(raw, Raw)] == ["0", "5"]
     assert [(bad.key, bad.reason) for bad in found if isinstance(bad, Skipped)] == [
-        ("1", "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding"),
+        ("1", "caption: not utf-8 (byte 0xe9 at 3); save it as utf-8, or set data.encoding (row 1 of a.parquet)"),
         ("2", "image: null"),
         ("3", f"image: a path (x/y.png), no bytes; {EMBED}"),
         ("a.parquet:4", "key: is None, expected text or a whole number"),
@@ -176,8 +176,16 @@ def test_bad_cells_are_skipped_alone(tmp_path) -> None:
         ({"a": [b"x"]}, {"key": "b"}, "no column 'b', which data.key names"),
         ({"a": [b"x"]}, {"split": "b"}, "no column 'b', which data.split names"),
         ({"a": [b"x"], "b": [1]}, {"image": "b"}, "column 'b' is int64, expected bytes, or a struct with bytes"),
-        ({"a": [b"x"], "b": [1]}, {"caption": "b"}, "column 'b' is int64, expected text; set data.caption"),
-        ({"a": [b"x"], "caption": [["x"]]}, {}, "column 'caption' is list.*expected text; set data.caption"),
+        (
+            {"a": [b"x"], "b": [1]},
+            {"caption": "b"},
+            r"column 'b' is int64, expected text, or a list of .*set data\.caption",
+        ),
+        (
+            {"a": [b"x"], "caption": [[["x"]]]},
+            {},
+            "column 'caption' is list.*a list of lists, expected text, or a list",
+        ),
         ({"a": [b"x"], "b": [1.5]}, {"key": "b"}, "column 'b' is double, expected text"),
     ],
 )

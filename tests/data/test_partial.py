@@ -5,9 +5,9 @@ import torch
 
 from atoll.data.partial import PartialEncoding
 from atoll.errors import AtollError
-from atoll.storage.shards import Shards, ShardWriter
+from atoll.storage.shards import OTHERS, Shards, ShardWriter
 
-TEXT = {"key": ["a", "b"], "caption": ["x", "y"], "split": ["train", "val"]}
+TEXT = {"key": ["a", "b"], "caption": ["x", "y"], "split": ["train", "val"], OTHERS: ["", ""]}
 
 
 @pytest.mark.parametrize("dropped", [set(), {1}], ids=["whole", "without a row"])

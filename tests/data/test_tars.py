@@ -103,7 +103,7 @@ def test_caption_and_image_by_extension(tmp_path) -> None:
     assert (raw.image, raw.caption) == (b"m", "json")
     (raw,) = one(tmp_path, *found, caption="CAPTION")  # a field of the json
     assert isinstance(raw, Skipped)
-    assert raw.reason == "caption: is int, expected text"
+    assert raw.reason == "caption: is int, expected text, or a list of texts"
     (raw,) = one(tmp_path, *found, caption="none")  # neither a member nor a field
     assert raw.caption == ""
     assert raw.notes[0].startswith("captions that were not read: no none, which data.caption names, in samples")

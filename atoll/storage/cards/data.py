@@ -94,6 +94,7 @@ class EncodedCounts(CardRecord):
 
     Attributes:
         good: samples that are used. uncaptioned: the good samples without a caption.
+        several: the good samples with several captions. others: their captions after the first one.
         skipped: the other samples, by reason. apart: the skipped samples that are not failures.
         notes: remarks on good samples, by kind.
         cut: captions that are longer than the text encoder reads.
@@ -102,6 +103,8 @@ class EncodedCounts(CardRecord):
     good: Count
     uncaptioned: Count
     skipped: dict[Name, Count]
+    several: Count | None = None
+    others: Count | None = None
     apart: dict[Name, Count] | None = None
     notes: dict[Name, Count] | None = None
     cut: CutRecord | None = None

@@ -12,7 +12,7 @@ The same input gives the same bytes. A directory is written atomically. Iteratin
 the memory of one shard, even for a hundred million rows.
 """
 
-from atoll.storage.shards.captions import Weighted, choose, pack, unpack
+from atoll.storage.shards.captions import MAX_WEIGHT, OTHERS, Weighted, choose, pack, unpack
 from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, SPLITS, Split, refuse_foreign
 from atoll.storage.shards.holdout import is_held_out
 from atoll.storage.shards.reader import Shard, Shards
@@ -24,6 +24,8 @@ __all__ = [
     "INDEX",
     "LATENTS",
     "MANIFEST",
+    "MAX_WEIGHT",
+    "OTHERS",
     "SPLITS",
     "Shard",
     "ShardWriter",

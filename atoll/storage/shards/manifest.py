@@ -98,6 +98,6 @@ class ManifestFile:
                 starts = [chunk.data_page_offset]
                 if chunk.has_dictionary_page and chunk.dictionary_page_offset:
                     starts.append(chunk.dictionary_page_offset)
-                unpacked = sum(size for _, size, _ in pages(file, min(starts), chunk.total_compressed_size))
+                unpacked = sum(page.unpacked for page in pages(file, min(starts), chunk.total_compressed_size))
                 if unpacked > most:
                     raise ValueError(f"{name}: {unpacked:,} bytes of {self._rows[number]:,} rows")
