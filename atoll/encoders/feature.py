@@ -1,35 +1,30 @@
-"""Features: one vector per image, for clustering. "hog" and "pixels" need no download; the others are networks."""
+"""Features: one vector per image, for clustering. "hog" and "pixels" are formulas; the others are networks."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from atoll.encoders.trust import USER, Trust
-from atoll.encoders.weights import (
-    PretrainedConfig,
-    WeightsConfig,
-    freeze,
-    load_pretrained,
-    parse_config,
-    pretrained_files,
-    require_sha256,
-    sha256_files,
-    sha256_weights,
+from atoll.encoders.backbones import (
+    Backbone,
+    CLIPImageConfig,
+    DINOv2Config,
+    EfficientNetConfig,
+    FeatureNetworkConfig,
+    MobileNetConfig,
+    SqueezeNetConfig,
+    load_backbone,
 )
+from atoll.encoders.trust import USER, Trust
+from atoll.encoders.weights import parse_config
 from atoll.errors import AtollError
-from atoll.nn import mobilenet, squeezenet
+from atoll.nn import squeezenet
 from atoll.storage import bounds
-from atoll.storage.content import advice
-from atoll.storage.unpacking import NPZ_WRITER, TIMES_COMPRESSED, refuse_bomb
 
 
 class Feature(ABC):
@@ -139,69 +134,6 @@ class Pixels(Feature):
         return self  # nothing to move
 
 
-class DINOv2Config(PretrainedConfig):
-    """DINOv2 (Oquab et al. 2023), the papers' feature: facebook/dinov2-small to -giant; 1024-d for -large."""
-
-    name: Literal["dinov2"] = "dinov2"
-    size: int = Field(224, gt=0, le=bounds.MAX_INPUT)  # pixels per side; a multiple of the network's patch, 14
-
-
-class CLIPImageConfig(PretrainedConfig):
-    """The image encoder of a CLIP (Radford et al. 2021), in the space that it shares with texts."""
-
-    name: Literal["clip-image"] = "clip-image"
-    size: int | None = Field(
-        None, gt=0, le=bounds.MAX_INPUT
-    )  # None: the network's own size, the only one that it takes (224)
-
-
-class MobileNetConfig(WeightsConfig):
-    """weights: mobilenetv2_tf_int8.npz."""
-
-    name: Literal["mobilenetv2"] = "mobilenetv2"
-    size: int = Field(128, ge=32, le=bounds.MAX_INPUT)
-
-
-class SqueezeNetConfig(WeightsConfig):
-    """weights: squeezenet11_caffe_fp16.npz."""
-
-    name: Literal["squeezenet"] = "squeezenet"
-    size: int = Field(128, ge=squeezenet.SMALLEST, le=bounds.MAX_INPUT)
-
-
-FeatureNetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig
-
-# Mean and standard deviation [1, 3, 1, 1] of red, green and blue that the networks were trained with.
-_IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
-_UNCHANGED = torch.tensor([[0.0], [1.0]]).reshape(2, 1, 1, 1, 1)  # the network standardises by itself
-_CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).reshape(2, 1, 3, 1, 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Backbone:
-    """A loaded network.
-
-    Attributes:
-        network: the module to move and cast.
-        vector: standardised images [B, 3, size, size] -> vectors [B, dim].
-        dim: the width of a vector.
-        size: pixels per side.
-        sha256: the hash of its weights.
-        root: where they were found.
-        mean: of the standardisation [1, 3, 1, 1], or [1, 1, 1, 1] for all channels.
-        std: the same.
-    """
-
-    network: nn.Module
-    vector: Callable[[Tensor], Tensor]
-    dim: int
-    size: int
-    sha256: str
-    root: Path
-    mean: Tensor
-    std: Tensor
-
-
 class NetworkFeature(Feature):
     """A network's vector of an image: the shorter side is resized to `size`, and the centre is cropped."""
 
@@ -253,80 +185,6 @@ class NetworkFeature(Feature):
         return images.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _load_dinov2(config: DINOv2Config, trust: Trust) -> Backbone:
-    # With or without register tokens.
-    root, sha256 = _pretrained(config, "dinov2", trust)
-    classes = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-    network: Any = load_pretrained("transformers", classes, root / config.subfolder)
-    # The image must consist of whole patches.
-    patch = network.config.patch_size
-    if config.size % patch:
-        raise AtollError(
-            f"feature 'dinov2': size {config.size} is no multiple of the network's patch, {patch}; "
-            f"set feature.size to {max(1, round(config.size / patch)) * patch}"
-        )
-    return Backbone(
-        network,
-        lambda images: network(images).pooler_output,  # the class token after the last layer norm
-        network.config.hidden_size,
-        config.size,
-        sha256,
-        root,
-        *_IMAGENET,
-    )
-
-
-def _load_clip_image(config: CLIPImageConfig, trust: Trust) -> Backbone:
-    # A whole CLIP, or its image half.
-    root, sha256 = _pretrained(config, "clip-image", trust)
-    classes = dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection")
-    network: Any = load_pretrained("transformers", classes, root / config.subfolder)
-    # Its position embeddings fix the size.
-    own = network.config
-    if config.size not in (None, own.image_size):
-        raise AtollError(
-            f"feature 'clip-image': size {config.size}, but the network takes {own.image_size}; "
-            f"set feature.size to {own.image_size}, or leave it out"
-        )
-    return Backbone(
-        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, sha256, root, *_CLIP
-    )
-
-
-def _load_npz(config: MobileNetConfig | SqueezeNetConfig, trust: Trust) -> Backbone:
-    # One file of arrays, checked by its hash.
-    path = config.find(trust)
-    if not path.is_file():
-        raise AtollError(f"feature {config.name!r}: {path} is a directory; name the .npz file in it")
-    sha256 = sha256_weights(path)
-    require_sha256(f"feature {config.name!r}", path, sha256, config.sha256)
-    try:
-        refuse_bomb(path, TIMES_COMPRESSED, NPZ_WRITER)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except AtollError:
-        raise
-    except Exception as error:  # zip, header and value errors: whatever a damaged file makes numpy raise
-        raise AtollError(f"{path}: {advice(path, error)}") from None
-    # Its name says which network.
-    network: nn.Module
-    if config.name == "mobilenetv2":
-        network, dim = mobilenet.load_mobilenet(arrays, str(path)), mobilenet.DIM
-    else:
-        network, dim = squeezenet.load_squeezenet(arrays, str(path)), squeezenet.DIM
-    return Backbone(freeze(network), network, dim, config.size, sha256, path, *_UNCHANGED)
-
-
-def _pretrained(config: PretrainedConfig, name: str, trust: Trust) -> tuple[Path, str]:
-    """Return where a transformers network is, and its sha256, checked against the config's if it has one."""
-    # A pipeline's repository has each network in a subfolder.
-    root = config.find(trust, (config.subfolder,))
-    directory = root / config.subfolder
-    sha256 = sha256_files(pretrained_files(directory, "model"))
-    require_sha256(f"feature {name!r}", directory, sha256, config.sha256)
-    return root, sha256
-
-
 def rgb(images: Tensor, feature: str) -> Tensor:
     """Return images [B, 1 or 3, H, W] as [B, 3, H, W].
 
@@ -363,6 +221,7 @@ _CONFIGS: dict[str, type[BaseModel]] = {
     "clip-image": CLIPImageConfig,
     "mobilenetv2": MobileNetConfig,
     "squeezenet": SqueezeNetConfig,
+    "efficientnet-lite0": EfficientNetConfig,
 }
 
 
@@ -378,14 +237,10 @@ def build_feature(config: Mapping[str, Any], trust: Trust = USER) -> Feature:
             sha256; a missing package.
     """
     match parse_config("feature", _CONFIGS, config):
-        case DINOv2Config() as checked:
-            return NetworkFeature(checked, _load_dinov2(checked, trust))
-        case CLIPImageConfig() as checked:
-            return NetworkFeature(checked, _load_clip_image(checked, trust))
-        case MobileNetConfig() | SqueezeNetConfig() as checked:
-            return NetworkFeature(checked, _load_npz(checked, trust))
         case HogConfig() as checked:
             return Hog(checked.bins, checked.grid)
         case PixelsConfig() as checked:
             return Pixels(checked.size)
+        case checked if isinstance(checked, FeatureNetworkConfig):
+            return NetworkFeature(checked, load_backbone(checked, trust))
     raise AssertionError("a config without its feature")

@@ -52,11 +52,11 @@ class Conv(nn.Conv2d):
 class InvertedResidual(nn.Module):
     """Expand, filter each channel, project: ReLU6 after the first two, a skip where the shapes allow it (Fig. 4d)."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, side: int = 3):
         super().__init__()
         hidden = inputs * expansion
         self.expand = Conv(inputs, hidden, 1) if expansion > 1 else None
-        self.depthwise = Conv(hidden, hidden, 3, stride, groups=hidden)
+        self.depthwise = Conv(hidden, hidden, side, stride, groups=hidden)
         self.project = Conv(hidden, outputs, 1)
         self.skips = stride == 1 and inputs == outputs
 

@@ -59,9 +59,10 @@ def text_of(condition: Mapping[str, Any]) -> Text:
     """
     # Each encoder states its widths in another way.
     name = condition.get("name")
-    if name == "hash":
-        dim = int(condition.get("dim", 64))
-        return Text(int(condition.get("length", 16)), dim, dim)
+    if name in ("hash", "wordllama"):
+        tokens, dim = {"hash": (16, 64), "wordllama": (32, 256)}[name]
+        tokens, dim = int(condition.get("length", tokens)), int(condition.get("dim", dim))
+        return Text(tokens, dim, dim)
     if name == "clip":  # CLIP-L/14, unless the weights are on this machine
         local = _local_config(condition)
         local = local.get("text_config", local)

@@ -182,6 +182,8 @@ def test_a_run_knows_its_number_of_images(tmp_path: Path) -> None:
 
 def test_widths_of_encoders(tmp_path: Path) -> None:
     assert text_of({"name": "hash"}) == Text(16, 64, 64)
+    assert text_of({"name": "wordllama"}) == Text(32, 256, 256)
+    assert text_of({"name": "wordllama", "dim": 64, "length": 20}) == Text(20, 64, 64)
     assert text_of({"name": "clip", "weights": "openai/clip-vit-large-patch14"}) == Text(77, 768, 768)
     assert text_of({"name": "t5", "weights": "google/t5-v1_1-xxl", "length": 77}) == Text(77, 4096, None)
     (tmp_path / "config.json").write_text(

@@ -1,4 +1,4 @@
-"""Conditions, and the frozen text encoders of captions: hash, label, clip, t5, language models, SD3's and FLUX's."""
+"""Conditions, and the frozen text encoders: hash, wordllama, label, clip, t5, language models, SD3's and FLUX's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +17,7 @@ from atoll.encoders.text.language_model import (
 )
 from atoll.encoders.text.pretrained import CLIPConfig, CLIPEncoder, T5Config, T5Encoder
 from atoll.encoders.text.prompt_encoder import PromptEncoder
+from atoll.encoders.text.wordllama import WordLlamaConfig, WordLlamaEncoder
 from atoll.encoders.trust import USER, Trust
 from atoll.encoders.weights import parse_config
 from atoll.errors import AtollError
@@ -34,11 +35,13 @@ __all__ = [
     "T5Encoder",
     "TextEncoder",
     "Tokens",
+    "WordLlamaEncoder",
     "build_encoder",
 ]
 
 _CONFIGS: dict[str, type[BaseModel]] = {
     "hash": HashConfig,
+    "wordllama": WordLlamaConfig,
     "label": LabelConfig,
     "clip": CLIPConfig,
     "t5": T5Config,
@@ -73,6 +76,8 @@ def build_encoder(config: Mapping[str, Any], trust: Trust = USER) -> TextEncoder
             return LanguageModelEncoder(checked, trust)
         case JointConfig() as checked:
             return SD3Encoder(checked, trust) if checked.name == "sd3" else FluxEncoder(checked, trust)
+        case WordLlamaConfig() as checked:
+            return WordLlamaEncoder(checked, trust)
         case HashConfig() as checked:
             return HashEncoder(checked.dim, checked.length, checked.seed)
     # Every config above has a case, so only a mistake in the code leads here.

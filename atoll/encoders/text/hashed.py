@@ -46,7 +46,7 @@ class HashEncoder(TextEncoder):
         self._config = HashConfig(dim=dim, length=length, seed=seed)
         self.dim = self.pooled_dim = dim
         self.length = length
-        self._position = _sinusoids(length, dim)
+        self._position = sinusoids(length, dim)
         self._ids: dict[str, int] = {}  # word -> row of the table; a word is hashed at its first use
         self._table = torch.zeros(1, dim)  # row 0 is padding
         self._placed = (self._table, self._position)
@@ -54,7 +54,7 @@ class HashEncoder(TextEncoder):
 
     def tokenize(self, captions: Sequence[str]) -> Tokens:
         # Words, with the start token first, cut to `length`.
-        words = [[_START, *_WORD.findall(caption.lower())][: self.length] for caption in captions]
+        words = [[_START, *WORD.findall(caption.lower())][: self.length] for caption in captions]
         # Sorted: the table's order does not depend on the order of a set.
         self._admit(sorted({word for row in words for word in row} - self._ids.keys()))
         ids = [[self._ids[word] for word in row] + [0] * (self.length - len(row)) for row in words]
@@ -73,7 +73,7 @@ class HashEncoder(TextEncoder):
 
     def truncated_text(self, caption: str) -> str:
         # The start token takes one place.
-        return " ".join(_WORD.findall(caption.lower())[self.length - 1 :])
+        return " ".join(WORD.findall(caption.lower())[self.length - 1 :])
 
     def config(self) -> dict[str, Any]:
         return self._config.model_dump()
@@ -106,10 +106,10 @@ class HashEncoder(TextEncoder):
 
 
 _START = "<start>"  # cannot collide: no word contains a bracket
-_WORD = re.compile(r"[^\W_]+")
+WORD = re.compile(r"[^\W_]+")
 
 
-def _sinusoids(length: int, dim: int) -> Tensor:
+def sinusoids(length: int, dim: int) -> Tensor:
     """Return positions 0..length-1 as sines and cosines [L, D] (Vaswani et al. 2017, section 3.5)."""
     # Frequencies fall geometrically, as in the paper.
     frequency = 10_000.0 ** (-torch.arange(dim // 2) / (dim // 2))  # [D/2]

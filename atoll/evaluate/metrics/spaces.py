@@ -19,6 +19,7 @@ from atoll.evaluate.metrics.inception import build_inception
 LABELS = {
     "mobilenetv2": "MNv2",
     "squeezenet": "SqueezeNet",
+    "efficientnet-lite0": "ENLite0",
     "dinov2": "DINOv2",
     "clip-image": "CLIP",
     "hog": "HOG",
