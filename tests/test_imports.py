@@ -18,7 +18,7 @@ TESTS = ROOT / "tests"
 # From the ground up. A part imports parts of lower levels only; the parts of one level do not import each other.
 LEVELS = [
     ["errors", "shapes", "choices", "interpolation", "randomness"],
-    ["runtime", "storage", "schedule", "report"],
+    ["runtime", "storage", "schedule", "report", "image_size"],
     ["objective", "calibration", "condition", "solver", "image_settings"],
     ["alignment", "nn", "testing"],
     ["encoders"],

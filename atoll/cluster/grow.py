@@ -22,7 +22,7 @@ from atoll.cluster.grow_write import GrownClusters
 from atoll.cluster.nearest import Workers, nearest, unit_features
 from atoll.cluster.run import cut_of, finish, island_card, open_encoded, say_counts, statistics_line
 from atoll.cluster.sampling import hash_keys
-from atoll.cluster.write import append_rows, shard_rows
+from atoll.cluster.write import append_rows, latent_shapes, shard_rows
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, whole_directory
@@ -210,7 +210,7 @@ def _next(card: ClustersCard) -> str:
 def _writer(path: Path, card: ClusterShardsCard, shards: Shards) -> ShardWriter:
     # Two writers at a time, each with a buffer of one shard.
     columns = [name for name in shards.columns if name != "feature"]
-    return ShardWriter(path, card, shard_rows(shards, columns, 1))
+    return ShardWriter(path, card, shard_rows(shards, columns, 1), latent_shapes(shards))
 
 
 def _columns(part: Shard, rows: Tensor) -> dict[str, Tensor]:

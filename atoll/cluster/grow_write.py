@@ -13,7 +13,13 @@ from torch import Tensor
 from atoll.cluster.assign import Assigned
 from atoll.cluster.report_rows import ReportRows
 from atoll.cluster.sampling import below, draw, hash_keys
-from atoll.cluster.write import adopt_shards, append_rows, assignment_table, keys_and_splits
+from atoll.cluster.write import (
+    adopt_shards,
+    append_rows,
+    assignment_table,
+    keys_and_splits,
+    latent_shapes,
+)
 from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
 from atoll.storage.shards import SPLITS, Shards, ShardWriter, Split
@@ -121,7 +127,7 @@ class GrownClusters:
                 "lineage": self._clustering.lineage,
             }
         )
-        writer = ShardWriter(self._directory / ROUTER, card)
+        writer = ShardWriter(self._directory / ROUTER, card, shapes=latent_shapes(old))
         try:
             if not self._moved:
                 adopt_shards(writer, old.path)

@@ -8,12 +8,13 @@ from atoll.cluster.assign import load_assignment
 from atoll.cluster.dedupe import already_there
 from atoll.cluster.nearest import Workers
 from atoll.cluster.run import island_card, open_encoded
+from atoll.cluster.write import latent_shapes
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, whole_directory
 from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, EncodedCard
 from atoll.storage.layout import ASSIGNMENT, CLUSTERS_CARD, cluster_path
-from atoll.storage.shards import Shards, ShardWriter
+from atoll.storage.shards import LATENTS, Shards, ShardWriter
 
 
 def write_probe(clusters: Path, encoded: Path, out: Path) -> list[int]:
@@ -67,9 +68,9 @@ def write_probe(clusters: Path, encoded: Path, out: Path) -> list[int]:
 
 def _write(shards: Shards, rows: list[int], columns: list[str], out: Path, card: ClusterShardsCard) -> None:
     """Write some rows of shards, all as val: no training reads them, should they ever get there."""
-    chosen = torch.tensor(rows)
-    with ShardWriter(out, card) as writer:
-        for part in chosen.split(4096):
-            keys = [shards.keys[row] for row in part.tolist()]
-            captions = shards.captions_of(part)
-            writer.append(keys, captions, ["val"] * len(part), {name: shards.read(name, part) for name in columns})
+    with ShardWriter(out, card, shapes=latent_shapes(shards)) as writer:
+        for group in torch.tensor(rows).split(4096):
+            for part in shards.alike(LATENTS[0], group):
+                keys = [shards.keys[row] for row in part.tolist()]
+                captions = shards.captions_of(part)
+                writer.append(keys, captions, ["val"] * len(part), {name: shards.read(name, part) for name in columns})

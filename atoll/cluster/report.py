@@ -193,11 +193,25 @@ def _drawer(codec: Codec, workers: Workers) -> Drawer:
         return F.interpolate(images, size, mode="area")
 
     def draw(rows: Sequence[ReportRow]) -> Tensor:
-        # Two images per task keep all threads busy.
-        batches: Iterable[Tensor] = torch.stack([row.tensor for row in rows]).split(2)
-        return torch.cat(list(workers.map(decode, batches)))
+        # Two images per task keep all threads busy; of several shapes, one.
+        latents = [row.tensor for row in rows]
+        alike = len({latent.shape for latent in latents}) == 1
+        batches: Iterable[Tensor] = torch.stack(latents).split(2) if alike else (latent[None] for latent in latents)
+        images = list(workers.map(decode, batches))
+        return torch.cat(images if alike else _on_one_canvas(images))
 
     return draw
+
+
+def _on_one_canvas(images: Sequence[Tensor]) -> list[Tensor]:
+    """Centre images [n,c,h,w] of several sizes on white, as high as the highest and as wide as the widest."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (2, 3))
+    padded = []
+    for image in images:
+        above, left = (height - image.shape[2]) // 2, (width - image.shape[3]) // 2
+        margins = (left, width - image.shape[3] - left, above, height - image.shape[2] - above)
+        padded.append(F.pad(image, margins, value=1.0))
+    return padded
 
 
 def _score(value: float | None) -> str:

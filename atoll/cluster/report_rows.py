@@ -161,14 +161,18 @@ def _stored(part: Shard, scores: np.ndarray, column: str) -> Iterator[ReportRow]
 
 
 def _write(directory: Path, column: str, rows: list[ReportRow]) -> None:
-    with ShardWriter(directory, ReportRowsCard(kept=directory.name)) as writer:
-        writer.append(
-            [row.key for row in rows],
-            [row.caption for row in rows],
-            [row.split for row in rows],
-            {
-                column: torch.stack([row.tensor for row in rows]),
-                "cluster": torch.tensor([row.cluster for row in rows]),
-                "distance": torch.tensor([row.distance for row in rows]),
-            },
-        )
+    # Images of several shapes: each shape's rows in their order.
+    shapes = sorted({tuple(row.tensor.shape) for row in rows})
+    with ShardWriter(directory, ReportRowsCard(kept=directory.name), shapes={column: shapes[0]}) as writer:
+        for shape in shapes:
+            own = [row for row in rows if row.tensor.shape == shape]
+            writer.append(
+                [row.key for row in own],
+                [row.caption for row in own],
+                [row.split for row in own],
+                {
+                    column: torch.stack([row.tensor for row in own]),
+                    "cluster": torch.tensor([row.cluster for row in own]),
+                    "distance": torch.tensor([row.distance for row in own]),
+                },
+            )

@@ -16,7 +16,7 @@ from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
 from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
-from atoll.storage.shards import SPLITS, Shard, Shards, ShardWriter, Split
+from atoll.storage.shards import LATENTS, SPLITS, Shard, Shards, ShardWriter, Split
 
 _BUFFERS = 1 << 30  # bytes in the buffers of all writers together, at most
 _SHARD_ROWS = 4096
@@ -60,17 +60,17 @@ class ClustersWriter:
         self.blank = 0
         self.report_rows = ReportRows(k, seed)
         # One open writer per cluster, and one for the router's sample.
-        rows = shard_rows(shards, self._columns, k)
+        rows, shapes = shard_rows(shards, self._columns, k), latent_shapes(shards)
         paths = [cluster_path(directory, c) for c in range(k)]
         self._stack = ExitStack()
         with self._stack:  # if one cannot be opened, the others are closed
             self._writers = [
-                self._stack.enter_context(ShardWriter(path, card.model_copy(update={"cluster": c}), rows))
+                self._stack.enter_context(ShardWriter(path, card.model_copy(update={"cluster": c}), rows, shapes))
                 for c, path in enumerate(paths)
             ]
             self._router = None
             if router_fraction is not None:
-                self._router = self._stack.enter_context(ShardWriter(directory / ROUTER, shared, rows))
+                self._router = self._stack.enter_context(ShardWriter(directory / ROUTER, shared, rows, shapes))
             self._stack = self._stack.pop_all()
         self._routed = 0
         self._table: Any = None  # a pyarrow ParquetWriter, once there are rows
@@ -208,6 +208,15 @@ def keys_and_splits(part: Shard, rows: Tensor) -> tuple[list[str], list[str]]:
 
 
 def shard_rows(shards: Shards, columns: list[str], k: int) -> int:
-    """Return the rows per shard so that k + 1 writers, each with a shard twice in memory, stay within `_BUFFERS`."""
+    """Return the rows per shard so that k + 1 writers, each with a shard twice in memory, stay within `_BUFFERS`.
+
+    A writer has a shard of each shape of the latents.
+    """
     row = sum(math.prod(shards.shape(name)) * 4 for name in columns)
-    return max(1, min(_SHARD_ROWS, _BUFFERS // (2 * (k + 1) * row)))
+    shapes = max(len(shards.shapes(name)) for name in columns)
+    return max(1, min(_SHARD_ROWS, _BUFFERS // (2 * (k + 1) * shapes * row)))
+
+
+def latent_shapes(shards: Shards) -> dict[str, tuple[int, ...]]:
+    """Return the main shapes of the columns with latents, whose rows may have others; what a `ShardWriter` takes."""
+    return {name: shards.shape(name) for name in LATENTS if name in shards.columns}

@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from atoll.convert.dit import ImageSize, from_diffusers_dit, from_dit
+from atoll.convert.dit import LatentSize, from_diffusers_dit, from_dit
 from atoll.convert.kind import (
     DIT_LAYOUT,
     KINDS,
@@ -158,7 +158,7 @@ def convert(
     k: int | None = None,
     assignment: str | None = None,
     network: Mapping[str, Any] | None = None,
-    size: ImageSize | None = None,
+    size: LatentSize | None = None,
     heads: int | None = None,
     pooled: bool = False,
     seed: int = 0,
@@ -242,7 +242,7 @@ def _native(
     checkpoint: Checkpoint,
     kind: CheckpointKind,
     *,
-    size: ImageSize | None,
+    size: LatentSize | None,
     heads: int | None,
     classes: int | None,
     factor: int,

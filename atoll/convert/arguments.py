@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from atoll.convert.dit import ImageSize
+from atoll.convert.dit import LatentSize
 from atoll.encoders.codec import build_codec
 from atoll.encoders.codec.statistics import uses_measured
 from atoll.encoders.text import build_encoder
@@ -152,7 +152,7 @@ def codec_of(words: str) -> dict[str, Any]:
     return build_codec(frozen_network("codec", words)).config()
 
 
-def size_of(words: str) -> ImageSize:
+def size_of(words: str) -> LatentSize:
     """Parse "32x48", height and width, or "32", a square. Raises AtollError for anything else."""
     # One number is a square.
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", words)

@@ -27,13 +27,13 @@ from atoll.convert.read import Checkpoint, Taker
 from atoll.errors import AtollError
 from atoll.nn.dit import SIZES, TIME_FEATURES, TIME_PERIOD
 
-ImageSize = tuple[int, int]
+LatentSize = tuple[int, int]
 # Common numbers of classes. With as many embeddings, there is either no null class or an uncommon number of classes.
 ROUND_CLASSES = (2, 10, 20, 50, 100, 200, 500, 1000, 10000)
 
 
 def from_dit(
-    checkpoint: Checkpoint, size: ImageSize | None = None, heads: int | None = None, classes: int | None = None
+    checkpoint: Checkpoint, size: LatentSize | None = None, heads: int | None = None, classes: int | None = None
 ) -> Native:
     """Convert a checkpoint in the layout of facebookresearch/DiT.
 
@@ -98,7 +98,7 @@ def from_dit(
     return Native(config, weights, notes | ({} if rows > classes else {"null": f"the mean of {classes} classes"}))
 
 
-def _latent_size(checkpoint: Checkpoint, tokens: int, patch: int, size: ImageSize | None) -> tuple[ImageSize, bool]:
+def _latent_size(checkpoint: Checkpoint, tokens: int, patch: int, size: LatentSize | None) -> tuple[LatentSize, bool]:
     """Return (H, W) of the latent, and whether the checkpoint's positions fit that size."""
     # Only a square number of tokens determines the sides.
     side = math.isqrt(tokens)
@@ -201,7 +201,7 @@ class DiffusersDiT(Transformer):
     upcast_attention: bool = False
 
 
-def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) -> Native:
+def from_diffusers_dit(checkpoint: Checkpoint, size: LatentSize | None = None) -> Native:
     """Convert a checkpoint of diffusers' DiTTransformer2DModel with its config.json. The result is exact.
 
     That class differs from DiT in two points. The frequencies of the time features span 127 steps instead of 128. The
@@ -252,7 +252,7 @@ def from_diffusers_dit(checkpoint: Checkpoint, size: ImageSize | None = None) ->
 
 
 def embedding(
-    checkpoint: Checkpoint, config: Transformer, size: ImageSize, base: float
+    checkpoint: Checkpoint, config: Transformer, size: LatentSize, base: float
 ) -> tuple[Taker, dict[str, Tensor]]:
     """Begin the conversion of a diffusers network: its taker, and the weights of patch embedding and positions.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from atoll.convert import Destination
-from atoll.convert.dit import ImageSize
+from atoll.convert.dit import LatentSize
 from atoll.convert.kind import CheckpointKind, check_kind, detect, original_objective
 from atoll.convert.pixart_original import as_diffusers, is_original
 from atoll.convert.read import Checkpoint, Taker, read_checkpoint
@@ -41,7 +41,7 @@ def keep(
     clusters: Sequence[int] = (0,),
     k: int | None = None,
     assignment: str | None = None,
-    size: ImageSize | None = None,
+    size: LatentSize | None = None,
     trust: Trust = USER,
 ) -> Path:
     """Write the checkpoint at `source` as the expert artifact `out` without converting it, and return `out`.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from atoll.convert.dit import ImageSize, Transformer, attention, embedding
+from atoll.convert.dit import LatentSize, Transformer, attention, embedding
 from atoll.convert.native import Native, fill, foreign_config, keep_channels, stacked
 from atoll.convert.read import Checkpoint, Taker
 from atoll.errors import AtollError
@@ -40,7 +40,7 @@ class PixArt(Transformer):
     upcast_attention: bool = False
 
 
-def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: int = 8) -> Native:
+def from_pixart(checkpoint: Checkpoint, size: LatentSize | None = None, factor: int = 8) -> Native:
     """Convert a checkpoint of diffusers' PixArtTransformer2DModel with its config.json. The result is exact.
 
     Args:
@@ -93,7 +93,7 @@ def from_pixart(checkpoint: Checkpoint, size: ImageSize | None = None, factor: i
     )
 
 
-def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: ImageSize | None) -> None:
+def _time(taker: Taker, weights: dict[str, Tensor], width: int, pixels: LatentSize | None) -> None:
     """Convert the time embedder, with the constants for images of `pixels` (height, width) if it reads them."""
     # The embedders of time, resolution and aspect ratio share a prefix.
     name = "adaln_single.emb"

@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from atoll.convert.dit import ImageSize, published_heads
+from atoll.convert.dit import LatentSize, published_heads
 from atoll.convert.kind import PIXART_LAYOUT
 from atoll.convert.read import Checkpoint, Taker
 from atoll.errors import AtollError
@@ -54,7 +54,7 @@ def is_original(checkpoint: Checkpoint) -> bool:
     return all(name in checkpoint.tensors for name in PIXART_LAYOUT)
 
 
-def as_diffusers(checkpoint: Checkpoint, size: ImageSize | None = None, heads: int | None = None) -> Checkpoint:
+def as_diffusers(checkpoint: Checkpoint, size: LatentSize | None = None, heads: int | None = None) -> Checkpoint:
     """Rename a checkpoint's tensors as in diffusers, and derive the config.json of diffusers' conversion.
 
     Args:
@@ -117,7 +117,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tuple[int, float]:
+def _positions(checkpoint: Checkpoint, patch: int, size: LatentSize | None) -> tuple[int, float]:
     """Return the tokens per side of the original positions, and the factor by which their steps are divided."""
     # A file may lack the positions, which are not trained.
     stored = checkpoint.tensors.get("pos_embed")
@@ -140,7 +140,7 @@ def _positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tu
     return side, eighth if abs(eighth - scale) < 2e-3 * scale else scale
 
 
-def _published_positions(checkpoint: Checkpoint, patch: int, size: ImageSize | None) -> tuple[int, float]:
+def _published_positions(checkpoint: Checkpoint, patch: int, size: LatentSize | None) -> tuple[int, float]:
     """Return what `_positions` does, for a file without positions, from the published networks of that size."""
     if size is None or size[0] != size[1]:
         raise AtollError(

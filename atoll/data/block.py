@@ -1,26 +1,29 @@
 """Encode one block of a source to one shard: the same code in this process and on Ray's machines."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atoll.data.image import Framing
-from atoll.data.partial import TEXT, PartialEncoding
+from atoll.data.crop import Framing
+from atoll.data.partial import TEXT, BlockRows, PartialEncoding
 from atoll.data.pool import Decoders, Framed
+from atoll.data.seal import ShardLayout
 from atoll.data.types import Block, Skipped, Source
 from atoll.encoders.codec import Codec, build_codec
 from atoll.encoders.feature import Feature, build_feature
+from atoll.image_size import ImageSize
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device, has_bf16
-from atoll.storage.shards import OTHERS
+from atoll.storage.shards import LATENTS, OTHERS
 
 # Images per call. A convolutional network on a CPU is fastest on batches that fit its caches.
 _BATCH = {"cpu": 8, "cuda": 64}
+_BUFFERS = 1 << 30  # bytes of the rows that wait for their shard, with buckets
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,33 @@ class Frozen:
         half = bf16 and (feature.takes_bf16 or data.precision == "bf16")
         feature = feature.to(device, torch.bfloat16 if half else torch.float32)
         framing = Framing(data.size, codec.image_channels, data.smallest_side)
+        if data.buckets is not None:
+            sizes = data.buckets.table(data.size, manifest.size_step(codec.factor))
+            framing = replace(framing, sizes=sizes, max_cut=data.buckets.max_cut)
         return Frozen(codec, feature, device, "bf16" if bf16 else "fp32", data.flips, framing)
 
-    def __call__(self, pixels: np.ndarray) -> dict[str, Tensor]:
-        """Encode images [B, C, h, w] uint8 to columns: latent (float16), feature (float32), with flips latent_flip."""
+    @property
+    def layout(self) -> ShardLayout:
+        """How the latents are laid out in shards; one of each bucket, twice in memory, stays within `_BUFFERS`."""
+        sizes = self.framing.sizes
+        if not sizes:
+            return ShardLayout()
+        shape = (self.codec.channels, *sizes[0].latent(self.codec.factor))
+        shapes = dict.fromkeys(LATENTS if self.flips else LATENTS[:1], shape)
+        row = 4 * self.feature.dim + 2 * math.prod(shape) * len(shapes)  # bytes
+        return ShardLayout(shapes, max(1, min(ShardLayout().rows, _BUFFERS // (2 * len(sizes) * row))))
+
+    def __call__(self, pixels: np.ndarray, squares: np.ndarray | None = None) -> dict[str, Tensor]:
+        """Encode images to columns: latent (float16), feature (float32), with flips latent_flip.
+
+        Args:
+            pixels: [B, C, h, w] uint8.
+            squares: the same images as squares [B, C, size, size] uint8, for the feature; None: `pixels` are.
+        """
         images = torch.from_numpy(pixels).to(self.device).float() / 255  # [B,C,h,w]
+        square = images if squares is None else torch.from_numpy(squares).to(self.device).float() / 255
         # float16 halves the shards.
-        columns = {"latent": self.codec.encode(images).half(), "feature": self.feature(images).float()}
+        columns = {"latent": self.codec.encode(images).half(), "feature": self.feature(square).float()}
         if self.flips:
             columns["latent_flip"] = self.codec.encode(images.flip(-1)).half()
         return {name: column.cpu() for name, column in columns.items()}
@@ -60,7 +83,7 @@ class Frozen:
 
 @dataclass
 class _Good:
-    """The good samples of a block so far."""
+    """The good samples of one size of a block so far."""
 
     text: dict[str, list[str]] = field(default_factory=lambda: {"key": [], "caption": [], "split": [], OTHERS: []})
     pixels: list[bytes] = field(default_factory=list)  # hashes
@@ -102,30 +125,58 @@ def encode_block(
         partial: the unfinished encoding to write to.
         tell: called with the numbers of good and failed samples of each batch.
     """
-    good, skipped = _Good(), []
+    sizes: dict[ImageSize, _Good] = {}
+    skipped: list[Skipped] = []
+    main = ImageSize(frozen.framing.size, frozen.framing.size)
     # Hash the files at the same time: the second reader finds them in the page cache.
     with ThreadPoolExecutor(1) as hashing:
         files = hashing.submit(source.record, block)
-        for batch in _batches(decoders.frames(source.read(block)), _BATCH.get(frozen.device.type, 8)):
+        frames = decoders.frames(source.read(block))
+        for size, batch in _batches(frames, _BATCH.get(frozen.device.type, 8), main):
             samples = [sample for sample in batch if isinstance(sample, Framed)]
             bad = [sample for sample in batch if isinstance(sample, Skipped)]
             if samples:
+                squares = [sample.square for sample in samples if sample.square is not None]
                 with torch.inference_mode():
-                    columns = frozen(np.stack([sample.pixels for sample in samples]))
+                    columns = frozen(
+                        np.stack([sample.pixels for sample in samples]), np.stack(squares) if squares else None
+                    )
                 # A sample is good only if all of its columns are finite.
                 finite = torch.stack([column.flatten(1).isfinite().all(1) for column in columns.values()]).all(0)
                 bad += [
                     Skipped(samples[i].key, "not finite: its latent or feature; mind the codec's shift and scale")
                     for i in (~finite).nonzero().flatten().tolist()
                 ]
-                good.add(samples, columns, finite.nonzero().flatten())
+                sizes.setdefault(size, _Good()).add(samples, columns, finite.nonzero().flatten())
             skipped += bad
             tell(len(batch) - len(bad), sum(sample.failed for sample in bad))
-        columns = {name: torch.cat(parts) for name, parts in good.columns.items()}
-        partial.write(number, good.text, good.pixels, columns, skipped, good.notes, files.result())
+        parts = {
+            str(size) if frozen.framing.sizes else "": BlockRows(
+                good.text, good.pixels, {name: torch.cat(chunks) for name, chunks in good.columns.items()}
+            )
+            for size, good in sorted(sizes.items())
+        }
+        notes = [note for good in sizes.values() for note in good.notes]
+        partial.write(number, parts, skipped, notes, files.result())
 
 
-def _batches(items: Iterable[Framed | Skipped], size: int) -> Iterator[list[Framed | Skipped]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _batches(
+    items: Iterable[Framed | Skipped], count: int, main: ImageSize
+) -> Iterator[tuple[ImageSize, list[Framed | Skipped]]]:
+    """Group samples of one size; those that are skipped count with the sample before them.
+
+    Args:
+        items: the samples.
+        count: samples of a batch.
+        main: the size of those that are skipped before the first one.
+    """
+    waiting: dict[ImageSize, list[Framed | Skipped]] = {}
+    size = main
+    for item in items:
+        if isinstance(item, Framed):
+            size = ImageSize(*item.pixels.shape[1:])
+        batch = waiting.setdefault(size, [])
+        batch.append(item)
+        if len(batch) == count:
+            yield size, waiting.pop(size)
+    yield from waiting.items()

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atoll.data.block import Frozen, encode_block
+from atoll.data.crop import Framing
 from atoll.data.fingerprint import SOURCE_FILES, changes, read_records, write_records
 from atoll.data.lengths import CutCaptions, cut_line
 from atoll.data.partial import PartialEncoding
 from atoll.data.pool import Decoders
+from atoll.data.seal import seal
 from atoll.data.sources import build_source
 from atoll.data.tally import Tally
 from atoll.data.types import Block, Source
@@ -17,6 +19,7 @@ from atoll.encoders.text import build_encoder
 from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.weights import same
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.manifest import Manifest
 from atoll.runtime.device import cores
 from atoll.storage.cards import EncodedCard, ImagesRecord
@@ -91,9 +94,18 @@ def encode_run(
         # Judge the whole encoding before it is sealed, so that a bad one stays resumable.
         watch.check(final=True)
         cut = CutCaptions(encoder, watch.tally.good + watch.tally.others)
-        skips = manifest.data.skips_duplicates
-        tally = partial.seal(out, card, len(blocks), watch.tally, skips, listing, cut)
-    return _say(out, source, tally, cut, encoder.length)
+        tally = seal(
+            partial,
+            out,
+            card,
+            blocks=len(blocks),
+            tally=watch.tally,
+            skip_duplicates=manifest.data.skips_duplicates,
+            listing=listing,
+            cut=cut,
+            layout=frozen.layout,
+        )
+    return _say(out, source, tally, cut, encoder.length, frozen.framing.sizes)
 
 
 def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> EncodedCard:
@@ -107,12 +119,18 @@ def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Mani
             smallest_side=data.smallest_side,
             duplicates="skip" if data.skips_duplicates else "keep",
             flips=data.flips,
+            **_buckets(frozen.framing),
         ),
         codec=frozen.codec.config(),
         condition=encoder.config(),
         feature=frozen.feature.config(),
         precision=frozen.precision,
     )
+
+
+def _buckets(framing: Framing) -> dict[str, Any]:
+    """Return the entries of the card that only buckets have."""
+    return {"sizes": [*map(str, framing.sizes)], "max_cut": framing.max_cut} if framing.sizes else {}
 
 
 def _is_there(out: Path, card: EncodedCard, source: Source, manifest: Manifest) -> bool:
@@ -186,9 +204,13 @@ def _decoders(frozen: Frozen) -> int:
     return cores() if frozen.device.type != "cpu" else max(1, cores() // 2)
 
 
-def _say(out: Path, source: Source, tally: Tally, cut: CutCaptions, length: int) -> str:
+def _say(out: Path, source: Source, tally: Tally, cut: CutCaptions, length: int, sizes: Sequence[ImageSize]) -> str:
     """Return the summary of an encoding and the notes on its data."""
     lines = [f"{out} written: {tally.good:,} images"]
+    if sizes:
+        filled = [f"{tally.sizes[str(size)]:,} of {size}" for size in sizes if tally.sizes[str(size)]]
+        empty = [str(size) for size in sizes if not tally.sizes[str(size)]]
+        lines.append(f"buckets: {', '.join(filled)}" + (f"; no image fills {', '.join(empty)}" if empty else ""))
     if tally.skipped:
         lines.append(f"skipped: {tally.reasons()}; {out / 'skipped.jsonl'} lists them")
     lines += [f"not counted as failures: {line}" for line in tally.apart_lines()]

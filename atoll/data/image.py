@@ -1,4 +1,4 @@
-"""Decode image files to arrays of one size: upright, opaque on white, cropped to a square and resized.
+"""Decode image files to arrays: upright, opaque on white, resized and cropped to a square or a bucket.
 
 Imports numpy and Pillow alone: it runs in worker processes, which must start fast and need no torch.
 
@@ -17,12 +17,12 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from atoll.data.containers import MAX_PIXELS, Unusable, check_container, container_of, refuse_giants
+from atoll.data.crop import Box, Frames, Framing, frame_image
 
 _WHITE = (255, 255, 255)
 _ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A: the rotation that turns the stored image upright
@@ -44,26 +44,12 @@ _DARK = 4096  # of 65535: 32-bit numbers that stay below it are more likely of 8
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Pillow logs to the terminal
 
 
-@dataclass(frozen=True)
-class Framing:
-    """Format of every decoded image.
-
-    Attributes:
-        size: side in pixels.
-        channels: 3 (RGB) or 1 (grey: ITU-R 601-2 luma).
-        smallest_side: pixels; images with a shorter side are refused, those between it and `size` are enlarged.
-    """
-
-    size: int
-    channels: int
-    smallest_side: int
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.smallest_side < 1 or self.channels not in (1, 3):
-            raise ValueError(f"a framing has a size and a smallest side of at least 1, and 1 or 3 channels; got {self}")
-
-
 def frame(data: bytes, framing: Framing) -> np.ndarray:
+    """Return the pixels [C, h, w] uint8 of `frames`."""
+    return frames(data, framing).pixels
+
+
+def frames(data: bytes, framing: Framing, focus: Box | None = None) -> Frames:
     """Decode the bytes of an image file.
 
     Formats: JPEG (the first image of a phone's MPO), PNG, WebP, AVIF, GIF, BMP and TIFF.
@@ -71,13 +57,11 @@ def frame(data: bytes, framing: Framing) -> np.ndarray:
     Args:
         data: the file.
         framing: the format of the result.
-
-    Returns:
-        Pixels [C, size, size], uint8.
+        focus: what must stay inside the crop.
 
     Raises:
-        Unusable: the file is empty, is no image, is damaged, too small, too large or animated, or its pixels have no
-            agreed meaning as an image (floating point, signed or 32-bit numbers).
+        Unusable: the file is empty, is no image, is damaged, too small, too large or animated, its pixels have no
+            agreed meaning as an image (floating point, signed or 32-bit numbers), or no bucket has about its aspect.
     """
     # The first bytes decide the format; the extension of a file is not reliable.
     container = container_of(data)
@@ -86,41 +70,13 @@ def frame(data: bytes, framing: Framing) -> np.ndarray:
         warnings.simplefilter("ignore")
         try:
             image = _decode(check_container(container, data), container, framing)
-            image = _plain(image, framing.channels)
-            image = centre_square(image, framing.size)
+            return frame_image(_plain(image, framing.channels), framing, focus)
         except Unusable:
             raise
         except MemoryError:
             raise Unusable("cannot be decoded: it needs more memory than there is") from None
         except Exception as error:  # decoders raise nearly everything over foreign bytes
             raise Unusable(f"cannot be decoded: {_line(error)}") from error
-    pixels = np.asarray(image).reshape(framing.size, framing.size, framing.channels)  # [H,W,C]
-    return pixels.transpose(2, 0, 1).copy()  # [C,H,W]
-
-
-def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """Crop the central square and resize it to `size` pixels, as ADM and DiT prepare ImageNet.
-
-    Halve by averaging (box filter) while the shorter side is at least twice `size`, resize bicubically until it is
-    `size`, then crop. Source: the description in Dhariwal & Nichol, 2021 (arXiv 2105.05233) and Peebles & Xie, 2023
-    (arXiv 2212.09748).
-
-    Raises:
-        Unusable: the enlarged image would have more than `MAX_PIXELS` pixels.
-    """
-    # The box filter averages out detail that bicubic resizing would alias.
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    # Resize the shorter side to `size` exactly.
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    # Only enlarging can get here: a narrow strip grows with the square of the scale.
-    if width * height > MAX_PIXELS:
-        raise Unusable(f"too narrow: {image.width} x {image.height} pixels cannot be enlarged to {size}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    # Crop the longer side around the centre.
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def _decode(data: bytes, container: str, framing: Framing) -> Image.Image:

@@ -8,12 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from atoll.data.containers import Unusable
-from atoll.data.image import Framing, frame
+from atoll.data.crop import Decode, Focused, Frames, Framing, decoded
+from atoll.data.image import frames
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
 from atoll.runtime.process import Crashed, Remote
@@ -24,15 +25,15 @@ CHUNK_BYTES = 8 << 20  # limit for their files; photographs straight from a came
 AHEAD = 3  # chunks per process that are queued, in work, or done and not yet consumed
 
 
-class Decode(Protocol):
-    """A decoder like `frame`: the bytes of a file to [C, size, size] uint8. Raises Unusable."""
-
-    def __call__(self, data: bytes, framing: Framing) -> np.ndarray: ...
-
-
 @dataclass(frozen=True, eq=False)
 class Framed:
-    """A sample whose image is decoded. pixels: [C,size,size] uint8. sha: 16 bytes, BLAKE2b of the pixels."""
+    """A sample whose image is decoded.
+
+    Attributes:
+        pixels: [C,h,w] uint8.
+        square: [C,size,size] uint8, what the feature network reads; None if that is `pixels`.
+        sha: 16 bytes, BLAKE2b of the pixels.
+    """
 
     key: str
     caption: str
@@ -41,6 +42,7 @@ class Framed:
     sha: bytes
     notes: tuple[str, ...] = ()
     others: str = ""
+    square: np.ndarray | None = None
 
 
 class Decoders:
@@ -49,14 +51,14 @@ class Decoders:
     Args:
         framing: format of every decoded image.
         workers: number of processes; with 0 all decoding runs in this process, and a crash ends it too.
-        decode: converts the bytes of a file to an array, or raises Unusable; the processes import it by name.
+        decode: converts the bytes of a file to pixels, or raises Unusable; the processes import it by name.
     """
 
-    def __init__(self, framing: Framing, workers: int, decode: Decode = frame):
+    def __init__(self, framing: Framing, workers: int, decode: Decode = frames):
         if workers < 0:
             raise ValueError(f"the number of workers is 0 or more; got {workers}")
         self._framing, self._workers = framing, workers
-        self._decode = partial(decode, framing=framing)
+        self._decode = partial(decoded, decode, framing)
         self._closed = False
         if workers:
             # A thread for each process waits for its answers while the main thread continues.
@@ -89,7 +91,7 @@ class Decoders:
         """
         if not self._workers:
             for raw in raws:
-                yield from self._join([raw], [_outcome(self._decode, data) for data in _files([raw])])
+                yield from self._join([raw], [_outcome(self._decode, file) for file in _files([raw])])
             return
         # Futures are consumed in the order of submission, so results keep the order of `raws`.
         waiting: deque[Future[list[Framed | Skipped]]] = deque()
@@ -114,8 +116,8 @@ class Decoders:
         finally:
             self._idle.put(remote)
 
-    def _map(self, remote: Remote, files: list[bytes]) -> list[Any]:
-        """Return an array or an exception per file. If the process crashes, retry each file alone to find the cause."""
+    def _map(self, remote: Remote, files: list[Focused]) -> list[Any]:
+        """Return pixels or an exception per file. If the process crashes, retry each file alone to find the cause."""
         if not files:
             return []
         try:
@@ -139,36 +141,40 @@ class Decoders:
         return [raw if isinstance(raw, Skipped) else self._framed(raw, outcome) for raw in chunk]
 
     def _framed(self, raw: Raw, outcomes: Iterator[Any]) -> Framed | Skipped:
-        pixels = next(outcomes) if isinstance(raw.image, bytes) else raw.image
-        if isinstance(pixels, Unusable):
-            return Skipped(raw.key, str(pixels))
+        outcome = next(outcomes) if isinstance(raw.image, bytes) else Frames(raw.image)
+        if isinstance(outcome, Unusable):
+            return Skipped(raw.key, str(outcome))
         # Anything but Unusable is an error in the decoder itself.
-        if isinstance(pixels, Exception):
-            raise pixels
-        shape = (self._framing.channels, self._framing.size, self._framing.size)
-        if pixels.shape != shape or pixels.dtype != np.uint8:
+        if isinstance(outcome, Exception):
+            raise outcome
+        pixels, square = outcome
+        if pixels.shape not in self._framing.shapes or pixels.dtype != np.uint8:
+            expected = " or ".join(str(list(shape)) for shape in sorted(self._framing.shapes))
             raise AtollError(
-                f"image {raw.key!r} is {pixels.dtype} {list(pixels.shape)}, asked for is uint8 {list(shape)}; "
+                f"image {raw.key!r} is {pixels.dtype} {list(pixels.shape)}, asked for is uint8 {expected}; "
                 "choose the source's size, and a codec that takes its channels"
             )
         # Hash decoded pixels: copies in other containers count as duplicates only if their pixels are equal.
-        sha = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
-        return Framed(raw.key, raw.caption, raw.split, pixels, sha, raw.notes, raw.others)
+        digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16)
+        # White pages of two shapes may have equal bytes.
+        if self._framing.sizes:
+            digest.update(repr(pixels.shape).encode())
+        return Framed(raw.key, raw.caption, raw.split, pixels, digest.digest(), raw.notes, raw.others, square)
 
     def _kill(self) -> None:
         for remote in self._remotes:
             remote.kill()
 
 
-def _outcome(decode: Callable[[bytes], np.ndarray], file: bytes) -> np.ndarray | Unusable:
+def _outcome(decode: Callable[[Focused], Frames], file: Focused) -> Frames | Unusable:
     try:
         return decode(file)
     except Unusable as unusable:
         return unusable
 
 
-def _files(chunk: list[Raw | Skipped]) -> list[bytes]:
-    return [raw.image for raw in chunk if isinstance(raw, Raw) and isinstance(raw.image, bytes)]
+def _files(chunk: list[Raw | Skipped]) -> list[Focused]:
+    return [(raw.image, raw.focus) for raw in chunk if isinstance(raw, Raw) and isinstance(raw.image, bytes)]
 
 
 def _chunks(raws: Iterable[Raw | Skipped]) -> Iterator[list[Raw | Skipped]]:

@@ -15,6 +15,8 @@ def build_source(data: DataSettings) -> Source:
     if data.source == "glyphs":
         from atoll.data.glyphs import Glyphs
 
+        if data.buckets is not None:
+            raise AtollError("data.buckets: the built-in glyphs are squares; leave it out, or name images of your own")
         return Glyphs(data.subset, data.size)
     if data.path is None:
         raise AtollError(f"data.source is {data.source!r} and data.path is not set; set it to where the images are")

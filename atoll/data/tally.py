@@ -22,6 +22,7 @@ class Tally:
         apart: dead links, masks and other samples that are not failures, by reason.
         notes: parts of good samples that were left out or changed, by kind.
         examples: a kind of failure or note -> its first text.
+        sizes: of buckets, good samples by size.
     """
 
     good: int = 0
@@ -32,6 +33,7 @@ class Tally:
     apart: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    sizes: Counter[str] = field(default_factory=Counter)
 
     @property
     def read(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from atoll.data.crop import Box
 from atoll.data.fingerprint import FileRecord, Listing, record_files
 from atoll.storage.shards import Split
 
@@ -37,6 +38,7 @@ class Raw:
         split: whether the sample trains or is held out.
         notes: parts that were left out or changed; each is a line whose words before ":" or "(" name the kind.
         others: further captions, as `Shard.others` holds them.
+        focus: what must stay inside the crop; None if nothing does.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Raw:
     split: Split
     notes: tuple[str, ...] = ()
     others: str = ""
+    focus: Box | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from atoll.manifest.base import Section
+from atoll.manifest.buckets import BucketSettings
 
 
 class DataSettings(Section):
@@ -20,6 +21,8 @@ class DataSettings(Section):
     path: str | tuple[str, ...] | None = None
     subset: Literal["demo", "all"] = "demo"
     size: PositiveInt = 16  # pixels of a side; images are cropped to a square and resized to it
+    # Sizes of several aspects in place of the one square, see BucketSettings; null: none.
+    buckets: BucketSettings | None = None
     image: str | None = None  # the column of the images; None: the one that holds bytes
     # The column or field of the captions, or the extension of the files with them (".caption"; in tars "txt"), or the
     # image's own name ("@file") or its folder's ("@folder"); None: the usual names, in the order of docs/data.md. A

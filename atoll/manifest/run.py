@@ -1,5 +1,6 @@
 """The run's atoll.yaml: every choice of one collective model, validated before anything is computed."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -244,6 +245,13 @@ class Manifest(Section):
     def network_of(self, part: ExpertSettings | MonolithSettings) -> NetworkSettings:
         """The run's network with the overrides of one expert or of the monolith."""
         return NetworkSettings(**{**self.network.model_dump(), **part.network})
+
+    def size_step(self, factor: int) -> int:
+        """The number that divides every side of an image: the codec's `factor` times all networks' patches."""
+        parts: list[ExpertSettings | MonolithSettings] = list(self.experts)
+        parts += [part for part in (self.monolith, self.student) if part is not None]
+        patches = [self.network_of(part).patch for part in parts]
+        return factor * math.lcm(*patches, self.router.network.patch)
 
     def train_of(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> TrainSettings:
         """The run's training settings with the overrides of one part."""

@@ -20,6 +20,7 @@ MAX_GUIDANCE = 1000.0  # scale, either sign. Published samplers use 1 to 20
 # Sizes of tensors and networks.
 MAX_CHANNELS = 1024  # C. Autoencoders have 4 to 128
 MAX_SIDE = 16_384  # H or W of a latent, in latent pixels
+MAX_SIZES = 64  # sizes of one data set's images. SDXL has 40
 MAX_LATENT = 2**24  # numbers in one latent: 64 MiB in float32, 2048 x 2048 RGB pixels
 MAX_DIM = 65_536  # width of a network, of text states, of a feature. The largest transformers have 18,432
 MAX_DEPTH = 1024  # blocks of a network. FLUX has 57; each block is built in Python before its weights are compared

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from atoll.data import containers
-from atoll.data import image as image_module
+from atoll.data import containers, crop
 from atoll.data.containers import Unusable
 from atoll.data.image import Framing, frame
 
@@ -334,7 +333,7 @@ def test_long_and_narrow(width, height) -> None:
 
 
 def test_too_long_to_be_enlarged(monkeypatch) -> None:
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(crop, "MAX_PIXELS", 100_000)
     with pytest.raises(Unusable, match="too narrow: 1 x 5000 pixels cannot be enlarged to 8"):
         frame(save(smooth(1, 5000), "PNG"), SQUARE)
 

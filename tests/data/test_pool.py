@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from atoll.data import pool as pool_module
-from atoll.data.image import Framing
+from atoll.data.crop import Framing
 from atoll.data.pool import AHEAD, CHUNK, Decoders, Framed
 from atoll.data.types import Raw, Skipped
 from atoll.errors import AtollError
@@ -29,6 +29,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from atoll.data.containers import Unusable
+from atoll.data.crop import Frames
 
 def decode(data, framing):
     if data == b"kill": os.kill(os.getpid(), signal.SIGKILL)
@@ -37,9 +38,9 @@ def decode(data, framing):
     if data == b"bug": raise RuntimeError("a bug")
     if data == b"hang": import time; time.sleep(3600)
     if data == b"talk": print("to stdout")
-    if data == b"who": return np.full((3, 6, 6), 1 + ("torch" in sys.modules), np.uint8)
+    if data == b"who": return Frames(np.full((3, 6, 6), 1 + ("torch" in sys.modules), np.uint8))
     if data.startswith(b"pid:"): Path(data[4:].decode()).write_text(str(os.getpid()))
-    return np.full((3, 6, 6), len(data), np.uint8)
+    return Frames(np.full((3, 6, 6), len(data), np.uint8))
 """
 
 
@@ -230,7 +231,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it i
 import numpy as np
 from atoll.data.types import Raw
 from atoll.data.pool import Decoders
-from atoll.data.image import Framing
+from atoll.data.crop import Framing
 from mischief import decode
 
 raws = [Raw(n, b"pid:" + n.encode(), "", "train") for n in sys.argv[1:]]

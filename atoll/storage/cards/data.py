@@ -73,13 +73,21 @@ class ShardsIndex(Card):
 
 
 class ImagesRecord(CardRecord):
-    """How images were framed. size, smallest_side: pixels."""
+    """How images were framed.
+
+    Attributes:
+        size, smallest_side: pixels.
+        sizes: the buckets, "WIDTHxHEIGHT", the main one first; None: every image is a square of `size`.
+        max_cut: the largest fraction of an image that cropping to its bucket may cut off.
+    """
 
     size: PositiveCount
     channels: Literal[1, 3]
     smallest_side: PositiveCount
     duplicates: Literal["skip", "keep"]
     flips: bool
+    sizes: tuple[Name, ...] | None = Field(None, min_length=1, max_length=bounds.MAX_SIZES)
+    max_cut: bounds.Fraction | None = None
 
 
 class CutRecord(CardRecord):
@@ -98,6 +106,7 @@ class EncodedCounts(CardRecord):
         skipped: the other samples, by reason. apart: the skipped samples that are not failures.
         notes: remarks on good samples, by kind.
         cut: captions that are longer than the text encoder reads.
+        sizes: good samples by size, "WIDTHxHEIGHT"; None without buckets.
     """
 
     good: Count
@@ -108,6 +117,7 @@ class EncodedCounts(CardRecord):
     apart: dict[Name, Count] | None = None
     notes: dict[Name, Count] | None = None
     cut: CutRecord | None = None
+    sizes: dict[Name, Count] | None = Field(None, max_length=bounds.MAX_SIZES)
 
 
 class LatentStatistics(CardRecord):

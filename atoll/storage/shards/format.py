@@ -13,7 +13,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 INDEX = "index.json"
 MANIFEST = "manifest.parquet"
-LATENTS = ("latent", "latent_flip")  # the columns with latents [rows, C, H, W]: of the image, of its mirror image
+LATENTS = ("latent", "latent_flip")  # of the image and of its mirror image: [rows, C, H, W], of several shapes
 TEXT = ("key", "caption", "split")  # the manifest's columns
 
 

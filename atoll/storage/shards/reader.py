@@ -200,6 +200,13 @@ class Shards:
         rows = torch.tensor([file.rows for file in self._files])
         return torch.tensor(numbers, dtype=torch.int16).repeat_interleave(rows)
 
+    def alike(self, column: str, rows: Tensor) -> list[Tensor]:
+        """Divide row numbers [n] int64 into groups that have one shape in a column, each in its order."""
+        if len(self.shapes(column)) == 1:
+            return [rows]
+        numbers = self.shape_numbers(column)[rows]
+        return [rows[numbers == number] for number in numbers.unique()]
+
     def rows(self, split: Split) -> Tensor:
         """Return the row numbers of a split, [n] int64, ascending."""
         import pyarrow.compute as pc
