@@ -58,10 +58,14 @@ def plan(
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Directory of the new expert, or of Paris's ensemble.")]
 KindOption = Annotated[
-    str, typer.Option(help="dit, sit, repa, pixart, diffusers-dit, paris; auto detects it from the file.")
+    str, typer.Option(help="dit, sit, repa, pixart, diffusers-dit, paris, or of --keep; auto detects it.")
 ]
 KeepOption = Annotated[
-    bool, typer.Option("--keep", help="Keep diffusers' PixArt or DiT as it is; diffusers computes it.")
+    bool, typer.Option("--keep", help="Keep diffusers' network as it is: PixArt, DiT, PRX, SD3, Sana, FLUX, ...")
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(min=0, help="With --keep: the scale that a distilled FLUX embeds; default 3.5, FLUX.2 4."),
 ]
 RunForOption = Annotated[
     Path | None, typer.Option("--run", "-r", help="The run to convert for; it determines the expert's settings.")
@@ -100,6 +104,7 @@ def convert(
     pooled: Annotated[bool, typer.Option("--pooled", help="Also read the caption's pooled vector.")] = False,
     heads: Annotated[int | None, typer.Option(min=1, help="Heads of a DiT that has no published size.")] = None,
     classes: ClassesOption = None,
+    guidance: GuidanceOption = None,
     name: Annotated[str, typer.Option(help="Name of the expert; default: that of its directory.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of weights that the checkpoint lacks.")] = 0,
     allow_hub: AllowHub = False,
@@ -125,6 +130,7 @@ def convert(
         "objective": objective, "schedule": schedule, "cluster": cluster, "of": of, "size": size, "run": run,
         "expert": expert, "modulation": modulation, "condition": condition, "codec": codec, "heads": heads,
         "classes": classes, "keep": keep or None, "pooled": pooled or None, "name": name or None,
+        "guidance": guidance,
     }  # fmt: skip
     paris = kind == "paris" or (kind == "auto" and is_paris(source))
     _check_options({option for option, value in options.items() if value is not None}, paris)
@@ -148,7 +154,7 @@ def convert(
     if keep:
         if run is not None and encoder:
             arguments |= condition_beside_run(encoder, arguments["trust"])
-        _keep(source, out, kind, arguments)
+        _keep(source, out, kind, arguments | {"guidance": guidance})
     else:
         more = {"modulation": modulation, "heads": heads, "seed": seed, "classes": classes}
         _convert(source, out, kind, arguments | more)
@@ -187,6 +193,8 @@ def _check_options(used: set[str], paris: bool) -> None:
     # Without a conversion, its options would be ignored silently.
     if "keep" in used and used & {"modulation", "pooled", "heads", "classes"}:
         raise AtollError("--keep does not convert; leave --modulation, --pooled, --heads and --classes out")
+    if "guidance" in used and "keep" not in used:
+        raise AtollError("--guidance is for a network that is kept; add --keep, or leave it out")
     # A run has many experts, and an expert's name alone names no run.
     if ("run" in used) != ("expert" in used):
         raise AtollError("--run and --expert belong together; name both the run and its expert")

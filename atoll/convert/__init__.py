@@ -4,6 +4,7 @@
     "sit", "repa"     SiT's and REPA's networks: the same layout, with other conventions of time and velocity
     "diffusers-dit"   diffusers' DiTTransformer2DModel: a directory, or a file beside its config.json
     "pixart"          PixArt: the same of diffusers' PixArtTransformer2DModel, or PixArt's own `.pth`
+    "prx", "sd3", "sana", "lumina2", "flux", "flux2"    diffusers' directories, which are kept only
 
 The result is an ordinary expert: it can be sampled, calibrated and trained further. With the original's objective it
 computes the same as the original, if nothing was fitted. With another objective it is a starting point for training
@@ -16,7 +17,7 @@ dit.py, sit.py      the two layouts of DiT; SiT's time
 pixart.py           PixArt in diffusers' layout         pixart_original.py   PixArt's own layout
 modulation.py       DiT's modulation per block as AdaLN-Single
 native.py           the common target of all layouts
-foreign.py          diffusers' PixArt and DiT without conversion
+foreign.py          diffusers' networks without conversion; pipeline_folder.py: the codec and the encoder beside them
 paris.py            Paris's directory, experts and router, as an ensemble's parts
 """
 
@@ -32,7 +33,9 @@ from torch import Tensor
 
 from atoll.convert.dit import LatentSize, from_diffusers_dit, from_dit
 from atoll.convert.kind import (
+    CLASSES,
     DIT_LAYOUT,
+    KEPT_ONLY,
     KINDS,
     TIME_SCALES,
     CheckpointKind,
@@ -198,6 +201,10 @@ def convert(
     # The kind of the checkpoint, and the objective of the expert.
     checkpoint = read_checkpoint(source)
     kind = detect(checkpoint, objective) if kind == "auto" else check_kind(checkpoint, kind)
+    if kind in KEPT_ONLY:
+        raise AtollError(
+            f"{source}: a {CLASSES[kind]} has no counterpart among Atoll's networks; keep it as it is: add --keep"
+        )
     aim = _aim(kind, checkpoint, objective)
     # The network from its tensors, with the requested modulation.
     required = dict(network or {})

@@ -181,4 +181,7 @@ def summary(expert: Path) -> str:
     # Which of a training file's weights were read, such as "ema".
     kind = conversion.kind + (f" ({conversion.weights})" if conversion.weights else "")
     schedule: Mapping[str, Any] = objective["schedule"]
-    return f"{expert} written: from {kind}, {objective['prediction']} on {schedule['name']}, {modulation}"
+    # A guidance-distilled network has its scale for good.
+    guidance = card.network.get("guidance")
+    said = "" if guidance is None else f", guidance {guidance:g} embedded"
+    return f"{expert} written: from {kind}, {objective['prediction']} on {schedule['name']}, {modulation}{said}"

@@ -8,6 +8,9 @@ DiT, SiT and REPA's networks have the same tensors, but compute different quanti
 
 A training file's arguments, REPA's projectors or the file's name decide between them. If nothing does, a checkpoint
 with variance outputs, DiT's default, is read as a DiT with a warning; any other one needs `--kind`.
+
+The networks of diffusers are recognised by the class in their config.json. Those without a counterpart among Atoll's
+own networks can only be kept as they are.
 """
 
 import re
@@ -18,9 +21,24 @@ from typing import Any, Literal, get_args
 
 from atoll.convert.read import Checkpoint
 from atoll.errors import AtollError
+from atoll.nn.foreign_calls import Class
 
-CheckpointKind = Literal["dit", "sit", "repa", "pixart", "diffusers-dit"]
+CheckpointKind = Literal[
+    "dit", "sit", "repa", "pixart", "diffusers-dit", "prx", "sd3", "sana", "lumina2", "flux", "flux2"
+]
 KINDS: tuple[CheckpointKind, ...] = get_args(CheckpointKind)
+# The kinds that can be kept as they are, and those of them that cannot be converted.
+CLASSES: dict[CheckpointKind, Class] = {
+    "pixart": "PixArtTransformer2DModel",
+    "diffusers-dit": "DiTTransformer2DModel",
+    "prx": "PRXTransformer2DModel",
+    "sd3": "SD3Transformer2DModel",
+    "sana": "SanaTransformer2DModel",
+    "lumina2": "Lumina2Transformer2DModel",
+    "flux": "FluxTransformer2DModel",
+    "flux2": "Flux2Transformer2DModel",
+}
+KEPT_ONLY: tuple[CheckpointKind, ...] = ("prx", "sd3", "sana", "lumina2", "flux", "flux2")
 DIT_LAYOUT: tuple[CheckpointKind, ...] = ("dit", "sit", "repa")  # whose tensors have the same names
 PIXART_LAYOUT = ("x_embedder.proj.weight", "t_block.1.weight")  # PixArt's own names, not diffusers'
 PIXEL_CHANNELS = (1, 3)  # SiT and REPA train on an autoencoder's latents, which have more
@@ -33,7 +51,16 @@ MARKS: dict[CheckpointKind, tuple[tuple[str, ...], ...]] = {
 }
 TIME_SCALES: dict[CheckpointKind, float] = {
     **dict.fromkeys(("dit", "pixart", "diffusers-dit"), 999.0),
-    **dict.fromkeys(("sit", "repa"), 1.0),
+    **dict.fromkeys(("sit", "repa", "prx", "lumina2", "flux", "flux2"), 1.0),
+    **dict.fromkeys(("sd3", "sana"), 1000.0),
+}
+# Original layouts of networks that only diffusers' layout can be kept of: tensor names -> the class.
+ORIGINALS: dict[tuple[str, ...], Class] = {
+    ("double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"): "Flux2Transformer2DModel",
+    ("double_blocks.0.img_attn.qkv.weight",): "FluxTransformer2DModel",
+    ("joint_blocks.0.x_block.attn.qkv.weight",): "SD3Transformer2DModel",
+    ("x_embedder.proj.weight", "blocks.0.mlp.inverted_conv.conv.weight"): "SanaTransformer2DModel",
+    ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight"): "Lumina2Transformer2DModel",
 }
 # Paths and predictions in the training scripts -> in Atoll. GVP is alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 GVP = {"name": "cosine", "s": 1e-8}
@@ -54,14 +81,35 @@ def detect(checkpoint: Checkpoint, objective: Mapping[str, Any] | None = None) -
     Raises:
         AtollError: the kind is unknown, or several kinds are possible.
     """
-    # The layout comes first, since names are certain.
+    # The class in config.json, and layouts of which nothing can be made.
+    own_class = (checkpoint.config or {}).get("_class_name")
+    for kind in KEPT_ONLY:
+        if CLASSES[kind] == own_class:
+            return kind
+    _refuse_original(checkpoint)
+    # Tensor names are certain.
     for kind, layouts in MARKS.items():
         if any(all(mark in checkpoint.tensors for mark in marks) for marks in layouts):
             return _of_dit_layout(checkpoint, objective or {}) if kind in DIT_LAYOUT else kind
     # No layout fits: list some names, so that the reader sees what the file holds.
     known = "; ".join(f"{kind} ({' or '.join(', '.join(marks) for marks in many)})" for kind, many in MARKS.items())
     names = ", ".join(sorted(checkpoint.tensors)[:4]) or "no tensors"
-    raise AtollError(f"{checkpoint.where}: unknown layout ({names}, ...); recognised are {known}")
+    own = f"config.json names a {own_class}; " if own_class else ""
+    classes = ", ".join(CLASSES[kind] for kind in KEPT_ONLY)
+    raise AtollError(
+        f"{checkpoint.where}: unknown layout ({own}{names}, ...); recognised are {known}; and diffusers' "
+        f"directories of {classes}"
+    )
+
+
+def _refuse_original(checkpoint: Checkpoint) -> None:
+    """Raise AtollError for the original layout of a network that can only be kept in diffusers' layout."""
+    for marks, cls in ORIGINALS.items():
+        if all(mark in checkpoint.tensors for mark in marks):
+            raise AtollError(
+                f"{checkpoint.where}: a {cls} in its original layout; expected diffusers' layout: write it with "
+                f"{cls}.from_single_file(...).save_pretrained(DIR), and name DIR"
+            )
 
 
 def check_kind(checkpoint: Checkpoint, kind: str) -> CheckpointKind:
@@ -91,6 +139,14 @@ def original_objective(kind: CheckpointKind, checkpoint: Checkpoint) -> dict[str
     """
     # The time embedder reads the range of its training.
     time_scale = TIME_SCALES[kind]
+    # Velocities on the linear path. Sana's times have a factor in config.json.
+    if kind in KEPT_ONLY:
+        factor = (checkpoint.config or {}).get("timestep_scale", 1.0) if kind == "sana" else 1.0
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 0:
+            raise AtollError(
+                f"{checkpoint.where}: config.json: got timestep_scale {factor!r:.40}; expected a number above 0"
+            )
+        return {"prediction": "flow", "schedule": "linear", "time_scale": time_scale * factor}
     # DiT and PixArt follow DDPM; their training scripts offer nothing else.
     if kind not in PATHS:
         return {"prediction": "eps", "schedule": "linear-beta", "time_scale": time_scale}

@@ -5,7 +5,6 @@ wrote: `config.json` beside one such file, or beside shards and their index. A p
 `transformer/`. Nothing in any of them is executed (`atoll.storage.torch_file`).
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,12 +107,11 @@ def _files_of(directory: Path) -> list[Path]:
         raise AtollError(
             f"{directory}: holds {names}; expected {STEM}.safetensors (or its shards and their index), or name the file"
         )
-    # Two saves into one directory leave both forms, perhaps of two networks.
+    # Two saves into one directory leave both forms, perhaps of two networks, and diffusers reads a stale index.
     if weights.other is not None and weights.index is not None:
-        warnings.warn(
-            f"{directory}: holds {weights.index.name} and {weights.other.name}; reading the shards of the index, as "
-            "diffusers does: to read the other, name that file",
-            stacklevel=4,
+        raise AtollError(
+            f"{directory}: holds {weights.index.name} with its shards, and {weights.other.name}: two saves, perhaps of "
+            "two networks; remove the one that is not the network"
         )
     return list(weights.files)
 
@@ -261,12 +259,12 @@ class Taker:
         self._left = dict(checkpoint.tensors)
         self._wrong: list[str] = []
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """Take the tensor `name` in float32; zeros of `shape` if it is missing or of another shape."""
+    def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Take the tensor `name` in `dtype`; zeros of `shape` if it is missing or of another shape."""
         # Each tensor is taken once.
         tensor = self._left.pop(name, None)
         if tensor is not None and tensor.shape == shape and tensor.is_floating_point():
-            return tensor.float()
+            return tensor.to(dtype)
         got = "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         self._wrong.append(f"{name}: {got}, expected {list(shape)}")
         # Expanded zeros take no memory, whatever sizes an untrusted config names.

@@ -18,6 +18,7 @@ from atoll.ensemble import Ensemble
 from atoll.ensemble.loading import LoadedEnsemble
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
+from atoll.nn.foreign_calls import READ_POOLED
 
 Nulls = tuple[tuple[Tensor, tuple[Condition, ...] | None], ...]
 
@@ -242,7 +243,7 @@ def _reads_pooled(ensemble: Ensemble) -> bool:
     configs = [getattr(expert.network, "config", None) for expert in ensemble.experts]
     configs.append(getattr(ensemble.router, "config", None))
     return any(
-        getattr(config, "pooled_dim", None) is not None or getattr(config, "cls", None) == "DiTTransformer2DModel"
+        getattr(config, "pooled_dim", None) is not None or getattr(config, "cls", None) in READ_POOLED
         for config in configs
     )
 

@@ -139,6 +139,11 @@ class Foreign(nn.Module):
         """The width of the pooled vector that it reads; None if it reads none."""
         return self.style.pooled_dim(self.network.config)
 
+    @property
+    def reads_mask(self) -> bool:
+        """Whether it masks text padding, or reads no text; otherwise padding would be text."""
+        return self.style.reads_mask
+
     def forward(self, x: Tensor, time: Tensor, condition: Condition | None) -> Tensor:
         self._check_input(x, time)
         # Times keep the digits that a network in bfloat16 would drop.

@@ -12,7 +12,7 @@ that a network does not read is an error, where the pipeline would read padding 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ Class = Literal[
     "FluxTransformer2DModel",
     "Flux2Transformer2DModel",
 ]
-CLASSES: tuple[Class, ...] = get_args(Class)
+# Those that read the condition's pooled vector.
+READ_POOLED: tuple[Class, ...] = ("DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ class CallStyle(ABC):
     Attributes:
         states: the keys of the configuration that hold the width of the text states; the first that is set counts.
         square: the network computes only the square of its `sample_size`.
+        reads_mask: whether padding of the text is masked, or there is no text.
     """
 
     states: tuple[str, ...] = ()
     square: bool = False
+    reads_mask: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(
@@ -174,6 +177,8 @@ class MaskedText(CallStyle):
 class JointText(CallStyle):
     """SD3 reads all text states [B,L,D], which it does not mask, and a pooled vector [B,P]."""
 
+    reads_mask = False
+
     def limit(self, own: Any) -> tuple[int, int] | None:
         side = own.pos_embed_max_size * own.patch_size  # its positions are cut out of a table of this size
         return side, side
@@ -203,6 +208,7 @@ class PackedTokens(CallStyle):
 
     fold: int = 1
     text_axis: int | None = None
+    reads_mask = False
 
     def channels(self, own: Any) -> int:
         return own.in_channels // self.fold**2

@@ -9,7 +9,7 @@ from atoll.errors import AtollError
 _FREE_DEPTH, _FREE_NUMBERS = 64, 2**24
 
 # The names of sizes in configurations: of Atoll's networks, of diffusers' and of transformers'.
-_DEPTHS = ("depth", "num_layers", "num_hidden_layers", "num_blocks")
+_DEPTHS = ("depth", "num_layers", "num_single_layers", "num_hidden_layers", "num_blocks")
 _WIDTHS = ("width", "hidden_size", "d_model", "projection_dim", "intermediate_size", "d_ff", "caption_channels")
 _ROWS = ("vocab_size", "num_embeds_ada_norm", "max_position_embeddings")  # of a table as wide as the network
 _PAIRS = (("num_attention_heads", "attention_head_dim"), ("num_heads", "d_kv"))  # their product is a width

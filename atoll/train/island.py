@@ -93,7 +93,11 @@ class Island:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def wrap(self, module: nn.Module, sharding: str) -> nn.Module:
-        """Return the module for several processes: "replicate" (DDP) or "shard" (FSDP2, block by block)."""
+        """Return the module for several processes: "replicate" (DDP) or "shard" (FSDP2, block by block).
+
+        Raises:
+            AtollError: a kept network of diffusers cannot be sharded.
+        """
         if self.world == 1:
             return module
         if sharding == "replicate":
@@ -102,6 +106,11 @@ class Island:
             return nn.parallel.DistributedDataParallel(module, device_ids=ids)
         from torch.distributed.fsdp import fully_shard
 
+        if not hasattr(module, "blocks"):
+            raise AtollError(
+                f"train.sharding: shard cuts Atoll's own networks into blocks; a {type(module).__name__} has others: "
+                "set train.sharding: replicate"
+            )
         # Block by block, so that the whole network is never gathered at once.
         mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (self.world,))
         for block in module.blocks:  # type: ignore[union-attr]

@@ -54,7 +54,7 @@ def dit(tmp_path) -> tuple[nn.Module, Path]:
     return saved(tmp_path / "dit", "DiTTransformer2DModel", **DIT)
 
 
-def native(out: Path, number: int) -> Path:
+def native(out: Path, number: int, k: int = K) -> Path:
     """An expert of Atoll's own: flow, of other size, for the same latents and captions."""
     torch.manual_seed(number)
     sizes = {"size": [SIDE, SIDE], "channels": C, "patch": 4, "width": 16, "depth": 1, "heads": 2}
@@ -62,7 +62,7 @@ def native(out: Path, number: int) -> Path:
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     card = {
-        "name": "native", "clusters": [number], "k": K, "objective": {"prediction": "flow", "schedule": "linear"},
+        "name": "native", "clusters": [number], "k": k, "objective": {"prediction": "flow", "schedule": "linear"},
         "network": network.config.model_dump(mode="json"), "latent_shape": [C, SIDE, SIDE], "codec": PIXELS,
         "condition": HASH, "assignment": "these", "calibration": None,
     }  # fmt: skip
@@ -70,11 +70,11 @@ def native(out: Path, number: int) -> Path:
     return out
 
 
-def router(out: Path) -> Path:
+def router(out: Path, k: int = K) -> Path:
     sizes = {"size": [SIDE, SIDE], "channels": C, "patch": 4, "width": 16, "depth": 1, "heads": 2}
-    network = build_network({"name": "router", **sizes, "clusters": K})
+    network = build_network({"name": "router", **sizes, "clusters": k})
     card = {
-        "network": network.config.model_dump(mode="json"), "clusters": K, "latent_shape": [C, SIDE, SIDE],
+        "network": network.config.model_dump(mode="json"), "clusters": k, "latent_shape": [C, SIDE, SIDE],
         "codec": PIXELS, "condition": HASH, "assignment": "these",
     }  # fmt: skip
     save_artifact(out, RouterCard(**card), {f"network.{k}": v for k, v in network.state_dict().items()})

@@ -166,6 +166,13 @@ def test_conditions_that_do_not_fit_are_refused(cls) -> None:
             evaluate(network, Condition(whole.states, whole.mask))
 
 
+def test_a_kept_network_is_not_sharded() -> None:
+    from atoll.train.island import Island
+
+    with pytest.raises(AtollError, match=r"a Foreign has others: set train\.sharding: replicate"):
+        Island(0, 2, torch.device("cpu")).wrap(small(PRX), "shard")
+
+
 def test_more_text_than_lumina2_has_positions_for() -> None:
     network = small(LUMINA2)
     condition = Condition(torch.randn(3, 22, TEXT), torch.arange(22).expand(3, 22) < 20)

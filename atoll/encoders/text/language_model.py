@@ -70,13 +70,15 @@ class LanguageModelEncoder(PretrainedTextEncoder):
                 f"network has {depth}; get the text encoder of this pipeline"
             )
         self.dim = network.get_input_embeddings().embedding_dim * max(1, len(self._style.layers))
-        self._around = len(self._ids(self._style.before + self._style.after).input_ids)
+        self._around = len(self._ids(self._style.before + self._style.after, verbose=False).input_ids)
         if self._style.skip and self._around <= self._style.skip:
             raise AtollError(
                 f"condition encoder {self.name!r}: its tokenizer makes {self._around} tokens of the text around a "
                 f"caption; expected more than {self._style.skip}: get the tokenizer of this pipeline"
             )
-        self._instruction = len(self._ids(self._style.before).input_ids) if self._style.instruction else 0
+        self._instruction = (
+            len(self._ids(self._style.before, verbose=False).input_ids) if self._style.instruction else 0
+        )
         self._config = self._config.model_copy(update={"length": self.length})
 
     @property
