@@ -234,6 +234,7 @@ def _stacked(
             assignments = part.card(ClusterShardsCard).assignment, one.card.assignment
             # Directories and experts of clusters that grew may be of different steps.
             related = lineage is not None and all(map(lineage.knows, assignments))
+            refuse_other_statistics(part.path, part.card(ClusterShardsCard).codec, path, one.card.codec)
             if assignments[0] != assignments[1] and not related:
                 raise AtollError(f"{path}: was trained on another assignment than {part.path} is of; train it again")
     # Rows that no replica was trained on: the rows that all of them held out, or the val split.

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.trust import Trust
 from atoll.encoders.weights import identity, same
 from atoll.ensemble.replicas import Stacking
@@ -44,6 +45,8 @@ def require_part(ensemble: EnsembleCard, part: ExpertCard | RouterCard, where: P
             f"{where}: its assignment is {part.assignment}, the ensemble's is {lineage.assignment}, which did not grow "
             "from it; run `atoll assemble` again"
         )
+    # Otherwise latents of two scales would be mixed.
+    refuse_other_statistics(where, part.codec, "the ensemble", ensemble.codec)
     # Otherwise noise of the ensemble's shape would be drawn for networks of another.
     for name, own, wanted in (
         ("latent_shape", list(part.latent_shape), list(ensemble.latent_shape)),

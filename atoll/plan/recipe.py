@@ -113,19 +113,24 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
     Raises:
         AtollError: an unknown codec, or its factor does not divide the size.
     """
+    from atoll.encoders.codec.extents import EXTENTS, extent_of  # its package imports torch
+
     # Channels of the latent, and pixels per latent pixel.
     codec, size = manifest.codec, manifest.data.size
     name, local = codec.get("name"), _local_config(codec)
     if name == "pixels":
         channels, factor = int(codec.get("channels", 1)), 1
-    elif name in ("kl", "tiny"):  # Stable Diffusion's, unless the weights are on this machine
-        channels = int(local.get("latent_channels", 4))
-        stages = local.get("block_out_channels" if name == "kl" else "encoder_block_out_channels")
-        factor = 2 ** (len(stages) - 1) if stages else 8
     elif name == "taef2":
         channels, factor = 32, 8
+    elif name in EXTENTS:  # those of the published weights, unless the weights are on this machine
+        extent = extent_of(name, local, str(codec.get("weights", "")))
+        channels, factor = extent.channels, extent.factor
+        if extent.side not in (None, size):
+            raise AtollError(
+                f"data.size {size}, codec {name}: it takes images of {extent.side} pixels a side; set that"
+            )
     else:
-        raise AtollError(f"codec {name!r}: unknown latent shape; expected one of pixels, kl, tiny, taef2")
+        raise AtollError(f"codec {name!r}: unknown latent shape; expected one of pixels, taef2, {', '.join(EXTENTS)}")
     if size % factor:
         raise AtollError(
             f"data.size {size}, codec {name}: it shrinks sides {factor} times; take a multiple of {factor}"

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from atoll.calibration import Calibration
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
@@ -114,6 +115,7 @@ def _check(card: ExpertCard, shards: Shards) -> None:
         # A converted expert may not know its codec or assignment.
         if value is None or (isinstance(value, dict) and value.get("name") == UNKNOWN):
             continue
+        refuse_other_statistics(shards.path, actual.get(key), "the expert", value)
         if not same(value, actual.get(key)):
             raise AtollError(
                 f"{shards.path}: its {key} is {actual.get(key)}, the expert's {value}; name shards of the expert's data"

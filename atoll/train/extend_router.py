@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.ensemble.loading import load_router
 from atoll.errors import AtollError
@@ -79,6 +80,9 @@ def extend_router(
     card, lineage = _refuse_unrelated(layout)
     parents = lineage.parents_since(card.assignment)
     sources = _sources(layout, rows, lineage)
+    for source in sources:
+        codec = source.shards.card(ClusterShardsCard).codec
+        refuse_other_statistics(source.shards.path, codec, layout.router, card.codec)
     counts = [count.train for count in load_card(layout.clusters_card, ClustersCard).counts]
     trust, settings = manifest.trust_in_cards(run), manifest.train_of(manifest.router)
     encoder, device = build_encoder(card.condition, trust), best_device()

@@ -172,7 +172,7 @@ def _other_codec(card, tensors):
         (_complex, "contents: the weights network.embed.weight are complex"),
         (_of_two_types, "contents: its network cannot be evaluated"),
         (_of_8_bits, "contents: its network cannot be evaluated"),
-        (_other_codec, "contents: its codec is"),
+        (_other_codec, "contents: the expert: its latents are normalised by scale 2.0"),
     ],
 )
 def test_a_bad_expert_is_refused_with_its_reason(reef, change, reason) -> None:

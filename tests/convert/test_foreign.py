@@ -167,7 +167,7 @@ def test_experts_that_read_captions_and_classes_in_one_ensemble(pixart, dit, tmp
         (
             {},
             {"codec": PIXELS | {"scale": 2.0}},
-            r"was trained on latents normalised by scale None, .*kept by scale 2\.0",
+            r"its latents are normalised by scale None, .*kept by scale 2\.0",
         ),
         ({}, {"codec": None}, r"its codec is .*pixels.*that of .*kept is .*unknown"),
         ({}, {"assignment": "others"}, r"its assignment is these, that of .*kept is others"),

@@ -10,6 +10,7 @@ import yaml
 from atoll.assemble import assemble_run
 from atoll.cluster import cluster_run
 from atoll.encoders.codec import build_codec
+from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
 from atoll.evaluate.run import open_run
 from atoll.manifest import Manifest, load_manifest
@@ -97,8 +98,19 @@ def test_experts_of_other_statistics_are_refused_by_name(runs, tmp_path) -> None
         assemble_run(mixed, manifest)
     message = str(refusal.value)
     assert message.count(str(mixed / "experts")) == 2
-    assert "1-flow-linear: was trained on latents normalised by shift 0.5, scale 2.0," in message
+    assert "1-flow-linear: its latents are normalised by shift 0.5, scale 2.0," in message
     assert "0-eps-cosine by shift[0] 0.0, scale[0] 4.0; parts of one model need the same statistics" in message
+
+
+def test_an_ensemble_of_other_statistics_is_not_loaded(runs, tmp_path) -> None:
+    """ensemble.json may be anybody's, as a collective's is."""
+    run = tmp_path / "run"
+    shutil.copytree(runs["measured"][0], run)
+    assemble_run(run, runs["measured"][1])
+    card = read_json(RunLayout(run).ensemble_card)
+    write_json(RunLayout(run).ensemble_card, {**card, "codec": CODEC})
+    with pytest.raises(AtollError, match=r"scale\[0\] 4\.0, those of the ensemble by shift 0\.5, scale 2\.0"):
+        load_ensemble(RunLayout(run).ensemble)
 
 
 def test_a_monolith_of_other_statistics_is_refused(runs, tmp_path) -> None:
@@ -108,7 +120,7 @@ def test_a_monolith_of_other_statistics_is_refused(runs, tmp_path) -> None:
     assemble_run(mixed, manifest)
     shutil.rmtree(RunLayout(mixed).monolith)
     shutil.copytree(RunLayout(other).monolith, RunLayout(mixed).monolith)
-    with pytest.raises(AtollError, match=r"monolith: was trained on latents normalised by shift 0\.5"):
+    with pytest.raises(AtollError, match=r"monolith: its latents are normalised by shift 0\.5"):
         open_run(mixed)
 
 

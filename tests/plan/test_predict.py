@@ -210,10 +210,31 @@ def test_widths_of_encoders(tmp_path: Path) -> None:
         ({"name": "pixels", "channels": 3}, (3, 256, 256)),
         ({"name": "kl"}, (4, 32, 32)),
         ({"name": "taef2"}, (32, 32, 32)),
+        ({"name": "flux2", "weights": "black-forest-labs/FLUX.2-dev", "subfolder": "vae"}, (128, 16, 16)),
+        ({"name": "dc", "weights": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"}, (32, 8, 8)),
+        ({"name": "dc", "weights": "mit-han-lab/dc-ae-f64c128-in-1.0-diffusers"}, (128, 4, 4)),
+        ({"name": "qwen", "weights": "Qwen/Qwen-Image", "statistics": "measured"}, (16, 32, 32)),
+        ({"name": "hunyuan"}, (64, 8, 8)),
+        ({"name": "rae"}, (768, 16, 16)),
     ],
 )
 def test_shapes_of_latents(hddm: Manifest, codec: dict, shape: tuple[int, int, int]) -> None:
     assert latent_shape(hddm.model_copy(update={"codec": codec})) == shape
+
+
+def test_a_config_json_beside_the_weights_says_the_shape(hddm: Manifest, tmp_path) -> None:
+    """Nothing but it is read: there are no weights here."""
+    (tmp_path / "vae").mkdir()
+    config = {"latent_channels": 8, "block_out_channels": [8, 8, 8], "patch_size": [2, 2]}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    codec = {"name": "flux2", "weights": str(tmp_path), "subfolder": "vae"}
+    assert latent_shape(hddm.model_copy(update={"codec": codec})) == (32, 32, 32)
+
+
+def test_a_codec_of_one_size_is_planned_for_it_alone(hddm: Manifest) -> None:
+    large = {"data": hddm.data.model_copy(update={"size": 512}), "codec": {"name": "rae"}}
+    with pytest.raises(AtollError, match=r"data\.size 512, codec rae: it takes images of 256 pixels a side; set that"):
+        latent_shape(hddm.model_copy(update=large))
 
 
 def test_latents_that_do_not_divide(hddm: Manifest) -> None:

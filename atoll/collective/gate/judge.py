@@ -29,6 +29,7 @@ from atoll.collective.gate.errors import Draws, expert_velocity, linear_velocity
 from atoll.collective.gate.linear import MAX_ROWS, LinearDenoiser
 from atoll.collective.gate.probe import EDGES, Noisy, Probe, ProbeRows
 from atoll.condition import Condition
+from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import TextEncoder
 from atoll.ensemble.loading import LoadedExpert
 from atoll.errors import AtollError, escaped
@@ -149,6 +150,8 @@ def judge(
     Returns:
         The results, in order; the last one failed, or all passed.
     """
+    # Secret rows of other statistics would be noise to an honest expert.
+    refuse_other_statistics(reference.probe.directory, reference.probe.codec, "the collective", reference.data.codec)
     check, loaded = check_contents(
         path,
         reference.data,

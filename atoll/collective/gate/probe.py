@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,11 @@ class Probe:
             raise AtollError(
                 f"{directory}: no cluster-000 to cluster-{lineage.k - 1:03d} in it; expected secret shards"
             )
+
+    @property
+    def codec(self) -> dict[str, Any]:
+        """The codec of its latents, with the constants that they are normalised by."""
+        return next(iter(self._shards.values())).card(ClusterShardsCard).codec
 
     def has(self, clusters: Sequence[int]) -> bool:
         """Return whether it has rows of these clusters alone."""

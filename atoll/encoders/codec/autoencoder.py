@@ -44,6 +44,7 @@ class Autoencoder:
         factor: image height / latent height.
         sha256: the hash of its weights.
         root: where they were found.
+        side: the only height and width of its images, in pixels; None for any multiple of the factor.
         shift: the network's own constant, or one per channel.
         scale: the same.
     """
@@ -56,6 +57,7 @@ class Autoencoder:
     factor: int
     sha256: str
     root: Path
+    side: int | None = None
     shift: Constant = 0.0
     scale: Constant = 1.0
 
@@ -90,6 +92,7 @@ class NetworkCodec(Codec):
         channels, height, width = images.shape[1:]
         if channels != self.image_channels:
             raise AtollError(f"the codec {self.name!r} takes images of {self.image_channels} channels; got {channels}")
+        self._require_side("takes images", height, width, self._autoencoder.side)
         if height % self.factor or width % self.factor:
             raise AtollError(
                 f"the codec {self.name!r} takes sides that are multiples of {self.factor}; got {height} x {width}: "
@@ -102,10 +105,21 @@ class NetworkCodec(Codec):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        height, width = latents.shape[-2:]
+        side = self._autoencoder.side
+        self._require_side("decodes latents", height, width, None if side is None else side // self.factor)
         # The inverse of `encode`, in float32.
         z = latents.float() / self._scale.to(latents.device) + self._shift.to(latents.device)
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         return self._run(self._autoencoder.decode, z, pixels).clamp(0, 1)
+
+    def _require_side(self, what: str, height: int, width: int, side: int | None) -> None:
+        """Raise AtollError for another size than the only one, if there is one."""
+        if side is not None and (height, width) != (side, side):
+            raise AtollError(
+                f"the codec {self.name!r} {what} of {side} x {side} alone; got {height} x {width}: set data.size to "
+                f"{self._autoencoder.side}"
+            )
 
     def config(self) -> dict[str, Any]:
         # The name comes first in every card.
@@ -113,7 +127,8 @@ class NetworkCodec(Codec):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         # The network decides the dtype; latents are returned in float32.
-        self._autoencoder.network.to(device, dtype)
+        # As a plain module: diffusers' own `to` warns that some networks have no part to keep in float32.
+        nn.Module.to(self._autoencoder.network, device, dtype)
         return self
 
     def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:

@@ -170,14 +170,14 @@ def other_statistics(one: Any, other: Any) -> tuple[str, str] | None:
 
 
 def refuse_other_statistics(path: Path | str, codec: Any, first: Path | str, other: Any) -> None:
-    """Raise AtollError if the parts `path` and `first` were trained on latents that differ in their statistics alone.
+    """Raise AtollError if the latents of `path` and `first`, experts or shards, differ in their statistics alone.
 
     codec, other: the entries of their cards.
     """
     if constants := other_statistics(codec, other):
         raise AtollError(
-            f"{path}: was trained on latents normalised by {constants[0]}, {first} by {constants[1]}; parts of one "
-            "model need the same statistics: train both on the clusters/ of one run"
+            f"{path}: its latents are normalised by {constants[0]}, those of {first} by {constants[1]}; parts of one "
+            "model need the same statistics: take both from one run, trained on its clusters/"
         )
 
 

@@ -184,7 +184,9 @@ def test_configs_that_differ_in_constants_alone_name_them(one, other, expected) 
 
 def test_parts_of_other_statistics_are_refused_by_name() -> None:
     refuse_other_statistics("a", MEASURED, "b", MEASURED)
-    with pytest.raises(AtollError, match=r"a: was trained on latents normalised by scale 2\.0, b by scale 3\.0; parts"):
+    with pytest.raises(
+        AtollError, match=r"a: its latents are normalised by scale 2\.0, those of b by scale 3\.0; parts"
+    ):
         refuse_other_statistics("a", CODEC, "b", {**CODEC, "scale": 3.0})
 
 
