@@ -15,6 +15,7 @@ from atoll.data.sources import build_source
 from atoll.data.tally import Tally
 from atoll.data.types import Block, Source
 from atoll.data.watch import EncodeProgress, Watch
+from atoll.encoders.codec.statistics import uses_measured
 from atoll.encoders.text import build_encoder
 from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.weights import same
@@ -105,7 +106,8 @@ def encode_run(
             cut=cut,
             layout=frozen.layout,
         )
-    return _say(out, source, tally, cut, encoder.length, frozen.framing.sizes)
+    said = _say(out, source, tally, cut, encoder.length, frozen.framing.sizes)
+    return f"{said}\n{_say_statistics(out)}" if uses_measured(manifest.codec) else said
 
 
 def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> EncodedCard:
@@ -225,3 +227,15 @@ def _say(out: Path, source: Source, tally: Tally, cut: CutCaptions, length: int,
     if (counts := cut.counts()) is not None:
         lines.append(cut_line(counts, length))
     return "\n".join(lines)
+
+
+def _say_statistics(out: Path) -> str:
+    """Return the line on the statistics that `atoll cluster` will normalise by."""
+    statistics = Shards(out).card(EncodedCard).statistics
+    if statistics is None:
+        return "no training image, and so no statistics of the latents"
+    mean, std = statistics.mean, statistics.std
+    return (
+        f"latents of {len(mean)} channels: means of {min(mean):.2f} to {max(mean):.2f}, deviations of {min(std):.2f} "
+        f"to {max(std):.2f}; `atoll cluster` normalises them"
+    )

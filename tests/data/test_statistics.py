@@ -107,7 +107,7 @@ def test_the_card_has_the_statistics_of_the_rows_that_remain(run, flips) -> None
     """Repeated images are dropped at the end; their blocks were summed up with them."""
     yaml = YAML.format(path=run.parent / "images", flips=flips, channels=3)
     (run / "atoll.yaml").write_text(yaml)
-    encode_run(run, load_manifest(run), workers=0)
+    said = encode_run(run, load_manifest(run), workers=0)
     shards = Shards(run / "encoded")
     assert len(shards) == 40
     rows = shards.rows("train")
@@ -115,8 +115,26 @@ def test_the_card_has_the_statistics_of_the_rows_that_remain(run, flips) -> None
     columns = [shards.read(name, rows) for name in shards.columns if name.startswith("latent")]
     assert len(columns) == (2 if flips == "true" else 1)
     assert_statistics(shards.card(EncodedCard).statistics, columns)
+    # What is normalised is said; pixels are not, unless atoll.yaml asks for it.
+    assert "normalises" not in said
     # A second call, and whoever reads the plan again, sees the same encoding.
     assert "is there already" in encode_run(run, load_manifest(run), workers=0)
+
+
+def test_what_will_be_normalised_is_said(run) -> None:
+    yaml = YAML.format(path=run.parent / "images", flips="false", channels=3).replace(
+        "scale: 2.0", "statistics: measured"
+    )
+    (run / "atoll.yaml").write_text(yaml)
+    said = encode_run(run, load_manifest(run), workers=0)
+    statistics = Shards(run / "encoded").card(EncodedCard).statistics
+    assert f"latents of 3 channels: means of {min(statistics.mean):.2f} to {max(statistics.mean):.2f}, dev" in said
+    assert Shards(run / "encoded").card(EncodedCard).codec == {
+        "name": "pixels",
+        "channels": 3,
+        "shift": 0.0,
+        "scale": 1.0,
+    }
 
 
 def test_an_altered_block_with_nan_is_named(run, monkeypatch) -> None:
