@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from atoll.encoders.codec.autoencoder import NetworkCodec
 from atoll.encoders.codec.base import Codec
-from atoll.encoders.codec.diffusers import KINDS, DiffusersConfig, load_diffusers
+from atoll.encoders.codec.diffusers import KINDS, AutoencoderConfig, load_diffusers
 from atoll.encoders.codec.pixels import PixelCodec, PixelConfig
 from atoll.encoders.codec.taef2 import TAEF2Config, load_taef2
 from atoll.encoders.trust import USER, Trust
@@ -18,7 +18,7 @@ __all__ = ["Codec", "NetworkCodec", "PixelCodec", "build_codec"]
 _CONFIGS: dict[str, type[BaseModel]] = {
     "pixels": PixelConfig,
     "taef2": TAEF2Config,
-    **dict.fromkeys(KINDS, DiffusersConfig),
+    **dict.fromkeys(KINDS, AutoencoderConfig),
 }
 
 
@@ -34,7 +34,7 @@ def build_codec(config: Mapping[str, Any], trust: Trust = USER) -> Codec:
             sha256; a missing package.
     """
     match parse_config("codec", _CONFIGS, config):
-        case DiffusersConfig() as checked:
+        case AutoencoderConfig() as checked:
             return NetworkCodec(checked, load_diffusers(checked, trust))
         case TAEF2Config() as checked:
             return NetworkCodec(checked, load_taef2(checked, trust))

@@ -18,7 +18,7 @@ from atoll.errors import AtollError
 Step = Callable[[Tensor], Tensor]
 
 
-class DiffusersConfig(Standardised, PretrainedConfig):
+class AutoencoderConfig(Standardised, PretrainedConfig):
     """An image autoencoder of diffusers, by a name of `KINDS`.
 
     z is the mean of its posterior, so that an image has one latent. Sampling the posterior would add little compared
@@ -43,7 +43,7 @@ class Kind:
     constants: Callable[[Any], tuple[Constant, Constant]]
 
 
-def load_diffusers(config: DiffusersConfig, trust: Trust) -> Autoencoder:
+def load_diffusers(config: AutoencoderConfig, trust: Trust) -> Autoencoder:
     """Load a network in float32.
 
     Raises:

@@ -195,8 +195,8 @@ class ChannelMap:
     def __call__(self, latents: Tensor) -> Tensor:
         """Map latents [..., C, H, W] to latents of the same dtype, computed in float32."""
         gain, offset = (value.float().reshape(-1, 1, 1) for value in (self.gain, self.offset))
-        # Two roundings, in this order: the same bits on every machine.
-        return (latents.float() * gain + offset).to(latents.dtype)
+        # Two roundings, in this order: the same bits on every machine. In place, on a copy.
+        return latents.to(torch.float32, copy=True).mul_(gain).add_(offset).to(latents.dtype)
 
 
 def _map_between(old: tuple[list[float], list[float]], new: tuple[list[float], list[float]]) -> ChannelMap:

@@ -154,6 +154,8 @@ def test_images_of_other_statistics_are_said_to_be(tmp_path) -> None:
     assert statistics_note(write(tmp_path / "run", some(), CODEC), run) == ""
     assert statistics_note(write(tmp_path / "alike", (some().float() * 1.05).half(), CODEC), run) == ""
     assert statistics_note(write(tmp_path / "old", some(), CODEC, None), run) == ""
+    for name, other in (("mean", some().float() + 0.5), ("deviation", some().float() * 1.2 + 0.2)):
+        assert "keeps its statistics" in statistics_note(write(tmp_path / name, other.half(), CODEC), run)
     note = statistics_note(write(tmp_path / "other", (some().float() * 2 + 1).half(), CODEC), run)
     assert "the run keeps its statistics" in note
     assert "deviations of 2.00 to 2.00" in note
