@@ -10,7 +10,7 @@ from torch import Tensor
 from atoll.convert.read import Checkpoint
 from atoll.errors import AtollError
 from atoll.nn import describe
-from atoll.nn.dit import sincos_positions
+from atoll.nn.positions import sincos_positions
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from atoll.choices import Checkpointing
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
-from atoll.nn.inputs import check_input, check_states, checked_rows, compute_dtype, mask_bias
+from atoll.nn.inputs import check_states, checked_rows, compute_dtype, mask_bias
+from atoll.nn.positions import sincos_table, token_grid
 from atoll.nn.recompute import recomputed
 from atoll.nn.sizes import check_sizes
 from atoll.storage import bounds
@@ -67,10 +68,12 @@ class DiTConfig(BaseModel):
     text_layers: Literal[1, 2] = 1  # linear layers that project the states; PixArt has 2
     mlp_eps: bounds.Epsilon = NORM_EPS  # of the norm before a block's MLP; diffusers' DiT uses 1e-5
     time_period: bounds.TimeScale = TIME_PERIOD  # diffusers' DiT uses 10000^(128/127)
+    base_size: tuple[bounds.Side, bounds.Side] | None = None  # (H, W) of `atoll.nn.positions`' base grid; None: `size`
 
     @model_validator(mode="after")
     def _check(self) -> "DiTConfig":
-        check_sizes(self.size, self.patch, self.width, self.heads)
+        for size in (self.size, self.base_size or self.size):
+            check_sizes(size, self.patch, self.width, self.heads)
         return self
 
 
@@ -87,25 +90,6 @@ def unpatchify(tokens: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     B, (H, W) = len(tokens), size
     x = tokens.reshape(B, H // patch, W // patch, patch, patch, -1)  # [B,H/p,W/p,p,p,C]
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)  # [B,C,H,W]
-
-
-def sincos_positions(rows: int, columns: int, width: int, span: float | None = None) -> Tensor:
-    """Fixed 2D positions [rows*columns, width]: half of the width for the column, half for the row.
-
-    The column comes first, as in DiT's get_2d_sincos_pos_embed (despite its variable names).
-
-    Args:
-        rows, columns: tokens of a column and of a row of the grid.
-        width: D, a multiple of 4.
-        span: None places tokens at 0, 1, 2, ...; a number at equal steps in [0, span), as PixArt does for a network of
-            another size.
-    """
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))  # [D/4]
-    steps = [torch.arange(n, dtype=torch.float64) * (1 if span is None else span / n) for n in (rows, columns)]
-    row, column = torch.meshgrid(steps, indexing="ij")  # [rows,columns]
-    angles = torch.stack([column, row]).reshape(2, -1, 1) * frequencies  # [2,N,D/4]
-    by_column, by_row = torch.cat([angles.sin(), angles.cos()], dim=2)  # [N,D/2] each
-    return torch.cat([by_column, by_row], dim=1).float()  # [N,D]
 
 
 def time_features(time: Tensor, period: float = TIME_PERIOD) -> Tensor:
@@ -276,7 +260,8 @@ class DiT(nn.Module):
     """The denoiser: forward(x [B,C,H,W], time [B], condition) -> [B,C,H,W], in the dtype of x.
 
     `time` is scaled already (0..999 by default, see the objective's time_scale). The network computes in the dtype of
-    its weights, or in autocast's. Raises AtollError if an input does not fit the configuration.
+    its weights, or in autocast's. Latents may have any size that the patch divides, see `atoll.nn.positions`. Raises
+    AtollError if an input does not fit the configuration.
     """
 
     positions: Tensor
@@ -284,10 +269,11 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
+        p, D, kind = config.patch, config.width, config.modulation
         self.embed = nn.Linear(p * p * config.channels, D)
         # Fixed, but persistent: a network built on the meta device then loads it together with its weights.
-        self.register_buffer("positions", sincos_positions(H // p, W // p, D))
+        self._table = sincos_table(config.size, config.base_size, p, D)
+        self.register_buffer("positions", self._table.own())
         self.conditioner = Conditioner(D, config.pooled_dim, kind, config.final, config.time_period)
         self.embed_states = text_projection(config.states_dim, D, config.text_layers)
         self.blocks = nn.ModuleList(
@@ -329,13 +315,13 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
         # Check the inputs.
         config = self.config
-        check_input(x, time, config.channels, config.size)
+        grid = token_grid(x, time, config.channels, config.patch)
         condition = checked_rows(condition, len(x))
         # Embed time, pooled vector and latent.
         dtype = compute_dtype(self.embed.weight, x)
         prepared, prepared_final = self.conditioner(time, condition.pooled, dtype)  # [B,6,D], [B,1,D] or [B,D]
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
-        tokens = tokens + self.positions.to(dtype)  # [B,N,D]
+        tokens = tokens + self._table.at(grid, self.positions).to(dtype)  # [B,N,D]
         # The blocks, with cached or freshly computed text keys and values.
         if isinstance(condition, TextKV):
             tokens = condition.through(
@@ -348,7 +334,7 @@ class DiT(nn.Module):
         # The final layer, and back to a latent.
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         tokens = self.final(modulate(tokens, shift, scale))  # [B,N,p*p*C]
-        return unpatchify(tokens, config.patch, config.size).to(x.dtype)  # [B,C,H,W]
+        return unpatchify(tokens, config.patch, (x.shape[2], x.shape[3])).to(x.dtype)  # [B,C,H,W]
 
 
 class DiTSize(TypedDict):

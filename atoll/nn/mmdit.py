@@ -45,9 +45,10 @@ from atoll.nn.dit import (
     unpatchify,
     zero,
 )
-from atoll.nn.inputs import check_input, check_states, checked_rows, compute_dtype, mask_bias
+from atoll.nn.inputs import check_states, checked_rows, compute_dtype, mask_bias
 from atoll.nn.joint_blocks import DualBlock, MMDiTBlock, linear, norm
-from atoll.nn.rotary import grid_positions, rotations
+from atoll.nn.positions import TokenGrid, positions_of, token_grid
+from atoll.nn.rotary import rotations
 from atoll.nn.sizes import check_head_width, check_sizes
 from atoll.nn.token_route import TokenRoute
 from atoll.storage import bounds
@@ -74,10 +75,12 @@ class MMDiTConfig(BaseModel):
     dual_blocks: bounds.DualBlocks = 0  # of the blocks, the first ones, which update the text as well
     size_embedding: bool = False  # height and width of the latent enter the modulation
     bottleneck: bounds.Width | None = None  # width between two layers that embed a patch, for pixels; None: one layer
+    base_size: tuple[bounds.Side, bounds.Side] | None = None  # (H, W) of `atoll.nn.positions`' base grid; None: `size`
 
     @model_validator(mode="after")
     def _check(self) -> "MMDiTConfig":
-        check_sizes(self.size, self.patch, self.width, self.heads)
+        for size in (self.size, self.base_size or self.size):
+            check_sizes(size, self.patch, self.width, self.heads)
         check_head_width(self.width, self.heads)
         # The text that the last block would compute is read by nothing.
         if self.dual_blocks >= self.depth:
@@ -179,19 +182,13 @@ class MMDiT(nn.Module):
                 return prepared, c, None
             return prepared, c, self.shared_text(F.silu(c)).unflatten(2, (6, -1)).squeeze(1)
 
-    def _rope(self, x: Tensor, positions: Tensor | None) -> Tensor:
+    def _rope(self, x: Tensor, grid: TokenGrid, positions: Tensor | None) -> Tensor:
         """The rotations [1 or B,1,N,d/2,2] of the given positions, or of the grid."""
         config = self.config
-        (H, W), p = x.shape[2:], config.patch
         if positions is None:
-            check_input(x, x[:, 0, 0, 0], config.channels, config.size)
-            positions = grid_positions(H // p, W // p, x.device)  # [N,2]
-        elif x.shape[1] != config.channels or H % p or W % p:
-            raise AtollError(
-                f"latent: got shape {list(x.shape)}, expected {config.channels} channels and sides that are a multiple "
-                f"of the patch, {p}; encode with the codec that the network was built for"
-            )
-        tokens = [H // p * (W // p), 2]
+            H, W = config.base_size or config.size
+            positions = positions_of(grid, (H // config.patch, W // config.patch), x.device)  # [N,2]
+        tokens = [grid[0] * grid[1], 2]
         if list(positions.shape) not in (tokens, [len(x), *tokens]):
             raise AtollError(
                 f"positions: got shape {list(positions.shape)}, expected {tokens} or [{len(x)}, {tokens[0]}, 2]; "
@@ -213,10 +210,10 @@ class MMDiT(nn.Module):
         """Compute the prediction.
 
         Args:
-            x: latent [B,C,H,W]; of another size than the configuration's only with `positions`.
+            x: latent [B,C,H,W], of any size that the patch divides.
             time: [B].
             condition: of B rows, or what `read_prompt` returned for it.
-            positions: (row, column) of every token in tokens, [N,2] or [B,N,2]; None: the grid of the size.
+            positions: (row, column) of every token in tokens, [N,2] or [B,N,2]; None: those of `atoll.nn.positions`.
             route: tokens that pass through some blocks only.
             tap: also return the tokens after this many blocks.
 
@@ -225,8 +222,8 @@ class MMDiT(nn.Module):
         """
         # Check the inputs; embed latent, time and text.
         config = self.config
-        rope = self._rope(x, positions)  # [1 or B,1,N,d/2,2]
-        check_input(x, time, config.channels, (x.shape[2], x.shape[3]))
+        grid = token_grid(x, time, config.channels, config.patch)
+        rope = self._rope(x, grid, positions)  # [1 or B,1,N,d/2,2]
         condition = checked_rows(condition, len(x))
         dtype = compute_dtype(self.final.weight, x)
         prepared, c, prepared_text = self._modulations(x, time, condition.pooled)

@@ -33,12 +33,12 @@ from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_state
 from atoll.nn.dit import (
     TIME_FEATURES,
     modulate,
-    sincos_positions,
     time_features,
     unpatchify,
     zero,
 )
 from atoll.nn.inputs import check_input, compute_dtype
+from atoll.nn.positions import sincos_positions
 from atoll.nn.sizes import check_sizes
 from atoll.storage import bounds
 

@@ -30,12 +30,12 @@ from atoll.nn.dit import (
     initialize_blocks,
     modulate,
     patchify,
-    sincos_positions,
     zero,
 )
-from atoll.nn.inputs import check_input, compute_dtype
+from atoll.nn.inputs import compute_dtype
 from atoll.nn.joint_blocks import MMDiTBlock
-from atoll.nn.rotary import grid_positions, rotations
+from atoll.nn.positions import TokenGrid, positions_of, sincos_table, token_grid
+from atoll.nn.rotary import rotations
 from atoll.nn.sizes import check_head_width, check_sizes
 from atoll.storage import bounds
 
@@ -131,11 +131,11 @@ class Router(nn.Module):
     def __init__(self, config: RouterConfig) -> None:
         super().__init__()
         self.config = config
-        (H, W), p, D, kind = config.size, config.patch, config.width, config.modulation
+        p, D, kind = config.patch, config.width, config.modulation
         self.embed = nn.Linear(p * p * config.channels, D)
         # Persistent, as in DiT. MMDiT's blocks rotate instead.
-        fixed = sincos_positions(H // p, W // p, D) if config.block == "dit" else None
-        self.register_buffer("positions", fixed)
+        self._table = sincos_table(config.size, None, p, D)
+        self.register_buffer("positions", self._table.own() if config.block == "dit" else None)
         # One learnt token in front; the head reads its last state.
         self.cls = nn.Parameter(torch.empty(1, 1, D))
         self.conditioner = Conditioner(D, config.pooled_dim, kind)
@@ -176,12 +176,13 @@ class Router(nn.Module):
         """Log-probabilities of the clusters that the head knows, and the states behind them [B,1+N,D] or [B,1,D]."""
         # Embed time, pooled vector and latent, as in DiT.
         config = self.config
-        check_input(x, t, config.channels, config.size)
+        grid = token_grid(x, t, config.channels, config.patch)
         dtype = compute_dtype(self.embed.weight, x)
         prepared, prepared_final = self.conditioner(t * config.time_scale, pooled, dtype)
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
-        tokens = tokens if self.positions is None else tokens + self.positions.to(dtype)  # [B,N,D]
-        rope = self._rope(x)
+        if self.positions is not None:
+            tokens = tokens + self._table.at(grid, self.positions).to(dtype)  # [B,N,D]
+        rope = self._rope(x, grid)
         # Prepend the CLS token, which collects what the head reads.
         tokens = torch.cat([self.cls.to(dtype).expand(len(x), -1, -1), tokens], dim=1)  # [B,1+N,D]
         states = []
@@ -198,13 +199,14 @@ class Router(nn.Module):
         log_p = F.log_softmax(logits, dim=1, dtype=torch.promote_types(dtype, torch.float32))  # [B,K]
         return log_p, [states[0], states[-1], final]
 
-    def _rope(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _rope(self, x: Tensor, grid: TokenGrid) -> tuple[Tensor, ...]:
         """The rotations that MMDiT's blocks read, [1,1,1+N,d/2,2]; none for DiT's. CLS is not rotated."""
         config = self.config
         if config.block == "dit":
             return ()
-        grid = grid_positions(config.size[0] // config.patch, config.size[1] // config.patch, x.device)  # [N,2]
-        positions = F.pad(grid, (0, 0, 1, 0)).to(torch.promote_types(x.dtype, torch.float32))  # [1+N,2]
+        base = (config.size[0] // config.patch, config.size[1] // config.patch)
+        places = positions_of(grid, base, x.device)  # [N,2]
+        positions = F.pad(places, (0, 0, 1, 0)).to(torch.promote_types(x.dtype, torch.float32))  # [1+N,2]
         return (rotations(positions, config.width // config.heads),)
 
     def _features(self, states: list[Tensor], pooled: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from atoll.nn import MMDIT_SIZES, SIZES, MMDiT, MMDiTConfig, build_network
 from atoll.nn.attention import attention_by_products, head_attention
 from atoll.nn.block_cache import BlockCache
 from atoll.nn.joint_blocks import DualBlock
+from atoll.nn.positions import positions_of
 from atoll.nn.rotary import grid_positions, normed_heads, rotations
 from atoll.nn.token_route import TokenRoute
 from atoll.plan.cost import forward_flops, sizes_of
@@ -347,16 +348,16 @@ def test_positions_default_to_the_grid_and_may_differ_in_each_row() -> None:
     assert relative_error(each[1], plain[1]) > 1e-3
 
 
-def test_a_latent_of_another_size_needs_its_positions() -> None:
+def test_a_latent_of_another_size_takes_its_own_positions_or_given_ones() -> None:
     network = random_mmdit()
     _, time, condition = inputs()
     x = torch.randn(B, C, 6, 10, dtype=torch.float64)
-    assert network(x, time, condition, grid_positions(3, 5)).shape == x.shape
-    with pytest.raises(AtollError, match=r"latent: got shape \[3, 2, 6, 10\], expected \[B, 2, 8, 12\]"):
-        network(x, time, condition)
+    own = network(x, time, condition)
+    assert torch.equal(network(x, time, condition, positions_of((3, 5), (4, 6))), own)
+    assert relative_error(network(x, time, condition, grid_positions(3, 5)), own) > 1e-3
     with pytest.raises(AtollError, match=r"positions: got shape \[24, 2\], expected \[15, 2\] or \[3, 15, 2\]"):
         network(x, time, condition, grid_positions(4, 6))
-    with pytest.raises(AtollError, match=r"latent: got shape \[3, 2, 7, 10\], .* multiple of the patch, 2"):
+    with pytest.raises(AtollError, match=r"latent: got shape \[3, 2, 7, 10\], .* multiples of the patch, 2"):
         network(x.new_zeros(B, C, 7, 10), time, condition, grid_positions(3, 5))
 
 
@@ -534,8 +535,10 @@ def test_wrong_inputs_are_named() -> None:
     network = random_mmdit(pooled_dim=POOLED)
     x, time, condition = inputs()
     states, mask, pooled = condition.states, condition.mask, condition.pooled
-    with pytest.raises(AtollError, match=r"latent: got shape \[3, 2, 12, 8\], expected \[B, 2, 8, 12\]"):
-        network(x.transpose(2, 3), time, condition)
+    with pytest.raises(
+        AtollError, match=r"latent: got shape \[3, 2, 8, 11\], expected \[B, 2, H, W\] .* multiples of the patch, 2"
+    ):
+        network(x[..., :11], time, condition)
     with pytest.raises(AtollError, match=r"time: got shape \[1\], expected \[3\]"):
         network(x, time[:1], condition)
     with pytest.raises(AtollError, match=r"condition: got 2 rows, expected 3 rows"):

@@ -76,7 +76,7 @@ def test_the_head_reads_the_cls_token(block: str) -> None:
 
 
 def test_mmdits_blocks_rotate_the_patches_by_their_place_and_cls_not_at_all() -> None:
-    (rope,) = random_router(block="mmdit")._rope(inputs()[0])
+    (rope,) = random_router(block="mmdit")._rope(inputs()[0], (4, 6))
     assert torch.equal(rope[..., 0, :, 0], torch.ones(1, 1, 4).double())
     torch.testing.assert_close(rope[..., 1:, :, :], rotations(grid_positions(H // 2, W // 2).double(), 8))
 
@@ -144,7 +144,7 @@ def test_wrong_sizes_and_inputs_are_named() -> None:
         build_network(config().model_dump() | {"clusters": 0})
     router = random_router(pooled_dim=POOLED)
     x, t, pooled = inputs()
-    with pytest.raises(AtollError, match=r"latent: got shape \[3, 1, 8, 12\], expected \[B, 2, 8, 12\]"):
+    with pytest.raises(AtollError, match=r"latent: got shape \[3, 1, 8, 12\], expected \[B, 2, H, W\]"):
         router(x[:, :1], t, pooled)
     with pytest.raises(AtollError, match=r"time: got shape \[3, 1\], expected \[3\]"):
         router(x, t[:, None], pooled)
