@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from atoll.calibration import resized
 from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import STRANGER, Trust
@@ -32,7 +33,7 @@ from atoll.storage.cards import (
     parse_record,
 )
 from atoll.storage.layout import ENSEMBLE_CARD, STACKINGS, RunLayout, cluster_path
-from atoll.storage.shards import Shards, is_held_out
+from atoll.storage.shards import LATENTS, Shards, is_held_out
 
 _ROWS, _SAMPLES = 1024, 512  # measuring replicas: the most held-out latents, and the noisy latents at each level
 
@@ -249,6 +250,8 @@ def _stacked(
         raise AtollError(
             f"{names}: no row of {shards[0].path} is held out; set train.calibration_holdout, and train them again"
         )
+    # Of images of several sizes, those of the commonest: the weights depend on the noise, hardly on the size.
+    rows = _of_one_shape(shards, rows)
     # A fixed sample of them, ascending, so that each shard is read once.
     rows = rows[random_rows(len(rows), _ROWS, cpu_generator(0))].sort().values
     latents, captions = _read(shards, rows)
@@ -256,10 +259,23 @@ def _stacked(
     conditions = [build_encoder(one.card.condition, trust)(captions) for one in loaded]
     # All replicas use one mean latent: that of a calibration if there is one.
     means = [one.expert.calibration.mean.cpu() for one in loaded if one.expert.calibration is not None]
-    mean = means[0] if means else latents.mean(0)
+    mean = means[0] if means else resized(latents.mean(0), shards[0].shape(LATENTS[0])[1:])
     experts = [one.expert for one in loaded]
     # The measurement treats all replicas alike, whatever their objectives.
     return measure_stacking(experts, latents, conditions, mean, samples=_SAMPLES, device=device)
+
+
+def _of_one_shape(shards: list[Shards], rows: torch.Tensor) -> torch.Tensor:
+    """The rows [n] int64 whose latents have the shape that most of them have; the main one where it ties."""
+    every = sorted({shape for part in shards for shape in part.shapes(LATENTS[0])})
+    kinds = [
+        torch.tensor([every.index(shape) for shape in part.shapes(LATENTS[0])])[part.shape_numbers(LATENTS[0]).long()]
+        for part in shards
+    ]
+    own = torch.cat(kinds)[rows]
+    counts = {shape: int((own == kind).sum()) for kind, shape in enumerate(every)}
+    commonest = max(every, key=lambda shape: (counts[shape], shape == shards[0].shape(LATENTS[0])))
+    return rows[own == every.index(commonest)]
 
 
 def _starts(shards: list[Shards]) -> list[tuple[Shards, int]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atoll.errors import AtollError
@@ -26,12 +27,28 @@ NODES = (
 _CURVES = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
 
 
+def resized(mean: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return a mean latent [C,h,w] at another size (H, W), bilinearly: [C,H,W]; unchanged at its own."""
+    if tuple(mean.shape[1:]) == tuple(size):
+        return mean
+    return F.interpolate(mean[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def mean_like(mean: Tensor, x: Tensor) -> Tensor:
+    """Return a mean latent for latents x [B, ...]: in their dtype, on their device, at their size.
+
+    Images of several sizes share one mean. Its correction is measured with it, so it need not be the mean of each.
+    """
+    mean = mean.to(x)
+    return resized(mean, tuple(x.shape[2:])) if mean.ndim == 3 and x.ndim == 4 else mean
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Measurements of one expert at M log-SNR nodes.
 
     Attributes:
-        mean: the cluster's mean latent, [...] as one latent.
+        mean: the cluster's mean latent, [...] as one latent; resized for latents of another size.
         log_snr: nodes [M], increasing.
         slope: s at each node [M].
         x0_mse: mean squared error of the corrected x0 at each node [M].
@@ -75,7 +92,7 @@ class Calibration:
             The corrected (x0, eps), each [B, ...].
         """
         # x0 - m times 1 - s, over sigma: moves x0 by -sigma and eps by +alpha of it, so x stays.
-        excess = per_sample(self.shrinkage_over_sigma(PATH.log_snr(t)), x0) * (x0 - self.mean.to(x0))
+        excess = per_sample(self.shrinkage_over_sigma(PATH.log_snr(t)), x0) * (x0 - mean_like(self.mean, x0))
         return x0 - per_sample(PATH.sigma(t), x0) * excess, eps + per_sample(PATH.alpha(t), x0) * excess
 
     @property

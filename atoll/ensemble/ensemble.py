@@ -11,6 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from atoll.calibration import mean_like
 from atoll.condition import Condition, as_conditions
 from atoll.ensemble.expert import Alignment, Expert, RouterNetwork
 from atoll.ensemble.offload import selection_probs
@@ -278,7 +279,7 @@ class Ensemble:
             group_weight = weights[:, members].sum(1)  # [B]
             solved, mean_weight = stacking.at(t)
             factors[:, members] = group_weight[:, None] * solved.to(x)
-            offset += per_sample((group_weight * mean_weight).to(x), x) * (x - stacking.mean.to(x))
+            offset += per_sample((group_weight * mean_weight).to(x), x) * (x - mean_like(stacking.mean, x))
             stacked |= set(members)
 
         # Rows by expert: each expert is evaluated once, for all samples that selected it.

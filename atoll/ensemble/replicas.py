@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from atoll.alignment import snr_x0_eps
-from atoll.calibration import NODES, Calibration
+from atoll.calibration import NODES, Calibration, mean_like
 from atoll.condition import Condition
 from atoll.ensemble.expert import Expert
 from atoll.errors import AtollError
@@ -34,7 +34,7 @@ class Stacking:
 
     Attributes:
         names: the replicas' names [R], at least two.
-        mean: their clusters' mean latent m, [...] as one latent.
+        mean: their clusters' mean latent m, [...] as one latent; resized for latents of another size.
         log_snr: nodes [M], increasing.
         weights: [M, R], not negative.
         x0_mse: mean squared error per number of the stacked x0 at each node [M].
@@ -128,6 +128,7 @@ def measure_stacking(
         raise AtollError("weights of replicas need scipy: pip install 'atoll[data]'") from None
     # Repeat latents and conditions up to the number of samples.
     order = torch.tensor(sorted(NODES, reverse=True), dtype=torch.float64)  # increasing log-SNR
+    own_mean = mean_like(mean, latents)
     rows = torch.arange(samples) % len(latents)
     x0, repeated = latents[rows], [None if c is None else c.index(rows) for c in conditions]
     weights, errors = [], []
@@ -137,10 +138,10 @@ def measure_stacking(
         t = torch.full((samples,), time, dtype=x0.dtype)
         x = PATH.diffuse(x0, eps, t)
         estimates = [
-            (_estimate(expert, x, t, condition, mean, device) - mean).flatten().double()
+            (_estimate(expert, x, t, condition, own_mean, device) - own_mean).flatten().double()
             for expert, condition in zip(experts, repeated, strict=True)
         ]
-        columns, truth = torch.stack(estimates, dim=1), (x0 - mean).flatten().double()
+        columns, truth = torch.stack(estimates, dim=1), (x0 - own_mean).flatten().double()
         # Least squares. Estimates at high noise reach 1e4: columns of unit length keep the problem well posed.
         length = columns.norm(dim=0).clamp(min=1e-12)
         solved = torch.from_numpy(nnls((columns / length).numpy(), truth.numpy())[0]) / length

@@ -1,12 +1,13 @@
 """Measures an expert's calibration on held-out latents of its cluster, see `atoll.calibration`."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from atoll.alignment import snr_x0_eps
-from atoll.calibration import NODES, Calibration
+from atoll.calibration import NODES, Calibration, mean_like
 from atoll.condition import Condition
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
@@ -45,9 +46,63 @@ def measure_calibration(
         The slopes, and the mean squared errors of x0 with and without them.
     """
     mean = latents.mean(0) if mean is None else mean.to(latents)
-    log_snr = PATH.log_snr(torch.tensor(NODES, dtype=torch.float64))
+    return measure_shapes(
+        network, objective, [(latents, condition)], mean=mean, seed=seed, samples=samples, batch=batch
+    )
+
+
+@torch.inference_mode()
+def measure_shapes(
+    network: _Network,
+    objective: Objective,
+    groups: Sequence[tuple[Tensor, Condition | None]],
+    *,
+    mean: Tensor,
+    seed: int = 0,
+    samples: int = 256,
+    batch: int = 256,
+) -> Calibration:
+    """Measure one calibration over latents of several shapes, each weighed by its number of latents.
+
+    Args:
+        groups: held-out latents [n, ...] of one shape, and the encoding of their captions, for each shape.
+        network, objective, mean, seed, samples, batch: as in `measure_calibration`.
+    """
+    total = sum(len(latents) for latents, _ in groups)
     sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per latent value
-    identity = Calibration.identity(mean)
+    for latents, condition in groups:
+        share = len(latents) / total
+        own = max(1, round(samples * share))
+        products = _products(network, objective, latents, condition, mean=mean, seed=seed, samples=own, batch=batch)
+        sums += share * products
+    log_snr = PATH.log_snr(torch.tensor(NODES, dtype=torch.float64))
+    hat_hat, hat_true, true_true = sums.unbind(1)
+    # A correction may shrink an estimate: a slope above 1 would amplify it, one below 0 would reverse it.
+    slope = (hat_true / hat_hat.clamp(min=1e-12)).clamp(0, 1)
+    order = log_snr.argsort()
+    return Calibration(
+        mean=mean,
+        log_snr=log_snr[order],
+        slope=slope[order],
+        x0_mse=(true_true - 2 * slope * hat_true + slope**2 * hat_hat)[order],
+        x0_mse_raw=(true_true - 2 * hat_true + hat_hat)[order],
+    )
+
+
+def _products(
+    network: _Network,
+    objective: Objective,
+    latents: Tensor,
+    condition: Condition | None,
+    *,
+    mean: Tensor,
+    seed: int,
+    samples: int,
+    batch: int,
+) -> Tensor:
+    """Return <hat, hat>, <hat, true> and <true, true> per latent value at each of `NODES`, [M,3] float64."""
+    sums, identity = torch.zeros(len(NODES), 3, dtype=torch.float64), Calibration.identity(mean)
+    mean = mean_like(mean, latents)
     # Accumulate the products of estimate and truth at each node.
     for node, time in enumerate(NODES):
         for start in range(0, samples, batch):
@@ -67,14 +122,4 @@ def measure_calibration(
             truth = (x0 - mean).double()
             products = torch.stack([estimate * estimate, estimate * truth, truth * truth])
             sums[node] += products.flatten(1).sum(1) / (samples * mean.numel())
-    hat_hat, hat_true, true_true = sums.unbind(1)
-    # A correction may shrink an estimate: a slope above 1 would amplify it, one below 0 would reverse it.
-    slope = (hat_true / hat_hat.clamp(min=1e-12)).clamp(0, 1)
-    order = log_snr.argsort()
-    return Calibration(
-        mean=mean,
-        log_snr=log_snr[order],
-        slope=slope[order],
-        x0_mse=(true_true - 2 * slope * hat_true + slope**2 * hat_hat)[order],
-        x0_mse_raw=(true_true - 2 * hat_true + hat_hat)[order],
-    )
+    return sums

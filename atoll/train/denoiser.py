@@ -1,5 +1,6 @@
 """Trains one denoiser on shards: an expert, the monolith or a student."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from atoll.storage.artifact import save_artifact
 from atoll.storage.cards import CalibrationRecord, ClusterShardsCard, ExpertCard, TeacherRecord, TrainingRecord
 from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
-from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
-from atoll.train.calibrate import measure_calibration
+from atoll.train.batches import CaptionedLatents, Rows, drop_condition, mirrored, sizes_of
+from atoll.train.calibrate import measure_shapes
 from atoll.train.checkpoint import discard_checkpoints
 from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.init_weights import InitWeights
@@ -112,6 +113,7 @@ def train_denoiser(
         "assignment": data.assignment,
         "clusters": list(spec.clusters),
         "seed": spec.seed,
+        **sizes_of(training.rows, data.latent_shape),
         **origin,
         **own_constants(data.codec),
     }
@@ -141,11 +143,13 @@ def train_denoiser(
                 spec.run,
                 objective=objective,
                 encoder=encoder,
-                shape=task.shape,
+                shape=data.latent_shape,
                 codec=data.codec,
                 trust=trust,
                 rows=task.rows,
             )
+        for line in training.repeated(settings.batch) if island.is_first else ():
+            warnings.warn(f"{spec.name}: {line}", stacklevel=2)
         options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
         trained = train(task, settings, state, marks, island, **options)
         # Calibrate with the EMA weights, which training leaves in the network.
@@ -196,6 +200,7 @@ def _card(
         network=identity["network"],
         assignment=data.assignment,
         latent_shape=data.latent_shape,
+        **({"shapes": identity["shapes"]} if "shapes" in identity else {}),
         codec=data.codec,
         condition=data.condition,
         calibration=calibration,
@@ -287,9 +292,7 @@ class Denoising(Task):
     ):
         self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
         self.settings, self.seed, self.codec, self.trust = settings, seed, codec, trust
-        self.order = SeededSampler(len(data), settings.batch, seed)
-        # All directories of a run hold latents of one shape.
-        self.shape = data.rows.shards[0].shape("latent")
+        self.order = data.sampler(settings.batch, seed)
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
         self.drawing: ValidationImages | None = None
@@ -297,13 +300,13 @@ class Denoising(Task):
 
     def batch(self, index: int, local_rows: slice) -> Batch:
         g = seeded(self.seed, index)
-        count = self.settings.batch
+        count, every = self.settings.batch, self.order.at(index)
         # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
         t = self.objective.sample_time(count, g)
-        eps = torch.randn(count, *self.shape, generator=g)
+        eps = torch.randn(count, *self.data.rows.shape_of(every), generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         # Each process reads its own rows only.
-        rows = self.order.at(index)[local_rows]
+        rows = every[local_rows]
         flips, draws = mirrored(self.seed, index, count), caption_draws(self.seed, index, count)
         batch = self.data.batch(rows, flips[local_rows], draws[local_rows])
         batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
@@ -326,23 +329,25 @@ class Denoising(Task):
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
         """Return the objective's loss on held-out latents with captions, by log-SNR: {"+2": 0.31, ...}."""
-        # The same rows at every validation.
-        x0, condition = self.held_out.some(_VALIDATION_ROWS, self.seed)
+        # The same rows at every validation, of every shape that they have.
+        groups = self.held_out.some(_VALIDATION_ROWS, self.seed)
         device = next(self.module.parameters()).device
-        # A call has as many rows as one of the training, so that it needs no more memory.
-        parts = torch.arange(len(x0)).split(self.rows)
         losses = {}
         for level in _VALIDATION_LOG_SNR:
-            t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
             # The same noise at every validation, so losses compare.
-            eps = torch.randn(x0.shape, generator=seeded(self.seed, level + 100, Stream.VALIDATION))
-            x, scaled = self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale
-            outputs = [
-                module(x[rows].to(device), scaled[rows].to(device), condition.index(rows).to(device)).cpu()
-                for rows in parts
-            ]
-            output = torch.cat(outputs).float()
-            losses[f"{level:+d}"] = round(float(self.objective.loss(output, x0, eps, t).mean()), 6)
+            generator = seeded(self.seed, level + 100, Stream.VALIDATION)
+            each = []
+            for x0, condition in groups:
+                t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
+                eps = torch.randn(x0.shape, generator=generator)
+                x, scaled = self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale
+                # A call has as many rows as one of the training, so that it needs no more memory.
+                outputs = [
+                    module(x[rows].to(device), scaled[rows].to(device), condition.index(rows).to(device)).cpu()
+                    for rows in torch.arange(len(x0)).split(self.rows)
+                ]
+                each.append(self.objective.loss(torch.cat(outputs).float(), x0, eps, t))
+            losses[f"{level:+d}"] = round(float(torch.cat(each).mean()), 6)
         return losses
 
     def validation_images(self) -> ValidationImages | None:
@@ -383,10 +388,10 @@ def calibrate(
         rows: latents at most.
     """
     # The same rows for the same seed, so a calibration can be repeated.
-    x0, condition = data.some(rows, seed)
+    groups = [(x0, condition.to("cpu")) for x0, condition in data.some(rows, seed)]
 
     # The samples stay on the CPU; each batch moves to the network's device and back.
     def on_device(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
         return network(x.to(device), time.to(device), None if rows is None else rows.to(device)).cpu()
 
-    return measure_calibration(on_device, objective, x0, condition.to("cpu"), mean=mean, seed=seed)
+    return measure_shapes(on_device, objective, groups, mean=mean, seed=seed)

@@ -18,6 +18,7 @@ from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.solver import sample
 from atoll.storage.artifact import write_bytes
+from atoll.storage.shards import LATENTS
 from atoll.train.batches import CaptionedLatents
 
 _IMAGES, _STEPS = 16, 20
@@ -33,12 +34,12 @@ def draw_grid(
     seed: int,
     trust: Trust = STRANGER,
 ) -> None:
-    """Sample up to 16 images for captions of `data` and write them as a PNG.
+    """Sample up to 16 images of the main size for captions of `data`, and write them as a PNG.
 
     Args:
         module: the expert's network.
         objective: what it is trained with.
-        data: held-out latents; their captions and shape are used.
+        data: held-out latents; their captions and their main shape are used.
         codec: the codec's card entry.
         file: where the PNG is written; None to sample only, in all processes but the first.
         seed: of captions and noise, the same at every call.
@@ -46,11 +47,11 @@ def draw_grid(
     """
     device = next(module.parameters()).device  # type: ignore[attr-defined]
     # The same captions and noise at every call, so grids of different steps compare.
-    x0, condition = data.some(_IMAGES, seed)
-    condition = condition.to(device)
+    condition = Condition.cat([condition for _, condition in data.some(_IMAGES, seed)]).to(device)
+    shape = (len(condition), *data.rows.shards[0].shape(LATENTS[0]))
 
     # Noise, then the images that this expert alone makes of it.
-    noise = torch.randn(x0.shape, generator=seeded(seed, 0, Stream.SAMPLES)).to(device)
+    noise = torch.randn(shape, generator=seeded(seed, 0, Stream.SAMPLES)).to(device)
     latents = sample_alone(module, objective, noise, condition, data.encoder.null(1).to(device), steps=_STEPS)
     if file is None:
         return

@@ -274,14 +274,24 @@ def _noisy_features(
     g, passes = cpu_generator(seed), ShuffledPasses(len(data), lambda epoch: seeded(seed, epoch, Stream.ORDER))
     rows, null = passes.items(0, count), data.encoder.null(1)
     t, flips, dropped = (torch.rand(count, generator=g) for _ in range(3))
-    features = []
-    for chosen in torch.arange(count).split(_BATCH):
-        batch = data.batch(rows[chosen], flips[chosen] < 0.5)
-        eps = torch.randn(batch["x0"].shape, generator=g)
-        pooled = drop_condition(data.condition(batch), null, dropped[chosen] < dropout).pooled
-        x = PATH.diffuse(batch["x0"].float(), eps, t[chosen]).to(device)
-        features.append(router.features(x, t[chosen].to(device), None if pooled is None else pooled.to(device)).cpu())
-    return torch.cat(features), t
+    features: Tensor | None = None
+    for part in torch.arange(count).split(_BATCH):
+        for chosen in _alike(data, rows, part):
+            batch = data.batch(rows[chosen], flips[chosen] < 0.5)
+            eps = torch.randn(batch["x0"].shape, generator=g)
+            pooled = drop_condition(data.condition(batch), null, dropped[chosen] < dropout).pooled
+            x = PATH.diffuse(batch["x0"].float(), eps, t[chosen]).to(device)
+            own = router.features(x, t[chosen].to(device), None if pooled is None else pooled.to(device)).cpu()
+            features = own.new_empty(count, own.shape[1]) if features is None else features
+            features[chosen] = own
+    assert features is not None
+    return features, t
+
+
+def _alike(data: CaptionedLatents, rows: Tensor, places: Tensor) -> list[Tensor]:
+    """Divide places [n] int64 in `rows` by the shape of the latents there."""
+    kinds = data.rows.kinds(rows[places])
+    return [places[kinds == kind] for kind in kinds.unique(sorted=True)]
 
 
 def _accuracy(

@@ -1,5 +1,6 @@
 """Trains the router, p(cluster | noisy latent, t) (DDM section 3.3): `atoll train router`."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from atoll.storage.cards import ClustersCard, ClusterShardsCard, Lineage, Router
 from atoll.storage.layout import RunLayout, TrainingLayout, router_seed
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards import INDEX, SPLITS, Shards
-from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition, mirrored
+from atoll.train.batches import CaptionedLatents, Rows, drop_condition, mirrored, sizes_of
 from atoll.train.checkpoint import discard_checkpoints
 from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.island import Island, gathered_state
@@ -81,18 +82,21 @@ def train_router(
     seed, path = router_seed(manifest.seed), RunLayout(run).router
     paths = _paths(manifest, clusters)
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
+    # The router is trained on one split and evaluated on the other.
+    training, held_out = (CaptionedLatents(Rows.of(parts, split), encoder) for split in SPLITS)
     identity = {"network": config, "assignment": assignment, "seed": seed, **about}
-    marks = TrainingMarks({**identity, **own_constants(encoded.data_card.codec)}, settings)
+    identity |= {**own_constants(encoded.data_card.codec), **sizes_of(training.rows, latent_shape)}
+    marks = TrainingMarks(identity, settings)
     if _is_extended(path, lineage, resume, restart) or finished(path, RouterCard, marks, resume, restart):
         return path
     # Train, then write the artifact.
     torch.manual_seed(seed)
     router = build_network(config)
-    # The router is trained on one split and evaluated on the other.
-    training, held_out = (CaptionedLatents(Rows.of(parts, split), encoder) for split in SPLITS)
     training.tags = tag_dropout(settings, encoder)
     with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
         task = RouterTask(router, training, held_out, labels, settings=settings, seed=seed, paths=paths)
+        for line in training.repeated(settings.batch) if island.is_first else ():
+            warnings.warn(f"router: {line}", stacklevel=2)
         trained = train(
             task,
             settings,
@@ -154,15 +158,16 @@ class RouterTask(Task):
     ):
         self.module, self.data, self.held_out, self.labels = router, data, held_out, labels
         self.settings, self.seed, self.paths = settings, seed, paths
-        self.order = SeededSampler(len(data), settings.batch, seed)
+        self.order = data.sampler(settings.batch, seed)
         self.null = data.encoder.null(1)
 
     def batch(self, index: int, local_rows: slice) -> Batch:
         g = seeded(self.seed, index)
-        count, rows = self.settings.batch, self.order.at(index)[local_rows]
+        count, every = self.settings.batch, self.order.at(index)
+        rows = every[local_rows]
         # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
         t = torch.rand(count, generator=g)
-        eps = torch.randn(count, *self.data.rows.shards[0].shape("latent"), generator=g)
+        eps = torch.randn(count, *self.data.rows.shape_of(every), generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         # The labels count through all rows of the data set, so they are looked up by row number.
         labels = self.labels[self.data.rows.numbers[rows]]
@@ -198,17 +203,21 @@ class RouterTask(Task):
             return {}
         rows = random_rows(len(self.held_out), _EVALUATED_ON, seeded(self.seed, 0, Stream.SUBSET)).sort().values
         device = next(self.module.parameters()).device
-        # The same rows at every time, decoded once.
-        batch = {name: tensor.to(device) for name, tensor in self.held_out.batch(rows).items()}
-        labels = self.labels[self.held_out.rows.numbers[rows]].to(device)
-        pooled, accuracies = self.held_out.condition(batch).pooled, {}
+        # The same rows at every time, decoded once, in groups of one shape.
+        groups = []
+        for own in self.held_out.rows.alike(rows):
+            batch = {name: tensor.to(device) for name, tensor in self.held_out.batch(own).items()}
+            labels = self.labels[self.held_out.rows.numbers[own]].to(device)
+            groups.append((batch["x0"].float(), self.held_out.condition(batch).pooled, labels))
+        accuracies = {}
         for number, time in enumerate(_EVALUATED_AT):
             # The same noise at every validation, so accuracies compare.
-            generator = seeded(self.seed, number, Stream.ROUTER_VALIDATION)
-            eps = torch.randn(batch["x0"].shape, generator=generator).to(device)
-            t = torch.full((len(rows),), time, device=device)
-            predicted = module(PATH.diffuse(batch["x0"].float(), eps, t), t, pooled).argmax(1)
-            accuracies[str(time)] = round(float((predicted == labels).float().mean()), 4)
+            generator, right = seeded(self.seed, number, Stream.ROUTER_VALIDATION), []
+            for x0, pooled, labels in groups:
+                eps = torch.randn(x0.shape, generator=generator).to(device)
+                t = torch.full((len(x0),), time, device=device)
+                right.append(module(PATH.diffuse(x0, eps, t), t, pooled).argmax(1) == labels)
+            accuracies[str(time)] = round(float(torch.cat(right).float().mean()), 4)
         return accuracies
 
 

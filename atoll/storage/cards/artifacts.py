@@ -177,6 +177,8 @@ class ExpertCard(ArtifactCard):
         k: the number of clusters.
         clusters: the clusters covered. Several make a generalist, all of them a monolith.
         assignment: the hash of the rule that assigns images to clusters; None if unknown, as for foreign checkpoints.
+        latent_shape: (C, H, W) of the main size.
+        shapes: those of all sizes that it was trained on; None: the main one alone.
         calibration: the measured curves; None if not measured.
     """
 
@@ -188,6 +190,7 @@ class ExpertCard(ArtifactCard):
     network: Plain
     assignment: Name | None = None
     latent_shape: bounds.LatentShape
+    shapes: tuple[bounds.LatentShape, ...] | None = Field(None, min_length=1, max_length=bounds.MAX_SIZES)
     codec: Plain
     condition: bounds.ConditionConfig
     calibration: CalibrationRecord | None = None
