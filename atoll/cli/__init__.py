@@ -5,13 +5,26 @@ stages.py    from images to a report: init, encode, cluster, assemble, evaluate,
 sampling.py  sample
 training.py  train, launch, distil, synthesize
 tools.py     plan, convert
+captions.py  recaption
 trained.py   calibrate, ema
 research.py  compare, study, statistics
 collective.py  collective key, open, join, claim, release, publish, members, status
 serve.py     serve
 """
 
-from atoll.cli import collective, research, sampling, serve, stages, tools, trained, training
+from atoll.cli import captions, collective, research, sampling, serve, stages, tools, trained, training
 from atoll.cli.app import app, main
 
-__all__ = ["app", "collective", "main", "research", "sampling", "serve", "stages", "tools", "trained", "training"]
+__all__ = [
+    "app",
+    "captions",
+    "collective",
+    "main",
+    "research",
+    "sampling",
+    "serve",
+    "stages",
+    "tools",
+    "trained",
+    "training",
+]

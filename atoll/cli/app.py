@@ -13,7 +13,20 @@ from atoll.errors import AtollError, escaped
 from atoll.storage.layout import EXIT_USER_ERROR
 
 # The order of a run's stages, for `atoll --help`.
-ORDER = ["init", "plan", "encode", "cluster", "train", "launch", "calibrate", "ema", "convert", "assemble", "sample"]
+ORDER = [
+    "init",
+    "plan",
+    "recaption",
+    "encode",
+    "cluster",
+    "train",
+    "launch",
+    "calibrate",
+    "ema",
+    "convert",
+    "assemble",
+    "sample",
+]
 ORDER += ["evaluate", "compare", "statistics", "study", "distil", "synthesize", "collective", "serve", "demo"]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atoll.data.block import Frozen, encode_block
+from atoll.data.captions_file import CaptionedSource
 from atoll.data.crop import Framing
 from atoll.data.fingerprint import SOURCE_FILES, changes, read_records, write_records
 from atoll.data.lengths import CutCaptions, cut_line
@@ -94,6 +95,8 @@ def encode_run(
             _encode_here(todo, source, frozen, partial, workers, watch)
         # Judge the whole encoding before it is sealed, so that a bad one stays resumable.
         watch.check(final=True)
+        if isinstance(source, CaptionedSource):
+            source.check(watch.tally)
         cut = CutCaptions(encoder, watch.tally.good + watch.tally.others)
         tally = seal(
             partial,

@@ -208,7 +208,7 @@ class FolderScan:
         links = [name for name in self.files.unopened if name not in candidates and name not in used]
         if links:
             self.notes.append(f"not opened: {listed(links)} ({self.files.unopened[links[0]]})")
-        if with_caption or not entries:
+        if with_caption or not entries or self._data.captions_from is not None:
             return
         self._refuse_unread_captions(len(entries), [note for note, plainly in plain if plainly])
         self.notes.append('no image has a caption; data.caption: "@folder" takes its folder\'s name, "@file" its own')

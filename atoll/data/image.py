@@ -65,12 +65,41 @@ def frames(data: bytes, framing: Framing, focus: Box | None = None) -> Frames:
     """
     # The first bytes decide the format; the extension of a file is not reliable.
     container = container_of(data)
+    with _unusable():
+        image = _decode(check_container(container, data), container, framing)
+        return frame_image(_plain(image, framing.channels), framing, focus)
+    raise AssertionError("either pixels or an exception")
+
+
+def load_image(file: tuple[bytes, int]) -> np.ndarray:
+    """Decode the bytes of an image file for a captioner: upright, opaque on white, uncropped.
+
+    Args:
+        file: the bytes, and the pixels of the longer side at most.
+
+    Returns:
+        Pixels [H, W, 3], uint8.
+
+    Raises:
+        Unusable: as `frame`, except for its size.
+    """
+    data, side = file
+    with _unusable():
+        container = container_of(data)
+        image = _plain(_decode(check_container(container, data), container, Framing(1, 3, 1)), channels=3)
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)  # never enlarges
+        return np.asarray(image)
+    raise AssertionError("either pixels or an exception")
+
+
+@contextmanager
+def _unusable() -> Iterator[None]:
+    """Raise Unusable for whatever decoders raise."""
     with warnings.catch_warnings():
         # Pillow warns about odd metadata; what matters is raised.
         warnings.simplefilter("ignore")
         try:
-            image = _decode(check_container(container, data), container, framing)
-            return frame_image(_plain(image, framing.channels), framing, focus)
+            yield
         except Unusable:
             raise
         except MemoryError:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -16,7 +17,7 @@ FOR_DATA = "images"  # the recipe that is taken for the user's data where none i
 DEFAULT = "demo"
 
 # What a source reads, by the files' suffixes. Parquet files beside images are a folder's captions: images win.
-_SUFFIXES = {
+_SUFFIXES: dict[Literal["folder", "webdataset", "parquet"], tuple[str, ...]] = {
     "folder": tuple(f".{kind}" for kind in IMAGES),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
     "parquet": (".parquet",),
@@ -45,7 +46,7 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
     text = source.read_text(encoding="utf-8")
     if data is not None:
         place = os.path.abspath(os.path.expanduser(os.path.expandvars(data))) if is_local(data) else data
-        text = _with_data(text, str(source), {"source": _source_of(place), "path": place})
+        text = _with_data(text, str(source), {"source": source_of(place), "path": place})
     # Validate before writing, so that a bad recipe leaves nothing behind.
     parse_manifest(text, str(source))
     if file.exists():
@@ -57,8 +58,8 @@ def init_run(run: Path, recipe: str | None = None, data: str | None = None, agai
     return file
 
 
-def _source_of(place: str) -> str:
-    """Return the source that reads the files at a path."""
+def source_of(place: str) -> Literal["folder", "webdataset", "parquet"]:
+    """Return the source that reads the files at a path. Raises AtollError if there are none."""
     suffixes = tuple(suffix for kind in _SUFFIXES.values() for suffix in kind)
     files: Files = locate(place, "images, tars or parquet files", suffixes)
     names = [name.lower() for name in files.sizes]

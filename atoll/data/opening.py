@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
@@ -78,7 +78,7 @@ def read_whole(file: BinaryIO, most: int) -> bytes:
     return data
 
 
-def ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def ahead(read: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result]:
     """Map in threads, at most 2 * `threads` items ahead: remote files are fetched while others are processed."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: list[Future[Result]] = []

@@ -11,6 +11,15 @@ def build_source(data: DataSettings) -> Source:
     Raises:
         AtollError: a path that does not exist or holds nothing, a column that is not there, a missing package.
     """
+    if data.captions_from is not None:
+        from atoll.data.captions_file import CaptionedSource
+
+        # The images' own captions may be missing then.
+        return CaptionedSource(_build(data.model_copy(update={"allow_uncaptioned": True})), data)
+    return _build(data)
+
+
+def _build(data: DataSettings) -> Source:
     # Each source is imported on use, together with the packages that it needs.
     if data.source == "glyphs":
         from atoll.data.glyphs import Glyphs

@@ -30,6 +30,8 @@ class DataSettings(Section):
     caption: str | tuple[str, ...] | None = None
     caption_weights: tuple[float, ...] = ()  # of the captions that a list names; (): all alike
     caption_lines: Literal["join", "each"] = "join"  # several lines of text are one caption, or a caption each
+    captions_from: str | None = None  # a file of captions by key, such as `atoll recaption` writes, in place of these
+    own_captions: float = Field(0.0, ge=0, lt=1)  # the fraction of draws that take an image's own ones even so
     metadata: str | tuple[str, ...] | None = None  # folders: the tables of captions; None: metadata.jsonl, .csv, ...
     file_name: str | None = None  # tables: the column with the images' names; None: file_name and other usual names
     key: str | None = None  # the column of unique keys; None: the file and the number of the row
@@ -60,6 +62,10 @@ class DataSettings(Section):
         names = self.caption if isinstance(self.caption, tuple) else ()
         if isinstance(self.caption, tuple) and (not names or len(set(names)) < len(names)):
             raise ValueError(f"caption: {list(names)}; expected different names, at least one")
+        if self.own_captions and self.captions_from is None:
+            raise ValueError(
+                "own_captions: there are only the images' own captions; set captions_from, or leave it out"
+            )
         weights = self.caption_weights
         if weights and len(weights) != len(names):
             raise ValueError(

@@ -1,6 +1,7 @@
 """The layout of a run on disk, the seeds of its parts, and the exit codes: every name and number in one place.
 
     atoll.yaml                   the manifest
+    captions.jsonl               captions by key, from `atoll recaption`
     encoded/                     latents, captions and features; encoded.partial/ while encoding
     clusters/                    clusters.json, assignment.parquet, cluster-000/ ..., router/ (the router's sample)
     experts/3-flow/              one artifact per expert
@@ -119,6 +120,7 @@ class RunLayout:
 
     # Data, in the order in which the stages write it.
     manifest = _Below(MANIFEST)
+    captions = _Below("captions.jsonl")  # from `atoll recaption`
     encoded = _Below(ENCODED)
     encoded_partial = _Below(f"{ENCODED}.partial")
     synthesized_partial = _Below("synthesized.partial")

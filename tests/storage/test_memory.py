@@ -26,7 +26,7 @@ HONEST = {"refuse_out_of_memory", "is_out_of_memory", "one_line", "_damaged", "_
 OTHERS = {
     ("cli/app.py", "main"),  # one line for lack of memory, a traceback for all else
     ("collective/heartbeat.py", "run"),  # training goes on; the warning names the memory
-    ("data/image.py", "frames"),  # the reason in the list of skipped images is the memory
+    ("data/image.py", "_unusable"),  # the reason in the list of skipped images is the memory
     ("serve/decoder.py", "_preview"),  # previews may be left out; the log names the reason
     ("serve/engine.py", "_encode"),  # as _preview
     ("serve/engine.py", "_step_loop"),  # the jobs' last event names the memory, by `_fail`
