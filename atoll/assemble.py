@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
 from atoll.ensemble.loading import load_expert
+from atoll.ensemble.lora import LoraChoice, read_lora
 from atoll.ensemble.replicas import Stacking, measure_stacking
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -26,6 +27,8 @@ from atoll.storage.cards import (
     ExpertCard,
     ExpertEntry,
     Lineage,
+    LoraCard,
+    LoraEntry,
     RouterCard,
     RouterEntry,
     SamplingDefaults,
@@ -47,6 +50,7 @@ def assemble(
     out: Path,
     sampling: dict[str, Any] | None = None,
     stackings: Sequence[Stacking] = (),
+    loras: Mapping[Path, LoraChoice] | None = None,
 ) -> Path:
     """Write `out`/ensemble.json. The parts are not moved; the card names them by paths relative to `out`.
 
@@ -56,6 +60,7 @@ def assemble(
         out: the ensemble's directory.
         sampling: defaults for the pipeline: steps, guidance_scale, method, routing, replicas.
         stackings: the weights of replicas, from `stack_replicas`.
+        loras: low-rank updates of some of the experts, by the expert's directory.
 
     Returns:
         `out`.
@@ -76,7 +81,12 @@ def assemble(
     ensemble = EnsembleCard(
         # Each expert by name, current clusters and place, with the hash of its card.
         experts=[
-            ExpertEntry(name=card.name, clusters=_clusters_now(card, routing), **_place(path, out))
+            ExpertEntry(
+                name=card.name,
+                clusters=_clusters_now(card, routing),
+                **_place(path, out),
+                **_lora_entry((loras or {}).get(path), card, path, out),
+            )
             for path, card in cards.items()
         ],
         router=None if router is None else RouterEntry(**_place(router, out)),
@@ -138,6 +148,7 @@ def assemble_run(
     manifest: Manifest,
     *,
     rows: Path | None = None,
+    loras: Sequence[LoraChoice] = (),
     allow_hub: bool = False,
     trust_paths: bool = False,
 ) -> Path:
@@ -149,6 +160,7 @@ def assemble_run(
         run: the run's directory.
         manifest: its manifest.
         rows: a directory like clusters/, on whose rows replicas are weighed; None for the run's clusters/.
+        loras: low-rank updates to add to the experts that they were trained on.
         allow_hub: whether the experts' cards may fetch text encoders from the hub, to measure replicas.
         trust_paths: whether the experts' files may be links that lead out of the run.
 
@@ -167,8 +179,9 @@ def assemble_run(
     router = None if alone else layout.router
     # Without the router's card, `assemble` raises the error.
     routing = read_card(router, RouterCard) if router is not None and (router / CARD).is_file() else None
-    stackings = stack_replicas(trained, rows or layout.clusters, trust, routing, every=rows is not None)
-    return assemble(trained, router, layout.ensemble, manifest.sampling.model_dump(), stackings)
+    updates = choose_loras(trained, loras)
+    stackings = stack_replicas(trained, rows or layout.clusters, trust, routing, every=rows is not None, loras=updates)
+    return assemble(trained, router, layout.ensemble, manifest.sampling.model_dump(), stackings, updates)
 
 
 def stack_replicas(
@@ -177,6 +190,7 @@ def stack_replicas(
     trust: Trust = STRANGER,
     router: RouterCard | None = None,
     every: bool = False,
+    loras: Mapping[Path, LoraChoice] | None = None,
 ) -> list[Stacking]:
     """Measure the weights of replicas on held-out latents of their clusters.
 
@@ -188,6 +202,7 @@ def stack_replicas(
         trust: what the experts' cards may reach.
         router: its card knows older assignments of clusters that grew; None if they did not.
         every: the rows were named for this purpose: if none of them is held out, all are used.
+        loras: low-rank updates of some of the experts, by the expert's directory.
 
     Returns:
         One `Stacking` per group of replicas.
@@ -212,7 +227,8 @@ def stack_replicas(
             )
             continue
         shards = [Shards(place) for place in places]
-        stackings.append(_stacked(replicas, shards, trust, None if router is None else router.descent, every))
+        descent = None if router is None else router.descent
+        stackings.append(_stacked(replicas, shards, trust, descent, every, loras or {}))
     return stackings
 
 
@@ -224,12 +240,17 @@ def _covered(path: Path, router: RouterCard | None) -> tuple[int, ...]:
 
 
 def _stacked(
-    replicas: list[Path], shards: list[Shards], trust: Trust, lineage: Lineage | None, every: bool
+    replicas: list[Path],
+    shards: list[Shards],
+    trust: Trust,
+    lineage: Lineage | None,
+    every: bool,
+    loras: Mapping[Path, LoraChoice],
 ) -> Stacking:
     """Measure one group of replicas on held-out rows of their clusters."""
     # The replicas, and a check that these are the clusters that they were trained on.
     device = best_device()
-    loaded = [load_expert(path, device, trust=trust) for path in replicas]
+    loaded = [load_expert(path, device, trust=trust, lora=loras.get(path)) for path in replicas]
     for part in shards:
         for path, one in zip(replicas, loaded, strict=True):
             assignments = part.card(ClusterShardsCard).assignment, one.card.assignment
@@ -313,6 +334,61 @@ def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry
     write_bytes(out / STACKINGS, data)
     weights = [stacking.config() for stacking in stackings]
     return StackingsEntry(file=STACKINGS, sha256=sha256_file(out / STACKINGS), weights=weights)
+
+
+def parse_lora(text: str, run: Path) -> LoraChoice:
+    """Read an update's directory, and its scale if there is one: "loras/3-moss=0.8".
+
+    Args:
+        text: the directory, from here or from the run's directory.
+        run: the run's directory.
+
+    Raises:
+        AtollError: no such directory, or a scale that is no number.
+    """
+    # A path may contain the character as well.
+    whole = Path(text).is_dir() or (run / text).is_dir() or "=" not in text
+    name, _, number = (text, "", "1") if whole else text.rpartition("=")
+    path = Path(name) if Path(name).is_dir() else run / name
+    try:
+        scale = float(number)
+    except ValueError:
+        raise AtollError(f"--lora {text}: {number!r} is no number; expected such as {name}=0.8") from None
+    if not (path / CARD).is_file():
+        raise AtollError(f"--lora {text}: no such update; `atoll train expert 3 --lora 16` writes one to loras/")
+    return LoraChoice(path, scale)
+
+
+def choose_loras(experts: Sequence[Path], chosen: Sequence[LoraChoice]) -> dict[Path, LoraChoice]:
+    """Find the expert that each low-rank update belongs to, by the hash of its weights.
+
+    Raises:
+        AtollError: an update of none of the experts, or two of one.
+    """
+    updates: dict[Path, LoraChoice] = {}
+    cards = {path: read_card(path, ExpertCard) for path in experts}
+    for lora in chosen:
+        base = read_card(lora.path, LoraCard).base
+        path = next((path for path, card in cards.items() if card.weights_sha256 == base.sha256), None)
+        if path is None:
+            # Most likely the expert of its name, trained since then.
+            other = next((card for card in cards.values() if card.name == base.name), next(iter(cards.values())))
+            raise AtollError(
+                f"{lora.path}: is an update of {base.name} with sha256 {base.sha256[:12]}..., {other.name} here has "
+                f"{other.weights_sha256[:12]}...; take its base, or train an update of this expert"
+            )
+        if path in updates:
+            raise AtollError(f"{lora.path}: is a second update of {path}; merge one of them first (`atoll merge`)")
+        updates[path] = lora
+    return updates
+
+
+def _lora_entry(lora: LoraChoice | None, card: ExpertCard, path: Path, out: Path) -> dict[str, LoraEntry]:
+    """The entry of an expert's update, if it has one; read once, so that one that does not fit is refused here."""
+    if lora is None:
+        return {}
+    read_lora(lora.path, card, path)
+    return {"lora": parse_record(LoraEntry, {**_place(lora.path, out), "scale": lora.scale}, str(lora.path))}
 
 
 def _place(path: Path, out: Path) -> dict[str, str]:

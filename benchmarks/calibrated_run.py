@@ -24,8 +24,9 @@ from atoll.evaluate import EvaluateSettings, Variant, evaluate
 from atoll.evaluate.run import OpenRun, open_run
 from atoll.manifest import load_manifest
 from atoll.storage.shards import Shards
+from atoll.train.calibrate import calibrate
 from atoll.train.calibrate_expert import shards_of
-from atoll.train.denoiser import calibrate, split_holdout
+from atoll.train.denoiser import split_holdout
 
 FEW = (8, 16, 32, 64)
 

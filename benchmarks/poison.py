@@ -23,7 +23,7 @@ from atoll.storage.cards import CalibrationRecord, ExpertCard
 from atoll.storage.layout import CLUSTERS, cluster_path
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows
-from atoll.train.denoiser import calibrate
+from atoll.train.calibrate import calibrate
 
 Tensors = dict[str, Tensor]
 

@@ -109,6 +109,7 @@ def training_record(**changes: Any) -> dict[str, Any]:
         "mark": "258b5c79162b01da",
         "settings": {"steps": 8, "batch": 6, "betas": [0.9, 0.99], "calibration_holdout": 0.3},
         "steps": 8,
+        "plans": [{"mark": "258b5c79162b01da", "steps": 4, "until": 3, "exact": True}],
         "loss": 0.5,
         "validation": {"-2": 0.75, "+2": 0.25},
         "seconds": 1.5,
@@ -151,9 +152,18 @@ def expert_card(**changes: Any) -> dict[str, Any]:
         },
         "training": training_record(),
         "conversion": {"kind": "dit", "modulation": "fit", "source": {"dit.pt": SHA}, "classes": 10, "residual": [0.5]},
+        "merged": {"base": {"name": "1-flow", "sha256": SHA}, "lora": {"name": "1-flow", "sha256": SHA}, "scale": 0.5},
         "weights": WEIGHTS,
         **changes,
     }
+
+
+def lora_card(**changes: Any) -> dict[str, Any]:
+    """The card.json of a low-rank update."""
+    card = {key: value for key, value in expert_card().items() if key not in ("merged", "conversion", "weights")}
+    lora = {"rank": 4, "alpha": 8.0, "targets": ["attention.qkv"]}
+    base = {"name": "1-flow", "sha256": SHA}
+    return {**card, "kind": "lora", "base": base, "lora": lora, "weights": WEIGHTS, **changes}
 
 
 def router_card(**changes: Any) -> dict[str, Any]:
@@ -188,7 +198,14 @@ def ensemble_card(**changes: Any) -> dict[str, Any]:
         "format": 1,
         "kind": "ensemble",
         "experts": [
-            {"name": name, "clusters": [0], "url": f"../experts/{name}", "sha256": SHA} for name in stacking["names"]
+            {
+                "name": name,
+                "clusters": [0],
+                "url": f"../experts/{name}",
+                "sha256": SHA,
+                "lora": {"url": f"../loras/{name}", "sha256": SHA, "scale": 0.5},
+            }
+            for name in stacking["names"]
         ],
         "router": {"url": "../router", "sha256": SHA},
         "clusters": 3,

@@ -24,6 +24,7 @@ ORDER = [
     "calibrate",
     "ema",
     "convert",
+    "merge",
     "assemble",
     "sample",
 ]

@@ -145,14 +145,19 @@ def assemble(
             help="Weigh replicas on these rows: a directory like clusters/; default: the run's held-out rows."
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="Add a low-rank update to its expert: loras/3-moss, or loras/3-moss=0.8; repeatable."),
+    ] = None,
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
 ) -> None:
     """Combine experts and router -> ensemble/ensemble.json, with the hash of every part."""
-    from atoll.assemble import assemble_run
+    from atoll.assemble import assemble_run, parse_lora
     from atoll.manifest import load_manifest
 
-    out = assemble_run(run, load_manifest(run), rows=rows, allow_hub=allow_hub, trust_paths=trust_paths)
+    loras = [parse_lora(text, run) for text in lora or ()]
+    out = assemble_run(run, load_manifest(run), rows=rows, loras=loras, allow_hub=allow_hub, trust_paths=trust_paths)
     typer.echo(f"{out} written")
 
 

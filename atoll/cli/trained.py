@@ -54,3 +54,17 @@ def ema(
     from atoll.train.snapshots import reconstruct_expert
 
     typer.echo(f"{reconstruct_expert(expert, sigma_rel, out)} written; calibrate it with `atoll calibrate`")
+
+
+@app.command(rich_help_panel="Tools")
+def merge(
+    expert: Annotated[Path, typer.Argument(help="Directory of the expert that the update was trained on.")],
+    lora: Annotated[Path, typer.Argument(help="Directory of the low-rank update, such as loras/3-moss.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new expert.")],
+    scale: Annotated[float, typer.Option(help="The update is multiplied by this.")] = 1.0,
+) -> None:
+    """Write an expert whose weights have a low-rank update added: `atoll merge experts/3-moss loras/3-moss -o new`."""
+    from atoll.train.lora import merge_expert
+
+    merge_expert(expert, lora, out, scale)
+    typer.echo(f"{out} written" + ("" if scale in (0.0, 1.0) else "; it has no calibration: `atoll calibrate` it"))

@@ -30,12 +30,16 @@ def train_expert(
     resume: Resume = False,
     restart: Restart = False,
     nproc: Nproc = 1,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train a low-rank update of this rank of the finished expert -> loras/."),
+    ] = None,
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Train one expert on the shards of its cluster -> experts/."""
-    _train(["expert", expert], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths)
+    _train(["expert", expert], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths, lora=lora)
 
 
 def _command(part: str, text: str) -> Callable[..., None]:
@@ -194,6 +198,10 @@ def _trainer(part: str) -> Callable[..., Path]:
         from atoll.train.distil import distil_run
 
         return distil_run
+    if part == "lora":
+        from atoll.train.lora import train_lora
+
+        return train_lora
     # Experts and the monolith are trained alike.
     from atoll.train.expert import train_expert, train_monolith
 
@@ -201,7 +209,16 @@ def _trainer(part: str) -> Callable[..., Path]:
 
 
 def _train(
-    what: list[str], run: Path, resume: bool, restart: bool, nproc: int, quiet: bool, *, hub: bool, paths: bool
+    what: list[str],
+    run: Path,
+    resume: bool,
+    restart: bool,
+    nproc: int,
+    quiet: bool,
+    *,
+    hub: bool,
+    paths: bool,
+    lora: int | None = None,
 ) -> None:
     """Run one training with a progress bar; a signal that stops it in order is no error.
 
@@ -210,6 +227,7 @@ def _train(
         run, resume, restart, quiet: options of the command.
         nproc: processes that share each batch.
         hub, paths: what cards may reach.
+        lora: the rank of a low-rank update that is trained instead of the expert; None: the expert.
     """
     from atoll.train.workers import is_first_process, reporting, train_together
 
@@ -218,12 +236,16 @@ def _train(
         # The processes get the same options as this command.
         flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
         flags |= {"--allow-hub": hub, "--trust-paths": paths}
-        with _lease(what, run):
-            train_together(["train", *what, "--run", str(run), *(flag for flag, on in flags.items() if on)], nproc)
+        more = [] if lora is None else ["--lora", str(lora)]
+        with _lease(what, run) if lora is None else nullcontext():
+            arguments = ["train", *what, "--run", str(run), *more, *(flag for flag, on in flags.items() if on)]
+            train_together(arguments, nproc)
         return
     # One process, or one of several: only the first one prints.
     first = is_first_process()
-    with _memory_apart(), reporting(), _lease(what, run), bar(what[0], "steps", quiet or not first) as update:
+    # Leases are for whole experts.
+    lease = _lease(what, run) if lora is None else nullcontext()
+    with _memory_apart(), reporting(), lease, bar(what[0], "steps", quiet or not first) as update:
         from atoll.manifest import load_manifest
         from atoll.train.loop import Interrupted
 
@@ -235,9 +257,10 @@ def _train(
         try:
             # Only experts have a name.
             part, *which = what
-            options = {"resume": resume, "restart": restart, "progress": show}
+            options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": show}
+            options |= {} if lora is None else {"rank": lora}
             manifest = load_manifest(run).allowing(hub=hub, paths=paths)
-            done = f"{_trainer(part)(run, manifest, *which, **options)} written"
+            done = f"{_trainer('lora' if lora else part)(run, manifest, *which, **options)} written"
         # The training has saved its state, so this is no failure.
         except Interrupted as stop:
             done = str(stop)

@@ -20,12 +20,15 @@ from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.runtime.libraries import quiet
 from atoll.storage.artifact import CARD, WEIGHTS, sha256_file, whole_directory, write_card
-from atoll.storage.cards import EnsembleCard, ExpertEntry, RouterEntry
-from atoll.storage.layout import ENSEMBLE_CARD, EXPERTS, ROUTER, STACKINGS
+from atoll.storage.cards import EnsembleCard, ExpertEntry, LoraEntry, RouterEntry
+from atoll.storage.layout import ENSEMBLE_CARD, EXPERTS, LORAS, ROUTER, STACKINGS
 
 with quiet("diffusers"):
     from diffusers.hooks.group_offloading import apply_group_offloading
     from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+
+
+_Entry = ExpertEntry | RouterEntry | LoraEntry
 
 
 class AtollEnsemble(ModelMixin):
@@ -223,9 +226,10 @@ class AtollEnsemble(ModelMixin):
         """Copy the parts that are there into the directory, and write the card that names them."""
         # The card's entries with their new places.
         present = [entry for entry in card.experts if (self.path / entry.url / CARD).is_file()]
-        experts = [entry.model_copy(update={"url": f"{EXPERTS}/{number:03d}"}) for number, entry in enumerate(present)]
+        experts = [_renumbered(entry, number) for number, entry in enumerate(present)]
         changes: dict[str, Any] = {"experts": tuple(experts)}
-        parts: list[tuple[ExpertEntry | RouterEntry, ExpertEntry | RouterEntry]] = [*zip(present, experts, strict=True)]
+        parts: list[tuple[_Entry, _Entry]] = [*zip(present, experts, strict=True)]
+        parts += [(old.lora, new.lora) for old, new in zip(present, experts, strict=True) if old.lora and new.lora]
         if card.router is not None:
             changes["router"] = card.router.model_copy(update={"url": ROUTER})
             parts.append((card.router, changes["router"]))
@@ -279,6 +283,12 @@ def check_variant(variant: str | None) -> None:
             f"variant {variant!r:.60}: an ensemble is saved with the weights and file names it was loaded with; leave "
             "variant out"
         )
+
+
+def _renumbered(entry: ExpertEntry, number: int) -> ExpertEntry:
+    """An expert's entry with its place, and that of its low-rank update, in a copy of the ensemble."""
+    lora = entry.lora and entry.lora.model_copy(update={"url": f"{LORAS}/{number:03d}"})
+    return entry.model_copy(update={"url": f"{EXPERTS}/{number:03d}", **({"lora": lora} if lora else {})})
 
 
 def _copy_part(source: Path, directory: Path) -> None:

@@ -17,6 +17,7 @@ from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import also_found_in
 from atoll.ensemble import Alignment, Ensemble, Expert
 from atoll.ensemble.deferred import UNLIMITED, deferred_expert
+from atoll.ensemble.lora import LoraChoice, LoraUpdate, chosen_lora, merged_tensors, read_lora, warn_if_uncalibrated
 from atoll.ensemble.offload import (
     ExpertCache,
     WeightDtype,
@@ -31,6 +32,7 @@ from atoll.ensemble.parts import (
     encoder_index,
     encoder_kinds,
     read_stackings,
+    require_contained,
     require_hash,
     require_part,
     sound,
@@ -90,6 +92,7 @@ def load_expert(
     root: Path | None = None,
     trust: Trust = STRANGER,
     fetch: Fetch | None = None,
+    lora: LoraChoice | None = None,
 ) -> LoadedExpert:
     """Load an expert artifact.
 
@@ -101,20 +104,29 @@ def load_expert(
         root: the directory that its files must not lead out of; None: `path`.
         trust: whether its files may be links to elsewhere.
         fetch: as in `load_ensemble`; needs a cache.
+        lora: a low-rank update to add to its weights, with the calibration that belongs to it; None for none.
 
     Raises:
-        AtollError: missing, altered, of another format, weights that do not fit the card's network, or an unknown
-            dtype.
+        AtollError: missing, altered, of another format, weights that do not fit the card's network, an update of
+            another expert, or an unknown dtype.
     """
     # The card, and the weights with their hash checked.
     path = Path(path)
-    _require_part(path, root or path, path, trust)
+    require_contained(path, root or path, path, trust)
     card = read_card(path, ExpertCard)
+    update = None
+    if lora is not None:
+        require_contained(lora.path, root or lora.path, path, trust)
+        update = read_lora(lora.path, card, path)
+        warn_if_uncalibrated(update, lora.scale)
+        card = card.model_copy(update={"calibration": update.calibration_at(lora.scale, card)})
     if fetch is not None and cache is not None and not (path / WEIGHTS).exists():
-        load = partial(_fetch_and_load, path, fetch, weights, root or path, trust)
+        load = partial(_fetch_and_load, path, fetch, weights, root or path, trust, lora)
         with sound(path / CARD):
             return LoadedExpert(deferred_expert(card, cache, weights, load, device), card)
     tensors = read_tensors(path, card)
+    if update is not None and lora is not None:
+        tensors = merged_tensors(tensors, update, lora.scale)
 
     # Network and calibration; a network whose weights are read later is built without memory.
     with sound(path / CARD):
@@ -128,7 +140,8 @@ def load_expert(
         expert = Expert(network, Objective(**card.objective), card.clusters, calibration, card.name)
     # Rounded weights, and those that load on demand, are read again: one tensor at a time, or memory-mapped.
     if cache or weights:
-        reload = partial(_reload, path, card, weights, _state(path / WEIGHTS))
+        scale = 0.0 if lora is None else lora.scale
+        reload = partial(_reload, path, card, weights, _state(path / WEIGHTS), update, scale)
         size = bytes_of(cast_weights(network, weights))
         expert = replace(expert, network=cache.add(expert.name, size, reload) if cache else reload().to(device))
     return LoadedExpert(expert, card)
@@ -139,7 +152,7 @@ def load_router(
 ) -> nn.Module:
     """Load a router artifact. Arguments and errors as in `load_expert`."""
     path = Path(path)
-    _require_part(path, root or path, path, trust)
+    require_contained(path, root or path, path, trust)
     # The router is small and stays as stored.
     card = read_card(path, RouterCard)
     return _network(path, card, read_tensors(path, card), device)
@@ -240,7 +253,7 @@ def _load_experts(
     for entry in card.experts:
         # Nothing outside is touched, not even to see whether it is there.
         part = path / entry.url
-        _require_part(part, root, path / ENSEMBLE_CARD, trust)
+        require_contained(part, root, path / ENSEMBLE_CARD, trust)
         # A card of thousands of entries would load one expert as often.
         if part.resolve() in seen:
             raise AtollError(f"{path / ENSEMBLE_CARD}: names {part} twice; {card.remedy}")
@@ -253,7 +266,8 @@ def _load_experts(
             continue
         # The card names the weights' hash, so checking the card checks both.
         require_hash(part / CARD, entry.sha256)
-        loaded = load_expert(part, device, weights, cache, root=root, trust=trust, fetch=fetch)
+        lora = None if entry.lora is None else chosen_lora(path, entry.lora, root, trust)
+        loaded = load_expert(part, device, weights, cache, root=root, trust=trust, fetch=fetch, lora=lora)
         # Clusters may have grown since its training.
         clusters = require_part(card, loaded.card, part / CARD)
         experts.append(replace(loaded, expert=replace(loaded.expert, clusters=clusters)))
@@ -306,7 +320,7 @@ def _router_of(
         return None, None
     # The router's hash is checked as an expert's is.
     part, root = path / card.router.url, trust.run or owning_directory(path)
-    _require_part(part, root, path / ENSEMBLE_CARD, trust)
+    require_contained(part, root, path / ENSEMBLE_CARD, trust)
     require_hash(part / CARD, card.router.sha256)
     router_card = read_card(part, RouterCard)
     require_part(card, router_card, part / CARD)
@@ -331,12 +345,6 @@ def _alone(
     return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card)
 
 
-def _require_part(part: Path, root: Path, named_by: Path, trust: Trust) -> None:
-    """Raise AtollError if an artifact, or one of its two files, leads out of `root` and the user does not allow it."""
-    for path in (part, part / CARD, part / WEIGHTS):
-        require_inside(path, root, named_by, trust.paths, links=trust.run is not None)
-
-
 def _network(
     path: Path, card: ExpertCard | RouterCard, tensors: dict[str, Tensor], device: str | torch.device
 ) -> nn.Module:
@@ -358,10 +366,12 @@ def _network(
     return network.to(device).eval().requires_grad_(False)
 
 
-def _fetch_and_load(path: Path, fetch: Fetch, weights: WeightDtype | None, root: Path, trust: Trust) -> Expert:
+def _fetch_and_load(
+    path: Path, fetch: Fetch, weights: WeightDtype | None, root: Path, trust: Trust, lora: LoraChoice | None
+) -> Expert:
     """Return the expert of an artifact whose weights are fetched first, in host memory."""
     fetch(path)
-    return load_expert(path, "cpu", weights, root=root, trust=trust).expert
+    return load_expert(path, "cpu", weights, root=root, trust=trust, lora=lora).expert
 
 
 def _state(file: Path) -> tuple[int, int, int]:
@@ -371,9 +381,20 @@ def _state(file: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _reload(path: Path, card: ExpertCard, weights: WeightDtype | None, checked: tuple[int, int, int]) -> nn.Module:
+def _reload(
+    path: Path,
+    card: ExpertCard,
+    weights: WeightDtype | None,
+    checked: tuple[int, int, int],
+    update: LoraUpdate | None,
+    scale: float,
+) -> nn.Module:
     """Load the network of an artifact whose hash was checked when its file was in the state `checked`."""
     # A changed file has a hash that nobody checked.
     if not (path / WEIGHTS).is_file() or _state(path / WEIGHTS) != checked:
         raise AtollError(f"{path / WEIGHTS}: changed while it was in use; load the ensemble again")
-    return cast_weights(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)
+    if update is None:
+        return cast_weights(_network(path, card, read_weights(path / WEIGHTS, weights), "cpu"), weights)
+    # Added before the weights are rounded.
+    tensors = merged_tensors(read_weights(path / WEIGHTS), update, scale)
+    return cast_weights(_network(path, card, tensors, "cpu"), weights)

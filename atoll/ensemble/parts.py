@@ -18,7 +18,7 @@ from atoll.errors import AtollError
 from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard
 from atoll.storage.containment import require_inside
-from atoll.storage.layout import ENSEMBLE_CARD
+from atoll.storage.layout import CARD, ENSEMBLE_CARD, WEIGHTS
 
 
 def require_part(ensemble: EnsembleCard, part: ExpertCard | RouterCard, where: Path) -> tuple[int, ...]:
@@ -68,6 +68,12 @@ def require_hash(card: Path, expected: str) -> None:
         raise AtollError(
             f"{card}: is not the one that was assembled (its sha256 differs); restore it, or run `atoll assemble` again"
         )
+
+
+def require_contained(part: Path, root: Path, named_by: Path, trust: Trust) -> None:
+    """Raise AtollError if an artifact, or one of its two files, leads out of `root` and the user does not allow it."""
+    for path in (part, part / CARD, part / WEIGHTS):
+        require_inside(path, root, named_by, trust.paths, links=trust.run is not None)
 
 
 def encoder_kinds(configs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:

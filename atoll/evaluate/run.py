@@ -36,7 +36,7 @@ from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import PATH
 from atoll.solver import sample
 from atoll.storage.artifact import CARD, load_clusters, sha256_file, write_bytes, write_json
-from atoll.storage.cards import ClustersCard, DrawnClustersCard, EnsembleCard, ExpertEntry, RouterEntry
+from atoll.storage.cards import ClustersCard, DrawnClustersCard, EnsembleCard, ExpertEntry, LoraEntry, RouterEntry
 from atoll.storage.layout import (
     CLUSTERS,
     CLUSTERS_CARD,
@@ -357,7 +357,9 @@ def hashes_of(run: OpenRun, results: Results) -> tuple[tuple[str, str], ...]:
     hashes.append((f"{ENSEMBLE}/{ENSEMBLE_CARD}", sha256_file(run.layout.ensemble_card)))
     card = run.loaded.card
     if isinstance(card, EnsembleCard):
-        parts: list[ExpertEntry | RouterEntry] = [*card.experts, *([card.router] if card.router else [])]
+        loras = [expert.lora for expert in card.experts if expert.lora]
+        router = [card.router] if card.router else []
+        parts: list[ExpertEntry | RouterEntry | LoraEntry] = [*card.experts, *loras, *router]
         hashes += [(f"{Path(part.url).name}/{CARD}", part.sha256) for part in parts]
     hashes += [(f"{name}/{CARD}", sha256_file(run.layout.part(name) / CARD)) for name in run.dense]
     return (*hashes, *((f"feature space {space.name}", space.sha256) for space in results.spaces))

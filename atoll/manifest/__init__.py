@@ -18,11 +18,11 @@ from atoll.manifest.run import (
     SamplingSettings,
     StudentSettings,
     TrainSettings,
-    ValidationSettings,
     load_manifest,
     parse_manifest,
     recipe_path,
 )
+from atoll.manifest.training import LoraSettings, ValidationSettings
 
 __all__ = [
     "EVEN",
@@ -32,6 +32,7 @@ __all__ = [
     "DiversitySettings",
     "EvaluateSettings",
     "ExpertSettings",
+    "LoraSettings",
     "Manifest",
     "MonolithSettings",
     "NetworkSettings",

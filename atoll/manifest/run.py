@@ -14,6 +14,7 @@ from atoll.manifest.base import Section, parse_yaml
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EvaluateSettings
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
+from atoll.manifest.training import LoraSettings, ValidationSettings
 from atoll.storage.layout import MANIFEST, RunLayout
 
 # An installed package contains the recipes; in a checkout they are beside it.
@@ -37,25 +38,6 @@ class ClusterSettings(Section):
     fine: PositiveInt | None = None
     method: Literal["balanced", "free", "random"] = "balanced"
     router_fraction: float | None = Field(None, gt=0, le=1)
-
-
-class ValidationSettings(Section):
-    """Images that are drawn during training for your own prompts, always from the same noise.
-
-    Attributes:
-        prompts: a list of prompts, or a text file relative to the run with one per line.
-        every: steps between two times; the first and the last step draw, too.
-        images: of each prompt; their seeds count up from `seed`.
-        guidance_scale: of the sampling; 1: none.
-        steps: of the sampling.
-    """
-
-    prompts: tuple[str, ...] | str = Field(min_length=1)
-    every: PositiveInt = 1000
-    images: PositiveInt = 1
-    seed: int = Field(0, ge=0)
-    guidance_scale: float = 2.0
-    steps: PositiveInt = 25
 
 
 class TrainSettings(Section):
@@ -220,6 +202,7 @@ class Manifest(Section):
     router: RouterSettings = RouterSettings()
     monolith: MonolithSettings | None = None
     student: StudentSettings | None = None
+    lora: LoraSettings = LoraSettings()
     sampling: SamplingSettings = SamplingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     _allowed: Trust = PrivateAttr(default=STRANGER)  # not in atoll.yaml: the command line decides it
@@ -238,6 +221,7 @@ class Manifest(Section):
                 )
             self.network_of(expert)
             self.train_of(expert)
+            self.train_lora_of(expert)
         if not self.experts:
             raise ValueError("experts: an empty list; expected at least one expert")
         return self
@@ -256,6 +240,10 @@ class Manifest(Section):
     def train_of(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> TrainSettings:
         """The run's training settings with the overrides of one part."""
         return TrainSettings(**{**self.train.model_dump(), **part.train})
+
+    def train_lora_of(self, expert: ExpertSettings) -> TrainSettings:
+        """The training settings of an expert's low-rank update."""
+        return TrainSettings(**{**self.train.model_dump(), **expert.train, **self.lora.train})
 
     def allowing(self, *, hub: bool, paths: bool) -> "Manifest":
         """Return the manifest of a user who allows cards to reach the hub, or paths outside their directory."""

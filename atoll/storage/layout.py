@@ -5,6 +5,7 @@
     encoded/                     latents, captions and features; encoded.partial/ while encoding
     clusters/                    clusters.json, assignment.parquet, cluster-000/ ..., router/ (the router's sample)
     experts/3-flow/              one artifact per expert
+    loras/3-flow/                low-rank updates of experts
     router/  monolith/  student/ artifacts
     <parent>/.train-<name>/      beside an artifact: the state of its training, see `TrainingLayout`
     ensemble/                    ensemble.json, stackings.safetensors
@@ -25,6 +26,7 @@ from atoll.errors import AtollError
 # Names that a run's root shares with other directories: a converted collection, a saved pipeline, a study.
 MANIFEST = "atoll.yaml"
 ENCODED, CLUSTERS, EXPERTS, ENSEMBLE, EVALUATION = "encoded", "clusters", "experts", "ensemble", "evaluation"
+LORAS = "loras"  # low-rank updates of experts
 ROUTER, MONOLITH, STUDENT = "router", "monolith", "student"  # directories, and names of the parts trained in them
 
 # Files that one stage writes and another reads.
@@ -112,6 +114,13 @@ class _Below:
         return layout.root.joinpath(*self._parts)
 
 
+def _plain_name(name: str) -> str:
+    # Names come from cards and manifests, which strangers may have written.
+    if name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise AtollError(f"expert {name!r}: expected a plain name such as 3-flow, since it names a directory")
+    return name
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """The paths of a run. root: the directory that holds atoll.yaml."""
@@ -130,6 +139,7 @@ class RunLayout:
     router_sample = _Below(CLUSTERS, ROUTER)  # shards for the router; absent if it learns from all of encoded/
     # Trained parts, and the ensemble over them.
     experts = _Below(EXPERTS)
+    loras = _Below(LORAS)
     router = _Below(ROUTER)
     monolith = _Below(MONOLITH)
     student = _Below(STUDENT)
@@ -164,10 +174,11 @@ class RunLayout:
         Raises:
             AtollError: `name` would lead out of experts/.
         """
-        # Names come from cards and manifests, which strangers may have written.
-        if name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise AtollError(f"expert {name!r}: expected a plain name such as 3-flow, since it names a directory")
-        return self.experts / name
+        return self.experts / _plain_name(name)
+
+    def lora(self, name: str) -> Path:
+        """Return the artifact of the low-rank update of one expert; as `expert`."""
+        return self.loras / _plain_name(name)
 
 
 @dataclass(frozen=True)

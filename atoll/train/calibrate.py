@@ -1,6 +1,6 @@
 """Measures an expert's calibration on held-out latents of its cluster, see `atoll.calibration`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,6 +12,9 @@ from atoll.condition import Condition
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.schedule import PATH
+from atoll.train.batches import CaptionedLatents
+
+CALIBRATION_ROWS = 2048  # latents at most; a few hundred are enough
 
 
 class _Network(Protocol):
@@ -123,3 +126,34 @@ def _products(
             products = torch.stack([estimate * estimate, estimate * truth, truth * truth])
             sums[node] += products.flatten(1).sum(1) / (samples * mean.numel())
     return sums
+
+
+def calibrate(
+    network: Callable[..., Tensor],
+    objective: Objective,
+    data: CaptionedLatents,
+    *,
+    mean: Tensor,
+    seed: int,
+    device: torch.device,
+    rows: int = CALIBRATION_ROWS,
+) -> Calibration:
+    """Measure an expert's calibration on held-out latents with their own captions.
+
+    Args:
+        network: of the expert, on `device`.
+        objective: what it was trained with.
+        data: held-out latents.
+        mean: the cluster's mean latent.
+        seed: of rows and noise.
+        device: of the network.
+        rows: latents at most.
+    """
+    # The same rows for the same seed, so a calibration can be repeated.
+    groups = [(x0, condition.to("cpu")) for x0, condition in data.some(rows, seed)]
+
+    # The samples stay on the CPU; each batch moves to the network's device and back.
+    def on_device(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
+        return network(x.to(device), time.to(device), None if rows is None else rows.to(device)).cpu()
+
+    return measure_shapes(on_device, objective, groups, mean=mean, seed=seed)

@@ -21,7 +21,8 @@ from atoll.storage.cards import CalibrationRecord, ExpertCard
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 from atoll.train.batches import CaptionedLatents, Rows
-from atoll.train.denoiser import CALIBRATION_ROWS, calibrate, split_holdout
+from atoll.train.calibrate import CALIBRATION_ROWS, calibrate
+from atoll.train.denoiser import split_holdout
 
 Use = Literal["auto", "val", "all"]
 UNKNOWN = "unknown"  # the name of a converted expert's codec or condition that was not specified

@@ -9,21 +9,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from atoll.calibration import Calibration
 from atoll.condition import Condition
 from atoll.encoders.codec.statistics import own_constants
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
 from atoll.nn import build_network
+from atoll.nn.lora import add_lora
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.storage.artifact import save_artifact
-from atoll.storage.cards import CalibrationRecord, ClusterShardsCard, ExpertCard, TeacherRecord, TrainingRecord
+from atoll.storage.cards import (
+    CalibrationRecord,
+    ClusterShardsCard,
+    ExpertCard,
+    LoraCard,
+    LoraRecord,
+    TeacherRecord,
+    TrainingRecord,
+)
 from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows, drop_condition, mirrored, sizes_of
-from atoll.train.calibrate import measure_shapes
+from atoll.train.calibrate import calibrate
 from atoll.train.checkpoint import discard_checkpoints
 from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.init_weights import InitWeights
@@ -37,7 +45,6 @@ from atoll.train.validation_images import ValidationImages
 
 _VALIDATION_ROWS = 256
 _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
-CALIBRATION_ROWS = 2048  # at most; a few hundred are enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,9 @@ class TrainingSpec:
         part: its section of atoll.yaml.
         clusters: that it is trained on.
         seed: of its weights and batches.
+        settings: of the training, in place of those of its section.
+        base: the expert to start from, in place of train.init.
+        lora: a low-rank update of that expert is trained, and written alone; None: all weights.
     """
 
     run: Path
@@ -59,6 +69,9 @@ class TrainingSpec:
     part: ExpertSettings | MonolithSettings
     clusters: tuple[int, ...]
     seed: int
+    settings: TrainSettings | None = None
+    base: Path | None = None
+    lora: LoraRecord | None = None
 
 
 def train_denoiser(
@@ -94,9 +107,10 @@ def train_denoiser(
     trust = manifest.trust_in_cards(spec.run)
     encoder = build_encoder(data.condition, trust)
     objective = Objective(**spec.part.objective.model_dump())
-    settings = manifest.train_of(spec.part)
+    settings = spec.settings or manifest.train_of(spec.part)
     network_config = denoiser_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
-    init_weights = InitWeights(spec.run / settings.init) if settings.init else None
+    init = spec.base or (spec.run / settings.init if settings.init else None)
+    init_weights = InitWeights(init) if init else None
     origin = {
         **({"init": init_weights.about.plain()} if init_weights else {}),
         **({"teacher": teaching.about.plain()} if teaching else {}),
@@ -116,10 +130,11 @@ def train_denoiser(
         **sizes_of(training.rows, data.latent_shape),
         **origin,
         **own_constants(data.codec),
+        **({"lora": spec.lora.plain()} if spec.lora else {}),
     }
     marks = TrainingMarks(identity, settings)
     # A finished artifact with today's mark is the result already.
-    if finished(spec.path, ExpertCard, marks, resume, restart):
+    if finished(spec.path, LoraCard if spec.lora else ExpertCard, marks, resume, restart):
         return spec.path
     # Train and calibrate.
     torch.manual_seed(spec.seed)
@@ -127,6 +142,8 @@ def train_denoiser(
     network = build_network(network_config)
     if init_weights:
         network.load_state_dict(init_weights.weights())
+    if spec.lora:
+        add_lora(network, spec.lora)
     state = TrainingLayout.of(spec.path).root
     # Signals are recorded from here on: the last checkpoint, and the artifact, are written as a whole.
     with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
@@ -162,8 +179,9 @@ def train_denoiser(
             device=island.device,
         )
         # Sharded weights are gathered by all processes; the first one writes them.
+        gathered = gathered_state(network, trained_only=spec.lora is not None)
         weights = {
-            **{f"network.{name}": value for name, value in gathered_state(network).items()},
+            **{f"network.{name}": value for name, value in gathered.items()},
             **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
         }
         # Write the artifact.
@@ -190,22 +208,23 @@ def _card(
     *,
     calibration: CalibrationRecord,
     training: TrainingRecord,
-) -> ExpertCard:
-    """The expert's card: what identifies the training, what the data are, and what was measured."""
-    return ExpertCard(
-        name=spec.name,
-        k=data.clusters,
-        clusters=spec.clusters,
-        objective=identity["objective"],
-        network=identity["network"],
-        assignment=data.assignment,
-        latent_shape=data.latent_shape,
+) -> ExpertCard | LoraCard:
+    """The card: what identifies the training, what the data are, and what was measured."""
+    values: dict[str, Any] = {
+        "name": spec.name,
+        "k": data.clusters,
+        "clusters": spec.clusters,
+        "objective": identity["objective"],
+        "network": identity["network"],
+        "assignment": data.assignment,
+        "latent_shape": data.latent_shape,
         **({"shapes": identity["shapes"]} if "shapes" in identity else {}),
-        codec=data.codec,
-        condition=data.condition,
-        calibration=calibration,
-        training=training,
-    )
+        "codec": data.codec,
+        "condition": data.condition,
+        "calibration": calibration,
+        "training": training,
+    }
+    return LoraCard(**values, base=training.init, lora=spec.lora) if spec.lora else ExpertCard(**values)
 
 
 def split_holdout(
@@ -364,34 +383,3 @@ class Denoising(Task):
         if self.null is None:
             self.null = self.data.encoder.null(1).to(device)
         return self.null
-
-
-def calibrate(
-    network: Callable[..., Tensor],
-    objective: Objective,
-    data: CaptionedLatents,
-    *,
-    mean: Tensor,
-    seed: int,
-    device: torch.device,
-    rows: int = CALIBRATION_ROWS,
-) -> Calibration:
-    """Measure an expert's calibration on held-out latents with their own captions.
-
-    Args:
-        network: of the expert, on `device`.
-        objective: what it was trained with.
-        data: held-out latents.
-        mean: the cluster's mean latent.
-        seed: of rows and noise.
-        device: of the network.
-        rows: latents at most.
-    """
-    # The same rows for the same seed, so a calibration can be repeated.
-    groups = [(x0, condition.to("cpu")) for x0, condition in data.some(rows, seed)]
-
-    # The samples stay on the CPU; each batch moves to the network's device and back.
-    def on_device(x: Tensor, time: Tensor, rows: Condition | None) -> Tensor:
-        return network(x.to(device), time.to(device), None if rows is None else rows.to(device)).cpu()
-
-    return measure_shapes(on_device, objective, groups, mean=mean, seed=seed)

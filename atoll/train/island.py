@@ -157,9 +157,16 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
-def gathered_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the module's state on the CPU, gathered one tensor at a time; every process must call this."""
-    return {name: gather(tensor.detach()).cpu() for name, tensor in module.state_dict().items()}
+def gathered_state(module: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Return the module's state on the CPU, gathered one tensor at a time; every process must call this.
+
+    Args:
+        module: the network.
+        trained_only: leave out buffers, and parameters that are frozen.
+    """
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    state = {name: value for name, value in module.state_dict().items() if name in trained or not trained_only}
+    return {name: gather(tensor.detach()).cpu() for name, tensor in state.items()}
 
 
 def _device(requested: str, local_rank: int) -> torch.device:

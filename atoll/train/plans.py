@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.storage.artifact import CARD, read_card
-from atoll.storage.cards import EarlierPlan, ExpertCard, RouterCard
+from atoll.storage.cards import EarlierPlan, ExpertCard, LoraCard, RouterCard
 from atoll.storage.layout import TrainingLayout
 from atoll.train.state import Counters, steps_before_decay
 
@@ -82,7 +82,7 @@ def plans_of(numbers: Counters) -> tuple[EarlierPlan, ...]:
 
 
 def finished(
-    path: Path, kind: type[ExpertCard | RouterCard], marks: TrainingMarks, resume: bool, restart: bool
+    path: Path, kind: type[ExpertCard | LoraCard | RouterCard], marks: TrainingMarks, resume: bool, restart: bool
 ) -> bool:
     """Return whether the artifact at `path` is the finished result of the training with these marks.
 

@@ -48,7 +48,7 @@ class State:
     """The state of one training. All tensors exist from the start; a checkpoint is loaded by copying into them.
 
     Attributes:
-        parameters: of the module, in its order.
+        parameters: of the module that are trained, in its order; frozen ones are no part of the state.
         ema: their averages, in the same order.
         gammas: exponents of the power-function averages (`atoll.train.ema`).
         profiles: the power-function averages, for each gamma in the order of the parameters.
@@ -56,14 +56,15 @@ class State:
 
     def __init__(self, module: nn.Module, settings: TrainSettings):
         self.module, self.settings, self.numbers = module, settings, Counters(planned=settings.steps)
-        self.parameters: list[nn.Parameter] = list(module.parameters())
+        self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.parameters: list[nn.Parameter] = [p for _, p in self._trained]
         self.optimizer = _optimizer(self.parameters, settings)
         self._eight_bit = settings.optimizer_state == "8bit"
         # An average in CPU memory saves GPU memory, and is updated less often for it.
         device = "cpu" if settings.ema_device == "cpu" else None
         self.ema = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
         self._every = _EMA_EVERY_ON_CPU if settings.ema_device == "cpu" else 1
-        self.names = [name for name, _ in module.named_parameters()]
+        self.names = [name for name, _ in self._trained]
         self.gammas = [gamma_of(width) for width in settings.ema_profiles]
         self.profiles = [[average.clone() for average in self.ema] for _ in self.gammas]
 
@@ -74,7 +75,7 @@ class State:
         """
         named: dict[str, Tensor] = {}
         # Weights and their average, under the parameter's own name.
-        for (name, parameter), average in zip(self.module.named_parameters(), self.ema, strict=True):
+        for (name, parameter), average in zip(self._trained, self.ema, strict=True):
             named[f"model.{name}"] = parameter.detach()
             named[f"ema.{name}"] = average
             # The optimizer's moments, by the parameter's name.

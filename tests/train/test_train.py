@@ -23,7 +23,7 @@ from atoll.storage.cards import ExpertCard
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.storage.tensor_hash import with_hash
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
-from atoll.train.calibrate import measure_calibration
+from atoll.train.calibrate import measure_shapes
 from atoll.train.checkpoint import Checkpoints
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
@@ -161,7 +161,7 @@ def test_sigterm_after_the_last_step_saves_and_stops(run, trained_run, manifest,
             patch.setattr(RouterTask, "accuracy", terminating(RouterTask.accuracy))
             patch.setattr(RouterTask, "validate", lambda *_: {})
         elif moment == "calibration":
-            patch.setattr(atoll.train.denoiser, "measure_calibration", terminating(measure_calibration))
+            patch.setattr(atoll.train.calibrate, "measure_shapes", terminating(measure_shapes))
         else:
             patch.setattr(Checkpoints, "_write", terminating(Checkpoints._write, is_last))
         before = signal.getsignal(signal.SIGTERM)

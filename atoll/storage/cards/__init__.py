@@ -1,6 +1,7 @@
 """Cards: the JSON that describes an artifact, one class per kind, each value within `atoll.storage.bounds`.
 
     ExpertCard, RouterCard    card.json of an artifact, beside its weights
+    LoraCard                  the same of a low-rank update of an expert
     EnsembleCard              ensemble.json, which names its parts and their hashes
     EncodedCard               encoded/index.json: what the images were encoded with
     ClusterShardsCard         index.json of shards whose clusters are known: one cluster's, the router's, or drawn ones
@@ -20,10 +21,14 @@ from atoll.storage.cards.artifacts import (
     ArtifactT,
     CalibrationRecord,
     ConversionRecord,
+    DenoiserCard,
     EarlierPlan,
     EmaRecord,
     ExpertCard,
     InitRecord,
+    LoraCard,
+    LoraRecord,
+    MergeRecord,
     RouterCard,
     TeacherRecord,
     TrainingRecord,
@@ -58,6 +63,7 @@ from atoll.storage.cards.data import (
 from atoll.storage.cards.ensemble import (
     EnsembleCard,
     ExpertEntry,
+    LoraEntry,
     RouterEntry,
     SamplingDefaults,
     StackingRecord,
@@ -84,6 +90,7 @@ __all__ = [
     "ColumnEntry",
     "ConversionRecord",
     "CutRecord",
+    "DenoiserCard",
     "DrawingExpert",
     "DrawingPlan",
     "DrawnCaptions",
@@ -103,6 +110,10 @@ __all__ = [
     "InitRecord",
     "LatentStatistics",
     "Lineage",
+    "LoraCard",
+    "LoraEntry",
+    "LoraRecord",
+    "MergeRecord",
     "RecordT",
     "ReportRowsCard",
     "RouterCard",

@@ -170,8 +170,30 @@ class ArtifactCard(Card):
         return values if weights is None else {**values, "weights": weights}
 
 
-class ExpertCard(ArtifactCard):
-    """An expert's card.json.
+class LoraRecord(CardRecord):
+    """The shape of a low-rank update, see `atoll.nn.lora`.
+
+    Attributes:
+        rank: r, of every updated layer.
+        alpha: the update is multiplied by alpha / rank.
+        targets: ends of the updated layers' names; empty: every linear layer in a block.
+    """
+
+    rank: Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_DIM)]
+    alpha: Annotated[float, Field(gt=0, le=bounds.MAX_DIM, allow_inf_nan=False)]
+    targets: tuple[Name, ...] = Field((), max_length=bounds.MAX_DEPTH)
+
+
+class MergeRecord(CardRecord):
+    """The low-rank update that was added to an expert's weights: the hashes of both, and the scale."""
+
+    base: InitRecord
+    lora: InitRecord
+    scale: bounds.LoraScale
+
+
+class DenoiserCard(ArtifactCard):
+    """What the cards of a whole expert and of a low-rank update have in common.
 
     Attributes:
         k: the number of clusters.
@@ -182,7 +204,6 @@ class ExpertCard(ArtifactCard):
         calibration: the measured curves; None if not measured.
     """
 
-    kind: Literal["expert"] = "expert"
     name: bounds.PartName
     k: bounds.ClusterCount
     clusters: bounds.Clusters
@@ -195,7 +216,6 @@ class ExpertCard(ArtifactCard):
     condition: bounds.ConditionConfig
     calibration: CalibrationRecord | None = None
     training: TrainingRecord | None = None
-    conversion: ConversionRecord | None = None
 
     @model_validator(mode="after")
     def _numbered(self) -> Self:
@@ -203,6 +223,28 @@ class ExpertCard(ArtifactCard):
         if max(self.clusters) >= self.k or len(set(self.clusters)) < len(self.clusters):
             raise ValueError(f"clusters {list(self.clusters)}, expected different ones from 0 to k - 1 = {self.k - 1}")
         return self
+
+
+class ExpertCard(DenoiserCard):
+    """An expert's card.json. merged: the low-rank update in its weights; None if there is none."""
+
+    kind: Literal["expert"] = "expert"
+    conversion: ConversionRecord | None = None
+    merged: MergeRecord | None = None
+
+
+class LoraCard(DenoiserCard):
+    """The card.json of a low-rank update of an expert.
+
+    Attributes:
+        network: of the expert that it updates.
+        base: that expert, by the hash of its weights.
+        lora: the shape of the update.
+    """
+
+    kind: Literal["lora"] = "lora"
+    base: InitRecord
+    lora: LoraRecord
 
 
 class RouterCard(ArtifactCard, DescendedRecord):

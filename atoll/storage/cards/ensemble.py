@@ -17,13 +17,26 @@ class RouterEntry(CardRecord):
     sha256: Sha256
 
 
+class LoraEntry(CardRecord):
+    """Where an expert's low-rank update is, relative to the ensemble, the hash of its card, and its scale."""
+
+    url: bounds.FreeText
+    sha256: Sha256
+    scale: bounds.LoraScale = 1.0
+
+
 class ExpertEntry(CardRecord):
-    """Where one of an ensemble's experts is, relative to the ensemble, and the hash of its card."""
+    """Where one of an ensemble's experts is, relative to the ensemble, and the hash of its card.
+
+    Attributes:
+        lora: the low-rank update that is added to its weights; None for none.
+    """
 
     name: bounds.PartName
     clusters: bounds.Clusters
     url: bounds.FreeText
     sha256: Sha256
+    lora: LoraEntry | None = None
 
 
 class StackingRecord(CardRecord):

@@ -101,7 +101,8 @@ def parse_card(kind: type[CardT], content: Any, where: str) -> CardT:
             f"{'update atoll' if newer else 'export it again'}"
         )
     if content["kind"] != wanted:
-        raise AtollError(f"{where}: this is a card of kind {content['kind']!r:.40}; expected {wanted!r}")
+        hint = "; `atoll merge` makes an expert of it" if (content["kind"], wanted) == ("lora", "expert") else ""
+        raise AtollError(f"{where}: this is a card of kind {content['kind']!r:.40}; expected {wanted!r}{hint}")
     return parse_record(kind, content, where, kind.remedy)
 
 

@@ -23,6 +23,7 @@ from atoll.storage.cards import (
     EncodingPlan,
     EnsembleCard,
     ExpertCard,
+    LoraCard,
     ReportRowsCard,
     RouterCard,
     ShardsIndex,
@@ -37,6 +38,7 @@ from tests.cards import (
     encoded_card,
     ensemble_card,
     expert_card,
+    lora_card,
     router_card,
     shards_index,
 )
@@ -57,6 +59,7 @@ VALID: dict[type[CardRecord], dict[str, Any]] = {
         "format": 1, "kind": "clusters", **drawn_card(), "k": 3, "counts": [{"train": 16, "val": 6}] * 3,
     },
     ExpertCard: expert_card(),
+    LoraCard: lora_card(),
     RouterCard: router_card(),
     EnsembleCard: ensemble_card(),
 }  # fmt: skip
