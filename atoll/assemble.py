@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from atoll.storage.cards import (
     parse_record,
 )
 from atoll.storage.layout import ENSEMBLE_CARD, STACKINGS, RunLayout, cluster_path
-from atoll.storage.shards import LATENTS, Shards, is_held_out
+from atoll.storage.shards import LATENTS, Shards, SkipList, is_held_out
 
 _ROWS, _SAMPLES = 1024, 512  # measuring replicas: the most held-out latents, and the noisy latents at each level
 
@@ -180,7 +180,12 @@ def assemble_run(
     # Without the router's card, `assemble` raises the error.
     routing = read_card(router, RouterCard) if router is not None and (router / CARD).is_file() else None
     updates = choose_loras(trained, loras)
-    stackings = stack_replicas(trained, rows or layout.clusters, trust, routing, every=rows is not None, loras=updates)
+    # Rows that some expert left out are no measure of any.
+    lists = {manifest.train_of(expert).skip for expert in manifest.experts} - {None}
+    skip = frozenset(key for name in lists for key in SkipList(run / str(name)).keys)
+    stackings = stack_replicas(
+        trained, rows or layout.clusters, trust, routing, every=rows is not None, loras=updates, skip=skip
+    )
     return assemble(trained, router, layout.ensemble, manifest.sampling.model_dump(), stackings, updates)
 
 
@@ -191,6 +196,7 @@ def stack_replicas(
     router: RouterCard | None = None,
     every: bool = False,
     loras: Mapping[Path, LoraChoice] | None = None,
+    skip: Collection[str] = (),
 ) -> list[Stacking]:
     """Measure the weights of replicas on held-out latents of their clusters.
 
@@ -203,6 +209,7 @@ def stack_replicas(
         router: its card knows older assignments of clusters that grew; None if they did not.
         every: the rows were named for this purpose: if none of them is held out, all are used.
         loras: low-rank updates of some of the experts, by the expert's directory.
+        skip: keys of rows that are left out.
 
     Returns:
         One `Stacking` per group of replicas.
@@ -226,7 +233,7 @@ def stack_replicas(
                 f"{names} are replicas and {clusters} lacks their latents; they will share alike", stacklevel=3
             )
             continue
-        shards = [Shards(place) for place in places]
+        shards = [Shards(place).without(skip) for place in places]
         descent = None if router is None else router.descent
         stackings.append(_stacked(replicas, shards, trust, descent, every, loras or {}))
     return stackings
@@ -265,7 +272,8 @@ def _stacked(
     rows = is_held_out(shards, share).nonzero().flatten() if share > 0 else val
     # Rows that nobody else has are held out by nature; their val split comes first.
     if every:
-        rows = val if len(val) else torch.arange(sum(map(len, shards)))
+        training = [part.rows("train") + start for part, start in _starts(shards)]
+        rows = val if len(val) else torch.cat(training)
     if not len(rows):
         names = ", ".join(path.name for path in replicas)
         raise AtollError(

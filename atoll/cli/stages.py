@@ -189,7 +189,7 @@ def evaluate(
     if prompts:
         settings = settings.model_copy(update={"prompts": read_prompts(prompts)})
     with bar("evaluate", "steps", quiet) as tell:
-        report = evaluate_run(run, settings, progress=tell, trust=trust)
+        report = evaluate_run(run, settings, progress=tell, trust=trust, skip=manifest.train.skip)
     typer.echo(f"{report} written; open it in a browser")
 
 

@@ -23,6 +23,9 @@ def calibrate(
     ] = "auto",
     rows: Annotated[int, typer.Option(min=2, help="Maximum number of latents.")] = 2048,
     seed: Annotated[int | None, typer.Option(help="Seed of rows and noise; default: the training's.")] = None,
+    skip: Annotated[
+        Path | None, typer.Option(help="Text file of keys, one per line, whose rows are left out, as in training.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also plot the curves to this image.")] = None,
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
@@ -35,7 +38,9 @@ def calibrate(
     held_out = shards or work.shards_of(expert)
     # Without --out, the card of the expert is replaced in place.
     trust = Trust(hub=allow_hub, paths=trust_paths)
-    curve = work.calibrate_expert(expert, held_out, out=out, use=cast("Use", use), rows=rows, seed=seed, trust=trust)
+    curve = work.calibrate_expert(
+        expert, held_out, out=out, use=cast("Use", use), rows=rows, skip=skip, seed=seed, trust=trust
+    )
     typer.echo(work.table(curve))
     # The plot is optional, and needs no second measurement.
     if plot is not None:

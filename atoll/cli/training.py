@@ -1,5 +1,6 @@
 """The commands that train: one part, or all of them; and synthesize, which generates training data without images."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from atoll.storage.layout import COLLECTIVE, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMOR
 
 if TYPE_CHECKING:
     from atoll.choices import Method
+    from atoll.manifest import Manifest
 
 train_app = typer.Typer(
     no_args_is_help=True, help="Train one part. It reads its own shards and writes its own artifact."
@@ -20,6 +22,10 @@ train_app = typer.Typer(
 app.add_typer(train_app, name="train", rich_help_panel="Stages")
 Nproc = Annotated[
     int, typer.Option("--nproc", min=1, help="Processes that share each batch, one per GPU of this node.")
+]
+Skip = Annotated[
+    Path | None,
+    typer.Option("--skip", help="Text file of keys, one per line, whose rows are left out; default: train.skip."),
 ]
 
 
@@ -34,12 +40,15 @@ def train_expert(
         int | None,
         typer.Option(min=1, help="Train a low-rank update of this rank of the finished expert -> loras/."),
     ] = None,
+    skip: Skip = None,
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
     quiet: Quiet = False,
 ) -> None:
     """Train one expert on the shards of its cluster -> experts/."""
-    _train(["expert", expert], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths, lora=lora)
+    _train(
+        ["expert", expert], run, resume, restart, nproc, quiet, skip=skip, hub=allow_hub, paths=trust_paths, lora=lora
+    )
 
 
 def _command(part: str, text: str) -> Callable[..., None]:
@@ -51,11 +60,12 @@ def _command(part: str, text: str) -> Callable[..., None]:
         resume: Resume = False,
         restart: Restart = False,
         nproc: Nproc = 1,
+        skip: Skip = None,
         allow_hub: AllowHub = False,
         trust_paths: TrustPaths = False,
         quiet: Quiet = False,
     ) -> None:
-        _train([part], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths)
+        _train([part], run, resume, restart, nproc, quiet, skip=skip, hub=allow_hub, paths=trust_paths)
 
     return train_app.command(part, help=text)(train)
 
@@ -67,6 +77,7 @@ def train_router(
     resume: Resume = False,
     restart: Restart = False,
     nproc: Nproc = 1,
+    skip: Skip = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Keep the router, and add what its clusters have grown by.")
     ] = False,
@@ -82,7 +93,7 @@ def train_router(
     if not extend:
         if rows is not None:
             raise AtollError("--rows names latents for --extend; add it")
-        _train(["router"], run, resume, restart, nproc, quiet, hub=allow_hub, paths=trust_paths)
+        _train(["router"], run, resume, restart, nproc, quiet, skip=skip, hub=allow_hub, paths=trust_paths)
         return
     if resume or restart or nproc > 1:
         raise AtollError("--extend takes minutes in one process; leave --resume, --restart and --nproc out")
@@ -92,7 +103,7 @@ def train_router(
     with bar("router", "clusters", quiet) as update:
         out = extend_router(
             run,
-            load_manifest(run).allowing(hub=allow_hub, paths=trust_paths),
+            _skipping(load_manifest(run), skip, run).allowing(hub=allow_hub, paths=trust_paths),
             rows=rows,
             progress=lambda m: update(m["step"], m["steps"], f"loss {m['loss']:.4f}"),
         )
@@ -216,6 +227,7 @@ def _train(
     nproc: int,
     quiet: bool,
     *,
+    skip: Path | None,
     hub: bool,
     paths: bool,
     lora: int | None = None,
@@ -226,6 +238,7 @@ def _train(
         what: the arguments of `atoll train`: the part, and its name if there are several.
         run, resume, restart, quiet: options of the command.
         nproc: processes that share each batch.
+        skip: a list of keys, in place of those of atoll.yaml.
         hub, paths: what cards may reach.
         lora: the rank of a low-rank update that is trained instead of the expert; None: the expert.
     """
@@ -237,6 +250,7 @@ def _train(
         flags = {"--resume": resume, "--restart": restart, "--quiet": quiet}
         flags |= {"--allow-hub": hub, "--trust-paths": paths}
         more = [] if lora is None else ["--lora", str(lora)]
+        more += [] if skip is None else ["--skip", str(skip.absolute())]
         with _lease(what, run) if lora is None else nullcontext():
             arguments = ["train", *what, "--run", str(run), *more, *(flag for flag, on in flags.items() if on)]
             train_together(arguments, nproc)
@@ -259,7 +273,7 @@ def _train(
             part, *which = what
             options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": show}
             options |= {} if lora is None else {"rank": lora}
-            manifest = load_manifest(run).allowing(hub=hub, paths=paths)
+            manifest = _skipping(load_manifest(run), skip, run).allowing(hub=hub, paths=paths)
             done = f"{_trainer('lora' if lora else part)(run, manifest, *which, **options)} written"
         # The training has saved its state, so this is no failure.
         except Interrupted as stop:
@@ -267,6 +281,12 @@ def _train(
         # Other processes would print the same line again.
         if first:
             typer.echo(done)
+
+
+def _skipping(manifest: "Manifest", skip: Path | None, run: Path) -> "Manifest":
+    """The manifest with a list of keys that is named on the command line, in place of its own."""
+    # Relative to the run, as in atoll.yaml; real paths, since ".." leads elsewhere behind a link.
+    return manifest if skip is None else manifest.skipping(os.path.relpath(skip.resolve(), run.resolve()))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from atoll.evaluate.metrics.spaces import FeatureSpace, SpaceFit, build_space_fe
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import MapFunction, Reference
 from atoll.manifest import EvaluateSettings
+from atoll.storage.shards import hash_of_keys
 
 FORMAT = 1
 
@@ -59,7 +60,9 @@ class ReferenceData:
         s = self.settings
         # Of the settings, those that the features and the noise depend on.
         keys = ("seed", "images", "reference", "components", "batch", "held_out", "levels")
+        left_out = self.reference.encoded.left_out_keys
         return {
+            **({"skip": hash_of_keys(left_out)} if left_out else {}),
             "format": FORMAT,
             "encoded": self.reference.encoded.sha256,
             "codec": [identity(self.reference.codec.config()), s.precision],

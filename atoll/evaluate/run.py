@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,21 +18,20 @@ import atoll
 from atoll.condition import Condition, move_to
 from atoll.encoders.codec.statistics import refuse_other_statistics, with_codec
 from atoll.encoders.trust import STRANGER, Trust
-from atoll.ensemble import Expert, Sampler
+from atoll.ensemble import Sampler
 from atoll.ensemble.loading import LoadedEnsemble, load_ensemble
 from atoll.errors import AtollError
+from atoll.evaluate.describe import describe_clusters, describe_expert
 from atoll.evaluate.diagnostics.run import diagnose_run
 from atoll.evaluate.diagnostics.trajectory import Diagnostics
 from atoll.evaluate.measure import evaluate, resolve_precision, side_by_side, worker_count
-from atoll.evaluate.pages.report import ClusterInfo, ExpertInfo, Grid, Report, Usage, to_html, to_json
+from atoll.evaluate.pages.report import Grid, Report, Usage, to_html, to_json
 from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
-from atoll.evaluate.variants import Alignments, Groups, objective_text, variants_of, variants_of_sweeps, with_identities
+from atoll.evaluate.variants import Alignments, Groups, variants_of, variants_of_sweeps, with_identities
 from atoll.manifest import EvaluateSettings
-from atoll.randomness import cpu_generator, random_rows, seeded_noise
-from atoll.report.words import count_words, distinctive_words
-from atoll.schedule import PATH
+from atoll.randomness import seeded_noise
 from atoll.solver import sample
 from atoll.storage.artifact import CARD, load_clusters, sha256_file, write_bytes, write_json
 from atoll.storage.cards import ClustersCard, DrawnClustersCard, EnsembleCard, ExpertEntry, LoraEntry, RouterEntry
@@ -46,11 +44,9 @@ from atoll.storage.layout import (
     MONOLITH,
     STUDENT,
     RunLayout,
-    cluster_number,
 )
-from atoll.storage.shards import INDEX, Shards
+from atoll.storage.shards import INDEX, Shards, SkipList
 
-IMAGES_PER_CLUSTER = 24  # in the report
 ROWS_OF_GRID = 12  # variants in the report's images, at most
 DENSE = (MONOLITH, STUDENT)  # models of one network
 
@@ -93,6 +89,7 @@ def evaluate_run(
     device: str | torch.device = "cpu",
     store: Path | None = None,
     trust: Trust = STRANGER,
+    skip: str | None = None,
 ) -> Path:
     """Evaluate a run, and write report.html and report.json, each atomically.
 
@@ -106,6 +103,7 @@ def evaluate_run(
         device: of the networks.
         store: cache of results; None: `run_dir`/evaluation.
         trust: what the cards of its parts may reach beyond the run.
+        skip: `train.skip` of the run: images that are neither measured nor shown.
 
     Returns:
         The path of report.html.
@@ -115,7 +113,7 @@ def evaluate_run(
     """
     # The models and their variants.
     settings, start = resolve_precision(settings or EvaluateSettings(), device), time.perf_counter()
-    run = open_run(Path(run_dir), device, trust)
+    run = open_run(Path(run_dir), device, trust, skip)
     variants, groups, alignment = _choose_variants(run, settings)
     # Numbers, images, and diagnostics.
     store = store or run.layout.evaluation
@@ -134,7 +132,7 @@ def evaluate_run(
         experts=tuple(describe_expert(expert) for expert in run.loaded.ensemble.experts),
         grid=grid,
         usages=usages,
-        clusters=tuple(describe_clusters(run, settings.seed)),
+        clusters=tuple(describe_clusters(run.clusters, run.loaded.codec, settings.seed)),
         clustered_by=_clustered_by(run.clustering),
         store=os.path.relpath(store, run.path),
         routing=run.loaded.ensemble.routing,
@@ -157,20 +155,24 @@ def _choose_variants(run: OpenRun, settings: EvaluateSettings) -> tuple[list[Var
     return with_identities(variants, dense, _parts(run)), groups, alignment
 
 
-def open_run(path: Path, device: str | torch.device = "cpu", trust: Trust = STRANGER) -> OpenRun:
+def open_run(
+    path: Path, device: str | torch.device = "cpu", trust: Trust = STRANGER, skip: str | None = None
+) -> OpenRun:
     """Open a run's directories.
 
     Args:
         path: the run.
         device: of the networks.
         trust: what the cards of its parts may reach beyond the run.
+        skip: a list of keys, relative to the run, whose rows are left out.
 
     Raises:
         AtollError: they are missing, or do not fit each other.
     """
     # Load the data and the ensemble.
     layout = RunLayout(path)
-    encoded = Shards(layout.encoded)
+    left_out = SkipList(path / skip).keys if skip is not None else frozenset[str]()
+    encoded = Shards(layout.encoded).without(left_out)
     trust = replace(trust, run=path)
     loaded = load_ensemble(layout.ensemble, device=device, trust=trust)
     # Numbers on other data would be meaningless.
@@ -194,7 +196,8 @@ def open_run(path: Path, device: str | torch.device = "cpu", trust: Trust = STRA
     # The clusters.
     directories = layout.existing_clusters()
     clustering = load_clusters(layout.clusters_card) if directories else None
-    return OpenRun(layout, encoded, loaded, dense, tuple(map(Shards, directories)), clustering)
+    clusters = tuple(Shards(directory).without(left_out) for directory in directories)
+    return OpenRun(layout, encoded, loaded, dense, clusters, clustering)
 
 
 def _diagnose(
@@ -307,37 +310,9 @@ def _spread_out(captions: Sequence[str], count: int = 8) -> tuple[str, ...]:
 def _real(run: OpenRun, prompts: Sequence[str]) -> tuple[Tensor | None, ...]:
     """For each prompt, the data's image with this caption, or None."""
     # If captions repeat, the last image with this caption.
-    rows = {caption: row for row, caption in enumerate(run.encoded.captions)}
+    captions = run.encoded.captions
+    rows = {captions[row]: row for row in run.encoded.rows().tolist()}
     return tuple(run.reference.images(torch.tensor([rows[prompt]])) if prompt in rows else None for prompt in prompts)
-
-
-def describe_expert(expert: Expert) -> ExpertInfo:
-    """The report's description of an expert: objective, clusters, and slope of its calibration."""
-    calibration = expert.calibration
-    # The report plots the slope against the time of the common path.
-    t, slope = (), ()
-    if calibration is not None:
-        t = tuple(PATH.time_at(calibration.log_snr.double()).tolist())
-        slope = tuple(calibration.slope.double().tolist())
-    return ExpertInfo(expert.name, objective_text(expert.objective), expert.clusters, t, slope)
-
-
-def describe_clusters(run: OpenRun, seed: int) -> list[ClusterInfo]:
-    """The report's description of each cluster: random images and distinctive words."""
-    # Word counts over all clusters, to compare each cluster with.
-    total = sum(len(cluster) for cluster in run.clusters)
-    overall: Counter[str] = Counter()
-    for cluster in run.clusters:
-        overall += count_words(cluster.captions)
-    # Random images and words of each cluster.
-    described = []
-    for cluster in run.clusters:
-        rows = random_rows(len(cluster), IMAGES_PER_CLUSTER, cpu_generator(seed))
-        images = run.loaded.codec.decode(cluster.read("latent", rows).float())
-        words = distinctive_words(count_words(cluster.captions), len(cluster), overall, total)
-        number = cluster_number(cluster.path.name)
-        described.append(ClusterInfo(number, len(cluster), len(cluster) / total, images, words))
-    return described
 
 
 def _parts(run: OpenRun) -> dict[str, str]:

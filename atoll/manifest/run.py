@@ -63,6 +63,7 @@ class TrainSettings(Section):
     tag_dropout: float = Field(0.0, ge=0, lt=1)
     keep_tags: int = Field(0, ge=0)
     shuffle_tags: bool = False
+    skip: str | None = None  # a text file of keys, relative to the run: rows that are left out
     # Fraction of the training rows held out for calibration; 0: the val split is used.
     calibration_holdout: float = Field(0.0, ge=0, lt=1)
     # Speed and memory.
@@ -250,6 +251,21 @@ class Manifest(Section):
         copy = self.model_copy()
         copy._allowed = Trust(hub=hub, paths=paths)
         return copy
+
+    def skipping(self, path: str) -> "Manifest":
+        """Return the manifest with the same list of keys for all parts. path: as in `train.skip`."""
+
+        # A part's own settings come before the run's.
+        def own(part: Any) -> Any:
+            return None if part is None else part.model_copy(update={"train": {**part.train, "skip": path}})
+
+        return self.model_copy(
+            update={
+                "train": self.train.model_copy(update={"skip": path}),
+                "experts": tuple(map(own, self.experts)),
+                **{name: own(getattr(self, name)) for name in ("router", "monolith", "student")},
+            }
+        )
 
     def trust_in_cards(self, run: Path | None = None) -> Trust:
         """What the cards of this run may reach: the weights that atoll.yaml names, and the directory `run`."""

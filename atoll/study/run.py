@@ -62,7 +62,13 @@ def run_study(
             settings = {**_training_settings(manifest), "evaluate": manifest.evaluate.model_dump(mode="json")}
             if not _is_done(run / _EVALUATED, settings):
                 log(f"seed {seed}, {name}: evaluating")
-                evaluate_run(run, manifest.evaluate, store=out / EVALUATION, trust=manifest.trust_in_cards(run))
+                evaluate_run(
+                    run,
+                    manifest.evaluate,
+                    store=out / EVALUATION,
+                    trust=manifest.trust_in_cards(run),
+                    skip=manifest.train.skip,
+                )
                 write_json(run / _EVALUATED, settings)
                 write_results(study, out, seeds)
     return write_results(study, out, seeds)

@@ -36,8 +36,8 @@ class Rows:
         self._ends = torch.tensor([len(part) for part in shards]).cumsum(0)
 
     @staticmethod
-    def of(shards: Sequence[Shards], split: Split) -> "Rows":
-        """Return all rows of a split."""
+    def of(shards: Sequence[Shards], split: Split | None) -> "Rows":
+        """Return all rows of a split, None for both."""
         # A directory's rows are numbered after those of the directories before it.
         starts = [0, *torch.tensor([len(part) for part in shards]).cumsum(0).tolist()]
         return Rows(shards, torch.cat([part.rows(split) + start for part, start in zip(shards, starts, strict=False)]))

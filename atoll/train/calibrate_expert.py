@@ -19,10 +19,11 @@ from atoll.schedule import PATH
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
 from atoll.storage.cards import CalibrationRecord, ExpertCard
 from atoll.storage.layout import RunLayout
-from atoll.storage.shards import Shards
+from atoll.storage.shards import Shards, SkipList
 from atoll.train.batches import CaptionedLatents, Rows
 from atoll.train.calibrate import CALIBRATION_ROWS, calibrate
 from atoll.train.denoiser import split_holdout
+from atoll.train.skipped import left_out
 
 Use = Literal["auto", "val", "all"]
 UNKNOWN = "unknown"  # the name of a converted expert's codec or condition that was not specified
@@ -35,6 +36,7 @@ def calibrate_expert(
     out: Path | None = None,
     use: Use = "auto",
     rows: int = CALIBRATION_ROWS,
+    skip: Path | None = None,
     seed: int | None = None,
     device: torch.device | None = None,
     trust: Trust = STRANGER,
@@ -48,6 +50,7 @@ def calibrate_expert(
         use: which latents to measure on. "auto": those that its training held out, or the val split. "val": the val
             split. "all": every row, for an expert that was not trained on these shards.
         rows: latents at most, chosen by the seed.
+        skip: a list of keys whose rows are left out: that of the expert's training, if it had one.
         seed: of rows and noise; None for the seed of the expert's training, which its own calibration used.
         device: None for a GPU if there is one.
         trust: what the expert's card may reach.
@@ -73,6 +76,7 @@ def calibrate_expert(
     expert, parts = loaded.expert, [Shards(directory) for directory in shards]
     for part in parts:
         _check(card, part)
+    parts = _without_skipped(card, parts, skip, path)
     held_out, every, measured_on = _held_out(card, parts, use, build_encoder(card.condition, trust), path)
     # The seed of the training reproduces its own calibration.
     if seed is None:
@@ -128,6 +132,27 @@ def _check(card: ExpertCard, shards: Shards) -> None:
         )
 
 
+def _without_skipped(card: ExpertCard, shards: list[Shards], skip: Path | None, path: Path) -> list[Shards]:
+    """Leave out the rows that a list names. Raises AtollError if it is not the list of the expert's training."""
+    trained = card.training.skip if card.training else None
+    if skip is None:
+        if trained is not None:
+            raise AtollError(
+                f"{path}: was trained without {trained.keys:,} rows of its data; name the list of their keys by --skip"
+            )
+        return shards
+    keys = SkipList(skip).keys
+    parts = [part.without(keys) for part in shards]
+    record = left_out([key for part in parts for key in part.left_out_keys])
+    if trained is not None and trained != record:
+        count = 0 if record is None else record.keys
+        raise AtollError(
+            f"{skip}: leaves {count:,} rows out, and not the {trained.keys:,} rows that {path} was trained without; "
+            "name the list of its training"
+        )
+    return parts
+
+
 def _held_out(
     card: ExpertCard, shards: list[Shards], use: Use, encoder: TextEncoder, path: Path
 ) -> tuple[CaptionedLatents, Rows, str]:
@@ -136,7 +161,7 @@ def _held_out(
     training = card.training
     # Foreign experts were trained on none of these rows.
     if use == "all":
-        rows = Rows(shards, torch.arange(sum(map(len, shards))))
+        rows = Rows.of(shards, None)
         return CaptionedLatents(rows, encoder), rows, "all"
     # The rows that training held out are determined by their keys, so they can be selected again.
     if use == "auto" and training is not None and training.calibration_holdout:

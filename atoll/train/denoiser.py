@@ -39,6 +39,7 @@ from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, train
 from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
+from atoll.train.skipped import without_skipped
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
 from atoll.train.validation_images import ValidationImages
@@ -108,12 +109,14 @@ def train_denoiser(
     encoder = build_encoder(data.condition, trust)
     objective = Objective(**spec.part.objective.model_dump())
     settings = spec.settings or manifest.train_of(spec.part)
+    shards, left_out = without_skipped(spec.run, settings, shards)
     network_config = denoiser_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
     init = spec.base or (spec.run / settings.init if settings.init else None)
     init_weights = InitWeights(init) if init else None
     origin = {
         **({"init": init_weights.about.plain()} if init_weights else {}),
         **({"teacher": teaching.about.plain()} if teaching else {}),
+        **left_out,
     }
     network_config = init_weights.config(network_config, data) if init_weights else network_config
     # Held-out rows show the errors that sampling will meet.

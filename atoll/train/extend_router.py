@@ -5,7 +5,7 @@ latents of the clusters that the step concerns: both parts of a split cluster, o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, cast
@@ -30,6 +30,7 @@ from atoll.train.batches import CaptionedLatents, Rows, drop_condition
 from atoll.train.grown_logit import LogitSamples, fit_logit
 from atoll.train.plans import training_mark
 from atoll.train.router import RouterTask
+from atoll.train.skipped import without_skipped
 from atoll.train.track import TrainProgress
 
 SAMPLES = 32_768  # noisy latents per step, half of them of the new cluster; a quarter as many held-out ones
@@ -79,12 +80,14 @@ def extend_router(
     layout, started = RunLayout(run), monotonic()
     card, lineage = _refuse_unrelated(layout)
     parents = lineage.parents_since(card.assignment)
+    trust, settings = manifest.trust_in_cards(run), manifest.train_of(manifest.router)
     sources = _sources(layout, rows, lineage)
     for source in sources:
         codec = source.shards.card(ClusterShardsCard).codec
         refuse_other_statistics(source.shards.path, codec, layout.router, card.codec)
+    parts, left_out = without_skipped(run, settings, [source.shards for source in sources])
+    sources = [replace(source, shards=part) for source, part in zip(sources, parts, strict=True)]
     counts = [count.train for count in load_card(layout.clusters_card, ClustersCard).counts]
-    trust, settings = manifest.trust_in_cards(run), manifest.train_of(manifest.router)
     encoder, device = build_encoder(card.condition, trust), best_device()
     router = _with_new_logits(load_router(layout.router, device, trust=trust), card, lineage)
     # The logits are fitted one after the other; none of them reads another.
@@ -110,6 +113,7 @@ def extend_router(
         lineage,
         router.config.model_dump(mode="json"),
         settings,
+        left_out=left_out,
         losses=losses,
         accuracy=_accuracy(router, layout, lineage.k, encoder, settings, seed),
         seed=seed,
@@ -134,6 +138,7 @@ def _card(
     network: dict[str, Any],
     settings: TrainSettings,
     *,
+    left_out: dict[str, Any],
     losses: dict[str, float],
     accuracy: dict[str, float],
     seed: int,
@@ -142,6 +147,7 @@ def _card(
     """The extended router's card: the old one, what was added, and where the old weights came from."""
     network = {key: value for key, value in network.items() if key in old.network or key in ("clusters", "grown")}
     identity = {"network": network, "assignment": lineage.assignment, "seed": seed, "init": old.weights_sha256}
+    identity |= left_out
     return RouterCard(
         network=network,
         clusters=lineage.k,
@@ -157,6 +163,7 @@ def _card(
             validation=losses,
             seconds=round(seconds, 1),
             init=InitRecord(name=ROUTER, sha256=old.weights_sha256),
+            **left_out,
             seed=seed,
             torch=torch.__version__,
         ),

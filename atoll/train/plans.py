@@ -25,7 +25,7 @@ from atoll.train.state import Counters, steps_before_decay
 _MAY_CHANGE = {
     *("threads", "device", "accumulate", "compile", "checkpointing", "sharding"),
     *("checkpoint_every", "keep_checkpoints", "log_every", "validate_every", "sample_every", "ema_snapshot_every"),
-    *("track", "validation", "init"),  # of init, the mark holds the hash of the weights that it names
+    *("track", "validation", "init", "skip"),  # of the last two, the mark holds the hash of what they name
 }
 # Settings that came after the first marks: left out at their defaults, so that those marks hold.
 _ADDED = {"tag_dropout", "keep_tags", "shuffle_tags"}

@@ -28,6 +28,7 @@ from atoll.train.island import Island, gathered_state
 from atoll.train.loop import Task, train
 from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
+from atoll.train.skipped import without_skipped
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.track import TrainProgress
 
@@ -64,8 +65,9 @@ def train_router(
     """
     # The data, the network and what identifies the training.
     parts, labels, lineage = _data(run)
-    clusters, assignment, encoded = lineage.k, lineage.assignment, parts[0]
     settings = manifest.train_of(manifest.router)
+    parts, left_out = without_skipped(run, settings, parts)
+    clusters, assignment, encoded = lineage.k, lineage.assignment, parts[0]
     choices = manifest.router.network
     encoder = build_encoder(encoded.data_card.condition, manifest.trust_in_cards(run))
     latent_shape = list(encoded.shape("latent"))
@@ -84,7 +86,7 @@ def train_router(
     about = {"path": [[path.config(), of.tolist()] for path, of in paths]} if paths else {}
     # The router is trained on one split and evaluated on the other.
     training, held_out = (CaptionedLatents(Rows.of(parts, split), encoder) for split in SPLITS)
-    identity = {"network": config, "assignment": assignment, "seed": seed, **about}
+    identity = {"network": config, "assignment": assignment, "seed": seed, **about, **left_out}
     identity |= {**own_constants(encoded.data_card.codec), **sizes_of(training.rows, latent_shape)}
     marks = TrainingMarks(identity, settings)
     if _is_extended(path, lineage, resume, restart) or finished(path, RouterCard, marks, resume, restart):
@@ -119,7 +121,9 @@ def train_router(
             **({"lineage": lineage.ancestors} if lineage.ancestors else {}),
             **about,
             accuracy_at_t=task.accuracy(stoppable(router, island, stopped)),
-            training=TrainingRecord(**trained.summary, rows=len(training), seed=seed, torch=torch.__version__),
+            training=TrainingRecord(
+                **trained.summary, **left_out, rows=len(training), seed=seed, torch=torch.__version__
+            ),
         )
         # Every process takes part in gathering, only the first one writes.
         weights = {f"network.{name}": value for name, value in gathered_state(router).items()}

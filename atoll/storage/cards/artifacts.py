@@ -63,6 +63,13 @@ class TeacherRecord(CardRecord):
     by: Literal["owner", "ensemble"]
 
 
+class SkipRecord(CardRecord):
+    """The rows that a list of keys left out of a training: their number, and the hash of their keys."""
+
+    keys: PositiveCount
+    sha256: Sha256
+
+
 class EmaRecord(CardRecord):
     """A post-hoc EMA of the weights, of width `sigma_rel`. of: the hash of the weights that training wrote."""
 
@@ -99,6 +106,7 @@ class TrainingRecord(CardRecord):
         skipped_batches, rollbacks: counts, after losses that were not finite or jumped.
         rows: the number of latents in the training set.
         calibration_holdout: the fraction of the training rows held out for calibration.
+        skip: the rows of its data that it left out; None if there are none.
     """
 
     renamed: ClassVar[dict[str, str]] = {"hold_back": "calibration_holdout"}
@@ -116,6 +124,7 @@ class TrainingRecord(CardRecord):
     teacher: TeacherRecord | None = None
     rows: Count | None = None
     calibration_holdout: bounds.Fraction = 0.0
+    skip: SkipRecord | None = None
     seed: bounds.Seed = 0
     torch: Name | None = None
     ema: EmaRecord | None = None

@@ -15,8 +15,10 @@ the memory of one shard, even for a hundred million rows.
 from atoll.storage.shards.captions import MAX_WEIGHT, OTHERS, Weighted, choose, pack, unpack
 from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, SPLITS, Split, refuse_foreign
 from atoll.storage.shards.holdout import is_held_out
-from atoll.storage.shards.reader import Shard, Shards
+from atoll.storage.shards.reader import Shards
 from atoll.storage.shards.repeated import repeats
+from atoll.storage.shards.shard import Shard
+from atoll.storage.shards.skip import SkipList, hash_of_keys
 from atoll.storage.shards.split import key_fraction, split_by_hash
 from atoll.storage.shards.writer import ShardWriter
 
@@ -30,9 +32,11 @@ __all__ = [
     "Shard",
     "ShardWriter",
     "Shards",
+    "SkipList",
     "Split",
     "Weighted",
     "choose",
+    "hash_of_keys",
     "is_held_out",
     "key_fraction",
     "pack",

@@ -13,7 +13,8 @@ from atoll.storage.shards.split import key_fraction
 def is_held_out(shards: Sequence[Shards], share: float) -> Tensor:
     """Select the held-out training rows of several directories.
 
-    A training row is held out if hash(key) < share. At least one training row is held out. Replicas of a cluster hold
+    A training row is held out if hash(key) < share. At least one training row is held out. Rows that a directory leaves
+    out (`Shards.without`) are not. Replicas of a cluster hold
     out the same rows wherever they are trained, and a later measurement selects them again, even after data was added.
 
     Args:
@@ -24,7 +25,7 @@ def is_held_out(shards: Sequence[Shards], share: float) -> Tensor:
         A mask [n] bool over all rows, True where the row is held out.
     """
     # Shard by shard: all keys of a large cluster as Python strings would take gigabytes.
-    fractions = array("d", (_fraction(key) for d in shards for part in d.parts() for key in part.keys))
+    fractions = array("d", (_fraction(key) for d in shards for keys in d.keys_by_shard() for key in keys))
     # Rows of the val split get a fraction above every threshold.
     training = torch.cat([_mask(len(directory), directory.rows("train")) for directory in shards])
     fraction = torch.tensor(fractions, dtype=torch.float64).masked_fill(~training, 2.0)

@@ -1,8 +1,7 @@
 """Read a directory of shards."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,31 +27,8 @@ from atoll.storage.shards.captions import OTHERS, Weighted, unpack
 from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, Split, describe, with_shapes
 from atoll.storage.shards.manifest import ManifestFile
 from atoll.storage.shards.mapped import LatentMap, MappedColumns
+from atoll.storage.shards.shard import Shard
 from atoll.storage.verified import sha256_once
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """One shard of a directory.
-
-    Attributes:
-        number: its position among the shards, from 0.
-        start: the row number of its first row in the directory.
-        keys, captions, splits: one string per row.
-        columns: tensors [rows, ...] by name, memory-mapped and read-only; mapped latents are computed at first use.
-        others: the captions after the first one of each row, as `atoll.storage.shards.captions` packs them.
-    """
-
-    number: int
-    start: int
-    keys: list[str]
-    captions: list[str]
-    splits: list[str]
-    columns: Mapping[str, Tensor]
-    others: list[str]
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
 
 class Shards:
@@ -96,6 +72,7 @@ class Shards:
         self._open: dict[int, dict[str, Tensor]] = {}
         self._cards: dict[type[CardRecord], CardRecord] = {}
         self._latent_map: LatentMap | None = None
+        self._without: frozenset[str] = frozenset()  # keys
 
     def __len__(self) -> int:
         return self._index.rows
@@ -122,6 +99,28 @@ class Shards:
         view._latent_map = latent_map if before is None else lambda latents: latent_map(before(latents))
         view._cards = {type(card): card}
         return view
+
+    def without(self, keys: Collection[str]) -> "Shards":
+        """Return these shards without the rows of some keys: `rows` leaves them out. Row numbers stay as they are."""
+        view = copy.copy(self)
+        view._without = frozenset(keys) if not self._without else self._without.union(keys)
+        view.__dict__.pop("_left_out", None)
+        return view
+
+    @cached_property
+    def _left_out(self) -> dict[int, str]:
+        """The keys of the rows that are left out, by their numbers."""
+        if not self._without:
+            return {}
+        # Shard by shard: all keys as Python strings would take gigabytes.
+        starts = map(self._start, range(len(self._files)))
+        groups = zip(starts, self.keys_by_shard(), strict=True)
+        return {start + i: key for start, keys in groups for i, key in enumerate(keys) if key in self._without}
+
+    @property
+    def left_out_keys(self) -> list[str]:
+        """The keys of the rows that are left out."""
+        return list(self._left_out.values())
 
     @cached_property
     def keys(self) -> list[str]:
@@ -207,12 +206,15 @@ class Shards:
         numbers = self.shape_numbers(column)[rows]
         return [rows[numbers == number] for number in numbers.unique()]
 
-    def rows(self, split: Split) -> Tensor:
-        """Return the row numbers of a split, [n] int64, ascending."""
+    def rows(self, split: Split | None = None) -> Tensor:
+        """Return the row numbers of a split, None for both, [n] int64, ascending; not those that are left out."""
         import pyarrow.compute as pc
 
-        # The comparison runs on the column, without Python strings.
-        return torch.from_numpy(pc.equal(self._text("split"), split).to_numpy().copy()).nonzero().flatten()
+        rows = torch.arange(len(self))
+        if split is not None:
+            # The comparison runs on the column, without Python strings.
+            rows = torch.from_numpy(pc.equal(self._text("split"), split).to_numpy().copy()).nonzero().flatten()
+        return rows[~torch.isin(rows, torch.tensor(list(self._left_out)))] if self._left_out else rows
 
     def read(self, column: str, rows: Tensor | slice) -> Tensor:
         """Copy rows of a column into memory.
@@ -255,6 +257,11 @@ class Shards:
     def _computed(self, column: str, rows: Tensor) -> Tensor:
         """Map rows [n, ...] of a column, if it holds latents and there is a map."""
         return rows if self._latent_map is None or column not in LATENTS else self._latent_map(rows)
+
+    def keys_by_shard(self) -> Iterator[list[str]]:
+        """Yield the keys of each shard; no tensor is read."""
+        for number in range(len(self._files)):
+            yield self._group(number, ("key",))["key"]
 
     def parts(self) -> Iterator[Shard]:
         """Yield shard by shard, so that memory does not grow with the rows. Raises AtollError as `read` does."""
