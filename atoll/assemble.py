@@ -36,7 +36,7 @@ from atoll.storage.cards import (
     parse_record,
 )
 from atoll.storage.layout import ENSEMBLE_CARD, STACKINGS, RunLayout, cluster_path
-from atoll.storage.shards import LATENTS, Shards, SkipList, is_held_out
+from atoll.storage.shards import LATENTS, Shards, is_held_out, listed_keys
 
 _ROWS, _SAMPLES = 1024, 512  # measuring replicas: the most held-out latents, and the noisy latents at each level
 
@@ -169,7 +169,6 @@ def assemble_run(
     """
     layout = RunLayout(run)
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
-    # An expert without a card is not trained yet.
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
@@ -181,8 +180,7 @@ def assemble_run(
     routing = read_card(router, RouterCard) if router is not None and (router / CARD).is_file() else None
     updates = choose_loras(trained, loras)
     # Rows that some expert left out are no measure of any.
-    lists = {manifest.train_of(expert).skip for expert in manifest.experts} - {None}
-    skip = frozenset(key for name in lists for key in SkipList(run / str(name)).keys)
+    skip = listed_keys(run / name for expert in manifest.experts if (name := manifest.train_of(expert).skip))
     stackings = stack_replicas(
         trained, rows or layout.clusters, trust, routing, every=rows is not None, loras=updates, skip=skip
     )
@@ -221,7 +219,6 @@ def stack_replicas(
     groups: dict[tuple[int, ...], list[Path]] = {}
     for path in experts:
         groups.setdefault(_covered(path, router), []).append(path)
-    # Measure each group of at least two.
     stackings = []
     for covered, replicas in groups.items():
         places = [cluster_path(clusters, cluster) for cluster in covered]
@@ -234,16 +231,14 @@ def stack_replicas(
             )
             continue
         shards = [Shards(place).without(skip) for place in places]
-        descent = None if router is None else router.descent
-        stackings.append(_stacked(replicas, shards, trust, descent, every, loras or {}))
+        stackings.append(_stacked(replicas, shards, trust, router.descent if router else None, every, loras or {}))
     return stackings
 
 
 def _covered(path: Path, router: RouterCard | None) -> tuple[int, ...]:
     """The current clusters of the expert at `path`; its own if the router does not know them."""
     card = read_card(path, ExpertCard)
-    known = router is not None and router.descent.knows(card.assignment)
-    return _clusters_now(card, router) if known else card.clusters
+    return _clusters_now(card, router) if router and router.descent.knows(card.assignment) else card.clusters
 
 
 def _stacked(

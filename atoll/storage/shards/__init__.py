@@ -18,7 +18,7 @@ from atoll.storage.shards.holdout import is_held_out
 from atoll.storage.shards.reader import Shards
 from atoll.storage.shards.repeated import repeats
 from atoll.storage.shards.shard import Shard
-from atoll.storage.shards.skip import SkipList, hash_of_keys
+from atoll.storage.shards.skip import SkipList, hash_of_keys, listed_keys
 from atoll.storage.shards.split import key_fraction, split_by_hash
 from atoll.storage.shards.writer import ShardWriter
 
@@ -39,6 +39,7 @@ __all__ = [
     "hash_of_keys",
     "is_held_out",
     "key_fraction",
+    "listed_keys",
     "pack",
     "refuse_foreign",
     "repeats",

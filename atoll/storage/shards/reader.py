@@ -184,7 +184,6 @@ class Shards:
 
     def shape(self, column: str) -> tuple[int, ...]:
         """Return the shape of one row of a column; the main one, if shards differ."""
-        # The index knows the shape; no shard is opened.
         return self._index.columns[self._known(column)].shape
 
     def shapes(self, column: str) -> tuple[tuple[int, ...], ...]:
@@ -287,8 +286,7 @@ class Shards:
     def _start(self, number: int) -> int:
         return int(self._ends[number]) - self._files[number].rows
 
-    def _first_key(self, number: int) -> str:
-        # Read for error messages only.
+    def _first_key(self, number: int) -> str:  # for error messages only
         return str(self._group(number, ("key",))["key"][0])
 
     def _text(self, column: str) -> Any:

@@ -37,3 +37,8 @@ class SkipList:
 def hash_of_keys(keys: Iterable[str]) -> str:
     """Return the hash of some keys, whatever their order."""
     return hashlib.sha256(json.dumps(sorted(keys)).encode()).hexdigest()
+
+
+def listed_keys(paths: Iterable[Path]) -> frozenset[str]:
+    """Return the keys of several lists, each of which is read once."""
+    return frozenset(key for path in set(paths) for key in SkipList(path).keys)
