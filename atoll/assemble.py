@@ -172,7 +172,6 @@ def assemble_run(
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
-    # A single expert needs no router, but one that exists is used.
     alone = len(trained) == 1 and not (layout.router / CARD).is_file()
     trust = manifest.allowing(hub=allow_hub, paths=trust_paths).trust_in_cards(run)
     router = None if alone else layout.router
@@ -184,7 +183,8 @@ def assemble_run(
     stackings = stack_replicas(
         trained, rows or layout.clusters, trust, routing, every=rows is not None, loras=updates, skip=skip
     )
-    return assemble(trained, router, layout.ensemble, manifest.sampling.model_dump(), stackings, updates)
+    sampling = manifest.sampling.model_dump(exclude_none=True)
+    return assemble(trained, router, layout.ensemble, sampling, stackings, updates)
 
 
 def stack_replicas(

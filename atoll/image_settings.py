@@ -43,6 +43,7 @@ class ImageSettings(CardRecord):
         guidance_scale: 1 is no guidance.
         guidance_range: the times (0 data, 1 noise) between which there was guidance.
         method: the solver.
+        shift: of its times towards noise; 1: even times.
         routing, alignment, replicas: as in `atoll.Pipeline.from_pretrained`.
         weights: the dtype that the experts' weights were rounded to; None: as stored.
         size: (width, height) in pixels.
@@ -61,6 +62,7 @@ class ImageSettings(CardRecord):
     guidance_scale: bounds.Guidance
     guidance_range: tuple[bounds.Fraction, bounds.Fraction] = (0.0, 1.0)
     method: Method
+    shift: bounds.Shift = 1.0
     routing: bounds.Name
     alignment: Literal["snr", "native"]
     replicas: bounds.Name
@@ -91,8 +93,10 @@ class ImageSettings(CardRecord):
 
     def text(self) -> dict[str, str]:
         """Return the text chunks by keyword."""
+        # Files from before there was a shift have none: one of even times is still written like them.
+        values = self.model_dump(mode="json", exclude={"shift"} if self.shift == 1 else None)
         # ASCII: every reader of PNG text agrees on it.
-        return {KEY: json.dumps(self.model_dump(mode="json"), allow_nan=False), PARAMETERS: self.parameters()}
+        return {KEY: json.dumps(values, allow_nan=False), PARAMETERS: self.parameters()}
 
     def parameters(self) -> str:
         """Return the settings in the form that other tools read: prompt, negative prompt, one line of settings."""
@@ -103,6 +107,7 @@ class ImageSettings(CardRecord):
             "CFG scale": f"{self.guidance_scale:g}",
             "Seed": self.seed,
             "Size": f"{width}x{height}",
+            **({} if self.shift == 1 else {"Shift": f"{self.shift:g}"}),
             "Model hash": self.ensemble_sha256[:10],
             "Model": self.ensemble.replace(",", " "),  # a comma ends a value
             "Version": f"atoll {self.version}",

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.schedule import Schedule, build_schedule
+from atoll.schedule import PATH, Schedule, build_schedule
 from atoll.shapes import per_sample
 from atoll.storage.bounds import MAX_TIME
+from atoll.time_shift import TimeShift, shift_time
 
 Prediction = Literal["eps", "x0", "v", "flow"]
 TimeSampling = Literal["uniform", "logit-normal"]
@@ -35,11 +36,13 @@ class Objective:
         schedule: a `Schedule`, or a configuration for `build_schedule`.
         time_scale: the network receives t * time_scale as time; default 999 for DiT's 0..999 (HDDM Eq. 20).
         time_sampling: "uniform" over the support, or "logit-normal" (Esser et al. 2024, m = 0, s = 1).
+        shift: moves the training times towards noise, see `atoll.time_shift`: a number, {"log_snr": 3}, {"rule": "sd3"}
+            or {"rule": "flux"}; None: not at all. Sampling takes the same shift by default.
         weighting: "none"; "min-snr" (Hang et al. 2023, gamma = 5, written for every prediction); "prop1": the error
             of the velocity on the sampling path at equal log-SNR, for every prediction (HDDM Proposition 1).
 
     Raises:
-        AtollError: an unknown prediction, schedule, time sampling or weighting; a time scale out of bounds.
+        AtollError: an unknown prediction, schedule, time sampling, weighting or shift; a time scale out of bounds.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Objective:
         time_scale: float = 999.0,
         time_sampling: TimeSampling = "uniform",
         weighting: Weighting = "none",
+        shift: Any = None,
     ):
         # Configurations come from cards and atoll.yaml, so every choice is checked.
         for name, value, known in (
@@ -66,6 +70,7 @@ class Objective:
         self.time_scale = time_scale
         self.time_sampling: TimeSampling = time_sampling
         self.weighting: Weighting = weighting
+        self.shift = None if shift is None else TimeShift.parse(shift)
 
     @property
     def support(self) -> tuple[float, float]:
@@ -85,8 +90,14 @@ class Objective:
             t_max = min(t_max, high)
         return t_min, t_max
 
-    def sample_time(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw training times inside the support, [batch] float32."""
+    def sample_time(self, batch: int, generator: torch.Generator | None = None, tokens: int = 1) -> Tensor:
+        """Draw training times inside the support, [batch] float32.
+
+        Args:
+            batch: their number.
+            generator: of the draw.
+            tokens: image tokens of the network, on which a shift may depend.
+        """
         # Times outside the support would train on targets that are not finite.
         t_min, t_max = self.support
         if self.time_sampling == "uniform":
@@ -94,7 +105,21 @@ class Objective:
         else:
             # Denser in the middle of the support than at its ends.
             unit = torch.sigmoid(torch.randn(batch, generator=generator))
-        return t_min + (t_max - t_min) * unit
+        t = t_min + (t_max - t_min) * unit
+        return t if self.shift is None else self._shifted(t, self.shift.at(tokens))
+
+    def _shifted(self, t: Tensor, shift: float) -> Tensor:
+        """Return training times [B] shifted by s.
+
+        The shift acts on the linear path's times of equal log-SNR, so it is the same for every schedule. The result is
+        stretched back to the support, which on the linear path changes nothing: no level is lost, and none piles up.
+        """
+        edges = torch.tensor(self.support, dtype=torch.float64)
+        low, high = PATH.time_at(self.schedule.log_snr(edges)).tolist()
+        new_low, new_high = shift_time(torch.tensor([low, high], dtype=torch.float64), shift).tolist()
+        path = shift_time(PATH.time_at(self.schedule.log_snr(t.double())).clamp(low, high), shift)
+        path = low + (path - new_low) * ((high - low) / (new_high - new_low))
+        return self.schedule.time_at(PATH.log_snr(path)).clamp(*self.support).to(t.dtype)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return the output that the network is trained towards; x0, eps [B, ...], t [B] -> [B, ...]."""
@@ -212,6 +237,7 @@ class Objective:
             "time_scale": self.time_scale,
             "time_sampling": self.time_sampling,
             "weighting": self.weighting,
+            **({} if self.shift is None else {"shift": self.shift.config()}),
         }
 
     def __repr__(self) -> str:

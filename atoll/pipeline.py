@@ -1,5 +1,6 @@
 """Prompts to images, with the interface of a diffusers pipeline."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +19,10 @@ from atoll.ensemble.loading import Fetch, LoadedEnsemble, load_ensemble
 from atoll.ensemble.offload import WeightDtype
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.randomness import seeded_noise
-from atoll.solver import sample
+from atoll.solver import sample, shifted_times
+from atoll.time_shift import check_shift
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -147,6 +150,9 @@ class Pipeline:
         batch_size: int = 64,
         callback: Callable[[int, int], Any] | None = None,
         block_cache: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | None = None,
     ) -> PipelineOutput:
         """Sample images of each prompt: all images of the first one, then all of the second one, and so on.
 
@@ -168,11 +174,15 @@ class Pipeline:
             callback: called with (steps done, total steps) over all batches.
             block_cache: the threshold of first-block caching, 0.05 to 0.3: faster, but other images (docs/fusion.md
                 says how much other); 0: none.
+            height, width: of the images in pixels; default: the main size's. Sides are multiples of the codec's factor
+                times the networks' patches. There is a warning if no expert was trained for the size.
+            shift: of the solver's times towards noise (`atoll.time_shift`); 1: even times. Default: the ensemble's, or
+                what its experts were trained with.
 
         Raises:
             AtollError: no prompts; another number of seeds than images or prompts; another number of clusters,
                 negative prompts or image counts than prompts; a negative prompt without guidance; steps < 1; an unknown
-                method or routing.
+                method or routing; a size that the networks do not take; a shift out of bounds.
         """
         # Arguments, completed by the ensemble's defaults.
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -188,6 +198,10 @@ class Pipeline:
         scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
         method = method or cast(Method, defaults.method or "euler")
         negatives = _negatives(len(prompts), negative_prompt, scale)
+        size = self.loaded.sizes.choose(height, width)
+        times = shifted_times(steps, self.loaded.shift(size) if shift is None else check_shift(shift))
+        if note := self.loaded.sizes.note(size):
+            warnings.warn(note, stacklevel=3)
         # Frame 4 is the caller's: torch's decorator of `__call__` is a frame too.
         self.loaded.encoder.warn_of_truncated(prompts, "prompt", stacklevel=4)
         self.loaded.encoder.warn_of_truncated(negatives or [], "negative prompt", stacklevel=4)
@@ -215,15 +229,22 @@ class Pipeline:
                     callback(number * steps + index + 1, len(batches) * steps)
 
             with sampler.tracing() as trace:
-                noise = self.noise(seeds[start : start + batch_size])
-                latents.append(sample(velocity, noise, steps, method, callback=report))
+                noise = self.noise(seeds[start : start + batch_size], size)
+                latents.append(sample(velocity, noise, steps, method, times=times, callback=report))
             traces.append(trace)
         x0 = torch.cat(latents)
         return PipelineOutput(to_pil(self.loaded.codec.decode(x0)), x0, traces, dict(sampler.dropped))
 
-    def noise(self, seeds: Sequence[int]) -> Tensor:
-        """Return x at t = 1, [B, C, H, W] float32: one seed per row, sampled on the CPU, so equal on every device."""
-        return seeded_noise(seeds, self.loaded.latent_shape).to(self.device)
+    def noise(self, seeds: Sequence[int], size: ImageSize | None = None) -> Tensor:
+        """Return x at t = 1, [B, C, H, W] float32: one seed per row, sampled on the CPU, so equal on every device.
+
+        Args:
+            seeds: one per row.
+            size: of the images; None: the main one.
+        """
+        size = self.loaded.sizes.main if size is None else size
+        shape = (self.loaded.latent_shape[0], *size.latent(self.loaded.codec.factor))
+        return seeded_noise(seeds, shape).to(self.device)
 
     def _prompt_cache(
         self,

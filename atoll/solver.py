@@ -13,6 +13,7 @@ from atoll.choices import Method
 from atoll.errors import AtollError
 from atoll.schedule import PATH, Schedule
 from atoll.shapes import per_sample
+from atoll.time_shift import shift_time
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 # A step yields each (x, t) at which it needs the velocity, is sent that velocity, and returns x at t_next.
@@ -109,6 +110,20 @@ class Integration:
         for index in range(self.steps):
             self.x = yield from step(self.x, grid[index], grid[index + 1])
             self.step = index + 1
+
+
+def shifted_times(steps: int, shift: float) -> Tensor | None:
+    """Return even times of the linear path, shifted towards noise (`atoll.time_shift`); what `sample` takes as `times`.
+
+    Returns:
+        [steps + 1] float64 from 1 to 0; None, which is the even grid, for a shift of 1.
+
+    Raises:
+        AtollError: steps < 1.
+    """
+    if steps < 1:
+        raise AtollError(f"steps is {steps}; expected at least 1")
+    return None if shift == 1 else shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def times_of(schedule: Schedule, steps: int) -> Tensor:

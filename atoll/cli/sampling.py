@@ -47,6 +47,14 @@ def sample(
         str | None, typer.Option(help="stacked, inverse-error, equal, time-switch-0.5; default: the ensemble's.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="euler, heun, midpoint, dpm++2m; default: the ensemble's.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="WIDTHxHEIGHT of the images in pixels, such as 1024x768; default: the main size."),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(help="Shift of the solver's times towards noise, 1 for none; default: that of the experts."),
+    ] = None,
     alignment: Annotated[str, typer.Option(help="snr (exact) or native (HDDM's formulas).")] = "snr",
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an expert is missing.")] = False,
     side: Annotated[
@@ -67,6 +75,7 @@ def sample(
 ) -> None:
     """Sample images: `atoll sample runs/demo/ensemble "digit seven, sans bold" -o out.png`, or `-o DIR/`."""
     from atoll.collective.model import is_collective, open_model
+    from atoll.image_size import ImageSize
     from atoll.sample.files import BATCH, sample_to_files
     from atoll.sample.options import ImageOptions, check_output, parse_range, parse_seeds
     from atoll.sample.prompts import open_requests
@@ -77,6 +86,7 @@ def sample(
     to_files = check_output(out, prompts, prompts_file, side=side, trace=trace, batch=batch)
     options = ImageOptions(negative or "", n, seed, None if seeds is None else parse_seeds(seeds))
     times = (0.0, 1.0) if guidance_range is None else parse_range(guidance_range)
+    pixels = None if size is None else ImageSize.parse(size, "--size")
 
     # Of a collective, whatever is admitted now; each expert is fetched when it is first needed.
     model = open_model(ensemble, identity) if is_collective(ensemble) else None
@@ -95,7 +105,14 @@ def sample(
         "trust_paths": trust_paths,
         "fetch": model.fetch if model else None,
     }
-    solver: dict[str, Any] = {"steps": steps, "guidance": guidance, "guidance_range": times, "method": method}
+    solver: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "guidance_range": times,
+        "method": method,
+        "size": pixels,
+        "shift": shift,
+    }
 
     # One file per image, or all images on one sheet.
     with open_requests(prompts, prompts_file, options) as requests:

@@ -31,7 +31,7 @@ from atoll.schedule import PATH
 from atoll.storage.artifact import read_card, read_tensors, save_artifact, write_bytes
 from atoll.storage.cards import EncodedCard, ExpertCard
 from atoll.storage.layout import REPORT, RunLayout
-from atoll.storage.shards import Shards, ShardWriter
+from atoll.storage.shards import LATENTS, Shards, ShardWriter
 
 RECIPE = "collective"
 CONTRIBUTORS = ("ada", "ben", "cy", "dee")
@@ -217,7 +217,7 @@ class World:
         generator = cpu_generator(0)
         for path in RunLayout(self.founder).existing_clusters():
             shards = Shards(path)
-            rows = shards.rows("val")[:_ROWS]
+            rows = shards.rows("val", LATENTS[0])[:_ROWS]
             x0, condition = shards.read("latent", rows).float(), loaded.encoder(shards.captions_of(rows))
             # The same noise for every model.
             for level in _TIMES:

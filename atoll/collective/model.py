@@ -146,7 +146,7 @@ def _materialize(store: Store, collective: Collective, verified: VerifiedIndex, 
 
     # The ensemble, with the run's sampling defaults.
     first = cards[0]
-    sampling = run.manifest.sampling.model_dump(include=set(SamplingDefaults.model_fields))
+    sampling = run.manifest.sampling.model_dump(include=set(SamplingDefaults.model_fields), exclude_none=True)
     ensemble = EnsembleCard(
         experts=tuple(entries),
         router=router,

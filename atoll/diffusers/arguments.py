@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atoll.ensemble.loading import LoadedEnsemble
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.runtime.libraries import quiet
 
 with quiet("diffusers"):
@@ -77,16 +78,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def check_size(loaded: LoadedEnsemble, height: Any, width: Any) -> None:
-    """Raise AtollError for a height or width, in pixels, other than the ensemble's; None is its own."""
-    own = [side * loaded.codec.factor for side in loaded.latent_shape[1:]]
-    for name, value, side in zip(("height", "width"), (height, width), own, strict=True):
+def check_size(loaded: LoadedEnsemble, height: Any, width: Any) -> ImageSize:
+    """Return the size of the images for a height and width in pixels; None is the ensemble's own.
+
+    Raises:
+        AtollError: a side that is no whole number, or that the networks do not take.
+    """
+    sides = []
+    for value in (height, width):
         number = _plain(value)
-        if value is not None and (not isinstance(number, int | float) or number != side):
-            raise AtollError(
-                f"{name} is {value!r:.60}, but this ensemble generates images of height {own[0]} and width {own[1]} "
-                f"only; leave {name} out"
-            )
+        sides.append(int(number) if isinstance(number, float) and number.is_integer() else number)
+    return loaded.sizes.choose(*sides)
 
 
 def initial(

@@ -11,6 +11,7 @@ On disk it is a directory like theirs, and nothing in it executes:
 """
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -116,9 +117,11 @@ class AtollPipeline(DiffusionPipeline):
             options["ensemble"] = AtollEnsemble.from_pretrained(path / ENSEMBLE if saved else path, **dtypes, **trust)
         elif any(one is not None for one in dtypes.values()):
             raise AtollError("an ensemble and a dtype were both given; expected one of them: the ensemble has a dtype")
-        # A new pipeline has the default scheduler.
+        # A new pipeline has the default scheduler, with the shift of the ensemble.
         if not saved:
-            return cls(**{"scheduler": FlowMatchEulerDiscreteScheduler(), **options})
+            loaded = options["ensemble"].loaded
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=loaded.shift(loaded.sizes.main))
+            return cls(**{"scheduler": scheduler, **options})
         # diffusers reads the index and loads the scheduler.
         with quiet("diffusers"):
             try:
@@ -187,7 +190,8 @@ class AtollPipeline(DiffusionPipeline):
                 and in the next two.
             guidance_scale: default: the ensemble's.
             num_images_per_prompt: images of each prompt.
-            height: in pixels; only the ensemble's own.
+            height: of the images in pixels; default: the main size's. There is a warning if no expert was trained for
+                the size. The scheduler's own shift holds for every size.
             width: likewise.
             prompt_embeds: the text encoder's states [P, L, D] of P prompts, in place of prompt; L and D are the
                 encoder's length and dim. For ensembles with a single text encoder. `encode_prompt` returns these three.
@@ -218,7 +222,9 @@ class AtollPipeline(DiffusionPipeline):
         # Arguments, completed by the ensemble's defaults and checked before any network runs.
         loaded, device = self.ensemble.loaded, self._execution_device
         numbers = check_numbers(loaded, num_inference_steps, guidance_scale, num_images_per_prompt)
-        check_size(loaded, height, width)
+        size = check_size(loaded, height, width)
+        if note := loaded.sizes.note(size):
+            warnings.warn(note, stacklevel=3)
         if output_type not in OUTPUTS:
             raise AtollError(f"unknown output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}")
         callback = StepCallback.of(
@@ -243,7 +249,8 @@ class AtollPipeline(DiffusionPipeline):
                 loaded.encoder.warn_of_truncated(side.texts(), kind, stacklevel=4)
 
         # Integrate from t = 1 to 0.
-        x = initial((len(prompts.conditions[0]), *loaded.latent_shape), latents, generator, device)
+        shape = (loaded.latent_shape[0], *size.latent(loaded.codec.factor))
+        x = initial((len(prompts.conditions[0]), *shape), latents, generator, device)
         sigmas = flow_sigmas(self.scheduler, numbers.steps, device)
         self._guidance_scale, self._num_timesteps = numbers.scale, len(sigmas)
         velocity = partial(self._velocity, guidance_range=guidance_range, block_cache=block_cache)

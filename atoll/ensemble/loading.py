@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from atoll.calibration import Calibration
 from atoll.condition import move_to
-from atoll.encoders.codec import Codec, build_codec
+from atoll.encoders.codec import build_codec
 from atoll.encoders.text import PromptEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import also_found_in
 from atoll.ensemble import Alignment, Ensemble, Expert
 from atoll.ensemble.deferred import UNLIMITED, deferred_expert
+from atoll.ensemble.loaded import LoadedEnsemble as LoadedEnsemble
+from atoll.ensemble.loaded import LoadedExpert as LoadedExpert
 from atoll.ensemble.lora import LoraChoice, LoraUpdate, chosen_lora, merged_tensors, read_lora, warn_if_uncalibrated
 from atoll.ensemble.offload import (
     ExpertCache,
@@ -41,7 +43,7 @@ from atoll.errors import AtollError, escaped
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.storage.artifact import CARD, WEIGHTS, load_card, read_card, read_tensors
-from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard, SamplingDefaults
+from atoll.storage.cards import EnsembleCard, ExpertCard, RouterCard
 from atoll.storage.claims import require_fit
 from atoll.storage.containment import owning_directory, require_inside
 from atoll.storage.layout import ENSEMBLE_CARD
@@ -49,38 +51,6 @@ from atoll.storage.memory import refuse_out_of_memory
 
 Fetch = Callable[[Path], None]  # of an expert's directory
 FROZEN = "frozen"  # beside ensemble.json: the weights of text encoders and codec, if they were saved with it
-
-
-@dataclass(frozen=True)
-class LoadedExpert:
-    """An expert with its card."""
-
-    expert: Expert
-    card: ExpertCard
-
-
-@dataclass(frozen=True)
-class LoadedEnsemble:
-    """An ensemble ready to sample, with its frozen networks.
-
-    Attributes:
-        ensemble: experts and router.
-        encoder: the text encoders that the experts read; `Expert.encoder` is an index of them.
-        codec: latents to images.
-        latent_shape: (C, H, W).
-        card: the ensemble's card, or the expert's if a single expert was loaded as an ensemble.
-    """
-
-    ensemble: Ensemble
-    encoder: PromptEncoder
-    codec: Codec
-    latent_shape: tuple[int, ...]
-    card: EnsembleCard | ExpertCard
-
-    @property
-    def sampling(self) -> SamplingDefaults:
-        """The defaults of sampling."""
-        return self.card.sampling if isinstance(self.card, EnsembleCard) else SamplingDefaults()
 
 
 def load_expert(
@@ -309,7 +279,9 @@ def _assembled(
         replicas=replicas or card.sampling.replicas or "stacked",
         router_encoder=encoder_index(router_card, kinds),
     )
-    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card)
+    cards = tuple(one.card for one in experts)
+    codec = build_codec(card.codec, trust)
+    return LoadedEnsemble(ensemble, encoder, codec, card.latent_shape, card, cards, router_card)
 
 
 def _router_of(
@@ -342,7 +314,7 @@ def _alone(
     encoder = PromptEncoder([build_encoder(loaded.card.condition, trust)])
     ensemble = Ensemble([loaded.expert], None, "full", alignment, null=move_to(encoder.null(1), device))
     card = loaded.card
-    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card)
+    return LoadedEnsemble(ensemble, encoder, build_codec(card.codec, trust), card.latent_shape, card, (card,))
 
 
 def _network(

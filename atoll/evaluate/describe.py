@@ -11,7 +11,7 @@ from atoll.randomness import cpu_generator, random_rows
 from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import PATH
 from atoll.storage.layout import cluster_number
-from atoll.storage.shards import Shards
+from atoll.storage.shards import LATENTS, Shards
 
 IMAGES_PER_CLUSTER = 24  # in the report
 
@@ -37,7 +37,7 @@ def describe_clusters(clusters: Sequence[Shards], codec: Codec, seed: int) -> li
     # Random images and words of each cluster.
     described = []
     for cluster in clusters:
-        shown = cluster.rows()
+        shown = cluster.rows(main=LATENTS[0])
         rows = shown[random_rows(len(shown), IMAGES_PER_CLUSTER, cpu_generator(seed))]
         images = codec.decode(cluster.read("latent", rows).float())
         words = distinctive_words(count_words(cluster.captions), len(cluster), overall, total)

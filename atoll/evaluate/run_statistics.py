@@ -12,7 +12,7 @@ from atoll.evaluate.metrics.gaussian import save_gaussian
 from atoll.evaluate.metrics.spaces import LABELS, build_space_feature, hash_of
 from atoll.manifest import Manifest
 from atoll.storage.layout import RunLayout
-from atoll.storage.shards import Shards
+from atoll.storage.shards import LATENTS, Shards
 
 StatisticsProgress = Callable[[int, int], None]  # (images done, images in all)
 
@@ -42,8 +42,8 @@ def statistics_run(run: Path, manifest: Manifest, out: Path, progress: Statistic
     if not features:
         raise AtollError(f"{run}: evaluate.spaces is empty; name a feature, such as [{{feature: {{name: hog}}}}]")
     encoded = Shards(RunLayout(run).encoded)
-    # Held-out images are left out, as in the evaluation's base.
-    rows = encoded.rows("train")
+    # Held-out images are left out, as in the evaluation's base, and images of another size than the main one.
+    rows = encoded.rows("train", LATENTS[0])
     if len(rows) < 2:
         raise AtollError(f"{encoded.path}: {len(rows)} training images; expected at least 2")
     # Sum up batch by batch.

@@ -18,7 +18,7 @@ from atoll.manifest import EvaluateSettings
 from atoll.randomness import cpu_generator, random_rows
 from atoll.schedule import build_schedule
 from atoll.solver import times_of
-from atoll.storage.shards import Shards
+from atoll.storage.shards import LATENTS, Shards
 
 # (network calls done, network calls in all, what is being measured)
 EvaluateProgress = Callable[[int, int, str], None]
@@ -65,7 +65,8 @@ class Variant:
 class Reference:
     """Real images and held-out latents: an encoded data set with its encoder and codec.
 
-    Images are decoded from their latents, so distances measure the diffusion model and not the codec.
+    Images are decoded from their latents, so distances measure the diffusion model and not the codec. Of data with
+    several sizes, those of the main one, which is sampled.
     """
 
     encoded: Shards
@@ -93,10 +94,11 @@ class Reference:
         Raises:
             AtollError: fewer than four training images.
         """
-        rows = self.encoded.rows("train")
+        rows = self.encoded.rows("train", LATENTS[0])
         # Each set needs two images for its covariance.
         if len(rows) < 4:
-            raise AtollError(f"{self.encoded.path}: {len(rows)} training images; expected at least 4 to compare with")
+            raise AtollError(f"{self.encoded.path}: {len(rows)} training images of the main size; expected at least 4 "
+                             "to compare with")  # fmt: skip
         # Shuffle once; small data sets are split in halves.
         rows = rows[random_rows(len(rows), len(rows), cpu_generator(settings.seed))]
         # At least half of the images remain for the base.
@@ -106,7 +108,7 @@ class Reference:
     def held_out(self, settings: EvaluateSettings) -> Tensor:
         """At most `settings.held_out` random validation rows, sorted. Raises AtollError if there are none."""
         # The denoising error needs latents that no model was trained on.
-        rows = self.encoded.rows("val")
+        rows = self.encoded.rows("val", LATENTS[0])
         if len(rows) == 0:
             raise AtollError(f"{self.encoded.path}: no held-out rows (split val); encode the data with some held out")
         return rows[random_rows(len(rows), settings.held_out, cpu_generator(settings.seed))].sort().values

@@ -106,6 +106,8 @@ class ObjectiveSettings(Section):
     time_scale: float = 999.0
     time_sampling: str = "uniform"
     weighting: str = "none"
+    # Times moved towards noise, as those of SD3 and FLUX: a number, {log_snr: 3}, {rule: sd3} or {rule: flux}.
+    shift: float | dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "ObjectiveSettings":
@@ -173,6 +175,7 @@ class SamplingSettings(Section):
     guidance_scale: float = 2.0
     method: Method = "euler"
     routing: str = "top-2"
+    shift: float | None = Field(None, gt=0, le=1000)  # of the solver's times; null: what the experts were trained with
     replicas: str = Field("stacked", pattern=r"^(stacked|inverse-error|equal|time-switch-(\d*\.)?\d+)$")
 
     @field_validator("routing")

@@ -36,6 +36,7 @@ __all__ = [
     "Router",
     "RouterConfig",
     "build_network",
+    "patch_of",
 ]
 
 
@@ -70,6 +71,14 @@ def build_network(config: Mapping[str, Any]) -> nn.Module:
         raise AtollError(f"network {name!r}: {problems}; correct these keys") from None
     foreign = "or one made elsewhere: 'paris', 'paris-router' or 'diffusers'"
     raise AtollError(f"network name: got {name!r}, expected 'dit', 'mmdit' or 'router', {foreign}; correct the name")
+
+
+def patch_of(config: Mapping[str, Any]) -> int:
+    """Return the side of a token in latent pixels, which divides the sides of every latent, of a network's config."""
+    if config.get("name") == "diffusers":
+        return ForeignConfig.model_validate(dict(config)).token_side
+    side = config.get("patch", 1)
+    return side if isinstance(side, int) and side > 0 else 1
 
 
 def describe(error: ErrorDetails) -> str:

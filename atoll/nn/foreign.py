@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atoll.condition import Condition
 from atoll.errors import AtollError
-from atoll.nn.foreign_calls import STYLES, CallSettings, Class
+from atoll.nn.foreign_calls import STYLES, CallSettings, Class, PackedTokens
 from atoll.nn.inputs import check_input
 from atoll.runtime.libraries import quiet
 from atoll.storage import bounds
@@ -70,6 +70,12 @@ class ForeignConfig(BaseModel):
         if table > _TABLE:
             raise ValueError(f"a table of {table:,} positions; expected at most {_TABLE:,} numbers")
         return self
+
+    @property
+    def token_side(self) -> int:
+        """The side of a token in latent pixels."""
+        style = STYLES[self.cls]
+        return style.fold if isinstance(style, PackedTokens) else max(1, self._number("patch_size", 2))
 
     def _number(self, key: str, default: int) -> int:
         # Missing keys keep diffusers' defaults.

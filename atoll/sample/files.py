@@ -12,12 +12,14 @@ from atoll import __version__
 from atoll.choices import Method
 from atoll.errors import AtollError
 from atoll.image_settings import ImageSettings, encode_png, read_settings
+from atoll.image_size import ImageSize
 from atoll.pipeline import Pipeline
 from atoll.sample.options import PromptImages
 from atoll.sample.source import ModelSource
 from atoll.storage.artifact import write_bytes
 from atoll.storage.cards import EnsembleCard, parse_record
 from atoll.storage.lock import hold
+from atoll.time_shift import check_shift
 
 BATCH = 16  # images sampled at a time: what a kill loses, and what is in memory
 _LEFTOVER = re.compile(r"\.\d{6,}-(-?\d+)\.png\.\d+-\d+\.tmp")  # of a process that was killed while it wrote
@@ -55,6 +57,8 @@ def sample_to_files(
     guidance: float | None = None,
     guidance_range: tuple[float, float] = (0.0, 1.0),
     method: Method | None = None,
+    size: ImageSize | None = None,
+    shift: float | None = None,
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> WrittenImages:
@@ -72,6 +76,8 @@ def sample_to_files(
         guidance: the guidance scale.
         guidance_range: as in `Pipeline`.
         method: as in `Pipeline`.
+        size: of the images; None: the ensemble's main size.
+        shift: as in `Pipeline`.
         batch_size: images sampled at a time.
         progress: called with (images done, all images, a note).
 
@@ -86,7 +92,7 @@ def sample_to_files(
     report = progress or (lambda *_: None)
     _check_writable(directory)
     pipe = source.load()
-    base = _settings(pipe, source, steps, guidance, guidance_range, method)
+    base = _settings(pipe, source, steps, guidance, guidance_range, method, size=size, shift=shift)
     # What no image can be sampled with is refused before the directory is created.
     for request in requests():
         if request.negative_prompt and base.guidance_scale == 1.0:
@@ -146,6 +152,9 @@ def _settings(
     guidance: float | None,
     guidance_range: tuple[float, float],
     method: Method | None,
+    *,
+    size: ImageSize | None,
+    shift: float | None,
 ) -> ImageSettings:
     """Return the settings of all images, completed by the ensemble's defaults; prompt and seed are placeholders."""
     loaded = pipe.loaded
@@ -153,7 +162,7 @@ def _settings(
     # Experts that were missing when it was loaded make other images.
     names = {expert.name for expert in ensemble.experts}
     missing = [one.name for one in card.experts if one.name not in names] if isinstance(card, EnsembleCard) else []
-    height, width = (side * loaded.codec.factor for side in loaded.latent_shape[1:])
+    size = loaded.sizes.choose(*(size or ()))
     values = {
         "prompt": "",
         "seed": 0,
@@ -165,7 +174,8 @@ def _settings(
         "alignment": ensemble.alignment,
         "replicas": ensemble.replicas,
         "weights": source.weights,
-        "size": (width, height),
+        "shift": loaded.shift(size) if shift is None else check_shift(shift),
+        "size": (size.width, size.height),
         "ensemble": source.shown_name(),
         "ensemble_sha256": source.sha256(),
         "missing_experts": tuple(missing),
@@ -234,6 +244,9 @@ def _sample_batch(
         images_per_prompt=[len(seeds) for _, seeds in batch],
         method=base.method,
         guidance_range=base.guidance_range,
+        width=base.size[0],
+        height=base.size[1],
+        shift=base.shift,
         batch_size=sum(len(seeds) for _, seeds in batch),
         callback=lambda done, steps: note(f"step {done}/{steps}"),
     )

@@ -13,6 +13,7 @@ from atoll.ensemble import Alignment, Trace
 from atoll.ensemble.loading import Fetch
 from atoll.ensemble.offload import WeightDtype
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.pipeline import Pipeline, grid
 from atoll.report.page import colour, document, table, weight_strip
 from atoll.storage.artifact import write_bytes, write_json
@@ -32,6 +33,8 @@ def sample_to_file(
     guidance: float | None = None,
     routing: str | None = None,
     method: Method | None = None,
+    size: ImageSize | None = None,
+    shift: float | None = None,
     alignment: Alignment = "snr",
     strict: bool = False,
     side: int = 128,
@@ -57,6 +60,8 @@ def sample_to_file(
         guidance: the guidance scale.
         routing: as in `Pipeline.from_pretrained`.
         method: as in `Pipeline`.
+        size: of the images; None: the ensemble's main size.
+        shift: as in `Pipeline`.
         alignment, strict: as in `Pipeline.from_pretrained`.
         side: pixels of an image's longer side, at least.
         replicas: as in `Pipeline.from_pretrained`.
@@ -101,6 +106,9 @@ def sample_to_file(
         images_per_prompt=images_per_prompt,
         guidance_range=guidance_range,
         method=method,
+        height=None if size is None else size.height,
+        width=None if size is None else size.width,
+        shift=shift,
         callback=progress,
     )
     # Write the sheet, atomically, and the trace.

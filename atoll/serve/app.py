@@ -216,9 +216,10 @@ def _answer(job: ServedJob, base: str) -> JSONResponse:
             data.append({"url": f"{base}v1/files/{job.names[index]}", "seed": seed})
         else:
             data.append({"b64_json": base64.b64encode(job.images[index]).decode(), "seed": seed})
-    card = job.model.card
-    answer = {"created": job.created, "data": data, "size": card.sizes[0], "output_format": "png", "model": card.id}
-    return JSONResponse({**answer, "truncated": list(job.truncated)})
+    card, notes = job.model.card, job.notes
+    size = str(job.request.size or card.sizes[0])
+    answer = {"created": job.created, "data": data, "size": size, "output_format": "png", "model": card.id}
+    return JSONResponse({**answer, "truncated": list(job.truncated), **({"notes": notes} if notes else {})})
 
 
 def _jobs(service: Service) -> APIRouter:

@@ -14,6 +14,7 @@ from atoll.choices import Method
 from atoll.ensemble import Alignment
 from atoll.ensemble.routing import Nucleus, Oracle, Sample, parse_routing
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.serve.describe import ModelCard
 from atoll.serve.refusals import Refusal
 from atoll.serve.settings import ServerSettings
@@ -24,6 +25,7 @@ MAX_SEED = 2**53 - 1  # what a browser's numbers hold
 _MAX_DRAWS = 64  # of routing sample-N, which hashes N numbers per image and step
 _MIN_TEMPERATURE = 0.01  # of routing nucleus; less overflows
 _MAX_SCALE = 100.0  # of guidance, in either direction
+_MAX_SHIFT = 100.0  # of times, and its inverse
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -37,7 +39,7 @@ class GenerationBody(BaseModel):
     prompt: str = Field(description="What the images show.")
     model: str | None = Field(None, description="A name of GET /v1/models; default: the first one.")
     n: int | None = Field(None, ge=1, description="Number of images; default 1.")
-    size: str | None = Field(None, max_length=32, description='WIDTHxHEIGHT of the model, or "auto".')
+    size: str | None = Field(None, max_length=32, description='WIDTHxHEIGHT in pixels, or "auto".')
     response_format: Literal["url", "b64_json"] | None = Field(None, description="Default url.")
     output_format: Literal["png"] | None = None
     quality: Literal["auto", "standard"] | None = None
@@ -60,6 +62,9 @@ class GenerationBody(BaseModel):
     )
     method: Method | None = Field(None, description="Extension. The solver.")
     routing: str | None = Field(None, max_length=bounds.MAX_NAME, description="Extension. How experts are weighted.")
+    shift: float | None = Field(
+        None, ge=1 / _MAX_SHIFT, le=_MAX_SHIFT, description="Extension. Of the solver's times towards noise; 1: none."
+    )
     alignment: Alignment | None = Field(None, description="Extension. snr is exact.")
     cluster: int | None = Field(None, ge=0, description="Extension. For routing oracle.")
     priority: int | None = Field(None, ge=-8, le=8, description="Extension. Your share is multiplied by 2^priority.")
@@ -182,10 +187,8 @@ def image_request(body: GenerationBody, card: ModelCard, settings: ServerSetting
     _limit("prompt", len(body.prompt), settings.max_prompt, "characters")
     _limit("negative_prompt", len(body.negative_prompt or ""), settings.max_prompt, "characters")
     seeds = _seeds(body, settings)
-    width, height = card.width, card.height
-    if body.size not in (None, "auto", f"{width}x{height}"):
-        raise _invalid("size", f"size is {body.size!r}; the only size of {card.id} is {width}x{height}")
-    _limit("n", len(seeds) * width * height, settings.max_pixels, "pixels in all images")
+    size = _size(body.size, card)
+    _limit("n", len(seeds) * size.width * size.height, settings.max_pixels, "pixels in all images")
     steps = card.defaults.steps if body.steps is None else body.steps
     _limit("steps", steps, settings.max_steps, "steps")
     _limit("priority", body.priority or 0, settings.max_priority, "for clients")
@@ -210,7 +213,23 @@ def image_request(body: GenerationBody, card: ModelCard, settings: ServerSetting
         priority=body.priority or 0,
         deadline=body.deadline,
         preview_every=every,
+        size=size,
+        shift=body.shift,
     )
+
+
+def _size(text: str | None, card: ModelCard) -> ImageSize:
+    """Return the size of a request's images: the main one, or any that the networks take."""
+    main = ImageSize(card.height, card.width)
+    if text in (None, "auto"):
+        return main
+    try:
+        size = ImageSize.parse(text or "", "size")
+        if size != main:
+            size.require_multiple(card.size_step, "size")
+    except AtollError as error:
+        raise _invalid("size", str(error)) from None
+    return size
 
 
 def _seeds(body: GenerationBody, settings: ServerSettings) -> tuple[int, ...]:

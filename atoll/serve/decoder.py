@@ -129,8 +129,12 @@ class Decoder:
 
     @torch.inference_mode()
     def _decode(self, latents: Sequence[Tensor]) -> "list[Image]":
-        """Decode latents [C, H, W] together."""
+        """Decode latents [C, H, W], those of one size together."""
         start = time.perf_counter()
-        images = to_pil(self._pipeline.loaded.codec.decode(torch.stack(list(latents)))) if latents else []
+        images: dict[int, Image] = {}
+        for shape in dict.fromkeys(x.shape for x in latents):
+            places = [place for place, x in enumerate(latents) if x.shape == shape]
+            decoded = self._pipeline.loaded.codec.decode(torch.stack([latents[place] for place in places]))
+            images |= dict(zip(places, to_pil(decoded), strict=True))
         self.seconds += time.perf_counter() - start
-        return images
+        return [images[place] for place in range(len(latents))]

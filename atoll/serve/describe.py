@@ -4,9 +4,10 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
+from torch import Tensor
 
 from atoll import __version__
 from atoll.choices import Method
@@ -17,6 +18,7 @@ from atoll.serve.types import ImageRequest
 from atoll.storage.cards import EnsembleCard, ExpertCard, parse_record
 
 # One line of explanation for each choice.
+_WEIGHT_TIMES = 256  # evaluations whose weights are reported, evenly spaced if there were more
 _ROUTINGS = {
     "top-1": "The most probable expert alone, at every step.",
     "top-2": "The two most probable clusters, renormalised.",
@@ -62,6 +64,7 @@ class ModelDefaults(BaseModel):
 
     steps: int
     guidance_scale: float
+    shift: float
     method: str
     routing: str
     alignment: str
@@ -79,6 +82,7 @@ class ModelCard(BaseModel):
     width: int
     height: int
     sizes: list[str]
+    size_step: int
     clusters: int
     experts: list[ServedExpert]
     router: str | None
@@ -101,10 +105,11 @@ def model_card(name: str, loaded: LoadedEnsemble, default: bool = False, licence
         licence: as the server's operator states it; cards have none.
     """
     card, sampling = loaded.card, loaded.sampling
-    width, height = image_size(loaded)
+    main = loaded.sizes.main
     defaults = ModelDefaults(
         steps=sampling.steps_or(50),
         guidance_scale=sampling.guidance_or(1.0),
+        shift=loaded.shift(main),
         method=sampling.method or "euler",
         routing=loaded.ensemble.routing,
         alignment=loaded.ensemble.alignment,
@@ -115,9 +120,10 @@ def model_card(name: str, loaded: LoadedEnsemble, default: bool = False, licence
         created=int(time.time()),
         kind="ensemble" if isinstance(card, EnsembleCard) else "expert",
         default=default,
-        width=width,
-        height=height,
-        sizes=[f"{width}x{height}"],
+        width=main.width,
+        height=main.height,
+        sizes=list(map(str, loaded.sizes.trained)),
+        size_step=loaded.sizes.step,
         clusters=card.clusters if isinstance(card, EnsembleCard) else card.k,
         experts=_experts(loaded),
         router=card.router.sha256 if isinstance(card, EnsembleCard) and card.router is not None else None,
@@ -201,6 +207,7 @@ def image_settings(
     if routing == "oracle" and request.cluster is not None:
         routing = f"oracle-{request.cluster}"
     scale = sampling.guidance_or(1.0) if request.guidance_scale is None else request.guidance_scale
+    size = loaded.sizes.choose(*(request.size or ()))
     values = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt or "",
@@ -212,7 +219,8 @@ def image_settings(
         "alignment": request.alignment,
         "replicas": ensemble.replicas,
         "weights": weights,
-        "size": image_size(loaded),
+        "shift": loaded.shift(size) if request.shift is None else request.shift,
+        "size": (size.width, size.height),
         "ensemble": name,
         "ensemble_sha256": card_sha256(card),
         "missing_experts": tuple(missing),
@@ -222,12 +230,25 @@ def image_settings(
     return [parse_record(ImageSettings, {**values, "seed": seed}, "sampling settings") for seed in request.seeds]
 
 
-def image_size(loaded: LoadedEnsemble) -> tuple[int, int]:
-    """Return (width, height) of a model's images in pixels."""
-    height, width = (side * loaded.codec.factor for side in loaded.latent_shape[1:])
-    return width, height
-
-
 def card_sha256(card: EnsembleCard | ExpertCard) -> str:
     """Return the hash of a card's file: a card that is read and written again does not change."""
     return hashlib.sha256((json.dumps(card.plain(), indent=2) + "\n").encode()).hexdigest()
+
+
+def expert_weights(times: Tensor, weights: Tensor) -> dict[str, Any]:
+    """Return the experts' weights over time as JSON values.
+
+    Args:
+        times: of the evaluations [V].
+        weights: each expert's weight at each evaluation [V, n, E].
+
+    Returns:
+        "times" [V'] and "weights" [n][V'][E], of V' evenly spaced evaluations, at most 256.
+    """
+    count = len(times)
+    rows = list(range(count))
+    if count > _WEIGHT_TIMES:
+        rows = [round(i * (count - 1) / (_WEIGHT_TIMES - 1)) for i in range(_WEIGHT_TIMES)]
+    # As float64, 0.1 stays 0.1.
+    chosen = weights[rows].transpose(0, 1).double()  # [n, V', E]
+    return {"times": times[rows].double().round(decimals=5).tolist(), "weights": chosen.round(decimals=4).tolist()}

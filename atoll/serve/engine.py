@@ -29,6 +29,7 @@ from atoll.serve.types import Failed, ImageJob, ImageRequest, JobProgress, Liste
 from atoll.serve.unit import EngineJob, Settings, Unit
 from atoll.solver import Integration
 from atoll.storage.memory import is_out_of_memory
+from atoll.time_shift import check_shift
 
 _UNIT = 4  # images of one request that advance together; fewer fill a batch better, more take less time to manage
 _SLACK = 4  # full batches that a user may be ahead of another
@@ -174,6 +175,7 @@ class Engine:
         # The ensemble's defaults.
         loaded = self.pipeline.loaded
         defaults, base = loaded.sampling, loaded.ensemble
+        size = loaded.sizes.choose(*(request.size or ()))
         settings = Settings(
             defaults.steps_or(50) if request.steps is None else request.steps,
             defaults.guidance_or(1.0) if request.guidance_scale is None else request.guidance_scale,
@@ -182,6 +184,8 @@ class Engine:
             request.routing or base.routing,
             request.alignment,
             request.cluster,
+            size,
+            loaded.shift(size) if request.shift is None else check_shift(request.shift),
         )
 
         # Refuse what a step would fail on.

@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
 from atoll.image_settings import ImageSettings, encode_png
-from atoll.serve.describe import ModelCard, image_settings
+from atoll.serve.describe import ModelCard, expert_weights, image_settings
 from atoll.serve.engine import Engine
 from atoll.serve.event_log import EventLog
 from atoll.serve.files import FileStore, largest_owner
@@ -33,7 +31,6 @@ from atoll.serve.types import (
     Started,
 )
 
-_WEIGHT_TIMES = 256  # evaluations whose weights are reported, evenly spaced if there were more
 _PREVIEW_SHARES = 64  # jobs among which the memory for previews is divided, at least
 _RETRY_SECONDS = 2.0  # after which a full queue may have room
 _STATUS = {"cancelled": 409, "deadline": 504, "closed": 503, "failed": 500}  # of a plain generation that failed
@@ -107,6 +104,13 @@ class ServedJob:
         if self.failure is not None:
             state["error"] = {"reason": self.failure.reason, "message": self.failure.message}
         return state
+
+    @property
+    def notes(self) -> list[str]:
+        """What the client should know: a size that no expert was trained for."""
+        sizes = self.model.engine.pipeline.loaded.sizes
+        note = sizes.note(self.request.size or sizes.main)
+        return [note] if note else []
 
     def settings(self, dropped: Sequence[str]) -> list[ImageSettings]:
         """Return what samples each image again. dropped: experts that were dropped while sampling."""
@@ -372,26 +376,8 @@ def _finished_data(job: ServedJob, event: Finished, settings: list[ImageSettings
         "experts": list(event.experts),
         "dropped": list(event.dropped),
         "truncated": list(event.truncated),
+        **({"notes": job.notes} if job.notes else {}),
         **expert_weights(event.times, event.weights),
         "queue_seconds": round(event.queue_seconds, 4),
         "sample_seconds": round(event.sample_seconds, 4),
     }
-
-
-def expert_weights(times: Tensor, weights: Tensor) -> dict[str, Any]:
-    """Return the experts' weights over time as JSON values.
-
-    Args:
-        times: of the evaluations [V].
-        weights: each expert's weight at each evaluation [V, n, E].
-
-    Returns:
-        "times" [V'] and "weights" [n][V'][E], of V' evenly spaced evaluations, at most 256.
-    """
-    count = len(times)
-    rows = list(range(count))
-    if count > _WEIGHT_TIMES:
-        rows = [round(i * (count - 1) / (_WEIGHT_TIMES - 1)) for i in range(_WEIGHT_TIMES)]
-    # As float64, 0.1 stays 0.1.
-    chosen = weights[rows].transpose(0, 1).double()  # [n, V', E]
-    return {"times": times[rows].double().round(decimals=5).tolist(), "weights": chosen.round(decimals=4).tolist()}

@@ -15,7 +15,7 @@ from atoll.pipeline import Pipeline
 from atoll.serve.prompts import PromptPool
 from atoll.serve.unit import EngineJob, Unit
 from atoll.shapes import per_sample
-from atoll.solver import Integration
+from atoll.solver import Integration, shifted_times
 from atoll.storage.memory import is_out_of_memory
 
 _MAX_ENSEMBLES = 64  # options in use at a time; further ones replace the oldest
@@ -97,8 +97,9 @@ class Stepper:
     def start(self, unit: Unit) -> None:
         """Draw a unit's noise; its memory is taken from here on."""
         settings, seeds = unit.job.settings, unit.job.handle.request.seeds
-        noise = self._pipeline.noise([seeds[row] for row in unit.rows])
-        unit.integration = Integration(noise, settings.steps, settings.method)
+        noise = self._pipeline.noise([seeds[row] for row in unit.rows], settings.size)
+        times = shifted_times(settings.steps, settings.shift)
+        unit.integration = Integration(noise, settings.steps, settings.method, times=times)
 
     def step(self, units: Sequence[Unit]) -> dict[Unit, Stepped | Exception]:
         """Evaluate the velocity once for each image of the units, and advance them.

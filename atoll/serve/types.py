@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from atoll.choices import Method
 from atoll.ensemble import Alignment
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +39,8 @@ class ImageRequest:
         priority: a user's share is multiplied by 2^priority for this request; -8 to 8.
         deadline: seconds from submission after which the request fails, if its images are not ready.
         preview_every: steps between previews; 0: none.
+        size: of the images; None: the main one.
+        shift: of the solver's times, as in `atoll.Pipeline`.
     """
 
     prompt: str
@@ -54,6 +57,8 @@ class ImageRequest:
     priority: int = 0
     deadline: float | None = None
     preview_every: int = 0
+    size: ImageSize | None = None
+    shift: float | None = None
 
 
 @dataclass(frozen=True)

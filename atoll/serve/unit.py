@@ -12,6 +12,7 @@ from torch import Tensor
 from atoll.choices import Method
 from atoll.condition import Condition
 from atoll.ensemble import Alignment
+from atoll.image_size import ImageSize
 from atoll.serve.types import Event, Failed, Finished, ImageJob
 from atoll.solver import Integration
 
@@ -26,7 +27,8 @@ class Settings:
     """A request's settings, completed by the ensemble's defaults.
 
     Attributes:
-        steps, guidance_scale, guidance_range, method, routing, alignment, cluster: as in `ImageRequest`, without None.
+        steps, guidance_scale, guidance_range, method, routing, alignment, cluster, size, shift: as in `ImageRequest`,
+            without None.
     """
 
     steps: int
@@ -36,6 +38,8 @@ class Settings:
     routing: str
     alignment: Alignment
     cluster: int | None
+    size: ImageSize
+    shift: float
 
 
 @dataclass(eq=False)
@@ -128,10 +132,10 @@ class EngineJob:
                 self.handle.done.set()
 
     @property
-    def options(self) -> tuple[str, Alignment, frozenset[int], bool]:
+    def options(self) -> tuple[str, Alignment, frozenset[int], bool, ImageSize]:
         """What is equal for all images of one evaluation of the ensemble."""
         settings = self.settings
-        return settings.routing, settings.alignment, self.excluded, settings.cluster is None
+        return settings.routing, settings.alignment, self.excluded, settings.cluster is None, settings.size
 
     @property
     def user(self) -> str:

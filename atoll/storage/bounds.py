@@ -16,6 +16,7 @@ MAX_CLUSTERS = 4096  # K. HDDM and DDM have 8; routing weights are [B, K], and e
 MAX_ANCESTORS = 1024  # older assignments of clusters that grew; each step adds one cluster
 MAX_EXPERTS = 4096  # E. A replica or two per cluster; each expert is opened and hashed when an ensemble loads
 MAX_STEPS = 10_000  # solver steps. DDPM has 1,000; each step evaluates every selected expert
+MAX_SHIFT = 1000.0  # of times, and its inverse. SD3 takes 3
 MAX_GUIDANCE = 1000.0  # scale, either sign. Published samplers use 1 to 20
 MAX_LORA_SCALE = 100.0  # of a low-rank update, either sign. 1 is what was trained
 # Sizes of tensors and networks.
@@ -76,6 +77,7 @@ Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
 Ratio = Annotated[float, Field(strict=True, ge=0, le=MAX_CLUSTERS)]  # of a cluster's size to the mean
 Guidance = Annotated[float, Field(strict=True, ge=-MAX_GUIDANCE, le=MAX_GUIDANCE)]
 LoraScale = Annotated[float, Field(strict=True, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)]
+Shift = Annotated[float, Field(strict=True, ge=1 / MAX_SHIFT, le=MAX_SHIFT)]
 Seconds = Annotated[float, Field(strict=True, ge=0, le=1e10)]  # 300 years
 _LogSNR = Annotated[float, Field(strict=True, ge=-MAX_LOG_SNR, le=MAX_LOG_SNR)]
 # Rounding of a difference of sums leaves exact estimates with an error slightly below 0.

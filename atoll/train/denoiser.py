@@ -1,5 +1,6 @@
 """Trains one denoiser on shards: an expert, the monolith or a student."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from atoll.encoders.codec.statistics import own_constants
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
-from atoll.nn import build_network
+from atoll.nn import build_network, patch_of
 from atoll.nn.lora import add_lora
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
@@ -154,6 +155,7 @@ def train_denoiser(
         task = Denoising(
             network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec, trust=trust
         )
+        task.patch = patch_of(network_config)
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         task.rows = max(1, task.rows // island.world)
@@ -315,6 +317,7 @@ class Denoising(Task):
         self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
         self.settings, self.seed, self.codec, self.trust = settings, seed, codec, trust
         self.order = data.sampler(settings.batch, seed)
+        self.patch = 1  # side of the network's tokens, by whose number times may be shifted
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
         self.drawing: ValidationImages | None = None
@@ -323,9 +326,10 @@ class Denoising(Task):
     def batch(self, index: int, local_rows: slice) -> Batch:
         g = seeded(self.seed, index)
         count, every = self.settings.batch, self.order.at(index)
+        shape = self.data.rows.shape_of(every)
         # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
-        t = self.objective.sample_time(count, g)
-        eps = torch.randn(count, *self.data.rows.shape_of(every), generator=g)
+        t = self.objective.sample_time(count, g, math.prod(shape[1:]) // self.patch**2)
+        eps = torch.randn(count, *shape, generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         # Each process reads its own rows only.
         rows = every[local_rows]

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor
 
 from atoll.condition import Condition
 from atoll.encoders.codec import build_codec
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.ensemble import Ensemble, Expert, Sampler
+from atoll.nn import patch_of
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
-from atoll.solver import sample
+from atoll.solver import sample, shifted_times
 from atoll.storage.artifact import write_bytes
 from atoll.storage.shards import LATENTS
 from atoll.train.batches import CaptionedLatents
@@ -88,7 +90,12 @@ def sample_alone(
     # Without a calibration, the x0 of an eps-expert is clamped.
     ensemble = Ensemble([Expert(float_module, objective, (0,), None, "alone")], None, "full", null=(null,))
     sampler = Sampler(ensemble)
-    return sample(lambda x, t: sampler.velocity(x, t, (condition,), guidance_scale), noise, steps=steps)
+    # By the shift that it is trained with.
+    config = getattr(module, "config", None)
+    patch = patch_of(config.model_dump(by_alias=True)) if isinstance(config, BaseModel) else 1
+    shift = 1.0 if objective.shift is None else objective.shift.at(math.prod(noise.shape[2:]) // patch**2)
+    times = shifted_times(steps, shift)
+    return sample(lambda x, t: sampler.velocity(x, t, (condition,), guidance_scale), noise, steps=steps, times=times)
 
 
 def _png(images: Tensor) -> bytes:

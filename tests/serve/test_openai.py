@@ -57,7 +57,7 @@ def test_models_are_listed_and_found(server) -> None:
     ("arguments", "param", "message"),
     [
         ({"n": 65}, "n", "n: 65 images; expected at most 64"),
-        ({"size": "1024x1024"}, "size", "the only size of tiny is 8x4"),
+        ({"size": "9x4"}, "size", "multiples of 2; the nearest is"),
         ({"quality": "hd"}, "quality", "Input should be 'auto' or 'standard'"),
         ({"extra_body": {"colour": "red"}}, "colour", "unknown parameter 'colour'"),
         ({"prompt": "refuse"}, None, "steps is 0"),

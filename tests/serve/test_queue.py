@@ -6,11 +6,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atoll.image_size import ImageSize
 from atoll.serve.queue import FairQueue
 from atoll.serve.types import ImageJob, ImageRequest
 from atoll.serve.unit import EngineJob, Settings, Unit
 
-SETTINGS = Settings(10, 1.0, (0.0, 1.0), "euler", "top-1", "snr", None)
+SETTINGS = Settings(10, 1.0, (0.0, 1.0), "euler", "top-1", "snr", None, ImageSize(8, 8), 1.0)
 
 
 def work(images: int, steps: int = 10, arrival: int = 0, size: int = 4, **request) -> EngineJob:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from atoll.serve.describe import expert_weights
 from atoll.serve.event_log import EventLog
 from atoll.serve.files import FileStore
-from atoll.serve.jobs import JobStore, ServedModel, expert_weights
+from atoll.serve.jobs import JobStore, ServedModel
 from atoll.serve.metrics import ServerMetrics
 from atoll.serve.rates import RateLimit, client_of_address
 from atoll.serve.refusals import Refusal

@@ -36,7 +36,7 @@ from atoll.errors import AtollError, escaped
 from atoll.randomness import Stream, cpu_generator, hashed_seed, random_rows, seeded
 from atoll.storage.cards import ClusterShardsCard, Lineage
 from atoll.storage.memory import is_out_of_memory
-from atoll.storage.shards import Shards, is_held_out
+from atoll.storage.shards import LATENTS, Shards, is_held_out
 
 PROBE_ROWS = 64
 OTHER_ROWS = 256  # of all other clusters, for their linear denoiser
@@ -76,7 +76,7 @@ class ClusterReference:
     def _training(self) -> ProbeRows:
         parts = []
         for number, shards in zip(self.clusters, self.shards, strict=True):
-            rows = shards.rows("train")
+            rows = shards.rows("train", LATENTS[0])
             # A fixed choice: the same reference for every candidate and every admitter.
             chosen = rows[random_rows(len(rows), MAX_ROWS // len(self.shards), cpu_generator(number)).sort().values]
             parts.append(ProbeRows(shards.read("latent", chosen).float(), tuple(shards.captions_of(chosen))))
@@ -108,8 +108,10 @@ class ClusterReference:
     def claimed_rows(self, holdout: float, seed: int) -> Tensor:
         """The numbers [n] of the rows that a card's curve was measured on, counted through the shards."""
         held_out = is_held_out(self.shards, holdout).nonzero().flatten()
-        # The choice of `atoll.train`: random rows by the training's seed, sorted.
-        return held_out[random_rows(len(held_out), _CLAIMED, seeded(seed, 0, Stream.SUBSET)).sort().values]
+        # The choice of `atoll.train`: random rows by the training's seed, sorted. Those of another size than the main
+        # one are left out: the linear denoisers know that alone.
+        chosen = held_out[random_rows(len(held_out), _CLAIMED, seeded(seed, 0, Stream.SUBSET)).sort().values]
+        return chosen[torch.cat([shards.has_main_shape(LATENTS[0]) for shards in self.shards])[chosen]]
 
     def latents(self, numbers: Tensor) -> ProbeRows:
         """Read rows [n] of the shards, counted through all of them."""

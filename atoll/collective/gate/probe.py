@@ -21,7 +21,7 @@ from atoll.randomness import cpu_generator, hashed_seed, random_rows
 from atoll.schedule import PATH
 from atoll.storage.cards import ClusterShardsCard, Lineage
 from atoll.storage.layout import cluster_path
-from atoll.storage.shards import Shards
+from atoll.storage.shards import LATENTS, Shards
 
 # The noise levels: intervals of path time around the nodes of a calibration. The last node stands for t = 1.
 EDGES = (0.01, *((a + b) / 2 for a, b in pairwise(NODES)), NODES[-1])
@@ -169,5 +169,7 @@ class Probe:
 
     @cached_property
     def _numbers(self) -> dict[int, Tensor]:
-        held = {number: shards.rows("val") for number, shards in self._shards.items()}
-        return {number: rows if len(rows) else torch.arange(len(self._shards[number])) for number, rows in held.items()}
+        # Of several sizes, the main one: the linear denoisers know that alone.
+        held = {number: shards.rows("val", LATENTS[0]) for number, shards in self._shards.items()}
+        every = {number: shards.has_main_shape(LATENTS[0]) for number, shards in self._shards.items()}
+        return {number: rows if len(rows) else every[number].nonzero().flatten() for number, rows in held.items()}

@@ -17,7 +17,7 @@ from atoll.evaluate.diagnostics.trajectory import Diagnostics, Draw, diagnose
 from atoll.evaluate.metrics.frechet import Features
 from atoll.manifest import EvaluateSettings
 from atoll.randomness import cpu_generator, random_rows, seeded_noise
-from atoll.storage.shards import Shards
+from atoll.storage.shards import LATENTS, Shards
 
 _IMAGES_PER_CLUSTER = 1024  # random training images that represent a cluster, at most
 
@@ -98,8 +98,8 @@ def _held_out_latents(
 
 
 def _random_rows(shards: Shards, split: Literal["train", "val"], count: int, seed: int) -> Tensor:
-    """At most `count` random rows of the split."""
-    rows = shards.rows(split)
+    """At most `count` random rows of the split that have the main size."""
+    rows = shards.rows(split, LATENTS[0])
     return rows[random_rows(len(rows), count, cpu_generator(seed))]
 
 

@@ -3,11 +3,11 @@
 import { $, el } from "./dom.js";
 
 const MAX_SEED = Number.MAX_SAFE_INTEGER;
-const NUMBERS = ["steps", "guidance_scale"];
+const NUMBERS = ["steps", "guidance_scale", "shift"];
 const CHOICES = { routing: "routings", method: "methods", alignment: "alignments" };
 const LABELS = {
   seed: "Seed", n: "Images", steps: "Steps", guidance_scale: "Guidance", cluster: "Cluster",
-  range_low: "Guidance range, from", range_high: "Guidance range, to",
+  range_low: "Guidance range, from", range_high: "Guidance range, to", shift: "Shift",
 };
 const EVENTS_ABOUT = 8; // previews of "about eight"
 
@@ -52,6 +52,8 @@ function fillModel() {
     $(name).value = card.defaults[name];
   }
   for (const name of NUMBERS) $(name).value = card.defaults[name];
+  $("size").replaceChildren(...card.sizes.map((size) => el("option", { value: size }, size.replace("x", " × "))));
+  $("size-field").hidden = card.sizes.length < 2;
   $("cluster").max = card.clusters - 1;
   for (const id of ["guidance_scale", "negative_prompt", "range_low", "range_high"]) $(id).disabled = !card.guidance;
   const alone = card.experts.filter((expert) => expert.routing);
@@ -85,7 +87,7 @@ function explain() {
 
 function describeModel(card) {
   const facts = [
-    ["Size", `${card.width} × ${card.height} pixels`],
+    ["Sizes", `${card.sizes.map((size) => size.replace("x", " × ")).join(", ")} pixels`],
     ["Clusters", String(card.clusters)],
     ["Licence", card.licence ?? "not stated"],
     ["Hash of its card", card.sha256],
@@ -106,16 +108,19 @@ export function drawSeed() {
 /** The body of a job; throws FormError. */
 export function readForm() {
   const card = currentModel();
+  const { width, height } = sizeOf($("size").value);
   const body = {
     model: card.id,
     prompt: $("prompt").value,
     n: number("n", 1, served.limits.n, true),
     seed: number("seed", 0, MAX_SEED, true),
+    size: $("size").value,
     steps: number("steps", 1, served.limits.steps, true),
+    shift: number("shift", 0.01, 100, false),
     method: $("method").value,
     routing: $("routing").value,
     alignment: $("alignment").value,
-    preview_format: card.width * card.height > 2 ** 16 ? "jpeg" : "png",
+    preview_format: width * height > 2 ** 16 ? "jpeg" : "png",
   };
   if (card.guidance) {
     body.guidance_scale = number("guidance_scale", -100, 100, false);
@@ -124,6 +129,12 @@ export function readForm() {
   }
   if (!$("cluster-field").hidden) body.cluster = number("cluster", 0, card.clusters - 1, true);
   return body;
+}
+
+/** The sides of a size such as 1024x768. */
+export function sizeOf(text) {
+  const [width, height] = text.split("x").map(Number);
+  return { width, height };
 }
 
 /** The steps between previews for a number of images, within the server's limit. */
@@ -172,6 +183,7 @@ export function restoreForm(settings) {
   $("prompt").value = settings.prompt;
   $("negative_prompt").value = settings.negative_prompt ?? "";
   for (const name of [...NUMBERS, "seed", "cluster"]) if (settings[name] !== undefined) $(name).value = settings[name];
+  if (settings.size) choose($("size"), settings.size.join("x"));
   [$("range_low").value, $("range_high").value] = settings.guidance_range ?? [0, 1];
   if (settings.seed !== undefined) $("lock").checked = true;
   $("n").value = 1;

@@ -17,6 +17,8 @@ const FIELDS = {
   steps: [whole(1), "a whole number from 1"],
   guidance_scale: [(value) => Number.isFinite(value) && Math.abs(value) <= 100, "a number from -100 to 100"],
   guidance_range: [isRange, "two numbers between 0 and 1, the smaller one first"],
+  size: [isSize, "width and height in pixels"],
+  shift: [(value) => Number.isFinite(value) && value >= 0.01 && value <= 100, "a number from 0.01 to 100"],
   method: [word, "a name"],
   routing: [word, "a name"],
   alignment: [word, "a name"],
@@ -29,6 +31,10 @@ function isRange(value) {
   return Array.isArray(value) && value.length === 2 && value.every(inside) && value[0] <= value[1];
 }
 
+function isSize(value) {
+  return Array.isArray(value) && value.length === 2 && value.every((side) => whole(1)(side) && side < 2 ** 20);
+}
+
 /**
  * Check settings from a file.
  * @param {Object} content - JSON.
@@ -39,7 +45,8 @@ export function checkSettings(content) {
     const format = String(content.format).slice(0, 20);
     throw new PngError(`has settings of format ${format}, but this page reads format 1`);
   }
-  const settings = {};
+  // Images from before there was a shift have even times.
+  const settings = { shift: 1 };
   for (const [name, [valid, expected]] of Object.entries(FIELDS)) {
     const value = Object.hasOwn(content, name) ? content[name] : null;
     if (value === null || value === undefined) continue;
@@ -59,6 +66,7 @@ const LABELS = {
   steps: "Steps",
   guidance_scale: "Guidance",
   guidance_range: "Guidance range",
+  shift: "Shift",
   method: "Method",
   routing: "Routing",
   alignment: "Alignment",

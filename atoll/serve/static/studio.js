@@ -2,7 +2,7 @@
 
 import { ApiError, Cancelled, file as fetchFile, models, runJob, token } from "./api.js";
 import { $, blobOf, complain, el, release, say } from "./dom.js";
-import { FormError, allModels, currentModel, drawSeed, fillForm, markField, previewEvery, readForm, restoreForm } from "./form.js";
+import { FormError, allModels, currentModel, drawSeed, fillForm, markField, previewEvery, readForm, restoreForm, sizeOf } from "./form.js";
 import { attempt, deleteImage, showGallery, startGallery } from "./gallery.js";
 import { PngError, readPngSettings } from "./png.js";
 import { checkSettings, describeSettings } from "./settings.js";
@@ -128,8 +128,7 @@ async function sampleJob({ card, body, first }, signal, advance) {
     const record = {
       blob: await fetchFile(url),
       settings,
-      width: card.width,
-      height: card.height,
+      ...sizeOf(body.size ?? `${card.width}x${card.height}`),
       steps: previewsOf(first + index).filter((one) => one.step < body.steps),
       total: body.steps,
       experts: finished.experts,
@@ -151,8 +150,7 @@ async function sampleImages() {
   const entries = Array.from({ length: body.n }, (_, i) => ({
     caption: `seed ${body.seed + i}`,
     alt: `Image ${i + 1} of ${body.n}, seed ${body.seed + i}`,
-    width: card.width,
-    height: card.height,
+    ...sizeOf(body.size),
   }));
   await sample(body.prompt || "Without a prompt", [{ card, body, first: 0 }], entries);
 }
@@ -167,7 +165,11 @@ async function sampleSideBySide(kind) {
   }[kind]();
   const jobs = variants.map((variant, first) => ({ ...variant, first }));
   for (const job of jobs) job.body.preview_every = previewEvery(body.steps, 1);
-  const entries = variants.map((one) => ({ caption: one.caption, alt: one.caption, width: one.card.width, height: one.card.height }));
+  const entries = variants.map((one) => ({
+    caption: one.caption,
+    alt: one.caption,
+    ...sizeOf(one.body.size ?? `${one.card.width}x${one.card.height}`),
+  }));
   const names = { routing: "by each routing", expert: "by each expert alone", model: "by each model" };
   await sample(`${body.prompt || "Without a prompt"}, ${names[kind]}`, jobs, entries);
 }

@@ -32,7 +32,8 @@ export function byExpert(card, body) {
 export function byModel(cards, current, body) {
   return cards.map((card) => {
     if (card === current) return { caption: card.id, card, body };
-    const own = { ...body, model: card.id, routing: card.defaults.routing, cluster: undefined };
+    const { routing, shift } = card.defaults;
+    const own = { ...body, model: card.id, routing, shift, size: undefined, cluster: undefined };
     // A model without guidance has no negative prompt either.
     if (!card.guidance) for (const name of ["guidance_scale", "guidance_range", "negative_prompt"]) delete own[name];
     return { caption: card.id, card, body: own };

@@ -65,13 +65,18 @@ class StackingsEntry(CardRecord):
 
 
 class SamplingDefaults(CardRecord):
-    """The sampling settings of an ensemble, used unless the caller sets others."""
+    """The sampling settings of an ensemble, used unless the caller sets others.
+
+    Attributes:
+        shift: of the solver's times (`atoll.time_shift`); None: what the experts were trained with.
+    """
 
     steps: bounds.Steps | None = None
     guidance_scale: bounds.Guidance | None = None
     method: Name | None = None
     routing: Name | None = None
     replicas: Name | None = None
+    shift: bounds.Shift | None = None
 
     def steps_or(self, steps: int) -> int:
         """The default number of steps, or `steps` if there is none."""

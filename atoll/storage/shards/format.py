@@ -7,7 +7,8 @@ from typing import Literal
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.storage.cards import ColumnEntry
+from atoll.storage.artifact import load_card
+from atoll.storage.cards import ColumnEntry, FileEntry, ShardsIndex
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -49,3 +50,31 @@ def with_shapes(
     """Return the columns of a shard with its own shapes: the inverse of `own_shapes`."""
     own = shapes or {}
     return {name: entry.model_copy(update={"shape": own.get(name, entry.shape)}) for name, entry in main.items()}
+
+
+def wrong_size(path: Path, file: FileEntry) -> str:
+    """Describe how a file differs from its entry in the index without reading it: missing or size; "" if equal."""
+    if not path.is_file():
+        return "it is missing"
+    # The size costs nothing, and notices truncated copies when the directory is opened.
+    size = path.stat().st_size
+    return f"it has {size} bytes instead of {file.bytes}" if size != file.bytes else ""
+
+
+def rewritten(path: Path, index: ShardsIndex) -> str:
+    """Say how to repair a directory of shards; the stage that wrote it writes it again."""
+    stage = "encode"
+    if index.is_drawn:
+        stage = "synthesize"
+    # Rows with known clusters, or those of a clustering's report.
+    elif index.card.keys() & {"assignment", "kept"}:
+        stage = "cluster"
+    return f"copy {path} again from where it is intact, or write it anew with `atoll {stage} --force`"
+
+
+def read_index(directory: Path) -> ShardsIndex:
+    """Read the index of a directory of shards. Raises AtollError if there is none, or it is damaged."""
+    path = directory / INDEX
+    if not path.is_file():
+        raise AtollError(f"{directory} is not a directory of shards: it has no {INDEX}")
+    return load_card(path, ShardsIndex)

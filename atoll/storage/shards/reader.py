@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atoll.errors import AtollError
-from atoll.storage.artifact import load_card, sha256_file
+from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import (
     CardRecord,
     ClusterShardsCard,
@@ -19,12 +19,21 @@ from atoll.storage.cards import (
     FileEntry,
     RecordT,
     ShardEntry,
-    ShardsIndex,
     parse_record,
 )
 from atoll.storage.memory import refuse_out_of_memory
 from atoll.storage.shards.captions import OTHERS, Weighted, unpack
-from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, Split, describe, with_shapes
+from atoll.storage.shards.format import (
+    INDEX,
+    LATENTS,
+    MANIFEST,
+    Split,
+    describe,
+    read_index,
+    rewritten,
+    with_shapes,
+    wrong_size,
+)
 from atoll.storage.shards.manifest import ManifestFile
 from atoll.storage.shards.mapped import LatentMap, MappedColumns
 from atoll.storage.shards.shard import Shard
@@ -52,7 +61,7 @@ class Shards:
     def __init__(self, directory: str | Path, verify: bool = False):
         # The index says which files must be there.
         self.path = Path(directory)
-        self._index = _read_index(self.path)
+        self._index = read_index(self.path)
         self.columns: tuple[str, ...] = tuple(sorted(self._index.columns))
         self._files: tuple[ShardEntry, ...] = self._index.shards
         # A hash of another file would leave the manifest unchecked, and a shard that repeats would claim rows for free.
@@ -60,14 +69,16 @@ class Shards:
         if self._index.manifest.file != MANIFEST or len(set(names)) != len(names):
             raise self._broken(INDEX, f"it names another manifest than {MANIFEST}, or a shard twice")
         # Check the manifest before the shards: their error messages take keys from it.
-        if wrong := _wrong(self.path / MANIFEST, self._index.manifest) or self._altered(self._index.manifest, verify):
+        if wrong := wrong_size(self.path / MANIFEST, self._index.manifest) or self._altered(
+            self._index.manifest, verify
+        ):
             raise self._broken(MANIFEST, wrong)
         self._manifest = self._open_manifest()
         # ends[i] is the first row after shard i.
         self._ends = torch.tensor([file.rows for file in self._files]).cumsum(0)
         for number, file in enumerate(self._files):
             # The hashes of shards are compared when they are opened, since a process may need a few of them only.
-            if wrong := _wrong(self.path / file.file, file) or (self._altered(file, verify) if verify else ""):
+            if wrong := wrong_size(self.path / file.file, file) or (self._altered(file, verify) if verify else ""):
                 raise self._broken(file.file, wrong, number)
         self._open: dict[int, dict[str, Tensor]] = {}
         self._cards: dict[type[CardRecord], CardRecord] = {}
@@ -205,15 +216,27 @@ class Shards:
         numbers = self.shape_numbers(column)[rows]
         return [rows[numbers == number] for number in numbers.unique()]
 
-    def rows(self, split: Split | None = None) -> Tensor:
-        """Return the row numbers of a split, None for both, [n] int64, ascending; not those that are left out."""
+    def rows(self, split: Split | None = None, main: str | None = None) -> Tensor:
+        """Return row numbers, [n] int64, ascending, without those that are left out.
+
+        Args:
+            split: of this split alone; None: of both.
+            main: only rows that have the main shape in this column; None: all.
+        """
         import pyarrow.compute as pc
 
-        rows = torch.arange(len(self))
+        chosen = torch.ones(len(self), dtype=torch.bool) if main is None else self.has_main_shape(main)
         if split is not None:
             # The comparison runs on the column, without Python strings.
-            rows = torch.from_numpy(pc.equal(self._text("split"), split).to_numpy().copy()).nonzero().flatten()
-        return rows[~torch.isin(rows, torch.tensor(list(self._left_out)))] if self._left_out else rows
+            chosen &= torch.from_numpy(pc.equal(self._text("split"), split).to_numpy().copy())
+        chosen[list(self._left_out)] = False
+        return chosen.nonzero().flatten()
+
+    def has_main_shape(self, column: str) -> Tensor:
+        """Return which rows have the main shape in a column, [n] bool."""
+        if self.shape(column) not in self.shapes(column):
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self.shape_numbers(column) == 0  # the main shape comes first
 
     def read(self, column: str, rows: Tensor | slice) -> Tensor:
         """Copy rows of a column into memory.
@@ -371,30 +394,4 @@ class Shards:
             refuse_out_of_memory(why, self.path / file)
             why = " ".join(str(why).split())
         holds = f" (rows from key {self._first_key(number)!r} on)" if number is not None else ""
-        return AtollError(f"{self.path / file}{holds} is corrupt: {why}; {self._remedy()}")
-
-    def _remedy(self) -> str:
-        # The stage that wrote the directory writes it again.
-        stage = "encode"
-        if self._index.is_drawn:
-            stage = "synthesize"
-        # Rows with known clusters, or those of a clustering's report.
-        elif self._index.card.keys() & {"assignment", "kept"}:
-            stage = "cluster"
-        return f"copy {self.path} again from where it is intact, or write it anew with `atoll {stage} --force`"
-
-
-def _read_index(directory: Path) -> ShardsIndex:
-    path = directory / INDEX
-    if not path.is_file():
-        raise AtollError(f"{directory} is not a directory of shards: it has no {INDEX}")
-    return load_card(path, ShardsIndex)
-
-
-def _wrong(path: Path, file: FileEntry) -> str:
-    """Describe how a file differs from its entry in the index without reading it: missing or size; "" if equal."""
-    if not path.is_file():
-        return "it is missing"
-    # The size costs nothing, and notices truncated copies when the directory is opened.
-    size = path.stat().st_size
-    return f"it has {size} bytes instead of {file.bytes}" if size != file.bytes else ""
+        return AtollError(f"{self.path / file}{holds} is corrupt: {why}; {rewritten(self.path, self._index)}")

@@ -1,4 +1,4 @@
-"""One shard of a directory, as `Shards.parts` yields it."""
+"""One shard of a directory, as whoever goes through all of them reads it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
