@@ -9,6 +9,7 @@ import yaml
 
 from atoll.assemble import assemble_run
 from atoll.cluster import cluster_run
+from atoll.convert.arguments import arguments_of_run
 from atoll.encoders.codec import build_codec
 from atoll.ensemble.loading import load_ensemble
 from atoll.errors import AtollError
@@ -18,6 +19,7 @@ from atoll.storage.artifact import read_card, read_json, write_json
 from atoll.storage.cards import EncodedCard, ExpertCard, RouterCard
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards, ShardWriter
+from atoll.train.calibrate_expert import calibrate_expert
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.router import _data_set, train_router
 from tests.cards import encoded_card
@@ -155,6 +157,20 @@ def test_weights_of_other_statistics_are_begun_from_with_a_warning(runs, tmp_pat
         UserWarning, match=r"train\.init: .*old knows latents normalised by shift 0\.5, scale 2\.0, the data"
     ):
         train_expert(run, load_manifest(run), "1", restart=True)
+
+
+@pytest.mark.parametrize("name", ["measured", "codec"])
+def test_a_converted_network_knows_the_latents_of_the_codec_itself(runs, name) -> None:
+    """Whatever the run normalises by: nobody trained the checkpoint on that."""
+    assert arguments_of_run(runs[name][0], "0")["codec"] == CODEC
+
+
+def test_rows_of_other_statistics_calibrate_no_expert(runs) -> None:
+    expert = next((runs["measured"][0] / "experts").glob("1-*"))
+    with pytest.raises(
+        AtollError, match=r"cluster-001: its latents are normalised by shift 0\.5, .*the expert by shift\["
+    ):
+        calibrate_expert(expert, [RunLayout(runs["codec"][0]).cluster(1)])
 
 
 def test_a_reference_of_another_codec_is_refused(runs, tmp_path) -> None:

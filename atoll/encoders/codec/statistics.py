@@ -177,7 +177,7 @@ def refuse_other_statistics(path: Path | str, codec: Any, first: Path | str, oth
     if constants := other_statistics(codec, other):
         raise AtollError(
             f"{path}: its latents are normalised by {constants[0]}, those of {first} by {constants[1]}; parts of one "
-            "model need the same statistics: take both from one run, trained on its clusters/"
+            "model need the same statistics (codec.statistics in atoll.yaml): train both on the clusters/ of one run"
         )
 
 
