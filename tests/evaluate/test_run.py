@@ -27,13 +27,14 @@ from atoll.evaluate.variants import alone
 from atoll.manifest import SweepSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
+from atoll.report.words import count_words, distinctive_words
 from atoll.schedule import Cosine, Linear
 from atoll.solver import times_of
 from atoll.storage.artifact import save_artifact, write_json
 from atoll.storage.cards import ExpertCard, RouterCard
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.testing import GaussianMixture
-from tests.cards import clusters_card
+from tests.cards import clusters_card, encoded_card
 
 SHAPE = (1, 4, 6)
 SMALL = EvaluateSettings(
@@ -54,7 +55,7 @@ ENCODER = PromptEncoder([HashEncoder(dim=8, length=4)])
 def write_shards(path: Path, x0: Tensor, clusters: Tensor, name: str = "p") -> None:
     captions = [f"{'red' if k == 0 else 'blue'} {i % 5}" for i, k in enumerate(clusters.tolist())]
     splits = ["val" if i % 10 == 0 else "train" for i in range(len(x0))]
-    with ShardWriter(path, {}) as writer:
+    with ShardWriter(path, encoded_card(codec=CODEC.config(), condition=ENCODER.configs()[0])) as writer:
         writer.append([f"{name}{i}" for i in range(len(x0))], captions, splits, {"latent": x0.half()})
 
 
@@ -428,10 +429,10 @@ def test_the_grid_shows_every_source(sources: int, each: int) -> None:
 
 
 def test_words_that_are_everywhere_are_not_distinctive() -> None:
-    counts = run_module.count_words(["A red dot", "red, red line"])
+    counts = count_words(["A red dot", "red, red line"])
     assert counts == {"a": 1, "red": 2, "dot": 1, "line": 1}
-    overall = run_module.count_words(["A red dot", "red, red line", "a red sea", "red"])
-    words = run_module.distinctive_words(counts, 2, overall, 4)
+    overall = count_words(["A red dot", "red, red line", "a red sea", "red"])
+    words = distinctive_words(counts, 2, overall, 4)
     assert [word for word, _, _ in words] == ["dot", "line"]
 
 
