@@ -251,15 +251,13 @@ def _train(
         flags |= {"--allow-hub": hub, "--trust-paths": paths}
         more = [] if lora is None else ["--lora", str(lora)]
         more += [] if skip is None else ["--skip", str(skip.absolute())]
-        with _lease(what, run) if lora is None else nullcontext():
+        with _lease(what, run, lora):
             arguments = ["train", *what, "--run", str(run), *more, *(flag for flag, on in flags.items() if on)]
             train_together(arguments, nproc)
         return
     # One process, or one of several: only the first one prints.
     first = is_first_process()
-    # Leases are for whole experts.
-    lease = _lease(what, run) if lora is None else nullcontext()
-    with _memory_apart(), reporting(), lease, bar(what[0], "steps", quiet or not first) as update:
+    with _memory_apart(), reporting(), _lease(what, run, lora), bar(what[0], "steps", quiet or not first) as update:
         from atoll.manifest import load_manifest
         from atoll.train.loop import Interrupted
 
@@ -303,13 +301,13 @@ def _memory_apart() -> Iterator[None]:
         raise typer.Exit(EXIT_OUT_OF_MEMORY) from None
 
 
-def _lease(what: list[str], run: Path) -> AbstractContextManager[object]:
-    """Renew the lease of an expert while it is trained, if this run has joined a collective."""
+def _lease(what: list[str], run: Path, lora: int | None) -> AbstractContextManager[object]:
+    """Renew the lease of a whole expert while it is trained, if this run has joined a collective."""
     from atoll.train.workers import is_first_process, is_worker
 
     # One process renews the lease: the one that started the workers, or the first one under torchrun.
     alone = is_first_process() and not is_worker()
-    if what[0] != "expert" or not alone or not (run / COLLECTIVE).is_file():
+    if what[0] != "expert" or lora is not None or not alone or not (run / COLLECTIVE).is_file():
         return nullcontext()
     from atoll.collective.heartbeat import renewed
 

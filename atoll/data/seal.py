@@ -60,14 +60,7 @@ def seal(
     Returns:
         The final tally.
     """
-    # Find repeated keys first: a row dropped for its key must not make another row a duplicate.
-    rows = tally.good
-    dropped = {
-        row: ("repeated key", first) for row, first in repeats(lambda: _values(partial, "key", blocks), rows).items()
-    }
-    if skip_duplicates:
-        same = repeats(lambda: _values(partial, "pixels", blocks, set(dropped)), rows)
-        dropped.update({row: ("duplicate", first) for row, first in same.items()})
+    dropped = _repeated(partial, blocks, tally.good, skip_duplicates)
     # The report names the first sample with the same key or pixels.
     names = _keys_of(partial, blocks, {first for _, first in dropped.values()})
     final, sums = replace(tally, skipped=Counter(tally.skipped)), ChannelSums()
@@ -83,14 +76,7 @@ def seal(
             listed.writelines(map(json_line, partial.skipped(number)))
             for i in gone:
                 kind, first = dropped[start + i]
-                what = "the key of" if kind == "repeated key" else "the same pixels as"
-                entry = {"key": text["key"][i], "reason": f"{kind}: {what} {names[first]!r}"}
-                listed.write(json_line(entry))
-                final.skipped[kind] += 1
-                final.good -= 1
-                final.uncaptioned -= text["caption"][i] == ""
-                further = len(unpack(text[OTHERS][i]))
-                final.several, final.others = final.several - (further > 0), final.others - further
+                listed.write(_drop(final, text, i, kind, names[first]))
             # Add the rows that remain, and count truncated captions among them only.
             sums += partial.add(writer, number, text, set(gone))
             final.sizes.update(size for i, size in enumerate(text.get(SIZE, ())) if start + i not in dropped)
@@ -117,6 +103,28 @@ def seal(
     # The sealed directory is complete; only now may the blocks go.
     shutil.rmtree(partial.path)
     return final
+
+
+def _repeated(partial: PartialEncoding, blocks: int, rows: int, skip_duplicates: bool) -> dict[int, tuple[str, int]]:
+    """Return the rows to drop, each with the reason and the earlier row that it repeats."""
+    # Repeated keys first: a row dropped for its key must not make another row a duplicate.
+    keys = repeats(lambda: _values(partial, "key", blocks), rows)
+    dropped = {row: ("repeated key", first) for row, first in keys.items()}
+    if skip_duplicates:
+        same = repeats(lambda: _values(partial, "pixels", blocks, set(dropped)), rows)
+        dropped.update({row: ("duplicate", first) for row, first in same.items()})
+    return dropped
+
+
+def _drop(final: Tally, text: Mapping[str, Sequence[Any]], row: int, kind: str, first: str) -> str:
+    """Take a dropped row of a block out of the counts, and return its line for the list of skipped samples."""
+    final.skipped[kind] += 1
+    final.good -= 1
+    final.uncaptioned -= text["caption"][row] == ""
+    further = len(unpack(text[OTHERS][row]))
+    final.several, final.others = final.several - (further > 0), final.others - further
+    what = "the key of" if kind == "repeated key" else "the same pixels as"
+    return json_line({"key": text["key"][row], "reason": f"{kind}: {what} {first!r}"})
 
 
 def _values(partial: PartialEncoding, name: str, blocks: int, without: Container[int] = ()) -> Iterator[list[Any]]:

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,18 +13,16 @@ from atoll.condition import Condition
 from atoll.encoders.codec.statistics import own_constants
 from atoll.encoders.text import TextEncoder, build_encoder
 from atoll.encoders.trust import STRANGER, Trust
-from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, NetworkSettings, TrainSettings
+from atoll.manifest import Manifest, NetworkSettings, TrainSettings
 from atoll.nn import build_network, patch_of
 from atoll.nn.lora import add_lora
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
-from atoll.storage.artifact import save_artifact
 from atoll.storage.cards import (
     CalibrationRecord,
     ClusterShardsCard,
     ExpertCard,
     LoraCard,
-    LoraRecord,
     TeacherRecord,
     TrainingRecord,
 )
@@ -34,9 +31,10 @@ from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import CaptionedLatents, Rows, drop_condition, mirrored, sizes_of
 from atoll.train.calibrate import calibrate
 from atoll.train.checkpoint import discard_checkpoints
+from atoll.train.denoiser_artifact import TrainingSpec, denoiser_card, write_denoiser
 from atoll.train.drawn_captions import caption_draws, tag_dropout
 from atoll.train.init_weights import InitWeights
-from atoll.train.island import Island, gathered_state
+from atoll.train.island import Island
 from atoll.train.loop import Task, train
 from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
@@ -47,33 +45,6 @@ from atoll.train.validation_images import ValidationImages
 
 _VALIDATION_ROWS = 256
 _VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSpec:
-    """What distinguishes one training of a denoiser from another.
-
-    Attributes:
-        run: the run's directory.
-        path: where the artifact is written.
-        name: of the denoiser, in its card.
-        part: its section of atoll.yaml.
-        clusters: that it is trained on.
-        seed: of its weights and batches.
-        settings: of the training, in place of those of its section.
-        base: the expert to start from, in place of train.init.
-        lora: a low-rank update of that expert is trained, and written alone; None: all weights.
-    """
-
-    run: Path
-    path: Path
-    name: str
-    part: ExpertSettings | MonolithSettings
-    clusters: tuple[int, ...]
-    seed: int
-    settings: TrainSettings | None = None
-    base: Path | None = None
-    lora: LoraRecord | None = None
 
 
 def train_denoiser(
@@ -141,13 +112,7 @@ def train_denoiser(
     if finished(spec.path, LoraCard if spec.lora else ExpertCard, marks, resume, restart):
         return spec.path
     # Train and calibrate.
-    torch.manual_seed(spec.seed)
-    # The seed determines the initial weights, unless another expert's replace them.
-    network = build_network(network_config)
-    if init_weights:
-        network.load_state_dict(init_weights.weights())
-    if spec.lora:
-        add_lora(network, spec.lora)
+    network = _initial_network(network_config, spec, init_weights)
     state = TrainingLayout.of(spec.path).root
     # Signals are recorded from here on: the last checkpoint, and the artifact, are written as a whole.
     with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
@@ -183,53 +148,33 @@ def train_denoiser(
             seed=spec.seed,
             device=island.device,
         )
-        # Sharded weights are gathered by all processes; the first one writes them.
-        gathered = gathered_state(network, trained_only=spec.lora is not None)
-        weights = {
-            **{f"network.{name}": value for name, value in gathered.items()},
-            **{f"calibration.{name}": value for name, value in calibration.tensors().items()},
-        }
-        # Write the artifact.
-        if island.is_first:
-            record = TrainingRecord(
-                **trained.summary,
-                **origin,
-                rows=len(training),
-                calibration_holdout=settings.calibration_holdout,
-                seed=spec.seed,
-                torch=torch.__version__,
-            )
-            measured = CalibrationRecord(**calibration.config(), measured_on=measured_on)
-            save_artifact(spec.path, _card(spec, data, identity, calibration=measured, training=record), weights)
-            if settings.keep_checkpoints == "none":
-                discard_checkpoints(state)
+        # Write the artifact, in the first process.
+        record = TrainingRecord(
+            **trained.summary,
+            **origin,
+            rows=len(training),
+            calibration_holdout=settings.calibration_holdout,
+            seed=spec.seed,
+            torch=torch.__version__,
+        )
+        measured = CalibrationRecord(**calibration.config(), measured_on=measured_on)
+        card = denoiser_card(spec, data, identity, calibration=measured, training=record)
+        write_denoiser(spec.path, card, network, calibration, island)
+        if island.is_first and settings.keep_checkpoints == "none":
+            discard_checkpoints(state)
     return spec.path
 
 
-def _card(
-    spec: TrainingSpec,
-    data: ClusterShardsCard,
-    identity: dict[str, Any],
-    *,
-    calibration: CalibrationRecord,
-    training: TrainingRecord,
-) -> ExpertCard | LoraCard:
-    """The card: what identifies the training, what the data are, and what was measured."""
-    values: dict[str, Any] = {
-        "name": spec.name,
-        "k": data.clusters,
-        "clusters": spec.clusters,
-        "objective": identity["objective"],
-        "network": identity["network"],
-        "assignment": data.assignment,
-        "latent_shape": data.latent_shape,
-        **({"shapes": identity["shapes"]} if "shapes" in identity else {}),
-        "codec": data.codec,
-        "condition": data.condition,
-        "calibration": calibration,
-        "training": training,
-    }
-    return LoraCard(**values, base=training.init, lora=spec.lora) if spec.lora else ExpertCard(**values)
+def _initial_network(config: dict[str, Any], spec: TrainingSpec, init_weights: InitWeights | None) -> nn.Module:
+    """Build the network that training begins with."""
+    # The seed determines the initial weights, unless another expert's replace them.
+    torch.manual_seed(spec.seed)
+    network = build_network(config)
+    if init_weights:
+        network.load_state_dict(init_weights.weights())
+    if spec.lora:
+        add_lora(network, spec.lora)
+    return network
 
 
 def split_holdout(

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from atoll.errors import AtollError
-from atoll.manifest import Manifest
+from atoll.manifest import ExpertSettings, Manifest
 from atoll.storage.layout import MONOLITH, RunLayout, expert_seed, monolith_seed
 from atoll.storage.shards import Shards
-from atoll.train.denoiser import TrainingSpec, train_denoiser
+from atoll.train.denoiser import train_denoiser
+from atoll.train.denoiser_artifact import TrainingSpec
 from atoll.train.track import TrainProgress
 
 
@@ -36,11 +37,17 @@ def train_expert(
         AtollError: no such expert, missing or damaged shards, NaN loss, or an existing checkpoint or expert.
     """
     expert = manifest.find_expert(name)
-    shards = Shards(RunLayout(run).cluster(expert.cluster))
+    shards = [Shards(RunLayout(run).cluster(expert.cluster))]
+    spec = spec_of(run, manifest, expert)
+    return train_denoiser(spec, manifest, shards, resume=resume, restart=restart, progress=progress)
+
+
+def spec_of(run: Path, manifest: Manifest, expert: ExpertSettings) -> TrainingSpec:
+    """Return what distinguishes the training of one expert of a run."""
     # The seed depends on the expert's position in atoll.yaml.
     number = next(i for i, e in enumerate(manifest.experts) if e is expert)
     # The expert learns from one cluster, under its name in atoll.yaml.
-    spec = TrainingSpec(
+    return TrainingSpec(
         run=run,
         path=RunLayout(run).expert(expert.full_name),
         name=expert.full_name,
@@ -48,7 +55,6 @@ def train_expert(
         clusters=(expert.cluster,),
         seed=expert_seed(manifest.seed, number),
     )
-    return train_denoiser(spec, manifest, [shards], resume=resume, restart=restart, progress=progress)
 
 
 def train_monolith(

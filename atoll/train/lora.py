@@ -1,5 +1,6 @@
 """Trains a low-rank update of one frozen expert, and merges it: `atoll train expert 3 --lora 16`, `atoll merge`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from atoll.encoders.weights import same
@@ -9,9 +10,10 @@ from atoll.manifest import ExpertSettings, Manifest, TrainSettings
 from atoll.objective import Objective
 from atoll.storage.artifact import CARD, read_card, read_tensors, save_artifact
 from atoll.storage.cards import ClusterShardsCard, ExpertCard, InitRecord, LoraRecord, MergeRecord
-from atoll.storage.layout import RunLayout, expert_seed
+from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
-from atoll.train.denoiser import TrainingSpec, train_denoiser
+from atoll.train.denoiser import train_denoiser
+from atoll.train.expert import spec_of
 from atoll.train.track import TrainProgress
 
 
@@ -48,14 +50,10 @@ def train_lora(
     shards = [Shards(layout.cluster(expert.cluster))]
     base = _base(layout, manifest, expert, settings)
     _refuse_other(base, expert, shards[0].card(ClusterShardsCard))
-    number = next(i for i, e in enumerate(manifest.experts) if e is expert)
-    spec = TrainingSpec(
-        run=run,
+    # Like the expert's own training, from its weights.
+    spec = replace(
+        spec_of(run, manifest, expert),
         path=layout.lora(expert.full_name),
-        name=expert.full_name,
-        part=expert,
-        clusters=(expert.cluster,),
-        seed=expert_seed(manifest.seed, number),
         settings=settings,
         base=base,
         lora=LoraRecord(rank=rank, alpha=chosen.alpha or float(rank), targets=chosen.targets),

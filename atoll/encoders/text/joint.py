@@ -1,5 +1,6 @@
 """The text encoders of SD3 and FLUX, several networks that read one caption, as one condition."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -138,9 +139,9 @@ class _JointEncoder(TextEncoder):
     def config(self) -> dict[str, Any]:
         return {"name": self.name, **self._config.entry()}
 
+    @abstractmethod
     def _encode(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return states [B,L,D] and the pooled vector [B,P] from each network's token numbers."""
-        raise NotImplementedError
 
 
 class SD3Encoder(_JointEncoder):
