@@ -86,7 +86,7 @@ def test_metadata_in_parquet_is_bounded_too(tmp_path) -> None:
     (tmp_path / "metadata.parquet").unlink()
     pq.write_table(pa.table({"file_name": ["a.jpg"], "text": ["a" * 70_000]}), tmp_path / "metadata.parquet")
     (lost,) = read(Folder(settings(tmp_path, "folder")))
-    assert lost.reason == "caption: 70,000 bytes, expected at most 65,536"
+    assert lost.reason == "caption: 70,000 bytes, expected at most 65,536 (metadata.parquet:1)"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_pages_of_every_kind_of_file_are_followed(tmp_path, options) -> None
             start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
             pages = list(parquet_pages.pages(file, start, chunk.total_compressed_size))
             assert len(pages) > ("use_dictionary" not in options)  # a dictionary is a page of its own
-            assert sum(unpacked for _, unpacked, _ in pages) <= chunk.total_uncompressed_size
+            assert sum(page.unpacked for page in pages) <= chunk.total_uncompressed_size
     rows = list(plain_rows(str(tmp_path / "a.parquet"), lambda name: True))
     assert [row["a"].decode() for row in rows] == words
     assert [row["b"] for row in rows] == list(range(5000))

@@ -106,20 +106,15 @@ def test_a_stale_index_is_named_with_the_file_beside_it(tmp_path, library) -> No
         pretrained_files(tmp_path / "n", STEMS[library])
 
 
-def test_convert_reads_the_index_and_says_what_it_leaves(tmp_path) -> None:
+def test_convert_refuses_two_saves_in_one_directory(tmp_path) -> None:
     config = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "sample_size": 8}
     config |= {"cross_attention_dim": 24, "caption_channels": 10}
-    for seed, (form, options) in enumerate((("whole", {}), ("shards", {"max_shard_size": "20KB"}))):
-        torch.manual_seed(seed)
-        model = diffusers.PixArtTransformer2DModel(**config)
-        save(model, tmp_path / form, "diffusers", **options)
+    for form, options in (("whole", {}), ("shards", {"max_shard_size": "20KB"})):
+        save(diffusers.PixArtTransformer2DModel(**config), tmp_path / form, "diffusers", **options)
         shutil.copytree(tmp_path / form, tmp_path / "n", dirs_exist_ok=True)
-    with pytest.warns(
-        UserWarning, match=r"holds .*index\.json and diffusion_pytorch_model\.safetensors; reading the sh"
-    ):
+    with pytest.raises(AtollError, match=r"index\.json with its shards, and diffusion_pytorch_model\.safetensors: two"):
         convert(tmp_path / "n", tmp_path / "e")
-    got = load_file(tmp_path / "e" / "weights.safetensors")
-    assert torch.equal(got["network.final.bias"].sum(), model.proj_out.bias.unflatten(0, (4, 8))[:, :4].sum())
+    assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def fill(page) -> None:
     page.locator("#range_high").fill("0.9")
     page.locator("#method").select_option("heun")
     page.locator("#alignment").select_option("native")
+    page.locator("#shift").fill("2")
     page.locator("#previews").select_option("every step")
 
 
@@ -58,7 +59,8 @@ def test_every_setting_reaches_the_server(page) -> None:
     page.locator("#prompt").press("Control+Enter")
     says(page, "2 images are ready")
     numbers = {"seed": 41, "n": 2, "steps": 5, "guidance_scale": 1.5, "guidance_range": [0.1, 0.9], "cluster": 2}
-    choices = {"model": "tiny", "method": "heun", "alignment": "native", "routing": "oracle"}
+    numbers["shift"] = 2
+    choices = {"model": "tiny", "size": "8x4", "method": "heun", "alignment": "native", "routing": "oracle"}
     texts = {"prompt": "moss sand", "negative_prompt": "rust", "preview_format": "png"}
     assert bodies == [{**numbers, **choices, **texts, "preview_every": 1}]
     # Another model has other choices, and its own defaults.
