@@ -105,7 +105,7 @@ class Folder(Source):
             caption, others = first_and_others(combined(parts))
             # A split named by a table or folder wins over the hash of the key.
             split = entry.split or split_by_hash(entry.key, self._data.validation)
-            return Raw(entry.key, self._bytes(entry.file, MAX_IMAGE_BYTES), caption, split, notes, others)
+            return Raw(entry.key, self._bytes(entry.file, MAX_IMAGE_BYTES), caption, split, notes, others, entry.focus)
         except Unfit as error:
             return Skipped(entry.key, str(error))
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from atoll.data.captions import FROM_FILE, FROM_FOLDER, SIDECARS, is_usual, like_captions
 from atoll.data.companions import companions, describe
+from atoll.data.crop import Box
 from atoll.data.limits import MAX_SIDECAR_BYTES
 from atoll.data.locate import IMAGES, Files, nothing
 from atoll.data.metadata import Metadata
@@ -44,6 +45,7 @@ class Entry(NamedTuple):
         captions: for each of them, what a table has, with weights; None to read the sidecars.
         split: None if a hash of the key decides.
         reason: why it cannot be used; "" if it can.
+        focus: what must stay inside the crop.
     """
 
     key: str
@@ -52,6 +54,7 @@ class Entry(NamedTuple):
     captions: tuple[list[Weighted] | None, ...] = ()
     split: Split | None = None
     reason: str = ""
+    focus: Box | None = None
 
     @property
     def has_caption(self) -> bool:
@@ -175,7 +178,8 @@ class FolderScan:
                 return Entry(key, name, reason=f"caption: {clean(beside[0])} is {reason}")
             # Sidecars that must not be opened are dropped unless the preferred one is among them.
             sidecars.append(tuple(text for text in beside if text in self.files.sizes) if own is None else ())
-        return Entry(key, name, tuple(sidecars), captions, row.split if row is not None and row.split else split)
+        split = row.split if row is not None and row.split else split
+        return Entry(key, name, tuple(sidecars), captions, split, focus=row.focus if row is not None else None)
 
     def _tell_unread(
         self,

@@ -40,7 +40,7 @@ Gaps = Literal["refuse", "skip"]
 _ALWAYS = ("path", "image", "caption", "key", "split", "validation", "encoding")
 _WHERE_SET = (
     *("metadata", "file_name", "companions", "splits", "links", "key_until", "missing_shards", "fingerprint"),
-    *("caption_weights", "caption_lines"),
+    *("caption_weights", "caption_lines", "focus"),
 )
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from atoll.data.caption_lists import captions_in
 from atoll.data.captions import FROM_FILE, FROM_FOLDER, caption_columns, key_of, split_of
+from atoll.data.crop import Box
+from atoll.data.focus import box_of
 from atoll.data.locate import Files
 from atoll.data.names import canonical, clean, printable
 from atoll.data.opening import is_local
@@ -32,6 +34,7 @@ class ImageRow(NamedTuple):
         key: None if no column is set for it.
         split: None if it has none.
         reason: why the image cannot be used; "" if it can.
+        focus: what must stay inside the crop.
     """
 
     where: str
@@ -39,6 +42,7 @@ class ImageRow(NamedTuple):
     key: str | None
     split: Split | None
     reason: str
+    focus: Box | None = None
 
 
 class Metadata:
@@ -65,7 +69,9 @@ class Metadata:
         """
         self._files, self._data, self._images = files, data, images
         self._captions = [name for name, _ in data.captions]
-        self._wanted = {name for name in (*self._captions, data.key, data.split, data.file_name) if name is not None}
+        self._wanted = {
+            name for name in (*self._captions, data.key, data.split, data.focus, data.file_name) if name is not None
+        }
         self._auto_splits: dict[str, str] = {}  # image -> value of a column called split
         self.columns: dict[str, None] = {}
         self.rows: dict[str, ImageRow] = {}
@@ -183,9 +189,19 @@ class Metadata:
             if data.split is not None:
                 split = split_of(record[data.split])
             captions = tuple(self._captions_in(record, name, where) for name in self._captions)
+            focus = self._focus_in(record, where)
         except Unfit as error:
             return ImageRow(where, (), key, None, str(error))
-        return ImageRow(where, captions, key, split, "")
+        return ImageRow(where, captions, key, split, "", focus)
+
+    def _focus_in(self, record: Record, where: str) -> Box | None:
+        if self._data.focus is None:
+            return None
+        # Not each line of JSON needs the field.
+        try:
+            return box_of(record.get(self._data.focus))
+        except Unfit as error:
+            raise Unfit(f"{error} ({where})") from None
 
     def _captions_in(self, record: Record, name: str | None, where: str) -> list[Weighted] | None:
         # A caption from a file beside the image or from a name is not read from a table.
@@ -264,7 +280,7 @@ class Metadata:
 
     def check_columns(self, sidecar_kinds: Collection[str]) -> None:
         """Raise AtollError if a column that the settings name is in no table, and is no extension of text files."""
-        columns = [(setting, getattr(self._data, setting)) for setting in ("key", "split", "file_name")]
+        columns = [(setting, getattr(self._data, setting)) for setting in ("key", "split", "focus", "file_name")]
         for setting, column in [*(("caption", name) for name in self._captions), *columns]:
             if column is None or column in self.columns or (self.tables and not self.columns):
                 continue

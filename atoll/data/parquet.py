@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from atoll.data.caption_lists import captions_of, combined, first_and_others
 from atoll.data.captions import check_encoding, joined_tags, key_of, split_of
 from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
+from atoll.data.focus import box_of
 from atoll.data.limits import MAX_IMAGE_BYTES
 from atoll.data.locate import Files, config_of, locate
 from atoll.data.names import clean, listed, message_of, printable
@@ -83,7 +84,7 @@ class Parquet(Source):
     Images: the column `data.image`, else the only one that holds bytes, or a struct with `bytes` (as the Hugging Face
     Image feature). Captions: `data.caption`, else the usual names in their order. Keys: `data.key`, else
     "<relative path>:<row>". Splits: `data.split`, else a column called split, else names of folders and files such as
-    test-00000-of-00001.parquet, else a hash of the key.
+    test-00000-of-00001.parquet, else a hash of the key. What stays inside the crop: `data.focus`, lists of numbers.
 
     Rows whose image is null and the unreadable rest of a damaged file are skipped. A null beside a status (as
     img2dataset writes it for a dead link) is not a failure.
@@ -247,7 +248,7 @@ class Parquet(Source):
             if part.columns is not None and part.columns.split is not None:
                 split = split_of(cells.split)
             split = split or split_by_hash(key, self._data.validation)
-            return Raw(key, cells.image, caption, split, others=others)
+            return Raw(key, cells.image, caption, split, others=others, focus=box_of(cells.focus))
         except Unfit as error:
             return Skipped(printable(key), str(error))
 
@@ -275,6 +276,7 @@ class _Cells(NamedTuple):
     captions: tuple[Any, ...]
     key: Any
     split: Any
+    focus: Any
     status: Any
     error: Any
 
@@ -326,7 +328,7 @@ def _rows(part: _Part) -> Iterator[_Cells]:
     columns = part.columns
     assert columns is not None
     # Columns may coincide, for example key and caption; each is read once.
-    text, others = columns.texts, (columns.key, columns.split, columns.status, columns.error)
+    text, others = columns.texts, (columns.key, columns.split, columns.focus, columns.status, columns.error)
     used = [name for name in others if name is not None]
     for batch in batches(part.url, part.groups, (columns.image, *text), text):
         try:

@@ -1,11 +1,11 @@
-"""Find the columns of a parquet file that hold images, captions, keys and splits."""
+"""Find the columns of a parquet file that hold images, captions, keys, splits and boxes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from atoll.data.captions import caption_columns, like_captions
 from atoll.data.names import clean, listed
-from atoll.data.parquet_lists import is_caption_list, is_list, wrong_list
+from atoll.data.parquet_lists import is_caption_list, is_list, is_number_list, wrong_list
 from atoll.data.parquet_rows import holds_bytes, is_text
 from atoll.errors import AtollError
 from atoll.manifest import DataSettings
@@ -21,13 +21,14 @@ class Columns(NamedTuple):
     captions: tuple[str, ...]
     key: str | None
     split: str | None
+    focus: str | None = None
     status: str | None = None
     error: str | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The columns that are read beside the image, each once."""
-        others = (self.key, self.split, self.status, self.error)
+        others = (self.key, self.split, self.focus, self.status, self.error)
         names = (*self.captions, *(name for name in others if name is not None))
         return tuple(name for name in dict.fromkeys(names) if name != self.image)
 
@@ -51,13 +52,15 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
     there = listed([f"{name} ({kind})" for name, kind in types.items()], 20)
     # Columns that the settings name must exist exactly once.
     named = [name for name, _ in data.captions if name is not None]
-    settings = [(setting, getattr(data, setting)) for setting in ("image", "key", "split")]
+    settings = [(setting, getattr(data, setting)) for setting in ("image", "key", "split", "focus")]
     for setting, name in [*settings, *(("caption", name) for name in named)]:
         if name is not None and schema.names.count(name) != 1:
             many = "more than one column" if name in types else "no column"
             raise AtollError(f"{where}: {many} {name!r}, which data.{setting} names; it has {there}")
     # The images.
-    images = [name for name in types if holds_bytes(types[name]) and name not in (*named, data.key, data.split)]
+    images = [
+        name for name in types if holds_bytes(types[name]) and name not in (*named, data.key, data.split, data.focus)
+    ]
     if data.image is None and len(images) != 1:
         many = "no column that holds" if not images else f"{len(images)} columns that hold"
         raise AtollError(f"{where}: {many} bytes; it has {there}; name the one of the images as data.image")
@@ -85,6 +88,11 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
         raise AtollError(
             f"{where}: column {name!r} is {kind}{wrong}, expected {expected}; set data.{setting} to another"
         )
+    if data.focus is not None and not (is_text(types[data.focus]) or is_number_list(types[data.focus])):
+        raise AtollError(
+            f"{where}: column {data.focus!r} is {clean(str(types[data.focus]))}, expected a list of four numbers; set "
+            "data.focus to another"
+        )
     unread = [name for name in like_captions(types) if is_text(types[name]) and name != image]
     if not captions and unread and not data.allow_uncaptioned:
         raise AtollError(
@@ -94,7 +102,7 @@ def find_columns(schema: Any, data: DataSettings, where: str) -> Columns:
     # The status of img2dataset distinguishes dead links from damage.
     plain = {name: types[name] for name in ("status", "error_message") if schema.names.count(name) == 1}
     status, error = (name if name in plain and is_text(plain[name]) else None for name in ("status", "error_message"))
-    return Columns(image, captions, data.key, data.split, status, error)
+    return Columns(image, captions, data.key, data.split, data.focus, status, error)
 
 
 def unread_notes(schema: Any, columns: Columns, data: DataSettings) -> list[str]:

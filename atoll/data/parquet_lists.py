@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from atoll.data.caption_lists import TEXT_FIELDS, WEIGHT_FIELD
+from atoll.data.focus import MOST_NUMBERS
 from atoll.data.limits import MAX_CAPTIONS_BYTES
 from atoll.data.types import Oversized
 
@@ -27,6 +28,13 @@ def is_caption_list(kind: Any) -> bool:
         return False
     item = kind.value_type
     return _is_string(item) or (_is_struct(item) and _is_weighted(item))
+
+
+def is_number_list(kind: Any) -> bool:
+    """Return whether a pyarrow type is a list of numbers."""
+    import pyarrow.types as kinds
+
+    return is_list(kind) and (kinds.is_integer(kind.value_type) or kinds.is_floating(kind.value_type))
 
 
 def wrong_list(kind: Any) -> str:
@@ -79,6 +87,11 @@ def list_values(column: Any) -> list[Any]:
         else:
             cells.append(_items(items.slice(end - length, length)))
     return cells
+
+
+def number_lists(column: Any) -> list[Any]:
+    """Return the first `MOST_NUMBERS` items of the cells of a column of `is_number_list`, however long these are."""
+    return [list(cell.values[:MOST_NUMBERS].to_pylist()) if cell.is_valid else None for cell in column]
 
 
 def _items(items: Any) -> list[Any]:

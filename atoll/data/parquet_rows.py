@@ -14,7 +14,14 @@ from atoll.data.limits import (
 )
 from atoll.data.names import clean, message_of
 from atoll.data.opening import is_local, open_file
-from atoll.data.parquet_lists import is_caption_list, is_list, list_values, text_paths
+from atoll.data.parquet_lists import (
+    is_caption_list,
+    is_list,
+    is_number_list,
+    list_values,
+    number_lists,
+    text_paths,
+)
 from atoll.data.types import Damaged, Oversized
 from atoll.errors import AtollError
 from atoll.storage.memory import refuse_out_of_memory
@@ -32,7 +39,7 @@ def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text
         url: of the file.
         groups: numbers of row groups; None for all.
         columns: the columns to read.
-        text: those of them that hold text.
+        text: those of them that hold text, or lists of texts or numbers.
 
     Raises:
         Damaged: the file cannot be read further, or unpacks to more than its size justifies.
@@ -64,7 +71,9 @@ def batches(url: str, groups: Sequence[int] | None, columns: Sequence[str], text
 
 
 def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table: text, whole numbers and lists of captions in the wanted columns, None in all others.
+    """Yield the rows of a table: text, whole numbers, and lists of captions or numbers in the wanted columns.
+
+    All other columns have None.
 
     Any other nested value is replaced by an empty one of its kind, which is no caption.
 
@@ -84,7 +93,8 @@ def plain_rows(url: str, wanted: Callable[[str], bool]) -> Iterator[dict[str, An
         raise Damaged(message_of(error)) from error
     # Arrow selects columns by name, so a repeated name cannot be read.
     names = [name for name in schema.names if wanted(name) and schema.names.count(name) == 1]
-    text = [name for name in names if is_text(schema.field(name).type) or is_caption_list(schema.field(name).type)]
+    readable = (is_text, is_caption_list, is_number_list)
+    text = [name for name in names if any(is_one(schema.field(name).type) for is_one in readable)]
     numbers = [name for name in names if kinds.is_integer(schema.field(name).type)]
     others = [name for name in names if kinds.is_nested(schema.field(name).type) and name not in text]
     wrong: dict[str, Any] = {name: [[]] if is_list(schema.field(name).type) else {} for name in others}
@@ -103,6 +113,8 @@ def values(column: Any, most: int = MAX_CAPTION_BYTES) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
+    if is_number_list(kind):
+        return number_lists(column)
     if is_list(kind):
         return list_values(column)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):

@@ -24,6 +24,8 @@ def _build(data: DataSettings) -> Source:
     if data.source == "glyphs":
         from atoll.data.glyphs import Glyphs
 
+        if data.focus is not None:
+            raise AtollError("data.focus: the built-in glyphs have no boxes; leave it out, or name images of your own")
         if data.buckets is not None:
             raise AtollError("data.buckets: the built-in glyphs are squares; leave it out, or name images of your own")
         return Glyphs(data.subset, data.size)

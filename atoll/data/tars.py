@@ -18,7 +18,9 @@ from atoll.data.captions import (
     split_of,
 )
 from atoll.data.companions import companion_suffix, is_always_companion
+from atoll.data.crop import Box
 from atoll.data.fingerprint import Listing, content_fingerprint, fingerprint
+from atoll.data.focus import box_of
 from atoll.data.limits import MAX_SIDECAR_BYTES
 from atoll.data.locate import IMAGES, config_of, locate
 from atoll.data.names import canonical, clean, listed, message_of, printable
@@ -75,7 +77,8 @@ class Tars(Source):
     A sample is a run of members with one name up to the first dot (or the last one, by `data.key_until`). Its
     image is the member with the extension `data.image`, else the first of the usual ones. Its caption is the member
     with the extension `data.caption`, or that field of its json; else the first of txt, caption, ... that is not empty,
-    and of the json the usual fields in their order. `data.key` and `data.split` name fields of the json.
+    and of the json the usual fields in their order. `data.key`, `data.split` and `data.focus` name fields of the
+    json.
 
     Keys: "<the tar's path relative to the common root, without .tar>/<the sample's name>", unless `data.key` is set.
 
@@ -215,7 +218,8 @@ class Tars(Source):
             if hidden and self._data.image is None:
                 notes = (*notes, f"images beside the first of a sample, not read ({listed(hidden)})")
             key = key_of(facts[self._data.key]) if self._data.key is not None else key
-            yield Raw(key, image, caption, self._split(part, key, facts), notes, others)
+            focus, more = self._focus(facts)
+            yield Raw(key, image, caption, self._split(part, key, facts), (*notes, *more), others, focus)
         except Unfit as error:
             yield Skipped(printable(key), str(error))
 
@@ -272,6 +276,15 @@ class Tars(Source):
         if named:
             return (f"{UNREAD_CAPTIONS}: samples have {listed(named)}; data.caption names one",)
         return ()
+
+    def _focus(self, facts: "_Json") -> tuple[Box | None, tuple[str, ...]]:
+        """Return what must stay inside the crop, and a note if the json does not say."""
+        if self._data.focus is None:
+            return None, ()
+        fields = facts.all()
+        if self._data.focus not in fields:
+            return None, (f"images without a box (no {clean(self._data.focus)}, which data.focus names, in the json)",)
+        return box_of(fields[self._data.focus]), ()
 
     def _split(self, part: _Part, key: str, facts: "_Json") -> Split:
         if self._data.split is not None:

@@ -36,6 +36,9 @@ class DataSettings(Section):
     file_name: str | None = None  # tables: the column with the images' names; None: file_name and other usual names
     key: str | None = None  # the column of unique keys; None: the file and the number of the row
     split: str | None = None  # the column of the splits: "train" trains, anything else is held out
+    # The column, or field of JSON, of the box that stays inside the crop, such as a face: [x0, y0, x1, y1] as fractions
+    # of the image's width and height; null: none.
+    focus: str | None = None
     # Without `split`: auto holds out what a column called split, or names such as test/, tell (as Hugging Face datasets
     # reads them); where these tell nothing, and with "hash", a hash of the key decides.
     splits: Literal["auto", "hash"] = "auto"
