@@ -1,6 +1,7 @@
 """The captions that are drawn: a list for each cluster, and the caption of each row."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +13,7 @@ from atoll.randomness import ShuffledPasses, cpu_generator, hashed_seed
 from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import ClusterShardsCard, DrawnCaptions
 from atoll.storage.layout import CLUSTER_PREFIX, cluster_name, cluster_path
-from atoll.storage.shards import INDEX, Shards
+from atoll.storage.shards import INDEX, Shards, hash_of_keys
 
 
 class Captions(Protocol):
@@ -44,10 +45,17 @@ class ListedCaptions:
 
 
 class ClusterCaptions:
-    """The captions of a cluster's training rows; nothing else is read of its shards."""
+    """The captions of a cluster's training rows; nothing else is read of its shards.
+
+    Args:
+        shards: the cluster's, without the rows that are left out.
+    """
 
     def __init__(self, shards: Shards):
         self._shards, self._rows, self.sha256 = shards, shards.rows("train"), shards.sha256
+        # Other rows that are left out mean other captions.
+        if left_out := shards.left_out_keys:
+            self.sha256 = hashlib.sha256(f"{shards.sha256} without {hash_of_keys(left_out)}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -72,7 +80,9 @@ class CaptionOrder:
         return self._captions.at(self._passes.items(rows.start, rows.stop))
 
 
-def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) -> tuple[list[Captions], DrawnCaptions]:
+def load_captions(
+    path: Path | None, clusters: Path, k: int, assignment: str, skip: Collection[str] = ()
+) -> tuple[list[Captions], DrawnCaptions]:
     """Load the captions of each cluster.
 
     Args:
@@ -82,6 +92,7 @@ def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) ->
         clusters: the run's clusters/; needed only if path is None.
         k: the number of clusters.
         assignment: its hash; shards of another one are refused.
+        skip: keys of rows whose captions are left out; for no path.
 
     Returns:
         (captions of each cluster, the card's record of their origin).
@@ -93,7 +104,7 @@ def load_captions(path: Path | None, clusters: Path, k: int, assignment: str) ->
     if path is None:
         # The clusters' own captions: each cluster is drawn with those of its training rows.
         paths = [cluster_path(clusters, number) for number in range(k)]
-        captions: list[Captions] = [_cluster_captions(directory, assignment) for directory in paths]
+        captions: list[Captions] = [_cluster_captions(directory, assignment, skip) for directory in paths]
         origin = "of the clusters' shards: captions shared, images not"
     elif path.is_dir():
         # A file with a wrong number would be ignored silently: refuse it.
@@ -126,7 +137,7 @@ def _listed(file: Path) -> ListedCaptions:
     return ListedCaptions(lines, sha256_file(file))
 
 
-def _cluster_captions(directory: Path, assignment: str) -> ClusterCaptions:
+def _cluster_captions(directory: Path, assignment: str, skip: Collection[str]) -> ClusterCaptions:
     # An island may hold experts without any data: explain how to name captions.
     if not (directory / INDEX).is_file():
         raise AtollError(
@@ -140,7 +151,8 @@ def _cluster_captions(directory: Path, assignment: str) -> ClusterCaptions:
             f"{directory}: its assignment is {other}, the experts' is {assignment}; name the captions with --captions"
         )
     # Held-out captions are not drawn, so a cluster needs training rows.
-    captions = ClusterCaptions(shards)
+    captions = ClusterCaptions(shards.without(skip))
     if not len(captions):
-        raise AtollError(f"{directory}: holds no training rows; name the captions with --captions")
+        least = "no training rows" if not len(shards.rows("train")) else "no training rows that train.skip leaves"
+        raise AtollError(f"{directory}: holds {least}; name the captions with --captions")
     return captions

@@ -19,7 +19,7 @@ from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes
 from atoll.storage.cards import DrawingExpert, DrawnCaptions, DrawnCard, DrawnSource, ExpertCard
 from atoll.storage.layout import MANIFEST, RunLayout
-from atoll.storage.shards import refuse_foreign
+from atoll.storage.shards import listed_keys, refuse_foreign
 from atoll.synthesize.captions import CaptionOrder, load_captions
 from atoll.synthesize.draw import ClusterModel, Sampling
 from atoll.synthesize.rows import Keys
@@ -51,6 +51,7 @@ def synthesize_run(
     Only atoll.yaml and experts/ of `run` are read, and clusters/ if no captions are given. `out` receives atoll.yaml,
     experts/, encoded/ and clusters/. The hash of the assignment is the experts' own, so what is trained there fits
     them. The narrowest experts of a cluster draw its rows, replicas together with equal weights (see `ClusterModel`).
+    Captions of images that `train.skip` leaves out are not drawn.
     A row depends on the seed, its number, its caption and the experts: the same call gives the same bytes on one kind
     of machine, also after an interruption, which loses one shard at most. Memory holds the experts of one cluster and
     one shard.
@@ -79,7 +80,9 @@ def synthesize_run(
     """
     # What is drawn.
     experts, shared = _experts(run, manifest)
-    lists, origin = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, shared.assignment)
+    # What some training left out, no caption shows either.
+    skip = listed_keys(run / name for name in _skip_lists(manifest)) if captions is None else frozenset[str]()
+    lists, origin = load_captions(captions, RunLayout(run).clusters, manifest.clusters.k, shared.assignment, skip)
     seed = manifest.seed if seed is None else seed
     default = manifest.sampling
     sampling = Sampling(default.steps if steps is None else steps, method or default.method, guidance, seed)
@@ -91,7 +94,7 @@ def synthesize_run(
             partial.discard()  # left by a run that was killed at its very end
             return f"{out} is there already: {_summary(plan)}"
         # `out` becomes a run of its own, with the experts that drew it.
-        _claim(run, out, partial)
+        _claim(run, out, partial, _skip_lists(manifest))
         # From here on the directory is locked.
         partial.prepare(resume, force)
         for path in dict.fromkeys(path for paths in experts for path in paths):
@@ -191,8 +194,17 @@ def _plan(
     return SynthesisPlan(DrawnCard(**asdict(shared), clusters=manifest.clusters.k, source=source))
 
 
-def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
-    """Copy the run's atoll.yaml into `out`. Raises AtollError if `out` belongs to something else."""
+def _skip_lists(manifest: Manifest) -> list[str]:
+    """The lists of the experts' trainings, as the manifest names them."""
+    return sorted({name for expert in manifest.experts if (name := manifest.train_of(expert).skip) is not None})
+
+
+def _claim(run: Path, out: Path, partial: PartialSynthesis, skip_lists: list[str]) -> None:
+    """Copy the run's atoll.yaml into `out`, and the lists beside it that the trainings there read.
+
+    Raises:
+        AtollError: `out` belongs to something else.
+    """
     # Drawn in place: atoll.yaml is there.
     if out.resolve() == run.resolve():
         return
@@ -205,6 +217,12 @@ def _claim(run: Path, out: Path, partial: PartialSynthesis) -> None:
         raise AtollError(f"{out}: is a run with another {MANIFEST} than {run}; name an empty or new directory")
     out.mkdir(parents=True, exist_ok=True)
     write_bytes(target, content)
+    for name in skip_lists:
+        # Only below the run: `out` alone may be written to.
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if inside and (run / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(out / name, (run / name).read_bytes())
 
 
 def _draw(

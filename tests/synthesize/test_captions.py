@@ -3,10 +3,12 @@
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
+from atoll.storage.shards import Shards
 from atoll.synthesize.captions import CaptionOrder, ListedCaptions, load_captions
 from atoll.synthesize.rows import Keys
 
@@ -38,6 +40,24 @@ def test_captions_of_shards_are_those_of_training_rows(run) -> None:
     words = ("moss", "sand", "rain", "rust")
     drawn = CaptionOrder(captions[1], 0, 1)(range(14))
     assert Counter(drawn) == Counter(f"{words[i % 4]} {words[i // 4 % 4]}" for i in rows)
+
+
+def test_captions_of_images_that_are_left_out_are_not_drawn(run) -> None:
+    """As if the shards had no such rows; another list is another origin, which a resumed run refuses."""
+    cluster = Shards(run / "clusters" / "cluster-001")
+    keys = cluster.keys
+    gone = {keys[row] for row in cluster.rows("train").tolist()}
+    kept = sorted(gone)[3:]
+    captions, about = load_captions(None, run / "clusters", 3, HERE, skip=gone - set(kept))
+    _, before = load_captions(None, run / "clusters", 3, HERE)
+    assert about.counts == (14, 11, 14)
+    caption = dict(zip(keys, cluster.captions, strict=True))
+    assert sorted(captions[1].at(torch.arange(11))) == sorted(caption[key] for key in kept)
+    assert [a == b for a, b in zip(about.sha256, before.sha256, strict=True)] == [True, False, True]
+    # Keys of no row change nothing.
+    assert load_captions(None, run / "clusters", 3, HERE, skip={"none"})[1] == before
+    with pytest.raises(AtollError, match=r"cluster-001: holds no training rows that train\.skip leaves; name"):
+        load_captions(None, run / "clusters", 3, HERE, skip=gone)
 
 
 def test_missing_and_bad_captions_are_named(run, tmp_path) -> None:

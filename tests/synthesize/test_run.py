@@ -82,6 +82,30 @@ def test_defaults_are_the_manifests_without_guidance(private, listed, tmp_path) 
     assert (source["steps"], source["method"], source["seed"], source["guidance_scale"]) == (3, "euler", 0, 1.0)
 
 
+def test_lists_of_images_to_leave_out_hold_for_captions_and_go_along(trained_run, tmp_path) -> None:
+    """Training in the new run reads the list that its atoll.yaml names."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    (run / "lists").mkdir()
+    cluster = Shards(run / "clusters" / "cluster-000")
+    gone = [key for key, caption in zip(cluster.keys, cluster.captions, strict=True) if caption != "moss moss"]
+    (run / "lists" / "keys.txt").write_text("\n".join(gone))
+    text = yaml.safe_dump({**RUN, "train": {**RUN["train"], "skip": "lists/keys.txt"}})
+    (run / "atoll.yaml").write_text(text)
+    synthesize(run, tmp_path / "drawn")
+    drawn = tmp_path / "drawn"
+    assert (drawn / "lists" / "keys.txt").read_bytes() == (run / "lists" / "keys.txt").read_bytes()
+    assert set(Shards(drawn / "clusters" / "cluster-000").captions) == {"moss moss"}
+    assert len(set(Shards(drawn / "clusters" / "cluster-001").captions)) > 1
+    with pytest.warns(UserWarning, match="are in no row"):
+        train_router(drawn, load_manifest(drawn))
+    # A list that is gone matters only where captions come from the data.
+    (run / "lists" / "keys.txt").unlink()
+    (tmp_path / "captions.txt").write_text("moss\n")
+    synthesize(run, tmp_path / "other", tmp_path / "captions.txt")
+    with pytest.raises(AtollError, match=r"keys\.txt: cannot be read"):
+        synthesize(run, tmp_path / "third")
+
+
 def test_router_ensemble_and_student_train_on_it(drawn, private) -> None:
     (drawn / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "student": STUDENT}))
     manifest = load_manifest(drawn)
