@@ -1,10 +1,14 @@
 """Overhead of a training beside its steps: waiting for data, stalls by checkpoints, and the start.
 
-    python benchmarks/island.py --threads 2                # all three, on a DiT-S/2 and random latents 4x32x32
+    python benchmarks/island.py --threads 2                # all four, on a DiT-S/2 and random latents 4x32x32
     python benchmarks/island.py --modes start --size B/2
 
-loading: fraction of the time in which the loop waits for a batch. checkpoint: what a save adds to the steps around it
-(the copy that blocks training, and the cost of writing in the background), over the default interval.
+loading: fraction of the time in which the loop waits for a batch.
+buckets: the same for latents of one size and of five sizes with as many numbers and tokens, in turn (4x24x24, 4x36x16,
+4x48x12, and these across); also the time that the prefetching thread takes for a batch, over a step, and the step
+itself, as [median, least, most] over the rounds.
+checkpoint: what a save adds to the steps around it (the copy that blocks training, and the cost of writing in the
+background), over the default interval.
 start: `atoll train expert 0` with train.compile, from the shell to the end of the first step, with an empty compiler
 cache on the disk.
 """
@@ -17,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -31,10 +35,16 @@ from atoll.nn import SIZES
 from atoll.storage.shards import ShardWriter
 from atoll.train.expert import train_expert
 
-ROWS, SHAPE, WORDS = 512, (4, 32, 32), ["a", "photo", "of", "moss", "on", "an", "old", "wall"]
+ROWS, SHAPE = 512, (4, 32, 32)
+ONE = [(4, 24, 24)]
+SEVERAL = [*ONE, (4, 36, 16), (4, 16, 36), (4, 48, 12), (4, 12, 48)]
+WORDS = ["a", "photo", "of", "moss", "on", "an", "old", "wall"]
 
 
-def write_run(path: Path, size: str, train: dict[str, Any]) -> Path:
+Shapes = Sequence[tuple[int, int, int]]
+
+
+def write_run(path: Path, size: str, train: dict[str, Any], shapes: Shapes = (SHAPE,)) -> Path:
     """A run with one cluster of random latents, as `atoll cluster` writes it."""
     condition = {"name": "hash", "dim": 768, "length": 77}
     frozen = {"codec": {"name": "pixels", "channels": 4}, "condition": condition}
@@ -48,12 +58,15 @@ def write_run(path: Path, size: str, train: dict[str, Any]) -> Path:
     }
     path.mkdir(parents=True)
     (path / "atoll.yaml").write_text(yaml.safe_dump(manifest))
-    latents = torch.randn(ROWS, *SHAPE, generator=torch.Generator().manual_seed(0)).half()
-    captions = [" ".join([*WORDS[i % 3 :], str(i)]) for i in range(ROWS)]
-    card = {**frozen, "latent_shape": list(SHAPE), "assignment": "none", "cluster": 0, "clusters": 1, "source": {}}
-    with ShardWriter(path / "clusters" / "cluster-000", card) as writer:
-        splits = ["val" if i < 8 else "train" for i in range(ROWS)]
-        writer.append([f"{i:05d}" for i in range(ROWS)], captions, splits, {"latent": latents})
+    generator = torch.Generator().manual_seed(0)
+    card = {**frozen, "latent_shape": list(shapes[0]), "assignment": "none", "cluster": 0, "clusters": 1, "source": {}}
+    with ShardWriter(path / "clusters" / "cluster-000", card, shapes={"latent": shapes[0]}) as writer:
+        for number, shape in enumerate(shapes):
+            rows = range(number, ROWS, len(shapes))
+            latents = torch.randn(len(rows), *shape, generator=generator).half()
+            captions = [" ".join([*WORDS[i % 3 :], str(i)]) for i in rows]
+            splits = ["val" if i < 8 else "train" for i in rows]
+            writer.append([f"{i:05d}" for i in rows], captions, splits, {"latent": latents})
     return path
 
 
@@ -74,15 +87,22 @@ def clocked(function: Callable[..., Any], seconds: list[float]) -> Callable[...,
     return call
 
 
-def loop(
-    options: argparse.Namespace, directory: Path, checkpoint_every: int
-) -> tuple[list[float], list[float], list[float]]:
-    """Seconds of every step, of every wait for a batch, and of every save; without the first step."""
+class Seconds(NamedTuple):
+    """Of every step, of every wait for a batch, of every save, and of every batch that is made; without the first."""
+
+    steps: list[float]
+    waits: list[float]
+    saves: list[float]
+    made: list[float]
+
+
+def loop(options: argparse.Namespace, directory: Path, checkpoint_every: int, shapes: Shapes = (SHAPE,)) -> Seconds:
     train = {"steps": 10_000, "batch": options.batch, "threads": options.threads, "log_every": 1}
-    run = write_run(directory, options.size, {**train, "checkpoint_every": checkpoint_every})
+    run = write_run(directory, options.size, {**train, "checkpoint_every": checkpoint_every}, shapes)
     ends: list[float] = []
     waits: list[float] = []
     saves: list[float] = []
+    made: list[float] = []
 
     def progress(line: dict[str, Any]) -> None:
         ends.append(time.perf_counter())
@@ -90,26 +110,45 @@ def loop(
             raise Stop
 
     feed, checkpoints = atoll.train.loop.Prefetcher, atoll.train.loop.Checkpoints
-    feed_at, save = feed.at, checkpoints.save
+    get, make, save = feed.get, feed._pinned, checkpoints.save
     try:
-        feed.at, checkpoints.save = clocked(feed_at, waits), clocked(save, saves)  # type: ignore[method-assign]
+        feed.get, feed._pinned = clocked(get, waits), clocked(make, made)  # type: ignore[method-assign]
+        checkpoints.save = clocked(save, saves)  # type: ignore[method-assign]
         train_expert(run, load_manifest(run), "0", progress=progress)
     except Stop:
         pass
     finally:
-        feed.at, checkpoints.save = feed_at, save  # type: ignore[method-assign]
+        feed.get, feed._pinned, checkpoints.save = get, make, save  # type: ignore[method-assign]
     steps = [after - before for before, after in pairwise(ends)]
-    return steps, waits[1 : len(steps) + 1], saves[1:]
+    return Seconds(steps, waits[1 : len(steps) + 1], saves[1:], made[1 : len(steps) + 1])
 
 
 def loading(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    steps, waits, _ = loop(options, directory, 10_000)
-    return {"step_s": statistics.median(steps), "waiting": sum(waits) / sum(steps), "goal": 0.02}
+    seconds = loop(options, directory, 10_000)
+    step = statistics.median(seconds.steps)
+    return {"step_s": step, "waiting": sum(seconds.waits) / sum(seconds.steps), "goal": 0.02}
+
+
+def buckets(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    rounds: dict[str, list[dict[str, float]]] = {"one": [], "several": []}
+    for number in range(options.rounds):
+        for name, shapes in (("one", ONE), ("several", SEVERAL)):
+            steps, waits, _, made = loop(options, directory / f"{name}-{number}", 10_000, shapes)
+            step, batch = statistics.median(steps), statistics.median(made)
+            share = {"waiting": sum(waits) / sum(steps), "made_over_step": batch / step}
+            rounds[name].append({"step_s": step, "made_s": batch, **share})
+    numbers: dict[str, Any] = {"goal": 0.02}
+    for name, results in rounds.items():
+        for key in results[0]:
+            values = sorted(result[key] for result in results)
+            numbers[f"{name} {key}"] = [round(x, 6) for x in (statistics.median(values), values[0], values[-1])]
+    ratios = [b["step_s"] / a["step_s"] for a, b in zip(*rounds.values(), strict=True)]
+    return {**numbers, "step of several over one": statistics.median(ratios)}
 
 
 def checkpoint(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     every = 8
-    steps, _, saves = loop(options, directory, every)
+    steps, _, saves, _ = loop(options, directory, every)
     # Step i of `steps` holds what follows the end of step i + 1: the save of step `every` is in steps[every - 1].
     around = [sum(steps[i - 1 : i + 3]) for i in range(every, len(steps) - 3, every)]
     calm = [step for i, step in enumerate(steps) if i % every not in (every - 1, 0, 1, 2)]
@@ -142,13 +181,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--modes", default="loading,checkpoint,start")
+    parser.add_argument("--modes", default="loading,buckets,checkpoint,start")
+    parser.add_argument("--rounds", type=int, default=3, help="of the mode buckets")
     options = parser.parse_args()
-    modes = {"loading": loading, "checkpoint": checkpoint, "start": start}
+    modes = {"loading": loading, "buckets": buckets, "checkpoint": checkpoint, "start": start}
     for mode in options.modes.split(","):
         with tempfile.TemporaryDirectory() as directory:
             numbers = modes[mode](options, Path(directory) / mode)
-        rounded = {key: round(value, 4) for key, value in numbers.items()}
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()}
         print(json.dumps({"mode": mode, "size": options.size, "batch": options.batch, **rounded}), flush=True)
 
 
