@@ -20,6 +20,7 @@ from PIL import Image
 from atoll.data.crop import Box
 from atoll.data.encode import encode_run
 from atoll.data.focus import box_of
+from atoll.data.parquet_lists import number_lists
 from atoll.data.sources import build_source
 from atoll.data.types import Raw, Skipped, Unfit
 from atoll.errors import AtollError
@@ -250,4 +251,5 @@ def test_a_list_without_an_end_is_not_read_as_a_whole(tmp_path) -> None:
     pq.write_table(pa.table({"image": [b"x", b"y"], "face": many}), tmp_path / "rows.parquet")
     first, second = samples(tmp_path, "parquet").values()
     assert "a list of 5 numbers or more" in first.reason
+    assert list(map(len, number_lists(many))) == [5, 4]
     assert second.focus == Box(0, 0, 0, 0)
