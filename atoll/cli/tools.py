@@ -18,6 +18,7 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="a40, a100, h100, h200, 4090, ...; a memory such as 24GB; or here, to measure.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share each batch of an expert.")] = 1,
     islands: Annotated[Path | None, typer.Option(help="A yaml list of machines; simulates when they finish.")] = None,
     mfu: Annotated[float | None, typer.Option(help="Fraction of the GPU's speed that training reaches.")] = None,
     images: Annotated[int | None, typer.Option(help="Size of the data set; default: as encoded.")] = None,
@@ -41,13 +42,13 @@ def plan(
     caption = parse_text(text) if text else None
     if compare:
         # A comparison measures this machine, so options of other machines contradict it.
-        if gpu not in (None, "here") or islands or mfu is not None:
-            raise AtollError("--compare measures this machine: leave --gpu, --islands and --mfu out")
+        if gpu not in (None, "here") or gpus > 1 or islands or mfu is not None:
+            raise AtollError("--compare measures this machine: leave --gpu, --gpus, --islands and --mfu out")
         comparisons = compare_run(Path(recipe), caption)
         typer.echo(comparison_lines(comparisons))
         value: Any = [c.as_json() for c in comparisons]
     else:
-        planned = plan_run(recipe, gpu, islands=islands, mfu=mfu, images=images, text=caption, trials=trials, seed=seed)
+        planned = plan_run(recipe, gpu, islands, mfu, images, caption, trials, seed, each=gpus)
         Console().print(render(planned))
         value = as_json(planned)
     # The same content as in the terminal, for scripts.

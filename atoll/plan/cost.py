@@ -26,6 +26,7 @@ from atoll.plan.rules import SHORT_ROWS, TIME_FEATURES, Rules
 
 OptimizerState = Literal["fp32", "bf16", "8bit"]
 
+GATHERED_BLOCKS = 3  # of FSDP2 at a time, in float32: the block at work, the next one, and the gradients of one
 BLOCK_8BIT = 256  # values that share one float32 scale in 8-bit optimiser state (bitsandbytes, torchao)
 
 
@@ -221,14 +222,25 @@ def activation_bytes(n: NetworkSizes, r: Rules, checkpointing: Checkpointing = "
     return blocks + small * r.compute + _modulated(n, r, compiled)
 
 
-def fixed_bytes(n: NetworkSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same") -> float:
-    """Bytes that do not depend on the batch: weights, gradients, AdamW's two moments, EMA, autocast's copies."""
+def fixed_bytes(
+    n: NetworkSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same", shards: int = 1
+) -> float:
+    """Bytes that do not depend on the batch: weights, gradients, AdamW's two moments, EMA, autocast's copies.
+
+    Args:
+        n: the network.
+        r: what the device saves.
+        optimizer_state, ema_device: as in `train`.
+        shards: GPUs that divide all but the copies among themselves (FSDP2).
+    """
     # Weights and gradients are float32; the rest depends on the switches.
     count = parameters(n)
     moments = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / BLOCK_8BIT)}[optimizer_state]
     ema = 4 if ema_device == "same" else 0
     copies = r.compute * (count - uncast(n)) if r.compute < 4 else 0
-    return count * (4 + 4 + moments + ema) + copies
+    # A sharded block is gathered for its turn; the backward pass needs autocast's copies of all blocks.
+    gathered = GATHERED_BLOCKS * 4 * count / n.depth if shards > 1 else 0
+    return count * (4 + 4 + moments + ema) / shards + copies + gathered
 
 
 @dataclass(frozen=True)

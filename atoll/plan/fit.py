@@ -82,26 +82,26 @@ def all_switches(compiles: bool = True) -> Iterator[Switches]:
             yield Switches(checkpointing, state, ema, compile)
 
 
-def needed_bytes(network: NetworkSizes, rules: Rules, switches: Switches, batch: int) -> float:
-    """Device bytes of training with (micro-)batches of this size, reserve included."""
+def needed_bytes(network: NetworkSizes, rules: Rules, switches: Switches, batch: int, shards: int = 1) -> float:
+    """Device bytes of training with (micro-)batches of this size, reserve included; shards: as in `fixed_bytes`."""
     # Activations grow with the batch; weights, moments and EMA do not.
     per_sample = activation_bytes(network, rules, switches.checkpointing, switches.compile)
-    fixed = fixed_bytes(network, rules, switches.optimizer_state, switches.ema_device)
+    fixed = fixed_bytes(network, rules, switches.optimizer_state, switches.ema_device, shards)
     return (fixed + batch * per_sample + RESERVED) / (1 - FRAGMENTS)
 
 
-def largest_batch(network: NetworkSizes, rules: Rules, switches: Switches, memory: float) -> int:
+def largest_batch(network: NetworkSizes, rules: Rules, switches: Switches, memory: float, shards: int = 1) -> int:
     """The largest batch that fits into `memory` bytes; 0 if not even one sample does."""
     # The need is linear in the batch.
-    none = needed_bytes(network, rules, switches, 0)
-    each = needed_bytes(network, rules, switches, 1) - none
+    none = needed_bytes(network, rules, switches, 0, shards)
+    each = needed_bytes(network, rules, switches, 1, shards) - none
     return max(0, int((memory - none) // each))
 
 
-def smallest_memory(network: NetworkSizes, rules: Rules) -> float:
+def smallest_memory(network: NetworkSizes, rules: Rules, shards: int = 1) -> float:
     """Bytes below which no combination of switches fits a single sample."""
     # The most economical combination decides.
-    return min(needed_bytes(network, rules, switches, 1) for switches in all_switches())
+    return min(needed_bytes(network, rules, switches, 1, shards) for switches in all_switches())
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,13 @@ def accumulation(batch: int, largest: int) -> int:
 
 
 def fastest(
-    network: NetworkSizes, rules: Rules, batch: int, memory: float, flops: float, compiles: bool = True
+    network: NetworkSizes,
+    rules: Rules,
+    batch: int,
+    memory: float,
+    flops: float,
+    compiles: bool = True,
+    shards: int = 1,
 ) -> Fit | None:
     """Find the fastest switches that train `batch` in `memory` bytes, accumulating if it does not fit at once.
 
@@ -158,11 +164,12 @@ def fastest(
     Args:
         flops: FLOP/s of training without checkpointing, compiled (or eager if `compiles` is false).
         compiles: whether torch.compile is worth it there.
+        shards: GPUs that divide the weights among themselves.
     """
     fits = []
     # Try everything: there are a few dozen combinations.
     for switches in all_switches(compiles):
-        largest = largest_batch(network, rules, switches, memory)
+        largest = largest_batch(network, rules, switches, memory, shards)
         if largest:
             # The fewest micro-batches that fit.
             parts = accumulation(batch, largest)

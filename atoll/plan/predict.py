@@ -1,112 +1,42 @@
 """The plan of a run: its experts on GPUs and on islands. Pure arithmetic, except for `--gpu here`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
 from atoll.plan.cost import (
     NetworkSizes,
     activation_bytes,
     fixed_bytes,
-    forward_flops,
     parameters,
     router_flops,
     router_parameters,
-    training_flops,
 )
-from atoll.plan.fit import LADDER, Fit, Switches, fastest, largest_batch, smallest_memory
+from atoll.plan.fit import EAGER, LADDER, Fit, fastest, largest_batch, smallest_memory
 from atoll.plan.gpus import GPU, GPUS, find_gpu
 from atoll.plan.islands import IslandSettings, SimulatedIsland, Simulation, Work, load_islands, simulate
 from atoll.plan.recipe import (
+    LatentSize,
     Text,
     cluster_bytes,
     encoded,
-    latent_shape,
+    latent_sizes,
     network_of,
     router_of,
     switches_of,
     text_of,
 )
 from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
+from atoll.plan.sizes import largest, mean, planned_sizes, seconds_by_size
+from atoll.plan.types import Machine, Plan, PlannedExpert, PlannedRouter
 
 MEMORIES = (24e9, 48e9, 80e9)  # bytes; the columns of the batch table
 SHOWN = ("4090", "a40", "a100", "h100", "h200")  # if no GPU is named
 GUESSED_FLOPS = 125e12  # FLOP/s; ranks the switches for a size without a known speed
 SECONDS_PER_DAY = 86400
-
-
-@dataclass(frozen=True)
-class PlannedExpert:
-    """One training. FLOPs are per image, bytes for the recipe's precision, images = steps times batch.
-
-    Attributes:
-        recipe_switches: the switches that the recipe sets.
-    """
-
-    name: str
-    network: NetworkSizes
-    parameters: int
-    forward_flops: int
-    training_flops: int
-    fixed_bytes: float
-    activation_bytes: int
-    activation_bytes_compiled: int
-    activation_bytes_checkpointed: int
-    steps: int
-    batch: int
-    images: int
-    checkpoint_every: int
-    recipe_switches: Switches
-    accumulate: int
-
-
-@dataclass(frozen=True)
-class Machine:
-    """All experts on one kind of GPU: how each fits (None: it does not), images/s, days of one GPU, and USD."""
-
-    gpu: GPU
-    mfu: float
-    fits: dict[str, Fit | None]
-    images_per_s: dict[str, float]
-    gpu_days: dict[str, float]
-    router_gpu_days: float | None
-    total_gpu_days: float | None
-    usd: float | None
-
-
-@dataclass(frozen=True)
-class PlannedRouter:
-    """The router's training. flops: per latent, in training."""
-
-    parameters: int
-    flops: int
-    images: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The result of `atoll plan`.
-
-    Attributes:
-        batches: the largest batch, by expert, switches and memory in bytes.
-        images: of the data set; None if unknown.
-        download_bytes: of one cluster; None if the number of images is unknown.
-        cut: captions of encoded data that are longer than the text encoder reads, and their fraction that is cut.
-    """
-
-    name: str
-    precision: str
-    experts: tuple[PlannedExpert, ...]
-    router: PlannedRouter
-    machines: tuple[Machine, ...]
-    batches: dict[str, dict[str, dict[float, int]]]
-    images: int | None
-    download_bytes: float | None
-    cut: tuple[int, float] | None = None
-    islands: tuple[IslandSettings, ...] = ()
-    simulation: Simulation | None = None
 
 
 def plan(
@@ -115,10 +45,11 @@ def plan(
     mfu: float | None = None,
     images: int | None = None,
     text: Text | None = None,
-    latent: tuple[int, int, int] | None = None,
+    latent: tuple[int, int, int] | Sequence[LatentSize] | None = None,
     islands: Sequence[IslandSettings] = (),
     trials: int = 1000,
     seed: int = 0,
+    each: int = 1,
 ) -> Plan:
     """Plan a run. Pure arithmetic: the same arguments give the same plan.
 
@@ -127,21 +58,22 @@ def plan(
         mfu: fraction of a GPU's speed that training reaches; None: each GPU's own.
         images: of the data set.
         text: sizes of a caption, if the encoder's config does not have them.
-        latent: (C, H, W), if the codec's config does not have it.
+        latent: (C, H, W), if the codec's config does not have it; or all sizes.
         islands: of the simulated collective; none: no simulation.
+        each: GPUs that share the batches of one expert.
 
     Raises:
         AtollError: a network fits nowhere or not on a named GPU, an expert without an island, an unknown encoder.
     """
     # Sizes of every network.
     text = text or text_of(manifest.condition)
-    latent = latent or latent_shape(manifest)
-    experts = tuple(_expert(manifest, index, latent, text) for index in range(len(manifest.experts)))
-    router = _router(manifest, latent, text)
+    sizes = _sizes(manifest, latent)
+    experts = tuple(_expert(manifest, index, sizes, text) for index in range(len(manifest.experts)))
+    router = _router(manifest, sizes, text)
     rules = _rules(manifest.train.precision)
     # Refuse networks that fit nowhere.
     for expert in experts:
-        least = smallest_memory(expert.network, rules)
+        least = smallest_memory(expert.network, rules, _shards(expert, each))
         room = max([gpu.memory for gpu in gpus] or [gpu.memory for gpu in GPUS.values()])
         if least > room:
             where = gpus[0].name if len(gpus) == 1 else "any GPU known"
@@ -151,16 +83,18 @@ def plan(
                 "take a larger GPU or a smaller network"
             )
     # Time and price on each GPU.
-    machines = tuple(_machine(gpu, mfu, manifest, experts, router) for gpu in gpus or [GPUS[name] for name in SHOWN])
+    machines = tuple(
+        _machine(gpu, each, mfu, manifest, experts, router) for gpu in gpus or [GPUS[name] for name in SHOWN]
+    )
     # Without the number of images the size of a download is unknown.
-    download = cluster_bytes(manifest, latent, images) if images else None
+    download = cluster_bytes(manifest, sizes, images) if images else None
     return Plan(
         name=manifest.name,
         precision="fp32" if manifest.train.precision == "fp32" else "bf16",
         experts=experts,
         router=router,
         machines=machines,
-        batches=_batches(experts, rules, [gpu.memory for gpu in gpus]),
+        batches=_batches(experts, rules, [gpu.memory for gpu in gpus], each),
         images=images,
         download_bytes=download,
         islands=tuple(islands),
@@ -177,12 +111,14 @@ def plan_run(
     text: Text | None = None,
     trials: int = 1000,
     seed: int = 0,
+    each: int = 1,
 ) -> Plan:
     """Plan a recipe by name, a yaml file or a run's directory: the whole of `atoll plan`.
 
     Args:
         gpu: a GPU's name, a size such as "24GB", or "here": this machine, measured for some seconds.
-        images: of the data set; None: the number that the run has encoded. Then its latent shape is used too.
+        images: of the data set; None: the number that the run has encoded. Then its sizes are used too.
+        each: GPUs that share the batches of one expert.
 
     Raises:
         AtollError: an unknown recipe or GPU, a fraction out of range, and what `plan` raises.
@@ -197,12 +133,31 @@ def plan_run(
     is_run = directory.is_dir()
     manifest = load_manifest(directory if is_run else recipe_path(str(recipe)))
     done = encoded(directory) if is_run else None
-    latent = done.latent if done else latent_shape(manifest)
+    counts = done.sizes if done else {}
+    # Of an encoded run with one size, the shape may be that of a codec which no formula knows.
+    sizes = _sizes(manifest, done.latent) if done and not counts else latent_sizes(manifest, counts)
     images = images or (done.rows if done else None)
     # The GPU to plan for, if one is named.
-    named = [_here(manifest, text, latent)] if gpu == "here" else [find_gpu(gpu)] if gpu else []
-    planned = plan(manifest, named, mfu, images, text, latent, load_islands(islands) if islands else (), trials, seed)
-    return replace(planned, cut=done.cut if done else None)
+    named = [_here(manifest, text, sizes[0].shape)] if gpu == "here" else [find_gpu(gpu)] if gpu else []
+    simulated = load_islands(islands) if islands else ()
+    planned = plan(manifest, named, mfu, images, text, sizes, simulated, trials, seed, each)
+    return replace(planned, cut=done.cut if done else None, counted=bool(counts))
+
+
+def _sizes(manifest: Manifest, latent: tuple[int, int, int] | Sequence[LatentSize] | None) -> tuple[LatentSize, ...]:
+    """The sizes of the images: those that are known, or those of the manifest."""
+    if latent is None:
+        return latent_sizes(manifest)
+    first = latent[0]
+    if isinstance(first, LatentSize):
+        return tuple(latent)  # type: ignore[arg-type]
+    side = manifest.data.size
+    return (LatentSize(ImageSize(side, side), tuple(latent), 1.0),)  # type: ignore[arg-type]
+
+
+def _shards(expert: PlannedExpert, gpus: int) -> int:
+    """GPUs that divide the expert's weights among themselves."""
+    return gpus if expert.sharding == "shard" else 1
 
 
 def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -> GPU:
@@ -225,18 +180,21 @@ def _rules(precision: str, cpu: bool = False) -> Rules:
     return CPU_BF16 if cpu else CUDA_BF16
 
 
-def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: Text) -> PlannedExpert:
+def _expert(manifest: Manifest, index: int, latents: Sequence[LatentSize], text: Text) -> PlannedExpert:
     part = manifest.experts[index]
     train: TrainSettings = manifest.train_of(part)
-    network, rules = network_of(manifest, part, latent, text), _rules(train.precision)
+    # The largest size decides what fits, the mean how long it takes.
+    sizes, rules = planned_sizes(manifest, part, latents, text), _rules(train.precision)
+    network = largest(sizes).network
     # The recipe's own switches, to compare with the planner's choice.
     switches, accumulate = switches_of(train)
     return PlannedExpert(
         name=part.full_name,
         network=network,
+        sizes=sizes,
         parameters=parameters(network),
-        forward_flops=forward_flops(network),
-        training_flops=training_flops(network),
+        forward_flops=mean(sizes, lambda size: size.forward_flops),
+        training_flops=mean(sizes, lambda size: size.training_flops),
         fixed_bytes=fixed_bytes(network, rules),
         activation_bytes=activation_bytes(network, rules),
         activation_bytes_compiled=activation_bytes(network, rules, compiled=True),
@@ -247,13 +205,16 @@ def _expert(manifest: Manifest, index: int, latent: tuple[int, int, int], text: 
         checkpoint_every=train.checkpoint_every,
         recipe_switches=switches,
         accumulate=accumulate,
+        sharding=train.sharding,
     )
 
 
-def _router(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> PlannedRouter:
-    network, train = router_of(manifest, latent, text), manifest.train_of(manifest.router)
+def _router(manifest: Manifest, latents: Sequence[LatentSize], text: Text) -> PlannedRouter:
+    train = manifest.train_of(manifest.router)
+    networks = [router_of(manifest, size.shape, text) for size in latents]
     # A training step costs three forward passes.
-    return PlannedRouter(router_parameters(network), 3 * router_flops(network), train.steps * train.batch)
+    flops = 3 * sum(size.share * router_flops(network) for size, network in zip(latents, networks, strict=True))
+    return PlannedRouter(router_parameters(networks[0]), flops, train.steps * train.batch)
 
 
 def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
@@ -264,26 +225,30 @@ def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
 
 
 def _machine(
-    gpu: GPU, mfu: float | None, manifest: Manifest, experts: Sequence[PlannedExpert], router: PlannedRouter
+    gpu: GPU,
+    each: int,
+    mfu: float | None,
+    manifest: Manifest,
+    experts: Sequence[PlannedExpert],
+    router: PlannedRouter,
 ) -> Machine:
-    """Time and price of all experts on one kind of GPU."""
-    # How each expert fits, and how fast it trains.
-    precision = manifest.train.precision
-    flops = _flops(gpu, mfu, precision)
-    rules = _rules(precision, gpu.cpu)
-    fits = {
-        e.name: fastest(e.network, rules, e.batch, gpu.memory, flops or GUESSED_FLOPS, gpu.compiles) for e in experts
-    }
+    """Time and price of all experts on one kind of GPU, of which `each` expert has several."""
+    # How each expert fits, and how fast it trains at each size.
+    flops, rules = _flops(gpu, mfu, manifest.train.precision), _rules(manifest.train.precision, gpu.cpu)
+    fits = {e.name: _fit(e, rules, gpu, each, flops or GUESSED_FLOPS) for e in experts}
+    seconds = {e.name: _seconds(e, fit, gpu, flops) for e in experts if flops and (fit := fits[e.name])}
     # Experts that do not fit have no speed, and no days.
-    speed = {e.name: e.batch / fit.step_seconds for e in experts if flops and (fit := fits[e.name])}
-    days = {e.name: e.images / speed[e.name] / SECONDS_PER_DAY for e in experts if e.name in speed}
+    speed = {e.name: _rate(e, seconds[e.name]) for e in experts if e.name in seconds}
+    days = {e.name: each * e.images / speed[e.name] / SECONDS_PER_DAY for e in experts if e.name in speed}
     # Days of one GPU, for the router and in all.
     routing = router.images * router.flops / flops / SECONDS_PER_DAY if flops else None
     total = sum(days.values()) if len(days) == len(experts) else None
     return Machine(
         gpu=gpu,
+        each=each,
         mfu=mfu or gpu.mfu,
         fits=fits,
+        step_seconds=seconds,
         images_per_s=speed,
         gpu_days=days,
         router_gpu_days=routing,
@@ -292,19 +257,39 @@ def _machine(
     )
 
 
+def _fit(expert: PlannedExpert, rules: Rules, gpu: GPU, each: int, flops: float) -> Fit | None:
+    """How the expert's batch fits `each` GPUs, which share it."""
+    part = -(-expert.batch // each)
+    return fastest(expert.network, rules, part, gpu.memory, flops, gpu.compiles, _shards(expert, each))
+
+
+def _seconds(expert: PlannedExpert, fit: Fit, gpu: GPU, flops: float) -> tuple[float, ...]:
+    """Seconds of a step at each size of the images."""
+    part = fit.accumulate * fit.micro_batch
+    return seconds_by_size(expert.sizes, part, fit, flops, EAGER if gpu.compiles else 1.0)
+
+
+def _rate(expert: PlannedExpert, seconds: Sequence[float]) -> float:
+    """Images/s of all GPUs of an expert, over its sizes. seconds: of a step at each of them."""
+    shares = [size.share for size in expert.sizes]
+    return expert.batch / sum(share * second for share, second in zip(shares, seconds, strict=True))
+
+
 def _batches(
-    experts: Sequence[PlannedExpert], rules: Rules, more: Sequence[float]
+    experts: Sequence[PlannedExpert], rules: Rules, more: Sequence[float], each: int
 ) -> dict[str, dict[str, dict[float, int]]]:
     """The largest batch of every distinct network, for every row of the ladder and every memory."""
     # Replicas and experts of one size share a row.
-    distinct: dict[NetworkSizes, str] = {}
+    distinct: dict[NetworkSizes, PlannedExpert] = {}
     for expert in experts:
-        distinct.setdefault(expert.network, expert.name)
+        distinct.setdefault(expert.network, expert)
     # The named GPUs join the usual columns.
     memories = sorted({*MEMORIES, *more})
     return {
-        name: {str(s): {memory: largest_batch(network, rules, s, memory) for memory in memories} for s in LADDER}
-        for network, name in distinct.items()
+        expert.name: {
+            str(s): {m: largest_batch(network, rules, s, m, _shards(expert, each)) for m in memories} for s in LADDER
+        }
+        for network, expert in distinct.items()
     }
 
 
@@ -350,6 +335,5 @@ def _island_rate(
         raise AtollError(
             f"island {settings.name}: {settings.gpu} has no known speed; name a GPU, or give tflops and memory_gb"
         )
-    per_gpu = -(-expert.batch // settings.gpus)
-    fit = fastest(expert.network, _rules(precision, gpu.cpu), per_gpu, gpu.memory, flops, gpu.compiles)
-    return expert.batch / fit.step_seconds if fit else None
+    fit = _fit(expert, _rules(precision, gpu.cpu), gpu, settings.gpus, flops)
+    return _rate(expert, _seconds(expert, fit, gpu, flops)) if fit else None

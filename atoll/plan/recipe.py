@@ -1,13 +1,15 @@
 """Shapes, widths and counts from a manifest, before any image is read or any frozen network loaded."""
 
+import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.manifest import ExpertSettings, Manifest, TrainSettings
 from atoll.plan.cost import NetworkSizes, RouterSizes, sizes_of
 from atoll.plan.fit import Switches
@@ -108,14 +110,59 @@ def _language_model(condition: Mapping[str, Any]) -> Text | None:
 
 
 def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
-    """(C, H, W) of the latents of a run whose images are `data.size` pixels a side.
+    """(C, H, W) of the latents of a run's images, of the main size if there are several.
 
     Raises:
         AtollError: an unknown codec, or its factor does not divide the size.
     """
+    return latent_sizes(manifest)[0].shape
+
+
+@dataclass(frozen=True)
+class LatentSize:
+    """One size of a run's images.
+
+    Attributes:
+        image: in pixels.
+        shape: (C, H, W) of the latents.
+        share: fraction of the images that have it.
+    """
+
+    image: ImageSize
+    shape: tuple[int, int, int]
+    share: float
+
+
+def latent_sizes(manifest: Manifest, counts: Mapping[str, int] | None = None) -> tuple[LatentSize, ...]:
+    """Every size of a run's images, the main one first: one, or those of `data.buckets`.
+
+    Args:
+        manifest: of the run.
+        counts: images of each size, by "WIDTHxHEIGHT"; None: all sizes have equally many.
+
+    Raises:
+        AtollError: as `latent_shape`; a side of a bucket that codec and networks do not divide; images of other sizes.
+    """
+    channels, factor = _codec_extent(manifest)
+    buckets, size = manifest.data.buckets, manifest.data.size
+    square = ImageSize(size, size)
+    images = (square,) if buckets is None else buckets.table(size, manifest.size_step(factor))
+    if counts and (others := counts.keys() - set(map(str, images))):
+        raise AtollError(
+            f"the encoded images have the size {min(others)}, atoll.yaml names {', '.join(map(str, images))}; "
+            "encode again (atoll encode --force)"
+        )
+    total = sum(counts.values()) if counts else 0
+    shares = [counts.get(str(image), 0) / total if counts and total else 1 / len(images) for image in images]
+    return tuple(
+        LatentSize(image, (channels, *image.latent(factor)), share) for image, share in zip(images, shares, strict=True)
+    )
+
+
+def _codec_extent(manifest: Manifest) -> tuple[int, int]:
+    """(channels of the latent, pixels per latent pixel). Raises AtollError as `latent_shape`."""
     from atoll.encoders.codec.extents import EXTENTS, extent_of  # its package imports torch
 
-    # Channels of the latent, and pixels per latent pixel.
     codec, size = manifest.codec, manifest.data.size
     name, local = codec.get("name"), _local_config(codec)
     if name == "pixels":
@@ -131,11 +178,12 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
             )
     else:
         raise AtollError(f"codec {name!r}: unknown latent shape; expected one of pixels, taef2, {', '.join(EXTENTS)}")
-    if size % factor:
+    # Listed sizes are checked where their table is made.
+    if manifest.data.buckets is None and size % factor:
         raise AtollError(
             f"data.size {size}, codec {name}: it shrinks sides {factor} times; take a multiple of {factor}"
         )
-    return channels, size // factor, size // factor
+    return channels, factor
 
 
 def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> NetworkSizes:
@@ -183,12 +231,14 @@ class Encoded:
 
     Attributes:
         rows: number of images.
-        latent: (C, H, W).
+        latent: (C, H, W), of the main size.
+        sizes: images of each size, by "WIDTHxHEIGHT"; empty if all have one.
         cut: captions that are longer than the text encoder reads, and the fraction of their text that is cut; or None.
     """
 
     rows: int
     latent: tuple[int, int, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
     cut: tuple[int, float] | None = None
 
 
@@ -208,16 +258,18 @@ def encoded(run: Path) -> Encoded | None:
     content = read_json(index)
     try:
         channels, height, width = content["columns"]["latent"]["shape"]
-        cut = ((content.get("card") or {}).get("counts") or {}).get("cut")
+        counts = (content.get("card") or {}).get("counts") or {}
+        cut = counts.get("cut")
         cut = (int(cut["captions"]), float(cut["fraction"])) if cut else None
-        return Encoded(int(content["rows"]), (channels, height, width), cut)
+        sizes = {str(size): int(images) for size, images in (counts.get("sizes") or {}).items()}
+        return Encoded(int(content["rows"]), (channels, height, width), sizes, cut)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise AtollError(f"{index}: no rows of latents in it; encode again (atoll encode --force)") from None
 
 
-def cluster_bytes(manifest: Manifest, latent: tuple[int, int, int], images: int) -> float:
+def cluster_bytes(manifest: Manifest, sizes: Sequence[LatentSize], images: int) -> float:
     """Bytes that an island downloads: an even part of the float16 latents (twice with flips) and of the captions."""
     # float16 latents, and the caption as text.
-    channels, height, width = latent
-    row = channels * height * width * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES
+    values = sum(math.prod(size.shape) * size.share for size in sizes)
+    row = values * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES
     return images / manifest.clusters.k * row

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
-from atoll.plan.predict import Machine, Plan, PlannedExpert
+from atoll.plan.types import Machine, Plan, PlannedExpert
 from atoll.report.words import cut_captions
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NARROW = 512  # widths below have products too small to keep a GPU busy
 COLUMNS = 3  # experts of different cost, side by side
+_UNCOUNTED = "Shares: equal, until atoll encode has counted the images of each size."
 UNITS = (("days", 1), ("hours", 24), ("minutes", 1440))  # with their number per day
 
 
@@ -47,7 +48,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     parts: list[Any] = []
     for table in _networks(plan):
         parts += [table, Text()]
-    parts += [*_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
+    parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], plan.experts))]
     parts += [Text(_data(plan))]
@@ -122,6 +123,38 @@ def _costs(e: PlannedExpert) -> dict[str, str]:
     }
 
 
+def _sizes(plan: Plan) -> list[Any]:
+    """The cost at each size of the images, once per network; nothing if there is one size."""
+    from rich.text import Text
+
+    parts: list[Any] = []
+    distinct = {expert.network: expert for expert in reversed(plan.experts)}  # the first of each
+    # Times only for one GPU of known speed: a column each would not fit.
+    machine = plan.machines[0] if len(plan.machines) == 1 else None
+    for expert in (e for e in plan.experts if e in distinct.values() and len(e.sizes) > 1):
+        seconds = machine.step_seconds.get(expert.name, ()) if machine else ()
+        title = "The sizes of the images" + (f", network of {expert.name}" if len(distinct) > 1 else "")
+        columns = ("pixels", "share", "tokens", "GFLOP an image, forward", "in training", "s a step")
+        table = _table(title, columns if seconds else columns[:-1])
+        # Numbers of each size, and their mean by the shares.
+        costs = [
+            (size.tokens, size.forward_flops / 1e9, size.training_flops / 1e9, *seconds[i : i + 1])
+            for i, size in enumerate(expert.sizes)
+        ]
+        shares = [size.share for size in expert.sizes]
+        means = [
+            sum(share * value for share, value in zip(shares, column, strict=True))
+            for column in zip(*costs, strict=True)
+        ]
+        names = [*(size.image for size in expert.sizes), "mean"]
+        for name, share, values in zip(names, [*shares, 1.0], [*costs, means], strict=True):
+            table.add_row(name, f"{share:.1%}", f"{values[0]:,.0f}", *map(_number, values[1:]))
+        empty = ", ".join(size.image for size in expert.sizes if not size.share)
+        note = _UNCOUNTED if not plan.counted else f"No image fills {empty}." if empty else None
+        parts += [table, *([Text(note, style="dim")] if note else []), Text()]
+    return parts
+
+
 def _batches(plan: Plan) -> list[Any]:
     from rich.text import Text
 
@@ -148,7 +181,7 @@ def _time(plan: Plan) -> "Table":
         rates, days = sorted(m.images_per_s.values()), sorted(m.gpu_days.values())
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
-            m.gpu.name,
+            m.gpu.name if m.each == 1 else f"{m.each} x {m.gpu.name}",
             _bytes(m.gpu.memory),
             speed,
             f"{m.mfu:.2f}" if m.gpu.tflops else "?",
@@ -174,13 +207,18 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
     lines: dict[str, list[str]] = {}
     for e in experts:
         if fit := m.fits[e.name]:
-            batch = f"batch {e.batch}" + (f" as {fit.accumulate} x {fit.micro_batch}" if fit.accumulate > 1 else "")
+            batch = f"batch {e.batch}" + (f" on {m.each} GPUs, each" if m.each > 1 else "")
+            batch += f" as {fit.accumulate} x {fit.micro_batch}" if fit.accumulate > 1 or m.each > 1 else ""
             recipe = f"the recipe has: {e.recipe_switches}" + (
                 f", accumulate {e.accumulate}" if e.accumulate > 1 else ""
             )
             if (e.recipe_switches, e.accumulate) == (fit.switches, fit.accumulate):
                 recipe = "as in the recipe"
             line = f"{batch} with: {fit.switches} (up to {fit.largest} at a time; {recipe})"
+            if e.name in m.step_seconds:
+                shares = (size.share for size in e.sizes)
+                step = sum(share * s for share, s in zip(shares, m.step_seconds[e.name], strict=True))
+                line += f"; a step takes {_number(step)} s"
             lines.setdefault(line, []).append(e.name)
     return "\n".join(
         f"On {m.gpu.name}{'' if len(lines) == 1 else f', {names[0]} and {len(names) - 1} more'}: {line}"

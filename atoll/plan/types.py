@@ -1,0 +1,98 @@
+"""A plan as values: its experts, its router, and what they cost on each kind of GPU."""
+
+from dataclasses import dataclass
+
+from atoll.plan.cost import NetworkSizes
+from atoll.plan.fit import Fit, Switches
+from atoll.plan.gpus import GPU
+from atoll.plan.islands import IslandSettings, Simulation
+from atoll.plan.sizes import PlannedSize
+
+
+@dataclass(frozen=True)
+class PlannedExpert:
+    """One training. FLOPs are per image, bytes for the recipe's precision, images = steps times batch.
+
+    With several sizes, FLOPs are the mean by their shares, and bytes are those of the largest one.
+
+    Attributes:
+        network: at the largest size.
+        sizes: of the images, the main one first.
+        recipe_switches: the switches that the recipe sets.
+        sharding: of several GPUs, as in `train`.
+    """
+
+    name: str
+    network: NetworkSizes
+    sizes: tuple[PlannedSize, ...]
+    parameters: int
+    forward_flops: float
+    training_flops: float
+    fixed_bytes: float
+    activation_bytes: int
+    activation_bytes_compiled: int
+    activation_bytes_checkpointed: int
+    steps: int
+    batch: int
+    images: int
+    checkpoint_every: int
+    recipe_switches: Switches
+    accumulate: int
+    sharding: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All experts on one kind of GPU: how each fits (None: it does not), images/s, days of one GPU, and USD.
+
+    Attributes:
+        each: GPUs that share the batches of one expert.
+        step_seconds: of each expert at each of its sizes; empty if the speed is unknown.
+        images_per_s: of all GPUs of an expert.
+    """
+
+    gpu: GPU
+    each: int
+    mfu: float
+    fits: dict[str, Fit | None]
+    step_seconds: dict[str, tuple[float, ...]]
+    images_per_s: dict[str, float]
+    gpu_days: dict[str, float]
+    router_gpu_days: float | None
+    total_gpu_days: float | None
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class PlannedRouter:
+    """The router's training. flops: per latent, in training."""
+
+    parameters: int
+    flops: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of `atoll plan`.
+
+    Attributes:
+        batches: the largest batch, by expert, switches and memory in bytes.
+        images: of the data set; None if unknown.
+        download_bytes: of one cluster; None if the number of images is unknown.
+        cut: captions of encoded data that are longer than the text encoder reads, and their fraction that is cut.
+        counted: whether the shares of the sizes are those of encoded images.
+    """
+
+    name: str
+    precision: str
+    experts: tuple[PlannedExpert, ...]
+    router: PlannedRouter
+    machines: tuple[Machine, ...]
+    batches: dict[str, dict[str, dict[float, int]]]
+    images: int | None
+    download_bytes: float | None
+    cut: tuple[int, float] | None = None
+    counted: bool = False
+    islands: tuple[IslandSettings, ...] = ()
+    simulation: Simulation | None = None
