@@ -211,3 +211,36 @@ def test_an_expert_alone_has_its_own_sizes_and_shift(run) -> None:
     alone = atoll.Pipeline.from_pretrained(run / "experts" / "1-flow-linear")
     assert alone.loaded.shift(ImageSize(4, 8)) == pytest.approx(2.0)
     assert alone("moss", seeds=[0], num_inference_steps=2, height=8, width=4).images[0].size == (4, 8)
+
+
+def grid_of(run: Path, **settings):
+    """The images of the report's grid by row."""
+    from atoll.evaluate.run import _choose_variants, draw_grid, open_run
+    from atoll.manifest import EvaluateSettings
+
+    chosen = EvaluateSettings(prompts=("moss", "rain sand"), seeds=2, workers=1, **settings)
+    opened = open_run(run)
+    variants, groups, _ = _choose_variants(opened, chosen)
+    store = run / "evaluation"
+    grid, usages = draw_grid(opened, groups=groups, variants=variants, settings=chosen, store=store)
+    assert [usage.routing for usage in usages] == ["top-1", "full"]
+    return dict(grid.rows)
+
+
+def test_the_report_shows_what_the_pipeline_samples_at_each_size(run, pipe) -> None:
+    alone, rows = grid_of(run), grid_of(run, sizes=("4x8", "12x2"))
+    assert list(rows) == [*alone, "top-2, 4x8", "top-2, 12x2"]
+    for label, height, width in (("top-2", 4, 8), ("top-2, 4x8", 8, 4), ("top-2, 12x2", 2, 12)):
+        out = pipe(["moss", "rain sand"], images_per_prompt=2, seeds=[0, 1] * 2, height=height, width=width)
+        images = pipe.loaded.codec.decode(out.latents).unflatten(0, (2, 2))
+        torch.testing.assert_close(rows[label], images, rtol=0, atol=1e-5)
+    assert all(torch.equal(rows[name], alone[name]) for name in alone)
+
+
+def test_sizes_of_the_report_that_cannot_be_are_refused(run) -> None:
+    from atoll.manifest import EvaluateSettings
+
+    with pytest.raises(ValueError, match=r"evaluate.sizes: got 'wide', expected width and height"):
+        EvaluateSettings(sizes=("wide",))
+    with pytest.raises(AtollError, match=r"size: 7x8, expected sides that are multiples of 2"):
+        grid_of(run, sizes=("7x8",))

@@ -1,6 +1,7 @@
 """The verbs of a run's life, from images to a report; those that train stand in training.py."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -219,7 +220,8 @@ def demo(
     init_run(run, recipe, data, again=True)
     layout = RunLayout(run)
     # The sample draws the prompts of the report.
-    prompts = list(load_manifest(run).evaluate.prompts)
+    evaluation = load_manifest(run).evaluate
+    prompts = list(evaluation.prompts)
     # Lambdas, so that each stage reads what the stages before it wrote.
     stages: list[tuple[str, Callable[[], None]]] = [
         ("encode", lambda: encode(run, resume=True)),
@@ -229,9 +231,17 @@ def demo(
         ("sample", lambda: sample(str(layout.ensemble), prompts, str(layout.samples))),
         ("evaluate", lambda: evaluate(run)),
     ]
+    # A grid of its own for each further size that the report shows.
+    stages[5:5] = [
+        (
+            f"sample {size}",
+            partial(sample, str(layout.ensemble), prompts, str(layout.samples.with_stem(f"samples-{size}")), size=size),
+        )
+        for size in evaluation.sizes
+    ]
     # Without prompts there is nothing to sample; the report uses held-out captions.
     if not prompts:
-        stages = [(name, stage) for name, stage in stages if name != "sample"]
+        stages = [(name, stage) for name, stage in stages if not name.startswith("sample")]
     # Run them in order, each with a heading.
     for number, (name, stage) in enumerate(stages, start=1):
         typer.secho(f"[{number}/{len(stages)}] {name}", bold=True, err=True)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atoll.data.types import Block, Raw, Source
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ FACES: tuple[Face, ...] = (
     *_family("serif display", 0.81, 0.24, regular="DejaVuSerifDisplay"),
 )  # fmt: skip
 
+# Characters of these faces are all of one width. Their cell, with margins, is two thirds as wide as it is high.
+MONOSPACED = "mono"
+_CELL = (2, 3)
+
 # The subset "demo": printable ASCII and the Greek alphabet without accents.
 DEMO = frozenset([*range(33, 127), *range(0x391, 0x3A2), *range(0x3A3, 0x3AA), *range(0x3B1, 0x3CA)])
 
@@ -69,6 +74,7 @@ class GlyphsConfig(BaseModel):
     name: Literal["glyphs"] = "glyphs"
     subset: Literal["demo", "all"] = "demo"
     size: int = Field(16, ge=8, le=_CANVAS)
+    tiles: Literal["square", "cell"] = "square"
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> "GlyphsConfig":
@@ -87,14 +93,23 @@ class Glyphs(Source):
     face share one scale and one baseline and are centred horizontally. A glyph that crosses the edge is moved, and one
     that is larger than the image is reduced to fit. Order: by code point, then as in `FACES`.
 
+    Args:
+        subset: "demo" or "all".
+        size: height in pixels, and width of the squares.
+        tiles: "square": all images are squares; "cell": those of monospaced faces have the shape of their cell, 2:3.
+
     Raises:
-        AtollError: matplotlib or one of its font files is missing.
+        AtollError: matplotlib or one of its font files is missing; a size whose cells have no whole width.
     """
 
     name = "glyphs"
 
-    def __init__(self, subset: Literal["demo", "all"] = "demo", size: int = 16):
-        self._config = GlyphsConfig.parse({"subset": subset, "size": size})
+    def __init__(
+        self, subset: Literal["demo", "all"] = "demo", size: int = 16, tiles: Literal["square", "cell"] = "square"
+    ):
+        self._config = GlyphsConfig.parse({"subset": subset, "size": size, "tiles": tiles})
+        if tiles == "cell" and size * _CELL[0] % _CELL[1]:
+            raise AtollError(f"data.size {size}, tiles cell: cells are 2/3 as wide; take a multiple of {_CELL[1]}")
         self._fonts = _fonts()
         self._glyphs = [  # (code point, number of the face)
             (code, number)
@@ -107,24 +122,34 @@ class Glyphs(Source):
     def __len__(self) -> int:
         return len(self._glyphs)
 
+    @property
+    def sizes(self) -> tuple[ImageSize, ...]:
+        """The sizes of the images: the square, and the cell if there is one."""
+        side = self._config.size
+        cell = (ImageSize(side, side * _CELL[0] // _CELL[1]),) if self._config.tiles == "cell" else ()
+        return (ImageSize(side, side), *cell)
+
     def blocks(self) -> list[Block]:
         ranges = [(start, min(start + _BLOCK, len(self))) for start in range(0, len(self), _BLOCK)]
         return [Block(f"{start:06d}-{stop:06d}", stop - start, (start, stop)) for start, stop in ranges]
 
     def read(self, block: Block) -> Iterator[Raw]:
-        """Yield the glyphs of a block; the images are [1, size, size] uint8."""
+        """Yield the glyphs of a block; the images are [1, size, size] uint8, cells [1, size, 2/3 size]."""
         for code, number in self._glyphs[slice(*block.content)]:
             # The caption names the character and the face; all faces of a character share its split.
-            face = FACES[number].words
+            face, square = FACES[number].words, self._draw(code, number)[None]  # [1,H,H]
+            cell = self._config.tiles == "cell" and face.startswith(MONOSPACED)
             yield Raw(
                 key=f"U+{code:04X}/{face.replace(' ', '-')}",
-                image=self._draw(code, number)[None],  # [1,H,W]
+                image=self._draw(code, number, cell=True)[None] if cell else square,  # [1,H,W]
                 caption=caption(code, face),
                 split="val" if code % HELD_OUT_EVERY == HELD_OUT_AT else "train",
+                square=square if cell else None,
             )
 
     def config(self) -> dict[str, Any]:
-        return self._config.model_dump()
+        # Cards from before there were cells do not name them.
+        return self._config.model_dump(exclude={"tiles"} if self._config.tiles == "square" else None)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -137,8 +162,8 @@ class Glyphs(Source):
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
-    def _draw(self, code: int, number: int) -> np.ndarray:
-        """Draw one image [H, W] uint8: black ink (0) on white paper (255)."""
+    def _draw(self, code: int, number: int, cell: bool = False) -> np.ndarray:
+        """Draw one image [H, W] uint8: black ink (0) on white paper (255); as a square, or as a cell."""
         face, (_, font) = FACES[number], self._fonts[number]
         # Draw at the canvas size, with the origin on the baseline.
         left, top, right, bottom = font.getbbox(chr(code), anchor="ls")  # from the baseline's left end, y down
@@ -147,17 +172,20 @@ class Glyphs(Source):
         # The box of the font may exceed the ink: crop to the ink itself.
         x0, y0, x1, y1 = Image.eval(ink, lambda value: 255 - value).getbbox() or (0, 0, *ink.size)
         ink, top = ink.crop((x0, y0, x1, y1)), top + y0
-        if max(ink.size) > _CANVAS:
-            ink.thumbnail((_CANVAS, _CANVAS), Image.Resampling.LANCZOS)
+        size = self._config.size
+        # Canvas and image have the same shape.
+        width = self.sizes[-1].width if cell else size
+        paper = round(_CANVAS * width / size)
+        if ink.width > paper or ink.height > _CANVAS:
+            ink.thumbnail((paper, _CANVAS), Image.Resampling.LANCZOS)
         # Place the baseline so that the tallest letters fit between the margins.
         free = _CANVAS * (1 - 2 * _MARGIN)
         baseline = _CANVAS * _MARGIN + free * face.ascent / (face.ascent + face.descent)
         y = min(max(round(baseline + top), 0), _CANVAS - ink.height)
         # Centre horizontally, then reduce once, which anti-aliases the edges.
-        canvas = Image.new("L", (_CANVAS, _CANVAS), 255)
-        canvas.paste(ink, ((_CANVAS - ink.width) // 2, y))
-        size = self._config.size
-        return np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS))
+        canvas = Image.new("L", (paper, _CANVAS), 255)
+        canvas.paste(ink, ((paper - ink.width) // 2, y))
+        return np.asarray(canvas.resize((width, size), Image.Resampling.LANCZOS))
 
 
 def caption(code: int, face: str) -> str:

@@ -141,7 +141,7 @@ class Decoders:
         return [raw if isinstance(raw, Skipped) else self._framed(raw, outcome) for raw in chunk]
 
     def _framed(self, raw: Raw, outcomes: Iterator[Any]) -> Framed | Skipped:
-        outcome = next(outcomes) if isinstance(raw.image, bytes) else Frames(raw.image)
+        outcome = next(outcomes) if isinstance(raw.image, bytes) else self._plain(raw.image, raw.square)
         if isinstance(outcome, Unusable):
             return Skipped(raw.key, str(outcome))
         # Anything but Unusable is an error in the decoder itself.
@@ -160,6 +160,13 @@ class Decoders:
         if self._framing.sizes:
             digest.update(repr(pixels.shape).encode())
         return Framed(raw.key, raw.caption, raw.split, pixels, digest.digest(), raw.notes, raw.others, square)
+
+    def _plain(self, *arrays: np.ndarray | None) -> Frames:
+        """Return pixels that need no decoding; grey ones as RGB where that is expected, as of files."""
+        colours = self._framing.channels
+        image, square = (a if a is None or len(a) != 1 else a.repeat(colours, axis=0) for a in arrays)
+        assert image is not None
+        return Frames(image, square)
 
     def _kill(self) -> None:
         for remote in self._remotes:

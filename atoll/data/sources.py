@@ -26,9 +26,19 @@ def _build(data: DataSettings) -> Source:
 
         if data.focus is not None:
             raise AtollError("data.focus: the built-in glyphs have no boxes; leave it out, or name images of your own")
-        if data.buckets is not None:
-            raise AtollError("data.buckets: the built-in glyphs are squares; leave it out, or name images of your own")
-        return Glyphs(data.subset, data.size)
+        glyphs = Glyphs(data.subset, data.size, data.tiles)
+        listed = () if data.buckets is None else data.buckets.sizes or ("none",)
+        if data.tiles == "square" and listed:
+            raise AtollError(
+                "data.buckets: the built-in glyphs are squares; leave it out, set data.tiles: cell, or name images of "
+                "your own"
+            )
+        if data.tiles == "cell" and not set(listed) >= set(map(str, glyphs.sizes)):
+            raise AtollError(
+                f"data.tiles cell: the glyphs have the sizes {' and '.join(map(str, glyphs.sizes))}; "
+                f"set data.buckets: {{sizes: [{', '.join(map(str, glyphs.sizes))}]}}"
+            )
+        return glyphs
     if data.path is None:
         raise AtollError(f"data.source is {data.source!r} and data.path is not set; set it to where the images are")
     if data.source == "folder":

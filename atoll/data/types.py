@@ -34,6 +34,7 @@ class Raw:
     Attributes:
         key: unique in the source.
         image: the bytes of an image file, or pixels [C, H, W] uint8 if there is nothing to decode.
+        square: of pixels that are no square, the same image as one: what the feature network reads.
         caption: the first one; "" if there is none.
         split: whether the sample trains or is held out.
         notes: parts that were left out or changed; each is a line whose words before ":" or "(" name the kind.
@@ -48,6 +49,7 @@ class Raw:
     notes: tuple[str, ...] = ()
     others: str = ""
     focus: Box | None = None
+    square: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

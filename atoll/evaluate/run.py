@@ -30,9 +30,10 @@ from atoll.evaluate.reference import FORMAT, ReferenceData
 from atoll.evaluate.store import ResultCache, TensorDict
 from atoll.evaluate.types import EvaluateProgress, Reference, Results, Variant
 from atoll.evaluate.variants import Alignments, Groups, variants_of, variants_of_sweeps, with_identities
+from atoll.image_size import ImageSize
 from atoll.manifest import EvaluateSettings
 from atoll.randomness import seeded_noise
-from atoll.solver import sample
+from atoll.solver import sample, shifted_times
 from atoll.storage.artifact import CARD, load_clusters, sha256_file, write_bytes, write_json
 from atoll.storage.cards import ClustersCard, DrawnClustersCard, EnsembleCard, ExpertEntry, LoraEntry, RouterEntry
 from atoll.storage.layout import (
@@ -249,45 +250,66 @@ def draw_grid(
     seeds = tuple(range(settings.seed, settings.seed + settings.seeds))
     tokens = run.loaded.encoder.tokenize([prompt for prompt in prompts for _ in seeds])
     condition = move_to(run.loaded.encoder.encode(tokens), device)
-    noise = seeded_noise(seeds * len(prompts), run.loaded.latent_shape).to(device)
+    sizes = [run.loaded.sizes.choose(*ImageSize.parse(size)) for size in settings.sizes]
     shared = {"format": FORMAT, "prompts": prompts, "seeds": seeds, "codec": run.loaded.codec.config()}
 
-    def load_or_draw(variant: Variant) -> tuple[str, TensorDict]:
+    def load_or_draw(row: tuple[Variant, ImageSize | None]) -> tuple[str, TensorDict]:
         # A sweep's values override the card's.
+        variant, size = row[0], row[1] or run.loaded.sizes.main
         sampling = {key: defaults[key] for key in ("steps", "method", "guidance_scale")}
         sampling |= {key: value for key, value in variant.axes.items() if key in sampling}
-        times = {} if variant.grid is None else {"times": variant.grid}
-        cache = ResultCache(store, {"grid": variant.identity, **sampling, **times, **shared})
-        return cache.key, cache.part("grid", lambda: draw(variant, sampling))
+        shift = run.loaded.shift(size) if variant.grid is None else 1.0
+        # Only what is not the default is part of the key.
+        more: dict[str, Any] = {} if variant.grid is None else {"times": variant.grid}
+        more |= ({"size": str(size)} if row[1] else {}) | ({"shift": shift} if shift != 1 else {})
+        cache = ResultCache(store, {"grid": variant.identity, **sampling, **more, **shared})
+        return cache.key, cache.part("grid", lambda: draw(variant, sampling, size, shift))
 
     # Images of one variant, and its routing trace for the first seed.
-    def draw(variant: Variant, sampling: dict[str, Any]) -> TensorDict:
-        part = _draw_and_trace(variant, sampling, condition, noise)
+    def draw(variant: Variant, sampling: dict[str, Any], size: ImageSize, shift: float) -> TensorDict:
+        latent = (run.loaded.latent_shape[0], *size.latent(run.loaded.codec.factor))
+        noise = seeded_noise(seeds * len(prompts), latent).to(device)
+        times = variant.times(sampling["steps"]) if shift == 1 else shifted_times(sampling["steps"], shift)
+        part = _draw_and_trace(variant, sampling, times, condition, noise)
         images, weights = run.loaded.codec.decode(part["x0"]).cpu(), part["weights"][:: len(seeds)]
         return {"images": images, "times": part["times"], "weights": weights}
 
     # Draw all groups except single experts, several variants in parallel.
     names = [name for group in ("ensemble", "sweep", "monolith") for name in groups.get(group, ())]
     shown = [variant for variant in variants if variant.name in names][:ROWS_OF_GRID]
+    todo = _rows_of_grid(shown, run.loaded.ensemble.routing, sizes)
     with side_by_side(worker_count(settings, device)) as parallel_map:
-        drawn = dict(zip((v.name for v in shown), parallel_map(load_or_draw, shown), strict=True))
+        drawn = dict(zip(todo, parallel_map(load_or_draw, todo.values()), strict=True))
     # Arrange the images by prompt and seed, and collect the traces.
-    sizes = (len(prompts), len(seeds))
-    rows = tuple((name, part["images"].unflatten(0, sizes)) for name, (_, part) in drawn.items())
+    shape = (len(prompts), len(seeds))
+    rows = tuple((name, part["images"].unflatten(0, shape)) for name, (_, part) in drawn.items())
     caption = _caption(defaults, len(shown), len(names))
     grid = Grid(prompts, seeds, rows, _real(run, prompts), caption, tuple(key for key, _ in drawn.values()))
     traces = {name: drawn[name][1] for name in ("top-1", "full") if name in drawn}
     return grid, tuple(Usage(name, tuple(t["times"].tolist()), t["weights"]) for name, t in traces.items())
 
 
+def _rows_of_grid(
+    shown: Sequence[Variant], routing: str, sizes: Sequence[ImageSize]
+) -> dict[str, tuple[Variant, ImageSize | None]]:
+    """The rows by their labels: all variants at the main size (None), and one of them at each of `sizes`."""
+    rows: dict[str, tuple[Variant, ImageSize | None]] = {variant.name: (variant, None) for variant in shown}
+    # The ensemble by its own routing, or the first variant of a sweep.
+    own = [variant for variant in shown if variant.name == routing] or shown
+    return rows | {f"{variant.name}, {size}": (variant, size) for variant in own[:1] for size in sizes}
+
+
 def _draw_and_trace(
-    variant: Variant, sampling: dict[str, Any], condition: tuple[Condition, ...], noise: Tensor
+    variant: Variant,
+    sampling: dict[str, Any],
+    times: Tensor | None,
+    condition: tuple[Condition, ...],
+    noise: Tensor,
 ) -> TensorDict:
     """Sample x0 [B, C, H, W] from noise; record the times [T] and the experts' weights [B, T, E]."""
     sampler = Sampler(variant.ensemble)
     velocity = partial(sampler.velocity, condition=condition, guidance_scale=sampling["guidance_scale"])
     with sampler.tracing() as trace:
-        times = variant.times(sampling["steps"])
         x0 = sample(velocity, noise, sampling["steps"], sampling["method"], times=times)
     weights = torch.stack(trace.weights, dim=1)
     return {"x0": x0, "times": torch.stack([t[0] for t in trace.times]), "weights": weights}

@@ -20,6 +20,8 @@ class DataSettings(Section):
     source: Literal["glyphs", "folder", "webdataset", "parquet"] = "glyphs"
     path: str | tuple[str, ...] | None = None
     subset: Literal["demo", "all"] = "demo"
+    # glyphs: all images are squares, or those of monospaced faces have the shape of their cell, two thirds as wide.
+    tiles: Literal["square", "cell"] = "square"
     size: PositiveInt = 16  # pixels of a side; images are cropped to a square and resized to it
     # Sizes of several aspects in place of the one square, see BucketSettings; null: none.
     buckets: BucketSettings | None = None

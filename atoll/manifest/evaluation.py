@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from atoll.choices import Method
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.manifest.base import Section
 
 EVEN = "even"
@@ -112,8 +113,17 @@ class EvaluateSettings(Section):
     held_out: PositiveInt = 128  # maximum number of latents
     levels: tuple[float, ...] = tuple((2 * i + 1) / 20 for i in range(10))  # t of the denoising error
     prompts: tuple[str, ...] = ()  # of the grid; none: captions of held-out images
+    sizes: tuple[str, ...] = ()  # "WIDTHxHEIGHT": the grid shows the ensemble at these sizes, too
     seeds: PositiveInt = 4  # images per prompt in the grid
     batch: PositiveInt = 128
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the codec; auto: bf16 if the hardware has it
     workers: PositiveInt | None = None  # parallel batches, each with its part of the threads; None: one per core
     seed: int = Field(0, ge=0)
+
+    @field_validator("sizes")
+    @classmethod
+    def _parsed(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(str(ImageSize.parse(size, "evaluate.sizes")) for size in sizes)
+        except AtollError as error:
+            raise ValueError(str(error)) from None

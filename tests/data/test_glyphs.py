@@ -8,10 +8,13 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from atoll.data.crop import Framing
 from atoll.data.glyphs import DEMO, FACES, Glyphs
+from atoll.data.pool import Decoders, Framed
 from atoll.data.sources import build_source
 from atoll.data.types import Block, Raw
 from atoll.errors import AtollError
+from atoll.image_size import ImageSize
 from atoll.manifest import DataSettings
 
 
@@ -146,3 +149,44 @@ def test_without_matplotlib_the_error_names_the_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "atoll[data]" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def cells() -> dict[str, Raw]:
+    return {raw.caption: raw for raw in samples(Glyphs("demo", 24, "cell"))}
+
+
+def test_monospaced_faces_in_cells_hold_the_same_glyphs(cells) -> None:
+    squares = {raw.caption: raw for raw in samples(Glyphs("demo", 24))}
+    assert cells.keys() == squares.keys()
+    for caption, raw in cells.items():
+        mono = " mono" in caption
+        assert raw.image.shape == ((1, 24, 16) if mono else (1, 24, 24)), caption
+        assert (raw.key, raw.split) == (squares[caption].key, squares[caption].split)
+        # The feature network reads a square either way.
+        square = raw.square if mono else raw.image
+        assert square is not None
+        assert np.array_equal(square, squares[caption].image)
+        if mono:
+            # Nothing is cut off: as much ink as in the square, up to the rounding of the canvas.
+            assert abs(float(raw.image.mean()) * 16 + 255 * 8 - float(square.mean()) * 24) < 60, caption
+
+
+def test_cells_have_the_sizes_that_buckets_must_list() -> None:
+    data = {"source": "glyphs", "size": 24, "tiles": "cell"}
+    source = build_source(DataSettings(**data, buckets={"sizes": ["24x24", "16x24"]}))
+    assert source.config() == {"name": "glyphs", "subset": "demo", "size": 24, "tiles": "cell"}
+    for buckets in (None, {}, {"sizes": ["24x24", "12x24"]}):
+        with pytest.raises(AtollError, match=r"the sizes 24x24 and 16x24; set data.buckets: \{sizes: \[24x24, 16x24\]"):
+            build_source(DataSettings(**data, buckets=buckets))
+    with pytest.raises(AtollError, match=r"data.size 16, tiles cell: .* a multiple of 3"):
+        Glyphs("demo", 16, "cell")
+
+
+def test_grey_glyphs_for_a_codec_of_three_channels() -> None:
+    raw = next(iter(Glyphs("demo", 24, "cell").read(Block("some", 1, (7, 8)))))
+    framing = Framing(24, 3, 12, (ImageSize(24, 24), ImageSize(24, 16)))
+    with Decoders(framing, 0) as decoders:
+        (framed,) = decoders.frames([raw])
+    assert isinstance(framed, Framed)
+    assert np.array_equal(framed.pixels, raw.image.repeat(3, axis=0))

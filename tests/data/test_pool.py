@@ -118,8 +118,8 @@ def test_nothing_comes_of_nothing(workers) -> None:
 
 @pytest.mark.parametrize(
     "pixels",
-    [np.zeros((1, 6, 6), np.uint8), np.zeros((3, 6, 7), np.uint8), np.zeros((3, 6, 6), np.float32)],
-    ids=["grey", "oblong", "float"],
+    [np.zeros((2, 6, 6), np.uint8), np.zeros((3, 6, 7), np.uint8), np.zeros((3, 6, 6), np.float32)],
+    ids=["two channels", "oblong", "float"],
 )
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pixels_of_another_shape_are_refused(pixels, workers) -> None:
