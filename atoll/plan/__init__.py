@@ -6,6 +6,7 @@ gpus.py     memory, speed and price of known GPUs
 predict.py  the plan
 types.py    its values
 sizes.py    a training over several sizes of images
+sampling_cost.py   an image by top-1, by the recipe's routing, by all experts
 recipe.py   shapes, widths and counts from a manifest
 islands.py  the simulated collective
 measure_machine.py   this machine's speed, and a finished run against its prediction

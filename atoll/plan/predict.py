@@ -30,6 +30,7 @@ from atoll.plan.recipe import (
     text_of,
 )
 from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
+from atoll.plan.sampling_cost import sampling_cost
 from atoll.plan.sizes import largest, mean, planned_sizes, seconds_by_size
 from atoll.plan.types import Machine, Plan, PlannedExpert, PlannedRouter
 
@@ -93,6 +94,7 @@ def plan(
         precision="fp32" if manifest.train.precision == "fp32" else "bf16",
         experts=experts,
         router=router,
+        sampling=sampling_cost(manifest, experts, router),
         machines=machines,
         batches=_batches(experts, rules, [gpu.memory for gpu in gpus], each),
         images=images,

@@ -75,7 +75,7 @@ def text_of(condition: Mapping[str, Any]) -> Text:
         from atoll.encoders.text.label import read_labels  # imports torch
 
         labels = condition.get("labels", ())
-        dim = len(read_labels(labels if isinstance(labels, str) else tuple(labels)))
+        dim = len(read_labels(labels if isinstance(labels, str | int) else tuple(labels)))
         return Text(1, dim, dim)
     if name == "t5":
         # T5's width follows from its size's name, unless a config.json is here.

@@ -51,7 +51,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], plan.experts))]
-    parts += [Text(_data(plan))]
+    parts += [Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
     if plan.simulation:
@@ -223,6 +223,18 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
     return "\n".join(
         f"On {m.gpu.name}{'' if len(lines) == 1 else f', {names[0]} and {len(names) - 1} more'}: {line}"
         for line, names in lines.items()
+    )
+
+
+def _sampling(plan: Plan) -> str:
+    """What an image costs, by the number of experts that are evaluated."""
+    s, least = plan.sampling, plan.sampling.flops["top-1"]
+    unit, size = ("TFLOP", 1e12) if least >= 1e12 else ("GFLOP", 1e9)
+    costs = [f"{_number(flops / size)} by {name}" for name, flops in s.flops.items()]
+    guided = "guided " if s.calls > 1 else ""
+    return (
+        f"An image takes {s.steps} {guided}steps, in {unit} {', '.join(costs)} (all experts: "
+        f"{s.flops['full'] / least:.1f} times top-1)."
     )
 
 

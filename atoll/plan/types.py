@@ -73,6 +73,21 @@ class PlannedRouter:
 
 
 @dataclass(frozen=True)
+class PlannedSampling:
+    """FLOPs of sampling one image of the main size.
+
+    Attributes:
+        steps: of the solver.
+        calls: of each expert at each step: 2 with guidance. The router is evaluated once.
+        flops: by routing: top-1, the recipe's own and full.
+    """
+
+    steps: int
+    calls: int
+    flops: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The result of `atoll plan`.
 
@@ -88,6 +103,7 @@ class Plan:
     precision: str
     experts: tuple[PlannedExpert, ...]
     router: PlannedRouter
+    sampling: PlannedSampling
     machines: tuple[Machine, ...]
     batches: dict[str, dict[str, dict[float, int]]]
     images: int | None

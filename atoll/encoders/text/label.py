@@ -17,12 +17,21 @@ from atoll.storage import bounds
 
 
 class LabelConfig(BaseModel):
-    """labels: the class names, or the path of a text file with one per line (blank lines are ignored)."""
+    """The configuration of a label encoder.
+
+    Attributes:
+        labels: the class names; the path of a text file with one per line (blank lines are ignored); or the number of
+            classes, which are then called 0, 1, 2, ...
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["label"] = "label"
-    labels: Annotated[tuple[str, ...], Field(max_length=bounds.MAX_LABELS)] | str
+    labels: (
+        Annotated[tuple[str, ...], Field(max_length=bounds.MAX_LABELS)]
+        | str
+        | Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_LABELS)]
+    )
 
 
 class LabelEncoder(TextEncoder):
@@ -89,9 +98,15 @@ class LabelEncoder(TextEncoder):
         return number
 
 
-def read_labels(labels: tuple[str, ...] | str) -> tuple[str, ...]:
-    """Return the labels, or the lines of the file that is named instead. Raises AtollError if it cannot be read."""
-    # A tuple holds the labels themselves, a text names their file.
+def read_labels(labels: tuple[str, ...] | str | int) -> tuple[str, ...]:
+    """Return the labels: as they are, the lines of a file, or as many numbers.
+
+    Raises:
+        AtollError: the file cannot be read.
+    """
+    # A tuple holds the labels themselves, a text names their file, a number counts them.
+    if isinstance(labels, int):
+        return tuple(map(str, range(labels)))
     if not isinstance(labels, str):
         return labels
     # One label per line; a byte-order mark is ignored.
