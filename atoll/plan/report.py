@@ -100,7 +100,7 @@ def _networks(plan: Plan) -> list["Table"]:
         table = _table(title, ("", *(name for name, _ in shown), *(["router"] if router else [])))
         r = plan.router
         last = {"parameters": _count(r.parameters), "images": _count(r.images)}
-        last |= {"GFLOP an image, forward": f"{r.flops / 3e9:,.4g}", "    in training": f"{r.flops / 1e9:,.4g}"}
+        last |= {"GFLOP an image, forward": _gflop(r.flops / 3), "    in training": _gflop(r.flops)}
         columns = [_costs(expert) for _, expert in shown]
         for row in columns[0]:
             table.add_row(row, *(column[row] for column in columns), *([last.get(row, "")] if router else []))
@@ -111,8 +111,8 @@ def _networks(plan: Plan) -> list["Table"]:
 def _costs(e: PlannedExpert) -> dict[str, str]:
     return {
         "parameters": _count(e.parameters),
-        "GFLOP an image, forward": f"{e.forward_flops / 1e9:,.4g}",
-        "    in training": f"{e.training_flops / 1e9:,.4g}",
+        "GFLOP an image, forward": _gflop(e.forward_flops),
+        "    in training": _gflop(e.training_flops),
         "activations an image": _binary(e.activation_bytes),
         "    compiled": _binary(e.activation_bytes_compiled),
         "    fully checkpointed": _binary(e.activation_bytes_checkpointed),
@@ -315,6 +315,11 @@ def _span(values: list[float]) -> str:
 def _number(value: float) -> str:
     """Three digits: 0.0117, 456, 91,400."""
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _gflop(flops: float) -> str:
+    """Four digits, or all of a larger number: 289, 0.06405, 16,864."""
+    return f"{flops / 1e9:,.0f}" if flops >= 1e13 else f"{flops / 1e9:,.4g}"
 
 
 def _count(value: float) -> str:

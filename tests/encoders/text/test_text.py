@@ -395,6 +395,15 @@ def test_labels_from_a_file_are_stored_in_the_card(tmp_path, monkeypatch) -> Non
         build_encoder({"name": "label", "labels": "$HERE/labels.txt"})
 
 
+def test_a_number_of_labels_calls_them_by_their_numbers() -> None:
+    encoder = build_encoder({"name": "label", "labels": 12})
+    assert encoder.config() == {"name": "label", "labels": list(map(str, range(12)))}
+    assert encoder(["11"]).states[0, 0].argmax() == 11
+    for wrong in (0, True, 70_000, 2.5):
+        with pytest.raises(AtollError, match="labels"):
+            build_encoder({"name": "label", "labels": wrong})
+
+
 def test_unknown_labels_are_refused_with_the_nearest() -> None:
     encoder = LabelEncoder(["grey moss", "sand", "rust"])
     with pytest.raises(AtollError, match=r"'gray mos' is none of the 3 labels; the nearest is 'grey moss'"):
