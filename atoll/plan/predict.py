@@ -19,7 +19,7 @@ from atoll.plan.fit import EAGER, LADDER, Fit, fastest, largest_batch, smallest_
 from atoll.plan.gpus import GPU, GPUS, find_gpu
 from atoll.plan.islands import IslandSettings, SimulatedIsland, Simulation, Work, load_islands, simulate
 from atoll.plan.recipe import (
-    LatentSize,
+    SizedLatent,
     Text,
     cluster_bytes,
     encoded,
@@ -46,7 +46,7 @@ def plan(
     mfu: float | None = None,
     images: int | None = None,
     text: Text | None = None,
-    latent: tuple[int, int, int] | Sequence[LatentSize] | None = None,
+    latent: tuple[int, int, int] | Sequence[SizedLatent] | None = None,
     islands: Sequence[IslandSettings] = (),
     trials: int = 1000,
     seed: int = 0,
@@ -146,15 +146,15 @@ def plan_run(
     return replace(planned, cut=done.cut if done else None, counted=bool(counts))
 
 
-def _sizes(manifest: Manifest, latent: tuple[int, int, int] | Sequence[LatentSize] | None) -> tuple[LatentSize, ...]:
+def _sizes(manifest: Manifest, latent: tuple[int, int, int] | Sequence[SizedLatent] | None) -> tuple[SizedLatent, ...]:
     """The sizes of the images: those that are known, or those of the manifest."""
     if latent is None:
         return latent_sizes(manifest)
     first = latent[0]
-    if isinstance(first, LatentSize):
+    if isinstance(first, SizedLatent):
         return tuple(latent)  # type: ignore[arg-type]
     side = manifest.data.size
-    return (LatentSize(ImageSize(side, side), tuple(latent), 1.0),)  # type: ignore[arg-type]
+    return (SizedLatent(ImageSize(side, side), tuple(latent), 1.0),)  # type: ignore[arg-type]
 
 
 def _shards(expert: PlannedExpert, gpus: int) -> int:
@@ -182,7 +182,7 @@ def _rules(precision: str, cpu: bool = False) -> Rules:
     return CPU_BF16 if cpu else CUDA_BF16
 
 
-def _expert(manifest: Manifest, index: int, latents: Sequence[LatentSize], text: Text) -> PlannedExpert:
+def _expert(manifest: Manifest, index: int, latents: Sequence[SizedLatent], text: Text) -> PlannedExpert:
     part = manifest.experts[index]
     train: TrainSettings = manifest.train_of(part)
     # The largest size decides what fits, the mean how long it takes.
@@ -211,7 +211,7 @@ def _expert(manifest: Manifest, index: int, latents: Sequence[LatentSize], text:
     )
 
 
-def _router(manifest: Manifest, latents: Sequence[LatentSize], text: Text) -> PlannedRouter:
+def _router(manifest: Manifest, latents: Sequence[SizedLatent], text: Text) -> PlannedRouter:
     train = manifest.train_of(manifest.router)
     networks = [router_of(manifest, size.shape, text) for size in latents]
     # A training step costs three forward passes.

@@ -119,7 +119,7 @@ def latent_shape(manifest: Manifest) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class LatentSize:
+class SizedLatent:
     """One size of a run's images.
 
     Attributes:
@@ -133,7 +133,7 @@ class LatentSize:
     share: float
 
 
-def latent_sizes(manifest: Manifest, counts: Mapping[str, int] | None = None) -> tuple[LatentSize, ...]:
+def latent_sizes(manifest: Manifest, counts: Mapping[str, int] | None = None) -> tuple[SizedLatent, ...]:
     """Every size of a run's images, the main one first: one, or those of `data.buckets`.
 
     Args:
@@ -155,7 +155,8 @@ def latent_sizes(manifest: Manifest, counts: Mapping[str, int] | None = None) ->
     total = sum(counts.values()) if counts else 0
     shares = [counts.get(str(image), 0) / total if counts and total else 1 / len(images) for image in images]
     return tuple(
-        LatentSize(image, (channels, *image.latent(factor)), share) for image, share in zip(images, shares, strict=True)
+        SizedLatent(image, (channels, *image.latent(factor)), share)
+        for image, share in zip(images, shares, strict=True)
     )
 
 
@@ -267,7 +268,7 @@ def encoded(run: Path) -> Encoded | None:
         raise AtollError(f"{index}: no rows of latents in it; encode again (atoll encode --force)") from None
 
 
-def cluster_bytes(manifest: Manifest, sizes: Sequence[LatentSize], images: int) -> float:
+def cluster_bytes(manifest: Manifest, sizes: Sequence[SizedLatent], images: int) -> float:
     """Bytes that an island downloads: an even part of the float16 latents (twice with flips) and of the captions."""
     # float16 latents, and the caption as text.
     values = sum(math.prod(size.shape) * size.share for size in sizes)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from atoll.manifest import ExpertSettings, Manifest
 from atoll.plan.cost import NetworkSizes, forward_flops, training_flops
 from atoll.plan.fit import Fit, step_seconds
-from atoll.plan.recipe import LatentSize, Text, network_of
+from atoll.plan.recipe import SizedLatent, Text, network_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PlannedSize:
 
 
 def planned_sizes(
-    manifest: Manifest, part: ExpertSettings, sizes: Iterable[LatentSize], text: Text
+    manifest: Manifest, part: ExpertSettings, sizes: Iterable[SizedLatent], text: Text
 ) -> tuple[PlannedSize, ...]:
     """The cost of one expert at each size."""
     planned = []
