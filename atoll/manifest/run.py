@@ -56,7 +56,7 @@ class TrainSettings(Section):
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
     ema_profiles: tuple[float, ...] = ()  # widths of power-function averages for `atoll ema` (EDM2, 2312.02696)
     ema_snapshot_every: PositiveInt = 5000  # steps between two snapshots of these averages
-    init: str | None = None  # an expert's directory, relative to the run's, to start from
+    init: str | None = None  # to start from, relative to the run: an expert, or a run, for its part of the same name
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
     # Of captions of tags, separated by commas: the fraction dropped, the first ones that stay in place, and whether the
     # others come in random order.

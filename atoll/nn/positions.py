@@ -12,6 +12,7 @@ Sigma, arXiv 2403.04692, for sinusoids) instead of reaching beyond them.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +67,11 @@ class SincosTable:
         """Return the positions [N,D] of the network's own size."""
         return sincos(positions_of(self._grid, self._base), self._width)
 
+    def has(self, buffer: Tensor) -> bool:
+        """Return whether positions [N,D] of the network's own size are these sinusoids."""
+        # Weights may be rounded to bfloat16.
+        return torch.allclose(buffer.float().cpu(), self.own(), atol=0.02)
+
     def at(self, grid: TokenGrid, buffer: Tensor) -> Tensor:
         """Return the positions [N,D] of a grid.
 
@@ -79,8 +85,8 @@ class SincosTable:
         if grid == self._grid:
             return buffer
         if not self._is_checked:
-            # A converted network brings positions of its own, for one size. Weights may be rounded to bfloat16.
-            if not torch.allclose(buffer.float().cpu(), self.own(), atol=0.02):
+            # A converted network brings positions of its own, for one size.
+            if not self.has(buffer):
                 raise AtollError(
                     f"latent: got a grid of {grid[0]} x {grid[1]} tokens; this network has positions of its own, for "
                     f"{self._grid[0]} x {self._grid[1]} alone: keep to its size"
@@ -92,7 +98,7 @@ class SincosTable:
         return positions
 
 
-def sincos_table(size: TokenGrid, base_size: TokenGrid | None, patch: int, width: int) -> SincosTable:
+def sincos_table(size: Sequence[int], base_size: Sequence[int] | None, patch: int, width: int) -> SincosTable:
     """Return the table for a network of latents of a size (H, W), with the base size of its configuration."""
     grid, base = ((H // patch, W // patch) for H, W in (size, base_size or size))
     return SincosTable(grid, base, width)

@@ -83,14 +83,13 @@ def train_denoiser(
     settings = spec.settings or manifest.train_of(spec.part)
     shards, left_out = without_skipped(spec.run, settings, shards)
     network_config = denoiser_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
-    init = spec.base or (spec.run / settings.init if settings.init else None)
-    init_weights = InitWeights(init) if init else None
+    init_weights = InitWeights.of(spec, settings)
     origin = {
         **({"init": init_weights.about.plain()} if init_weights else {}),
         **({"teacher": teaching.about.plain()} if teaching else {}),
         **left_out,
     }
-    network_config = init_weights.config(network_config, data) if init_weights else network_config
+    network_config = init_weights.config(network_config, data, objective) if init_weights else network_config
     # Held-out rows show the errors that sampling will meet.
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
     training.tags = tag_dropout(settings, encoder)
@@ -171,7 +170,7 @@ def _initial_network(config: dict[str, Any], spec: TrainingSpec, init_weights: I
     torch.manual_seed(spec.seed)
     network = build_network(config)
     if init_weights:
-        network.load_state_dict(init_weights.weights())
+        network.load_state_dict(init_weights.weights(config))
     if spec.lora:
         add_lora(network, spec.lora)
     return network

@@ -14,6 +14,7 @@ from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards
 from atoll.train.denoiser import train_denoiser
 from atoll.train.expert import spec_of
+from atoll.train.init_weights import init_path
 from atoll.train.track import TrainProgress
 
 
@@ -64,12 +65,12 @@ def train_lora(
 def _base(layout: RunLayout, manifest: Manifest, expert: ExpertSettings, settings: TrainSettings) -> Path:
     """The expert to update: lora.train.init, else the run's own, else the one that it would start from."""
     if manifest.lora.train.get("init"):
-        return layout.root / str(manifest.lora.train["init"])
+        return init_path(layout.root, str(manifest.lora.train["init"]), layout.expert(expert.full_name))
     own = layout.expert(expert.full_name)
     if (own / CARD).is_file():
         return own
     if settings.init:
-        return layout.root / settings.init
+        return init_path(layout.root, settings.init, own)
     raise AtollError(
         f"{own}: not trained yet, so there is nothing to update; train it without --lora, or name an expert in "
         "lora.train.init"
