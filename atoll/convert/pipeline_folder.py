@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.convert.kind import CheckpointKind
+from atoll.encoders.codec.diffusers import KINDS
 from atoll.errors import AtollError
 from atoll.storage.artifact import read_json
 
@@ -21,12 +22,7 @@ CONDITIONS = {
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2-klein",
 }
-CODECS = {
-    "AutoencoderKL": "kl",
-    "AutoencoderTiny": "tiny",
-    "AutoencoderDC": "dc",
-    "AutoencoderKLFlux2": "flux2",
-}
+CODECS = {kind.cls: name for name, kind in KINDS.items()}
 # Pipelines whose samples do not follow the path x = (1 - t) x0 + t eps with eps of unit variance.
 REFUSED = {
     "PRXPixelPipeline": "its noise has a standard deviation of 2",
