@@ -82,6 +82,9 @@ def cluster(
     assign_only: Annotated[
         bool, typer.Option("--assign-only", help="Assign new images to the existing clusters.")
     ] = False,
+    like: Annotated[
+        Path | None, typer.Option(help="Take the clusters of this run, whose images had another size.")
+    ] = None,
     new_cluster: Annotated[
         bool, typer.Option("--new-cluster", help="Add the images of --encoded as a cluster of their own.")
     ] = False,
@@ -100,33 +103,26 @@ def cluster(
     quiet: Quiet = False,
 ) -> None:
     """Cluster the features -> clusters/: the shards of each cluster's expert, and report.html."""
-    from atoll.cluster import add_cluster, cluster_run, split_cluster
+    from atoll.cluster import add_cluster, cluster_like, cluster_run, split_cluster
     from atoll.cluster import assign_only as assign
     from atoll.encoders.trust import Trust
     from atoll.manifest import load_manifest
 
     # Options of the ways exclude each other.
-    ways = {"--assign-only": assign_only, "--new-cluster": new_cluster, "--split": split is not None}
-    way = [name for name, chosen in ways.items() if chosen]
-    if len(way) > 1:
-        raise AtollError(f"{' and '.join(way)}: choose one")
-    if encoded and not way:
-        raise AtollError("--encoded names images; use it with --assign-only, --new-cluster or --split")
-    if way and (force or router_fraction is not None):
-        raise AtollError(f"{way[0]} does not make all clusters anew; leave --force and --router-fraction out")
-    if new_cluster and not encoded:
-        raise AtollError("--new-cluster needs --encoded, the images of the new cluster")
-    if len(encoded or []) > 1 and split is None:
-        raise AtollError(f"{way[0]} takes one --encoded; repeat the command")
+    chosen = {"--assign-only": assign_only, "--new-cluster": new_cluster, "--split": split is not None}
+    way = [name for name, is_chosen in {**chosen, "--like": like is not None}.items() if is_chosen]
+    _check_ways(way, encoded, force, router_fraction)
     layout = RunLayout(run)
     with bar("cluster", "images", quiet) as tell:
         # A copy of clusters/ alone has no atoll.yaml, and needs none to grow.
         trust, manifest = Trust(hub=allow_hub, paths=trust_paths), None
-        if not way or layout.manifest.is_file():
+        if not way or like or layout.manifest.is_file():
             manifest = load_manifest(run).allowing(hub=allow_hub, paths=trust_paths)
             trust = manifest.trust_in_cards(run)
         # New images join the clusters, the clusters grow, or new ones are made.
-        if not way and manifest is not None:
+        if like is not None and manifest is not None:
+            done = cluster_like(run, manifest, like, force=force, progress=tell)
+        elif not way and manifest is not None:
             done = cluster_run(run, manifest, force=force, router_fraction=router_fraction, progress=tell)
         else:
             sources = encoded or [layout.encoded]
@@ -135,6 +131,22 @@ def cluster(
             else:
                 done = (add_cluster if new_cluster else assign)(layout.clusters, sources[0], tell, trust)
     typer.echo(done)
+
+
+def _check_ways(way: list[str], encoded: list[Path] | None, force: bool, router_fraction: float | None) -> None:
+    """Raise AtollError for options of `cluster` that exclude each other; way: those that are chosen."""
+    if len(way) > 1:
+        raise AtollError(f"{' and '.join(way)}: choose one")
+    if encoded and way in ([], ["--like"]):
+        raise AtollError("--encoded names images; use it with --assign-only, --new-cluster or --split")
+    if way == ["--like"] and router_fraction is not None:
+        raise AtollError("--like takes the other run's fraction; leave --router-fraction out")
+    if way and way != ["--like"] and (force or router_fraction is not None):
+        raise AtollError(f"{way[0]} does not make all clusters anew; leave --force and --router-fraction out")
+    if way == ["--new-cluster"] and not encoded:
+        raise AtollError("--new-cluster needs --encoded, the images of the new cluster")
+    if len(encoded or []) > 1 and way != ["--split"]:
+        raise AtollError(f"{way[0]} takes one --encoded; repeat the command")
 
 
 @app.command(rich_help_panel="Stages")

@@ -16,6 +16,7 @@ holds the sample of the fine stage and a few shards.
 from atoll.cluster.add import assign_only
 from atoll.cluster.assign import Assignment, ClusterMethod, load_assignment
 from atoll.cluster.grow import add_cluster, split_cluster
+from atoll.cluster.like import cluster_like
 from atoll.cluster.probe import write_probe
 from atoll.cluster.run import cluster, cluster_run
 
@@ -25,6 +26,7 @@ __all__ = [
     "add_cluster",
     "assign_only",
     "cluster",
+    "cluster_like",
     "cluster_run",
     "load_assignment",
     "split_cluster",

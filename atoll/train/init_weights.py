@@ -141,8 +141,8 @@ class InitWeights:
         known = f"train.init: {self.path} knows latents normalised by {constants[0]}, the data's by {constants[1]}"
         if is_resized:
             raise AtollError(
-                f"{known}; a stage of another size keeps the statistics: copy shift and scale of the codec in "
-                f"{self.path / CARD} into codec in atoll.yaml, then encode and cluster again"
+                f"{known}; a stage of another size keeps the statistics of the first: `atoll cluster --like RUN "
+                "--force` takes them from that expert's run"
             )
         warnings.warn(
             f"{known}; with codec.statistics: codec in atoll.yaml, `atoll cluster` leaves latents as the codec's own",
@@ -155,7 +155,7 @@ class InitWeights:
         if card.assignment not in (None, data.assignment) and len(card.clusters) < card.k:
             warnings.warn(
                 f"train.init: {self.path} knows cluster {', '.join(map(str, card.clusters))} of another clustering, "
-                "whose images may be others than those of this run's",
+                "whose images may be others than those of this run's; `atoll cluster --like RUN` takes its clusters",
                 stacklevel=5,
             )
         # SD3 Eq. 23: the shift grows with the root of the number of tokens.

@@ -163,7 +163,7 @@ name: stages
 data: {{source: folder, path: ../images, size: {size}, validation: 0.2}}
 codec: {{name: pixels, channels: 3}}
 condition: {{name: hash, dim: 16, length: 4}}
-clusters: {{k: 1, method: random}}
+clusters: {{k: 2, method: free}}
 network: {{name: mmdit, patch: 4, width: 32, depth: 1, heads: 2}}
 train: {{steps: {steps}, batch: 8, warmup: 5, lr: 3.0e-3, ema: 0.9, validate_every: 1, track: none, init: {init}}}
 experts:
@@ -188,9 +188,11 @@ def test_two_stages_by_command_begin_below_from_scratch(atoll, tmp_path) -> None
     for name, size, steps, init in (("small", 16, 80, "null"), ("large", 32, 1, "../small"), ("new", 32, 1, "null")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "atoll.yaml").write_text(RECIPE.format(size=size, steps=steps, init=init))
-        for command in (("encode",), ("cluster",), ("train", "expert", "0")):
+        like = [] if name == "small" else ["--like", tmp_path / "small"]
+        for command in (["encode"], ["cluster", *like], ["train", "expert", "0"]):
             code, out, err = atoll(*command, "--run", tmp_path / name)
             assert code == 0, out + err
+            assert "warning" not in err
         first[name] = read_metrics(tmp_path / name / "experts/.train-0-flow-linear")[-1]["val"]
     # In the noise, where the structure of an image is decided.
     for level in ("-4", "-2", "+0", "+2"):
