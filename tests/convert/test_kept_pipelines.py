@@ -231,7 +231,7 @@ def _edit(file: Path, **changes: Any) -> None:
     [
         ("model_index.json", {"_class_name": "PRXPixelPipeline"}, r"is no expert of an ensemble: its noise has"),
         ("model_index.json", {"default_sample_size": None}, r"nothing tells the size of its latents; say it \(--size"),
-        ("vae/config.json", {"_class_name": "VQModel"}, r"a VQModel; name the codec \(--codec\), one of kl, tiny"),
+        ("vae/config.json", {"_class_name": "VQModel"}, r"a VQModel; name the codec \(--codec\), one of kl, asymm"),
         (
             "scheduler/scheduler_config.json",
             {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "epsilon"},

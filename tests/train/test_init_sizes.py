@@ -160,12 +160,12 @@ def test_another_clustering_is_named(small) -> None:
 
 RECIPE = """
 name: stages
-data: {{source: folder, path: ../images, size: {size}, validation: 0.2}}
+data: {{source: folder, path: images, size: {size}, validation: 0.2}}
 codec: {{name: pixels, channels: 3}}
 condition: {{name: hash, dim: 16, length: 4}}
 clusters: {{k: 2, method: free}}
 network: {{name: mmdit, patch: 4, width: 32, depth: 1, heads: 2}}
-train: {{steps: {steps}, batch: 8, warmup: 5, lr: 3.0e-3, ema: 0.9, validate_every: 1, track: none, init: {init}}}
+train: {{steps: {steps}, batch: 8, warmup: 5, lr: 3.0e-3, ema: 0.9, validate_every: {steps}, track: none, init: {init}}}
 experts:
   - {{cluster: 0, objective: {{prediction: flow, schedule: linear, shift: {{rule: sd3, base_tokens: 16}}}}}}
 router:
@@ -173,6 +173,7 @@ router:
 """
 
 
+@pytest.mark.slow  # nine commands
 def test_two_stages_by_command_begin_below_from_scratch(atoll, tmp_path) -> None:
     """16 px, then 32 px from its run: the first held-out errors of the second stage against those of a new network."""
     (tmp_path / "images").mkdir()
