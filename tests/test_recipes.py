@@ -102,6 +102,19 @@ def test_a_tiny_version_trains(tmp_path, recipe) -> None:
     assert read_card(run / "router", RouterCard).network["clusters"] == K
 
 
+@pytest.mark.parametrize(("first", "second"), [("ddm-24b", "ddm-24b-high"), ("modern-256", "modern-512")])
+def test_the_second_stage_goes_on_from_the_run_of_the_first(tmp_path, first, second) -> None:
+    train_expert(tmp_path / first, write_shrunk_run(tmp_path / first, first), "1")
+    manifest = write_shrunk_run(tmp_path / second, second, side=16)
+    train_expert(tmp_path / second, manifest, "1")
+    before, after = (read_card(tmp_path / run / "experts" / NAME, ExpertCard) for run in (first, second))
+    assert after.training is not None
+    assert after.training.init is not None
+    assert after.training.init.sha256 == before.weights_sha256
+    assert (before.network["size"], after.network["size"]) == ([8, 8], [16, 16])
+    assert after.network["base_size"] == [8, 8]
+
+
 @pytest.mark.slow  # two processes that import torch
 def test_a_tiny_ddm_24b_is_sharded_over_two_processes(tmp_path) -> None:
     manifest = write_shrunk_run(tmp_path / "one", "ddm-24b", precision="fp32")
