@@ -4,7 +4,7 @@ An `Ensemble` is immutable and its methods are pure: they return, and change not
 plans the expert cache and decides what happens to an answer that is not finite: see `atoll.ensemble.sampler`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import get_args
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from atoll.calibration import mean_like
 from atoll.condition import Condition, as_conditions
 from atoll.ensemble.expert import Alignment, Expert, RouterNetwork
-from atoll.ensemble.offload import selection_probs
 from atoll.ensemble.prompt_cache import CACHE_BYTES, PromptCache, PromptSource
+from atoll.ensemble.query import Query, Routed
 from atoll.ensemble.replicas import (
     ReplicaGroup,
     Stacking,
@@ -25,60 +25,9 @@ from atoll.ensemble.replicas import (
     replica_weights,
 )
 from atoll.ensemble.routing import Routing, RoutingContext, parse_routing
+from atoll.ensemble.side_by_side import share, workers_for
 from atoll.errors import AtollError
 from atoll.shapes import per_sample
-
-
-@dataclass(frozen=True, eq=False)
-class Query:
-    """One evaluation of the velocity.
-
-    Attributes:
-        x: samples [B, ...].
-        t: their times [B].
-        prompts: the conditions of B rows; None for an unconditional ensemble.
-        scale: each sample's guidance scale [B]; 1 outside the guidance range.
-        cluster: each sample's own cluster [B] int64, for routing "oracle".
-    """
-
-    x: Tensor
-    t: Tensor
-    prompts: PromptSource | None
-    scale: Tensor
-    cluster: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Routed:
-    """A query with the experts that it needs.
-
-    Attributes:
-        query: the query.
-        weights: each expert's weight [B, E]; rows sum to 1.
-        factors: what each expert's velocity is multiplied by [B, E]: the weights, except for stacked replicas.
-        offset: what is added to the experts' velocities [B, ...]: the stacked replicas' pull to their mean.
-        rows: for each expert, the rows of the batch that use it [b] int64.
-        active: the experts that some row uses, in increasing order.
-        stacked: the experts whose answer is stacked, and therefore neither calibrated nor clamped.
-        log_p: the clusters' log-probabilities [B, K], -inf where no expert covers one; None if clusters play no part.
-        owners: 1 where an expert covers a cluster [E, K]; None with log_p.
-    """
-
-    query: Query
-    weights: Tensor
-    factors: Tensor
-    offset: Tensor
-    rows: tuple[Tensor, ...]
-    active: tuple[int, ...]
-    stacked: frozenset[int]
-    log_p: Tensor | None
-    owners: Tensor | None
-
-    def selection_probs(self) -> list[float]:
-        """Return each expert's probability to be selected in the next step; nothing if clusters play no part."""
-        if self.log_p is None or self.owners is None:
-            return []
-        return selection_probs(self.log_p, self.owners)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,7 +136,7 @@ class Ensemble:
             prompt_cache=prompt_cache,
         )
         routed = self.route(query)
-        return self.fuse(routed, {index: self.expert_velocity(routed, index) for index in routed.active})
+        return self.fuse(routed, dict(self.expert_velocities(routed)))
 
     @property
     def clamped(self) -> tuple[Expert, ...]:
@@ -287,28 +236,56 @@ class Ensemble:
         active = tuple(index for index, selected in enumerate(rows) if len(selected))
         return Routed(query, weights, factors, offset, rows, active, frozenset(stacked), log_p, owners)
 
+    def expert_velocities(self, routed: Routed, order: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield the active experts' indices and guided velocities [b, ...], each for its rows of the batch.
+
+        On a CPU, experts with few rows are evaluated several at a time (`atoll.ensemble.side_by_side`), which changes
+        numbers by rounding at most. Otherwise each is evaluated when it is asked for.
+
+        Args:
+            routed: the query with its experts.
+            order: in which to evaluate them; default: as in `routed.active`.
+        """
+        order = routed.active if order is None else order
+        workers = workers_for([self.experts[index].network for index in order], routed.numbers(order))
+        if workers < 2:
+            for index in order:
+                yield index, self.expert_velocity(routed, index)
+            return
+        # The prompts are read here: a cache belongs to one thread.
+        calls = [self._call(routed, index) for index in order]
+        yield from zip(order, share(calls, routed.numbers(order), workers), strict=True)
+
     def expert_velocity(self, routed: Routed, index: int) -> Tensor:
         """Return one active expert's guided velocity [b, ...] for its rows of the batch."""
+        return self._call(routed, index)()
+
+    def _call(self, routed: Routed, index: int) -> Callable[[], Tensor]:
+        """Return the evaluation of one active expert, with its inputs read: () -> its guided velocity [b, ...]."""
         # Only the expert's own rows.
         query, rows, expert = routed.query, routed.rows[index], self.experts[index]
         x, t, scale, raw = query.x[rows], query.t[rows], query.scale[rows], index in routed.stacked
 
         # An unconditional network.
         if query.prompts is None:
-            return expert.velocity(x, t, None, self.alignment, raw)
+            return lambda: expert.velocity(x, t, None, self.alignment, raw)
 
         # Without guidance, the condition alone.
         guided = (scale != 1.0).nonzero().squeeze(1)
         if not len(guided):
             condition = query.prompts.for_expert(expert.network, expert.encoder, rows)
-            return expert.velocity(x, t, condition, self.alignment, raw)
+            return lambda: expert.velocity(x, t, condition, self.alignment, raw)
 
         # u_null + g (u_cond - u_null), with both branches in one call; rows without guidance have only one.
-        condition = query.prompts.for_expert(expert.network, expert.encoder, rows, rows[guided])
-        u_both = expert.velocity(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), condition, self.alignment, raw)
-        u, u_null = u_both.split([len(x), len(guided)])
-        u_guided: Tensor = u_null + per_sample(scale[guided], x) * (u[guided] - u_null)
-        return u_guided if len(guided) == len(u) else u.index_copy(0, guided, u_guided)
+        both = query.prompts.for_expert(expert.network, expert.encoder, rows, rows[guided])
+
+        def guided_velocity() -> Tensor:
+            x_both, t_both = torch.cat([x, x[guided]]), torch.cat([t, t[guided]])
+            u, u_null = expert.velocity(x_both, t_both, both, self.alignment, raw).split([len(x), len(guided)])
+            u_guided: Tensor = u_null + per_sample(scale[guided], x) * (u[guided] - u_null)
+            return u_guided if len(guided) == len(u) else u.index_copy(0, guided, u_guided)
+
+        return guided_velocity
 
     def fuse(self, routed: Routed, velocities: Mapping[int, Tensor]) -> Tensor:
         """Return the weighted sum [B, ...] of the active experts' velocities [b, ...], by index.

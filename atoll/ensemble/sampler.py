@@ -20,9 +20,10 @@ from typing import Literal
 from torch import Tensor
 
 from atoll.condition import Condition
-from atoll.ensemble.ensemble import Ensemble, Routed
+from atoll.ensemble.ensemble import Ensemble
 from atoll.ensemble.offload import expert_cache_of
 from atoll.ensemble.prompt_cache import PromptCache
+from atoll.ensemble.query import Routed
 from atoll.errors import AtollError
 
 NonFinitePolicy = Literal["drop", "raise", "keep"]
@@ -93,8 +94,8 @@ class Sampler:
             routed = self.ensemble.route(query)
             velocities: dict[int, Tensor] = {}
             failed = None
-            for index in self._order(routed):
-                velocities[index] = u = self.ensemble.expert_velocity(routed, index)
+            for index, u in self.ensemble.expert_velocities(routed, self._order(routed)):
+                velocities[index] = u
                 # An answer to x that is not finite itself is not the expert's fault.
                 if self.non_finite != "keep" and not u.isfinite().all() and x[routed.rows[index]].isfinite().all():
                     failed = index

@@ -198,9 +198,8 @@ class Stepper:
         if self._expert_cache is not None:
             order = self._expert_cache.plan(self._networks, routed.active, routed.selection_probs())
         velocities, failed = dict[int, Tensor](), set[tuple[EngineJob, int]]()
-        for index in order:
-            rows = routed.rows[index]
-            velocities[index] = u = ensemble.expert_velocity(routed, index)
+        for index, u in ensemble.expert_velocities(routed, order):
+            rows, velocities[index] = routed.rows[index], u
             self.images_by_expert[index] += len(rows)
             self.calls_by_expert[index] += 1
             # An answer to x that is not finite itself is not the expert's fault.
