@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from atoll.storage.layout import TrainingLayout
 from atoll.train.eight_bit import BLOCK, adamw_8bit, block_size, eager_on_cpu, moment_tensors
-from tests.train.test_island import SHARDINGS, alone, assert_close, assert_equal, make, state
+from tests.train.test_island import SHARDINGS, alone, assert_equal, make, state, tensors
 from tests.train.together import Training, start
 
 pytest.importorskip("torchao")
@@ -52,7 +52,14 @@ def island(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize("what", ["whole", "halted", "from-one", "to-one"])
 def test_any_number_of_processes_trains_and_resumes_as_one_does(island, one, sharding, what) -> None:
-    assert_close(island / f"{sharding}-{what}", one)
+    mine, other = tensors(island / f"{sharding}-{what}"), tensors(one)
+    assert mine.keys() == other.keys()
+    for name in mine:
+        # Sums over two processes round otherwise, and a moment at the border of two codes may take the other one.
+        moved = (mine[name] - other[name]).abs()
+        assert moved.max() < 1e-4, name
+        quantised = QUANTISED.endswith(name.removeprefix("network."))
+        assert (moved > 1e-6 + 1e-5 * other[name].abs()).float().mean() <= (0.01 if quantised else 0), name
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
