@@ -29,7 +29,7 @@ from atoll.train.batches import drop_condition
 from atoll.train.island import Island
 from atoll.train.loop import Task, autocast_of, gradients, prepared
 from atoll.train.prefetch import Batch
-from atoll.train.state import State, learning_rate
+from atoll.train.state import State
 
 LATENT = (CHANNELS, SIZE, SIZE)
 MOST = 128  # samples of a step
@@ -112,7 +112,7 @@ class Training:
         self.loss, _ = gradients(
             self.task, module, self.held, state=self.state, island=self.island, autocast=self.autocast
         )
-        self.state.update(learning_rate(self.state.numbers.step, self.settings))
+        self.state.update()
 
 
 def randomized(network: nn.Module, std: float = 0.02) -> nn.Module:

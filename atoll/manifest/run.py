@@ -52,7 +52,7 @@ class TrainSettings(Section):
     decay_from: float = Field(1.0, ge=0, le=1)  # fraction of steps after which lr falls linearly to 0; 1: never
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = Field(1.0, gt=0)
+    clip: float | None = Field(1.0, gt=0)  # largest norm of the gradients; null: they are not clipped
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
     ema_profiles: tuple[float, ...] = ()  # widths of power-function averages for `atoll ema` (EDM2, 2312.02696)
     ema_snapshot_every: PositiveInt = 5000  # steps between two snapshots of these averages
@@ -74,6 +74,8 @@ class TrainSettings(Section):
     compile: bool = False  # compile each block
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    fused_backward: bool = False  # the backward pass steps each parameter and frees its gradient; needs clip: null
+    block_swap: int = Field(0, ge=0)  # so many blocks at most rest in the CPU's memory; needs checkpointing
     ema_device: Literal["same", "cpu"] = "same"
     sharding: Literal["replicate", "shard"] = "replicate"  # several processes: DDP or FSDP2
     # Checkpoints, logs and samples: steps between two; 0: never.
@@ -92,6 +94,20 @@ class TrainSettings(Section):
     def _divisible(self) -> "TrainSettings":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
+        if self.fused_backward and self.clip is not None:
+            raise ValueError(
+                f"fused_backward with clip {self.clip:g}: the norm of all gradients is known only after the steps; set "
+                "clip: null"
+            )
+        if self.fused_backward and self.accumulate > 1:
+            raise ValueError(
+                f"fused_backward with accumulate {self.accumulate}: no gradient stays to be summed; set accumulate: 1"
+            )
+        # Each of these would keep the copies on the GPU, or take the weights from where they rest.
+        for key, value in (("checkpointing", "none"), ("compile", True), ("optimizer_state", "8bit")):
+            if self.block_swap and getattr(self, key) == value:
+                expected = "full or selective" if key == "checkpointing" else "the default"
+                raise ValueError(f"block_swap with {key} {value}: not supported; set {key} to {expected}")
         for width in self.ema_profiles:
             if not 0 < width < 0.288:  # the plain mean has 0.2887
                 raise ValueError(f"ema_profiles: {width}; expected widths sigma_rel above 0 and below 0.288")

@@ -18,7 +18,9 @@ from atoll.choices import Checkpointing, hidden_width
 from atoll.plan.mmdit_cost import (
     MMDiTSizes,
     mmdit_activation_bytes,
+    mmdit_block_parameters,
     mmdit_forward_flops,
+    mmdit_largest_tensor,
     mmdit_parameters,
     mmdit_uncast,
 )
@@ -112,14 +114,8 @@ def parameters(n: NetworkSizes) -> int:
     """Parameters of the whole network, exactly."""
     if isinstance(n, MMDiTSizes):
         return mmdit_parameters(n)
-    # The blocks.
-    D, F = n.width, n.hidden
-    attention = _linear(D, 3 * D) + _linear(D, D)
-    cross = _linear(D, D) + _linear(D, 2 * D) + _linear(D, D)
-    block = attention + cross + _linear(D, F) + _linear(F, D)
-    if n.modulation == "per-block":
-        block += _linear(D, 6 * D)
     # Time, pooled vector and shared modulation.
+    D = n.width
     conditioner = _linear(TIME_FEATURES, D) + _linear(D, D)
     conditioner += _linear(n.pooled_dim, D) if n.pooled_dim else 0
     conditioner += _linear(D, 6 * D) if n.modulation == "single" else 0
@@ -127,7 +123,28 @@ def parameters(n: NetworkSizes) -> int:
     text = _linear(n.states_dim, D) + (n.text_layers - 1) * _linear(D, D)
     ends = _linear(n.patch_values, D) + _linear(D, n.patch_values)
     ends += _linear(D, 2 * D) if n.final_modulation == "per-block" else 0
-    return n.depth * block + conditioner + text + ends + tables(n)
+    ends += 2 * D if n.final_modulation == "single" else 0
+    return n.depth * block_parameters(n, 0) + conditioner + text + ends
+
+
+def block_parameters(n: NetworkSizes, number: int) -> int:
+    """Parameters of one block, exactly; number: from 0."""
+    if isinstance(n, MMDiTSizes):
+        return mmdit_block_parameters(n, number)
+    D, F = n.width, n.hidden
+    attention = _linear(D, 3 * D) + _linear(D, D)
+    cross = _linear(D, D) + _linear(D, 2 * D) + _linear(D, D)
+    modulation = _linear(D, 6 * D) if n.modulation == "per-block" else 6 * D
+    return attention + cross + _linear(D, F) + _linear(F, D) + modulation
+
+
+def largest_tensor(n: NetworkSizes) -> int:
+    """Parameters in the largest tensor of the network, exactly."""
+    if isinstance(n, MMDiTSizes):
+        return mmdit_largest_tensor(n)
+    # The modulation's matrix, or the MLP's, unless what is embedded is very wide.
+    D = n.width
+    return D * max(6 * D, n.hidden, n.states_dim, n.pooled_dim or 0, n.patch_values, TIME_FEATURES)
 
 
 def forward_flops(n: NetworkSizes) -> int:
@@ -222,8 +239,39 @@ def activation_bytes(n: NetworkSizes, r: Rules, checkpointing: Checkpointing = "
     return blocks + small * r.compute + _modulated(n, r, compiled)
 
 
+def swapped_parameters(n: NetworkSizes, block_swap: int) -> int:
+    """Parameters that rest in the CPU's memory: those of the first blocks, at most `block_swap`."""
+    return sum(block_parameters(n, number) for number in range(min(block_swap, n.depth)))
+
+
+def swap_bytes(n: NetworkSizes, block_swap: int) -> int:
+    """Bytes that cross PCIe for a micro-batch: float32 weights twice, for either pass, and gradients once."""
+    return 3 * 4 * swapped_parameters(n, block_swap)
+
+
+def gradient_bytes(n: NetworkSizes, fused_backward: bool = False, compiled: bool = False, block_swap: int = 0) -> int:
+    """Bytes of the float32 gradients that exist on the device at the same time.
+
+    Those of all parameters that rest there; with `fused_backward` that of the largest tensor, or if compiled, of a
+    block, whose backward pass returns all of its gradients together.
+    """
+    if not fused_backward:
+        # A swapped block's gradients leave one by one.
+        leaving = largest_tensor(n) if block_swap else 0
+        return 4 * (parameters(n) - swapped_parameters(n, block_swap) + leaving)
+    blocks = (block_parameters(n, number) for number in range(n.depth)) if compiled else ()
+    return 4 * max(largest_tensor(n), max(blocks, default=0))
+
+
 def fixed_bytes(
-    n: NetworkSizes, r: Rules, optimizer_state: OptimizerState = "fp32", ema_device: str = "same", shards: int = 1
+    n: NetworkSizes,
+    r: Rules,
+    optimizer_state: OptimizerState = "fp32",
+    ema_device: str = "same",
+    shards: int = 1,
+    *,
+    gradients: float | None = None,
+    block_swap: int = 0,
 ) -> float:
     """Bytes that do not depend on the batch: weights, gradients, AdamW's two moments, EMA, autocast's copies.
 
@@ -232,15 +280,21 @@ def fixed_bytes(
         r: what the device saves.
         optimizer_state, ema_device: as in `train`.
         shards: GPUs that divide all but the copies among themselves (FSDP2).
+        gradients: from `gradient_bytes`; None: those of all parameters.
+        block_swap: blocks of which no byte rests on the device; one at a time visits it.
     """
-    # Weights and gradients are float32; the rest depends on the switches.
-    count = parameters(n)
+    # Weights are float32; the rest depends on the switches.
+    every, count = parameters(n), parameters(n) - swapped_parameters(n, block_swap)
     moments = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / BLOCK_8BIT)}[optimizer_state]
     ema = 4 if ema_device == "same" else 0
-    copies = r.compute * (count - uncast(n)) if r.compute < 4 else 0
+    state = count * (4 + moments + ema) + (gradient_bytes(n) if gradients is None else gradients)
+    cast = r.compute if r.compute < 4 else 0
+    copies = cast * (count - uncast(n))
     # A sharded block is gathered for its turn; the backward pass needs autocast's copies of all blocks.
-    gathered = GATHERED_BLOCKS * 4 * count / n.depth if shards > 1 else 0
-    return count * (4 + 4 + moments + ema) / shards + copies + gathered
+    gathered = GATHERED_BLOCKS * 4 * every / n.depth if shards > 1 else 0
+    # A visiting block has its weights and their copies there. (Its tables count as if they were cast.)
+    visiting = max((block_parameters(n, number) for number in range(min(block_swap, n.depth))), default=0)
+    return state / shards + copies + gathered + (4 + cast) * visiting
 
 
 @dataclass(frozen=True)

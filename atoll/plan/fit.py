@@ -1,7 +1,7 @@
 """The switches that make training fit into memory, the largest batch, and the fastest combination."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, get_args
 
@@ -12,7 +12,9 @@ from atoll.plan.cost import (
     OptimizerState,
     activation_bytes,
     fixed_bytes,
+    gradient_bytes,
     parameters,
+    swap_bytes,
     training_flops,
 )
 from atoll.plan.rules import Rules
@@ -24,7 +26,7 @@ FRAGMENTS = 0.02
 # Estimates; they matter mostly for the order of the switches.
 EAGER = 1.3  # time of a step without torch.compile over the time with it
 SELECTIVE = 1.05  # relative time of a step that computes norms, GELU and modulation again
-HOST_BYTES_PER_SECOND = 20e9  # copy of the weights to an EMA in the CPU's memory
+HOST_BYTES_PER_SECOND = 20e9  # copies between the GPU's memory and the CPU's: of an EMA, of swapped blocks
 EMA_EVERY = 10  # steps between two updates of that EMA, as in atoll.train.state
 # Kernels of one block, forward and backward, and seconds to launch one.
 LAUNCHES, LAUNCHES_COMPILED, LAUNCH_SECONDS = 100, 35, 5e-6
@@ -43,6 +45,8 @@ class Switches:
     optimizer_state: OptimizerState = "fp32"
     ema_device: EmaDevice = "same"
     compile: bool = True
+    fused_backward: bool = False
+    block_swap: int = 0
 
     @property
     def departures(self) -> int:
@@ -57,6 +61,8 @@ class Switches:
         words += [f"{self.checkpointing} checkpointing"] if self.checkpointing != "none" else []
         words += [f"{self.optimizer_state} state"] if self.optimizer_state != "fp32" else []
         words += ["EMA on CPU"] if self.ema_device == "cpu" else []
+        words += ["fused backward"] if self.fused_backward else []
+        words += [f"{self.block_swap} blocks swapped"] if self.block_swap else []
         return ", ".join(words) or "none"
 
 
@@ -70,23 +76,41 @@ LADDER = (
     Switches("selective"),
     Switches("full"),
     Switches("full", "8bit", "cpu"),
+    Switches(fused_backward=True),
+    Switches("full", "8bit", "cpu", fused_backward=True),
 )
 
 
-def all_switches(compiles: bool = True) -> Iterator[Switches]:
-    """Yield every combination; without `compiles` only those of eager training."""
+def ladder(network: NetworkSizes) -> tuple[Switches, ...]:
+    """The rows of the batch table for a network: those of `LADDER`, and half and all of its blocks swapped."""
+    half, swapped = max(1, network.depth // 2), Switches("full", compile=False)
+    last = replace(swapped, ema_device="cpu", fused_backward=True, block_swap=network.depth)
+    return (*LADDER, replace(swapped, block_swap=half), replace(swapped, block_swap=network.depth), last)
+
+
+def all_switches(compiles: bool = True, fused_backward: bool = False, block_swap: int = 0) -> Iterator[Switches]:
+    """Yield every combination; without `compiles` only those of eager training.
+
+    A fused backward pass cannot clip gradients, and a swap of blocks takes time that is not measured yet: both are not
+    searched for, but are on or off in all combinations.
+    """
     # The checkpointing and the state come from their types, so a new value joins the search.
     choices = get_args(Checkpointing), STATES, get_args(EmaDevice)
     for checkpointing, state, ema in product(*choices):
-        for compile in (True, False) if compiles else (False,):
-            yield Switches(checkpointing, state, ema, compile)
+        # What training refuses beside a swap.
+        if block_swap and (checkpointing == "none" or state == "8bit"):
+            continue
+        for compile in (True, False) if compiles and not block_swap else (False,):
+            yield Switches(checkpointing, state, ema, compile, fused_backward, block_swap)
 
 
 def needed_bytes(network: NetworkSizes, rules: Rules, switches: Switches, batch: int, shards: int = 1) -> float:
     """Device bytes of training with (micro-)batches of this size, reserve included; shards: as in `fixed_bytes`."""
     # Activations grow with the batch; weights, moments and EMA do not.
     per_sample = activation_bytes(network, rules, switches.checkpointing, switches.compile)
-    fixed = fixed_bytes(network, rules, switches.optimizer_state, switches.ema_device, shards)
+    gradients = gradient_bytes(network, switches.fused_backward, switches.compile, switches.block_swap)
+    moments, ema, swapped = switches.optimizer_state, switches.ema_device, switches.block_swap
+    fixed = fixed_bytes(network, rules, moments, ema, shards, gradients=gradients, block_swap=swapped)
     return (fixed + batch * per_sample + RESERVED) / (1 - FRAGMENTS)
 
 
@@ -98,10 +122,13 @@ def largest_batch(network: NetworkSizes, rules: Rules, switches: Switches, memor
     return max(0, int((memory - none) // each))
 
 
-def smallest_memory(network: NetworkSizes, rules: Rules, shards: int = 1) -> float:
-    """Bytes below which no combination of switches fits a single sample."""
+def smallest_memory(
+    network: NetworkSizes, rules: Rules, shards: int = 1, *, fused_backward: bool = False, block_swap: int = 0
+) -> float:
+    """Bytes below which no combination of switches fits a single sample, with the last two as in the recipe."""
     # The most economical combination decides.
-    return min(needed_bytes(network, rules, switches, 1, shards) for switches in all_switches())
+    every = all_switches(fused_backward=fused_backward, block_swap=block_swap)
+    return min(needed_bytes(network, rules, switches, 1, shards) for switches in every)
 
 
 @dataclass(frozen=True)
@@ -139,6 +166,8 @@ def step_seconds(
     compute = max(compute, accumulate * kernels * LAUNCH_SECONDS)
     # An EMA in the CPU's memory needs the weights copied now and then.
     copying = 4 * parameters(network) / HOST_BYTES_PER_SECOND / EMA_EVERY if switches.ema_device == "cpu" else 0.0
+    # A swap waits for its copies: they are in line with the computation.
+    copying += accumulate * swap_bytes(network, switches.block_swap) / HOST_BYTES_PER_SECOND
     return compute + copying
 
 
@@ -156,6 +185,9 @@ def fastest(
     flops: float,
     compiles: bool = True,
     shards: int = 1,
+    *,
+    fused_backward: bool = False,
+    block_swap: int = 0,
 ) -> Fit | None:
     """Find the fastest switches that train `batch` in `memory` bytes, accumulating if it does not fit at once.
 
@@ -165,13 +197,15 @@ def fastest(
         flops: FLOP/s of training without checkpointing, compiled (or eager if `compiles` is false).
         compiles: whether torch.compile is worth it there.
         shards: GPUs that divide the weights among themselves.
+        fused_backward: whether the recipe has it.
+        block_swap: of the recipe.
     """
     fits = []
     # Try everything: there are a few dozen combinations.
-    for switches in all_switches(compiles):
+    for switches in all_switches(compiles, fused_backward, block_swap):
         largest = largest_batch(network, rules, switches, memory, shards)
-        if largest:
-            # The fewest micro-batches that fit.
+        # The fewest micro-batches that fit; a fused backward pass takes a batch at once.
+        if largest >= (batch if fused_backward else 1):
             parts = accumulation(batch, largest)
             seconds = step_seconds(network, batch, parts, switches, flops, EAGER if compiles else 1.0)
             fits.append(Fit(switches, largest, parts, batch // parts, seconds))

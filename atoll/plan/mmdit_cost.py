@@ -98,6 +98,23 @@ def mmdit_parameters(n: MMDiTSizes) -> int:
     return blocks + mmdit_uncast(n) + n.embedding + D * n.patch_values + n.states_dim * D
 
 
+def mmdit_block_parameters(n: MMDiTSizes, number: int) -> int:
+    """Parameters of one block, exactly; number: from 0."""
+    D = n.width
+    if number < n.dual_blocks:
+        return 2 * (n.stream + 6 * D)
+    return n.stream + 2 * D * D + 6 * D
+
+
+def mmdit_largest_tensor(n: MMDiTSizes) -> int:
+    """Parameters in the largest tensor of the network, exactly."""
+    D = n.width
+    embedded = [n.patch_values, TIME_FEATURES, n.pooled_dim or 0, n.states_dim]
+    embedded += [2 * TIME_FEATURES] if n.size_embedding else []
+    # The shared modulation, or one product for both halves of the gated MLP.
+    return max(D * max(6 * D, 2 * n.hidden, *embedded), n.patch_values * (n.bottleneck or 0), D * (n.bottleneck or 0))
+
+
 def mmdit_forward_flops(n: MMDiTSizes) -> int:
     """FLOPs of one image's forward pass: two per multiplication of the matrix products."""
     N, T, D, M = n.image_tokens, n.tokens, n.width, n.image_tokens + n.tokens

@@ -14,8 +14,9 @@ from atoll.plan.cost import (
     parameters,
     router_flops,
     router_parameters,
+    swap_bytes,
 )
-from atoll.plan.fit import EAGER, LADDER, Fit, fastest, largest_batch, smallest_memory
+from atoll.plan.fit import EAGER, Fit, fastest, ladder, largest_batch, smallest_memory
 from atoll.plan.gpus import GPU, GPUS, find_gpu
 from atoll.plan.islands import IslandSettings, SimulatedIsland, Simulation, Work, load_islands, simulate
 from atoll.plan.recipe import (
@@ -74,7 +75,7 @@ def plan(
     rules = _rules(manifest.train.precision)
     # Refuse networks that fit nowhere.
     for expert in experts:
-        least = smallest_memory(expert.network, rules, _shards(expert, each))
+        least = _least(expert, rules, each)
         room = max([gpu.memory for gpu in gpus] or [gpu.memory for gpu in GPUS.values()])
         if least > room:
             where = gpus[0].name if len(gpus) == 1 else "any GPU known"
@@ -208,6 +209,7 @@ def _expert(manifest: Manifest, index: int, latents: Sequence[SizedLatent], text
         recipe_switches=switches,
         accumulate=accumulate,
         sharding=train.sharding,
+        swap_bytes=accumulate * swap_bytes(network, switches.block_swap),
     )
 
 
@@ -259,10 +261,27 @@ def _machine(
     )
 
 
+def _least(expert: PlannedExpert, rules: Rules, each: int) -> float:
+    """Bytes of each GPU below which the expert does not fit."""
+    fused, swapped = expert.recipe_switches.fused_backward, expert.recipe_switches.block_swap
+    shards = _shards(expert, each)
+    return smallest_memory(expert.network, rules, shards, fused_backward=fused, block_swap=swapped)
+
+
 def _fit(expert: PlannedExpert, rules: Rules, gpu: GPU, each: int, flops: float) -> Fit | None:
     """How the expert's batch fits `each` GPUs, which share it."""
     part = -(-expert.batch // each)
-    return fastest(expert.network, rules, part, gpu.memory, flops, gpu.compiles, _shards(expert, each))
+    return fastest(
+        expert.network,
+        rules,
+        part,
+        gpu.memory,
+        flops,
+        gpu.compiles,
+        _shards(expert, each),
+        fused_backward=expert.recipe_switches.fused_backward,
+        block_swap=expert.recipe_switches.block_swap,
+    )
 
 
 def _seconds(expert: PlannedExpert, fit: Fit, gpu: GPU, flops: float) -> tuple[float, ...]:
@@ -289,7 +308,8 @@ def _batches(
     memories = sorted({*MEMORIES, *more})
     return {
         expert.name: {
-            str(s): {m: largest_batch(network, rules, s, m, _shards(expert, each)) for m in memories} for s in LADDER
+            str(s): {m: largest_batch(network, rules, s, m, _shards(expert, each)) for m in memories}
+            for s in ladder(network)
         }
         for network, expert in distinct.items()
     }

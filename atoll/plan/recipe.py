@@ -222,7 +222,7 @@ def router_of(manifest: Manifest, latent: tuple[int, int, int], text: Text) -> R
 def switches_of(train: TrainSettings) -> tuple[Switches, int]:
     """The recipe's switches and its gradient accumulation."""
     # The names agree with those of `train` in atoll.yaml.
-    names = ("checkpointing", "optimizer_state", "ema_device", "compile")
+    names = ("checkpointing", "optimizer_state", "ema_device", "compile", "fused_backward", "block_swap")
     return Switches(**{name: getattr(train, name) for name in names}), train.accumulate
 
 

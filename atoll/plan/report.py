@@ -51,6 +51,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], plan.experts))]
+    parts += [Text(line) for line in _swaps(plan)]
     parts += [Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
@@ -224,6 +225,16 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
         f"On {m.gpu.name}{'' if len(lines) == 1 else f', {names[0]} and {len(names) - 1} more'}: {line}"
         for line, names in lines.items()
     )
+
+
+def _swaps(plan: Plan) -> list[str]:
+    """What crosses PCIe in a step of the recipe, for experts whose blocks are swapped; once per cost."""
+    return [
+        f"block_swap of {name}: {_bytes(e.swap_bytes)} over PCIe a step, {e.swap_bytes / 16e9:.2g} s at 16 GB/s, "
+        f"{e.swap_bytes / 32e9:.2g} s at 32 GB/s, while the GPU waits (not measured)."
+        for name, e in _groups(plan)
+        if e.swap_bytes
+    ]
 
 
 def _sampling(plan: Plan) -> str:

@@ -20,6 +20,7 @@ class PlannedExpert:
         sizes: of the images, the main one first.
         recipe_switches: the switches that the recipe sets.
         sharding: of several GPUs, as in `train`.
+        swap_bytes: over PCIe in a step of the recipe, by train.block_swap.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PlannedExpert:
     recipe_switches: Switches
     accumulate: int
     sharding: str
+    swap_bytes: int
 
 
 @dataclass(frozen=True)

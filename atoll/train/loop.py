@@ -16,13 +16,14 @@ from atoll.errors import AtollError
 from atoll.manifest import TrainSettings
 from atoll.runtime.device import has_bf16
 from atoll.storage.layout import TrainingLayout
+from atoll.train.block_swap import BlockSwap
 from atoll.train.checkpoint import Checkpoints, not_finite
 from atoll.train.island import Island, gather
 from atoll.train.observe import Observer, is_due
 from atoll.train.plans import TrainingMarks, extended, is_exact
 from atoll.train.prefetch import Batch, Prefetcher
 from atoll.train.snapshots import Snapshots
-from atoll.train.state import Counters, State, learning_rate, steps_before_decay
+from atoll.train.state import Counters, State, steps_before_decay
 from atoll.train.stopping import Interrupted as Interrupted
 from atoll.train.stopping import stop_signals
 from atoll.train.track import Tracker, TrainProgress
@@ -103,10 +104,7 @@ def train(
         Interrupted: SIGTERM or SIGINT; the state was saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # Set up the module, its optimizer state and its wrapping for several processes.
-    task.module.to(island.device)
-    module = island.wrap(prepared(task.module, settings), settings.sharding)
-    state = State(task.module, settings)
+    module, state = _set_up(task.module, settings, island)
     # A checkpoint in progress is completed on every exit.
     signals = stop_signals() if stopped is None else nullcontext(stopped)
     early = TrainingLayout(directory).before_decay
@@ -135,6 +133,23 @@ def train(
             parameter.copy_(average)
     task.module.eval()
     return Trained(summary=log.close(state.numbers))
+
+
+def _set_up(network: nn.Module, settings: TrainSettings, island: Island) -> tuple[nn.Module, State]:
+    """Return the network, on its device and wrapped for several processes, and the state of its training."""
+    for key in ("fused_backward", "block_swap"):
+        if getattr(settings, key) and island.world > 1:
+            raise AtollError(
+                f"train.{key}: takes each gradient before {island.world} processes could average it; train with one "
+                "process, or leave it out"
+            )
+    network = prepared(network, settings)
+    # Its hooks come before those of the state, which may step on the gradients.
+    if settings.block_swap:
+        BlockSwap(network, settings.block_swap, island.device, settings.accumulate)
+    else:
+        network.to(island.device)
+    return island.wrap(network, settings.sharding), State(network, settings)
 
 
 def _run(
@@ -185,8 +200,8 @@ def _run(
                 observer.drop_after(numbers.step)
                 continue
             # Update.
-            lr = learning_rate(numbers.step, settings)
-            state.update(lr)
+            lr = state.lr
+            state.update()
             done = numbers.step
             # Log, validate, draw.
             log.step(done, value, norm, lr)
@@ -224,14 +239,15 @@ def gradients(
 ) -> tuple[float, float]:
     """Run forward and backward, part by part, and leave the clipped gradients in the parameters.
 
+    With train.fused_backward, the parameters are updated already, and the gradients freed.
+
     Returns:
         (mean loss of the batch, norm of the gradients before clipping).
     """
     settings = state.settings
     # The mean over the batch: each part contributes its sum over this process's rows.
     rows = settings.batch // island.world
-    # Set to None, so that no memory is spent on zeros.
-    state.optimizer.zero_grad(set_to_none=True)
+    state.begin()
     total = torch.zeros((), device=island.device)
     for number, part in enumerate(_parts(batch, settings.accumulate)):
         with autocast(), island.accumulating(module, last=number + 1 == settings.accumulate):
@@ -240,7 +256,7 @@ def gradients(
         total += loss.detach()
     # The losses of all processes, and the norm of the clipped gradients.
     value = float(island.mean(total))
-    return value, float(gather(nn.utils.clip_grad_norm_(state.parameters, settings.clip, foreach=True)))
+    return value, float(gather(state.clip()))
 
 
 def _load_or_save(
@@ -291,7 +307,7 @@ def prepared(module: nn.Module, settings: TrainSettings) -> nn.Module:
     # Only Atoll's own networks have blocks with these switches.
     blocks: list[Any] = list(getattr(module, "blocks", ()))
     if not blocks or not all(hasattr(block, "checkpointing") for block in blocks):
-        for key, off in (("checkpointing", "none"), ("compile", False), ("sharding", "replicate")):
+        for key, off in (("checkpointing", "none"), ("compile", False), ("sharding", "replicate"), ("block_swap", 0)):
             if getattr(settings, key) != off:
                 raise AtollError(f"train.{key}: a network that is kept as it came does not support it; leave it out")
         return module

@@ -23,7 +23,8 @@ from atoll.train.state import Counters, steps_before_decay
 
 # Settings that may change when a training is resumed: they change its result by rounding at most.
 _MAY_CHANGE = {
-    *("threads", "device", "accumulate", "compile", "checkpointing", "sharding"),
+    *("threads", "device", "accumulate", "compile", "checkpointing", "sharding", "fused_backward"),
+    "block_swap",
     *("checkpoint_every", "keep_checkpoints", "log_every", "validate_every", "sample_every", "ema_snapshot_every"),
     *("track", "validation", "init", "skip"),  # of the last two, the mark holds the hash of what they name
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from atoll.manifest import TrainSettings
 from atoll.train.eight_bit import adamw_8bit, eager_on_cpu, moment_tensors
 from atoll.train.ema import decay, gamma_of
+from atoll.train.fused_backward import FusedBackward
 
 _EMA_EVERY_ON_CPU = 10  # steps between updates of an average in CPU memory
 
@@ -58,8 +59,13 @@ class State:
         self.module, self.settings, self.numbers = module, settings, Counters(planned=settings.steps)
         self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters: list[nn.Parameter] = [p for _, p in self._trained]
-        self.optimizer = _optimizer(self.parameters, settings)
         self._eight_bit = settings.optimizer_state == "8bit"
+        # One optimizer for all parameters, or one for each.
+        groups = [[p] for p in self.parameters] if settings.fused_backward else [self.parameters]
+        self._optimizers = {_optimizer(group, settings): group for group in groups}
+        owners = {p: optimizer for optimizer, group in self._optimizers.items() for p in group}
+        self._moments = {p: optimizer.state[p] for p, optimizer in owners.items()}
+        self._fused = FusedBackward(owners, self._step) if settings.fused_backward else None
         # An average in CPU memory saves GPU memory, and is updated less often for it.
         device = "cpu" if settings.ema_device == "cpu" else None
         self.ema = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
@@ -79,7 +85,7 @@ class State:
             named[f"model.{name}"] = parameter.detach()
             named[f"ema.{name}"] = average
             # The optimizer's moments, by the parameter's name.
-            for moment, value in self.optimizer.state[parameter].items():
+            for moment, value in self._moments[parameter].items():
                 entry = f"optimizer.{moment}.{name}"
                 named |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
         # The power-function averages, one set per width.
@@ -91,18 +97,41 @@ class State:
         """Return the counters as plain values."""
         return asdict(self.numbers)
 
-    @torch.no_grad()
-    def update(self, lr: float) -> None:
-        """Step the optimizer along the gradients at learning rate `lr`, then update the averages."""
-        group = self.optimizer.param_groups[0]
-        # torchao's AdamW holds its learning rate as a tensor.
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(self.numbers.step, self.settings)
+
+    def begin(self) -> None:
+        """Prepare a step, before its backward pass: set the learning rate, and free the last gradients."""
+        for optimizer in self._optimizers:
+            # Set to None, so that no memory is spent on zeros.
+            optimizer.zero_grad(set_to_none=True)
+            group = optimizer.param_groups[0]
+            # torchao's AdamW holds its learning rate as a tensor.
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr)
+            else:
+                group["lr"] = self.lr
+
+    def clip(self) -> Tensor:
+        """Clip the gradients to the norm `settings.clip`, if it is set, and return their norm before that."""
+        if self._fused is not None:
+            return self._fused.norm()
+        if self.settings.clip is not None:
+            return nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
         # Compilation of torchao's step is skipped on a CPU.
         with eager_on_cpu(self.parameters[0].device) if self._eight_bit else nullcontext():
-            self.optimizer.step()
+            optimizer.step()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Step the optimizer along the gradients, unless the backward pass did, then update the averages."""
+        for optimizer in self._optimizers if self._fused is None else ():
+            self._step(optimizer)
         self.numbers.step += 1
         if self.numbers.step % self._every == 0:
             # One update for all steps since the last one.

@@ -20,8 +20,11 @@ from atoll.plan.cost import (
     NetworkSizes,
     RouterSizes,
     activation_bytes,
+    block_parameters,
     fixed_bytes,
     forward_flops,
+    gradient_bytes,
+    largest_tensor,
     parameters,
     router_flops,
     router_parameters,
@@ -100,6 +103,9 @@ def test_parameters_exactly(n: NetworkSizes) -> None:
     assert parameters(n) == sum(p.numel() for p in network.parameters())
     in_float32 = ("table", "conditioner", "shared_text", "embed_size") if n.name == "mmdit" else ("table",)
     assert uncast(n) == sum(p.numel() for name, p in network.named_parameters() if any(k in name for k in in_float32))
+    assert largest_tensor(n) == max(p.numel() for p in network.parameters())
+    for number, block in enumerate(network.blocks):
+        assert block_parameters(n, number) == sum(p.numel() for p in block.parameters())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -218,6 +224,9 @@ def test_what_each_switch_saves() -> None:
     assert plain - fixed_bytes(XL, CUDA_BF16, "bf16") == 4 * parameters(XL)
     assert plain - fixed_bytes(XL, CUDA_BF16, "8bit") == pytest.approx(6 * parameters(XL), rel=0.01)
     assert plain - fixed_bytes(XL, CUDA_BF16, "fp32", "cpu") == 4 * parameters(XL)
+    # A fused backward pass holds the largest tensor's gradient, or those of a compiled block.
+    assert gradient_bytes(XL, fused_backward=True) == 4 * 6 * 1152**2
+    assert gradient_bytes(XL, fused_backward=True, compiled=True) == 4 * block_parameters(XL, 0)
     for compiled in (False, True):
         none, selective, full = (
             activation_bytes(XL, CUDA_BF16, c, compiled) for c in ("none", "selective", "full")

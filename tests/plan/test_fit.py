@@ -1,19 +1,20 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.errors import AtollError
+from atoll.manifest import TrainSettings
 from atoll.nn import SIZES
-from atoll.plan.cost import DiTSizes, training_flops
+from atoll.plan.cost import DiTSizes, block_parameters, training_flops
 from atoll.plan.fit import (
     EAGER,
-    LADDER,
     Switches,
     accumulation,
     all_switches,
     fastest,
+    ladder,
     largest_batch,
     needed_bytes,
     smallest_memory,
@@ -43,12 +44,12 @@ def test_the_largest_batch_is_the_largest(network: DiTSizes, switches: Switches,
 def test_every_switch_makes_room() -> None:
     plain = largest_batch(XL, CUDA_BF16, Switches(compile=False), 24e9)
     for change in ({"compile": True}, {"checkpointing": "selective"}, {"checkpointing": "full"},
-                   {"optimizer_state": "8bit"}, {"ema_device": "cpu"}):  # fmt: skip
+                   {"optimizer_state": "8bit"}, {"ema_device": "cpu"}, {"fused_backward": True}):  # fmt: skip
         assert largest_batch(XL, CUDA_BF16, replace(Switches(compile=False), **change), 24e9) > plain, change
 
 
 def test_the_ladder_has_every_line_once() -> None:
-    names = [str(switches) for switches in LADDER]
+    names = [str(switches) for switches in ladder(XL)]
     assert len(set(names)) == len(names)
     assert names[0] == "none"
 
@@ -78,12 +79,49 @@ def test_accumulation_before_what_costs_time_or_precision() -> None:
 
 
 def test_the_last_resort_where_nothing_else_fits() -> None:
-    least = smallest_memory(XL, CUDA_BF16)
+    every = Switches("full", "8bit", "cpu", compile=True)
+    least = needed_bytes(XL, CUDA_BF16, every, 1)
     fit = fastest(XL, CUDA_BF16, 128, least * 1.0001, A100)
     assert fit is not None
-    assert fit.switches == Switches("full", "8bit", "cpu", compile=True)
+    assert fit.switches == every
     assert fit.micro_batch == 1
     assert fastest(XL, CUDA_BF16, 128, least * 0.999, A100) is None
+    assert smallest_memory(XL, CUDA_BF16) == least
+
+
+def test_a_recipes_swap_and_fused_backward_fit_where_nothing_else_does() -> None:
+    swapped = Switches("full", ema_device="cpu", compile=False, fused_backward=True, block_swap=28)
+    chosen = {"fused_backward": True, "block_swap": 28}
+    least = smallest_memory(XL, CUDA_BF16, **chosen)
+    assert least < 0.3 * smallest_memory(XL, CUDA_BF16)
+    fit = fastest(XL, CUDA_BF16, 1, least * 1.0001, A100, **chosen)
+    assert fit is not None
+    assert fit.switches == swapped
+    assert fastest(XL, CUDA_BF16, 1, least * 0.999, A100, **chosen) is None
+    # A fused backward pass takes the batch at once.
+    assert fastest(XL, CUDA_BF16, 128, least * 1.0001, A100, **chosen) is None
+
+
+def test_swapped_blocks_leave_one_block_and_cost_their_copies() -> None:
+    """Per block: 22 bytes a parameter less, and 12 bytes over PCIe in a step."""
+    n, plain = block_parameters(XL, 0), Switches("full", compile=False)
+    one, two = (needed_bytes(XL, CUDA_BF16, replace(plain, block_swap=count), 8) for count in (1, 2))
+    assert (one - two) * 0.98 == pytest.approx(22 * n, rel=1e-6)
+    none, all_of_them = (step_seconds(XL, 8, 2, replace(plain, block_swap=count), A100) for count in (0, 28))
+    assert all_of_them - none == pytest.approx(2 * 28 * 12 * n / 20e9)
+
+
+def test_a_swap_is_planned_with_what_training_accepts_beside_it() -> None:
+    for switches in all_switches(fused_backward=True, block_swap=2):
+        values = {name: getattr(switches, name) for name in asdict(switches)}
+        TrainSettings(**values, clip=None)
+
+
+def test_a_recipes_fused_backward_stays_on() -> None:
+    fit = fastest(XL, CUDA_BF16, 24, 24e9, A100, fused_backward=True)
+    assert fit is not None
+    assert fit.switches == Switches(fused_backward=True)
+    assert fit.accumulate == 1
 
 
 @given(st.sampled_from([XL, B]), st.integers(1, 512), st.floats(1e10, 1.5e11), st.sampled_from([3e13, 4e14]))

@@ -14,7 +14,7 @@ from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
 from atoll.nn import build_network
 from atoll.plan import Plan, as_json, plan, plan_run, render
 from atoll.plan.cost import DiTSizes, sizes_of, training_flops
-from atoll.plan.fit import EMA_EVERY, LADDER, all_switches
+from atoll.plan.fit import EMA_EVERY, all_switches, ladder
 from atoll.plan.gpus import find_gpu
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
 from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
@@ -248,11 +248,24 @@ def test_latents_that_do_not_divide(hddm: Manifest) -> None:
 def test_what_is_recommended_is_what_a_recipe_may_say(hddm: Manifest) -> None:
     asked, accumulate = switches_of(hddm.train)
     assert (str(asked), accumulate) == ("compile", 1)
-    for switches in {*all_switches(), *LADDER}:
-        train = TrainSettings(**asdict(switches), batch=12, accumulate=3)
-        assert switches_of(train) == (switches, 3)
+    network = plan(hddm).experts[0].network
+    for switches in {*all_switches(), *ladder(network)}:
+        parts, clip = (1, None) if switches.fused_backward else (3, 1.0)
+        train = TrainSettings(**asdict(switches), batch=12, accumulate=parts, clip=clip)
+        assert switches_of(train) == (switches, parts)
     assert "as in the recipe" in shown(plan(hddm, [find_gpu("a100")]))
     assert "batch 128 as 8 x 16 with: compile (up to 24" in shown(plan(hddm, [find_gpu("4090")]))
+
+
+def test_a_swap_names_its_bytes_and_their_time(hddm: Manifest) -> None:
+    """14 blocks of 21.3 M parameters: weights twice and gradients once, 4 bytes each."""
+    train = hddm.train.model_copy(update={"block_swap": 14, "checkpointing": "full", "compile": False})
+    p = plan(hddm.model_copy(update={"train": train}), [find_gpu("12GB")])
+    assert p.experts[0].swap_bytes == pytest.approx(14 * 21.26e6 * 12, rel=1e-3)
+    text = shown(p)
+    assert "block_swap of 8 experts: 3.57 GB over PCIe a step, 0.22 s at 16 GB/s, 0.11 s at 32 GB/s" in text
+    assert "full checkpointing, 14 blocks swapped" in text
+    assert "over PCIe" not in shown(plan(hddm, [find_gpu("24GB")]))
 
 
 def test_average_on_the_cpu_is_updated_as_training_does() -> None:
