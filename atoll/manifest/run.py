@@ -73,7 +73,8 @@ class TrainSettings(Section):
     accumulate: PositiveInt = 1  # micro-batches of a step
     compile: bool = False  # compile each block
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
-    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"  # of AdamW
     fused_backward: bool = False  # the backward pass steps each parameter and frees its gradient; needs clip: null
     block_swap: int = Field(0, ge=0)  # so many blocks at most rest in the CPU's memory; needs checkpointing
     ema_device: Literal["same", "cpu"] = "same"
@@ -103,8 +104,12 @@ class TrainSettings(Section):
             raise ValueError(
                 f"fused_backward with accumulate {self.accumulate}: no gradient stays to be summed; set accumulate: 1"
             )
-        # Each of these would keep the copies on the GPU, or take the weights from where they rest.
-        for key, value in (("checkpointing", "none"), ("compile", True), ("optimizer_state", "8bit")):
+        if self.fused_backward and self.optimizer == "muon":
+            raise ValueError("fused_backward with optimizer muon: it steps matrices of one shape together; set adamw")
+        # Each of these would keep the copies on the GPU, or take weights from where they rest; Muon would compute on
+        # the CPU.
+        pairs = (("checkpointing", "none"), ("compile", True), ("optimizer_state", "8bit"), ("optimizer", "muon"))
+        for key, value in pairs:
             if self.block_swap and getattr(self, key) == value:
                 expected = "full or selective" if key == "checkpointing" else "the default"
                 raise ValueError(f"block_swap with {key} {value}: not supported; set {key} to {expected}")

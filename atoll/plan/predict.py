@@ -19,6 +19,7 @@ from atoll.plan.cost import (
 from atoll.plan.fit import EAGER, Fit, fastest, ladder, largest_batch, smallest_memory
 from atoll.plan.gpus import GPU, GPUS, find_gpu
 from atoll.plan.islands import IslandSettings, SimulatedIsland, Simulation, Work, load_islands, simulate
+from atoll.plan.muon_cost import muon_cost
 from atoll.plan.recipe import (
     SizedLatent,
     Text,
@@ -210,6 +211,7 @@ def _expert(manifest: Manifest, index: int, latents: Sequence[SizedLatent], text
         accumulate=accumulate,
         sharding=train.sharding,
         swap_bytes=accumulate * swap_bytes(network, switches.block_swap),
+        muon=muon_cost(network) if train.optimizer == "muon" else None,
     )
 
 
@@ -287,7 +289,9 @@ def _fit(expert: PlannedExpert, rules: Rules, gpu: GPU, each: int, flops: float)
 def _seconds(expert: PlannedExpert, fit: Fit, gpu: GPU, flops: float) -> tuple[float, ...]:
     """Seconds of a step at each size of the images."""
     part = fit.accumulate * fit.micro_batch
-    return seconds_by_size(expert.sizes, part, fit, flops, EAGER if gpu.compiles else 1.0)
+    seconds = seconds_by_size(expert.sizes, part, fit, flops, EAGER if gpu.compiles else 1.0)
+    more = expert.muon.flops / flops if expert.muon else 0.0
+    return tuple(one + more for one in seconds)
 
 
 def _rate(expert: PlannedExpert, seconds: Sequence[float]) -> float:

@@ -51,7 +51,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], plan.experts))]
-    parts += [Text(line) for line in _swaps(plan)]
+    parts += [Text(line) for line in (*_swaps(plan), *_muon(plan))]
     parts += [Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
@@ -234,6 +234,16 @@ def _swaps(plan: Plan) -> list[str]:
         f"{e.swap_bytes / 32e9:.2g} s at 32 GB/s, while the GPU waits (not measured)."
         for name, e in _groups(plan)
         if e.swap_bytes
+    ]
+
+
+def _muon(plan: Plan) -> list[str]:
+    """What Muon computes beside a step's own products, and the moments that it does not have; once per cost."""
+    return [
+        f"Muon of {name}: {_number(e.muon.flops / 1e9)} GFLOP a step beside the step's own "
+        f"{_number(e.batch * e.training_flops / 1e9)}, and {_bytes(e.muon.saved_bytes)} less than planned above."
+        for name, e in _groups(plan)
+        if e.muon
     ]
 
 

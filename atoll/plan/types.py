@@ -6,6 +6,7 @@ from atoll.plan.cost import NetworkSizes
 from atoll.plan.fit import Fit, Switches
 from atoll.plan.gpus import GPU
 from atoll.plan.islands import IslandSettings, Simulation
+from atoll.plan.muon_cost import MuonCost
 from atoll.plan.sizes import PlannedSize
 
 
@@ -21,6 +22,7 @@ class PlannedExpert:
         recipe_switches: the switches that the recipe sets.
         sharding: of several GPUs, as in `train`.
         swap_bytes: over PCIe in a step of the recipe, by train.block_swap.
+        muon: what it costs; None with AdamW.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PlannedExpert:
     accumulate: int
     sharding: str
     swap_bytes: int
+    muon: MuonCost | None
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,17 @@ was found for AdamW serves both. torch.optim.Muon does the same for one matrix a
   the rounding of its gradient.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-MOMENTUM = 0.95
+from atoll.errors import AtollError
+
+MUON_MOMENTUM = "momentum"  # the name of its only moment in a state
+_MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the iteration, by Jordan
 _ITERATIONS = 5
 _RMS = 0.2  # of an AdamW step, in learning rates
@@ -38,6 +41,21 @@ def matrix_parts(name: str, parameter: Tensor) -> int:
     return _PARTS.get(layer, 1)
 
 
+def muon_matrices(trained: Iterable[tuple[str, nn.Parameter]]) -> dict[nn.Parameter, int]:
+    """Return the parameters that Muon steps, each with its number of matrices.
+
+    Raises:
+        AtollError: there is none.
+    """
+    matrices = {p: parts for name, p in trained if (parts := matrix_parts(name, p))}
+    if not matrices:
+        raise AtollError(
+            "train.optimizer muon: no trained parameter is a matrix of a block; it steps those of dit, mmdit and their "
+            "routers, and no low-rank updates: set optimizer: adamw"
+        )
+    return matrices
+
+
 class Muon(torch.optim.Optimizer):
     """Muon with its momentum allocated, as checkpoints expect.
 
@@ -47,11 +65,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as AdamW's.
     """
 
-    def __init__(self, matrices: Iterable[tuple[nn.Parameter, int]], lr: float, weight_decay: float):
+    def __init__(self, matrices: Mapping[nn.Parameter, int], lr: float, weight_decay: float):
         self._parts = dict(matrices)
         super().__init__(list(self._parts), {"lr": lr, "weight_decay": weight_decay})
         for parameter in self._parts:
-            self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
+            self.state[parameter] = {MUON_MOMENTUM: torch.zeros_like(parameter)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -63,8 +81,8 @@ class Muon(torch.optim.Optimizer):
         # Nesterov's momentum, cut into the matrices; by shape, so that each shape is one batch.
         by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
         for p in moved:
-            momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
-            update = whole(p.grad.lerp(momentum, MOMENTUM))
+            momentum = self.state[p][MUON_MOMENTUM].lerp_(p.grad, 1 - _MOMENTUM)
+            update = whole(p.grad.lerp(momentum, _MOMENTUM))
             parts = update.unflatten(0, (self._parts[p], -1))  # [P,R,C]
             by_shape.setdefault(tuple(parts.shape[1:]), []).append((p, parts))
 

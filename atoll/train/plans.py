@@ -29,7 +29,7 @@ _MAY_CHANGE = {
     *("track", "validation", "init", "skip"),  # of the last two, the mark holds the hash of what they name
 }
 # Settings that came after the first marks: left out at their defaults, so that those marks hold.
-_ADDED = {"tag_dropout", "keep_tags", "shuffle_tags"}
+_ADDED = {"tag_dropout", "keep_tags", "shuffle_tags", "optimizer"}
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

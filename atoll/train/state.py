@@ -11,6 +11,7 @@ from atoll.manifest import TrainSettings
 from atoll.train.eight_bit import adamw_8bit, eager_on_cpu, moment_tensors
 from atoll.train.ema import decay, gamma_of
 from atoll.train.fused_backward import FusedBackward
+from atoll.train.muon import MUON_MOMENTUM, Muon, muon_matrices
 
 _EMA_EVERY_ON_CPU = 10  # steps between updates of an average in CPU memory
 
@@ -60,9 +61,13 @@ class State:
         self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters: list[nn.Parameter] = [p for _, p in self._trained]
         self._eight_bit = settings.optimizer_state == "8bit"
-        # One optimizer for all parameters, or one for each.
-        groups = [[p] for p in self.parameters] if settings.fused_backward else [self.parameters]
+        # One optimizer for all parameters, or for all that Muon does not step, or one for each.
+        matrices = muon_matrices(self._trained) if settings.optimizer == "muon" else {}
+        rest = [p for p in self.parameters if p not in matrices]
+        groups = [[p] for p in rest] if settings.fused_backward else [rest]
         self._optimizers = {_optimizer(group, settings): group for group in groups}
+        if matrices:
+            self._optimizers[Muon(matrices, settings.lr, settings.weight_decay)] = list(matrices)
         owners = {p: optimizer for optimizer, group in self._optimizers.items() for p in group}
         self._moments = {p: optimizer.state[p] for p, optimizer in owners.items()}
         self._fused = FusedBackward(owners, self._step) if settings.fused_backward else None
@@ -87,7 +92,8 @@ class State:
             # The optimizer's moments, by the parameter's name.
             for moment, value in self._moments[parameter].items():
                 entry = f"optimizer.{moment}.{name}"
-                named |= moment_tensors(entry, value) if self._eight_bit else {entry: value.detach()}
+                eight_bit = self._eight_bit and moment != MUON_MOMENTUM
+                named |= moment_tensors(entry, value) if eight_bit else {entry: value.detach()}
         # The power-function averages, one set per width.
         for number, averages in enumerate(self.profiles):
             named |= {f"profile-{number}.{name}": value for name, value in zip(self.names, averages, strict=True)}

@@ -2,9 +2,11 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,11 +19,13 @@ from atoll.plan.cost import DiTSizes, sizes_of, training_flops
 from atoll.plan.fit import EMA_EVERY, all_switches, ladder
 from atoll.plan.gpus import find_gpu
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
+from atoll.plan.muon_cost import MuonCost, muon_matrices
 from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
 from atoll.plan.report import comparison_lines
 from atoll.storage.cards import ExpertCard
 from atoll.train import state
 from atoll.train.denoiser import denoiser_config
+from atoll.train.muon import matrix_parts
 from tests.cards import expert_card
 
 ISLANDS = """
@@ -303,3 +307,32 @@ def test_planning_needs_no_torch_of_its_own() -> None:
     code = "import sys, atoll.plan; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_muon_adds_its_products_to_a_step(hddm: Manifest) -> None:
+    """XL/2: 28 blocks of 8 matrices 1152 x 1152 and 2 of 1152 x 4608, five iterations each."""
+    muon = hddm.model_copy(update={"train": hddm.train.model_copy(update={"optimizer": "muon"})})
+    plain, p = (plan(one, [find_gpu("a100")]) for one in (hddm, muon))
+    D = 1152
+    flops = 5 * 28 * (8 * 6 * D**3 + 2 * (4 * D * D * 4 * D + 2 * D**3))
+    assert p.experts[0].muon == MuonCost(flops, 4 * 28 * 16 * D * D)
+    name = p.experts[0].name
+    more = flops / (312e12 * p.machines[0].mfu)
+    assert p.machines[0].step_seconds[name][0] == pytest.approx(plain.machines[0].step_seconds[name][0] + more)
+    assert "Muon of 8 experts: 18,000 GFLOP a step beside the step's own 111,000, and 2.38 GB less" in shown(p)
+    assert "Muon of" not in shown(plain)
+
+
+@pytest.mark.parametrize("network", [{}, {"name": "mmdit", "dual_blocks": 1}, {"name": "mmdit"}])
+def test_muons_matrices_are_those_of_training(network: dict[str, Any]) -> None:
+    manifest = load_manifest(recipe_path("demo"))
+    sizes = {"patch": 4, "width": 64, "depth": 3, "heads": 4}
+    manifest = Manifest.model_validate({**manifest.model_dump(), "network": {**sizes, **network}})
+    text, latent = text_of(manifest.condition), latent_shape(manifest)
+    config = denoiser_config(manifest.network_of(manifest.experts[0]), latent, text.dim, text.pooled)
+    counts: Counter[tuple[int, int]] = Counter()
+    for name, p in build_network(config).named_parameters():
+        if parts := matrix_parts(name, p):
+            rows, columns = p.shape[0] // parts, p.shape[1]
+            counts[min(rows, columns), max(rows, columns)] += parts
+    assert muon_matrices(plan(manifest).experts[0].network) == counts
