@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn.dit import DiT, DiTConfig
 from atoll.nn.mmdit import MMDiT, MMDiTConfig
+from atoll.storage.layout import TrainingLayout
 from atoll.train.expert import train_expert
 from atoll.train.muon import Muon, matrix_parts, orthogonalised
-from tests.train.test_island import alone, assert_equal, make, tensors
+from tests.train.test_island import alone, assert_equal, make, state, tensors
 from tests.train.together import Training, start
 
 MUON = "\n  optimizer: muon"
@@ -98,6 +100,18 @@ def test_a_resumed_training_has_the_same_bits(one, tmp_path) -> None:
     alone(run, stop=4)
     alone(run)
     assert_equal(run, one)
+
+
+def test_its_momentum_stays_in_float32_beside_8_bits(tmp_path) -> None:
+    pytest.importorskip("torchao")
+    whole, run = (make(tmp_path / name, "replicate", f"{MUON}\n  optimizer_state: 8bit") for name in ("whole", "run"))
+    alone(whole)
+    alone(run, stop=4)
+    stored = load_file(TrainingLayout(state(run)).checkpoint)
+    assert stored["optimizer.momentum.blocks.0.attention.qkv.weight"].dtype == torch.float32
+    assert stored["optimizer.exp_avg.conditioner.time.0.weight#codes"].dtype == torch.uint8
+    alone(run)
+    assert_equal(run, whole)
 
 
 def test_it_is_another_training_than_adamws(one, tmp_path) -> None:
