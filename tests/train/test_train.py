@@ -269,8 +269,8 @@ def test_a_checkpoint_of_before_hashes_is_resumed(run, trained_run, manifest) ->
 def test_an_average_that_is_not_finite_is_not_saved(run, manifest, monkeypatch) -> None:
     update = State.update
 
-    def spoil_once(self, lr):
-        update(self, lr)
+    def spoil_once(self):
+        update(self)
         # Step 6 writes a checkpoint; after the return, the same step has other counters.
         if self.numbers.step == 6 and not self.numbers.rollbacks:
             self.ema[0].view(-1)[0] = float("inf")
