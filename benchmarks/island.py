@@ -1,12 +1,14 @@
 """Overhead of a training beside its steps: waiting for data, stalls by checkpoints, and the start.
 
-    python benchmarks/island.py --threads 2                # all four, on a DiT-S/2 and random latents 4x32x32
+    python benchmarks/island.py --threads 2                # all, on a DiT-S/2 and random latents 4x32x32
     python benchmarks/island.py --modes start --size B/2
 
 loading: fraction of the time in which the loop waits for a batch.
 buckets: the same for latents of one size and of five sizes with as many numbers and tokens, in turn (4x24x24, 4x36x16,
 4x48x12, and these across); also the time that the prefetching thread takes for a batch, over a step, and the step
 itself, as [median, least, most] over the rounds.
+batches: CPU time that the prefetching thread needs for a batch, of one size and of the five; independent of other
+programs.
 checkpoint: what a save adds to the steps around it (the copy that blocks training, and the cost of writing in the
 background), over the default interval.
 start: `atoll train expert 0` with train.compile, from the shell to the end of the first step, with an empty compiler
@@ -30,12 +32,15 @@ import torch
 import yaml
 
 import atoll.train.loop
+from atoll.encoders.text import build_encoder
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn import SIZES
-from atoll.storage.shards import ShardWriter
+from atoll.storage.shards import Shards, ShardWriter
+from atoll.train.batches import CaptionedLatents, Rows
 from atoll.train.expert import train_expert
 
 ROWS, SHAPE = 512, (4, 32, 32)
+_BATCHES = 200  # in a round of the mode batches
 ONE = [(4, 24, 24)]
 SEVERAL = [*ONE, (4, 36, 16), (4, 16, 36), (4, 48, 12), (4, 12, 48)]
 WORDS = ["a", "photo", "of", "moss", "on", "an", "old", "wall"]
@@ -146,6 +151,31 @@ def buckets(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {**numbers, "step of several over one": statistics.median(ratios)}
 
 
+def batches(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    data = {}
+    for name, shapes in (("one", ONE), ("several", SEVERAL)):
+        run = write_run(directory / name, options.size, {}, shapes)
+        shards = Shards(run / "clusters" / "cluster-000")
+        latents = CaptionedLatents(Rows.of([shards], "train"), build_encoder(shards.data_card.condition))
+        data[name] = (latents, latents.sampler(options.batch, 0))
+    seconds: dict[str, list[float]] = {name: [] for name in data}
+    for number in range(options.rounds + 1):
+        for name, (latents, sampler) in data.items():
+            start = time.thread_time()
+            for step in range(number * _BATCHES, (number + 1) * _BATCHES):
+                latents.batch(sampler.at(step))
+            seconds[name].append((time.thread_time() - start) / _BATCHES)
+    # The first round reads the files and hashes the words.
+    results = {f"{name} ms": three([1000 * x for x in times[1:]]) for name, times in seconds.items()}
+    ratios = [several / one for one, several in zip(*(times[1:] for times in seconds.values()), strict=True)]
+    return {**results, "several over one": three(ratios)}
+
+
+def three(values: Sequence[float]) -> list[float]:
+    """The median, the least and the most."""
+    return [round(x, 4) for x in (statistics.median(values), min(values), max(values))]
+
+
 def checkpoint(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     every = 8
     steps, _, saves, _ = loop(options, directory, every)
@@ -181,10 +211,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--modes", default="loading,buckets,checkpoint,start")
-    parser.add_argument("--rounds", type=int, default=3, help="of the mode buckets")
+    parser.add_argument("--modes", default="loading,buckets,batches,checkpoint,start")
+    parser.add_argument("--rounds", type=int, default=3, help="of the modes buckets and batches")
     options = parser.parse_args()
-    modes = {"loading": loading, "buckets": buckets, "checkpoint": checkpoint, "start": start}
+    modes = {"loading": loading, "buckets": buckets, "batches": batches, "checkpoint": checkpoint, "start": start}
     for mode in options.modes.split(","):
         with tempfile.TemporaryDirectory() as directory:
             numbers = modes[mode](options, Path(directory) / mode)
