@@ -11,6 +11,7 @@ from atoll.manifest import TrainSettings, load_manifest
 from atoll.train.expert import train_expert
 from atoll.train.island import Island
 from atoll.train.loop import _set_up
+from atoll.train.state import State, learning_rate
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
 from tests.train.test_train import NAME, Stop, assert_equal, poison, stop_at
@@ -113,6 +114,17 @@ def test_one_gradient_exists_at_a_time(tmp_path, monkeypatch) -> None:
     assert len(counts) == 8 * len(watched)
     assert set(counts) == {1}
     assert all(p.grad is None for p in watched)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_each_step_has_its_rate_before_the_backward_pass(fused) -> None:
+    settings = TrainSettings(steps=10, warmup=4, decay_from=0.5, clip=None, fused_backward=fused)
+    state = State(torch.nn.Linear(2, 2), settings)
+    for step in range(10):
+        state.begin()
+        rates = {group["lr"] for optimizer in state._optimizers for group in optimizer.param_groups}
+        assert rates == {learning_rate(step, settings)} == {state.lr}
+        state.numbers.step += 1
 
 
 @pytest.mark.parametrize(
