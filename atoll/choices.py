@@ -3,7 +3,7 @@
 from typing import Literal
 
 Checkpointing = Literal["none", "selective", "full"]  # which activations the backward pass computes again
-Method = Literal["euler", "heun", "midpoint", "dpm++2m"]  # of the sampler
+Method = Literal["euler", "heun", "midpoint", "dpm++2m", "unipc"]  # of the sampler
 
 MLP_RATIOS = {"dit": 4.0, "mmdit": 10 / 3}  # with these defaults, blocks of one width have equal FLOPs
 

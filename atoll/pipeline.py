@@ -166,7 +166,7 @@ class Pipeline:
             negative_prompt: what guidance leads away from, in place of the empty prompt: one for all, or one per
                 prompt. Needs a guidance scale other than 1.
             images_per_prompt: one number for all, or one per prompt.
-            method: "euler", "heun", "midpoint" or "dpm++2m"; default: the ensemble's.
+            method: "euler", "heun", "midpoint", "dpm++2m" or "unipc"; default: the ensemble's.
             routing: default: the ensemble's.
             clusters: one per prompt, for routing "oracle".
             guidance_range: the times (0 data, 1 noise) between which there is guidance.

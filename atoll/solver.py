@@ -14,6 +14,7 @@ from atoll.errors import AtollError
 from atoll.schedule import PATH, Schedule
 from atoll.shapes import per_sample
 from atoll.time_shift import shift_time
+from atoll.unipc import UniPC, half_log_snr
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 # A step yields each (x, t) at which it needs the velocity, is sent that velocity, and returns x at t_next.
@@ -37,7 +38,8 @@ def sample(
         noise: x [B, ...] at the first time; its dtype is the dtype of the integration.
         steps: number of evenly spaced steps from 1 to 0, default 50.
         method: "euler"; "heun" (2 evaluations per step, the last step is Euler's); "midpoint" (2 evaluations per step);
-            or "dpm++2m" (Lu et al. 2022, multistep, 1 evaluation per step).
+            "dpm++2m" (Lu et al. 2022, multistep, 1 evaluation per step); or "unipc" (Zhao et al. 2023, order 3, 1
+            evaluation per step).
         times: decreasing times, [steps + 1] or per sample [steps + 1, B], instead of evenly spaced ones.
         callback: called after each step with (index, x).
 
@@ -93,8 +95,9 @@ class Integration:
             raise AtollError("times must be at least two, strictly decreasing, within [0, 1]")
 
         # Stop at the first point.
-        functions: dict[str, _Step] = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "dpm++2m": _Multistep()}
         self.x, self.step, self.steps = noise, 0, len(grid) - 1
+        functions: dict[str, _Step] = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "dpm++2m": _Multistep()}
+        functions["unipc"] = _Corrected(self.steps)
         self._evaluations = self._integrate(functions[method], grid)
         self.point: tuple[Tensor, Tensor] | None = next(self._evaluations)
 
@@ -190,7 +193,7 @@ class _Multistep:
         # The data estimate at this point, from the velocity.
         u = yield x, t
         x0 = x - per_sample(t, x) * u
-        h = (torch.log1p(-t_next) - torch.log(t_next)) - (torch.log1p(-t) - torch.log(t))
+        h = half_log_snr(t_next) - half_log_snr(t)
         # D: the estimate of x0, extrapolated from the last two steps.
         extrapolated = x0
         # The first step has no predecessor and is first order.
@@ -202,3 +205,14 @@ class _Multistep:
         # alpha_next e^-h = alpha sigma_next/sigma, which is finite at both ends.
         shrink = t_next / t
         return per_sample(shrink, x) * x + per_sample((1 - t_next) - (1 - t) * shrink, x) * extrapolated
+
+
+class _Corrected:
+    """UniPC: each evaluation corrects its point and predicts the next one (`atoll.unipc`)."""
+
+    def __init__(self, steps: int) -> None:
+        self.unipc = UniPC(steps)
+
+    def __call__(self, x: Tensor, t: Tensor, t_next: Tensor) -> _Evaluations:
+        u = yield x, t
+        return self.unipc.step(x, t, t_next, u)

@@ -28,7 +28,9 @@ def noise(count=16, seed=0):
     return torch.randn(count, 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("dpm++2m", 2)])
+@pytest.mark.parametrize(
+    ("method", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("dpm++2m", 2), ("unipc", 3.5)]
+)
 def test_error_falls_with_the_order_of_the_method(method, order) -> None:
     """Halving the step divides the error by 2^order. Ends inside (0, 1), where all of them are regular."""
 
@@ -41,7 +43,7 @@ def test_error_falls_with_the_order_of_the_method(method, order) -> None:
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m"])
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m", "unipc"])
 def test_from_noise_to_data_all_methods_agree(method) -> None:
     exact = sample(MIXTURE.velocity, noise(), steps=3000, method="heun")
     x0 = sample(MIXTURE.velocity, noise(), steps=400, method=method)
@@ -54,6 +56,7 @@ GAUSSIAN = {  # the rms error at 50 evaluations, for data of standard deviation 
     "heun": (8.7e-4, 1.3e-3, 6.1e-3),
     "midpoint": (8.9e-6, 7.4e-6, 7.8e-5),
     "dpm++2m": (5.6e-4, 1.7e-3, 1.1e-4),
+    "unipc": (1.63e-4, 2.55e-4, 4.44e-4),
 }
 
 
@@ -74,7 +77,7 @@ def test_errors_on_a_gaussian_are_those_of_the_documentation(method) -> None:
         assert min(calls) > 0  # no expert was trained at t = 0
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m"])
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m", "unipc"])
 def test_each_sample_follows_its_own_times(method) -> None:
     """A batch with different times per sample gives what each sample gives alone."""
     start = noise(2)
@@ -91,6 +94,30 @@ def test_dpm_solver_of_one_step_is_ddim() -> None:
         sample(MIXTURE.velocity, start, method="dpm++2m", times=times),
         sample(MIXTURE.velocity, start, method="euler", times=times),
     )
+
+
+def test_unipc_equals_diffusers() -> None:
+    """On a grid inside (0, 1): at t = 1 diffusers' system of equations is singular."""
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    scheduler = schedulers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, flow_shift=1.0
+    )
+    scheduler.set_timesteps(12)
+    scheduler.sigmas = torch.linspace(0.95, 0.05, 13, dtype=torch.float64)
+    x = noise()
+    for index, step_time in enumerate(scheduler.timesteps):
+        x = scheduler.step(MIXTURE.velocity(x, scheduler.sigmas[index].expand(len(x))), step_time, x).prev_sample
+    torch.testing.assert_close(sample(MIXTURE.velocity, noise(), method="unipc", times=scheduler.sigmas), x)
+
+
+def test_unipc_needs_half_of_the_evaluations_of_dpm_solver() -> None:
+    exact = sample(MIXTURE.velocity, noise(), steps=3000, method="heun")
+    errors = {
+        (method, steps): float((sample(MIXTURE.velocity, noise(), steps, method) - exact).norm())
+        for method, steps in (("dpm++2m", 40), ("unipc", 20), ("dpm++2m", 80), ("unipc", 40))
+    }
+    assert errors["unipc", 20] < errors["dpm++2m", 40]
+    assert errors["unipc", 40] < errors["dpm++2m", 80]
 
 
 def test_euler_equals_diffusers_flow_match_euler() -> None:
@@ -180,7 +207,7 @@ def test_a_method_can_be_chosen_wherever_a_solver_is(method) -> None:
         assert method in shown
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m"])
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "dpm++2m", "unipc"])
 def test_samplings_that_share_evaluations_are_those_that_do_not(method) -> None:
     """Two integrations that began at different moments, with one call of the velocity for both."""
 

@@ -46,7 +46,9 @@ def sample(
     replicas: Annotated[
         str | None, typer.Option(help="stacked, inverse-error, equal, time-switch-0.5; default: the ensemble's.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="euler, heun, midpoint, dpm++2m; default: the ensemble's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="euler, heun, midpoint, dpm++2m, unipc; default: the ensemble's.")
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(help="WIDTHxHEIGHT of the images in pixels, such as 1024x768; default: the main size."),

@@ -128,7 +128,9 @@ def synthesize(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps; default: atoll.yaml's.")] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 samples what the experts learned.")] = 1.0,
-    method: Annotated[str | None, typer.Option(help="euler, heun, midpoint, dpm++2m; default: atoll.yaml's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="euler, heun, midpoint, dpm++2m, unipc; default: atoll.yaml's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: atoll.yaml's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted generation.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace generated latents; never real data.")] = False,

@@ -37,6 +37,7 @@ _METHODS = {
     "heun": "Second order, two evaluations per step.",
     "midpoint": "Second order, two evaluations per step.",
     "dpm++2m": "Second order with one evaluation per step, by the step before.",
+    "unipc": "Third order with one evaluation per step, which also corrects the step before.",
 }
 
 

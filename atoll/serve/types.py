@@ -31,7 +31,7 @@ class ImageRequest:
         steps: number of steps.
         guidance_scale: the guidance scale.
         guidance_range: the times (0 data, 1 noise) between which there is guidance.
-        method: "euler", "heun", "midpoint" or "dpm++2m".
+        method: "euler", "heun", "midpoint", "dpm++2m" or "unipc".
         routing: a name of `atoll.ensemble.routing`.
         alignment: "snr" or "native".
         cluster: the images' own cluster, for routing "oracle".
