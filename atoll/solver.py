@@ -97,7 +97,7 @@ class Integration:
         # Stop at the first point.
         self.x, self.step, self.steps = noise, 0, len(grid) - 1
         functions: dict[str, _Step] = {"euler": _euler, "heun": _heun, "midpoint": _midpoint, "dpm++2m": _Multistep()}
-        functions["unipc"] = _Corrected(self.steps)
+        functions["unipc"] = _Corrected(self.steps, grid[-1] == 0)
         self._evaluations = self._integrate(functions[method], grid)
         self.point: tuple[Tensor, Tensor] | None = next(self._evaluations)
 
@@ -210,8 +210,8 @@ class _Multistep:
 class _Corrected:
     """UniPC: each evaluation corrects its point and predicts the next one (`atoll.unipc`)."""
 
-    def __init__(self, steps: int) -> None:
-        self.unipc = UniPC(steps)
+    def __init__(self, steps: int, to_zero: Tensor) -> None:
+        self.unipc = UniPC(steps, to_zero)
 
     def __call__(self, x: Tensor, t: Tensor, t_next: Tensor) -> _Evaluations:
         u = yield x, t

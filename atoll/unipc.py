@@ -1,4 +1,4 @@
-"""UniPC of order 3 (Zhao et al. 2023, arXiv 2302.04867) on the linear path: alpha = 1 - t, sigma = t, l = log(alpha/sigma).
+"""UniPC of order 3 (Zhao et al. 2023, arXiv 2302.04867) for alpha = 1 - t, sigma = t, with l = log(alpha/sigma).
 
 The evaluation at a point, which predicts the next one, also corrects the point itself, so a step still evaluates the
 velocity once. Both are sums of estimates of x0, at this point and at others, with weights that integrate polynomials in
@@ -6,8 +6,8 @@ l to the order of the points, with the paper's B(h) = e^-h - 1:
 
     x_next = (sigma_next/sigma) x + alpha_next (1 - e^-h) (x0 + sum_k w_k (x0_k - x0) / r_k),    r_k = (l_k - l)/h
 
-l is infinite at t = 1 and t = 0. An estimate at t = 1 therefore counts only for the steps that touch it, and the step to
-t = 0 returns x0, which is its exact limit.
+l is infinite at t = 1 and t = 0. An estimate at t = 1 therefore counts only for the steps that touch it, and the step
+to t = 0 returns x0, which is its exact limit.
 """
 
 import math
@@ -34,27 +34,33 @@ class UniPC:
     """The points of one sampling.
 
     Attributes:
-        steps: that are left. The last ones have a lower order, as in diffusers: l grows without bound there.
+        steps: that are left.
+        to_zero: samples whose last time is 0 [B] bool. Their last steps have a lower order, as in diffusers, since l
+            grows without bound.
         points: the last estimates, the newest first.
         x: the corrected sample [B, ...] at the newest.
         t: its time [B].
+        order: of the last prediction [B] int64, if there were as many points.
     """
 
     steps: int
+    to_zero: Tensor
     points: list[Estimate] = field(default_factory=list)
     x: Tensor | None = None
     t: Tensor | None = None
+    order: Tensor | None = None
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, velocity: Tensor) -> Tensor:
         """Return x at t_next [B, ...], from the prediction x [B, ...] at t [B] and the velocity there."""
         here = Estimate(x - per_sample(t, x) * velocity, half_log_snr(t))
         # Correct the point: the last step once more, with the estimate at its end.
-        if self.x is not None and self.t is not None:
-            x = _step(self.x, self.t, t, self.points, here)
+        if self.x is not None and self.t is not None and self.order is not None:
+            x = _step(self.x, self.t, t, self.points, self.order, here)
         # Predict the next one.
-        self.points = [here, *self.points][: min(_POINTS, self.steps)]
-        self.x, self.t, self.steps = x, t, self.steps - 1
-        return _step(x, t, t_next, self.points, None)
+        self.points = [here, *self.points][:_POINTS]
+        self.x, self.t, self.order = x, t, torch.where(self.to_zero, self.steps, _POINTS)
+        self.steps -= 1
+        return _step(x, t, t_next, self.points, self.order, None)
 
 
 def half_log_snr(t: Tensor) -> Tensor:
@@ -62,15 +68,15 @@ def half_log_snr(t: Tensor) -> Tensor:
     return torch.log1p(-t) - torch.log(t)
 
 
-def _step(x: Tensor, t: Tensor, t_next: Tensor, points: list[Estimate], end: Estimate | None) -> Tensor:
-    """Return x at t_next [B, ...] by the estimates at t and before; `end`, the one at t_next, corrects it."""
+def _step(x: Tensor, t: Tensor, t_next: Tensor, points: list[Estimate], order: Tensor, end: Estimate | None) -> Tensor:
+    """Return x at t_next [B, ...] by estimates at t and before, to each sample's order; `end`, at t_next, corrects."""
     here, h = points[0], half_log_snr(t_next) - points[0].l
     slope = torch.zeros_like(x)
     # Samples may have times of their own, and so another number of points at finite l. These are the newest ones.
     for earlier in range(len(points)):
         others = points[1 : earlier + 1] + ([] if end is None else [end])
         if others:
-            usable = torch.isfinite(h) & torch.isfinite(points[earlier].l)
+            usable = torch.isfinite(h) & torch.isfinite(points[earlier].l) & (earlier < order)
             usable |= torch.tensor(earlier == 0 and end is not None, device=t.device)
             weights = _weights(here, [other.l for other in points[1 : earlier + 1]], h, usable, end is not None)
             sums = sum(per_sample(weights[:, k], x) * (other.x0 - here.x0) for k, other in enumerate(others))

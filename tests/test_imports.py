@@ -19,7 +19,7 @@ TESTS = ROOT / "tests"
 LEVELS = [
     ["errors", "shapes", "choices", "interpolation", "randomness"],
     ["runtime", "storage", "schedule", "report", "image_size"],
-    ["time_shift"],
+    ["time_shift", "unipc"],
     ["objective", "calibration", "condition", "solver", "image_settings"],
     ["alignment", "nn", "testing"],
     ["encoders"],

@@ -96,14 +96,19 @@ def test_dpm_solver_of_one_step_is_ddim() -> None:
     )
 
 
-def test_unipc_equals_diffusers() -> None:
-    """On a grid inside (0, 1): at t = 1 diffusers' system of equations is singular."""
+@pytest.mark.parametrize("end", [0.05, 0.0])
+def test_unipc_equals_diffusers(end) -> None:
+    """Below 1, where its system of equations is singular; the order is lowered before 0 only."""
     schedulers = pytest.importorskip("diffusers.schedulers")
     scheduler = schedulers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, flow_shift=1.0
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        solver_order=3,
+        flow_shift=1.0,
+        lower_order_final=end == 0,
     )
     scheduler.set_timesteps(12)
-    scheduler.sigmas = torch.linspace(0.95, 0.05, 13, dtype=torch.float64)
+    scheduler.sigmas = torch.linspace(0.95, end, 13, dtype=torch.float64)
     x = noise()
     for index, step_time in enumerate(scheduler.timesteps):
         x = scheduler.step(MIXTURE.velocity(x, scheduler.sigmas[index].expand(len(x))), step_time, x).prev_sample
