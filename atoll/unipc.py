@@ -104,5 +104,5 @@ def _weights(here: Estimate, earlier: list[Tensor], h: Tensor, usable: Tensor, c
         bounds.append(phi * math.factorial(i) / torch.expm1(z))
         phi = phi / z - 1 / math.factorial(i + 1)
     powers = torch.stack([r**i for i in range(n)], dim=1)  # [B,n,n]
-    w = torch.linalg.solve(powers, torch.stack(bounds, dim=1))  # [B,n]
+    w: Tensor = torch.linalg.solve(powers, torch.stack(bounds, dim=1))  # [B,n]
     return (w / r).to(h)
