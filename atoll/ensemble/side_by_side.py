@@ -19,6 +19,8 @@ from atoll.ensemble.offload import Offloaded
 MAX_NUMBERS = 8 * 4 * 16 * 16  # of x per expert: 8 rows of 4x16x16; measured on two cores with AMX
 _LEAST_GAIN = 1.5  # all experts' rows over those of the worker with the most: below it, not worth the threads
 _Call = Callable[[], Tensor]
+# While workers start, torch's number of threads is theirs: a thread that reads it then would keep it.
+_starting = Lock()
 
 
 def workers_for(networks: Sequence[object], numbers: Sequence[int]) -> int:
@@ -29,7 +31,8 @@ def workers_for(networks: Sequence[object], numbers: Sequence[int]) -> int:
         numbers: of x, that each one is evaluated at.
     """
     # Few rows, and no gradients: a backward pass has threads of its own.
-    workers = min(torch.get_num_threads(), len(networks))
+    with _starting:
+        workers = min(torch.get_num_threads(), len(networks))
     if workers < 2 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or max(numbers) > MAX_NUMBERS:
         return 1
     # Modules on the CPU, each its own: a compiled network or one that is loaded when it is called has state.
@@ -49,7 +52,7 @@ def share(calls: Sequence[_Call], numbers: Sequence[int], workers: int) -> list[
         workers: how many, at least 2; each has its part of torch's threads.
 
     Raises:
-        Exception: what a call raised; the others have ended.
+        Exception: what a call raised; the others have ended. On Ctrl-C they end in the background.
     """
     answers: dict[int, Tensor] = {}
     inference = torch.is_inference_mode_enabled()
@@ -59,7 +62,8 @@ def share(calls: Sequence[_Call], numbers: Sequence[int], workers: int) -> list[
         with torch.inference_mode(inference), torch.no_grad():
             answers.update({place: calls[place]() for place in part})
 
-    pool = _pool(workers, max(1, torch.get_num_threads() // workers))
+    with _starting:
+        pool = _pool(workers, max(1, torch.get_num_threads() // workers))
     running = [pool.submit(evaluate, part) for part in _parts(numbers, workers)]
     wait(running)
     for one in running:
@@ -88,7 +92,7 @@ def _parts(numbers: Sequence[int], workers: int) -> list[list[int]]:
 
 @cache
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
-    """Return the workers of this process, each with so many threads of torch."""
+    """Return the workers of this process, each with so many threads of torch; the caller holds `_starting`."""
     lock, all_started, own = Lock(), Barrier(workers), torch.get_num_threads()
 
     def start() -> None:
@@ -105,5 +109,12 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def _forget() -> None:
+    """Forget the parent's workers, and a lock that one of its threads may have held."""
+    global _starting
+    _starting = Lock()
+    _pool.cache_clear()
+
+
 # Threads do not survive a fork: a child starts its own.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+os.register_at_fork(after_in_child=_forget)

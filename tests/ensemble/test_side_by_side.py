@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,3 +141,17 @@ def test_a_forked_process_has_workers_of_its_own(two_threads) -> None:
         side_by_side.share(calls, [1, 1], 2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_callers_that_start_at_once_keep_their_threads(two_threads) -> None:
+    """Two models in `atoll serve`, say: workers set the number of the process for a moment while they start."""
+    together = threading.Barrier(8)
+
+    def call(index: int) -> tuple[float, int]:
+        together.wait()
+        answers = side_by_side.share([lambda: torch.tensor(float(index)), lambda: torch.tensor(-1.0)], [1, 1], 2)
+        return float(answers[0]), torch.get_num_threads()
+
+    side_by_side._pool.cache_clear()
+    with ThreadPoolExecutor(8) as callers:
+        assert list(callers.map(call, range(8))) == [(float(index), 2) for index in range(8)]
