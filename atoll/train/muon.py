@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from atoll.errors import AtollError
+from atoll.nn.lora import A, B
 
 MUON_MOMENTUM = "momentum"  # the name of its only moment in a state
 _MOMENTUM = 0.95
@@ -33,8 +34,10 @@ def matrix_parts(name: str, parameter: Tensor) -> int:
     """Return of how many matrices a parameter of this name consists; 0: it is left to AdamW.
 
     The matrices of the blocks, without their modulation: embeddings, the first and last layer, vectors and whatever
-    turns time and prompt into scales are left to AdamW.
+    turns time and prompt into scales are left to AdamW. So are low-rank updates: only the product of the two counts.
     """
+    if name.endswith((A, B)):
+        return 0
     *path, layer, kind = ("", "", *name.split("."))
     if "blocks" not in path or "modulation" in path or kind != "weight" or parameter.ndim != 2:
         return 0
@@ -51,7 +54,7 @@ def muon_matrices(trained: Iterable[tuple[str, nn.Parameter]]) -> dict[nn.Parame
     if not matrices:
         raise AtollError(
             "train.optimizer muon: no trained parameter is a matrix of a block; it steps those of dit, mmdit and their "
-            "routers, and no low-rank updates: set optimizer: adamw"
+            "routers, and no low-rank updates: set optimizer: adamw (of an update: lora.train.optimizer)"
         )
     return matrices
 

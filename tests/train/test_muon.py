@@ -10,10 +10,13 @@ from torch import nn
 from atoll.errors import AtollError
 from atoll.manifest import TrainSettings, load_manifest
 from atoll.nn.dit import DiT, DiTConfig
+from atoll.nn.lora import add_lora
 from atoll.nn.mmdit import MMDiT, MMDiTConfig
+from atoll.storage.cards import LoraRecord
 from atoll.storage.layout import TrainingLayout
 from atoll.train.expert import train_expert
 from atoll.train.muon import Muon, matrix_parts, orthogonalised
+from atoll.train.state import State
 from tests.train.test_island import alone, assert_equal, make, state, tensors
 from tests.train.together import Training, start
 
@@ -144,3 +147,11 @@ def test_two_processes_step_as_one(one, tmp_path, sharding) -> None:
 def test_what_does_not_go_together_is_refused(other, message) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings(optimizer="muon", **other)
+
+
+def test_a_low_rank_update_is_refused() -> None:
+    """Its matrices lie in blocks too, and nothing would be left to AdamW."""
+    network = DiT(DiTConfig(**SIZES, depth=1))
+    add_lora(network, LoraRecord(rank=2, alpha=2.0, targets=[]))
+    with pytest.raises(AtollError, match=r"no low-rank updates: .*lora\.train\.optimizer"):
+        State(network, TrainSettings(optimizer="muon"))
