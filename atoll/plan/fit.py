@@ -81,8 +81,13 @@ LADDER = (
 )
 
 
-def ladder(network: NetworkSizes) -> tuple[Switches, ...]:
-    """The rows of the batch table for a network: those of `LADDER`, and half and all of its blocks swapped."""
+def ladder(network: NetworkSizes, gpus: int = 1) -> tuple[Switches, ...]:
+    """The rows of the batch table for a network: those of `LADDER`, and half and all of its blocks swapped.
+
+    Several GPUs that share a batch train with neither a fused backward pass nor a swap.
+    """
+    if gpus > 1:
+        return tuple(switches for switches in LADDER if not switches.fused_backward)
     half, swapped = max(1, network.depth // 2), Switches("full", compile=False)
     last = replace(swapped, ema_device="cpu", fused_backward=True, block_swap=network.depth)
     return (*LADDER, replace(swapped, block_swap=half), replace(swapped, block_swap=network.depth), last)

@@ -66,7 +66,8 @@ def plan(
         each: GPUs that share the batches of one expert.
 
     Raises:
-        AtollError: a network fits nowhere or not on a named GPU, an expert without an island, an unknown encoder.
+        AtollError: a network fits nowhere or not on a named GPU, an expert without an island, an unknown encoder; a
+            batch that its GPUs cannot share.
     """
     # Sizes of every network.
     text = text or text_of(manifest.condition)
@@ -74,8 +75,9 @@ def plan(
     experts = tuple(_expert(manifest, index, sizes, text) for index in range(len(manifest.experts)))
     router = _router(manifest, sizes, text)
     rules = _rules(manifest.train.precision)
-    # Refuse networks that fit nowhere.
+    # Refuse what training refuses, and networks that fit nowhere.
     for expert in experts:
+        _check_shared(expert, each)
         least = _least(expert, rules, each)
         room = max([gpu.memory for gpu in gpus] or [gpu.memory for gpu in GPUS.values()])
         if least > room:
@@ -270,13 +272,29 @@ def _least(expert: PlannedExpert, rules: Rules, each: int) -> float:
     return smallest_memory(expert.network, rules, shards, fused_backward=fused, block_swap=swapped)
 
 
+def _check_shared(expert: PlannedExpert, each: int) -> None:
+    """Raise AtollError if `each` GPUs cannot share the expert's batches, as training does."""
+    one_process = {
+        "fused_backward": expert.recipe_switches.fused_backward,
+        "block_swap": expert.recipe_switches.block_swap,
+    }
+    if each > 1 and (wrong := [key for key, value in one_process.items() if value]):
+        raise AtollError(
+            f"expert {expert.name}: train.{wrong[0]} is for one GPU, not {each} that share a batch; leave it out"
+        )
+    if expert.batch % each:
+        raise AtollError(
+            f"expert {expert.name}: a batch of {expert.batch} cannot be divided among {each} GPUs; choose a multiple "
+            f"of {each}, or another number of GPUs"
+        )
+
+
 def _fit(expert: PlannedExpert, rules: Rules, gpu: GPU, each: int, flops: float) -> Fit | None:
     """How the expert's batch fits `each` GPUs, which share it."""
-    part = -(-expert.batch // each)
     return fastest(
         expert.network,
         rules,
-        part,
+        expert.batch // each,
         gpu.memory,
         flops,
         gpu.compiles,
@@ -313,7 +331,7 @@ def _batches(
     return {
         expert.name: {
             str(s): {m: largest_batch(network, rules, s, m, _shards(expert, each)) for m in memories}
-            for s in ladder(network)
+            for s in ladder(network, each)
         }
         for network, expert in distinct.items()
     }
@@ -361,5 +379,6 @@ def _island_rate(
         raise AtollError(
             f"island {settings.name}: {settings.gpu} has no known speed; name a GPU, or give tflops and memory_gb"
         )
+    _check_shared(expert, settings.gpus)
     fit = _fit(expert, _rules(precision, gpu.cpu), gpu, settings.gpus, flops)
     return _rate(expert, _seconds(expert, fit, gpu, flops)) if fit else None

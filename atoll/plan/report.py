@@ -165,6 +165,9 @@ def _batches(plan: Plan) -> list[Any]:
         memories = list(next(iter(ladder.values())))
         title = "Largest batch at a time" + (f", network of {name}" if len(plan.batches) > 1 else "")
         table = _table(title, ("switches", *(_bytes(memory) for memory in memories)))
+        # Where the line is too narrow, the words are broken, not the numbers.
+        for number, column in enumerate(table.columns):
+            column.no_wrap = number > 0
         for switches, by in ladder.items():
             table.add_row(switches, *(str(by[memory]) if by[memory] else "-" for memory in memories))
         parts += [table, Text()]

@@ -1,6 +1,7 @@
 """Plans of trainings over several sizes of images, and on several GPUs that share an expert."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,27 @@ def test_what_no_gpu_can_hold_several_can_if_they_shard() -> None:
     fit = plan(shards, [small], each=16).machines[0].fits["0-flow-linear"]
     assert fit is not None
     assert fit.switches == Switches()
+
+
+def test_what_gpus_cannot_share_is_refused_as_in_training() -> None:
+    manifest, a100 = recipe(), [find_gpu("a100")]
+    batch = manifest.train.batch
+    with pytest.raises(AtollError, match=f"a batch of {batch} cannot be divided among {batch - 1} GPUs"):
+        plan(manifest, a100, each=batch - 1)
+    for key, value in (("fused_backward", True), ("block_swap", 1)):
+        one_gpu = {"clip": None, "compile": False, "checkpointing": "full", key: value}
+        train = manifest.train.model_copy(update=one_gpu)
+        with pytest.raises(AtollError, match=f"train.{key} is for one GPU"):
+            plan(manifest.model_copy(update={"train": train}), a100, each=2)
+    # Nor are they in the table of batches.
+    rows = {each: " ".join(*plan(manifest, a100, each=each).batches.values()) for each in (1, 2)}
+    assert all(word in rows[1] and word not in rows[2] for word in ("fused backward", "swapped"))
+
+
+def test_numbers_of_a_narrow_table_are_whole(atoll) -> None:
+    code, text, _ = atoll("plan", "modern-tiny", "--gpu", "24GB")
+    assert code == 0
+    assert re.search(r"^compile, full checkpointing +\d{5} +\d{6} +\d{6}$", text, re.MULTILINE)
 
 
 def test_gpus_on_the_command_line(atoll) -> None:
