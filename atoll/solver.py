@@ -14,7 +14,7 @@ from atoll.errors import AtollError
 from atoll.schedule import PATH, Schedule
 from atoll.shapes import per_sample
 from atoll.time_shift import shift_time
-from atoll.unipc import UniPC, half_log_snr
+from atoll.unipc import UniPC
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 # A step yields each (x, t) at which it needs the velocity, is sent that velocity, and returns x at t_next.
@@ -193,7 +193,7 @@ class _Multistep:
         # The data estimate at this point, from the velocity.
         u = yield x, t
         x0 = x - per_sample(t, x) * u
-        h = half_log_snr(t_next) - half_log_snr(t)
+        h = (PATH.log_snr(t_next) - PATH.log_snr(t)) / 2
         # D: the estimate of x0, extrapolated from the last two steps.
         extrapolated = x0
         # The first step has no predecessor and is first order.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from atoll.schedule import PATH
 from atoll.shapes import per_sample
 
 _POINTS = 3  # estimates that a prediction uses
@@ -52,7 +53,7 @@ class UniPC:
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, velocity: Tensor) -> Tensor:
         """Return x at t_next [B, ...], from the prediction x [B, ...] at t [B] and the velocity there."""
-        here = Estimate(x - per_sample(t, x) * velocity, half_log_snr(t))
+        here = Estimate(x - per_sample(t, x) * velocity, PATH.log_snr(t) / 2)
         # Correct the point: the last step once more, with the estimate at its end.
         if self.x is not None and self.t is not None and self.order is not None:
             x = _step(self.x, self.t, t, self.points, self.order, here)
@@ -63,14 +64,9 @@ class UniPC:
         return _step(x, t, t_next, self.points, self.order, None)
 
 
-def half_log_snr(t: Tensor) -> Tensor:
-    """Return log(alpha/sigma) of the linear path [B]."""
-    return torch.log1p(-t) - torch.log(t)
-
-
 def _step(x: Tensor, t: Tensor, t_next: Tensor, points: list[Estimate], order: Tensor, end: Estimate | None) -> Tensor:
     """Return x at t_next [B, ...] by estimates at t and before, to each sample's order; `end`, at t_next, corrects."""
-    here, h = points[0], half_log_snr(t_next) - points[0].l
+    here, h = points[0], PATH.log_snr(t_next) / 2 - points[0].l
     slope = torch.zeros_like(x)
     # Samples may have times of their own, and so another number of points at finite l. These are the newest ones.
     for earlier in range(len(points)):

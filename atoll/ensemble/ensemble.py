@@ -25,7 +25,7 @@ from atoll.ensemble.replicas import (
     replica_weights,
 )
 from atoll.ensemble.routing import Routing, RoutingContext, parse_routing
-from atoll.ensemble.side_by_side import share, workers_for
+from atoll.ensemble.side_by_side import can_share, share, workers_for
 from atoll.errors import AtollError
 from atoll.shapes import per_sample
 
@@ -247,14 +247,17 @@ class Ensemble:
             order: in which to evaluate them; default: as in `routed.active`.
         """
         order = routed.active if order is None else order
-        workers = workers_for([self.experts[index].network for index in order], routed.numbers(order))
+        # Only where experts can share: counting guided rows would wait for a GPU.
+        shares = can_share([self.experts[index].network for index in order])
+        numbers = routed.numbers(order) if shares else []
+        workers = workers_for(numbers)
         if workers < 2:
             for index in order:
                 yield index, self.expert_velocity(routed, index)
             return
         # The prompts are read here: a cache belongs to one thread.
         calls = [self._call(routed, index) for index in order]
-        yield from zip(order, share(calls, routed.numbers(order), workers), strict=True)
+        yield from zip(order, share(calls, numbers, workers), strict=True)
 
     def expert_velocity(self, routed: Routed, index: int) -> Tensor:
         """Return one active expert's guided velocity [b, ...] for its rows of the batch."""

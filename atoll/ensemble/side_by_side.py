@@ -23,20 +23,25 @@ _Call = Callable[[], Tensor]
 _starting = Lock()
 
 
-def workers_for(networks: Sequence[object], numbers: Sequence[int]) -> int:
-    """Return how many of these networks to evaluate at a time; 1: one after the other, on all threads.
+def can_share(networks: Sequence[object]) -> bool:
+    """Return whether threads may evaluate these networks, as things are set on this one."""
+    # A backward pass has threads of its own, and autocast is set for each thread.
+    if len(networks) < 2 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    # Modules on the CPU, each its own: a compiled network or one that is loaded when it is called has state.
+    return len({id(network) for network in networks}) == len(networks) and all(map(_is_plain, networks))
+
+
+def workers_for(numbers: Sequence[int]) -> int:
+    """Return how many experts to evaluate at a time; 1: one after the other, on all threads.
 
     Args:
-        networks: of the experts, in their order.
-        numbers: of x, that each one is evaluated at.
+        numbers: of x, that each expert is evaluated at; none if they cannot share.
     """
-    # Few rows, and no gradients: a backward pass has threads of its own.
+    # Few rows each.
     with _starting:
-        workers = min(torch.get_num_threads(), len(networks))
-    if workers < 2 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or max(numbers) > MAX_NUMBERS:
-        return 1
-    # Modules on the CPU, each its own: a compiled network or one that is loaded when it is called has state.
-    if len({id(network) for network in networks}) < len(networks) or not all(map(_is_plain, networks)):
+        workers = min(torch.get_num_threads(), len(numbers))
+    if workers < 2 or max(numbers) > MAX_NUMBERS:
         return 1
     # One expert with most of the rows would leave the other threads idle.
     loads = [sum(numbers[place] for place in part) for part in _parts(numbers, workers)]

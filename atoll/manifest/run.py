@@ -76,7 +76,7 @@ class TrainSettings(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     optimizer_state: Literal["fp32", "8bit"] = "fp32"  # of AdamW
     fused_backward: bool = False  # the backward pass steps each parameter and frees its gradient; needs clip: null
-    block_swap: int = Field(0, ge=0)  # so many blocks at most rest in the CPU's memory; needs checkpointing
+    block_swap: int = Field(0, ge=0)  # at most this many blocks rest in the CPU's memory; needs checkpointing
     ema_device: Literal["same", "cpu"] = "same"
     sharding: Literal["replicate", "shard"] = "replicate"  # several processes: DDP or FSDP2
     # Checkpoints, logs and samples: steps between two; 0: never.
@@ -92,7 +92,7 @@ class TrainSettings(Section):
     spike: float = Field(8.0, gt=1)  # a rise of the log-loss by this many standard deviations rolls back, as NaN does
 
     @model_validator(mode="after")
-    def _divisible(self) -> "TrainSettings":
+    def _consistent(self) -> "TrainSettings":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is no multiple of accumulate {self.accumulate}")
         if self.fused_backward and self.clip is not None:

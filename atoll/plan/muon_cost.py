@@ -26,7 +26,7 @@ class MuonCost:
 def muon_matrices(n: NetworkSizes) -> Counter[tuple[int, int]]:
     """Count the matrices that Muon steps by their shape, the smaller side first."""
     # Queries, keys and values of the image, what leaves attention, and the text's keys and values.
-    D, square, wide = n.width, 0, 0
+    D = n.width
     if isinstance(n, MMDiTSizes):
         dual = n.dual_blocks
         square = 6 * (n.depth - dual) + 8 * dual  # both streams of a dual block have four

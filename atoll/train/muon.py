@@ -4,7 +4,7 @@ The step of a matrix is its momentum with all singular values brought to about 1
 bfloat16. Scaled by 0.2 sqrt(max(rows, columns)) it has the root mean square of an AdamW step, so a learning rate that
 was found for AdamW serves both. torch.optim.Muon does the same for one matrix after the other. Here
 
-- matrices of one shape are iterated as one batch, which on a CPU takes a fraction of the time;
+- matrices of one shape are iterated as one batch, which takes less time;
 - a layer that computes several things at once (queries, keys and values; gate and up) is as many matrices;
 - the matrix of a sharded training is gathered for its step, so that any number of processes takes the same one, up to
   the rounding of its gradient.
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
         for p in moved:
             momentum = self.state[p][MUON_MOMENTUM].lerp_(p.grad, 1 - _MOMENTUM)
-            update = whole(p.grad.lerp(momentum, _MOMENTUM))
+            update = _whole(p.grad.lerp(momentum, _MOMENTUM))
             parts = update.unflatten(0, (self._parts[p], -1))  # [P,R,C]
             by_shape.setdefault(tuple(parts.shape[1:]), []).append((p, parts))
 
@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             for (p, _), own in zip(group_parts, steps.split(sizes), strict=True):
                 step = own.flatten(0, 1).to(p.dtype)
                 scale = -lr * _RMS * max(rows, columns) ** 0.5
-                p.mul_(decay).add_(sharded_as(p, step), alpha=scale)
+                p.mul_(decay).add_(_own_rows(p, step), alpha=scale)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def whole(x: Tensor) -> Tensor:
+def _whole(x: Tensor) -> Tensor:
     """Return a tensor with all of its rows, gathered from all processes if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def sharded_as(like: Tensor, x: Tensor) -> Tensor:
+def _own_rows(like: Tensor, x: Tensor) -> Tensor:
     """Return this process's rows of a whole tensor that all processes have, if `like` is sharded."""
     if not isinstance(like, DTensor):
         return x
