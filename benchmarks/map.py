@@ -1,0 +1,187 @@
+"""When isolated experts beat one model: error by size, images seen, number of clusters and share of a common start.
+
+    ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map.py run OUT [--sets eurosat] [--networks 64x2] [--part 1/2]
+    python benchmarks/map.py table OUT
+
+Each cell has the same total training FLOPs for the monolith and for all experts together: N images pass through the
+monolith, f N through the common model, and (1 - f) N / K through each expert. The monolith trains at a constant rate;
+for each N a copy of it decays over the last 40 % (the warm-up, stable, decay schedule), so that long and short
+trainings share their first part, and the common models are its states at f N. Experts are evaluated on their own
+clusters' held-out images ("oracle" routing). OUT/cells.jsonl has one line per cell; finished cells are skipped.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from small import Levelled, Lines, Training, errors, load, mean, network_config, over_clusters, training_flops
+
+from atoll.manifest import TrainSettings
+from atoll.objective import Objective
+
+FLOW = Objective("flow", "linear")
+DECAY_FROM = 0.6
+# Found by six trainings of either side, see docs/results.md.
+MONOLITH: dict[str, Any] = {"batch": 64, "lr": 8e-3}
+EXPERT: dict[str, Any] = {"batch": 32, "lr": 8e-3}
+# Thousands of images, by width and depth.
+IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
+CLUSTERS = (4, 16)
+SHARES = (0.0, 0.5)
+# Where the generalist denoises, by tenths of the time, and where the experts do; half at the edges.
+ENDS = (1, 1, 0.5, 0, 0, 0, 0.5, 1, 1, 1)
+MIDDLE = (0, 0.5, 1, 1, 1, 1, 1, 0.5, 0, 0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the map."""
+
+    name: str  # of the set
+    size: int
+    width: int
+    depth: int
+    seed: int
+    images: int
+    k: int  # 1: the monolith
+    share: float = 0.0
+    by_level: bool = False  # the generalist denoises the ends, the experts the middle
+
+    @property
+    def key(self) -> str:
+        """Its name in cells.jsonl."""
+        share = (f" f={self.share:g}" if self.k > 1 else "") + (" by-level" if self.by_level else "")
+        shape = f"{self.name}-{self.size} {self.width}x{self.depth}"
+        return f"{shape} N={self.images} K={self.k}{share} seed={self.seed}"
+
+
+def settings(images: int, batch: int, lr: float, decay_from: float = DECAY_FROM) -> TrainSettings:
+    """Of a training on so many images."""
+    steps = max(1, images // batch)
+    ema = 0.99 if steps < 3000 else 0.995
+    return TrainSettings(
+        optimizer="muon", steps=steps, batch=batch, lr=lr, warmup=min(50, steps // 10), decay_from=decay_from, ema=ema
+    )
+
+
+def result(cell: Cell, levels: list[float], flops: float, seconds: float) -> dict[str, Any]:
+    """A cell's line."""
+    rounded = [round(level, 5) for level in levels]
+    return {**vars(cell), "error": mean(levels), "levels": rounded, "flops": flops, "seconds": round(seconds, 1)}
+
+
+def monolith(lines: Lines, name: str, shape: tuple[int, int], seed: int, options: argparse.Namespace) -> None:
+    """Train the monolith of every length, and keep the common models in OUT/starts."""
+    out, size = options.out, options.size
+    data = load(out, name, size, 1)
+    lengths = [1000 * thousands for thousands in options.images or IMAGES[shape]]
+    cells = {n: Cell(name, size, *shape, seed, n, 1) for n in lengths}
+    starts = {int(f * n): start_path(out, cells[n], int(f * n)) for n in lengths for f in SHARES if f}
+    if all(cell.key in lines.rows for cell in cells.values()) and all(path.is_file() for path in starts.values()):
+        return
+    # One trunk; at the events, in order, a copy decays or the averaged weights are kept.
+    config = network_config(data, shape[0], depth=shape[1])
+    longest = settings(max(lengths), **MONOLITH, decay_from=1.0)
+    trunk = Training(data, data.training(), config, longest, FLOW, seed)
+    decays = {int(DECAY_FROM * n) // longest.batch: n for n in lengths}
+    keeps = {n // longest.batch: n for n in starts}
+    for step in sorted({*decays, *keeps}):
+        trunk.run(step)
+        if step in keeps:
+            path = starts[keeps[step]]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(trunk.weights(), path)
+        if step in decays:
+            n = decays[step]
+            # The decay is the last 40 % of this length.
+            end = trunk.branch(settings(n, **MONOLITH))
+            end.run(end.settings.steps)
+            levels = errors(config, end.weights(), FLOW, data, data.held_out())
+            lines.add(cells[n].key, result(cells[n], levels, n * training_flops(data, config), end.seconds))
+
+
+def start_path(out: Path, cell: Cell, images: int) -> Path:
+    """Where a common model is kept."""
+    shape = f"{cell.name}-{cell.size}-{cell.width}x{cell.depth}"
+    return out / "starts" / f"{shape}-seed{cell.seed}-{images}.pt"
+
+
+def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
+    """Train the experts of a cell and measure them on their own clusters."""
+    if cell.key in lines.rows:
+        return
+    data = load(out, cell.name, cell.size, cell.k)
+    config = network_config(data, cell.width, depth=cell.depth)
+    common = int(cell.share * cell.images)
+    start = torch.load(start_path(out, cell, common)) if common else None
+
+    # By level, the generalist takes half of what is left, for the ends.
+    ends = (cell.images - common) // 2 if cell.by_level else 0
+    each = (cell.images - common - ends) // cell.k
+    middle = Levelled(MIDDLE, is_weighted=False) if cell.by_level else FLOW
+    per_cluster, counts, seconds = [], [], 0.0
+    for cluster in range(cell.k):
+        counts.append(len(data.held_out(cluster)))
+        seed = 1000 * cell.seed + cluster + 1
+        training = Training(data, data.training(cluster), config, settings(each, **EXPERT), middle, seed, start)
+        training.run(training.settings.steps)
+        levels = errors(config, training.weights(), FLOW, data, data.held_out(cluster)) if counts[-1] else [0.0] * 10
+        per_cluster.append(levels)
+        seconds += training.seconds
+    levels = over_clusters(per_cluster, counts)
+    if cell.by_level:
+        objective = Levelled(ENDS, is_weighted=False)
+        training = Training(data, data.training(), config, settings(ends, **MONOLITH), objective, cell.seed, start)
+        training.run(training.settings.steps)
+        general = errors(config, training.weights(), FLOW, data, data.held_out())
+        levels = [general[i] if ENDS[i] == 1 else levels[i] for i in range(len(levels))]
+        seconds += training.seconds
+    row = result(cell, levels, cell.images * training_flops(data, config), seconds)
+    lines.add(cell.key, {**row, "clusters": [round(mean(each), 5) for each in per_cluster], "counts": counts})
+
+
+def cells_of(name: str, shape: tuple[int, int], seed: int, options: argparse.Namespace) -> Iterator[Cell]:
+    """The ensembles of the map for one set, network and seed."""
+    for thousands in options.images or IMAGES[shape]:
+        for k in options.clusters:
+            for share in options.shares:
+                yield Cell(name, options.size, *shape, seed, 1000 * thousands, k, share)
+                if share and k == options.clusters[0] and options.by_level:
+                    yield Cell(name, options.size, *shape, seed, 1000 * thousands, k, share, by_level=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train every cell that is not in OUT/cells.jsonl yet."""
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    part, parts = map(int, options.part.split("/"))
+    shapes = [tuple(map(int, text.split("x"))) for text in options.networks]
+    jobs = [(n, shape, s) for s in options.seeds for n in options.sets for shape in shapes]
+    for name, shape, seed in jobs[part - 1 :: parts]:
+        lines = Lines(options.out / "cells.jsonl")
+        monolith(lines, name, shape, seed, options)
+        for cell in cells_of(name, shape, seed, options):
+            ensemble(options.out, lines, cell)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run",))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sets", nargs="+", default=["eurosat", "emoji", "mixture", "glyphs"])
+    parser.add_argument("--size", type=int, default=16)
+    parser.add_argument("--networks", nargs="+", default=[f"{w}x{d}" for w, d in IMAGES])
+    parser.add_argument("--images", nargs="+", type=int, help="thousands; default: all lengths of the network")
+    parser.add_argument("--clusters", nargs="+", type=int, default=list(CLUSTERS))
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of the common start")
+    parser.add_argument("--by-level", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

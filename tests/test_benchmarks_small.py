@@ -1,0 +1,106 @@
+"""The drivers of docs/efficiency.md and docs/results.md, on glyphs of 8 x 8 pixels."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoll.manifest import TrainSettings
+from atoll.objective import Objective
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+small = pytest.importorskip("small")
+import map as map_  # noqa: E402
+from efficiency import to_target  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+@pytest.fixture(autouse=True)
+def demo_glyphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(small._SETS, "glyphs", {"source": "glyphs", "subset": "demo"})
+
+
+def training(work: Path, steps: int, decay_from: float = 1.0) -> small.Training:
+    data = small.load(work, "glyphs", 8, 2)
+    settings = TrainSettings(optimizer="muon", steps=steps, batch=8, lr=1e-2, warmup=1, decay_from=decay_from)
+    return small.Training(data, data.training(), small.network_config(data, 32, depth=1), settings, map_.FLOW, seed=3)
+
+
+def test_a_branch_is_the_training_that_had_its_schedule_from_the_start(work: Path) -> None:
+    whole = training(work, 6, decay_from=0.5)
+    whole.run(6)
+    trunk = training(work, 100)
+    trunk.run(3)
+    branch = trunk.branch(whole.settings)
+    branch.run(6)
+    trunk.run(5)  # the branch has left it as it was
+    longer = training(work, 100)
+    longer.run(5)
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, branch.weights()[name]), name
+        assert torch.equal(longer.weights()[name], trunk.weights()[name]), name
+
+
+def test_rows_of_training_are_never_measured(work: Path) -> None:
+    data = small.load(work, "glyphs", 8, 2)
+    trained, measured = set(data.training().tolist()), data.held_out().tolist()
+    assert measured
+    assert not trained & set(measured)
+    assert sorted(data.held_out(0).tolist() + data.held_out(1).tolist()) == sorted(measured)
+
+
+def test_the_error_is_that_of_the_velocity_for_every_objective(work: Path) -> None:
+    """A zero output is the velocity 0 of a flow network, and the noise 0, so x/alpha as x0, of an eps network."""
+    data = small.load(work, "glyphs", 8, 2)
+    config = small.network_config(data, 32, depth=1)
+    weights = {name: torch.zeros_like(w) for name, w in small.build_network(config).state_dict().items()}
+    rows = data.held_out()[:20]
+    for objective in (Objective("flow", "linear"), Objective("eps", "cosine")):
+        for t, output, true in small.velocities(config, weights, objective, data, rows):
+            x0 = data.x0[rows]
+            eps = true + x0
+            x = (1 - t) * x0 + t * eps
+            expected = torch.zeros_like(x) if objective.prediction == "flow" else -x / (1 - t)
+            torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_levels_are_drawn_by_their_density_and_weighed_back() -> None:
+    density = (4.0, 0, 0, 0, 0, 1.0, 0, 0, 0, 0)
+    plain, weighed = (small.Levelled(density, is_weighted=flag) for flag in (False, True))
+    t = plain.sample_time(4000, torch.Generator().manual_seed(0))
+    low = t < 0.1
+    assert ((t >= 0.5) & (t < 0.6) | low).all()
+    assert 0.75 < low.float().mean() < 0.85
+    output, x0, eps = torch.ones(3, 4000, 1, 1, 1).unbind()
+    total = weighed.loss(output * 2, x0, eps, t).mean() / plain.loss(output * 2, x0, eps, t).mean()
+    # Two of ten levels, in equal parts, as uniform times would have drawn them.
+    assert float(total) == pytest.approx(0.2, rel=0.05)
+
+
+def test_the_map_trains_every_cell_once(work: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(map_, "IMAGES", {(32, 1): (1,)})
+    argv = ["map.py", "run", str(work), "--sets", "glyphs", "--size", "8", "--seeds", "0", "--clusters", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    map_.main()
+    rows = small.Lines(work / "cells.jsonl").rows
+    kinds = [(row["k"], row["share"], row["by_level"]) for row in rows.values()]
+    assert kinds == [(1, 0.0, False), (2, 0.0, False), (2, 0.5, False), (2, 0.5, True)]
+    assert len({row["flops"] for row in rows.values()}) == 1  # equal total FLOPs
+    assert all(0 < row["error"] < 3 and len(row["levels"]) == 10 for row in rows.values())
+    capsys.readouterr()
+    map_.main()
+    assert capsys.readouterr().out == ""  # nothing was left to do
+
+
+def test_the_cost_of_a_target_lies_between_the_points_of_a_curve() -> None:
+    points = [
+        {"fraction": f, "error": e, "flops": c} for f, e, c in ((1 / 4, 3.0, 100.0), (1 / 2, 2.0, 200.0), (1, 1.0, 400))
+    ]
+    assert to_target(points, "error", 1.5, "flops") == pytest.approx(200 * 2**0.5)
+    assert to_target(points, "error", 3.5, "flops") == 100  # an upper bound
+    assert to_target(points, "error", 0.5, "flops") is None
