@@ -110,6 +110,7 @@ def train_router(
     typer.echo(f"{out} written")
 
 
+train_common = _command("common", "Train the model that experts start from, on all data -> common/.")
 train_monolith = _command("monolith", "Train one dense model on all data, to compare with -> monolith/.")
 train_student = _command("student", "Distil the ensemble into one dense model -> student/; same as `atoll distil`.")
 app.command("distil", rich_help_panel="Stages", help="Distil the ensemble into one dense model -> student/.")(
@@ -179,9 +180,10 @@ def launch(
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
 ) -> None:
-    """Train every expert, the router and the monolith of atoll.yaml.
+    """Train every expert, the common model, the router and the monolith of atoll.yaml.
 
-    Skips what is trained and resumes what was interrupted. Ctrl-C saves and stops all parts.
+    Experts that start from the common model wait for it. Skips what is trained and resumes what was interrupted. Ctrl-C
+    saves and stops all parts.
     """
     from atoll.launch.run import launch_run
 
@@ -215,10 +217,12 @@ def _trainer(part: str) -> Callable[..., Path]:
         from atoll.train.lora import train_lora
 
         return train_lora
-    # Experts and the monolith are trained alike.
-    from atoll.train.expert import train_expert, train_monolith
+    # Experts, the common model and the monolith are trained alike.
+    from atoll.train.expert import train_common, train_expert, train_monolith
 
-    return train_expert if part == "expert" else train_monolith
+    if part == "expert":
+        return train_expert
+    return train_common if part == "common" else train_monolith
 
 
 def _train(

@@ -156,7 +156,7 @@ def parse_published(data: bytes, where: str) -> Manifest:
         raise AtollError(f"{where}: is no UTF-8 text") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise AtollError(f"{where}: not YAML ({' '.join(str(error).split())[:160]})") from None
-    for part in (*manifest.experts, manifest.router, manifest.monolith):
+    for part in (*manifest.experts, manifest.common, manifest.router, manifest.monolith):
         init = None if part is None else manifest.train_of(part).init
         # What a training starts from is in what it publishes.
         if init is not None and (Path(init).is_absolute() or ".." in Path(init).parts):

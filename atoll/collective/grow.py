@@ -23,7 +23,7 @@ from atoll.errors import AtollError
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import load_clusters
 from atoll.storage.cards import FORMAT, Lineage
-from atoll.storage.layout import CLUSTERS, MANIFEST, ROUTER, RunLayout, cluster_name
+from atoll.storage.layout import CLUSTERS, COMMON, MANIFEST, ROUTER, RunLayout, cluster_name
 
 # What trainings read of atoll.yaml, besides the experts.
 _SHARED = ("seed", "codec", "condition", "feature", "network", "train")
@@ -72,10 +72,12 @@ def grow_collective(directory: Path, *, more_keys: Sequence[Path] = (), progress
         parse_published(RunLayout(directory).manifest.read_bytes(), str(RunLayout(directory).manifest))
         lineage = _grown(directory, manifest, published)
         _check_manifest(manifest, published)
-        files = digests_of(directory, run_files(directory, lineage.k, router=False))
+        names = run_files(directory, manifest, router=False, common=not published.common())
+        files = digests_of(directory, names)
         _check_untouched(directory, lineage, published, files)
-        # The founders' router stays as it was.
-        files |= {name: one for name, one in published.files.items() if name.startswith(f"{ROUTER}/")}
+        # The founders' router and the common model stay as they were, since trainings are under way.
+        stay = (f"{ROUTER}/", f"{COMMON}/")
+        files |= {name: one for name, one in published.files.items() if name.startswith(stay)}
         # Files first, then their list, then the charter.
         digest, data = list_of(files)
         new = {name: one for name, one in files.items() if published.files.get(name) != one}

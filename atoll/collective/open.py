@@ -18,13 +18,16 @@ from atoll.collective.keys import Key, hex_of
 from atoll.collective.member import MemberRecordFile, full_url, write_record
 from atoll.collective.statements import Charter, FoundedRun, MemberRecord, Position, Roles, Thresholds
 from atoll.errors import AtollError
-from atoll.manifest import load_manifest
+from atoll.manifest import Manifest, load_manifest
 from atoll.storage.cards import FORMAT, parse_record
 from atoll.storage.layout import (
+    CARD,
     CLUSTERS,
     CLUSTERS_CARD,
     COLLECTIVE,
+    COMMON,
     MANIFEST,
+    WEIGHTS,
     RunLayout,
     cluster_name,
 )
@@ -70,7 +73,7 @@ def open_collective(
     named = parse_record(MemberRecord, {"name": name or manifest.name}, "the charter")
     # Contributors read the manifest with more care than its owner does.
     parse_published(RunLayout(run).manifest.read_bytes(), str(RunLayout(run).manifest))
-    names = run_files(run, manifest.clusters.k)
+    names = run_files(run, manifest)
     if (run / COLLECTIVE).exists():
         raise AtollError(f"{run}: has joined a collective already ({COLLECTIVE}); found another one on another run")
     store = open_store(url, make=True)
@@ -109,20 +112,24 @@ def open_collective(
     return identity
 
 
-def run_files(run: Path, clusters: int, *, router: bool = True) -> list[str]:
-    """List the files of a run that contributors need: atoll.yaml, the clustering, every cluster, the router's data.
+def run_files(run: Path, manifest: Manifest, *, router: bool = True, common: bool = True) -> list[str]:
+    """List the files of a run that contributors need.
+
+    They are atoll.yaml, the clustering, every cluster, the router's data, and the common model if an expert starts from
+    it.
 
     Args:
         run: the run.
-        clusters: how many it has.
+        manifest: its atoll.yaml.
         router: whether the trained router is among them.
+        common: whether the common model may be among them.
 
     Raises:
-        AtollError: a cluster is missing.
+        AtollError: a cluster, or the common model, is missing.
     """
     layout = RunLayout(run)
     names = [MANIFEST, *(f"{CLUSTERS}/{name}" for name in (CLUSTERS_CARD, CENTROIDS))]
-    directories = [f"{CLUSTERS}/{cluster_name(number)}" for number in range(clusters)]
+    directories = [f"{CLUSTERS}/{cluster_name(number)}" for number in range(manifest.clusters.k)]
     # The router's sample, and the router, if the run has them.
     places = (layout.router_sample, layout.router) if router else (layout.router_sample,)
     directories += [place.relative_to(run).as_posix() for place in places if place.is_dir()]
@@ -131,6 +138,10 @@ def run_files(run: Path, clusters: int, *, router: bool = True) -> list[str]:
         if not here:
             raise AtollError(f"{run / directory}: not found or empty; run `atoll cluster` first")
         names += [f"{directory}/{name}" for name in here]
+    if common and any(map(manifest.starts_from_common, manifest.experts)):
+        if not (layout.common / CARD).is_file():
+            raise AtollError(f"{layout.common}: not found, and experts start from it; run `atoll train common` first")
+        names += [f"{COMMON}/{CARD}", f"{COMMON}/{WEIGHTS}"]
     # Runs whose experts drew the data have no centroids.
     optional = {f"{CLUSTERS}/{CENTROIDS}"}
     if missing := [name for name in names if not (run / name).is_file() and name not in optional]:

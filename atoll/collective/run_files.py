@@ -29,7 +29,7 @@ from atoll.manifest import Manifest
 from atoll.storage.artifact import load_card, parse_json
 from atoll.storage.bounds import CARD_BYTES
 from atoll.storage.cards import Lineage, RouterCard, ShardsIndex, clusters_kind, parse_card
-from atoll.storage.layout import CARD, CLUSTERS, CLUSTERS_CARD, MANIFEST, ROUTER, cluster_name
+from atoll.storage.layout import CARD, CLUSTERS, CLUSTERS_CARD, COMMON, MANIFEST, ROUTER, cluster_name
 from atoll.storage.shards import INDEX
 
 _CLUSTERING = f"{CLUSTERS}/{CLUSTERS_CARD}"
@@ -90,6 +90,10 @@ class PublishedRun:
         if not names:
             raise AtollError(f"{self.store.url}: its list of files has no shards of cluster {number}; ask the founder")
         return names
+
+    def common(self) -> list[str]:
+        """List the paths of the common model; none if no expert starts from it."""
+        return [name for name in self.files if name.startswith(f"{COMMON}/")]
 
     def fetch(self, names: Sequence[str], directory: Path, progress: FileProgress | None = None) -> None:
         """Download files, each checked and atomic; those that are there already are kept."""

@@ -44,7 +44,7 @@ def claim_work(
     resume: bool = False,
     progress: FileProgress | None = None,
 ) -> Claimed:
-    """Take a work item, and fetch the shards of its cluster.
+    """Take a work item, and fetch the shards of its cluster, and the common model if experts start from it.
 
     Args:
         directory: the member's.
@@ -85,8 +85,8 @@ def claim_work(
                 _check_shards(run, directory, _cluster_of(wanted))
                 held = claim(store, collective, key, wanted, _prepare(member, wanted), again=again)
         member.with_lease(held.work, LeaseRecord(epoch=held.epoch, nonce=held.nonce, share=share))
-        # The shards of its cluster and of no other.
-        run.fetch(run.cluster(_cluster_of(held.work)), directory, progress)
+        # The shards of its cluster and of no other, and what its expert starts from.
+        run.fetch([*run.cluster(_cluster_of(held.work)), *run.common()], directory, progress)
         expert = works.get(held.work)
         source = _fetch_checkpoint(store, collective, directory, held, expert) if resume else None
         status = work_status(store, collective, held.work)

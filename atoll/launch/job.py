@@ -23,6 +23,7 @@ from typing import IO, Any
 from atoll.manifest import Manifest
 from atoll.storage.layout import (
     CARD,
+    COMMON,
     EXIT_KILLED,
     EXIT_USER_ERROR,
     MONOLITH,
@@ -58,6 +59,7 @@ class Job:
 
     arguments: what follows `python`. directory: where the training keeps its state. result: exists once the training is
     complete. steps: optimizer steps. images: images seen in all of them. threads, gpus: resources of the process.
+    after: the name of the job whose result it starts from; empty: none.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Job:
     images: float
     threads: int = 1
     gpus: int = 0
+    after: str = ""
 
     @property
     def files(self) -> TrainingLayout:
@@ -90,7 +93,7 @@ class ExitStatus:
 
 
 def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False) -> list[Job]:
-    """List every training that the manifest names, the longest first.
+    """List every training that the manifest names, the common model first, then the longest first.
 
     Args:
         run: the run's directory.
@@ -104,6 +107,8 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
         (layout.expert(e.full_name), ["train", "expert", e.full_name], e) for e in manifest.experts
     ]
     parts.append((layout.router, ["train", ROUTER], manifest.router))
+    if manifest.common is not None:
+        parts.append((layout.common, ["train", COMMON], manifest.common))
     if manifest.monolith is not None:
         parts.append((layout.monolith, ["train", MONOLITH], manifest.monolith))
     if student and manifest.student is not None:
@@ -129,10 +134,11 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
             images=float(settings.steps * settings.batch),
             threads=settings.threads,
             gpus=part_gpus,
+            after=COMMON if manifest.starts_from_common(part) else "",
         )
         jobs.append(job)
-    # The longest first: the last one to finish then started as early as possible.
-    return sorted(jobs, key=lambda job: -job.images)
+    # The longest first: the last one to finish then started as early as possible. Experts wait for the common model.
+    return sorted(jobs, key=lambda job: (job.name != COMMON, -job.images))
 
 
 class Process:

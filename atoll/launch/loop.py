@@ -49,7 +49,10 @@ def run_jobs(
     interval: float = 0.5,
     pause: float = 1.0,
 ) -> list[TrackedJob]:
-    """Run all jobs; none depends on another. One that crashes is restarted, one that ends with a user error is not.
+    """Run all jobs. One that crashes is restarted, one that ends with a user error is not.
+
+    A job that comes after another (`Job.after`) starts once that one is done. If that one fails, it is not started, and
+    fails as well. One that comes after a job which is not in `jobs` does not wait.
 
     A part that another launch trains is watched, and holds no slot. When the process there ends, it is submitted here:
     that finds it done, or resumes it if it was stopped there.
@@ -83,6 +86,7 @@ def run_jobs(
                 for part in parts:
                     _poll(part, retries, pause)
                     _watch(part)
+                _fail_dependents(parts)
                 update(parts)
                 time.sleep(interval)
         finally:
@@ -97,9 +101,19 @@ def _ready(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
     # A submitted part holds its slot even while it waits in the backend's own queue.
     free = slots - sum(part.handle is not None for part in parts)
     now = time.monotonic()
-    # A part that crashed waits until its pause is over.
+    done = {p.job.name: p.state == "done" for p in parts}
+    # A part that crashed waits until its pause is over; one that starts from another part's result, for that part.
     ready = [p for p in parts if p.state == "waiting" and p.handle is None and p.restart_at <= now]
+    ready = [p for p in ready if done.get(p.job.after, True)]
     return ready[: max(0, free)]
+
+
+def _fail_dependents(parts: list[TrackedJob]) -> None:
+    """Fail the parts that would start from the result of one that failed."""
+    failed = {part.job.name for part in parts if part.state == "failed"}
+    for part in parts:
+        if part.state == "waiting" and part.handle is None and part.job.after in failed:
+            part.state, part.error = "failed", f"not started: {part.job.after}, from which it starts, failed"
 
 
 def _submit(part: TrackedJob, backend: Backend) -> None:

@@ -206,8 +206,22 @@ def seconds_left(parts: list[TrackedJob], slots: int | None) -> float | None:
     remaining = [float(part.metrics["eta_s"]) for part in running] + [part.job.images / rate for part in waiting]
     # The longest part is a lower bound, however many slots there are.
     slots = slots or sum(part.state == "running" for part in parts)
-    value: float | None = max(max(remaining), sum(remaining) / slots, longest)
+    value: float | None = max(max(remaining), sum(remaining) / slots, longest, _in_sequence(parts, rate, slots))
     return value
+
+
+def _in_sequence(parts: list[TrackedJob], rate: float, slots: int) -> float:
+    """Seconds of a part for which others wait, and then of those others; 0 if none waits. rate: of one slot."""
+    begun = {part.job.name: part for part in parts if part.state in ("running", "elsewhere", "waiting")}
+    waiting = [part for part in parts if part.state == "waiting" and part.job.after in begun]
+    if not waiting:
+        return 0.0
+    each = [part.job.images / rate for part in waiting]
+    first = max(
+        float(part.metrics["eta_s"]) if part.fresh and part.state != "waiting" else part.job.images / rate
+        for part in (begun[part.job.after] for part in waiting)
+    )
+    return first + max(max(each), sum(each) / slots)
 
 
 def _clock(seconds: float | None) -> str:

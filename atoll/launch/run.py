@@ -67,11 +67,16 @@ def launch_run(
             parts = run_jobs(todo, backend, view.update, retries=retries, limit=jobs)
 
     # Failures are reported once all others are done.
-    failed = [part.job.name for part in parts if part.state == "failed"]
-    if failed:
+    failures = [part.job for part in parts if part.state == "failed"]
+    names = [job.name for job in failures]
+    if failures:
+        # A part that was never started did not fail by itself.
+        failed = [job.name for job in failures if job.after not in names]
+        unstarted = [job.name for job in failures if job.after in names]
+        so = f", so {', '.join(unstarted)} did not start" if unstarted else ""
         logs = TrainingLayout.of(RunLayout(run).root / "**" / "*").output
         raise AtollError(
-            f"{len(failed)} of {len(parts)} parts failed ({', '.join(failed)}): see above and {logs}; fix the "
+            f"{len(failed)} of {len(parts)} parts failed ({', '.join(failed)}){so}: see above and {logs}; fix the "
             "cause and run the same command again, which trains what is missing"
         )
     return all(part.state == "done" for part in parts)

@@ -10,24 +10,26 @@ from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.manifest.run import (
     RECIPES,
     ClusterSettings,
+    CommonSettings,
     ExpertSettings,
     Manifest,
     MonolithSettings,
     ObjectiveSettings,
     RouterSettings,
-    SamplingSettings,
     StudentSettings,
     TrainSettings,
     load_manifest,
     parse_manifest,
     recipe_path,
 )
+from atoll.manifest.sampling import SamplingSettings
 from atoll.manifest.training import LoraSettings, ValidationSettings
 
 __all__ = [
     "EVEN",
     "RECIPES",
     "ClusterSettings",
+    "CommonSettings",
     "DataSettings",
     "DiversitySettings",
     "EvaluateSettings",

@@ -5,17 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
-from atoll.choices import Method
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest.base import Section, parse_yaml
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EvaluateSettings
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
+from atoll.manifest.sampling import SamplingSettings
+from atoll.manifest.start import check_starts, names_common
 from atoll.manifest.training import LoraSettings, ValidationSettings
-from atoll.storage.layout import MANIFEST, RunLayout
+from atoll.storage.layout import COMMON, MANIFEST, MONOLITH, ROUTER, STUDENT, RunLayout
 
 # An installed package contains the recipes; in a checkout they are beside it.
 RECIPES = next(
@@ -56,7 +57,9 @@ class TrainSettings(Section):
     ema: float = Field(0.9999, ge=0, lt=1)  # decay per step
     ema_profiles: tuple[float, ...] = ()  # widths of power-function averages for `atoll ema` (EDM2, 2312.02696)
     ema_snapshot_every: PositiveInt = 5000  # steps between two snapshots of these averages
-    init: str | None = None  # to start from, relative to the run: an expert, or a run, for its part of the same name
+    # To start from: `common`, the run's common model; or, relative to the run, an expert, or a run, for its part of the
+    # same name.
+    init: str | None = None
     dropout: float = Field(0.1, ge=0, lt=1)  # of the condition
     # Of captions of tags, separated by commas: the fraction dropped, the first ones that stay in place, and whether the
     # others come in random order.
@@ -179,6 +182,15 @@ class MonolithSettings(Section):
     train: dict[str, Any] = Field(default_factory=dict)
 
 
+class CommonSettings(MonolithSettings):
+    """The model that all experts start from: trained on all clusters, or on the images that anyone may have.
+
+    `atoll train common` writes it into common/. An expert starts from it with `train: {init: common}`, all experts with
+    `init: common` in the run's `train`. That holds for experts only: monolith and student are trained from scratch
+    unless their own `train` says the same.
+    """
+
+
 class StudentSettings(MonolithSettings):
     """The dense model that is distilled from the ensemble (DDM section 5).
 
@@ -187,28 +199,6 @@ class StudentSettings(MonolithSettings):
     """
 
     teacher: Literal["owner", "ensemble"] = "owner"
-
-
-class SamplingSettings(Section):
-    """The defaults of sampling, saved in the ensemble."""
-
-    steps: PositiveInt = 25
-    guidance_scale: float = 2.0
-    method: Method = "euler"
-    routing: str = "top-2"
-    shift: float | None = Field(None, gt=0, le=1000)  # of the solver's times; null: what the experts were trained with
-    replicas: str = Field("stacked", pattern=r"^(stacked|inverse-error|equal|time-switch-(\d*\.)?\d+)$")
-
-    @field_validator("routing")
-    @classmethod
-    def _known(cls, routing: str) -> str:
-        from atoll.ensemble.routing import parse_routing
-
-        try:
-            parse_routing(routing)
-        except AtollError as error:
-            raise ValueError(str(error)) from None
-        return routing
 
 
 class Manifest(Section):
@@ -224,6 +214,7 @@ class Manifest(Section):
     network: NetworkSettings = NetworkSettings()
     train: TrainSettings = TrainSettings()
     experts: tuple[ExpertSettings, ...]
+    common: CommonSettings | None = None
     router: RouterSettings = RouterSettings()
     monolith: MonolithSettings | None = None
     student: StudentSettings | None = None
@@ -234,6 +225,7 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
+        self._check_starts()
         names = [expert.full_name for expert in self.experts]
         for name in names:
             if names.count(name) > 1:
@@ -251,20 +243,46 @@ class Manifest(Section):
             raise ValueError("experts: an empty list; expected at least one expert")
         return self
 
+    def _check_starts(self) -> None:
+        """Raise ValueError if a part starts from a common model that is not there, or that it cannot start from."""
+        once = {COMMON: self.common, ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}
+        parts: dict[str, Any] = {**{f"expert {expert.full_name}": expert for expert in self.experts}, **once}
+        inits = {name: part.train.get("init") for name, part in parts.items() if part is not None}
+        check_starts({"train": self.train.init, "lora": self.lora.train.get("init"), **inits}, self.common is not None)
+        # A typing error of the common model must not wait for its training.
+        if self.common is not None:
+            self.network_of(self.common)
+            self.train_of(self.common)
+
     def network_of(self, part: ExpertSettings | MonolithSettings) -> NetworkSettings:
-        """The run's network with the overrides of one expert or of the monolith."""
+        """The run's network with the overrides of one expert, the common model, the monolith or the student."""
         return NetworkSettings(**{**self.network.model_dump(), **part.network})
 
     def size_step(self, factor: int) -> int:
         """The number that divides every side of an image: the codec's `factor` times all networks' patches."""
         parts: list[ExpertSettings | MonolithSettings] = list(self.experts)
-        parts += [part for part in (self.monolith, self.student) if part is not None]
+        parts += [part for part in (self.common, self.monolith, self.student) if part is not None]
         patches = [self.network_of(part).patch for part in parts]
         return factor * math.lcm(*patches, self.router.network.patch)
 
     def train_of(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> TrainSettings:
-        """The run's training settings with the overrides of one part."""
-        return TrainSettings(**{**self.train.model_dump(), **part.train})
+        """The run's training settings with the overrides of one part.
+
+        The run's `init: common` is for its experts. The common model itself, the router, the monolith and the student
+        do not inherit it; the latter two start from the common model if their own `train` says so.
+        """
+        run = self.train.model_dump()
+        if self._is_common(self.train.init) and not isinstance(part, ExpertSettings):
+            run["init"] = None
+        return TrainSettings(**{**run, **part.train})
+
+    def starts_from_common(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> bool:
+        """Return whether the training of a part starts from the run's common model."""
+        return self._is_common(self.train_of(part).init)
+
+    def _is_common(self, init: object) -> bool:
+        # Without the section, a directory called common is one like any other.
+        return self.common is not None and names_common(init)
 
     def train_lora_of(self, expert: ExpertSettings) -> TrainSettings:
         """The training settings of an expert's low-rank update."""
@@ -287,7 +305,7 @@ class Manifest(Section):
             update={
                 "train": self.train.model_copy(update={"skip": path}),
                 "experts": tuple(map(own, self.experts)),
-                **{name: own(getattr(self, name)) for name in ("router", "monolith", "student")},
+                **{name: own(getattr(self, name)) for name in (COMMON, ROUTER, MONOLITH, STUDENT)},
             }
         )
 

@@ -6,35 +6,18 @@ from pathlib import Path
 
 from atoll.errors import AtollError
 from atoll.image_size import ImageSize
-from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
-from atoll.plan.cost import (
-    NetworkSizes,
-    activation_bytes,
-    fixed_bytes,
-    parameters,
-    router_flops,
-    router_parameters,
-    swap_bytes,
-)
+from atoll.manifest import Manifest, load_manifest, recipe_path
+from atoll.plan.cost import NetworkSizes
 from atoll.plan.fit import EAGER, Fit, fastest, ladder, largest_batch, smallest_memory
 from atoll.plan.gpus import GPU, GPUS, find_gpu
 from atoll.plan.islands import IslandSettings, SimulatedIsland, Simulation, Work, load_islands, simulate
-from atoll.plan.muon_cost import muon_cost
-from atoll.plan.recipe import (
-    SizedLatent,
-    Text,
-    cluster_bytes,
-    encoded,
-    latent_sizes,
-    network_of,
-    router_of,
-    switches_of,
-    text_of,
-)
-from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
+from atoll.plan.recipe import SizedLatent, Text, cluster_bytes, encoded, latent_sizes, network_of, text_of
+from atoll.plan.rules import Rules
 from atoll.plan.sampling_cost import sampling_cost
-from atoll.plan.sizes import largest, mean, planned_sizes, seconds_by_size
-from atoll.plan.types import Machine, Plan, PlannedExpert, PlannedRouter
+from atoll.plan.sizes import seconds_by_size
+from atoll.plan.trainings import planned_common, planned_expert, planned_router, rules_of
+from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert, PlannedRouter
+from atoll.storage.layout import COMMON
 
 MEMORIES = (24e9, 48e9, 80e9)  # bytes; the columns of the batch table
 SHOWN = ("4090", "a40", "a100", "h100", "h200")  # if no GPU is named
@@ -72,11 +55,13 @@ def plan(
     # Sizes of every network.
     text = text or text_of(manifest.condition)
     sizes = _sizes(manifest, latent)
-    experts = tuple(_expert(manifest, index, sizes, text) for index in range(len(manifest.experts)))
-    router = _router(manifest, sizes, text)
-    rules = _rules(manifest.train.precision)
+    experts = tuple(planned_expert(manifest, part, part.full_name, sizes, text) for part in manifest.experts)
+    common = planned_common(manifest, experts, sizes, text)
+    trained = (*experts, *([common.training] if common else []))
+    router = planned_router(manifest, sizes, text)
+    rules = rules_of(manifest.train.precision)
     # Refuse what training refuses, and networks that fit nowhere.
-    for expert in experts:
+    for expert in trained:
         _check_shared(expert, each)
         least = _least(expert, rules, each)
         room = max([gpu.memory for gpu in gpus] or [gpu.memory for gpu in GPUS.values()])
@@ -89,7 +74,7 @@ def plan(
             )
     # Time and price on each GPU.
     machines = tuple(
-        _machine(gpu, each, mfu, manifest, experts, router) for gpu in gpus or [GPUS[name] for name in SHOWN]
+        _machine(gpu, each, mfu, manifest, experts, router, common) for gpu in gpus or [GPUS[name] for name in SHOWN]
     )
     # Without the number of images the size of a download is unknown.
     download = cluster_bytes(manifest, sizes, images) if images else None
@@ -100,11 +85,14 @@ def plan(
         router=router,
         sampling=sampling_cost(manifest, experts, router),
         machines=machines,
-        batches=_batches(experts, rules, [gpu.memory for gpu in gpus], each),
+        batches=_batches(trained, rules, [gpu.memory for gpu in gpus], each),
         images=images,
         download_bytes=download,
+        common=common,
         islands=tuple(islands),
-        simulation=_simulation(manifest, experts, islands, mfu, download or 0.0, trials, seed) if islands else None,
+        simulation=_simulation(manifest, experts, common, islands, mfu, download or 0.0, trials, seed)
+        if islands
+        else None,
     )
 
 
@@ -179,52 +167,6 @@ def _here(manifest: Manifest, text: Text | None, latent: tuple[int, int, int]) -
     return GPU("here", memory_here(), ceiling, ceiling, mfu=speed.mfu, compiles=False, cpu=on_cpu())
 
 
-def _rules(precision: str, cpu: bool = False) -> Rules:
-    # A device saves other tensors in each precision.
-    if precision == "fp32":
-        return FP32
-    return CPU_BF16 if cpu else CUDA_BF16
-
-
-def _expert(manifest: Manifest, index: int, latents: Sequence[SizedLatent], text: Text) -> PlannedExpert:
-    part = manifest.experts[index]
-    train: TrainSettings = manifest.train_of(part)
-    # The largest size decides what fits, the mean how long it takes.
-    sizes, rules = planned_sizes(manifest, part, latents, text), _rules(train.precision)
-    network = largest(sizes).network
-    # The recipe's own switches, to compare with the planner's choice.
-    switches, accumulate = switches_of(train)
-    return PlannedExpert(
-        name=part.full_name,
-        network=network,
-        sizes=sizes,
-        parameters=parameters(network),
-        forward_flops=mean(sizes, lambda size: size.forward_flops),
-        training_flops=mean(sizes, lambda size: size.training_flops),
-        fixed_bytes=fixed_bytes(network, rules),
-        activation_bytes=activation_bytes(network, rules),
-        activation_bytes_compiled=activation_bytes(network, rules, compiled=True),
-        activation_bytes_checkpointed=activation_bytes(network, rules, "full"),
-        steps=train.steps,
-        batch=train.batch,
-        images=train.steps * train.batch,
-        checkpoint_every=train.checkpoint_every,
-        recipe_switches=switches,
-        accumulate=accumulate,
-        sharding=train.sharding,
-        swap_bytes=accumulate * swap_bytes(network, switches.block_swap),
-        muon=muon_cost(network) if train.optimizer == "muon" else None,
-    )
-
-
-def _router(manifest: Manifest, latents: Sequence[SizedLatent], text: Text) -> PlannedRouter:
-    train = manifest.train_of(manifest.router)
-    networks = [router_of(manifest, size.shape, text) for size in latents]
-    # A training step costs three forward passes.
-    flops = 3 * sum(size.share * router_flops(network) for size, network in zip(latents, networks, strict=True))
-    return PlannedRouter(router_parameters(networks[0]), flops, train.steps * train.batch)
-
-
 def _flops(gpu: GPU, mfu: float | None, precision: str) -> float | None:
     """FLOP/s of training on a GPU; None if its speed is unknown."""
     # Consumer GPUs multiply float32 at another speed than bf16.
@@ -239,18 +181,21 @@ def _machine(
     manifest: Manifest,
     experts: Sequence[PlannedExpert],
     router: PlannedRouter,
+    common: PlannedCommon | None,
 ) -> Machine:
     """Time and price of all experts on one kind of GPU, of which `each` expert has several."""
+    trained = (*experts, *([common.training] if common else []))
     # How each expert fits, and how fast it trains at each size.
-    flops, rules = _flops(gpu, mfu, manifest.train.precision), _rules(manifest.train.precision, gpu.cpu)
-    fits = {e.name: _fit(e, rules, gpu, each, flops or GUESSED_FLOPS) for e in experts}
-    seconds = {e.name: _seconds(e, fit, gpu, flops) for e in experts if flops and (fit := fits[e.name])}
+    flops, rules = _flops(gpu, mfu, manifest.train.precision), rules_of(manifest.train.precision, gpu.cpu)
+    fits = {e.name: _fit(e, rules, gpu, each, flops or GUESSED_FLOPS) for e in trained}
+    seconds = {e.name: _seconds(e, fit, gpu, flops) for e in trained if flops and (fit := fits[e.name])}
     # Experts that do not fit have no speed, and no days.
-    speed = {e.name: _rate(e, seconds[e.name]) for e in experts if e.name in seconds}
-    days = {e.name: each * e.images / speed[e.name] / SECONDS_PER_DAY for e in experts if e.name in speed}
+    speed = {e.name: _rate(e, seconds[e.name]) for e in trained if e.name in seconds}
+    days = {e.name: each * e.images / speed[e.name] / SECONDS_PER_DAY for e in trained if e.name in speed}
     # Days of one GPU, for the router and in all.
     routing = router.images * router.flops / flops / SECONDS_PER_DAY if flops else None
-    total = sum(days.values()) if len(days) == len(experts) else None
+    total = sum(days.values()) if len(days) == len(trained) else None
+    common_days = days.pop(COMMON, None)
     return Machine(
         gpu=gpu,
         each=each,
@@ -260,6 +205,7 @@ def _machine(
         images_per_s=speed,
         gpu_days=days,
         router_gpu_days=routing,
+        common_gpu_days=common_days,
         total_gpu_days=total,
         usd=total * 24 * gpu.usd_hour if total is not None and gpu.usd_hour is not None else None,
     )
@@ -340,6 +286,7 @@ def _batches(
 def _simulation(
     manifest: Manifest,
     experts: Sequence[PlannedExpert],
+    common: PlannedCommon | None,
     islands: Sequence[IslandSettings],
     mfu: float | None,
     download: float,
@@ -347,8 +294,13 @@ def _simulation(
     seed: int,
 ) -> Simulation:
     """Simulate the collective: which islands may train which experts, and how fast."""
+    # What is downloaded: the shards, and the common model by the experts that start from it.
+    starts = dict.fromkeys(common.experts, common.bytes) if common else {}
     # A checkpoint at least once per expert.
-    works = [Work(e.name, e.images, min(e.images, e.checkpoint_every * e.batch), download) for e in experts]
+    works = [
+        Work(e.name, e.images, min(e.images, e.checkpoint_every * e.batch), download + starts.get(e.name, 0))
+        for e in experts
+    ]
     # Which experts may each island train, and how fast?
     clusters = {part.full_name: str(part.cluster) for part in manifest.experts}
     known = {*clusters, *clusters.values()}
@@ -380,5 +332,5 @@ def _island_rate(
             f"island {settings.name}: {settings.gpu} has no known speed; name a GPU, or give tflops and memory_gb"
         )
     _check_shared(expert, settings.gpus)
-    fit = _fit(expert, _rules(precision, gpu.cpu), gpu, settings.gpus, flops)
+    fit = _fit(expert, rules_of(precision, gpu.cpu), gpu, settings.gpus, flops)
     return _rate(expert, _seconds(expert, fit, gpu, flops)) if fit else None

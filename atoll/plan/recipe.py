@@ -10,7 +10,7 @@ from typing import Any
 
 from atoll.errors import AtollError
 from atoll.image_size import ImageSize
-from atoll.manifest import ExpertSettings, Manifest, TrainSettings
+from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, TrainSettings
 from atoll.plan.cost import NetworkSizes, RouterSizes, sizes_of
 from atoll.plan.fit import Switches
 from atoll.storage.layout import RunLayout
@@ -187,8 +187,10 @@ def _codec_extent(manifest: Manifest) -> tuple[int, int]:
     return channels, factor
 
 
-def network_of(manifest: Manifest, part: ExpertSettings, latent: tuple[int, int, int], text: Text) -> NetworkSizes:
-    """The network that one expert trains."""
+def network_of(
+    manifest: Manifest, part: ExpertSettings | MonolithSettings, latent: tuple[int, int, int], text: Text
+) -> NetworkSizes:
+    """The network that one expert, or the common model, trains."""
     # The sizes of the manifest, completed by those of the data.
     settings = manifest.network_of(part)
     channels, height, width = latent

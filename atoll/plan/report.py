@@ -5,7 +5,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
-from atoll.plan.types import Machine, Plan, PlannedExpert
+from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert
 from atoll.report.words import cut_captions
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def render(plan: Plan, start: date | None = None) -> "Group":
         parts += [table, Text()]
     parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
-        parts += [Text(_how(plan.machines[0], plan.experts))]
+        parts += [Text(_how(plan.machines[0], _trained(plan)))]
     parts += [Text(line) for line in (*_swaps(plan), *_muon(plan))]
-    parts += [Text(_sampling(plan)), Text(_data(plan))]
+    parts += [*([Text(_common(plan.common))] if plan.common else []), Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
     if plan.simulation:
@@ -80,13 +80,19 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
     return table
 
 
+def _trained(plan: Plan) -> tuple[PlannedExpert, ...]:
+    """The experts, and the common model if there is one."""
+    return (*plan.experts, *([plan.common.training] if plan.common else []))
+
+
 def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
-    """Experts of equal cost, once: ("8 experts" or the one's name, the first of them)."""
+    """Experts of equal cost, once: ("8 experts" or the one's name, the first of them); the common model by itself."""
     # The cost depends on network, steps and batch alone.
     same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
         same.setdefault((e.network, e.steps, e.batch), []).append(e)
-    return [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
+    groups = [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
+    return groups + ([(plan.common.training.name, plan.common.training)] if plan.common else [])
 
 
 def _networks(plan: Plan) -> list["Table"]:
@@ -178,11 +184,13 @@ def _time(plan: Plan) -> "Table":
     # The unit in which the longest plan is at least two.
     known = [m.total_gpu_days for m in plan.machines if m.total_gpu_days is not None]
     unit, per_day = next((u for u in UNITS if max(known, default=2) * u[1] >= 2), UNITS[-1])
-    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert", "in all", "router", "USD")
-    table = _table("Time and price", columns)
+    apart = ("common",) if plan.common else ()
+    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert")
+    table = _table("Time and price", (*columns, *apart, "in all", "router", "USD"))
     for m in plan.machines:
         # Experts of different cost show as a range.
-        rates, days = sorted(m.images_per_s.values()), sorted(m.gpu_days.values())
+        rates = sorted(m.images_per_s[name] for name in m.gpu_days)
+        days, common = sorted(m.gpu_days.values()), ((m.common_gpu_days,) if plan.common else ())
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
             m.gpu.name if m.each == 1 else f"{m.each} x {m.gpu.name}",
@@ -191,7 +199,7 @@ def _time(plan: Plan) -> "Table":
             f"{m.mfu:.2f}" if m.gpu.tflops else "?",
             _span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
             _span([day * per_day for day in days]),
-            *("?" if t is None else _number(t * per_day) for t in (m.total_gpu_days, m.router_gpu_days)),
+            *("?" if t is None else _number(t * per_day) for t in (*common, m.total_gpu_days, m.router_gpu_days)),
             "?" if m.usd is None else f"{m.usd:,.0f}" if m.usd >= 10 else f"{m.usd:.2f}",
         )
     return table
@@ -250,6 +258,16 @@ def _muon(plan: Plan) -> list[str]:
     ]
 
 
+def _common(common: PlannedCommon) -> str:
+    """What the common start costs, counted once for the run."""
+    e, count = common.training, len(common.experts)
+    starting = f"{count} expert{'s' if count != 1 else ''} start{'s' if count == 1 else ''} from it"
+    return (
+        f"Common start: {e.steps:,} steps of {e.batch} on all clusters, once for the run: {common.fraction:.1%} of the "
+        f"training FLOPs, those of all experts included; {starting}."
+    )
+
+
 def _sampling(plan: Plan) -> str:
     """What an image costs, by the number of experts that are evaluated."""
     s, least = plan.sampling, plan.sampling.flops["top-1"]
@@ -265,14 +283,16 @@ def _sampling(plan: Plan) -> str:
 def _data(plan: Plan) -> str:
     if plan.images is None or plan.download_bytes is None:
         return "Download: state the number of images with --images."
-    # How often each image is seen, over all experts.
-    epochs = sum(e.images for e in plan.experts) / plan.images
+    # How often each image is seen, over all experts and the common model.
+    epochs = sum(e.images for e in _trained(plan)) / plan.images
     # An island returns float32 weights of one expert.
     weights = 4 * max(e.parameters for e in plan.experts)
+    # One that starts from the common model needs that, too.
+    start = f", the common model's {_bytes(plan.common.bytes)} besides," if plan.common and plan.common.experts else ""
     return (
         f"Data: {plan.images:,} images, seen {_plain(epochs)} times; an island downloads "
         f"{_bytes(plan.download_bytes)} ({_roughly(plan.download_bytes * 8 / 100e6)} at 100 Mbit/s; "
-        f"up to a quarter more for the largest cluster) and gives back {_bytes(weights)}."
+        f"up to a quarter more for the largest cluster){start} and gives back {_bytes(weights)}."
     )
 
 
@@ -316,9 +336,12 @@ def _finish(plan: Plan, start: date | None) -> str:
     assert s is not None
     # The island that most often finishes last.
     last = max(s.decides, key=lambda name: s.decides[name])
+    # Islands train experts; the common model is trained before.
+    after = ", counted from the day on which the common model is trained" if plan.common else ""
     return (
         f"Done on {_day(s.median_days, start)} ({s.median_days:.1f} days; in nine of ten trials by "
-        f"{_day(s.p90_days, start)}, {s.p90_days:.1f} days). {last} decides it in {s.decides[last]:.0%} of the trials. "
+        f"{_day(s.p90_days, start)}, {s.p90_days:.1f} days){after}. "
+        f"{last} decides it in {s.decides[last]:.0%} of the trials. "
         f"Idle {s.idle:.0%} of the hours offered; {s.failures:.1f} failures and {s.dropouts:.1f} dropouts, "
         f"{s.lost:.1%} of the training done twice. ({s.trials} trials, seed {s.seed})"
     )

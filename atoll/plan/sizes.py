@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from atoll.manifest import ExpertSettings, Manifest
+from atoll.manifest import ExpertSettings, Manifest, MonolithSettings
 from atoll.plan.cost import NetworkSizes, forward_flops, training_flops
 from atoll.plan.fit import Fit, step_seconds
 from atoll.plan.recipe import SizedLatent, Text, network_of
@@ -29,9 +29,9 @@ class PlannedSize:
 
 
 def planned_sizes(
-    manifest: Manifest, part: ExpertSettings, sizes: Iterable[SizedLatent], text: Text
+    manifest: Manifest, part: ExpertSettings | MonolithSettings, sizes: Iterable[SizedLatent], text: Text
 ) -> tuple[PlannedSize, ...]:
-    """The cost of one expert at each size."""
+    """The cost of one expert, or of the common model, at each size."""
     planned = []
     for size in sizes:
         network = network_of(manifest, part, size.shape, text)

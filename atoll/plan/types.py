@@ -50,10 +50,15 @@ class PlannedExpert:
 class Machine:
     """All experts on one kind of GPU: how each fits (None: it does not), images/s, days of one GPU, and USD.
 
+    The common model, if there is one, is under its name in `fits`, `step_seconds` and `images_per_s`.
+
     Attributes:
         each: GPUs that share the batches of one expert.
         step_seconds: of each expert at each of its sizes; empty if the speed is unknown.
         images_per_s: of all GPUs of an expert.
+        gpu_days: of each expert.
+        common_gpu_days: of the common model; None if there is none, or it is unknown.
+        total_gpu_days: of all experts, and of the common model once; None if one of them is unknown.
     """
 
     gpu: GPU
@@ -64,6 +69,7 @@ class Machine:
     images_per_s: dict[str, float]
     gpu_days: dict[str, float]
     router_gpu_days: float | None
+    common_gpu_days: float | None
     total_gpu_days: float | None
     usd: float | None
 
@@ -75,6 +81,26 @@ class PlannedRouter:
     parameters: int
     flops: float
     images: int
+
+
+@dataclass(frozen=True)
+class PlannedCommon:
+    """The common model's training, of which each run has one.
+
+    Attributes:
+        training: as that of an expert.
+        experts: names of those that start from it.
+        fraction: its part of the FLOPs of the common model and all experts.
+    """
+
+    training: PlannedExpert
+    experts: tuple[str, ...]
+    fraction: float
+
+    @property
+    def bytes(self) -> int:
+        """Of its artifact, which an island downloads: float32 weights."""
+        return 4 * self.training.parameters
 
 
 @dataclass(frozen=True)
@@ -101,6 +127,7 @@ class Plan:
         images: of the data set; None if unknown.
         download_bytes: of one cluster; None if the number of images is unknown.
         cut: captions of encoded data that are longer than the text encoder reads, and their fraction that is cut.
+        common: the common model; None if the run has none.
         counted: whether the shares of the sizes are those of encoded images.
     """
 
@@ -115,5 +142,6 @@ class Plan:
     download_bytes: float | None
     cut: tuple[int, float] | None = None
     counted: bool = False
+    common: PlannedCommon | None = None
     islands: tuple[IslandSettings, ...] = ()
     simulation: Simulation | None = None

@@ -6,7 +6,7 @@
     clusters/                    clusters.json, assignment.parquet, cluster-000/ ..., router/ (the router's sample)
     experts/3-flow/              one artifact per expert
     loras/3-flow/                low-rank updates of experts
-    router/  monolith/  student/ artifacts
+    common/  router/  monolith/  student/    artifacts
     <parent>/.train-<name>/      beside an artifact: the state of its training, see `TrainingLayout`
     ensemble/                    ensemble.json, stackings.safetensors
     evaluation/                  results that later evaluations reuse
@@ -27,7 +27,8 @@ from atoll.errors import AtollError
 MANIFEST = "atoll.yaml"
 ENCODED, CLUSTERS, EXPERTS, ENSEMBLE, EVALUATION = "encoded", "clusters", "experts", "ensemble", "evaluation"
 LORAS = "loras"  # low-rank updates of experts
-ROUTER, MONOLITH, STUDENT = "router", "monolith", "student"  # directories, and names of the parts trained in them
+# Directories, and names of the parts trained in them.
+COMMON, ROUTER, MONOLITH, STUDENT = "common", "router", "monolith", "student"
 
 # Files that one stage writes and another reads.
 CARD, WEIGHTS = "card.json", "weights.safetensors"  # in every artifact
@@ -103,6 +104,10 @@ def student_seed(seed: int) -> int:
     return seed * _PARTS_PER_RUN + 997
 
 
+def common_seed(seed: int) -> int:
+    return seed * _PARTS_PER_RUN + 996
+
+
 class _Below:
     """A path below a layout's root, read like an attribute."""
 
@@ -140,6 +145,7 @@ class RunLayout:
     # Trained parts, and the ensemble over them.
     experts = _Below(EXPERTS)
     loras = _Below(LORAS)
+    common = _Below(COMMON)
     router = _Below(ROUTER)
     monolith = _Below(MONOLITH)
     student = _Below(STUDENT)
@@ -162,8 +168,8 @@ class RunLayout:
         return cluster_directories(self.clusters)
 
     def part(self, name: str) -> Path:
-        """Return the artifact of the router, the monolith or the student, by name."""
-        return {ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}[name]
+        """Return the artifact of the common model, the router, the monolith or the student, by name."""
+        return {COMMON: self.common, ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}[name]
 
     def expert(self, name: str) -> Path:
         """Return the artifact of one expert.

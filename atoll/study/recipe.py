@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 
 from atoll.errors import AtollError
 from atoll.manifest import RECIPES, Manifest, ObjectiveSettings, Section, parse_manifest
+from atoll.storage.layout import COMMON, MONOLITH
 
 STUDIES = RECIPES / "studies"
 
@@ -34,7 +35,8 @@ class StudyRun(Section):
     drawn: latents per cluster that the experts draw, and that router and student train on instead of the real data
     (DDM: private data); the evaluation still uses the real data. Only with `like`.
     changes: overrides of the study's manifest, key by key.
-    monolith: the name of its objective; None: no monolith.
+    common, monolith: the name of its objective; None: no such model. Experts start from the common model if their
+    settings say so: `changes: {train: {init: common}}`; a run that is `like` another has that one's.
     student: the `student` section of atoll.yaml, with the name of an objective; None: no student.
     """
 
@@ -42,6 +44,7 @@ class StudyRun(Section):
     like: str | None = None
     drawn: PositiveInt | None = None
     changes: dict[str, Any] = Field(default_factory=dict)
+    common: str | None = None
     monolith: str | None = None
     student: dict[str, Any] | None = None
     evaluate: dict[str, Any] = Field(default_factory=dict)  # overrides of the manifest's `evaluate`, key by key
@@ -80,7 +83,8 @@ class Study(Section):
     """A study's yaml file.
 
     manifest: what all runs share. Its train.batch is the batch of the whole model; an expert of K clusters gets 1/K of
-    it, so that ensemble and monolith train on equally many images (DDM and HDDM: equal total FLOPs).
+    it, so that ensemble and monolith train on equally many images (DDM and HDDM: equal total FLOPs). The common model
+    gets all of it.
     baseline: the variant that all others are compared with, as RUN:VARIANT.
     columns: the metrics in results.md, by the beginnings of their names; empty: all.
     """
@@ -102,7 +106,7 @@ class Study(Section):
             # Dense models name an objective of the study, as experts do.
             if run.student is not None and "objective" not in run.student:
                 raise ValueError(f"runs.{name}.student: has no objective; expected one of {', '.join(self.objectives)}")
-            dense = [run.monolith, run.student["objective"] if run.student else None]
+            dense = [run.common, run.monolith, run.student["objective"] if run.student else None]
             for objective in (*run.objective_names, *(name for name in dense if name is not None)):
                 if objective not in self.objectives:
                     known = ", ".join(self.objectives)
@@ -132,7 +136,7 @@ class Study(Section):
         content = merged(self.manifest, run.changes)
         content["evaluate"] = merged(content.get("evaluate", {}), run.evaluate)
 
-        # An expert trains on 1/k of the batch, router and monolith on all of it.
+        # An expert trains on 1/k of the batch; router, common model and monolith on all of it.
         k = content.setdefault("clusters", {}).setdefault("k", 4)
         train = content.setdefault("train", {})
         batch = train.setdefault("batch", 64)
@@ -148,12 +152,13 @@ class Study(Section):
             {"cluster": cluster, "name": objective, "objective": plain[objective]}
             for cluster, objective in run.objectives(k)
         ]
-        if run.monolith is not None:
-            monolith = content.get("monolith", {})
-            train = {"batch": batch, **monolith.get("train", {})}
-            content["monolith"] = {**monolith, "objective": plain[run.monolith], "train": train}
-        else:
-            content.pop("monolith", None)
+        for part, wanted in ((COMMON, run.common), (MONOLITH, run.monolith)):
+            if wanted is None:
+                content.pop(part, None)
+                continue
+            settings = content.get(part, {})
+            train = {"batch": batch, **settings.get("train", {})}
+            content[part] = {**settings, "objective": plain[wanted], "train": train}
         if run.student is not None:
             content["student"] = {**run.student, "objective": plain[run.student["objective"]]}
         return copy.deepcopy({**content, "name": f"{self.name}-{name}", "seed": seed})  # copied: no aliases in the yaml

@@ -1,4 +1,4 @@
-"""Trains one denoiser on shards: an expert, the monolith or a student."""
+"""Trains one denoiser on shards: an expert, the common model, the monolith or a student."""
 
 import math
 import warnings

@@ -17,7 +17,7 @@ from atoll.nn.positions import sincos_table
 from atoll.objective import Objective
 from atoll.storage.artifact import CARD, read_card, read_tensors
 from atoll.storage.cards import ClusterShardsCard, ExpertCard, InitRecord
-from atoll.storage.layout import MANIFEST
+from atoll.storage.layout import MANIFEST, RunLayout
 from atoll.train.denoiser_artifact import TrainingSpec
 
 _NATIVE: dict[str, type[DiTConfig | MMDiTConfig]] = {"dit": DiTConfig, "mmdit": MMDiTConfig}
@@ -56,10 +56,20 @@ class InitWeights:
 
     @classmethod
     def of(cls, spec: TrainingSpec, settings: TrainSettings) -> "InitWeights | None":
-        """Return what a training starts from: the spec's base, else train.init; None if neither is set."""
+        """Return what a training starts from: the spec's base, else train.init; None if neither is set.
+
+        Raises:
+            AtollError: no expert is there, or a damaged one; the run's common model is not trained yet.
+        """
         if spec.base is not None:
             return cls(spec.base)
-        return cls(init_path(spec.run, settings.init, spec.path)) if settings.init else None
+        if not settings.init:
+            return None
+        init_weights = cls(init_path(spec.run, settings.init, spec.path))
+        # A user who names a foreign expert chose its objective; the common model is one for all experts.
+        if init_weights.path == RunLayout(spec.run).common:
+            init_weights._compare(Objective(**spec.part.objective.model_dump()))
+        return init_weights
 
     def config(self, requested: dict[str, Any], data: ClusterShardsCard, objective: Objective) -> dict[str, Any]:
         """Return the config of the network to train.
@@ -134,6 +144,21 @@ class InitWeights:
             weights["positions"] = sincos_table(config["size"], config.get("base_size"), patch, width).own()
         return weights
 
+    def _compare(self, objective: Objective) -> None:
+        """Warn if the network was trained to predict something else than this objective asks for.
+
+        No conversion is possible: a prediction differs from another by a factor and a part of x that depend on the
+        noise level, which no change of the weights expresses.
+        """
+        earlier = Objective(**self._card.objective)
+        keys = ("prediction", "schedule", "time_scale")
+        if any(earlier.config()[key] != objective.config()[key] for key in keys):
+            warnings.warn(
+                f"train.init: {self.path} predicts {_words(earlier)}, this training {_words(objective)}; it takes the "
+                "weights as they are, so it starts from a network that predicts something else",
+                stacklevel=4,
+            )
+
     def _check_statistics(self, data: ClusterShardsCard, is_resized: bool) -> None:
         """Warn of data that are normalised by other statistics; refuse them if they have another size, too."""
         if (constants := other_statistics(self._card.codec, data.codec)) is None:
@@ -178,10 +203,26 @@ def init_path(run: Path, init: str, part: Path) -> Path:
         run: the run's directory.
         init: an expert's directory, or that of another run, relative to it.
         part: of this run, the artifact that is trained: another run's part of the same name is meant.
+
+    Raises:
+        AtollError: the run's common model is not trained yet.
     """
+    # The word `common` is the path of the run's common model.
     path = run / init
-    is_run = (path / MANIFEST).is_file() and not (path / CARD).is_file()
-    return path / part.relative_to(run) if is_run else path
+    if (path / CARD).is_file():
+        return path
+    if (path / MANIFEST).is_file():
+        return path / part.relative_to(run)
+    if path == RunLayout(run).common:
+        raise AtollError(
+            f"train.init: common: {path} is not there yet; run `atoll train common` first, or copy it there"
+        )
+    return path
+
+
+def _words(objective: Objective) -> str:
+    """flow (linear, time scale 999)."""
+    return f"{objective.prediction} ({objective.schedule.config()['name']}, time scale {objective.time_scale:g})"
 
 
 def _sides(size: list[int]) -> str:

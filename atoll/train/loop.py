@@ -1,4 +1,4 @@
-"""The training loop, in the open: experts, the router, the monolith and the student all run through it."""
+"""The training loop, in the open: experts, the router and the models of all clusters run through it."""
 
 import math
 import warnings

@@ -70,6 +70,19 @@ def test_student_job_is_included_on_request(run) -> None:
     assert job.result == run.resolve() / "student" / "card.json"
 
 
+def test_the_common_model_is_first_and_its_experts_come_after_it(run) -> None:
+    common = "common: {objective: {prediction: flow, schedule: linear}, train: {steps: 2}}"
+    text = (run / "atoll.yaml").read_text().replace("steps: 8", "steps: 8\n  init: common")
+    (run / "atoll.yaml").write_text(f"{text}\n{common}\n")
+    jobs = jobs_of(run, load_manifest(run))
+    assert (jobs[0].name, jobs[0].images) == ("common", 12)  # though it is the shortest
+    assert jobs[0].arguments[2:4] == ("train", "common")
+    assert jobs[0].result == run.resolve() / "common" / "card.json"
+    after = {j.name: j.after for j in jobs}
+    experts = dict.fromkeys(("0-eps-cosine", "1-flow-linear", "2-x0-linear-beta"), "common")
+    assert after == {**experts, "common": "", "router": "", "monolith": ""}
+
+
 def test_only_parts_that_may_use_gpus_get_them(run) -> None:
     text = (run / "atoll.yaml").read_text().replace("router:", "router:\n  train: {device: cpu}")
     (run / "atoll.yaml").write_text(text)

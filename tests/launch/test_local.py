@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from atoll.errors import AtollError
+from atoll.launch import run as run_module
 from atoll.launch.local import Local, local_backend
 from atoll.launch.loop import run_jobs
 from atoll.launch.run import launch_run, open_backend
@@ -95,3 +97,23 @@ def test_user_errors_name_the_fix(run, tmp_path) -> None:
             launch_run(run, on="slurm", options=[option])
     with pytest.raises(AtollError, match=r"no sbatch and srun|needs submitit"):
         open_backend("slurm", run, jobs=None, gpus=None, threads=1, options={}).__enter__()
+
+
+def test_a_failed_launch_names_what_did_not_start(run, monkeypatch) -> None:
+    """The experts of a common model that failed are no failures of their own."""
+    text = (run / "atoll.yaml").read_text().replace("steps: 8", "steps: 8\n  init: common")
+    (run / "atoll.yaml").write_text(text + "\ncommon: {objective: {prediction: flow, schedule: linear}}\n")
+    started = []
+
+    class Refusing:
+        slots, gpus, survives_launch = None, 0, False
+
+        def submit(self, job):
+            started.append(job.name)
+            raise AtollError("no room")
+
+    monkeypatch.setattr(run_module, "open_backend", lambda *_, **__: nullcontext(Refusing()))
+    names = "0-eps-cosine, 1-flow-linear, 2-x0-linear-beta"
+    with pytest.raises(AtollError, match=rf"3 of 6 parts failed \(common, .*\), so {names} did not start: see above"):
+        launch_run(run)
+    assert sorted(started) == ["common", "monolith", "router"]

@@ -15,7 +15,7 @@ from atoll.launch.backend import Status
 from atoll.launch.job import ExitStatus, Job
 from atoll.launch.local import Local
 from atoll.launch.loop import TrackedJob, run_jobs
-from tests.launch.stub import UNTIL_STOPPED, crashes, job, starts
+from tests.launch.stub import DONE, UNTIL_STOPPED, crashes, job, starts
 
 
 class ScriptedBackend:
@@ -202,3 +202,42 @@ def test_error_in_the_launch_stops_all_jobs(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="the view broke"):
         run_jobs([job(tmp_path, "a", UNTIL_STOPPED)], Local(1), once, interval=0.02)
     assert (tmp_path / "a" / "output.log").read_text() == "ready\nsaved\n"
+
+
+def after(tmp_path: Path, name: str, first: str, code: str = DONE) -> Job:
+    return replace(job(tmp_path, name, code), after=first)
+
+
+def test_a_job_starts_once_the_one_before_it_is_done(tmp_path) -> None:
+    """Whatever their order, and however often the one before it crashes; others do not wait."""
+    backend = ScriptedBackend(
+        {"x": ["result"], "y": ["result"], "common": [ExitStatus(-9, "")] * 2 + ["result"], "router": ["result"]}
+    )
+    jobs = [after(tmp_path, "x", "common"), after(tmp_path, "y", "common"), job(tmp_path, "common")]
+    parts = run_jobs([*jobs, job(tmp_path, "router")], backend, lambda parts: None, interval=0.0, pause=0.0)
+    assert [part.state for part in parts] == ["done"] * 4
+    assert backend.submitted[:2] == ["common", "router"]
+    assert backend.submitted[2:] == ["common", "common", "x", "y"]
+
+
+def test_a_real_process_sees_the_result_of_the_one_before_it(tmp_path) -> None:
+    result = tmp_path / "common" / "result"
+    look = f"import pathlib, sys; pathlib.Path({str(result)!r}).stat(); pathlib.Path(sys.argv[1]).touch()"
+    jobs = [after(tmp_path, "x", "common", look), crashes(tmp_path, "common", "os.kill(os.getpid(), 9)")]
+    parts = run_jobs(jobs, Local(2), lambda parts: None, interval=0.02, pause=0.01)
+    assert [(part.state, part.restarts) for part in parts] == [("done", 0), ("done", 1)]
+
+
+def test_what_comes_after_a_failure_is_not_started_and_says_so(tmp_path) -> None:
+    backend = ScriptedBackend({"common": [ExitStatus(2, "atoll: no shards")], "router": ["result"]})
+    jobs = [after(tmp_path, "x", "common"), job(tmp_path, "common"), job(tmp_path, "router")]
+    parts = run_jobs(jobs, backend, lambda parts: None, interval=0.0, pause=0.0)
+    assert [part.state for part in parts] == ["failed", "failed", "done"]
+    assert parts[0].error == "not started: common, from which it starts, failed"
+    assert backend.submitted == ["common", "router"]
+
+
+def test_a_job_whose_predecessor_is_not_launched_does_not_wait(tmp_path) -> None:
+    backend = ScriptedBackend({"x": ["result"]})
+    (part,) = run_jobs([after(tmp_path, "x", "common")], backend, lambda parts: None, interval=0.0, pause=0.0)
+    assert part.state == "done"

@@ -36,6 +36,14 @@ def test_time_left_includes_waiting_parts(tmp_path) -> None:
     assert seconds_left([part(tmp_path, "a", "done", metrics=STEP)], slots=1) == 0.0
 
 
+def test_time_left_adds_what_others_wait_for(tmp_path) -> None:
+    common = running(tmp_path, "common", eta_s=30.0)
+    after = [TrackedJob(replace(job(tmp_path, name, images=100.0), after="common")) for name in "ab"]
+    assert seconds_left([common, *after], slots=2) == 30 + 10
+    assert seconds_left([common, *after], slots=1) == 30 + 20
+    assert seconds_left([part(tmp_path, "common", "done", metrics=STEP), running(tmp_path, "c"), *after], 3) == 65.0
+
+
 def test_parts_of_another_launch_are_named_and_take_no_slot(tmp_path) -> None:
     who = "trained by another launch (process 4711 on islet)"
     other = part(tmp_path, "a", "elsewhere", metrics={**STEP, "eta_s": 99.0}, fresh=True, error=who)

@@ -18,6 +18,7 @@ from atoll.plan import Plan, as_json, plan, plan_run, render
 from atoll.plan.cost import DiTSizes, sizes_of, training_flops
 from atoll.plan.fit import EMA_EVERY, all_switches, ladder
 from atoll.plan.gpus import find_gpu
+from atoll.plan.islands import load_islands
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
 from atoll.plan.muon_cost import MuonCost, muon_matrices
 from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
@@ -336,3 +337,61 @@ def test_muons_matrices_are_those_of_training(network: dict[str, Any]) -> None:
             rows, columns = p.shape[0] // parts, p.shape[1]
             counts[min(rows, columns), max(rows, columns)] += parts
     assert muon_matrices(plan(manifest).experts[0].network) == counts
+
+
+def common_of(hddm: Manifest, steps: int, **sections: Any) -> Manifest:
+    """The manifest with a common model, from which all experts start."""
+    content = hddm.model_dump()
+    objective = {"prediction": "flow", "schedule": "linear"}
+    common = {"objective": objective, "train": {"steps": steps, "batch": 1024}}
+    return Manifest.model_validate(
+        content | {"common": common, "train": content["train"] | {"init": "common"}} | sections
+    )
+
+
+def test_a_common_model_is_counted_once(hddm: Manifest, tmp_path: Path) -> None:
+    file = tmp_path / "islands.yaml"
+    file.write_text("- {name: lab, gpu: a100, download_mbit: 1}")
+    islands = load_islands(file)
+    without = plan(hddm, [find_gpu("a100")], images=11_000_000, islands=islands, trials=2)
+    p = plan(common_of(hddm, 1000), [find_gpu("a100")], images=11_000_000, islands=islands, trials=2)
+    assert without.common is None
+    assert (without.machines[0].common_gpu_days, p.experts, p.router, p.sampling) == (
+        None, without.experts, without.router, without.sampling
+    )  # fmt: skip
+    # Its FLOPs are its images times those of one expert's image; its days follow from them, and are in the total.
+    assert p.common is not None
+    (a100,), (before,) = p.machines, without.machines
+    images = sum(e.images for e in p.experts)
+    assert p.common.fraction == pytest.approx(1_024_000 / (1_024_000 + images))
+    assert len(p.common.experts) == 8
+    assert a100.common_gpu_days == pytest.approx((before.total_gpu_days or 0) * 1_024_000 / images, rel=0.01)
+    assert a100.gpu_days == before.gpu_days
+    assert a100.total_gpu_days == pytest.approx((before.total_gpu_days or 0) + (a100.common_gpu_days or 0))
+    assert a100.usd == pytest.approx((a100.total_gpu_days or 0) * 24 * 1.39)
+    # Whoever trains an expert downloads it first: 32 bits for each weight, at 1 Mbit/s.
+    hours = 8 * 32 * p.common.training.parameters / 1e6 / 3600
+    assert p.simulation is not None
+    assert without.simulation is not None
+    later = p.simulation.median_days - without.simulation.median_days
+    assert later * 24 == pytest.approx(hours, rel=0.01)
+    assert p.batches == without.batches  # the same network
+    value = json.loads(json.dumps(as_json(p), allow_nan=False))
+    assert value["common"]["training"]["name"] == "common"
+    text = " ".join(shown(p).split())
+    assert f"Common start: 1,000 steps of 1024 on all clusters, once for the run: {p.common.fraction:.1%} of" in text
+    assert "8 experts start from it." in text
+    assert "the common model's 2.42 GB besides, and gives back 2.42 GB" in text
+    assert "counted from the day on which the common model is trained. lab decides" in text
+    assert "common" not in shown(without).lower()
+
+
+def test_a_common_model_that_fits_nowhere_or_that_gpus_cannot_share_is_refused(hddm: Manifest) -> None:
+    manifest = common_of(hddm, 10)
+    assert manifest.common is not None
+    wide = manifest.model_copy(update={"common": manifest.common.model_copy(update={"network": {"width": 9216}})})
+    with pytest.raises(AtollError, match=r"expert common: .*more than any GPU known has"):
+        plan(wide)
+    odd = manifest.model_copy(update={"common": manifest.common.model_copy(update={"train": {"batch": 1023}})})
+    with pytest.raises(AtollError, match="expert common: a batch of 1023 cannot be divided among 2 GPUs"):
+        plan(odd, each=2)

@@ -42,6 +42,23 @@ def test_expert_gets_its_fraction_of_the_batch_monolith_all() -> None:
     assert whole.train.steps == 7
 
 
+def test_common_model_gets_the_whole_batch_and_only_experts_start_from_it() -> None:
+    changes = {"train": {"init": "common"}, "common": {"train": {"steps": 3}, "network": {"depth": 2}}}
+    runs = {"whole": {"common": "eps", "changes": changes}}
+    whole = study(runs=runs).manifest_of("whole", 3)
+    assert whole.common is not None
+    assert whole.common.objective.prediction == "eps"
+    assert (whole.train_of(whole.common).batch, whole.train_of(whole.common).steps) == (24, 3)
+    assert whole.network_of(whole.common).depth == 2
+    assert {whole.train_of(expert).batch for expert in whole.experts} == {6}
+    assert {whole.train_of(expert).init for expert in whole.experts} == {"common"}
+    assert whole.monolith is not None
+    assert [whole.train_of(part).init for part in (whole.common, whole.monolith, whole.router)] == [None] * 3
+    # A run that names none has none, whatever the study's manifest says.
+    base = {"common": {"train": {"steps": 3}}}
+    assert study(manifest=base).manifest_of("two", 3).common is None
+
+
 def test_experts_are_named_for_all_clusters_or_by_cluster() -> None:
     names = [expert.full_name for expert in study().manifest_of("whole", 3).experts]
     assert names == ["0-flow", "1-flow", "2-flow", "3-flow", "0-eps", "1-eps", "2-eps", "3-eps"]
@@ -77,6 +94,11 @@ def test_changes_merge_by_key_unless_the_name_differs() -> None:
         ({"name": "a/b"}, "name: "),
         ({"runs": {"whole": {"experts": ["x0"]}}}, "runs.whole: no objective 'x0'; expected one of flow, eps"),
         ({"runs": {"whole": {"monolith": "x0"}}}, "no objective 'x0'"),
+        ({"runs": {"two": {"common": "x0"}}}, "runs.two: no objective 'x0'"),
+        (
+            {"runs": {"two": {"changes": {"train": {"init": "common"}}}}},
+            "run two: .*train.init: common, but there is no `common:` section",
+        ),
         ({"runs": {"whole": {"experts": []}}}, "runs.whole.experts.*at least one objective"),
         ({"runs": {"mixed": {"like": "later"}}}, "runs.mixed.like: 'later'; expected an earlier run of this file"),
         ({"runs": {"mixed": {"experts": {"every": "flow"}}}}, "'every'; expected a cluster's number, or all"),

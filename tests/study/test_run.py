@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import yaml
 
 from atoll.errors import AtollError
-from atoll.manifest import load_manifest
+from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import sha256_file
 from atoll.study import load_study, run_study
 from atoll.study import run as run_module
+from atoll.study.run import train_one
 from atoll.study.table import difference, mean_and_spread
 from atoll.train.distil import distil_run
 from atoll.train.expert import train_expert, train_monolith
@@ -146,3 +148,44 @@ def test_mean_spread_and_paired_difference_over_seeds() -> None:
     assert difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0, 3: 9.0}) == "+2.00 ± 2.5"
     assert difference({0: 1.0}, {0: 1.5}) == "-0.500"
     assert difference({0: 1.0}, {1: 1.5}) == ""
+
+
+def test_a_run_like_another_has_its_common_model(monkeypatch, tmp_path) -> None:
+    """A student may start from it, also beside data that the experts draw. Nothing is trained here."""
+    trained = []
+
+    def launch(run: Path, jobs: int | None = None, only: Sequence[str] | None = None) -> bool:
+        trained.append((run.name, only))
+        manifest = load_manifest(run)
+        parts = [f"experts/{e.full_name}" for e in manifest.experts] + (["common"] if manifest.common else [])
+        for part in parts if only is None else only:
+            (run / part).mkdir(parents=True, exist_ok=True)
+            (run / part / "card.json").touch()
+        return True
+
+    def synthesize(run: Path, manifest: Manifest, out: Path, **options: object) -> None:
+        out.mkdir()
+        shutil.copy(run / "atoll.yaml", out / "atoll.yaml")
+
+    for name, stub in (("launch_run", launch), ("synthesize_run", synthesize)):
+        monkeypatch.setattr(run_module, name, stub)
+    monkeypatch.setattr(run_module, "encode_once", lambda manifest, out: out / "encoded" / "one")
+    for name in ("cluster_run", "assemble_run"):
+        monkeypatch.setattr(run_module, name, lambda *_: None)
+    start = {"common": "flow", "experts": ["flow"]}
+    student = {"objective": "flow", "teacher": "owner", "train": {"init": "common"}}
+    runs = {
+        "first": {**start, "changes": {"train": {"init": "common"}}},
+        "drawn": {"like": "first", **start, "drawn": 12, "student": student},
+    }
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump({**CONTENT, "baseline": None, "runs": runs}, sort_keys=False))
+    study, out = load_study(str(file)), tmp_path / "out"
+    first, like = (train_one(study, name, 0, out, None) for name in runs)
+    assert trained == [("first", None), ("drawn", ["router"]), ("drawn", ["student"])]
+    assert os.readlink(like / "common") == "../first/common"
+    assert (like / "drawn" / "common" / "card.json").samefile(first / "common" / "card.json")
+    shutil.rmtree(first / "common")
+    (like / "common").unlink()
+    with pytest.raises(AtollError, match="run first has no common model, which run drawn names"):
+        train_one(study, "drawn", 0, out, None)
