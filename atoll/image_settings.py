@@ -28,7 +28,7 @@ _JSON_CHARACTERS = 2 << 20  # two prompts of 65,536 characters take 1,572,864 as
 _Pixels = Annotated[int, Field(strict=True, ge=1, le=bounds.MAX_SIDE * 64)]  # codecs enlarge a latent's side at most so
 _Experts = Annotated[tuple[bounds.PartName, ...], Field(max_length=bounds.MAX_EXPERTS)]
 # What identifies the program and the place, not the image.
-_NOT_COMPARED = {"ensemble", "version", "dropped_experts"}
+_NOT_COMPARED = {"ensemble", "weak", "version", "dropped_experts"}
 
 
 class ImageSettings(CardRecord):
@@ -49,6 +49,8 @@ class ImageSettings(CardRecord):
         size: (width, height) in pixels.
         ensemble: its name.
         ensemble_sha256: the hash of its card, which holds the hashes of its parts.
+        weak: the name of the weak ensemble from which guidance led away; None: there was none.
+        weak_sha256: the hash of its card.
         missing_experts: experts that were missing when the ensemble was loaded.
         dropped_experts: experts that were dropped while sampling.
         version: of Atoll.
@@ -70,6 +72,8 @@ class ImageSettings(CardRecord):
     size: tuple[_Pixels, _Pixels]
     ensemble: bounds.PartName
     ensemble_sha256: bounds.Sha256
+    weak: bounds.PartName | None = None
+    weak_sha256: bounds.Sha256 | None = None
     missing_experts: _Experts = ()
     dropped_experts: _Experts = ()
     version: bounds.PartName
@@ -85,7 +89,7 @@ class ImageSettings(CardRecord):
     def differences(self, other: "ImageSettings") -> list[str]:
         """Return the names of the settings in which another image differs.
 
-        The ensemble's name, Atoll's version and the experts that were dropped are not compared.
+        The ensembles' names, Atoll's version and the experts that were dropped are not compared.
         """
         # In the order of the class.
         names = (name for name in type(self).model_fields if name not in _NOT_COMPARED)
@@ -93,8 +97,9 @@ class ImageSettings(CardRecord):
 
     def text(self) -> dict[str, str]:
         """Return the text chunks by keyword."""
-        # Files from before there was a shift have none: one of even times is still written like them.
-        values = self.model_dump(mode="json", exclude={"shift"} if self.shift == 1 else None)
+        # Files from before there was a shift or a weak ensemble have none: one without is still written like them.
+        absent = ({"shift"} if self.shift == 1 else set()) | ({"weak", "weak_sha256"} if self.weak is None else set())
+        values = self.model_dump(mode="json", exclude=absent or None)
         # ASCII: every reader of PNG text agrees on it.
         return {KEY: json.dumps(values, allow_nan=False), PARAMETERS: self.parameters()}
 
@@ -110,6 +115,7 @@ class ImageSettings(CardRecord):
             **({} if self.shift == 1 else {"Shift": f"{self.shift:g}"}),
             "Model hash": self.ensemble_sha256[:10],
             "Model": self.ensemble.replace(",", " "),  # a comma ends a value
+            **({} if self.weak_sha256 is None else {"Weak model hash": self.weak_sha256[:10]}),
             "Version": f"atoll {self.version}",
         }
         lines = [self.prompt, f"Negative prompt: {self.negative_prompt}" if self.negative_prompt else ""]

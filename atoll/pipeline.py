@@ -13,10 +13,10 @@ from torch import Tensor
 from atoll.choices import Method
 from atoll.condition import move_to
 from atoll.encoders.trust import Trust
-from atoll.ensemble import Alignment, Ensemble, Sampler, Trace
+from atoll.ensemble import Alignment, Ensemble, Expert, Sampler, Trace
 from atoll.ensemble.compiled import compile_blocks, compile_network
 from atoll.ensemble.loading import Fetch, LoadedEnsemble, load_ensemble
-from atoll.ensemble.offload import WeightDtype
+from atoll.ensemble.offload import WeightDtype, expert_cache_of
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.errors import AtollError
 from atoll.image_size import ImageSize
@@ -81,6 +81,7 @@ class Pipeline:
         allow_hub: bool = False,
         trust_paths: bool = False,
         fetch: Fetch | None = None,
+        weak: str | Path | None = None,
     ) -> "Pipeline":
         """Load an ensemble's directory, or an expert's; arguments and errors as in `load_ensemble`.
 
@@ -95,6 +96,9 @@ class Pipeline:
             weights: fp32, bf16, fp16 or int8; None: as stored.
             allow_hub, trust_paths: what cards may reach.
             fetch: downloads an expert's weights when they are first needed.
+            weak: the directory of a weaker ensemble of the same clusters, or of one expert of all clusters: guidance
+                then leads away from it in place of the null condition (`atoll.ensemble.weak`). Loaded with the same
+                options, and within the same memory budget.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = load_ensemble(
@@ -109,6 +113,20 @@ class Pipeline:
             trust=Trust(hub=allow_hub, paths=trust_paths),
             fetch=fetch,
         )
+        if weak is not None:
+            # One budget for both; a missing expert would leave its cluster without guidance.
+            networks = [expert.network for expert in loaded.ensemble.experts]
+            other = load_ensemble(
+                weak,
+                alignment=alignment,
+                strict=True,
+                device=device,
+                replicas=replicas,
+                memory_budget=None if memory_budget is None else expert_cache_of(networks),
+                weights=weights,
+                trust=Trust(hub=allow_hub, paths=trust_paths),
+            )
+            loaded = loaded.with_weak(other, Path(weak))
         return cls(loaded, device)
 
     def compile(self, **options: Any) -> "Pipeline":
@@ -124,11 +142,15 @@ class Pipeline:
         """
         # The ensemble is immutable: compiled networks make a new one, with a new sampler.
         ensemble = self.loaded.ensemble
+
         # Each network is compiled by itself; experts of one architecture share their graphs.
-        experts = [replace(expert, network=compile_network(expert.network, **options)) for expert in ensemble.experts]
+        def compiled(one: Ensemble) -> list[Expert]:
+            return [replace(expert, network=compile_network(expert.network, **options)) for expert in one.experts]
+
         if isinstance(ensemble.router, torch.nn.Module):  # it always sees the whole batch: no padding
             compile_blocks(ensemble.router, **options)
-        self.loaded = replace(self.loaded, ensemble=replace(ensemble, experts=experts))
+        weak = None if ensemble.weak is None else replace(ensemble.weak, experts=compiled(ensemble.weak))
+        self.loaded = replace(self.loaded, ensemble=replace(ensemble, experts=compiled(ensemble), weak=weak))
         self.sampler = Sampler(self.loaded.ensemble)
         return self
 
@@ -159,12 +181,12 @@ class Pipeline:
         Args:
             prompts: one or several.
             num_inference_steps: default: the ensemble's.
-            guidance_scale: default: the ensemble's.
+            guidance_scale: default: the ensemble's. With a weak ensemble, away from it.
             generator: draws the seeds; not together with `seeds`.
             seeds: one per image; or one per prompt, from which the seeds of its images count up. An image depends on
                 its prompts and its seed only, not on its batch.
             negative_prompt: what guidance leads away from, in place of the empty prompt: one for all, or one per
-                prompt. Needs a guidance scale other than 1.
+                prompt. Needs a guidance scale other than 1, and no weak ensemble.
             images_per_prompt: one number for all, or one per prompt.
             method: "euler", "heun", "midpoint", "dpm++2m" or "unipc"; default: the ensemble's.
             routing: default: the ensemble's.
@@ -198,6 +220,8 @@ class Pipeline:
         scale = defaults.guidance_or(1.0) if guidance_scale is None else guidance_scale
         method = method or cast(Method, defaults.method or "euler")
         negatives = _negatives(len(prompts), negative_prompt, scale)
+        if negatives is not None and self.loaded.ensemble.weak is not None:
+            raise AtollError("negative_prompt has no effect with a weak ensemble, which takes its place; leave one out")
         size = self.loaded.sizes.choose(height, width)
         times = shifted_times(steps, self.loaded.shift(size) if shift is None else check_shift(shift))
         if note := self.loaded.sizes.note(size):

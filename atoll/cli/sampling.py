@@ -40,6 +40,13 @@ def sample(
     guidance_range: Annotated[
         str | None, typer.Option(help="Times with guidance, such as 0.2,0.8 (0 data, 1 noise); default: all.")
     ] = None,
+    weak: Annotated[
+        Path | None,
+        typer.Option(
+            help="A weaker ensemble of the same clusters (`atoll ema`): guidance leads away from it in place of the "
+            "empty prompt."
+        ),
+    ] = None,
     routing: Annotated[
         str | None, typer.Option(help="top-2, full, threshold-0.1, nucleus-0.9, sample-1, oracle-3, ...")
     ] = None,
@@ -106,6 +113,7 @@ def sample(
         "allow_hub": allow_hub,
         "trust_paths": trust_paths,
         "fetch": model.fetch if model else None,
+        "weak": weak,
     }
     solver: dict[str, Any] = {
         "steps": steps,

@@ -51,14 +51,25 @@ def calibrate(
 
 @app.command(rich_help_panel="Tools")
 def ema(
-    expert: Annotated[Path, typer.Argument(help="An expert's directory, in the run that trained it.")],
+    expert: Annotated[
+        Path,
+        typer.Argument(help="Directory of an expert, or of an ensemble for all of its, in the run that trained it."),
+    ],
     sigma_rel: Annotated[float, typer.Option("--sigma-rel", help="Width of the average: 0.05 is short, 0.25 long.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new expert.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new expert or ensemble.")],
+    at_step: Annotated[
+        int | None,
+        typer.Option(help="End the average at this step's snapshot, for a weaker expert; default: the last step."),
+    ] = None,
+    allow_hub: AllowHub = False,
+    trust_paths: TrustPaths = False,
 ) -> None:
     """Average an expert's weights over another length, from the snapshots of train.ema_profiles (EDM2)."""
-    from atoll.train.snapshots import reconstruct_expert
+    from atoll.encoders.trust import Trust
+    from atoll.train.reconstruct import reconstruct
 
-    typer.echo(f"{reconstruct_expert(expert, sigma_rel, out)} written; calibrate it with `atoll calibrate`")
+    trust = Trust(hub=allow_hub, paths=trust_paths)
+    typer.echo(reconstruct(expert, sigma_rel, out, at_step, trust))
 
 
 @app.command(rich_help_panel="Tools")

@@ -5,7 +5,7 @@ plans the expert cache and decides what happens to an answer that is not finite:
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import get_args
 
 import torch
@@ -21,11 +21,13 @@ from atoll.ensemble.replicas import (
     Stacking,
     check_replicas,
     cluster_owners,
+    divide_among_replicas,
+    of_clusters,
     replica_groups,
-    replica_weights,
 )
 from atoll.ensemble.routing import Routing, RoutingContext, parse_routing
 from atoll.ensemble.side_by_side import can_share, share, workers_for
+from atoll.ensemble.weak import check_weak, guide
 from atoll.errors import AtollError
 from atoll.shapes import per_sample
 
@@ -47,11 +49,13 @@ class Ensemble:
             "time-switch-0.5" (HDDM section 4.3).
         router_encoder: the index of the text encoder whose pooled vector the router sees.
         excluded: the indices of experts that are never evaluated; the others take over their weight.
+        weak: a worse ensemble of the same clusters, from which guidance leads away in place of the null condition
+            (`atoll.ensemble.weak`); it takes over this one's routing and alignment.
         rule: the routing, parsed.
 
     Raises:
         AtollError: no experts, an unknown routing, alignment or way to combine replicas, several experts without a
-            router, or a time switch between experts that do not exist.
+            router, a time switch between experts that do not exist, or a weak ensemble of other clusters.
     """
 
     experts: Sequence[Expert]
@@ -64,6 +68,7 @@ class Ensemble:
     replicas: str = "stacked"
     router_encoder: int = 0
     excluded: frozenset[int] = frozenset()
+    weak: "Ensemble | None" = None
     rule: Routing = field(init=False)
     _owners: Tensor = field(init=False)  # [E, K]
     _groups: tuple[ReplicaGroup, ...] = field(init=False)
@@ -90,9 +95,13 @@ class Ensemble:
             "rule": rule,
             "_owners": cluster_owners(self.experts, self.excluded),
             "_groups": replica_groups(self.experts, stackings, self.excluded),
+            # Its difference to this one is then that of the experts alone.
+            "weak": self.weak and replace(self.weak, routing=self.routing, alignment=self.alignment),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        if self.weak is not None:
+            check_weak(self._owners, self.weak._owners, clusters=self._has_clusters, nested=self.weak.weak is not None)
 
     def velocity(
         self,
@@ -108,7 +117,8 @@ class Ensemble:
         """Return u = sum_k p(k | x) u_k on the linear path, [B, ...].
 
         Each selected expert is evaluated once, for all samples that selected it and both guidance branches together:
-        u = u_null + g (u_cond - u_null). The router sees x alone, or the conditional branch's pooled vector.
+        u = u_null + g (u_cond - u_null), or with a weak ensemble u = u_weak + g (u_cond - u_weak). The router sees x
+        alone, or the conditional branch's pooled vector.
 
         Pure: an expert's NaN or infinity is returned as it is. A `Sampler` drops such an expert.
 
@@ -136,7 +146,10 @@ class Ensemble:
             prompt_cache=prompt_cache,
         )
         routed = self.route(query)
-        return self.fuse(routed, dict(self.expert_velocities(routed)))
+        u = self.fuse(routed, dict(self.expert_velocities(routed)))
+        if self.weak is None or (weak := self.route_weak(routed)) is None:
+            return u
+        return guide(u, self.weak.fuse(weak, dict(self.weak.expert_velocities(weak))), query.weak_scale)
 
     @property
     def clamped(self) -> tuple[Expert, ...]:
@@ -158,7 +171,9 @@ class Ensemble:
             pooled: the router's pooled condition [B, P].
             cluster: each sample's own cluster [B] int64, for routing "oracle".
         """
-        return self._weights(x, t, cluster, *self._cluster_log_p(x, t, pooled))
+        log_p, owners = self._cluster_log_p(x, t, pooled)
+        context = self._context(x, t, cluster)
+        return self._weights(context, self._cluster_weights(context, log_p), owners)
 
     def prompt_cache(
         self,
@@ -203,22 +218,43 @@ class Ensemble:
             if prompt_cache is not None:
                 raise AtollError("condition and prompt_cache were both passed; expected one of them")
             prompt_cache = self.prompt_cache(as_conditions(condition), limit=0)
-        # Guidance needs both branches.
+        # Guidance needs both branches; a weak ensemble is one, with any prompt or none.
         guided = bool((guidance_scale != 1.0).any()) if isinstance(guidance_scale, Tensor) else guidance_scale != 1.0
-        if guided and (prompt_cache is None or not prompt_cache.guides):
+        if guided and self.weak is None and (prompt_cache is None or not prompt_cache.guides):
             missing = "condition" if prompt_cache is None else "null condition (Ensemble(..., null=...))"
             raise AtollError(f"guidance_scale is {guidance_scale} but there is no {missing}")
         # Outside its range, guidance is off: a scale of 1 for these samples.
         inside = (t >= guidance_range[0]) & (t <= guidance_range[1])
-        return Query(x, t, prompt_cache, torch.where(inside, guidance_scale, 1.0).to(x.dtype), cluster)
+        scale = torch.where(inside, guidance_scale, 1.0).to(x.dtype)
+        if self.weak is not None:
+            return Query(x, t, prompt_cache, torch.ones_like(scale), cluster, scale)
+        return Query(x, t, prompt_cache, scale, cluster)
 
     def route(self, query: Query) -> Routed:
         """Select the experts of a query and compute their weights."""
-        # Each expert's weight; rows sum to 1.
-        x, t = query.x, query.t
-        log_p, owners = self._cluster_log_p(x, t, self._pooled(query))
-        weights = self._weights(x, t, query.cluster, log_p, owners)
+        log_p, owners = self._cluster_log_p(query.x, query.t, self._pooled(query))
+        context = self._context(query.x, query.t, query.cluster)
+        per_cluster = self._cluster_weights(context, log_p)
+        return self._select(query, self._weights(context, per_cluster, owners), log_p, owners, per_cluster)
 
+    def route_weak(self, routed: Routed) -> Routed | None:
+        """Select the weak ensemble's experts for the samples with guidance, by this one's weights; None if none has."""
+        weak, scale, per_cluster = self.weak, routed.query.weak_scale, routed.per_cluster
+        if weak is None or scale is None or not (guided := scale != 1.0).any():
+            return None
+
+        # Every cluster that this ensemble selects has an expert there, see `check_weak`.
+        query, owners = replace(routed.query, weak_scale=None), None
+        if per_cluster is not None:
+            owners = of_clusters(weak._owners, per_cluster.shape[1]).to(per_cluster)
+        weights = weak._weights(weak._context(query.x, query.t, query.cluster), per_cluster, owners)
+        return weak._select(query, weights * guided[:, None], None, None, per_cluster)
+
+    def _select(
+        self, query: Query, weights: Tensor, log_p: Tensor | None, owners: Tensor | None, per_cluster: Tensor | None
+    ) -> Routed:
+        """Return the query with the experts of some weight; arguments as in `Routed`."""
+        x, t = query.x, query.t
         # Stacked replicas: their velocities are combined as their x0 are, with the mean in the place of the rest.
         # sum_r w_r u_r + (1 - sum_r w_r)/sigma (x - m): x0 = m + sum_r w_r (x0_r - m), with x explained.
         factors, offset, stacked = weights.clone(), torch.zeros_like(x), set[int]()
@@ -234,7 +270,7 @@ class Ensemble:
         # Rows by expert: each expert is evaluated once, for all samples that selected it.
         rows = tuple(column.nonzero().squeeze(1) for column in factors.T)
         active = tuple(index for index, selected in enumerate(rows) if len(selected))
-        return Routed(query, weights, factors, offset, rows, active, frozenset(stacked), log_p, owners)
+        return Routed(query, weights, factors, offset, rows, active, frozenset(stacked), log_p, owners, per_cluster)
 
     def expert_velocities(self, routed: Routed, order: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield the active experts' indices and guided velocities [b, ...], each for its rows of the batch.
@@ -304,13 +340,18 @@ class Ensemble:
 
     # Weights.
 
+    @property
+    def _has_clusters(self) -> bool:
+        """Whether clusters play a part in the routing."""
+        return not (self.rule.over_experts or (self.router is None and len(self.experts) == 1))
+
     def _cluster_log_p(self, x: Tensor, t: Tensor, pooled: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the clusters' log-probabilities [B, K], -inf where no expert covers one, and the owners [E, K].
 
         Both are None if clusters play no part: a routing over experts, or a single expert without a router.
         """
         # Nothing to route: no router is evaluated.
-        if self.rule.over_experts or (self.router is None and len(self.experts) == 1):
+        if not self._has_clusters:
             return None, None
         # Without a router the caller passes the clusters: all are equally probable until then.
         if self.router is None:
@@ -326,42 +367,29 @@ class Ensemble:
                 "expected a router of the experts' own assignment"
             )
         # The router may know clusters that no expert covers.
-        owners = torch.nn.functional.pad(owners, (0, log_p.shape[1] - owners.shape[1]))
+        owners = of_clusters(owners, log_p.shape[1])
         return log_p.masked_fill(owners.sum(0) == 0, -torch.inf), owners
 
-    def _weights(
-        self, x: Tensor, t: Tensor, cluster: Tensor | None, log_p: Tensor | None, owners: Tensor | None
-    ) -> Tensor:
-        """Return each expert's weight [B, E] from what `_cluster_log_p` returned."""
+    def _context(self, x: Tensor, t: Tensor, cluster: Tensor | None) -> RoutingContext:
+        return RoutingContext(x, t, cluster, [expert.name for expert in self.experts])
+
+    def _cluster_weights(self, context: RoutingContext, log_p: Tensor | None) -> Tensor | None:
+        """Return each cluster's weight [B, K] from their log-probabilities; None if clusters play no part."""
+        return None if log_p is None else self.rule.weights(log_p, context)
+
+    def _weights(self, context: RoutingContext, per_cluster: Tensor | None, owners: Tensor | None) -> Tensor:
+        """Return each expert's weight [B, E] from the clusters' weights [B, K] and their owners [E, K]."""
         # A routing over experts, or a single expert: no clusters.
-        context = RoutingContext(x, t, cluster, [expert.name for expert in self.experts])
+        x, t = context.x, context.t
         if self.rule.over_experts:
             return self.rule.weights(x.new_zeros(len(x), 0), context)
-        if log_p is None or owners is None:
+        if per_cluster is None or owners is None:
             return x.new_ones(len(x), 1)
-
+        assert t is not None  # an evaluation has times
         # Clusters to experts; the owners of a cluster share its weight equally.
-        per_cluster = self.rule.weights(log_p, context)  # [B, K]
         weights = per_cluster @ (owners / owners.sum(0).clamp(min=1)).T
-        # Replicas divide the weight of their group by their own mode.
-        for group in self._groups:
-            members = list(group.members)
-            weights[:, members] = weights[:, members].sum(1, keepdim=True) * self._replica_weights(group, t)
+        divide_among_replicas(weights, self.replicas, self._groups, self.experts, t)
         return weights
-
-    def _replica_weights(self, group: ReplicaGroup, t: Tensor) -> Tensor:
-        """Return each replica's fraction of its group's weight [B, R]; rows sum to 1."""
-        # By another mode than stacking, or without a stacking: equally.
-        experts = [self.experts[member] for member in group.members]
-        if self.replicas != "stacked":
-            return replica_weights(self.replicas, experts, t)
-        if group.stacking is None:
-            return replica_weights("equal", experts, t)
-
-        # For the trace, stacked weights are normalised; `route` applies them as they are.
-        solved, _ = group.stacking.at(t)
-        total = solved.sum(1, keepdim=True)
-        return torch.where(total > 0, solved / total.clamp(min=1e-12), 1 / len(experts)).to(t)
 
     def _pooled(self, query: Query) -> Tensor | None:
         """Return what the router sees of the prompt [B, P]; the null condition's vector if there is no prompt."""

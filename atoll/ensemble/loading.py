@@ -136,7 +136,7 @@ def load_ensemble(
     device: str | torch.device = "cpu",
     *,
     replicas: str | None = None,
-    memory_budget: str | int | None = None,
+    memory_budget: str | int | ExpertCache | None = None,
     weights: WeightDtype | None = None,
     allow_hub: bool = False,
     trust_paths: bool = False,
@@ -153,7 +153,8 @@ def load_ensemble(
         device: where experts and router are evaluated.
         replicas: how replicas are combined, in place of the ensemble's default.
         memory_budget: "16GB", or bytes, for the weights of the experts and the router on the device (text encoder,
-            codec and activations are not counted); experts that do not fit load on demand.
+            codec and activations are not counted); experts that do not fit load on demand. Or the expert cache of
+            another ensemble, whose budget both share.
         weights: the dtype that the experts' weights are rounded to (fp32, bf16, fp16, int8); None: as stored.
         allow_hub: whether text encoders and codec may be fetched from the hub, at the revision and with the hash that
             the cards state.
@@ -169,7 +170,10 @@ def load_ensemble(
     # Options that cannot work fail before anything is read.
     path = Path(path)
     check_weights(weights)
-    cache = None if memory_budget is None else ExpertCache(parse_budget(memory_budget), device)
+    if memory_budget is None or isinstance(memory_budget, ExpertCache):
+        cache = memory_budget
+    else:
+        cache = ExpertCache(parse_budget(memory_budget), device)
     if fetch is not None and cache is None:
         # Prefetching would download experts that are only likely.
         cache = ExpertCache(UNLIMITED, device, prefetch=False)

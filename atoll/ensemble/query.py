@@ -17,8 +17,10 @@ class Query:
         x: samples [B, ...].
         t: their times [B].
         prompts: the conditions of B rows; None for an unconditional ensemble.
-        scale: each sample's guidance scale [B]; 1 outside the guidance range.
+        scale: each sample's guidance scale [B] away from the null condition; 1 outside the guidance range.
         cluster: each sample's own cluster [B] int64, for routing "oracle".
+        weak_scale: each sample's guidance scale [B] away from the weak ensemble; None without one, and `scale` is 1
+            with one.
     """
 
     x: Tensor
@@ -26,6 +28,7 @@ class Query:
     prompts: PromptSource | None
     scale: Tensor
     cluster: Tensor | None
+    weak_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class Routed:
         stacked: the experts whose answer is stacked, and therefore neither calibrated nor clamped.
         log_p: the clusters' log-probabilities [B, K], -inf where no expert covers one; None if clusters play no part.
         owners: 1 where an expert covers a cluster [E, K]; None with log_p.
+        per_cluster: each cluster's weight [B, K], which the weak ensemble shares; None if clusters play no part.
     """
 
     query: Query
@@ -53,6 +57,7 @@ class Routed:
     stacked: frozenset[int]
     log_p: Tensor | None
     owners: Tensor | None
+    per_cluster: Tensor | None
 
     def selection_probs(self) -> list[float]:
         """Return each expert's probability to be selected in the next step; nothing if clusters play no part."""

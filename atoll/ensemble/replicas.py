@@ -261,6 +261,37 @@ def replica_groups(
     return tuple(groups)
 
 
+def divide_among_replicas(
+    weights: Tensor, mode: str, groups: Sequence[ReplicaGroup], experts: Sequence[Expert], t: Tensor
+) -> None:
+    """Divide the weight of each group among its replicas, in place.
+
+    Args:
+        weights: each expert's weight [B, E].
+        mode: as in `replica_weights`, or "stacked": by the group's stacking, equally without one.
+        groups: the groups of replicas.
+        experts: all experts of the ensemble, E of them.
+        t: times [B].
+    """
+    for group in groups:
+        members = list(group.members)
+        replicas = [experts[member] for member in members]
+        # By another mode than stacking, or without a stacking: equally.
+        if mode != "stacked" or group.stacking is None:
+            fractions = replica_weights("equal" if mode == "stacked" else mode, replicas, t)
+        else:
+            # For the trace, stacked weights are normalised; `Ensemble.route` applies them as they are.
+            solved, _ = group.stacking.at(t)
+            total = solved.sum(1, keepdim=True)
+            fractions = torch.where(total > 0, solved / total.clamp(min=1e-12), 1 / len(members)).to(t)
+        weights[:, members] = weights[:, members].sum(1, keepdim=True) * fractions
+
+
+def of_clusters(owners: Tensor, clusters: int) -> Tensor:
+    """Return the owners [E, K] of so many clusters: further ones have no owner, those beyond are left out."""
+    return torch.nn.functional.pad(owners, (0, clusters - owners.shape[1]))
+
+
 def cluster_owners(experts: Sequence[Expert], excluded: frozenset[int] = frozenset()) -> Tensor:
     """Return [E, K]: 1 where an expert is among the narrowest that cover a cluster.
 

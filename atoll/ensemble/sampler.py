@@ -8,7 +8,8 @@ that answers with NaN or infinity although its input was finite:
 - "raise": an `AtollError` is raised.
 - "keep": the answer is used as it is, as in `Ensemble.velocity`.
 
-No value is ever patched.
+No value is ever patched. An expert of a weak ensemble is never dropped: without it, the weak ensemble could not share
+the weights of the others.
 """
 
 import warnings
@@ -24,6 +25,7 @@ from atoll.ensemble.ensemble import Ensemble
 from atoll.ensemble.offload import expert_cache_of
 from atoll.ensemble.prompt_cache import PromptCache
 from atoll.ensemble.query import Routed
+from atoll.ensemble.weak import guide
 from atoll.errors import AtollError
 
 NonFinitePolicy = Literal["drop", "raise", "keep"]
@@ -61,7 +63,8 @@ class Sampler:
         self.dropped: dict[str, str] = {}
         self._trace: Trace | None = None
         # The networks share one cache if they load on demand.
-        self._expert_cache = expert_cache_of([expert.network for expert in ensemble.experts])
+        experts = (*ensemble.experts, *(ensemble.weak.experts if ensemble.weak is not None else ()))
+        self._expert_cache = expert_cache_of([expert.network for expert in experts])
 
     def velocity(
         self,
@@ -77,7 +80,8 @@ class Sampler:
         """Return the ensemble's velocity [B, ...]; arguments and errors as in `Ensemble.velocity`.
 
         Raises:
-            AtollError: an expert's answer is not finite, and the policy is "raise" or no expert is left.
+            AtollError: an expert's answer is not finite, and the policy is "raise", no expert is left, or it is of the
+                weak ensemble.
         """
         # The query is validated once; a failed expert changes the routing only.
         query = self.ensemble.query(
@@ -94,10 +98,9 @@ class Sampler:
             routed = self.ensemble.route(query)
             velocities: dict[int, Tensor] = {}
             failed = None
-            for index, u in self.ensemble.expert_velocities(routed, self._order(routed)):
+            for index, u in self.ensemble.expert_velocities(routed, self._order(self.ensemble, routed)):
                 velocities[index] = u
-                # An answer to x that is not finite itself is not the expert's fault.
-                if self.non_finite != "keep" and not u.isfinite().all() and x[routed.rows[index]].isfinite().all():
+                if self._fails(routed, index, u):
                     failed = index
                     break
             if failed is None:
@@ -109,7 +112,9 @@ class Sampler:
         if self._trace is not None:
             self._trace.times.append(t.detach().cpu())
             self._trace.weights.append(routed.weights.detach().float().cpu())
-        return self.ensemble.fuse(routed, velocities)
+        u = self.ensemble.fuse(routed, velocities)
+        weak = self.ensemble.route_weak(routed)
+        return u if weak is None else guide(u, self._weak_velocity(weak), query.weak_scale)
 
     @contextmanager
     def tracing(self) -> Iterator[Trace]:
@@ -121,12 +126,33 @@ class Sampler:
         finally:
             self._trace = None
 
-    def _order(self, routed: Routed) -> Sequence[int]:
+    def _weak_velocity(self, routed: Routed) -> Tensor:
+        """Return the weak ensemble's velocity [B, ...]. Raises AtollError if an expert's answer is not finite."""
+        weak = self.ensemble.weak
+        assert weak is not None  # it was routed
+        velocities: dict[int, Tensor] = {}
+        for index, u in weak.expert_velocities(routed, self._order(weak, routed)):
+            velocities[index] = u
+            if self._fails(routed, index, u):
+                raise AtollError(
+                    f"{weak.experts[index].name} of the weak ensemble {_NON_FINITE}; sample in fp32, or without the "
+                    "weak ensemble"
+                )
+        return weak.fuse(routed, velocities)
+
+    def _fails(self, routed: Routed, index: int, u: Tensor) -> bool:
+        """Return whether an expert's answer [b, ...] to its rows of the batch is not finite, and matters."""
+        if self.non_finite == "keep" or u.isfinite().all():
+            return False
+        # An answer to x that is not finite itself is not the expert's fault.
+        return bool(routed.query.x[routed.rows[index]].isfinite().all())
+
+    def _order(self, ensemble: Ensemble, routed: Routed) -> Sequence[int]:
         """Return the order in which to evaluate the active experts: with an expert cache, resident ones first."""
         if self._expert_cache is None:
             return routed.active
         # The order changes no number: `Ensemble.fuse` has its own.
-        networks = [expert.network for expert in self.ensemble.experts]
+        networks = [expert.network for expert in ensemble.experts]
         return self._expert_cache.plan(networks, routed.active, routed.selection_probs())
 
     def _drop(self, index: int) -> None:

@@ -100,6 +100,11 @@ def sample_to_files(
                 f"prompt {request.number}: its negative prompt changes nothing at guidance_scale 1; set --guidance, or "
                 "leave it out"
             )
+        if request.negative_prompt and source.weak is not None:
+            raise AtollError(
+                f"prompt {request.number}: its negative prompt has no effect with --weak, which takes its place; leave "
+                "one out"
+            )
         _of(base, request, request.seeds[-1])  # the largest, if they count up beyond 64 bits
     lock = _prepared(directory)
     try:
@@ -178,6 +183,7 @@ def _settings(
         "size": (size.width, size.height),
         "ensemble": source.shown_name(),
         "ensemble_sha256": source.sha256(),
+        **source.weak_settings(),
         "missing_experts": tuple(missing),
         "version": __version__,
     }

@@ -46,6 +46,7 @@ def sample_to_file(
     allow_hub: bool = False,
     trust_paths: bool = False,
     fetch: Fetch | None = None,
+    weak: Path | None = None,
 ) -> dict[str, str]:
     """Sample images of each prompt and write them as one sheet.
 
@@ -67,7 +68,7 @@ def sample_to_file(
         replicas: as in `Pipeline.from_pretrained`.
         trace: a JSON file for the routing trace; a page that shows it is written beside it.
         progress: called with (steps done, total steps).
-        memory_budget, weights, allow_hub, trust_paths, fetch: as in `Pipeline.from_pretrained`.
+        memory_budget, weights, allow_hub, trust_paths, fetch, weak: as in `Pipeline.from_pretrained`.
 
     Returns:
         The experts that were dropped while sampling, and why.
@@ -96,6 +97,7 @@ def sample_to_file(
         allow_hub=allow_hub,
         trust_paths=trust_paths,
         fetch=fetch,
+        weak=weak,
     )
     output = pipe(
         prompts,

@@ -31,6 +31,7 @@ class ModelSource:
     allow_hub: bool = False
     trust_paths: bool = False
     fetch: Fetch | None = None
+    weak: Path | None = None
 
     def load(self) -> Pipeline:
         """Load it. Raises AtollError as `load_ensemble` does."""
@@ -45,17 +46,28 @@ class ModelSource:
             allow_hub=self.allow_hub,
             trust_paths=self.trust_paths,
             fetch=self.fetch,
+            weak=self.weak,
         )
 
     def shown_name(self) -> str:
         """Return the name for the images' settings."""
-        if self.name is not None:
-            return self.name
-        # Of RUN/ensemble, the run's name says more.
-        path = self.path.resolve()
-        return (path.parent.name if path.name == ENSEMBLE else path.name) or path.name or "root"
+        return _name_of(self.path) if self.name is None else self.name
 
     def sha256(self) -> str:
         """Return the hash of the ensemble's or the expert's card."""
-        file = self.path / ENSEMBLE_CARD
-        return sha256_file(file if file.is_file() else self.path / CARD)
+        return _sha256_of(self.path)
+
+    def weak_settings(self) -> dict[str, str]:
+        """Return the name of the weak ensemble and its card's hash, for the images' settings; nothing without one."""
+        return {} if self.weak is None else {"weak": _name_of(self.weak), "weak_sha256": _sha256_of(self.weak)}
+
+
+def _name_of(path: Path) -> str:
+    # Of RUN/ensemble, the run's name says more.
+    path = path.resolve()
+    return (path.parent.name if path.name == ENSEMBLE else path.name) or path.name or "root"
+
+
+def _sha256_of(path: Path) -> str:
+    file = path / ENSEMBLE_CARD
+    return sha256_file(file if file.is_file() else path / CARD)

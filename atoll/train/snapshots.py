@@ -74,21 +74,23 @@ def snapshots_of(directory: Path) -> list[Snapshot]:
     return snapshots
 
 
-def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
+def reconstruct_expert(expert: Path, sigma_rel: float, out: Path, step: int | None = None) -> Path:
     """Reconstruct the expert whose weights are averaged with another width, from the snapshots of its training.
 
     The new expert has no calibration, since that was measured on other weights.
 
     Args:
         expert: the artifact where training wrote it, beside its .train- directory.
-        sigma_rel: the width, see `atoll.train.ema`.
+        sigma_rel: the width, see `atoll.train.ema`; a fraction of the steps until the average ends.
         out: the directory of the new artifact.
+        step: of a snapshot, at which the average ends, as if training had ended there; None: the last step.
 
     Returns:
         `out`.
 
     Raises:
-        AtollError: no snapshots, or those of another training; sigma_rel out of range; `out` exists already.
+        AtollError: no snapshots, or those of another training; none of this step; sigma_rel out of range; `out` exists
+            already.
     """
     # Check the arguments, then fit the width by the snapshots' profiles.
     gamma = gamma_of(sigma_rel)
@@ -102,18 +104,36 @@ def reconstruct_expert(expert: Path, sigma_rel: float, out: Path) -> Path:
     snapshots = snapshots_of(directory)
     if not snapshots:
         raise AtollError(f"{directory}: no snapshots; train with train.ema_profiles, such as [0.05, 0.1]")
+    if step is not None:
+        # Between two snapshots the weights are unknown.
+        steps = sorted({snapshot.step for snapshot in snapshots})
+        if step not in steps:
+            raise AtollError(f"{directory}: no snapshot of step {step}; expected one of {_listed(steps)}")
+        snapshots = [snapshot for snapshot in snapshots if snapshot.step <= step]
     tensors = read_tensors(expert, card)
     # A training that was extended took its first snapshots under an earlier plan.
     marks = {training.mark, *(plan.mark for plan in training.plans or ())}
     widths = [_width(snapshot, marks) for snapshot in snapshots]
     gammas = [gamma_of(width) for width in widths]
-    factors = solve([s.step for s in snapshots], gammas, training.steps, gamma)
+    factors = solve([s.step for s in snapshots], gammas, training.steps if step is None else step, gamma)
     # The same factors, applied to the weights.
     average = _weighted(snapshots, factors, {k: v for k, v in tensors.items() if k.startswith("network.")})
-    ema = EmaRecord(sigma_rel=sigma_rel, snapshots=len(snapshots), widths=sorted(set(widths)), of=card.weights_sha256)
+    ema = EmaRecord(
+        sigma_rel=sigma_rel,
+        snapshots=len(snapshots),
+        widths=sorted(set(widths)),
+        of=card.weights_sha256,
+        **({} if step is None else {"step": step}),
+    )
     changes = {"training": training.model_copy(update={"ema": ema}), "calibration": None}
     save_artifact(out, card.model_copy(update=changes), average)
     return out
+
+
+def _listed(steps: list[int]) -> str:
+    """The steps as text, at most six of them."""
+    shown = [str(step) for step in steps]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])
 
 
 def _width(snapshot: Snapshot, marks: set[str]) -> float:

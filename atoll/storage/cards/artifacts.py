@@ -71,12 +71,18 @@ class SkipRecord(CardRecord):
 
 
 class EmaRecord(CardRecord):
-    """A post-hoc EMA of the weights, of width `sigma_rel`. of: the hash of the weights that training wrote."""
+    """A post-hoc EMA of the weights, of width `sigma_rel`.
+
+    Attributes:
+        of: the hash of the weights that training wrote.
+        step: the training's step at which the average ends; None: the last one.
+    """
 
     sigma_rel: bounds.Fraction
     snapshots: PositiveCount
     widths: tuple[bounds.Fraction, ...]
     of: Sha256
+    step: PositiveCount | None = None
 
 
 class EarlierPlan(CardRecord):
