@@ -1,5 +1,6 @@
 """Another average of the weights, of one expert or of a whole ensemble: `atoll ema`."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -62,8 +63,14 @@ def reconstruct_ensemble(
         raise AtollError(
             f"{ensemble}: {updated[0]} has a low-rank update, which has no snapshots; assemble it without --lora"
         )
-    if len({expert.name for expert in card.experts}) < len(card.experts):
-        raise AtollError(f"{ensemble}: two of its experts have one name; reconstruct them one by one")
+    # Names become directories, and a card may come from anyone.
+    names = [expert.name for expert in card.experts]
+    for name in names:
+        if names.count(name) > 1 or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or name == ROUTER:
+            raise AtollError(
+                f"{ensemble}: has an expert named {name!r:.60}, of which no directory can be made; reconstruct its "
+                "experts one by one"
+            )
 
     # All parts appear together, or none.
     with whole_directory(out) as directory:
