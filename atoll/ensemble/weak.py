@@ -1,6 +1,6 @@
 """Autoguidance: guidance away from a worse version of the model (Karras et al. 2024, arXiv 2406.02507).
 
-    u = u_weak + g (u - u_weak)                                                                       (their Eq. 3)
+    u = u_weak + g (u - u_weak)
 
 In place of the null condition, a weak ensemble answers the same prompt at the same x and t: experts of fewer training
 steps, of another average, or smaller ones. Both make the same errors, the weak one larger ones, so their difference

@@ -7,7 +7,10 @@ from atoll.plan.types import PlannedExpert, PlannedRouter, PlannedSampling
 
 
 def sampling_cost(manifest: Manifest, experts: tuple[PlannedExpert, ...], router: PlannedRouter) -> PlannedSampling:
-    """Compute the cost with the recipe's steps and guidance; experts of different cost count by their mean."""
+    """Compute the cost with the recipe's steps and guidance; experts of different cost count by their mean.
+
+    Guidance takes a second evaluation of each expert, for the null condition or, of equal size, by a weak ensemble.
+    """
     sampling, clusters = manifest.sampling, manifest.clusters.k
     calls = 1 if sampling.guidance_scale == 1 else 2
     # One evaluation of an expert; the router's cost is three forward passes in training.
