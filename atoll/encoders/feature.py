@@ -26,6 +26,9 @@ from atoll.errors import AtollError
 from atoll.nn import squeezenet
 from atoll.storage import bounds
 
+# The networks whose last map of features, or tokens, `Feature.patches` returns.
+PATCH_FEATURES = ("efficientnet-lite0", "mobilenetv2", "squeezenet", "dinov2", "clip-image")
+
 
 class Feature(ABC):
     """A frozen map from images to vectors. Subclasses are final; `build_feature` creates one from its config.
@@ -43,6 +46,21 @@ class Feature(ABC):
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
         """Return features [B, dim] float32 of images [B, C, H, W] in [0, 1], on the same device, without gradients."""
+
+    def patches(self, images: Tensor, grid: int) -> Tensor:
+        """Return features of the places of images.
+
+        Args:
+            images: [B, C, H, W] in [0, 1], of any sides; all of the image is read, nothing is cropped.
+            grid: cells of a side.
+
+        Returns:
+            [B, D, grid, grid] float32, without gradients.
+
+        Raises:
+            AtollError: a feature without patch features.
+        """
+        raise AtollError(f"the feature {self.name!r} has no patch features; use one of {', '.join(PATCH_FEATURES)}")
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -149,6 +167,20 @@ class NetworkFeature(Feature):
     def __call__(self, images: Tensor) -> Tensor:
         # The vector is float32 whatever the network computes in.
         return self._backbone.vector(self._input(resize(images.float(), self.size))).float()
+
+    @torch.no_grad()
+    def patches(self, images: Tensor, grid: int) -> Tensor:
+        # As many pixels as `size` squared, at the image's aspect, and whole cells of the network's map.
+        height, width = images.shape[-2:]
+        step, scale = self._backbone.step, self.size / math.sqrt(height * width)
+        sides = [self.size, self.size]
+        if step is not None:
+            sides = [max(1, round(side * scale / step)) * step for side in (height, width)]
+        images = images.float()
+        if sides != [height, width]:
+            images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)  # bicubic overshoots
+        maps = self._backbone.patches(self._input(images)).float()  # [B,D,h,w]
+        return F.interpolate(maps, (grid, grid), mode="bilinear", antialias=True)  # [B,D,grid,grid]
 
     @torch.no_grad()
     def taps(self, images: Tensor) -> list[Tensor]:

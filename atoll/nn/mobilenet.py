@@ -82,10 +82,13 @@ class MobileNetV2(nn.Module):
         self.head = Conv(channels, DIM, 1)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.last_map(images).mean((2, 3))  # [B,1280]
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """Images [B,3,h,w] in [0,1] to the last map [B,1280,h/32,w/32], rounded up."""
         x = F.relu6(self.stem(2 * images - 1))  # [B,32,h/2,w/2]
         x = self.blocks(x)  # [B,320,h/32,w/32]
-        x = F.relu6(self.head(x))  # [B,1280,h/32,w/32]
-        return x.mean((2, 3))  # [B,1280]
+        return F.relu6(self.head(x))  # [B,1280,h/32,w/32]
 
 
 def load_mobilenet(arrays: Mapping[str, np.ndarray], where: str) -> MobileNetV2:

@@ -56,7 +56,11 @@ class SqueezeNet(nn.Module):
         self.register_buffer("mean", torch.tensor([104.0, 117.0, 123.0]).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.taps(images)[-1].mean((2, 3))  # [B,512]
+        return self.last_map(images).mean((2, 3))  # [B,512]
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """The last map [B,512,h/16,w/16], rounded down. Raises AtollError as `taps`."""
+        return self.taps(images)[-1]
 
     def taps(self, images: Tensor) -> list[Tensor]:
         """The maps [B,D,h',w'] after conv1, fire3, fire5, fire6, fire7, fire8 and fire9 (those of LPIPS, Zhang 2018).
