@@ -19,7 +19,7 @@ from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import identity
 from atoll.errors import AtollError
 from atoll.storage.artifact import load_card, whole_directory
-from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, CutRecord, EncodedCard
+from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard, CutRecord, EncodedCard, TargetsRecord
 from atoll.storage.layout import CLUSTERS_CARD, cluster_path
 from atoll.storage.shards import Shards
 
@@ -104,6 +104,7 @@ def refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -
     pairs: dict[str, tuple[Any, Any]] = {
         "feature": (identity(described.feature), identity(card.feature)),
         "latent shape": (list(shards.shape("latent")), list(first.shape("latent"))),
+        "targets": (_plain(described.targets), _plain(first.card(ClusterShardsCard).targets)),
         "columns": (list(columns), list(first.columns)),
     }
     for what, (new, old) in pairs.items():
@@ -111,5 +112,9 @@ def refuse_other(shards: Shards, out: Path, card: ClustersCard, first: Shards) -
         if new != old:
             raise AtollError(
                 f"{shards.path}: its {what} is {json.dumps(new)}, that of {out} is {json.dumps(old)}; encode the new "
-                "images like the old ones"
+                f"images like the old ones{' (targets.like in atoll.yaml)' if what == 'targets' else ''}"
             )
+
+
+def _plain(record: TargetsRecord | None) -> dict[str, Any] | None:
+    return None if record is None else record.plain()

@@ -22,7 +22,7 @@ from atoll.cluster.write import (
 )
 from atoll.storage.cards import ClusteringCard, ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
-from atoll.storage.shards import SPLITS, Shards, ShardWriter, Split
+from atoll.storage.shards import SPLITS, TARGET, Shards, ShardWriter, Split
 
 
 class GrownClusters:
@@ -88,7 +88,7 @@ class GrownClusters:
             chosen = rows[
                 torch.from_numpy(below(draw(hashes, self._card.seed, ROUTER), self._card.router_fraction))[rows]
             ]
-            columns = {name: part.columns[name][chosen] for name in part.columns if name != "feature"}
+            columns = {name: part.columns[name][chosen] for name in part.columns if name not in ("feature", TARGET)}
             append_rows(self._router, part, chosen, {**columns, "cluster": assigned.clusters[chosen]})
         self.report_rows.offer(assigned, rows, hashes)
 

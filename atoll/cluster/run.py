@@ -195,6 +195,7 @@ def island_card(card: ClusteringCard, shards: Shards) -> ClusterShardsCard:
         codec=described.codec,
         condition=described.condition,
         source=described.source,
+        **({"targets": described.targets} if described.targets else {}),
     )
 
 

@@ -16,7 +16,7 @@ from atoll.cluster.sampling import below, draw, hash_keys
 from atoll.errors import AtollError
 from atoll.storage.cards import ClustersCard, ClusterShardsCard
 from atoll.storage.layout import ASSIGNMENT, ROUTER, cluster_path
-from atoll.storage.shards import LATENTS, SPLITS, Shard, Shards, ShardWriter, Split
+from atoll.storage.shards import LATENTS, SPLITS, TARGET, Shard, Shards, ShardWriter, Split
 
 _BUFFERS = 1 << 30  # bytes in the buffers of all writers together, at most
 _SHARD_ROWS = 4096
@@ -53,8 +53,9 @@ class ClustersWriter:
         self, directory: Path, shards: Shards, card: ClusterShardsCard, seed: int, router_fraction: float | None = None
     ):
         k, self._directory, self._seed, self._fraction = card.clusters, directory, seed, router_fraction
-        # The router's shards hold rows of all clusters, so their card names none.
-        shared = ClusterShardsCard(**{key: value for key, value in card.plain().items() if key != "cluster"})
+        # The router's shards hold rows of all clusters, so their card names none. It learns no targets.
+        without = ("cluster", "targets")
+        shared = ClusterShardsCard(**{key: value for key, value in card.plain().items() if key not in without})
         self._columns = [name for name in shards.columns if name != "feature"]
         self.counts: list[dict[Split, int]] = [dict.fromkeys(SPLITS, 0) for _ in range(k)]
         self.blank = 0
@@ -103,7 +104,7 @@ class ClustersWriter:
         hashes = hash_keys(part.keys)
         if self._router is not None and self._fraction is not None:
             chosen = rows[torch.from_numpy(below(draw(hashes, self._seed, ROUTER), self._fraction))[rows]]
-            latents = {name: part.columns[name][chosen] for name in self._columns}
+            latents = {name: part.columns[name][chosen] for name in self._columns if name != TARGET}
             append_rows(self._router, part, chosen, {**latents, "cluster": assigned.clusters[chosen]})
             self._routed += len(chosen)
         self.report_rows.offer(assigned, rows, hashes)

@@ -16,10 +16,11 @@ from atoll.data.seal import ShardLayout
 from atoll.data.types import Block, Skipped, Source
 from atoll.encoders.codec import Codec, build_codec
 from atoll.encoders.feature import Feature, build_feature
+from atoll.encoders.targets import TargetNetwork
 from atoll.image_size import ImageSize
 from atoll.manifest import Manifest
 from atoll.runtime.device import best_device, has_bf16
-from atoll.storage.shards import LATENTS, OTHERS
+from atoll.storage.shards import LATENTS, OTHERS, TARGET
 
 # Images per call. A convolutional network on a CPU is fastest on batches that fit its caches.
 _BATCH = {"cpu": 8, "cuda": 64}
@@ -36,6 +37,7 @@ class Frozen:
     precision: str  # the codec's: "fp32" or "bf16"
     flips: bool
     framing: Framing
+    targets: TargetNetwork | None = None  # its components are fitted later, see `atoll.data.targets`
 
     @staticmethod
     def build(manifest: Manifest, device: torch.device | None = None) -> "Frozen":
@@ -45,14 +47,23 @@ class Frozen:
         bf16 = data.precision == "bf16" or (data.precision == "auto" and has_bf16(device))
         codec, feature = build_codec(manifest.codec), build_feature(manifest.feature)
         codec = codec.to(device, torch.bfloat16 if bf16 else torch.float32)
+
         # Features set the clusters, so they stay in fp32 unless the network is known to tolerate bf16.
-        half = bf16 and (feature.takes_bf16 or data.precision == "bf16")
-        feature = feature.to(device, torch.bfloat16 if half else torch.float32)
+        def placed(network: Feature) -> Feature:
+            half = bf16 and (network.takes_bf16 or data.precision == "bf16")
+            return network.to(device, torch.bfloat16 if half else torch.float32)
+
+        feature, targets, chosen = placed(feature), None, manifest.targets
+        if chosen.feature is not None:
+            # One network may serve both.
+            same = chosen.feature == manifest.feature
+            network = feature if same else placed(build_feature(chosen.feature))
+            targets = TargetNetwork(network, chosen.dims, chosen.grid)
         framing = Framing(data.size, codec.image_channels, data.smallest_side)
         if data.buckets is not None:
             sizes = data.buckets.table(data.size, manifest.size_step(codec.factor))
             framing = replace(framing, sizes=sizes, max_cut=data.buckets.max_cut)
-        return Frozen(codec, feature, device, "bf16" if bf16 else "fp32", data.flips, framing)
+        return Frozen(codec, feature, device, "bf16" if bf16 else "fp32", data.flips, framing, targets)
 
     @property
     def layout(self) -> ShardLayout:
@@ -63,10 +74,11 @@ class Frozen:
         shape = (self.codec.channels, *sizes[0].latent(self.codec.factor))
         shapes = dict.fromkeys(LATENTS if self.flips else LATENTS[:1], shape)
         row = 4 * self.feature.dim + 2 * math.prod(shape) * len(shapes)  # bytes
+        row += 2 * self.targets.dims * self.targets.grid**2 if self.targets is not None else 0
         return ShardLayout(shapes, max(1, min(ShardLayout().rows, _BUFFERS // (2 * len(sizes) * row))))
 
     def __call__(self, pixels: np.ndarray, squares: np.ndarray | None = None) -> dict[str, Tensor]:
-        """Encode images to columns: latent (float16), feature (float32), with flips latent_flip.
+        """Encode images to columns: latent (float16), feature (float32), with flips latent_flip, with targets target.
 
         Args:
             pixels: [B, C, h, w] uint8.
@@ -78,6 +90,9 @@ class Frozen:
         columns = {"latent": self.codec.encode(images).half(), "feature": self.feature(square).float()}
         if self.flips:
             columns["latent_flip"] = self.codec.encode(images.flip(-1)).half()
+        # The image as the latent shows it; training mirrors the targets with the latent.
+        if self.targets is not None:
+            columns[TARGET] = self.targets(images)
         return {name: column.cpu() for name, column in columns.items()}
 
 
@@ -132,7 +147,7 @@ def encode_block(
     with ThreadPoolExecutor(1) as hashing:
         files = hashing.submit(source.record, block)
         frames = decoders.frames(source.read(block))
-        for size, batch in _batches(frames, _BATCH.get(frozen.device.type, 8), main):
+        for size, batch in batches(frames, _BATCH.get(frozen.device.type, 8), main):
             samples = [sample for sample in batch if isinstance(sample, Framed)]
             bad = [sample for sample in batch if isinstance(sample, Skipped)]
             if samples:
@@ -160,7 +175,7 @@ def encode_block(
         partial.write(number, parts, skipped, notes, files.result())
 
 
-def _batches(
+def batches(
     items: Iterable[Framed | Skipped], count: int, main: ImageSize
 ) -> Iterator[tuple[ImageSize, list[Framed | Skipped]]]:
     """Group samples of one size; those that are skipped count with the sample before them.

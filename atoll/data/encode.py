@@ -14,9 +14,11 @@ from atoll.data.pool import Decoders
 from atoll.data.seal import seal
 from atoll.data.sources import build_source
 from atoll.data.tally import Tally
+from atoll.data.targets import components_like, prepare_components
 from atoll.data.types import Block, Source
 from atoll.data.watch import EncodeProgress, Watch
 from atoll.encoders.codec.statistics import uses_measured
+from atoll.encoders.targets import COMPONENTS
 from atoll.encoders.text import build_encoder
 from atoll.encoders.text.encoder import TextEncoder
 from atoll.encoders.weights import same
@@ -24,6 +26,7 @@ from atoll.errors import AtollError
 from atoll.image_size import ImageSize
 from atoll.manifest import Manifest
 from atoll.runtime.device import cores
+from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import EncodedCard, ImagesRecord
 from atoll.storage.layout import RunLayout
 from atoll.storage.shards import INDEX, Shards, refuse_foreign
@@ -76,7 +79,8 @@ def encode_run(
     out = RunLayout(run).encoded
     source, frozen = build_source(manifest.data), Frozen.build(manifest)
     encoder = build_encoder(manifest.condition)
-    card = card_of(source, frozen, encoder, manifest)
+    like = components_like(run, manifest.targets, frozen)
+    card = card_of(source, frozen, encoder, manifest, like)
     if not force and _is_there(out, card, source, manifest):
         return f"{out} is there already: {len(Shards(out)):,} images"
     # Check before hours of work that the result may replace what is at `out`.
@@ -84,6 +88,19 @@ def encode_run(
     blocks, listing = source.blocks(), source.listing()
     with PartialEncoding(RunLayout(run).encoded_partial) as partial:
         partial.prepare(card, blocks, listing, resume, restart=force and not resume)
+        # All blocks need one set of components, also those that other machines encode.
+        decoders = _decoders(frozen) if workers is None or on == "ray" else workers
+        frozen = prepare_components(
+            source,
+            blocks,
+            frozen,
+            partial,
+            like=like,
+            seed=manifest.seed,
+            workers=decoders,
+            progress=progress,
+        )
+        card = _with_targets(card, frozen, partial.path / COMPONENTS)
         watch = Watch(partial, blocks, manifest.data, progress)
         # Blocks that an interrupted encoding finished are skipped.
         todo = [(number, block) for number, block in enumerate(blocks) if not partial.is_done(number)]
@@ -113,10 +130,15 @@ def encode_run(
     return f"{said}\n{_say_statistics(out)}" if uses_measured(manifest.codec) else said
 
 
-def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest) -> EncodedCard:
-    """Return the card of an encoding; two encodings are the same if their cards are."""
+def card_of(
+    source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Manifest, like: Path | None = None
+) -> EncodedCard:
+    """Return the card of an encoding; two encodings are the same if their cards are.
+
+    like: the file of the targets' components, if they are not fitted to these data.
+    """
     data = manifest.data
-    return EncodedCard(
+    card = EncodedCard(
         source={**source.config(), "sha256": source.fingerprint()},
         images=ImagesRecord(
             size=data.size,
@@ -131,6 +153,15 @@ def card_of(source: Source, frozen: Frozen, encoder: TextEncoder, manifest: Mani
         feature=frozen.feature.config(),
         precision=frozen.precision,
     )
+    return _with_targets(card, frozen, like)
+
+
+def _with_targets(card: EncodedCard, frozen: Frozen, components: Path | None) -> EncodedCard:
+    """Return the card with the record of the targets, if any are stored. components: their file, if it exists."""
+    if frozen.targets is None:
+        return card
+    sha256 = sha256_file(components) if components is not None else None
+    return card.model_copy(update={"targets": frozen.targets.record(sha256)})
 
 
 def _buckets(framing: Framing) -> dict[str, Any]:
@@ -149,8 +180,11 @@ def _is_there(out: Path, card: EncodedCard, source: Source, manifest: Manifest) 
     there = Shards(out).data_card
     if _without_hash(there.source) == _without_hash(card.source):
         _refuse_changes(out, source, contents=there.source != card.source)
-    present = there.plain()
-    for key, wanted in card.plain().items():
+    present, expected = there.plain(), card.plain()
+    # Components that atoll.yaml does not name are fitted to the data; none are expected if it asks for no targets.
+    if isinstance(fitted := present.get("targets"), dict) and "sha256" not in (expected.get("targets") or {}):
+        del fitted["sha256"]
+    for key, wanted in {**expected, "targets": expected.get("targets")}.items():
         if key == "precision" and manifest.data.precision == "auto":
             continue
         if not same(present.get(key), wanted):

@@ -5,6 +5,7 @@ plan.json           the card of the encoding and its blocks; a resumed encoding 
 00012.jsonl         its skipped samples, with reasons
 00012.notes         parts of its good samples that were left out or changed, if any
 00012.files         size, time and hash of the files it was read from, if any
+targets.safetensors the components of the targets, if any are stored
 source.parquet      size and time of all files of the source, if any, when the encoding started
 00012.parquet       key, caption, split, pixels (a hash of them), other_captions if an image has several, with buckets
                     the size; written last: a block with this file is done
@@ -126,8 +127,8 @@ class PartialEncoding:
         there = load_card(self.path / PLAN, EncodingPlan)
         # Check the files first: edited data also change the card, and this error names them.
         self._compare_files(there.blocks, listing)
-        begun = there.card.plain()
-        for key, wanted in plan.card.plain().items():
+        begun, expected = there.card.plain(), plan.card.plain()
+        for key, wanted in {**expected, "targets": expected.get("targets")}.items():
             if not same(got := begun.get(key), wanted):
                 raise AtollError(
                     f"{self.path}: was begun with {key} {got}, atoll.yaml names {wanted}; start anew with --force"

@@ -11,6 +11,7 @@ import numpy as np
 from atoll.data.block import Frozen, encode_block
 from atoll.data.partial import PartialEncoding
 from atoll.data.pool import Decoders
+from atoll.data.targets import with_components
 from atoll.data.types import Block, Source
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
@@ -24,7 +25,7 @@ class BlockEncoder:
 
         torch.set_num_threads(threads)
         self.source, self.partial = source, PartialEncoding(partial)
-        self.frozen = Frozen.build(manifest)
+        self.frozen = with_components(Frozen.build(manifest), self.partial)
         # On a CPU the actors themselves are the parallelism; a GPU's actor has cores to decode with.
         self.decoders = Decoders(self.frozen.framing, 0 if self.frozen.device.type == "cpu" else threads)
         self.decoders.__enter__()

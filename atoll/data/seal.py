@@ -13,6 +13,7 @@ from atoll.data.names import json_line
 from atoll.data.partial import SIZE, SKIPPED, PartialEncoding
 from atoll.data.statistics import ChannelSums
 from atoll.data.tally import Tally
+from atoll.encoders.targets import COMPONENTS
 from atoll.storage.cards import EncodedCard, EncodedCounts
 from atoll.storage.shards import OTHERS, ShardWriter, repeats, unpack
 
@@ -87,6 +88,8 @@ def seal(
         # Close before attaching, so that all lines are on disk.
         listed.close()
         writer.attach(partial.path / SKIPPED)
+        if card.targets is not None:
+            writer.attach(partial.path / COMPONENTS)
         counts = EncodedCounts(
             good=final.good,
             uncaptioned=final.uncaptioned,

@@ -15,6 +15,7 @@ from atoll.manifest.evaluation import EvaluateSettings
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.manifest.sampling import SamplingSettings
 from atoll.manifest.start import check_starts, names_common
+from atoll.manifest.targets import TargetsSettings
 from atoll.manifest.training import LoraSettings, ValidationSettings
 from atoll.storage.layout import COMMON, MANIFEST, MONOLITH, ROUTER, STUDENT, RunLayout
 
@@ -210,6 +211,7 @@ class Manifest(Section):
     codec: dict[str, Any] = Field(default_factory=lambda: {"name": "pixels", "channels": 1})
     condition: dict[str, Any] = Field(default_factory=lambda: {"name": "hash"})
     feature: dict[str, Any] = Field(default_factory=lambda: {"name": "hog"})
+    targets: TargetsSettings = TargetsSettings()
     clusters: ClusterSettings = ClusterSettings()
     network: NetworkSettings = NetworkSettings()
     train: TrainSettings = TrainSettings()

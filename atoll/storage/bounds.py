@@ -31,6 +31,8 @@ MAX_TOKENS = 4096  # L, of a caption. T5 encoders read up to 512; attention comp
 MAX_STATES = 2**22  # L x D, numbers in one caption's states: 16 MiB in float32. T5-XXL has 512 x 4096
 MAX_LABELS = 65_536  # of a class-conditional network. ImageNet-21k has 21,841
 MAX_INPUT = 4096  # pixels per side that a frozen network reads. DINOv2 reads 224 to 518
+MAX_TARGET_DIMS = 64  # components per place of targets of representation. ReDi stores 8
+MAX_TARGET_GRID = 64  # places per side of an image
 MAX_RATIO = 64.0  # hidden width of an MLP over D. Networks have 4
 MAX_TIME = 1e6  # scale of the time that a network reads. DDPM has 1,000
 # Measured curves.
@@ -65,6 +67,8 @@ Width = Annotated[int, Field(gt=0, le=MAX_DIM)]
 Depth = Annotated[int, Field(gt=0, le=MAX_DEPTH)]
 DualBlocks = Annotated[int, Field(ge=0, le=MAX_DEPTH)]  # of the blocks
 TokenCount = Annotated[int, Field(gt=0, le=MAX_TOKENS)]
+TargetDims = Annotated[int, Field(strict=True, ge=1, le=MAX_TARGET_DIMS)]
+TargetGrid = Annotated[int, Field(strict=True, ge=1, le=MAX_TARGET_GRID)]
 InputSide = Annotated[int, Field(gt=0, le=MAX_INPUT)]  # of what a frozen network reads
 MlpRatio = Annotated[float, Field(gt=0, le=MAX_RATIO, allow_inf_nan=False)]
 TimeScale = Annotated[float, Field(gt=0, le=MAX_TIME, allow_inf_nan=False)]

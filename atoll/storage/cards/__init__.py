@@ -59,6 +59,7 @@ from atoll.storage.cards.data import (
     ShardEntry,
     ShardsIndex,
     SplitCounts,
+    TargetsRecord,
     clusters_kind,
 )
 from atoll.storage.cards.ensemble import (
@@ -126,6 +127,7 @@ __all__ = [
     "SplitCounts",
     "StackingRecord",
     "StackingsEntry",
+    "TargetsRecord",
     "TeacherRecord",
     "TrainingRecord",
     "WeightsEntry",

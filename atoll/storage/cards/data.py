@@ -139,8 +139,29 @@ class LatentStatistics(CardRecord):
         return self
 
 
+class TargetsRecord(CardRecord):
+    """Targets of representation, the column "target" of shards: see `atoll.encoders.targets`.
+
+    Attributes:
+        feature: the config of the frozen network, without the place of its weights.
+        dims: components per place.
+        grid: places per side of an image.
+        sha256: of the file of the components; None until they are fitted.
+    """
+
+    feature: Plain
+    dims: bounds.TargetDims
+    grid: bounds.TargetGrid
+    sha256: Sha256 | None = None
+
+
 class EncodedCard(CardRecord):
-    """The source of encoded/ and the frozen networks that encoded it. counts, statistics: None until encoding ends."""
+    """The source of encoded/ and the frozen networks that encoded it.
+
+    Attributes:
+        targets: None if none are stored.
+        counts, statistics: None until encoding ends.
+    """
 
     renamed: ClassVar[dict[str, str]] = {"pictures": "images"}
 
@@ -149,6 +170,7 @@ class EncodedCard(CardRecord):
     codec: Plain
     condition: bounds.ConditionConfig
     feature: Plain
+    targets: TargetsRecord | None = None
     precision: Name
     counts: EncodedCounts | None = None
     statistics: LatentStatistics | None = None
@@ -162,6 +184,7 @@ class ClusterShardsCard(DescendedRecord):
         clusters: the number of clusters.
         assignment: the hash of the rule that assigns images to clusters.
         lineage: older assignments; None if the clusters never grew.
+        targets: those stored beside the latents; None if there are none.
     """
 
     cluster: bounds.ClusterNumber | None = None
@@ -172,6 +195,7 @@ class ClusterShardsCard(DescendedRecord):
     condition: bounds.ConditionConfig
     source: Plain
     lineage: Ancestors | None = None
+    targets: TargetsRecord | None = None
 
     @property
     def descent(self) -> Lineage:

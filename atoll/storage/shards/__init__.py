@@ -13,7 +13,7 @@ the memory of one shard, even for a hundred million rows.
 """
 
 from atoll.storage.shards.captions import MAX_WEIGHT, OTHERS, Weighted, choose, pack, unpack
-from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, SPLITS, Split, refuse_foreign
+from atoll.storage.shards.format import INDEX, LATENTS, MANIFEST, SPLITS, TARGET, Split, refuse_foreign
 from atoll.storage.shards.holdout import is_held_out
 from atoll.storage.shards.reader import Shards
 from atoll.storage.shards.repeated import repeats
@@ -29,6 +29,7 @@ __all__ = [
     "MAX_WEIGHT",
     "OTHERS",
     "SPLITS",
+    "TARGET",
     "Shard",
     "ShardWriter",
     "Shards",

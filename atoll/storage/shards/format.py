@@ -15,6 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 INDEX = "index.json"
 MANIFEST = "manifest.parquet"
 LATENTS = ("latent", "latent_flip")  # of the image and of its mirror image: [rows, C, H, W], of several shapes
+TARGET = "target"  # targets of representation of the image: [rows, dims, grid, grid]
 TEXT = ("key", "caption", "split")  # the manifest's columns
 
 
