@@ -70,6 +70,11 @@ class TrainSettings(Section):
     skip: str | None = None  # a text file of keys, relative to the run: rows that are left out
     # Fraction of the training rows held out for calibration; 0: the val split is used.
     calibration_holdout: float = Field(0.0, ge=0, lt=1)
+    # Targets of representation, if encoding stored them: the weight of their term in the loss (0: none), the number of
+    # blocks whose tokens predict them (null: half of all), and the fraction of steps after which the term is dropped.
+    targets_weight: float = Field(0.0, ge=0)
+    targets_block: PositiveInt | None = None
+    targets_until: float = Field(0.5, gt=0, le=1)
     # Speed and memory.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 if the hardware has it
@@ -276,7 +281,9 @@ class Manifest(Section):
         run = self.train.model_dump()
         if self._is_common(self.train.init) and not isinstance(part, ExpertSettings):
             run["init"] = None
-        return TrainSettings(**{**run, **part.train})
+        # The router predicts no targets.
+        own = {"targets_weight": 0.0} if isinstance(part, RouterSettings) else {}
+        return TrainSettings(**{**run, **part.train, **own})
 
     def starts_from_common(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> bool:
         """Return whether the training of a part starts from the run's common model."""
@@ -287,8 +294,8 @@ class Manifest(Section):
         return self.common is not None and names_common(init)
 
     def train_lora_of(self, expert: ExpertSettings) -> TrainSettings:
-        """The training settings of an expert's low-rank update."""
-        return TrainSettings(**{**self.train.model_dump(), **expert.train, **self.lora.train})
+        """The training settings of an expert's low-rank update; targets count if `lora.train` gives them a weight."""
+        return TrainSettings(**{**self.train_of(expert).model_dump(), "targets_weight": 0.0, **self.lora.train})
 
     def allowing(self, *, hub: bool, paths: bool) -> "Manifest":
         """Return the manifest of a user who allows cards to reach the hub, or paths outside their directory."""

@@ -312,9 +312,24 @@ class DiT(nn.Module):
         states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
         return read_states(self, states, bias, condition.pooled)
 
-    def forward(self, x: Tensor, time: Tensor, condition: Condition | TextKV | None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, condition: Condition | TextKV | None, *, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the prediction.
+
+        Args:
+            x: latent [B,C,H,W].
+            time: [B].
+            condition: of B rows, or what `read_prompt` returned for it.
+            tap: also return the tokens after this many blocks; needs a `Condition`.
+
+        Returns:
+            [B,C,H,W]; with `tap` also the tokens [B,N,D].
+        """
         # Check the inputs.
         config = self.config
+        if tap is not None and not 0 < tap <= config.depth:
+            raise AtollError(f"tap: got {tap}, expected a number of blocks from 1 to {config.depth}")
         grid = token_grid(x, time, config.channels, config.patch)
         condition = checked_rows(condition, len(x))
         # Embed time, pooled vector and latent.
@@ -323,18 +338,23 @@ class DiT(nn.Module):
         tokens = self.embed(patchify(x.to(dtype), config.patch))  # [B,N,D]
         tokens = tokens + self._table.at(grid, self.positions).to(dtype)  # [B,N,D]
         # The blocks, with cached or freshly computed text keys and values.
+        features = None
         if isinstance(condition, TextKV):
+            if tap is not None:
+                raise AtollError("tap: got keys and values of a prompt; pass the condition itself")
             tokens = condition.through(
                 self.blocks, tokens, lambda block, x, rows, bias, read: block(x, prepared[rows], None, bias, read)
             )  # [B,N,D]
         else:
             states, bias = self.embed_condition(condition)  # [B,L,D], [B,1,1,L]
-            for block in self.blocks:
+            for number, block in enumerate(self.blocks, 1):
                 tokens = block(tokens, prepared, states, bias)  # [B,N,D]
+                features = tokens if number == tap else features
         # The final layer, and back to a latent.
         shift, scale = self.final_modulation(prepared_final, dtype).unbind(1)  # [B,1,D] each
         tokens = self.final(modulate(tokens, shift, scale))  # [B,N,p*p*C]
-        return unpatchify(tokens, config.patch, (x.shape[2], x.shape[3])).to(x.dtype)  # [B,C,H,W]
+        output = unpatchify(tokens, config.patch, (x.shape[2], x.shape[3])).to(x.dtype)  # [B,C,H,W]
+        return output if features is None else (output, features)
 
 
 class DiTSize(TypedDict):

@@ -13,7 +13,7 @@ from atoll.condition import Condition, Tokens
 from atoll.encoders.text import TextEncoder
 from atoll.randomness import ShuffledPasses, Stream, cpu_generator, hashed_seed, random_rows, seeded
 from atoll.storage.cards import ClusterShardsCard
-from atoll.storage.shards import LATENTS, Shards, Split, Weighted
+from atoll.storage.shards import LATENTS, TARGET, Shards, Split, Weighted
 from atoll.train.drawn_captions import ALL_TAGS, TagDropout, drawn_captions
 from atoll.train.prefetch import Batch
 
@@ -119,6 +119,22 @@ class Rows:
             # Only the mirrored rows are read again.
             latents[mirrored] = self._read(LATENTS[1], self.numbers[rows[mirrored]])
         return latents
+
+    def targets(self, rows: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Read targets of representation.
+
+        Args:
+            rows: [b] int64.
+            mirrored: [b] bool, True for those of the mirrored image; None for no row.
+
+        Returns:
+            [b,dims,g,g] float16.
+        """
+        targets = self._read(TARGET, self.numbers[rows])
+        # Stored once: the features of a mirrored image are nearly the mirrored features.
+        if mirrored is not None:
+            targets[mirrored] = targets[mirrored].flip(-1)
+        return targets
 
     def clusters(self, rows: Tensor) -> Tensor:
         """Return the clusters [b] int64 of rows [b] int64, which their directories name."""
@@ -300,22 +316,26 @@ class CaptionedLatents:
             if len(groups) > 1 and len(group) < batch
         ]
 
-    def batch(self, rows: Tensor, mirrored: Tensor | None = None, draws: Tensor | None = None) -> Batch:
+    def batch(
+        self, rows: Tensor, mirrored: Tensor | None = None, draws: Tensor | None = None, targets: bool = False
+    ) -> Batch:
         """Read rows and tokenize their captions.
 
         Args:
             rows: [b] int64, of one shape.
             mirrored: [b] bool, True for the latent of the mirrored image; ignored if none is stored.
             draws: [b] int64 from `caption_draws`, for one of each image's captions; None for the first one as it is.
+            targets: read the targets of representation, too.
 
         Returns:
-            x0 [b,C,H,W] float16, ids [b,L] and mask [b,L] of the captions.
+            x0 [b,C,H,W] float16, ids [b,L] and mask [b,L] of the captions; perhaps target [b,dims,g,g] float16.
         """
         # Tokens, not encodings: encoding runs on the device with the loss.
         tokens = self.encoder.tokenize(self._captions(rows, draws))
         if not self.rows.has_flips:
             mirrored = None
-        return {"x0": self.rows.latents(rows, mirrored), "ids": tokens.ids, "mask": tokens.mask}
+        batch = {"x0": self.rows.latents(rows, mirrored), "ids": tokens.ids, "mask": tokens.mask}
+        return batch | ({"target": self.rows.targets(rows, mirrored)} if targets else {})
 
     def _captions(self, rows: Tensor, draws: Tensor | None) -> list[str]:
         captions = self.rows.captions(rows)

@@ -40,6 +40,7 @@ from atoll.train.plans import TrainingMarks, finished
 from atoll.train.prefetch import Batch
 from atoll.train.skipped import without_skipped
 from atoll.train.stopping import stop_signals, stoppable
+from atoll.train.targets import TargetsTerm
 from atoll.train.track import TrainProgress
 from atoll.train.validation_images import ValidationImages
 
@@ -90,6 +91,8 @@ def train_denoiser(
         **left_out,
     }
     network_config = init_weights.config(network_config, data, objective) if init_weights else network_config
+    targets = TargetsTerm.of(settings, manifest.targets, shards, network_config)
+    origin |= {"targets": targets.record.plain()} if targets else {}
     # Held-out rows show the errors that sampling will meet.
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
     training.tags = tag_dropout(settings, encoder)
@@ -120,6 +123,9 @@ def train_denoiser(
             network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec, trust=trust
         )
         task.patch = patch_of(network_config)
+        if targets is not None:
+            targets.attach(network, spec.seed)
+            task.targets = targets
         if teaching is not None:
             task.teacher = teaching.on(island.device)
         task.rows = max(1, task.rows // island.world)
@@ -138,6 +144,8 @@ def train_denoiser(
             warnings.warn(f"{spec.name}: {line}", stacklevel=2)
         options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
         trained = train(task, settings, state, marks, island, **options)
+        if targets is not None:
+            targets.detach(network)
         # Calibrate with the EMA weights, which training leaves in the network.
         calibration = calibrate(
             stoppable(network, island, stopped),
@@ -264,6 +272,7 @@ class Denoising(Task):
         self.patch = 1  # side of the network's tokens, by whose number times may be shifted
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
+        self.targets: TargetsTerm | None = None  # whose projector is attached to the network
         self.drawing: ValidationImages | None = None
         self.rows = settings.batch // settings.accumulate  # of a call of the network outside of training, at most
 
@@ -278,7 +287,9 @@ class Denoising(Task):
         # Each process reads its own rows only.
         rows = every[local_rows]
         flips, draws = mirrored(self.seed, index, count), caption_draws(self.seed, index, count)
-        batch = self.data.batch(rows, flips[local_rows], draws[local_rows])
+        # Later batches have no targets, and so no term: their steps are the plain ones.
+        targets = self.targets is not None and index < self.targets.end
+        batch = self.data.batch(rows, flips[local_rows], draws[local_rows], targets)
         batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
         # A teacher may evaluate the expert of each row's own cluster.
         if self.teacher is not None:
@@ -294,8 +305,12 @@ class Denoising(Task):
             # The targets of all predictions are linear in (x0, eps): the teacher's estimates replace the data.
             x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
         # The network predicts from the noisy latents, at its own time scale.
-        output = module(x, t * self.objective.time_scale, condition)
-        return self.objective.loss(output, x0, eps, t)
+        if self.targets is None or "target" not in batch:
+            return self.objective.loss(module(x, t * self.objective.time_scale, condition), x0, eps, t)
+        # With a tap, it also predicts the targets.
+        output, predicted = module(x, t * self.objective.time_scale, condition, tap=self.targets.block)
+        grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
+        return self.objective.loss(output, x0, eps, t) + self.targets.losses(predicted, batch["target"], grid)
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
         """Return the objective's loss on held-out latents with captions, by log-SNR: {"+2": 0.31, ...}."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.errors import AtollError
+from atoll.train.targets import PROJECTOR
 
 # Process groups that this process has left. Whatever holds the last reference to one, such as DDP's reducer, frees it
 # under Python's lock and waits for its threads; one of these may wait for that lock to free the tensors of the last
@@ -103,7 +104,9 @@ class Island:
         if sharding == "replicate":
             # DDP averages the gradients during backward.
             ids = [self.device.index] if self.device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(module, device_ids=ids)
+            # Some parameters may have no gradient in some steps, see `atoll.train.targets`.
+            unused = hasattr(module, PROJECTOR)
+            return nn.parallel.DistributedDataParallel(module, device_ids=ids, find_unused_parameters=unused)
         from torch.distributed.fsdp import fully_shard
 
         if not hasattr(module, "blocks"):

@@ -16,6 +16,7 @@ from atoll.storage.tensor_hash import TensorHash, split_hash, with_hash
 from atoll.train.ema import gamma_of, solve
 from atoll.train.island import Island, gather
 from atoll.train.state import State
+from atoll.train.targets import is_projector
 
 _METADATA = {"mark", "sigma_rel"}  # of a snapshot's file, beside the hash
 
@@ -48,7 +49,8 @@ class Snapshots:
         # One file per width; the name holds step and number of the width.
         for number, (sigma_rel, average) in enumerate(zip(state.settings.ema_profiles, state.profiles, strict=True)):
             # Sharded tensors are gathered by all processes.
-            tensors = {name: gather(tensor).cpu() for name, tensor in zip(state.names, average, strict=True)}
+            named = zip(state.names, average, strict=True)
+            tensors = {name: gather(tensor).cpu() for name, tensor in named if not is_projector(name)}
             if self.island.is_first:
                 self.files.ema.mkdir(exist_ok=True)
                 metadata = {"mark": self.mark, "sigma_rel": repr(sigma_rel)}

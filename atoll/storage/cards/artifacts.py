@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from atoll.storage import bounds
 from atoll.storage.bounds import Count, Name, Plain, PositiveCount, Sha256
+from atoll.storage.cards.data import TargetsRecord
 from atoll.storage.cards.lineage import Ancestors, DescendedRecord, Lineage
 from atoll.storage.cards.record import Card, CardRecord, refuse_renamed
 from atoll.storage.layout import WEIGHTS
@@ -113,6 +114,7 @@ class TrainingRecord(CardRecord):
         rows: the number of latents in the training set.
         calibration_holdout: the fraction of the training rows held out for calibration.
         skip: the rows of its data that it left out; None if there are none.
+        targets: the targets of representation that it predicted; None without them.
     """
 
     renamed: ClassVar[dict[str, str]] = {"hold_back": "calibration_holdout"}
@@ -131,6 +133,7 @@ class TrainingRecord(CardRecord):
     rows: Count | None = None
     calibration_holdout: bounds.Fraction = 0.0
     skip: SkipRecord | None = None
+    targets: TargetsRecord | None = None
     seed: bounds.Seed = 0
     torch: Name | None = None
     ema: EmaRecord | None = None
