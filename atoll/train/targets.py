@@ -155,8 +155,8 @@ def _refuse_other(part: Shards, record: TargetsRecord, chosen: TargetsSettings) 
     if chosen.feature is None:
         return
     # What atoll.yaml leaves open is what encoding chose. The network itself is not needed here.
-    stored = {"dims": record.dims, "grid": record.grid, **_prefixed(record.feature)}
-    wanted = {"dims": chosen.dims, "grid": chosen.grid, **_prefixed(identity(chosen.feature))}
+    stored = {**_prefixed(record.feature), "dims": record.dims, "grid": record.grid}
+    wanted = {**_prefixed(identity(chosen.feature)), "dims": chosen.dims, "grid": chosen.grid}
     for key, value in wanted.items():
         if stored.get(key) != value:
             raise AtollError(

@@ -242,6 +242,35 @@ def test_a_feature_is_built_from_its_card_on_another_machine(built, tmp_path) ->
         build_feature({**card, "weights": there, "sha256": "0" * 64})
 
 
+def test_patches_are_on_a_grid_in_the_place_of_what_they_show(built) -> None:
+    name, _, feature = built
+    width = 16 if name == "clip-image" else DIM[name]  # of its tokens, before the projection
+    images = images_of(2, 3, 40, 40)
+    patches = feature.patches(images.requires_grad_(), 3)
+    assert (patches.shape, patches.dtype, patches.requires_grad) == ((2, width, 3, 3), torch.float32, False)
+    torch.testing.assert_close(feature.patches(images[1:], 3), patches[1:], rtol=1e-4, atol=1e-4)
+    # Of an image that differs at the top, the upper cells differ most.
+    if name in ("dinov2", "clip-image"):  # the maps of the others have one cell here
+        changed = images.detach().clone()
+        changed[:, :, :8] = 0
+        rows = (feature.patches(changed, 3) - patches).abs().mean((0, 1, 3))
+        assert rows[0] > rows[2]
+
+
+@pytest.mark.parametrize("network", ["mobilenetv2", "squeezenet", "efficientnet-lite0"])
+def test_the_vector_is_the_mean_of_the_last_map(tmp_path, no_network, network) -> None:
+    feature = build_feature({"name": network, "weights": str(SAVE[network](tmp_path)), "size": 64})
+    images = images_of(2, 3, 64, 64)
+    side = {"squeezenet": 3}.get(network, 2)  # cells of the last map
+    torch.testing.assert_close(feature.patches(images, side).mean((2, 3)), feature(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("feature", [Hog(), Pixels()])
+def test_formulas_have_no_patches(feature) -> None:
+    with pytest.raises(AtollError, match=f"'{feature.name}' has no patch features; use one of efficientnet-lite0"):
+        feature.patches(images_of(1, 3, 8, 8), 2)
+
+
 def standardised(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
     return torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], 1)
 
@@ -255,8 +284,11 @@ def test_dinov2_equals_transformers(tmp_path, no_network, kind) -> None:
     images = images_of(2, 3, 35, 35)
     pixels = standardised(images, image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD)
     with torch.no_grad():
-        expected = getattr(transformers, f"{kind}Model").from_pretrained(tmp_path)(pixels).pooler_output
-    torch.testing.assert_close(feature(images), expected, rtol=1e-4, atol=1e-5)
+        output = getattr(transformers, f"{kind}Model").from_pretrained(tmp_path)(pixels)
+    torch.testing.assert_close(feature(images), output.pooler_output, rtol=1e-4, atol=1e-5)
+    # The tokens of 5 x 5 patches come last, row by row.
+    tokens = output.last_hidden_state[:, -25:].unflatten(1, (5, 5)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(feature.patches(images, 5), tokens, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["vision", "whole"])
