@@ -17,11 +17,13 @@ from atoll.storage.cards import ExpertCard
 from atoll.train.expert import train_expert
 from atoll.train.track import read_metrics
 from tests.conftest import write_run
+from tests.train.targets import with_targets
 from tests.train.together import Training, start
 
 NAME = "1-flow-linear"
 SHARDINGS = ["replicate", "shard"]
 MMDIT = "name: mmdit\n  depth: 3\n  dual_blocks: 1"
+TARGETS = "\n  targets_weight: 0.5"
 MORE = {"whole": "\n  sample_every: 4", "accumulated": "\n  accumulate: 3\n  checkpointing: selective"}
 
 
@@ -93,7 +95,8 @@ def island(tmp_path_factory) -> Path:
             Training(runs["accumulated"]),
         ]
         mmdit = make(path / f"{sharding}-mmdit", sharding, network=MMDIT)
-        trainings.append(Training(str(mmdit)))
+        targets = with_targets(make(path / f"{sharding}-targets", sharding, TARGETS))
+        trainings += [Training(str(mmdit)), Training(str(targets))]
     other = {"replicate": "shard", "shard": "replicate"}
     for sharding in SHARDINGS:
         # Started with one sharding, finished with the other.
@@ -127,6 +130,15 @@ def test_two_processes_train_an_mmdit_like_one(island, sharding, tmp_path) -> No
     alone(one)
     assert "network.blocks.0.text.qkv.weight" in tensors(one)  # a dual block
     assert_close(island / f"{sharding}-mmdit", one)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_predict_targets_like_one(island, trained_run, sharding, tmp_path) -> None:
+    one = with_targets(make(tmp_path / "one", "replicate", TARGETS))
+    alone(one)
+    assert_close(island / f"{sharding}-targets", one)
+    # The later half of the steps has no targets; the earlier one has changed the losses.
+    assert curve(one)[0][1] > curve(trained_run)[0][1]
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

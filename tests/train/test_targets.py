@@ -1,6 +1,5 @@
 """Targets of representation in training: the term, its end, mirrored rows, resuming, and what is refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -25,32 +24,11 @@ from atoll.train.plans import TrainingMarks, is_exact
 from atoll.train.snapshots import reconstruct_expert
 from atoll.train.state import Counters
 from atoll.train.targets import TargetsTerm
-from tests.cards import SHA, cluster_shards_card
+from tests.cards import cluster_shards_card
 from tests.conftest import RUN
+from tests.train.targets import RECORD, targets_of, with_targets
 
 NAME = "1-flow-linear"
-FEATURE = {"name": "mobilenetv2", "size": 64, "sha256": SHA}
-RECORD = {"feature": FEATURE, "dims": 3, "grid": 2, "sha256": "1" * 64}
-
-
-def with_targets(run: Path, record: dict = RECORD) -> Path:
-    """Store targets beside the latents of all clusters of a run."""
-    for path in sorted((run / "clusters").glob("cluster-*")):
-        shards = Shards(path)
-        card = json.loads((path / "index.json").read_text())["card"] | {"targets": record}
-        latents = shards.read("latent", slice(None))
-        with ShardWriter(path.with_name("new"), card) as writer:
-            columns = {"latent": latents, "target": targets_of(latents)}
-            writer.append(shards.keys, shards.captions, shards.splits, columns)
-        shutil.rmtree(path)
-        path.with_name("new").rename(path)
-    return run
-
-
-def targets_of(latents: torch.Tensor) -> torch.Tensor:
-    """Targets [n,3,2,2] float16 that say where the latents [n,1,h,w] are large."""
-    means = F.adaptive_avg_pool2d(latents.float(), 2)
-    return torch.cat([means, means.flip(-2), torch.ones_like(means)], 1).half()
 
 
 def settings_of(run: Path, targets: dict | None = None, **train: object) -> Manifest:
@@ -186,12 +164,12 @@ def test_the_network_learns_to_predict_the_targets(tmp_path, name) -> None:
     task = task_on(tmp_path / "data", name, targets_until=1.0, dropout=0.0)
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=5e-3)
     before = term_of(task, task.module, 0).mean()
-    for index in range(1, 61):
+    for index in range(1, 41):
         optimizer.zero_grad()
         batch = task.batch(index % 8, slice(0, 6))
         task.losses(task.module, batch).mean().backward()
         optimizer.step()
-    assert term_of(task, task.module, 0).mean() < 0.6 * before
+    assert term_of(task, task.module, 0).mean() < 0.7 * before
     # The gradient reaches the blocks that the tokens went through, and those alone.
     task.module.zero_grad()
     term_of(task, task.module, 0).mean().backward()
