@@ -29,11 +29,12 @@ MONOLITH: dict[str, Any] = {"batch": 64, "lr": 8e-3}
 EXPERT: dict[str, Any] = {"batch": 32, "lr": 8e-3}
 # Thousands of images, by width and depth.
 IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
-CLUSTERS = (4, 16)
+CLUSTERS = (4, 16, 1)
 SHARES = (0.0, 0.5)
-# Where the generalist denoises, by tenths of the time, and where the experts do; half at the edges.
-ENDS = (1, 1, 0.5, 0, 0, 0, 0.5, 1, 1, 1)
-MIDDLE = (0, 0.5, 1, 1, 1, 1, 1, 0.5, 0, 0)
+# By level, the generalist denoises the fine end and the experts the rest; tenths of the time, half at the edges.
+FINE = (1, 1, 0.5, 0, 0, 0, 0, 0, 0, 0)
+COARSE = (0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1)
+GENERALIST = 0.25  # the generalist's share of the images after the common start
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class Cell:
     images: int
     k: int  # 1: the monolith
     share: float = 0.0
-    by_level: bool = False  # the generalist denoises the ends, the experts the middle
+    by_level: bool = False  # a generalist denoises the fine end, the experts the rest
 
     @property
     def key(self) -> str:
         """Its name in cells.jsonl."""
-        share = (f" f={self.share:g}" if self.k > 1 else "") + (" by-level" if self.by_level else "")
+        share = (f" f={self.share:g}" if self.k > 1 or self.by_level else "") + (" by-level" if self.by_level else "")
         shape = f"{self.name}-{self.size} {self.width}x{self.depth}"
         return f"{shape} N={self.images} K={self.k}{share} seed={self.seed}"
 
@@ -118,26 +119,25 @@ def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
     common = int(cell.share * cell.images)
     start = torch.load(start_path(out, cell, common)) if common else None
 
-    # By level, the generalist takes half of what is left, for the ends.
-    ends = (cell.images - common) // 2 if cell.by_level else 0
-    each = (cell.images - common - ends) // cell.k
-    middle = Levelled(MIDDLE, is_weighted=False) if cell.by_level else FLOW
+    fine = int(GENERALIST * (cell.images - common)) if cell.by_level else 0
+    each = (cell.images - common - fine) // cell.k
+    coarse = Levelled(COARSE, is_weighted=False) if cell.by_level else FLOW
     per_cluster, counts, seconds = [], [], 0.0
     for cluster in range(cell.k):
         counts.append(len(data.held_out(cluster)))
         seed = 1000 * cell.seed + cluster + 1
-        training = Training(data, data.training(cluster), config, settings(each, **EXPERT), middle, seed, start)
+        training = Training(data, data.training(cluster), config, settings(each, **EXPERT), coarse, seed, start)
         training.run(training.settings.steps)
         levels = errors(config, training.weights(), FLOW, data, data.held_out(cluster)) if counts[-1] else [0.0] * 10
         per_cluster.append(levels)
         seconds += training.seconds
     levels = over_clusters(per_cluster, counts)
     if cell.by_level:
-        objective = Levelled(ENDS, is_weighted=False)
-        training = Training(data, data.training(), config, settings(ends, **MONOLITH), objective, cell.seed, start)
+        objective = Levelled(FINE, is_weighted=False)
+        training = Training(data, data.training(), config, settings(fine, **MONOLITH), objective, cell.seed, start)
         training.run(training.settings.steps)
         general = errors(config, training.weights(), FLOW, data, data.held_out())
-        levels = [general[i] if ENDS[i] == 1 else levels[i] for i in range(len(levels))]
+        levels = [general[i] if FINE[i] == 1 else levels[i] for i in range(len(levels))]
         seconds += training.seconds
     row = result(cell, levels, cell.images * training_flops(data, config), seconds)
     lines.add(cell.key, {**row, "clusters": [round(mean(each), 5) for each in per_cluster], "counts": counts})
@@ -148,9 +148,10 @@ def cells_of(name: str, shape: tuple[int, int], seed: int, options: argparse.Nam
     for thousands in options.images or IMAGES[shape]:
         for k in options.clusters:
             for share in options.shares:
-                yield Cell(name, options.size, *shape, seed, 1000 * thousands, k, share)
-                if share and k == options.clusters[0] and options.by_level:
-                    yield Cell(name, options.size, *shape, seed, 1000 * thousands, k, share, by_level=True)
+                for by_level in (False, True):
+                    # One cluster is the monolith, unless it is divided by level.
+                    if (by_level and options.by_level and share) or (not by_level and k > 1):
+                        yield Cell(name, options.size, *shape, seed, 1000 * thousands, k, share, by_level)
 
 
 def run(options: argparse.Namespace) -> None:

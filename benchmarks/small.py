@@ -4,6 +4,7 @@ For map.py and efficiency.py. What `atoll train` does besides (checkpoints, logs
 left out, so that hundreds of networks of 0.1 to 1 M parameters can be trained on two cores. All images are in memory.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -126,12 +127,18 @@ def load(work: Path, name: str, size: int, k: int, seed: int = 0, **clusters: An
     every = torch.arange(len(rows))
     val = torch.zeros(len(rows), dtype=torch.bool)
     val[Rows.of(shards, "val").numbers] = True
+    # One order for all clusterings, so that the same rows are measured with the same noise.
+    latents, captions = rows.latents(every), rows.captions(every)
+    digests = [
+        hashlib.sha256(x.numpy().tobytes() + c.encode()).digest() for x, c in zip(latents, captions, strict=True)
+    ]
+    order = torch.tensor(sorted(range(len(rows)), key=digests.__getitem__))
     fields = {
-        "x0": rows.latents(every).float(),
-        "tokens": encoder.tokenize(rows.captions(every)),
-        "cluster": rows.clusters(every),
-        "val": val,
-        "calibration": is_held_out(shards, 0.05)[every],
+        "x0": latents[order].float(),
+        "tokens": encoder.tokenize([captions[i] for i in order.tolist()]),
+        "cluster": rows.clusters(order),
+        "val": val[order],
+        "calibration": is_held_out(shards, 0.05)[order],
         "encoder": encoder,
     }
     torch.save(fields, cache)

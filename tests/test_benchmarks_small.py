@@ -52,6 +52,9 @@ def test_rows_of_training_are_never_measured(work: Path) -> None:
     assert measured
     assert not trained & set(measured)
     assert sorted(data.held_out(0).tolist() + data.held_out(1).tolist()) == sorted(measured)
+    # The same images for every clustering: a monolith and an ensemble are measured alike.
+    one = small.load(work, "glyphs", 8, 1)
+    assert torch.equal(one.x0[one.held_out()], data.x0[measured])
 
 
 def test_the_error_is_that_of_the_velocity_for_every_objective(work: Path) -> None:
