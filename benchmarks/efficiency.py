@@ -50,6 +50,7 @@ class Recipe:
         lr: learning rate at the monolith's batch.
         batch: of the monolith; an expert of K clusters takes 1/K of it.
         ema: decay of the average.
+        targets: weight of stored targets of representation, in the first half of the steps.
         objective: further arguments of the objective.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     ema: float = 0.995
     warmup: int = 100
     decay_from: float = 0.6
+    targets: float = 0.0
     objective: tuple[tuple[str, Any], ...] = ()
 
 
@@ -80,6 +82,7 @@ def settings_of(recipe: Recipe, images: int, clusters: int, decay_from: float | 
         warmup=recipe.warmup,
         decay_from=recipe.decay_from if decay_from is None else decay_from,
         ema=recipe.ema,
+        targets_weight=recipe.targets,
     )
 
 
@@ -180,11 +183,12 @@ def curve(lines: Lines, images: Images, label: str, name: str, recipe: Recipe, b
 
 
 @cache
-def images_of(out: Path, name: str, kind: str) -> Images:
+def images_of(out: Path, name: str, kind: str, targets: bool = False) -> Images:
     """The real images of a set, or of a cluster of it."""
     base, side = name.split("-")
     cluster = KINDS[kind]
-    return Images(load(out, base, int(side), 1 if cluster is None else 4), cluster, out / f"{name}-{kind}.real.pt")
+    data = load(out, base, int(side), 1 if cluster is None else 4, targets=targets)
+    return Images(data, cluster, out / f"{name}-{kind}.real.pt")
 
 
 def curves(options: argparse.Namespace) -> None:
@@ -210,6 +214,7 @@ PARTS = {
     "the block `dit`": replace(FAST, network="dit"),
     "batch 128": replace(FAST, batch=128),
     "batch 32": replace(FAST, batch=32),
+    "targets of representation": replace(FAST, targets=0.5),
     "logit-normal times": replace(FAST, objective=(("time_sampling", "logit-normal"),)),
     "baseline": BASELINE,
 }
@@ -223,7 +228,7 @@ def parts(options: argparse.Namespace) -> None:
     for seed, name, label in jobs[part - 1 :: count]:
         key = f"{name} {label} seed={seed}"
         if key not in lines.rows:
-            images, recipe = images_of(options.out, name, "monolith"), PARTS[label]
+            images, recipe = images_of(options.out, name, "monolith", targets=True), PARTS[label]
             training = begin(images.data, None, recipe, settings_of(recipe, IMAGES[name] // 3, 1), seed)
             training.run(training.settings.steps)
             lines.add(key, {"set": name, "recipe": label, "seed": seed, **measured(training, images)})

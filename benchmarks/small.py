@@ -33,6 +33,7 @@ from atoll.storage.layout import RunLayout
 from atoll.storage.shards import Shards, is_held_out
 from atoll.train.batches import Rows, SeededSampler, drop_condition
 from atoll.train.state import State
+from atoll.train.targets import TargetsTerm, batches_with_targets, is_projector
 
 LEVELS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # path times at which errors are measured
 _MEASURED = 1000  # held-out rows
@@ -76,6 +77,9 @@ class Data:
         cluster: the cluster of each [n] int64.
         val: whether each is held out from training [n] bool.
         calibration: whether each training image is held out for calibration [n] bool, as `calibration_holdout` 0.05.
+        encoder: of the captions.
+        targets: of representation [n,dims,g,g] float16, if they were asked for.
+        record: what they are.
     """
 
     x0: Tensor
@@ -84,6 +88,8 @@ class Data:
     val: Tensor
     calibration: Tensor
     encoder: Any
+    targets: Tensor | None = None
+    record: Any = None
 
     def training(self, cluster: int | None = None) -> Tensor:
         """The rows to train on: all, or those of a cluster, [m] int64."""
@@ -97,7 +103,7 @@ class Data:
         return rows if cluster is None else rows[self.cluster[rows] == cluster]
 
 
-def load(work: Path, name: str, size: int, k: int, seed: int = 0, **clusters: Any) -> Data:
+def load(work: Path, name: str, size: int, k: int, seed: int = 0, *, targets: bool = False, **clusters: Any) -> Data:
     """Encode and cluster a set, unless that is done, and read it into memory.
 
     Args:
@@ -106,13 +112,14 @@ def load(work: Path, name: str, size: int, k: int, seed: int = 0, **clusters: An
         size: side of the images, in pixels.
         k: number of clusters.
         seed: of the clustering.
+        targets: whether targets of representation are stored, of MobileNetV2's patch features.
         clusters: further settings of `clusters:` in atoll.yaml.
     """
     tag = "".join(f"-{value}" for value in clusters.values())
-    run = work / f"{name}-{size}" / f"k{k}{tag}-seed-{seed}"
+    run = work / f"{name}-{size}{'-targets' if targets else ''}" / f"k{k}{tag}-seed-{seed}"
     if (cache := run / "data.pt").is_file():
         return Data(**torch.load(cache, weights_only=False))
-    manifest = _manifest(name, size, k, seed, clusters)
+    manifest = _manifest(name, size, k, seed, clusters, targets)
     # The images are encoded once for all clusterings.
     source = run.parent / "encoded-run"
     source.mkdir(parents=True, exist_ok=True)
@@ -140,12 +147,14 @@ def load(work: Path, name: str, size: int, k: int, seed: int = 0, **clusters: An
         "val": val[order],
         "calibration": is_held_out(shards, 0.05)[order],
         "encoder": encoder,
+        "targets": rows.targets(order) if targets else None,
+        "record": shards[0].card(ClusterShardsCard).targets,
     }
     torch.save(fields, cache)
     return Data(**fields)
 
 
-def _manifest(name: str, size: int, k: int, seed: int, clusters: dict[str, Any]) -> Manifest:
+def _manifest(name: str, size: int, k: int, seed: int, clusters: dict[str, Any], targets: bool) -> Manifest:
     glyphs = name == "glyphs"
     content = {
         "name": name,
@@ -155,6 +164,7 @@ def _manifest(name: str, size: int, k: int, seed: int, clusters: dict[str, Any])
         "condition": {"name": "hash", "dim": 64, "length": 16},
         "feature": {"name": "hog"} if glyphs else MOBILENET,
         "clusters": {"k": k, "method": "balanced", **clusters},
+        **({"targets": {"feature": MOBILENET, "dims": 8, "grid": size // 4}} if targets else {}),
         "experts": [{"cluster": 0, "objective": {"prediction": "flow", "schedule": "linear"}}],
     }
     return parse_manifest(yaml.safe_dump(content), name)
@@ -224,6 +234,11 @@ class Training:
         self.network: nn.Module = build_network(config)
         if start is not None:
             self.network.load_state_dict(start)
+        self.term: TargetsTerm | None = None
+        if settings.targets_weight:
+            end, block = batches_with_targets(settings), max(1, config["depth"] // 2)
+            self.term = TargetsTerm(settings.targets_weight, block, end, data.record)
+            self.term.attach(self.network, seed)
         self.state = State(self.network, settings)
         self._order = SeededSampler(len(rows), settings.batch, seed)
         self._null = data.encoder.null(1)
@@ -233,13 +248,13 @@ class Training:
         """Train up to a step."""
         settings, state, begun = self.settings, self.state, time.process_time()
         self.network.train()
-        tokens = (self.config["size"][0] // self.config["patch"]) ** 2
+        side = self.config["size"][0] // self.config["patch"]
         while state.numbers.step < steps:
             # As `atoll.train.denoiser` does.
             step = state.numbers.step
             rows = self.rows[self._order.at(step)]
             g = seeded(self.seed, step)
-            t = self.objective.sample_time(settings.batch, g, tokens)
+            t = self.objective.sample_time(settings.batch, g, side**2)
             eps = torch.randn(settings.batch, *self.data.x0.shape[1:], generator=g)
             dropped = torch.rand(settings.batch, generator=g) < settings.dropout
             x0, condition = self.data.x0[rows], self.data.encoder.encode(self.data.tokens.index(rows))
@@ -247,16 +262,16 @@ class Training:
             x = self.objective.schedule.diffuse(x0, eps, t)
             state.begin()
             with torch.autocast("cpu", torch.bfloat16):
-                output = self.network(x, t * self.objective.time_scale, condition)
-                loss = self.objective.loss(output, x0, eps, t).mean() + self.extra(step, x0)
+                if self.term is not None and step < self.term.end and self.data.targets is not None:
+                    output, seen = self.network(x, t * self.objective.time_scale, condition, tap=self.term.block)
+                    more = self.term.losses(seen, self.data.targets[rows], (side, side)).mean()
+                else:
+                    output, more = self.network(x, t * self.objective.time_scale, condition), 0.0
+                loss = self.objective.loss(output, x0, eps, t).mean() + more
                 loss.backward()
             state.clip()
             state.update()
         self.seconds += time.process_time() - begun
-
-    def extra(self, step: int, x0: Tensor) -> Tensor | float:
-        """A further term of the loss."""
-        return 0.0
 
     def branch(self, settings: TrainSettings) -> "Training":
         """The same training with another schedule, continued from here; this one is left as it is."""
@@ -273,7 +288,7 @@ class Training:
         """The averaged weights, by name."""
         weights = {name: value.clone() for name, value in self.network.state_dict().items()}
         weights |= {name: value.clone() for name, value in zip(self.state.names, self.state.ema, strict=True)}
-        return weights
+        return {name: value for name, value in weights.items() if not is_projector(name)}
 
 
 @torch.inference_mode()
