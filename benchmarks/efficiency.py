@@ -129,9 +129,12 @@ class Images:
             condition, null = self.data.encoder.encode(self.data.tokens.index(part)), self.data.encoder.null(1)
             with torch.autocast("cpu", torch.bfloat16):
                 drawn.append(sample_alone(network, objective, noise, condition, null, steps=STEPS))
-        images = torch.cat(drawn)
+        return self.distances_of(torch.cat(drawn))
+
+    def distances_of(self, latents: Tensor) -> dict[str, float]:
+        """Measure images that were drawn, as latents."""
         return {
-            name: round(float(frechet_distance(real, self._moments(space, images))), 3)
+            name: round(float(frechet_distance(real, self._moments(space, latents))), 3)
             for name, (space, real) in self.spaces.items()
         }
 

@@ -1,6 +1,7 @@
 """When isolated experts beat one model: error by size, images seen, number of clusters and share of a common start.
 
     ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map.py run OUT [--sets eurosat] [--networks 64x2] [--part 1/2]
+    ATOLL_DATA=... python benchmarks/map.py distances OUT
     python benchmarks/map.py table OUT
 
 Each cell has the same total training FLOPs for the monolith and for all experts together: N images pass through the
@@ -8,6 +9,8 @@ monolith, f N through the common model, and (1 - f) N / K through each expert. T
 for each N a copy of it decays over the last 40 % (the warm-up, stable, decay schedule), so that long and short
 trainings share their first part, and the common models are its states at f N. Experts are evaluated on their own
 clusters' held-out images ("oracle" routing). OUT/cells.jsonl has one line per cell; finished cells are skipped.
+`distances` draws images for captions of training rows, each by its row's own expert, and writes their Fréchet distances
+to OUT/distances.jsonl.
 """
 
 import argparse
@@ -17,10 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small import Levelled, Lines, Training, errors, load, mean, network_config, over_clusters, training_flops
+from efficiency import Images
+from small import Data, Levelled, Lines, Training, errors, load, mean, network_config, over_clusters, training_flops
+from torch import Tensor
 
 from atoll.manifest import TrainSettings
+from atoll.nn import build_network
 from atoll.objective import Objective
+from atoll.randomness import Stream, seeded
+from atoll.solver import sample as solve
 
 FLOW = Objective("flow", "linear")
 DECAY_FROM = 0.6
@@ -30,10 +38,12 @@ EXPERT: dict[str, Any] = {"batch": 32, "lr": 8e-3}
 # Thousands of images, by width and depth.
 IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
 CLUSTERS = (4, 16, 1)
+DRAWN, STEPS = 1000, 15
 SHARES = (0.0, 0.5)
 # By level, the generalist denoises the fine end and the experts the rest; tenths of the time, half at the edges.
 FINE = (1, 1, 0.5, 0, 0, 0, 0, 0, 0, 0)
 COARSE = (0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1)
+SWITCH = 0.2  # the time from which on the experts denoise
 GENERALIST = 0.25  # the generalist's share of the images after the common start
 
 
@@ -101,6 +111,7 @@ def monolith(lines: Lines, name: str, shape: tuple[int, int], seed: int, options
             end = trunk.branch(settings(n, **MONOLITH))
             end.run(end.settings.steps)
             levels = errors(config, end.weights(), FLOW, data, data.held_out())
+            keep(out, cells[n], config, [end.weights()], None)
             lines.add(cells[n].key, result(cells[n], levels, n * training_flops(data, config), end.seconds))
 
 
@@ -108,6 +119,19 @@ def start_path(out: Path, cell: Cell, images: int) -> Path:
     """Where a common model is kept."""
     shape = f"{cell.name}-{cell.size}-{cell.width}x{cell.depth}"
     return out / "starts" / f"{shape}-seed{cell.seed}-{images}.pt"
+
+
+def keep(
+    out: Path,
+    cell: Cell,
+    config: dict[str, Any],
+    experts: list[dict[str, Tensor]],
+    generalist: dict[str, Tensor] | None,
+) -> None:
+    """Keep the weights of a cell, for `distances`."""
+    path = out / "weights" / f"{cell.key}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": config, "experts": experts, "generalist": generalist}, path)
 
 
 def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
@@ -122,7 +146,8 @@ def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
     fine = int(GENERALIST * (cell.images - common)) if cell.by_level else 0
     each = (cell.images - common - fine) // cell.k
     coarse = Levelled(COARSE, is_weighted=False) if cell.by_level else FLOW
-    per_cluster, counts, seconds = [], [], 0.0
+    per_cluster, counts, kept, seconds = [], [], [], 0.0
+    generalist = None
     for cluster in range(cell.k):
         counts.append(len(data.held_out(cluster)))
         seed = 1000 * cell.seed + cluster + 1
@@ -130,15 +155,18 @@ def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
         training.run(training.settings.steps)
         levels = errors(config, training.weights(), FLOW, data, data.held_out(cluster)) if counts[-1] else [0.0] * 10
         per_cluster.append(levels)
+        kept.append(training.weights())
         seconds += training.seconds
     levels = over_clusters(per_cluster, counts)
     if cell.by_level:
         objective = Levelled(FINE, is_weighted=False)
         training = Training(data, data.training(), config, settings(fine, **MONOLITH), objective, cell.seed, start)
         training.run(training.settings.steps)
-        general = errors(config, training.weights(), FLOW, data, data.held_out())
+        generalist = training.weights()
+        general = errors(config, generalist, FLOW, data, data.held_out())
         levels = [general[i] if FINE[i] == 1 else levels[i] for i in range(len(levels))]
         seconds += training.seconds
+    keep(out, cell, config, kept, generalist)
     row = result(cell, levels, cell.images * training_flops(data, config), seconds)
     lines.add(cell.key, {**row, "clusters": [round(mean(each), 5) for each in per_cluster], "counts": counts})
 
@@ -168,9 +196,53 @@ def run(options: argparse.Namespace) -> None:
             ensemble(options.out, lines, cell)
 
 
+@torch.inference_mode()
+def draw(data: Data, kept: dict[str, Any], rows: Tensor, seed: int) -> Tensor:
+    """Draw an image for each row's caption by its cluster's expert, and the generalist at the fine end: [n,C,H,W]."""
+    networks = []
+    for weights in (*kept["experts"], kept["generalist"]):
+        if weights is not None:
+            network = build_network(kept["config"])
+            network.load_state_dict(weights)
+            networks.append(network.eval())
+    has_generalist, k = kept["generalist"] is not None, len(kept["experts"])
+    drawn = torch.empty(len(rows), *data.x0.shape[1:])
+    for cluster in range(k):
+        own = (data.cluster[rows] == cluster).nonzero().flatten() if k > 1 else torch.arange(len(rows))
+        for part in own.split(128):
+            condition = data.encoder.encode(data.tokens.index(rows[part]))
+            expert, generalist = networks[cluster], networks[-1] if has_generalist else networks[cluster]
+
+            def velocity(x: Tensor, t: Tensor, condition: Any = condition, pair: Any = (generalist, expert)) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    output: Tensor = pair[bool(t[0] >= SWITCH)](x, t * FLOW.time_scale, condition)
+                return output.float()
+
+            # A row's noise is the same for every model.
+            noise = torch.randn(len(rows), *data.x0.shape[1:], generator=seeded(seed, 0, Stream.SAMPLES))[part]
+            drawn[part] = solve(velocity, noise, steps=STEPS, method="dpm++2m")
+    return drawn
+
+
+def distances(options: argparse.Namespace) -> None:
+    """Measure the images of every cell whose weights are kept."""
+    torch.set_num_threads(1)
+    lines = Lines(options.out / "distances.jsonl", "FD-MNv2")
+    for path in sorted((options.out / "weights").glob("*.pt")):
+        if path.stem in lines.rows:
+            continue
+        cell = Lines(options.out / "cells.jsonl").rows[path.stem]
+        data = load(options.out, cell["name"], cell["size"], cell["k"])
+        images = Images(load(options.out, cell["name"], cell["size"], 1), None, options.out / f"{cell['name']}.real.pt")
+        rows = data.training()
+        rows = rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
+        measured = images.distances_of(draw(data, torch.load(path), rows, cell["seed"]))
+        lines.add(path.stem, {**{key: cell[key] for key in vars(Cell("", 0, 0, 0, 0, 0, 0))}, **measured})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run",))
+    parser.add_argument("command", choices=("run", "distances"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--sets", nargs="+", default=["eurosat", "emoji", "mixture", "glyphs"])
     parser.add_argument("--size", type=int, default=16)
@@ -181,7 +253,8 @@ def main() -> None:
     parser.add_argument("--by-level", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
-    run(parser.parse_args())
+    options = parser.parse_args()
+    {"run": run, "distances": distances}[options.command](options)
 
 
 if __name__ == "__main__":

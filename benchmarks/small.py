@@ -54,8 +54,8 @@ SQUEEZENET = {"name": "squeezenet", "weights": "$ATOLL_DATA/weights/squeezenet11
 class Lines:
     """Results, one JSON line each."""
 
-    def __init__(self, file: Path):
-        self._file = file
+    def __init__(self, file: Path, shown: str = "error"):
+        self._file, self._shown = file, shown
         lines = file.read_text().splitlines() if file.is_file() else []
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
 
@@ -64,7 +64,7 @@ class Lines:
         self.rows[key] = {"key": key, **row}
         with self._file.open("a") as file:
             file.write(json.dumps(self.rows[key]) + "\n")
-        print(key, round(row["error"], 5), f"{row['seconds']:.0f} s", flush=True)
+        print(key, round(row[self._shown], 5), f"{row.get('seconds', 0):.0f} s", flush=True)
 
 
 @dataclass(frozen=True)
