@@ -95,7 +95,10 @@ def _source_of(variant: Variant, dense: Mapping[str, Ensemble]) -> str:
 
 
 def _hash_of(ensemble: Ensemble, parts: str) -> str:
-    """Hash of the weights, the chosen experts with their calibrations, and the options."""
+    """Hash of the weights, the chosen experts with their calibrations, and the options; "" with a weak ensemble."""
+    # The hashes of its parts are not among `parts`.
+    if ensemble.weak is not None:
+        return ""
     # An alignment may replace calibrations, so they are part of the identity.
     experts = [[expert.name, list(expert.clusters), _slopes(expert)] for expert in ensemble.experts]
     # The sampling is not part of the identity: caches add it.
