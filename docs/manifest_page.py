@@ -20,7 +20,8 @@ def manifest_page(package: Path) -> str:
     """
     sections: dict[str, str] = {}
     keys: dict[str, str] = {}  # class -> the key of atoll.yaml that it validates
-    for name in ("run.py", "training.py", "sampling.py", "data.py", "buckets.py", "network.py", "evaluation.py"):
+    first = ("run.py", "clusters.py", "training.py", "sampling.py")
+    for name in (*first, "data.py", "buckets.py", "targets.py", "network.py", "evaluation.py"):
         source = (package / name).read_text()
         for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef):

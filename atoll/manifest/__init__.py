@@ -4,12 +4,12 @@ The paths of a run are in `atoll.storage.layout`.
 """
 
 from atoll.manifest.base import Section
+from atoll.manifest.clusters import ClusterSettings
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EVEN, DiversitySettings, EvaluateSettings, SpaceSettings, SweepSettings
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.manifest.run import (
     RECIPES,
-    ClusterSettings,
     CommonSettings,
     ExpertSettings,
     Manifest,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, PositiveInt, PrivateAttr, ValidationError
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.errors import AtollError
 from atoll.manifest.base import Section, parse_yaml
+from atoll.manifest.clusters import ClusterSettings
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EvaluateSettings
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
@@ -23,23 +24,6 @@ from atoll.storage.layout import COMMON, MANIFEST, MONOLITH, ROUTER, STUDENT, Ru
 RECIPES = next(
     d for d in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes", Path()) if d.is_dir()
 )
-
-
-class ClusterSettings(Section):
-    """The clustering.
-
-    Attributes:
-        k: number of clusters.
-        fine: number of fine centroids; None: as many as the data supports.
-        method: as in `atoll.cluster`.
-        router_fraction: fraction of all images set apart as clusters/router for the router's training; None: it trains
-            on all of encoded/.
-    """
-
-    k: PositiveInt = 4
-    fine: PositiveInt | None = None
-    method: Literal["balanced", "free", "random"] = "balanced"
-    router_fraction: float | None = Field(None, gt=0, le=1)
 
 
 class TrainSettings(Section):
@@ -70,11 +54,10 @@ class TrainSettings(Section):
     skip: str | None = None  # a text file of keys, relative to the run: rows that are left out
     # Fraction of the training rows held out for calibration; 0: the val split is used.
     calibration_holdout: float = Field(0.0, ge=0, lt=1)
-    # Targets of representation, if encoding stored them: the weight of their term in the loss (0: none), the number of
-    # blocks whose tokens predict them (null: half of all), and the fraction of steps after which the term is dropped.
-    targets_weight: float = Field(0.0, ge=0)
-    targets_block: PositiveInt | None = None
-    targets_until: float = Field(0.5, gt=0, le=1)
+    # The targets that encoding stored, see TargetsSettings. The router predicts none.
+    targets_weight: float = Field(0.0, ge=0)  # of their term in the loss; 0: none
+    targets_block: PositiveInt | None = None  # the number of blocks whose tokens predict them; null: half of all
+    targets_until: float = Field(0.5, gt=0, le=1)  # the fraction of steps after which the term is dropped
     # Speed and memory.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 if the hardware has it
@@ -281,9 +264,9 @@ class Manifest(Section):
         run = self.train.model_dump()
         if self._is_common(self.train.init) and not isinstance(part, ExpertSettings):
             run["init"] = None
-        # The router predicts no targets.
-        own = {"targets_weight": 0.0} if isinstance(part, RouterSettings) else {}
-        return TrainSettings(**{**run, **part.train, **own})
+        settings = TrainSettings(**{**run, **part.train})
+        router = isinstance(part, RouterSettings)  # which predicts no targets
+        return settings.model_copy(update={"targets_weight": 0.0}) if router else settings
 
     def starts_from_common(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> bool:
         """Return whether the training of a part starts from the run's common model."""
