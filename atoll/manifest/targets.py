@@ -29,6 +29,7 @@ class TargetsSettings(Section):
 
     @model_validator(mode="after")
     def _used(self) -> "TargetsSettings":
-        if self.feature is None and (unused := self.model_fields_set - {"feature"}):
+        # Defaults may be written out.
+        if self.feature is None and (unused := self.model_dump(exclude_defaults=True)):
             raise ValueError(f"{min(unused)}: without a feature, no targets are stored; set targets.feature")
         return self

@@ -13,6 +13,7 @@ from atoll.image_size import ImageSize
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, TrainSettings
 from atoll.plan.cost import NetworkSizes, RouterSizes, sizes_of
 from atoll.plan.fit import Switches
+from atoll.plan.targets_cost import target_bytes
 from atoll.storage.layout import RunLayout
 
 CAPTION_BYTES = 120  # a web caption of some 20 words; captions are stored as text
@@ -271,8 +272,8 @@ def encoded(run: Path) -> Encoded | None:
 
 
 def cluster_bytes(manifest: Manifest, sizes: Sequence[SizedLatent], images: int) -> float:
-    """Bytes that an island downloads: an even part of the float16 latents (twice with flips) and of the captions."""
+    """Bytes that an island downloads: an even part of float16 latents (twice with flips), captions, targets."""
     # float16 latents, and the caption as text.
     values = sum(math.prod(size.shape) * size.share for size in sizes)
-    row = values * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES
+    row = values * 2 * (2 if manifest.data.flips else 1) + CAPTION_BYTES + target_bytes(manifest)
     return images / manifest.clusters.k * row

@@ -51,7 +51,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], _trained(plan)))]
-    parts += [Text(line) for line in (*_swaps(plan), *_muon(plan))]
+    parts += [Text(line) for line in (*_swaps(plan), *_muon(plan), *_targets(plan))]
     parts += [*([Text(_common(plan.common))] if plan.common else []), Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
@@ -266,6 +266,17 @@ def _common(common: PlannedCommon) -> str:
         f"Common start: {e.steps:,} steps of {e.batch} on all clusters, once for the run: {common.fraction:.1%} of the "
         f"training FLOPs, those of all experts included; {starting}."
     )
+
+
+def _targets(plan: Plan) -> list[str]:
+    """What targets of representation add, which no table counts; once per cost."""
+    return [
+        f"Targets of {name}: a projector of {_number(e.targets.parameters / 1e6)} M parameters, "
+        f"{_bytes(e.targets.state_bytes)} and {_number(e.targets.flops / 1e9)} GFLOP an image more than planned above, "
+        f"beside {_number(e.training_flops / 1e9)}."
+        for name, e in _groups(plan)
+        if e.targets
+    ]
 
 
 def _sampling(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from atoll.plan.muon_cost import muon_cost
 from atoll.plan.recipe import SizedLatent, Text, router_of, switches_of
 from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
 from atoll.plan.sizes import largest, mean, planned_sizes
+from atoll.plan.targets_cost import targets_cost
 from atoll.plan.types import PlannedCommon, PlannedExpert, PlannedRouter
 from atoll.storage.layout import COMMON
 
@@ -62,6 +63,7 @@ def planned_expert(
         sharding=train.sharding,
         swap_bytes=accumulate * swap_bytes(network, switches.block_swap),
         muon=muon_cost(network) if train.optimizer == "muon" else None,
+        targets=targets_cost(network, manifest.targets.dims, train),
     )
 
 

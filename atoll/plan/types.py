@@ -8,6 +8,7 @@ from atoll.plan.gpus import GPU
 from atoll.plan.islands import IslandSettings, Simulation
 from atoll.plan.muon_cost import MuonCost
 from atoll.plan.sizes import PlannedSize
+from atoll.plan.targets_cost import TargetsCost
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class PlannedExpert:
         sharding: of several GPUs, as in `train`.
         swap_bytes: over PCIe in a step of the recipe, by train.block_swap.
         muon: what it costs; None with AdamW.
+        targets: what they cost; None without.
     """
 
     name: str
@@ -44,6 +46,7 @@ class PlannedExpert:
     sharding: str
     swap_bytes: int
     muon: MuonCost | None
+    targets: TargetsCost | None = None
 
 
 @dataclass(frozen=True)

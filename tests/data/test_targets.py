@@ -15,7 +15,7 @@ from atoll.data.types import Raw, Skipped
 from atoll.encoders.feature import NetworkFeature, build_feature
 from atoll.encoders.targets import COMPONENTS, Components, FeatureMoments
 from atoll.errors import AtollError
-from atoll.manifest import parse_manifest
+from atoll.manifest import Manifest, parse_manifest
 from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import ClusterShardsCard, EncodedCard
 from atoll.storage.layout import cluster_path
@@ -185,6 +185,11 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path, encode, m
     with pytest.raises(AtollError, match=message):
         encode(settings=manifest(**changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_manifest_without_targets_survives_being_written_out() -> None:
+    plain = parse_manifest(MANIFEST.format(data="flips: false", scale=2.0), "here")
+    assert Manifest(**plain.model_dump()) == plain
 
 
 def test_a_source_without_a_training_image_is_refused(encode) -> None:

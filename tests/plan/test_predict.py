@@ -13,6 +13,7 @@ from rich.console import Console
 
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, TrainSettings, load_manifest, recipe_path
+from atoll.manifest.targets import TargetsSettings
 from atoll.nn import build_network
 from atoll.plan import Plan, as_json, plan, plan_run, render
 from atoll.plan.cost import DiTSizes, sizes_of, training_flops
@@ -21,7 +22,7 @@ from atoll.plan.gpus import find_gpu
 from atoll.plan.islands import load_islands
 from atoll.plan.measure_machine import compare, measured_flops, measured_rate
 from atoll.plan.muon_cost import MuonCost, muon_matrices
-from atoll.plan.recipe import Text, latent_shape, switches_of, text_of
+from atoll.plan.recipe import Text, cluster_bytes, latent_shape, latent_sizes, switches_of, text_of
 from atoll.plan.report import comparison_lines
 from atoll.storage.cards import ExpertCard
 from atoll.train import state
@@ -337,6 +338,26 @@ def test_muons_matrices_are_those_of_training(network: dict[str, Any]) -> None:
             rows, columns = p.shape[0] // parts, p.shape[1]
             counts[min(rows, columns), max(rows, columns)] += parts
     assert muon_matrices(plan(manifest).experts[0].network) == counts
+
+
+def test_targets_add_a_projector_and_bytes_to_download(hddm: Manifest) -> None:
+    """XL/2 has 256 tokens of 1152; the projector is that of training."""
+    from atoll.train.targets import projector
+
+    chosen = TargetsSettings(feature={"name": "efficientnet-lite0"}, dims=8, grid=8)
+    train = hddm.train.model_copy(update={"targets_weight": 0.5, "targets_until": 0.25})
+    with_targets = hddm.model_copy(update={"train": train, "targets": chosen})
+    plain, p = plan(hddm), plan(with_targets)
+    cost = p.experts[0].targets
+    assert plain.experts[0].targets is None
+    assert cost is not None
+    assert cost.parameters == sum(weight.numel() for weight in projector(1152, 8).parameters())
+    assert cost.flops == 0.25 * 3 * 2 * 256 * (2 * 1152**2 + 1152 * 8)
+    assert "Targets of 8 experts: a projector of 2.67 M parameters, 53.3 MB and 1.02 GFLOP" in shown(p)
+    assert "Targets of" not in shown(plain)
+    sizes = latent_sizes(hddm)
+    more = cluster_bytes(with_targets, sizes, 1000) - cluster_bytes(hddm, sizes, 1000)
+    assert more == pytest.approx(1000 / hddm.clusters.k * 1024)
 
 
 def common_of(hddm: Manifest, steps: int, **sections: Any) -> Manifest:
