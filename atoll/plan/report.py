@@ -5,6 +5,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
+from atoll.plan.numbers import binary, count, gflop, in_bytes, number, plain, roughly, span
 from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert
 from atoll.report.words import cut_captions
 
@@ -75,8 +76,8 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
 
     # Numbers to the right, so that digits align.
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=not number, overflow="fold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=not index, overflow="fold")
     return table
 
 
@@ -106,8 +107,8 @@ def _networks(plan: Plan) -> list["Table"]:
         title = f"{plan.name}: the networks ({plan.precision})"
         table = _table(title, ("", *(name for name, _ in shown), *(["router"] if router else [])))
         r = plan.router
-        last = {"parameters": _count(r.parameters), "images": _count(r.images)}
-        last |= {"GFLOP an image, forward": _gflop(r.flops / 3), "    in training": _gflop(r.flops)}
+        last = {"parameters": count(r.parameters), "images": count(r.images)}
+        last |= {"GFLOP an image, forward": gflop(r.flops / 3), "    in training": gflop(r.flops)}
         columns = [_costs(expert) for _, expert in shown]
         for row in columns[0]:
             table.add_row(row, *(column[row] for column in columns), *([last.get(row, "")] if router else []))
@@ -117,16 +118,16 @@ def _networks(plan: Plan) -> list["Table"]:
 
 def _costs(e: PlannedExpert) -> dict[str, str]:
     return {
-        "parameters": _count(e.parameters),
-        "GFLOP an image, forward": _gflop(e.forward_flops),
-        "    in training": _gflop(e.training_flops),
-        "activations an image": _binary(e.activation_bytes),
-        "    compiled": _binary(e.activation_bytes_compiled),
-        "    fully checkpointed": _binary(e.activation_bytes_checkpointed),
-        "weights, moments, EMA, ...": _bytes(e.fixed_bytes),
+        "parameters": count(e.parameters),
+        "GFLOP an image, forward": gflop(e.forward_flops),
+        "    in training": gflop(e.training_flops),
+        "activations an image": binary(e.activation_bytes),
+        "    compiled": binary(e.activation_bytes_compiled),
+        "    fully checkpointed": binary(e.activation_bytes_checkpointed),
+        "weights, moments, EMA, ...": in_bytes(e.fixed_bytes),
         "batch": str(e.batch),
         "steps": f"{e.steps:,}",
-        "images": _count(e.images),
+        "images": count(e.images),
     }
 
 
@@ -155,7 +156,7 @@ def _sizes(plan: Plan) -> list[Any]:
         ]
         names = [*(size.image for size in expert.sizes), "mean"]
         for name, share, values in zip(names, [*shares, 1.0], [*costs, means], strict=True):
-            table.add_row(name, f"{share:.1%}", f"{values[0]:,.0f}", *map(_number, values[1:]))
+            table.add_row(name, f"{share:.1%}", f"{values[0]:,.0f}", *map(number, values[1:]))
         empty = ", ".join(size.image for size in expert.sizes if not size.share)
         note = _UNCOUNTED if not plan.counted else f"No image fills {empty}." if empty else None
         parts += [table, *([Text(note, style="dim")] if note else []), Text()]
@@ -170,10 +171,10 @@ def _batches(plan: Plan) -> list[Any]:
         # All rows have the same memories.
         memories = list(next(iter(ladder.values())))
         title = "Largest batch at a time" + (f", network of {name}" if len(plan.batches) > 1 else "")
-        table = _table(title, ("switches", *(_bytes(memory) for memory in memories)))
+        table = _table(title, ("switches", *(in_bytes(memory) for memory in memories)))
         # Where the line is too narrow, the words are broken, not the numbers.
-        for number, column in enumerate(table.columns):
-            column.no_wrap = number > 0
+        for index, column in enumerate(table.columns):
+            column.no_wrap = index > 0
         for switches, by in ladder.items():
             table.add_row(switches, *(str(by[memory]) if by[memory] else "-" for memory in memories))
         parts += [table, Text()]
@@ -194,12 +195,12 @@ def _time(plan: Plan) -> "Table":
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
             m.gpu.name if m.each == 1 else f"{m.each} x {m.gpu.name}",
-            _bytes(m.gpu.memory),
+            in_bytes(m.gpu.memory),
             speed,
             f"{m.mfu:.2f}" if m.gpu.tflops else "?",
-            _span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
-            _span([day * per_day for day in days]),
-            *("?" if t is None else _number(t * per_day) for t in (*common, m.total_gpu_days, m.router_gpu_days)),
+            span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
+            span([day * per_day for day in days]),
+            *("?" if t is None else number(t * per_day) for t in (*common, m.total_gpu_days, m.router_gpu_days)),
             "?" if m.usd is None else f"{m.usd:,.0f}" if m.usd >= 10 else f"{m.usd:.2f}",
         )
     return table
@@ -230,7 +231,7 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
             if e.name in m.step_seconds:
                 shares = (size.share for size in e.sizes)
                 step = sum(share * s for share, s in zip(shares, m.step_seconds[e.name], strict=True))
-                line += f"; a step takes {_number(step)} s"
+                line += f"; a step takes {number(step)} s"
             lines.setdefault(line, []).append(e.name)
     return "\n".join(
         f"On {m.gpu.name}{'' if len(lines) == 1 else f', {names[0]} and {len(names) - 1} more'}: {line}"
@@ -241,7 +242,7 @@ def _how(m: Machine, experts: Iterable[PlannedExpert]) -> str:
 def _swaps(plan: Plan) -> list[str]:
     """What crosses PCIe in a step of the recipe, for experts whose blocks are swapped; once per cost."""
     return [
-        f"block_swap of {name}: {_bytes(e.swap_bytes)} over PCIe a step, {e.swap_bytes / 16e9:.2g} s at 16 GB/s, "
+        f"block_swap of {name}: {in_bytes(e.swap_bytes)} over PCIe a step, {e.swap_bytes / 16e9:.2g} s at 16 GB/s, "
         f"{e.swap_bytes / 32e9:.2g} s at 32 GB/s, while the GPU waits (not measured)."
         for name, e in _groups(plan)
         if e.swap_bytes
@@ -251,8 +252,8 @@ def _swaps(plan: Plan) -> list[str]:
 def _muon(plan: Plan) -> list[str]:
     """What Muon computes beside a step's own products, and the moments that it does not have; once per cost."""
     return [
-        f"Muon of {name}: {_number(e.muon.flops / 1e9)} GFLOP a step beside the step's own "
-        f"{_number(e.batch * e.training_flops / 1e9)}, and {_bytes(e.muon.saved_bytes)} less than planned above."
+        f"Muon of {name}: {number(e.muon.flops / 1e9)} GFLOP a step beside the step's own "
+        f"{number(e.batch * e.training_flops / 1e9)}, and {in_bytes(e.muon.saved_bytes)} less than planned above."
         for name, e in _groups(plan)
         if e.muon
     ]
@@ -271,9 +272,9 @@ def _common(common: PlannedCommon) -> str:
 def _targets(plan: Plan) -> list[str]:
     """What targets of representation add, which no table counts; once per cost."""
     return [
-        f"Targets of {name}: a projector of {_number(e.targets.parameters / 1e6)} M parameters, "
-        f"{_bytes(e.targets.state_bytes)} and {_number(e.targets.flops / 1e9)} GFLOP an image more than planned above, "
-        f"beside {_number(e.training_flops / 1e9)}."
+        f"Targets of {name}: a projector of {number(e.targets.parameters / 1e6)} M parameters, "
+        f"{in_bytes(e.targets.state_bytes)} and {number(e.targets.flops / 1e9)} GFLOP an image more than planned "
+        f"above, beside {number(e.training_flops / 1e9)}."
         for name, e in _groups(plan)
         if e.targets
     ]
@@ -283,7 +284,7 @@ def _sampling(plan: Plan) -> str:
     """What an image costs, by the number of experts that are evaluated."""
     s, least = plan.sampling, plan.sampling.flops["top-1"]
     unit, size = ("TFLOP", 1e12) if least >= 1e12 else ("GFLOP", 1e9)
-    costs = [f"{_number(flops / size)} by {name}" for name, flops in s.flops.items()]
+    costs = [f"{number(flops / size)} by {name}" for name, flops in s.flops.items()]
     guided = "guided " if s.calls > 1 else ""
     return (
         f"An image takes {s.steps} {guided}steps, in {unit} {', '.join(costs)} (all experts: "
@@ -299,27 +300,14 @@ def _data(plan: Plan) -> str:
     # An island returns float32 weights of one expert.
     weights = 4 * max(e.parameters for e in plan.experts)
     # One that starts from the common model needs that, too.
-    start = f", the common model's {_bytes(plan.common.bytes)} besides," if plan.common and plan.common.experts else ""
-    return (
-        f"Data: {plan.images:,} images, seen {_plain(epochs)} times; an island downloads "
-        f"{_bytes(plan.download_bytes)} ({_roughly(plan.download_bytes * 8 / 100e6)} at 100 Mbit/s; "
-        f"up to a quarter more for the largest cluster){start} and gives back {_bytes(weights)}."
+    start = (
+        f", the common model's {in_bytes(plan.common.bytes)} besides," if plan.common and plan.common.experts else ""
     )
-
-
-def _plain(value: float) -> str:
-    """Three digits, or all of a larger number: 0.75, 81.4, 3,413."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _roughly(seconds: float) -> str:
-    """A duration in its natural unit."""
-    if seconds < 1:
-        return "less than a second"
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.0f} seconds"
+    return (
+        f"Data: {plan.images:,} images, seen {plain(epochs)} times; an island downloads "
+        f"{in_bytes(plan.download_bytes)} ({roughly(plan.download_bytes * 8 / 100e6)} at 100 Mbit/s; "
+        f"up to a quarter more for the largest cluster){start} and gives back {in_bytes(weights)}."
+    )
 
 
 def _islands(plan: Plan) -> "Table":
@@ -360,45 +348,3 @@ def _finish(plan: Plan, start: date | None) -> str:
 
 def _day(days: float, start: date | None) -> str:
     return ((start or date.today()) + timedelta(days=days)).isoformat()
-
-
-def _span(values: list[float]) -> str:
-    """Sorted values as one number or as a range."""
-    if not values:
-        return "-"
-    low, high = _number(values[0]), _number(values[-1])
-    return low if low == high else f"{low} to {high}"
-
-
-def _number(value: float) -> str:
-    """Three digits: 0.0117, 456, 91,400."""
-    return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _gflop(flops: float) -> str:
-    """Four digits, or all of a larger number: 289, 0.06405, 16,864."""
-    return f"{flops / 1e9:,.0f}" if flops >= 1e13 else f"{flops / 1e9:,.4g}"
-
-
-def _count(value: float) -> str:
-    """605.7 M, 1.3 G."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:,.1f} {letter}"
-    return f"{value:g}"
-
-
-def _bytes(value: float) -> str:
-    """13.3 GB, 362 kB."""
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:g} B"
-
-
-def _binary(value: float) -> str:
-    """375 MiB, 34.5 KiB."""
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:g} B"
