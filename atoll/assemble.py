@@ -215,12 +215,13 @@ def stack_replicas(
     Raises:
         AtollError: the latents and the experts belong to different assignments.
     """
-    # Replicas are experts that cover the same clusters.
-    groups: dict[tuple[int, ...], list[Path]] = {}
+    # Replicas are experts that cover the same clusters at the same levels.
+    groups: dict[tuple[tuple[int, ...], tuple[float, ...]], list[Path]] = {}
     for path in experts:
-        groups.setdefault(_covered(path, router), []).append(path)
+        levels = read_card(path, ExpertCard).objective.get("levels") or (0.0, 1.0)
+        groups.setdefault((_covered(path, router), tuple(levels)), []).append(path)
     stackings = []
-    for covered, replicas in groups.items():
+    for (covered, _), replicas in groups.items():
         places = [cluster_path(clusters, cluster) for cluster in covered]
         if len(replicas) < 2:
             continue

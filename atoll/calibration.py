@@ -27,6 +27,13 @@ NODES = (
 _CURVES = ("log_snr", "slope", "x0_mse", "x0_mse_raw")
 
 
+def nodes_within(low: float, high: float) -> tuple[float, ...]:
+    """Return the path times among `NODES` from low to high; two between them if the window holds fewer."""
+    inside = tuple(t for t in NODES if low <= t <= high)
+    # Curves need two nodes at least.
+    return inside if len(inside) > 1 else (low + (high - low) / 4, low + 3 * (high - low) / 4)
+
+
 def resized(mean: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return a mean latent [C,h,w] at another size (H, W), bilinearly: [C,H,W]; unchanged at its own."""
     if tuple(mean.shape[1:]) == tuple(size):

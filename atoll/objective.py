@@ -27,6 +27,9 @@ Weighting = Literal["none", "min-snr", "prop1"]
 # Beyond +-20, alpha or sigma is below 4.5e-5: dividing by it loses all digits of float32.
 LOG_SNR_LIMIT = 20.0
 
+# Path time by which a network of some levels is trained beyond them, so that it is no extrapolation at their edges.
+LEVEL_MARGIN = 0.05
+
 
 class Objective:
     """Prediction, schedule, time sampling and loss weighting: what a contributor chooses.
@@ -35,14 +38,19 @@ class Objective:
         prediction: what the network outputs: "eps", "x0", "v" or "flow".
         schedule: a `Schedule`, or a configuration for `build_schedule`.
         time_scale: the network receives t * time_scale as time; default 999 for DiT's 0..999 (HDDM Eq. 20).
-        time_sampling: "uniform" over the support, or "logit-normal" (Esser et al. 2024, m = 0, s = 1).
+        time_sampling: "uniform" over the support, or "logit-normal" (Esser et al. 2024, m = 0, s = 1); over the
+            window, if there are levels.
         shift: moves the training times towards noise, see `atoll.time_shift`: a number, {"log_snr": 3}, {"rule": "sd3"}
             or {"rule": "flux"}; None: not at all. Sampling takes the same shift by default.
+        levels: (low, high), the noise levels at which an ensemble evaluates the network, as times of the linear path
+            of equal log-SNR: low <= t < high, and t = 1 if high is 1. Training draws its times from a wider `window`.
+            None: all of them.
         weighting: "none"; "min-snr" (Hang et al. 2023, gamma = 5, written for every prediction); "prop1": the error
             of the velocity on the sampling path at equal log-SNR, for every prediction (HDDM Proposition 1).
 
     Raises:
-        AtollError: an unknown prediction, schedule, time sampling, weighting or shift; a time scale out of bounds.
+        AtollError: an unknown prediction, schedule, time sampling, weighting or shift; a time scale out of bounds;
+            levels that are no two increasing times, none that the schedule has, or levels together with a shift.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class Objective:
         time_sampling: TimeSampling = "uniform",
         weighting: Weighting = "none",
         shift: Any = None,
+        levels: Any = None,
     ):
         # Configurations come from cards and atoll.yaml, so every choice is checked.
         for name, value, known in (
@@ -71,6 +80,8 @@ class Objective:
         self.time_sampling: TimeSampling = time_sampling
         self.weighting: Weighting = weighting
         self.shift = None if shift is None else TimeShift.parse(shift)
+        self.levels = None if levels is None else _parse_levels(levels)
+        self._check_window()
 
     @property
     def support(self) -> tuple[float, float]:
@@ -90,8 +101,49 @@ class Objective:
             t_max = min(t_max, high)
         return t_min, t_max
 
+    @property
+    def level_window(self) -> tuple[float, float]:
+        """The levels that training covers, as path times: `levels`, wider by `LEVEL_MARGIN` except at 0 and 1."""
+        if self.levels is None:
+            return 0.0, 1.0
+        return max(0.0, self.levels[0] - LEVEL_MARGIN), min(1.0, self.levels[1] + LEVEL_MARGIN)
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """(t_min, t_max) of the training times: the `level_window` in the schedule's own time, within `support`."""
+        t_min, t_max = self.support
+        low, high = self.level_window
+        if self.levels is None:
+            return t_min, t_max
+        # An edge at 0 or 1 is no edge, and its log-SNR infinite.
+        first, last = self.schedule.time_at(PATH.log_snr(torch.tensor([low, high], dtype=torch.float64))).tolist()
+        return (max(t_min, first) if low > 0 else t_min), (min(t_max, last) if high < 1 else t_max)
+
+    def trains_at(self, log_snr: float) -> bool:
+        """Return whether a noise level is within the `level_window`."""
+        low, high = self.level_window
+        return low <= float(PATH.time_at(torch.tensor(log_snr, dtype=torch.float64))) <= high
+
+    def _check_window(self) -> None:
+        """Raise AtollError if the levels leave nothing to train on, or are not known together with the shift."""
+        if self.levels is None:
+            return
+        low, high = self.levels
+        if self.shift is not None:
+            raise AtollError(
+                f"levels {low:g} to {high:g} with a shift: the times are drawn from the levels alone; leave out one"
+            )
+        t_min, t_max = self.window
+        if not t_min < t_max:
+            edges = self.schedule.log_snr(torch.tensor(self.support, dtype=torch.float64))
+            known = " to ".join(f"{t:.3g}" for t in PATH.time_at(edges).tolist())
+            raise AtollError(
+                f"levels {low:g} to {high:g}: {self.prediction} on {self.schedule.config()['name']} knows path times "
+                f"{known} only; expected some of them"
+            )
+
     def sample_time(self, batch: int, generator: torch.Generator | None = None, tokens: int = 1) -> Tensor:
-        """Draw training times inside the support, [batch] float32.
+        """Draw training times inside the window, [batch] float32; without levels, that is the support.
 
         Args:
             batch: their number.
@@ -99,11 +151,11 @@ class Objective:
             tokens: image tokens of the network, on which a shift may depend.
         """
         # Times outside the support would train on targets that are not finite.
-        t_min, t_max = self.support
+        t_min, t_max = self.window
         if self.time_sampling == "uniform":
             unit = torch.rand(batch, generator=generator)
         else:
-            # Denser in the middle of the support than at its ends.
+            # Denser in the middle of the window than at its ends.
             unit = torch.sigmoid(torch.randn(batch, generator=generator))
         t = t_min + (t_max - t_min) * unit
         return t if self.shift is None else self._shifted(t, self.shift.at(tokens))
@@ -238,7 +290,20 @@ class Objective:
             "time_sampling": self.time_sampling,
             "weighting": self.weighting,
             **({} if self.shift is None else {"shift": self.shift.config()}),
+            **({} if self.levels is None else {"levels": list(self.levels)}),
         }
 
     def __repr__(self) -> str:
         return f"Objective({self.prediction}, {self.schedule.config()['name']})"
+
+
+def _parse_levels(levels: Any) -> tuple[float, float]:
+    """Return the levels of a card or of atoll.yaml. Raises AtollError for anything but 0 <= low < high <= 1."""
+    pair = list(levels) if isinstance(levels, list | tuple) else []
+    numbers = [value for value in pair if isinstance(value, int | float) and not isinstance(value, bool)]
+    # NaN fails the comparison, too.
+    if not len(pair) == len(numbers) == 2 or not 0 <= numbers[0] < numbers[1] <= 1:
+        raise AtollError(
+            f"levels {levels!r:.40}; expected two times of the linear path, 0 <= low < high <= 1: [0.2, 1]"
+        )
+    return float(numbers[0]), float(numbers[1])

@@ -125,8 +125,12 @@ def run_files(run: Path, manifest: Manifest, *, router: bool = True, common: boo
         common: whether the common model may be among them.
 
     Raises:
-        AtollError: a cluster, or the common model, is missing.
+        AtollError: a cluster, or the common model, is missing; an expert of some levels only.
     """
+    if some := [expert.full_name for expert in manifest.experts if expert.objective.levels is not None]:
+        raise AtollError(
+            f"{', '.join(some)}: objective.levels: a collective checks experts at all levels; leave it out"
+        )
     layout = RunLayout(run)
     names = [MANIFEST, *(f"{CLUSTERS}/{name}" for name in (CLUSTERS_CARD, CENTROIDS))]
     directories = [f"{CLUSTERS}/{cluster_name(number)}" for number in range(manifest.clusters.k)]

@@ -14,15 +14,14 @@ from torch import Tensor
 from atoll.calibration import mean_like
 from atoll.condition import Condition, as_conditions
 from atoll.ensemble.expert import Alignment, Expert, RouterNetwork
+from atoll.ensemble.owners import Owners, check_levels
 from atoll.ensemble.prompt_cache import CACHE_BYTES, PromptCache, PromptSource
 from atoll.ensemble.query import Query, Routed
 from atoll.ensemble.replicas import (
     ReplicaGroup,
     Stacking,
     check_replicas,
-    cluster_owners,
     divide_among_replicas,
-    of_clusters,
     replica_groups,
 )
 from atoll.ensemble.routing import Routing, RoutingContext, parse_routing
@@ -38,8 +37,8 @@ class Ensemble:
 
     Attributes:
         experts: at least one. Experts that cover the same cluster with the same breadth are replicas and are combined
-            as `replicas` says; a broader one stands in only where no narrower one covers a cluster. A cluster without
-            an expert loses its weight to the others.
+            as `replicas` says; a broader one stands in only where no narrower one covers a cluster, at the levels at
+            which none does (`Objective.levels`). A cluster without an expert loses its weight to the others.
         router: (x, t, pooled) -> log p [B, K]; None only with a single expert, or with a routing that needs no router.
         routing: a name of `atoll.ensemble.routing`: "top-2", "full", "nucleus-0.9", ...
         alignment: "snr" (exact) or "native" (HDDM's formulas).
@@ -55,7 +54,8 @@ class Ensemble:
 
     Raises:
         AtollError: no experts, an unknown routing, alignment or way to combine replicas, several experts without a
-            router, a time switch between experts that do not exist, or a weak ensemble of other clusters.
+            router, a time switch between experts that do not exist, a cluster that has experts at some levels only, or
+            a weak ensemble of other clusters.
     """
 
     experts: Sequence[Expert]
@@ -70,7 +70,7 @@ class Ensemble:
     excluded: frozenset[int] = frozenset()
     weak: "Ensemble | None" = None
     rule: Routing = field(init=False)
-    _owners: Tensor = field(init=False)  # [E, K]
+    _owners: Owners = field(init=False)
     _groups: tuple[ReplicaGroup, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,13 +93,14 @@ class Ensemble:
             "stackings": tuple(self.stackings),
             "null": None if self.null is None else as_conditions(self.null),
             "rule": rule,
-            "_owners": cluster_owners(self.experts, self.excluded),
+            "_owners": Owners.of(self.experts, self.excluded),
             "_groups": replica_groups(self.experts, stackings, self.excluded),
             # Its difference to this one is then that of the experts alone.
             "weak": self.weak and replace(self.weak, routing=self.routing, alignment=self.alignment),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+        check_levels(self.experts, self._owners, rule)
         if self.weak is not None:
             check_weak(self._owners, self.weak._owners, clusters=self._has_clusters, nested=self.weak.weak is not None)
 
@@ -244,14 +245,13 @@ class Ensemble:
             return None
 
         # Every cluster that this ensemble selects has an expert there, see `check_weak`.
-        query, owners = replace(routed.query, weak_scale=None), None
-        if per_cluster is not None:
-            owners = of_clusters(weak._owners, per_cluster.shape[1]).to(per_cluster)
+        query = replace(routed.query, weak_scale=None)
+        owners = None if per_cluster is None else weak._owners.like(per_cluster)
         weights = weak._weights(weak._context(query.x, query.t, query.cluster), per_cluster, owners)
         return weak._select(query, weights * guided[:, None], None, None, per_cluster)
 
     def _select(
-        self, query: Query, weights: Tensor, log_p: Tensor | None, owners: Tensor | None, per_cluster: Tensor | None
+        self, query: Query, weights: Tensor, log_p: Tensor | None, owners: Owners | None, per_cluster: Tensor | None
     ) -> Routed:
         """Return the query with the experts of some weight; arguments as in `Routed`."""
         x, t = query.x, query.t
@@ -345,8 +345,8 @@ class Ensemble:
         """Whether clusters play a part in the routing."""
         return not (self.rule.over_experts or (self.router is None and len(self.experts) == 1))
 
-    def _cluster_log_p(self, x: Tensor, t: Tensor, pooled: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the clusters' log-probabilities [B, K], -inf where no expert covers one, and the owners [E, K].
+    def _cluster_log_p(self, x: Tensor, t: Tensor, pooled: Tensor | None) -> tuple[Tensor | None, Owners | None]:
+        """Return the clusters' log-probabilities [B, K], -inf where no expert covers one, and their owners.
 
         Both are None if clusters play no part: a routing over experts, or a single expert without a router.
         """
@@ -355,20 +355,19 @@ class Ensemble:
             return None, None
         # Without a router the caller passes the clusters: all are equally probable until then.
         if self.router is None:
-            log_p = x.new_zeros(len(x), self._owners.shape[1])
+            log_p = x.new_zeros(len(x), self._owners.clusters)
         else:
             log_p = self.router(x, t, pooled).to(x.dtype)
 
         # A cluster without an expert has no probability.
-        owners = self._owners.to(log_p)
-        if owners.shape[1] > log_p.shape[1]:
+        if self._owners.clusters > log_p.shape[1]:
             raise AtollError(
-                f"the router knows {log_p.shape[1]} clusters, the experts cover cluster {owners.shape[1] - 1}; "
+                f"the router knows {log_p.shape[1]} clusters, the experts cover cluster {self._owners.clusters - 1}; "
                 "expected a router of the experts' own assignment"
             )
         # The router may know clusters that no expert covers.
-        owners = of_clusters(owners, log_p.shape[1])
-        return log_p.masked_fill(owners.sum(0) == 0, -torch.inf), owners
+        owners = self._owners.like(log_p)
+        return log_p.masked_fill(~owners.covered(t), -torch.inf), owners
 
     def _context(self, x: Tensor, t: Tensor, cluster: Tensor | None) -> RoutingContext:
         return RoutingContext(x, t, cluster, [expert.name for expert in self.experts])
@@ -377,8 +376,8 @@ class Ensemble:
         """Return each cluster's weight [B, K] from their log-probabilities; None if clusters play no part."""
         return None if log_p is None else self.rule.weights(log_p, context)
 
-    def _weights(self, context: RoutingContext, per_cluster: Tensor | None, owners: Tensor | None) -> Tensor:
-        """Return each expert's weight [B, E] from the clusters' weights [B, K] and their owners [E, K]."""
+    def _weights(self, context: RoutingContext, per_cluster: Tensor | None, owners: Owners | None) -> Tensor:
+        """Return each expert's weight [B, E] from the clusters' weights [B, K] and their owners."""
         # A routing over experts, or a single expert: no clusters.
         x, t = context.x, context.t
         if self.rule.over_experts:
@@ -387,7 +386,7 @@ class Ensemble:
             return x.new_ones(len(x), 1)
         assert t is not None  # an evaluation has times
         # Clusters to experts; the owners of a cluster share its weight equally.
-        weights = per_cluster @ (owners / owners.sum(0).clamp(min=1)).T
+        weights = owners.shares(per_cluster, t)
         divide_among_replicas(weights, self.replicas, self._groups, self.experts, t)
         return weights
 

@@ -47,6 +47,11 @@ class Expert:
     name: str = "expert"
     encoder: int = 0
 
+    @property
+    def levels(self) -> tuple[float, float]:
+        """The path times (low, high) at which it is evaluated: low <= t < high, and t = 1 if high is 1."""
+        return self.objective.levels or (0.0, 1.0)
+
     def velocity(
         self,
         x: Tensor,

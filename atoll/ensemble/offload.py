@@ -329,18 +329,16 @@ class ExpertCache:
             return _Resident(moved, self._stream.record_event())
 
 
-def selection_probs(log_p: Tensor, owners: Tensor) -> list[float]:
+def selection_probs(per_sample: Tensor) -> list[float]:
     """Return each expert's probability to be selected by at least one sample, if each sample draws one cluster.
 
     Args:
-        log_p: the router's log-probabilities [B, K], including those that the routing cuts off.
-        owners: 1 where an expert covers a cluster [E, K].
+        per_sample: for each sample the probability of the clusters that an expert owns [B, E].
 
     Returns:
         E probabilities.
     """
-    # Per sample, a cluster's probability counts for each of its owners; then 1 - P(no sample selects it).
-    per_sample = torch.softmax(log_p, dim=1) @ owners.T  # [B, E]
+    # 1 - P(no sample selects it).
     return (1 - (1 - per_sample.clamp(max=1)).prod(0)).tolist()
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from atoll.ensemble.offload import selection_probs
+from atoll.ensemble.owners import Owners
 from atoll.ensemble.prompt_cache import PromptSource
 
 
@@ -44,7 +46,7 @@ class Routed:
         active: the experts that some row uses, in increasing order.
         stacked: the experts whose answer is stacked, and therefore neither calibrated nor clamped.
         log_p: the clusters' log-probabilities [B, K], -inf where no expert covers one; None if clusters play no part.
-        owners: 1 where an expert covers a cluster [E, K]; None with log_p.
+        owners: of the clusters; None with log_p.
         per_cluster: each cluster's weight [B, K], which the weak ensemble shares; None if clusters play no part.
     """
 
@@ -56,14 +58,15 @@ class Routed:
     active: tuple[int, ...]
     stacked: frozenset[int]
     log_p: Tensor | None
-    owners: Tensor | None
+    owners: Owners | None
     per_cluster: Tensor | None
 
     def selection_probs(self) -> list[float]:
         """Return each expert's probability to be selected in the next step; nothing if clusters play no part."""
         if self.log_p is None or self.owners is None:
             return []
-        return selection_probs(self.log_p, self.owners)
+        # Including clusters that the routing cuts off; each of a cluster's owners has its probability.
+        return selection_probs(self.owners.shares(torch.softmax(self.log_p, dim=1), self.query.t, divided=False))
 
     def numbers(self, order: Sequence[int]) -> list[int]:
         """Return how many numbers of x each of these experts is evaluated at; guided rows count twice."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from atoll.alignment import snr_x0_eps
-from atoll.calibration import NODES, Calibration, mean_like
+from atoll.calibration import Calibration, mean_like, nodes_within
 from atoll.condition import Condition
 from atoll.ensemble.expert import Expert
 from atoll.errors import AtollError
@@ -109,8 +109,10 @@ def measure_stacking(
 ) -> Stacking:
     """Measure the non-negative least-squares weights of the replicas at each of `NODES`.
 
+    Replicas of some levels are measured at the nodes of their training window.
+
     Args:
-        experts: two or more, of the same clusters.
+        experts: two or more, of the same clusters and levels.
         latents: held-out latents [n, ...] of these clusters, which no expert was trained on.
         conditions: for each expert its condition of n rows; None for an unconditional network.
         mean: the clusters' mean latent.
@@ -127,7 +129,8 @@ def measure_stacking(
     except ImportError:
         raise AtollError("weights of replicas need scipy: pip install 'atoll[data]'") from None
     # Repeat latents and conditions up to the number of samples.
-    order = torch.tensor(sorted(NODES, reverse=True), dtype=torch.float64)  # increasing log-SNR
+    nodes = nodes_within(*experts[0].objective.level_window)
+    order = torch.tensor(sorted(nodes, reverse=True), dtype=torch.float64)  # increasing log-SNR
     own_mean = mean_like(mean, latents)
     rows = torch.arange(samples) % len(latents)
     x0, repeated = latents[rows], [None if c is None else c.index(rows) for c in conditions]
@@ -225,7 +228,7 @@ def _error(expert: Expert, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReplicaGroup:
-    """Experts of exactly the same clusters.
+    """Experts of exactly the same clusters and levels.
 
     Attributes:
         members: their indices in the ensemble, at least two.
@@ -247,9 +250,9 @@ def replica_groups(
         excluded: the indices of experts that take no part.
     """
     groups = []
-    for clusters in dict.fromkeys(expert.clusters for expert in experts):
-        # Replicas cover exactly the same clusters.
-        members = [index for index, expert in enumerate(experts) if expert.clusters == clusters]
+    for covered in dict.fromkeys((expert.clusters, expert.levels) for expert in experts):
+        # Replicas cover exactly the same clusters at the same levels; others only meet at some of them.
+        members = [index for index, expert in enumerate(experts) if (expert.clusters, expert.levels) == covered]
         names = {experts[index].name: index for index in members}
         # The group takes the order of its stacking's columns.
         fitting = next((s for s in stackings if set(s.names) == names.keys() and len(names) == len(members)), None)
@@ -285,32 +288,3 @@ def divide_among_replicas(
             total = solved.sum(1, keepdim=True)
             fractions = torch.where(total > 0, solved / total.clamp(min=1e-12), 1 / len(members)).to(t)
         weights[:, members] = weights[:, members].sum(1, keepdim=True) * fractions
-
-
-def of_clusters(owners: Tensor, clusters: int) -> Tensor:
-    """Return the owners [E, K] of so many clusters: further ones have no owner, those beyond are left out."""
-    return torch.nn.functional.pad(owners, (0, clusters - owners.shape[1]))
-
-
-def cluster_owners(experts: Sequence[Expert], excluded: frozenset[int] = frozenset()) -> Tensor:
-    """Return [E, K]: 1 where an expert is among the narrowest that cover a cluster.
-
-    Args:
-        experts: E of them.
-        excluded: the indices of experts that take no part.
-    """
-    # The highest cluster that any expert covers sets the width of the table.
-    clusters = max(max(expert.clusters) for expert in experts) + 1
-    owners = torch.zeros(len(experts), clusters)
-    for k in range(clusters):
-        # How many clusters each candidate covers.
-        breadths = {
-            index: len(expert.clusters)
-            for index, expert in enumerate(experts)
-            if k in expert.clusters and index not in excluded
-        }
-        # A generalist stands in only where no narrower expert covers the cluster.
-        for index, breadth in breadths.items():
-            if breadth == min(breadths.values()):
-                owners[index, k] = 1
-    return owners

@@ -168,6 +168,9 @@ class Sampler:
         if len(excluded) == len(ensemble.experts) or ensemble.rule.over_experts:
             reason = "the routing names it" if ensemble.rule.over_experts else "there is no other"
             raise AtollError(f"{name} {_NON_FINITE}, and {reason}; sample in fp32, or train or convert it again")
+        # A new ensemble: the old one may be in use elsewhere. Its other experts may be of other levels.
+        try:
+            self.ensemble = replace(ensemble, excluded=excluded)
+        except AtollError as error:
+            raise AtollError(f"{name} {_NON_FINITE}; {error}") from None
         warnings.warn(f"{name} {_NON_FINITE}; sampling goes on without it", stacklevel=4)
-        # A new ensemble: the old one may be in use elsewhere.
-        self.ensemble = replace(ensemble, excluded=excluded)

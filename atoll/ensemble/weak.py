@@ -15,6 +15,7 @@ other clusters for both. By the same weights it is sum_k p_k (u_k - u_weak_k), t
 import torch
 from torch import Tensor
 
+from atoll.ensemble.owners import Owners
 from atoll.errors import AtollError
 from atoll.shapes import per_sample
 
@@ -33,12 +34,12 @@ def guide(u: Tensor, u_weak: Tensor, scale: Tensor | None) -> Tensor:
     return torch.where(g != 1.0, u_weak + g * (u - u_weak), u)
 
 
-def check_weak(owners: Tensor, weak_owners: Tensor, *, clusters: bool, nested: bool) -> None:
+def check_weak(owners: Owners, weak_owners: Owners, *, clusters: bool, nested: bool) -> None:
     """Raise AtollError unless an ensemble's weights are weights of a weak ensemble, too.
 
     Args:
-        owners: 1 where an expert of the main ensemble covers a cluster [E, K].
-        weak_owners: those of the weak one [E', K'].
+        owners: of the main ensemble's clusters.
+        weak_owners: those of the weak one.
         clusters: whether the main ensemble's routing weighs clusters.
         nested: whether the weak ensemble has a weak one itself.
     """
@@ -46,14 +47,16 @@ def check_weak(owners: Tensor, weak_owners: Tensor, *, clusters: bool, nested: b
         raise AtollError("the weak ensemble has a weak ensemble itself; expected one without")
     # A routing over experts checks their names itself; a single expert has no weights to share.
     if not clusters:
-        if len(owners) == 1 and len(weak_owners) > 1:
+        if owners.experts == 1 and weak_owners.experts > 1:
             raise AtollError(
-                f"a weak ensemble of {len(weak_owners)} experts for a single expert without a router; expected one "
+                f"a weak ensemble of {weak_owners.experts} experts for a single expert without a router; expected one "
                 "expert, which is evaluated where this one is"
             )
         return
-    # Otherwise weight would be lost.
-    covered, covered_weakly = (set(one.sum(0).nonzero().squeeze(1).tolist()) for one in (owners, weak_owners))
+    # Otherwise weight would be lost, at some level at least.
+    covered, covered_weakly = (
+        set(one.nonzero().squeeze(1).tolist()) for one in (owners.somewhere(), weak_owners.everywhere())
+    )
     if missing := sorted(covered - covered_weakly):
         raise AtollError(
             f"the weak ensemble has no expert of cluster {', '.join(map(str, missing))}; expected one of each of the "

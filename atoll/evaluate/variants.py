@@ -32,10 +32,11 @@ def variants_of(ensemble: Ensemble, dense: Mapping[str, Ensemble]) -> tuple[list
     routings = ["top-1", "top-2", "full"] if len(ensemble.experts) > 1 else ["full"]
     routings += [ensemble.routing] if ensemble.routing not in routings else []
     routed = [Variant(r, replace(ensemble, routing=r, alignment="snr"), f"{many}, {r}") for r in routings]
-    # Each expert alone, for all clusters.
+    # Each expert alone, for all clusters; one of some levels only cannot sample alone.
     experts = [
         Variant(expert.name, alone(expert, ensemble), f"{objective_text(expert.objective)}, for all clusters")
         for expert in ensemble.experts
+        if expert.objective.levels is None
     ]
     # The dense models.
     one = {"monolith": "one network trained on all data", "student": "one network distilled from the ensemble"}

@@ -13,6 +13,7 @@ from atoll.manifest.base import Section, parse_yaml
 from atoll.manifest.clusters import ClusterSettings
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EvaluateSettings
+from atoll.manifest.levels import check_part_levels
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.manifest.sampling import SamplingSettings
 from atoll.manifest.start import check_starts, names_common
@@ -121,6 +122,9 @@ class ObjectiveSettings(Section):
     weighting: str = "none"
     # Times moved towards noise, as those of SD3 and FLUX: a number, {log_snr: 3}, {rule: sd3} or {rule: flux}.
     shift: float | dict[str, Any] | None = None
+    # The noise levels [low, high] that the network is used at, as times of the linear path (0 data, 1 noise); null:
+    # all. It is trained a little beyond them. At each level every cluster needs an expert, or a generalist.
+    levels: tuple[float, float] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> "ObjectiveSettings":
@@ -216,6 +220,7 @@ class Manifest(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
         self._check_starts()
+        self._check_levels()
         names = [expert.full_name for expert in self.experts]
         for name in names:
             if names.count(name) > 1:
@@ -243,6 +248,14 @@ class Manifest(Section):
         if self.common is not None:
             self.network_of(self.common)
             self.train_of(self.common)
+
+    def _check_levels(self) -> None:
+        """Raise ValueError if a part of some levels only has to denoise all of them."""
+        once = {COMMON: self.common, MONOLITH: self.monolith, STUDENT: self.student}
+        parts = {**{f"expert {expert.full_name}": expert for expert in self.experts}, **once}
+        for name, part in parts.items():
+            if part is not None:
+                check_part_levels(name, part.objective.levels, self.train_of(part).model_dump())
 
     def network_of(self, part: ExpertSettings | MonolithSettings) -> NetworkSettings:
         """The run's network with the overrides of one expert, the common model, the monolith or the student."""

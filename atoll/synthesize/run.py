@@ -118,6 +118,8 @@ def _experts(run: Path, manifest: Manifest) -> tuple[list[list[Path]], "_Shared"
     # An expert that the manifest does not name is ignored, though its directory exists.
     named = {RunLayout(run).expert(expert.full_name): expert for expert in manifest.experts}
     cards = {path: read_card(path, ExpertCard) for path in named if (path / CARD).is_file()}
+    if some := [path.name for path, card in cards.items() if card.objective.get("levels") is not None]:
+        raise AtollError(f"{', '.join(some)}: of some levels only; expected experts that draw an image alone")
     # The narrowest experts of each cluster.
     k, experts = manifest.clusters.k, list[list[Path]]()
     for cluster in range(k):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atoll.alignment import snr_x0_eps
-from atoll.calibration import NODES, Calibration, mean_like
+from atoll.calibration import Calibration, mean_like, nodes_within
 from atoll.condition import Condition
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
@@ -34,6 +34,8 @@ def measure_calibration(
     batch: int = 256,
 ) -> Calibration:
     """Measure the least-squares slope through the origin from (x0_hat - m) to (x0 - m) at each of `NODES`.
+
+    With levels, only nodes of their training window are measured: at the others the network says nothing.
 
     Args:
         network: network(x [B, ...], time [B], condition) -> [B, ...].
@@ -72,13 +74,16 @@ def measure_shapes(
         network, objective, mean, seed, samples, batch: as in `measure_calibration`.
     """
     total = sum(len(latents) for latents, _ in groups)
-    sums = torch.zeros(len(NODES), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per latent value
+    nodes = nodes_within(*objective.level_window)
+    sums = torch.zeros(len(nodes), 3, dtype=torch.float64)  # <hat, hat>, <hat, true>, <true, true> per latent value
     for latents, condition in groups:
         share = len(latents) / total
         own = max(1, round(samples * share))
-        products = _products(network, objective, latents, condition, mean=mean, seed=seed, samples=own, batch=batch)
+        products = _products(
+            network, objective, latents, condition, nodes, mean=mean, seed=seed, samples=own, batch=batch
+        )
         sums += share * products
-    log_snr = PATH.log_snr(torch.tensor(NODES, dtype=torch.float64))
+    log_snr = PATH.log_snr(torch.tensor(nodes, dtype=torch.float64))
     hat_hat, hat_true, true_true = sums.unbind(1)
     # A correction may shrink an estimate: a slope above 1 would amplify it, one below 0 would reverse it.
     slope = (hat_true / hat_hat.clamp(min=1e-12)).clamp(0, 1)
@@ -97,17 +102,18 @@ def _products(
     objective: Objective,
     latents: Tensor,
     condition: Condition | None,
+    nodes: Sequence[float],
     *,
     mean: Tensor,
     seed: int,
     samples: int,
     batch: int,
 ) -> Tensor:
-    """Return <hat, hat>, <hat, true> and <true, true> per latent value at each of `NODES`, [M,3] float64."""
-    sums, identity = torch.zeros(len(NODES), 3, dtype=torch.float64), Calibration.identity(mean)
+    """Return <hat, hat>, <hat, true> and <true, true> per latent value at each of M path times, [M,3] float64."""
+    sums, identity = torch.zeros(len(nodes), 3, dtype=torch.float64), Calibration.identity(mean)
     mean = mean_like(mean, latents)
     # Accumulate the products of estimate and truth at each node.
-    for node, time in enumerate(NODES):
+    for node, time in enumerate(nodes):
         for start in range(0, samples, batch):
             count = min(batch, samples - start)
             rows = torch.arange(start, start + count) % len(latents)

@@ -319,6 +319,9 @@ class Denoising(Task):
         device = next(self.module.parameters()).device
         losses = {}
         for level in _VALIDATION_LOG_SNR:
+            # At levels that training leaves out, a loss says nothing.
+            if not self.objective.trains_at(level):
+                continue
             # The same noise at every validation, so losses compare.
             generator = seeded(self.seed, level + 100, Stream.VALIDATION)
             each = []

@@ -88,8 +88,8 @@ def _refuse_other(base: Path, expert: ExpertSettings, data: ClusterShardsCard) -
             )
     # Sampling of times and weights of the loss may differ.
     mine, theirs = Objective(**expert.objective.model_dump()), Objective(**card.objective)
-    for key in ("prediction", "schedule", "time_scale"):
-        if (wanted := mine.config()[key]) != (given := theirs.config()[key]):
+    for key in ("prediction", "schedule", "time_scale", "levels"):
+        if (wanted := mine.config().get(key)) != (given := theirs.config().get(key)):
             raise AtollError(
                 f"{base}: its objective has {key} {given}, atoll.yaml's {expert.full_name} {wanted}; a low-rank update "
                 "keeps its base's: make them equal"

@@ -298,7 +298,7 @@ def test_selection_probabilities_by_hand() -> None:
     log_p = torch.log(torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.0, 0.8]]))
     owners = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 1, 1]])  # two replicas, and a generalist
     expected = [1 - 0.5 * 0.8, 1 - 0.5 * 0.8, 0.5, 1 - 0.5 * 0.2]
-    torch.testing.assert_close(torch.tensor(selection_probs(log_p, owners)), torch.tensor(expected))
+    torch.testing.assert_close(torch.tensor(selection_probs(log_p.exp() @ owners.T)), torch.tensor(expected))
 
 
 def test_a_sampler_prefetches_what_the_router_ranks_below_the_cut() -> None:

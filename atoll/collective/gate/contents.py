@@ -84,6 +84,9 @@ def _compare(card: ExpertCard, data: ClusterShardsCard, known: Mapping[str, str]
     # Without a calibration an eps-expert is clamped by hand-set constants, and its error is unknown.
     if card.calibration is None:
         raise AtollError("has no calibration; `atoll calibrate` measures one")
+    # The checks evaluate an expert at all levels.
+    if card.objective.get("levels") is not None:
+        raise AtollError(f"is of the levels {card.objective['levels']!s:.40} only; train it without levels")
     if card.weights_sha256 in known:
         raise AtollError(f"has the weights of {known[card.weights_sha256]}")
 

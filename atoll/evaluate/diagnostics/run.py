@@ -50,6 +50,12 @@ def diagnose_run(
         raise AtollError(
             "evaluate.diagnostic_samples needs the clusters' shards in the run; copy clusters/ here, or set it to 0"
         )
+    # Every expert is compared with the others at every level.
+    if some := [expert.name for expert in ensemble.experts if expert.objective.levels is not None]:
+        raise AtollError(
+            f"evaluate.diagnostic_samples evaluates every expert at every level, and {', '.join(some)} are of some "
+            "levels only; set it to 0"
+        )
     # The trajectories use the captions of some of the held-out latents.
     held_out, encode = _held_out_latents(clusters, encoder, settings)
     sampled = random_rows(len(held_out.x0), settings.diagnostic_samples, cpu_generator(settings.seed))
