@@ -19,7 +19,11 @@ def parse(**changes) -> Manifest:
     return parse_manifest(yaml.safe_dump({**SMALL, **changes}), "atoll.yaml")
 
 
-@pytest.mark.parametrize("recipe", sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("baseline/*.yaml")]), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "recipe",
+    sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("baseline/*.yaml")]),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
 def test_every_recipe_is_valid(recipe) -> None:
     manifest = load_manifest(recipe)
     assert manifest.name == recipe.stem
