@@ -305,7 +305,6 @@ def _of_one_shape(shards: list[Shards], rows: torch.Tensor) -> torch.Tensor:
 
 def _starts(shards: list[Shards]) -> list[tuple[Shards, int]]:
     """Pair each directory with the number of its first row in the concatenation."""
-    # The last start is the total, which no directory needs.
     starts = [0, *torch.tensor([len(part) for part in shards]).cumsum(0).tolist()]
     return list(zip(shards, starts, strict=False))
 

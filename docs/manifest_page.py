@@ -20,7 +20,7 @@ def manifest_page(package: Path) -> str:
     """
     sections: dict[str, str] = {}
     keys: dict[str, str] = {}  # class -> the key of atoll.yaml that it validates
-    first = ("run.py", "clusters.py", "training.py", "sampling.py")
+    first = ("run.py", "objective.py", "clusters.py", "training.py", "sampling.py")
     for name in (*first, "data.py", "buckets.py", "targets.py", "network.py", "evaluation.py"):
         source = (package / name).read_text()
         for node in ast.parse(source).body:

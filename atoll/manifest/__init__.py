@@ -8,13 +8,13 @@ from atoll.manifest.clusters import ClusterSettings
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EVEN, DiversitySettings, EvaluateSettings, SpaceSettings, SweepSettings
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
+from atoll.manifest.objective import ObjectiveSettings
 from atoll.manifest.run import (
     RECIPES,
     CommonSettings,
     ExpertSettings,
     Manifest,
     MonolithSettings,
-    ObjectiveSettings,
     RouterSettings,
     StudentSettings,
     TrainSettings,

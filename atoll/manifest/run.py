@@ -15,6 +15,7 @@ from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EvaluateSettings
 from atoll.manifest.levels import check_part_levels
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
+from atoll.manifest.objective import ObjectiveSettings
 from atoll.manifest.sampling import SamplingSettings
 from atoll.manifest.start import check_starts, names_common
 from atoll.manifest.targets import TargetsSettings
@@ -109,31 +110,6 @@ class TrainSettings(Section):
         for width in self.ema_profiles:
             if not 0 < width < 0.288:  # the plain mean has 0.2887
                 raise ValueError(f"ema_profiles: {width}; expected widths sigma_rel above 0 and below 0.288")
-        return self
-
-
-class ObjectiveSettings(Section):
-    """The arguments of `atoll.objective.Objective`, which checks them."""
-
-    prediction: str
-    schedule: str | dict[str, Any]
-    time_scale: float = 999.0
-    time_sampling: str = "uniform"
-    weighting: str = "none"
-    # Times moved towards noise, as those of SD3 and FLUX: a number, {log_snr: 3}, {rule: sd3} or {rule: flux}.
-    shift: float | dict[str, Any] | None = None
-    # The noise levels [low, high] that the network is used at, as times of the linear path (0 data, 1 noise); null:
-    # all. It is trained a little beyond them. At each level every cluster needs an expert, or a generalist.
-    levels: tuple[float, float] | None = None
-
-    @model_validator(mode="after")
-    def _known(self) -> "ObjectiveSettings":
-        from atoll.objective import Objective
-
-        try:
-            Objective(**self.model_dump())
-        except AtollError as error:
-            raise ValueError(str(error)) from None
         return self
 
 
