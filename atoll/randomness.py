@@ -18,6 +18,7 @@ class Stream(IntEnum):
     ORDER = 1  # the order of an epoch's rows, and which images of a batch are mirrored
     CAPTIONS = 2  # which caption of each image of a batch is read, and which of its tags
     GROUPS = 3  # the order of an epoch's batches, where those of several shapes alternate
+    ROUTE = 4  # which image tokens of a batch pass all blocks
     CALIBRATION = 5
     ROUTER_VALIDATION = 7
     SUBSET = 11  # the rows that are measured or shown

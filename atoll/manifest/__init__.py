@@ -23,7 +23,7 @@ from atoll.manifest.run import (
     recipe_path,
 )
 from atoll.manifest.sampling import SamplingSettings
-from atoll.manifest.training import LoraSettings, ValidationSettings
+from atoll.manifest.training import LoraSettings, TokenRouteSettings, ValidationSettings
 
 __all__ = [
     "EVEN",
@@ -46,6 +46,7 @@ __all__ = [
     "SpaceSettings",
     "StudentSettings",
     "SweepSettings",
+    "TokenRouteSettings",
     "TrainSettings",
     "ValidationSettings",
     "load_manifest",

@@ -19,7 +19,7 @@ from atoll.manifest.objective import ObjectiveSettings
 from atoll.manifest.sampling import SamplingSettings
 from atoll.manifest.start import check_starts, names_common
 from atoll.manifest.targets import TargetsSettings
-from atoll.manifest.training import LoraSettings, ValidationSettings
+from atoll.manifest.training import LoraSettings, TokenRouteSettings, ValidationSettings
 from atoll.storage.layout import COMMON, MANIFEST, MONOLITH, ROUTER, STUDENT, RunLayout
 
 # An installed package contains the recipes; in a checkout they are beside it.
@@ -60,6 +60,7 @@ class TrainSettings(Section):
     targets_weight: float = Field(0.0, ge=0)  # of their term in the loss; 0: none
     targets_block: PositiveInt | None = None  # the number of blocks whose tokens predict them; null: half of all
     targets_until: float = Field(0.5, gt=0, le=1)  # the fraction of steps after which the term is dropped
+    token_route: TokenRouteSettings | None = None  # random tokens that skip the middle blocks; null: none
     # Speed and memory.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of autocast; auto: bf16 if the hardware has it
@@ -254,8 +255,8 @@ class Manifest(Section):
         if self._is_common(self.train.init) and not isinstance(part, ExpertSettings):
             run["init"] = None
         settings = TrainSettings(**{**run, **part.train})
-        router = isinstance(part, RouterSettings)  # which predicts no targets
-        return settings.model_copy(update={"targets_weight": 0.0}) if router else settings
+        router = isinstance(part, RouterSettings)  # which predicts no targets, and sees all tokens
+        return settings.model_copy(update={"targets_weight": 0.0, "token_route": None}) if router else settings
 
     def starts_from_common(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> bool:
         """Return whether the training of a part starts from the run's common model."""
@@ -266,8 +267,9 @@ class Manifest(Section):
         return self.common is not None and names_common(init)
 
     def train_lora_of(self, expert: ExpertSettings) -> TrainSettings:
-        """The training settings of an expert's low-rank update; targets count if `lora.train` gives them a weight."""
-        return TrainSettings(**{**self.train_of(expert).model_dump(), "targets_weight": 0.0, **self.lora.train})
+        """The training settings of an expert's low-rank update; targets and token_route are those of `lora.train`."""
+        off = {"targets_weight": 0.0, "token_route": None}
+        return TrainSettings(**{**self.train_of(expert).model_dump(), **off, **self.lora.train})
 
     def allowing(self, *, hub: bool, paths: bool) -> "Manifest":
         """Return the manifest of a user who allows cards to reach the hub, or paths outside their directory."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from atoll.choices import Checkpointing, hidden_width
 from atoll.plan.mmdit_cost import (
     MMDiTSizes,
+    RoutedBlocks,
     mmdit_activation_bytes,
     mmdit_block_parameters,
     mmdit_forward_flops,
@@ -165,13 +166,18 @@ def forward_flops(n: NetworkSizes) -> int:
     return 2 * (n.depth * block + conditioner + text + ends)
 
 
-def training_flops(n: NetworkSizes, checkpointing: Checkpointing = "none") -> int:
+def training_flops(
+    n: NetworkSizes, checkpointing: Checkpointing = "none", route: RoutedBlocks | None = None
+) -> int | float:
     """FLOPs of one image's training step: the backward pass costs two forwards, full checkpointing one more.
 
-    Selective checkpointing recomputes no matrix product.
+    Selective checkpointing recomputes no matrix product. With a route, the mean over all steps of the training.
     """
+    forward: int | float = forward_flops(n)
+    if route is not None and isinstance(n, MMDiTSizes):
+        forward += route.share * (mmdit_forward_flops(n, route) - forward)
     # A backward pass computes two products for each one of the forward pass.
-    return forward_flops(n) * (4 if checkpointing == "full" else 3)
+    return forward * (4 if checkpointing == "full" else 3)
 
 
 def _scores(n: DiTSizes, keys: int, r: Rules) -> int:

@@ -17,6 +17,7 @@ from atoll.plan.cost import (
     swap_bytes,
     training_flops,
 )
+from atoll.plan.mmdit_cost import RoutedBlocks
 from atoll.plan.rules import Rules
 
 # Memory beside weights and activations: the CUDA context with the libraries' workspaces, and gaps between tensors.
@@ -155,16 +156,23 @@ class Fit:
 
 
 def step_seconds(
-    network: NetworkSizes, batch: int, accumulate: int, switches: Switches, flops: float, eager: float = EAGER
+    network: NetworkSizes,
+    batch: int,
+    accumulate: int,
+    switches: Switches,
+    flops: float,
+    eager: float = EAGER,
+    route: RoutedBlocks | None = None,
 ) -> float:
     """Predict the seconds of one optimiser step.
 
     Args:
         flops: FLOP/s of training without checkpointing, compiled (or eager if `eager` is 1).
         eager: time of an eager step over the time of a compiled one.
+        route: blocks that tokens skip in a part of the steps, of which this is then the mean.
     """
     # The matrix products, and what the switches add.
-    compute = batch * training_flops(network, switches.checkpointing) / flops
+    compute = batch * training_flops(network, switches.checkpointing, route) / flops
     compute *= (1 if switches.compile else eager) * (SELECTIVE if switches.checkpointing == "selective" else 1)
     # With a small micro-batch the device waits for kernel launches.
     kernels = network.depth * (LAUNCHES_COMPILED if switches.compile else LAUNCHES)

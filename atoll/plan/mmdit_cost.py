@@ -115,13 +115,40 @@ def mmdit_largest_tensor(n: MMDiTSizes) -> int:
     return max(D * max(6 * D, 2 * n.hidden, *embedded), n.patch_values * (n.bottleneck or 0), D * (n.bottleneck or 0))
 
 
-def mmdit_forward_flops(n: MMDiTSizes) -> int:
-    """FLOPs of one image's forward pass: two per multiplication of the matrix products."""
-    N, T, D, M = n.image_tokens, n.tokens, n.width, n.image_tokens + n.tokens
+@dataclass(frozen=True)
+class RoutedBlocks:
+    """The blocks that some image tokens skip in the first part of a training (`train.token_route`).
+
+    Attributes:
+        first, last: blocks first..last-1.
+        kept: image tokens that pass them.
+        share: the fraction of steps with routed tokens.
+    """
+
+    first: int
+    last: int
+    kept: int
+    share: float
+
+
+def _block_products(n: MMDiTSizes, number: int, N: int) -> int:
+    """Multiplications of a block on N image tokens; number: from 0."""
+    T, D, M = n.tokens, n.width, N + n.tokens
     # Image queries over all keys; in dual blocks, all queries.
-    reading = N * n.stream + T * 2 * D * D + 2 * N * M * D
-    dual = M * n.stream + 2 * M * M * D
-    blocks = (n.depth - n.dual_blocks) * reading + n.dual_blocks * dual
+    if number < n.dual_blocks:
+        return M * n.stream + 2 * M * M * D
+    return N * n.stream + T * 2 * D * D + 2 * N * M * D
+
+
+def mmdit_forward_flops(n: MMDiTSizes, route: RoutedBlocks | None = None) -> int:
+    """FLOPs of one image's forward pass: two per multiplication of the matrix products.
+
+    With a route, those of a step whose tokens are routed.
+    """
+    N, T, D = n.image_tokens, n.tokens, n.width
+    routed = range(route.first, route.last) if route else ()
+    tokens = [route.kept if route and number in routed else N for number in range(n.depth)]
+    blocks = sum(_block_products(n, number, passing) for number, passing in enumerate(tokens))
     return 2 * (blocks + _conditioner(n)[0] + T * D * n.states_dim + N * (n.embedding + D * n.patch_values))
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
+from atoll.plan.cost import training_flops
 from atoll.plan.numbers import binary, count, gflop, in_bytes, number, plain, roughly, span
 from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert
 from atoll.report.words import cut_captions
@@ -52,7 +53,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     parts += [*_sizes(plan), *_batches(plan), _time(plan), Text(_time_notes(plan), style="dim")]
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], _trained(plan)))]
-    parts += [Text(line) for line in (*_swaps(plan), *_muon(plan), *_targets(plan))]
+    parts += [Text(line) for line in (*_swaps(plan), *_muon(plan), *_targets(plan), *_routes(plan))]
     parts += [*([Text(_common(plan.common))] if plan.common else []), Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
@@ -88,10 +89,10 @@ def _trained(plan: Plan) -> tuple[PlannedExpert, ...]:
 
 def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
     """Experts of equal cost, once: ("8 experts" or the one's name, the first of them); the common model by itself."""
-    # The cost depends on network, steps and batch alone.
+    # The cost depends on the network at all sizes, steps and batch alone.
     same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
-        same.setdefault((e.network, e.steps, e.batch), []).append(e)
+        same.setdefault((e.sizes, e.steps, e.batch), []).append(e)
     groups = [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
     return groups + ([(plan.common.training.name, plan.common.training)] if plan.common else [])
 
@@ -277,6 +278,17 @@ def _targets(plan: Plan) -> list[str]:
         f"above, beside {number(e.training_flops / 1e9)}."
         for name, e in _groups(plan)
         if e.targets
+    ]
+
+
+def _routes(plan: Plan) -> list[str]:
+    """What the FLOPs of experts with routed tokens are the mean of, at the main size; once per cost."""
+    return [
+        f"Routed tokens of {name}: in {route.share:.0%} of the steps {route.kept:,} of {size.tokens:,} image tokens "
+        f"pass blocks {route.first} to {route.last - 1} (from 0). Training FLOPs and times are the mean of all steps, "
+        f"{size.training_flops / training_flops(size.network):.0%} of those without; memory is that of all tokens."
+        for name, e in _groups(plan)
+        if (route := (size := e.sizes[0]).route)
     ]
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from atoll.manifest import ExpertSettings, Manifest, MonolithSettings
+from atoll.manifest import ExpertSettings, Manifest, MonolithSettings, TrainSettings
 from atoll.plan.cost import NetworkSizes, forward_flops, training_flops
 from atoll.plan.fit import Fit, step_seconds
+from atoll.plan.mmdit_cost import RoutedBlocks
 from atoll.plan.recipe import SizedLatent, Text, network_of
 
 
@@ -18,14 +19,16 @@ class PlannedSize:
         network: the expert's network at this size.
         tokens: N, of the image.
         share: fraction of the images, and so of the steps: a batch has one size.
+        route: blocks that tokens skip in a part of the steps; training_flops are the mean over all steps.
     """
 
     image: str
     network: NetworkSizes
     tokens: int
     forward_flops: int
-    training_flops: int
+    training_flops: float
     share: float
+    route: RoutedBlocks | None = None
 
 
 def planned_sizes(
@@ -35,9 +38,19 @@ def planned_sizes(
     planned = []
     for size in sizes:
         network = network_of(manifest, part, size.shape, text)
-        costs = forward_flops(network), training_flops(network)
-        planned.append(PlannedSize(str(size.image), network, network.image_tokens, *costs, size.share))
+        route = routed_blocks(manifest.train_of(part), network)
+        costs = forward_flops(network), training_flops(network, route=route)
+        planned.append(PlannedSize(str(size.image), network, network.image_tokens, *costs, size.share, route))
     return tuple(planned)
+
+
+def routed_blocks(train: TrainSettings, network: NetworkSizes) -> RoutedBlocks | None:
+    """Return the blocks that tokens skip in a training. Raises AtollError as training does."""
+    if (route := train.token_route) is None:
+        return None
+    tokens = network.image_tokens
+    first, last = route.blocks(network.name, network.depth, tokens)
+    return RoutedBlocks(first, last, route.kept(tokens), route.end(train.steps) / train.steps)
 
 
 def largest(sizes: Sequence[PlannedSize]) -> PlannedSize:
@@ -62,4 +75,6 @@ def seconds_by_size(
         fit: of the largest size.
         flops, eager: as in `step_seconds`.
     """
-    return tuple(step_seconds(size.network, batch, fit.accumulate, fit.switches, flops, eager) for size in sizes)
+    return tuple(
+        step_seconds(size.network, batch, fit.accumulate, fit.switches, flops, eager, size.route) for size in sizes
+    )

@@ -16,6 +16,7 @@ from atoll.encoders.trust import STRANGER, Trust
 from atoll.manifest import Manifest, NetworkSettings, TrainSettings
 from atoll.nn import build_network, patch_of
 from atoll.nn.lora import add_lora
+from atoll.nn.token_route import TokenRoute
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.storage.cards import (
@@ -41,6 +42,7 @@ from atoll.train.prefetch import Batch
 from atoll.train.skipped import without_skipped
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.targets import TargetsTerm
+from atoll.train.token_routing import KEPT, TokenRouting
 from atoll.train.track import TrainProgress
 from atoll.train.validation_images import ValidationImages
 
@@ -96,6 +98,8 @@ def train_denoiser(
     # Held-out rows show the errors that sampling will meet.
     training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
     training.tags = tag_dropout(settings, encoder)
+    tap = targets.block if targets else None
+    routing = TokenRouting.of(settings, network_config, training.rows.shapes, tap)
 
     # A change of any of these makes another expert, so they are part of the mark.
     identity = {
@@ -122,7 +126,7 @@ def train_denoiser(
         task = Denoising(
             network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec, trust=trust
         )
-        task.patch = patch_of(network_config)
+        task.patch, task.routing = patch_of(network_config), routing
         if targets is not None:
             targets.attach(network, spec.seed)
             task.targets = targets
@@ -140,7 +144,8 @@ def train_denoiser(
                 trust=trust,
                 rows=task.rows,
             )
-        for line in training.repeated(settings.batch) if island.is_first else ():
+        lines = [*training.repeated(settings.batch), routing.warning() if routing else None]
+        for line in filter(None, lines if island.is_first else ()):
             warnings.warn(f"{spec.name}: {line}", stacklevel=2)
         options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
         trained = train(task, settings, state, marks, island, **options)
@@ -273,6 +278,7 @@ class Denoising(Task):
         self.null: Condition | None = None
         self.teacher: Teacher | None = None
         self.targets: TargetsTerm | None = None  # whose projector is attached to the network
+        self.routing: TokenRouting | None = None
         self.drawing: ValidationImages | None = None
         self.rows = settings.batch // settings.accumulate  # of a call of the network outside of training, at most
 
@@ -281,7 +287,8 @@ class Denoising(Task):
         count, every = self.settings.batch, self.order.at(index)
         shape = self.data.rows.shape_of(every)
         # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
-        t = self.objective.sample_time(count, g, math.prod(shape[1:]) // self.patch**2)
+        tokens = math.prod(shape[1:]) // self.patch**2
+        t = self.objective.sample_time(count, g, tokens)
         eps = torch.randn(count, *shape, generator=g)
         dropped = torch.rand(count, generator=g) < self.settings.dropout
         # Each process reads its own rows only.
@@ -291,6 +298,9 @@ class Denoising(Task):
         targets = self.targets is not None and index < self.targets.end
         batch = self.data.batch(rows, flips[local_rows], draws[local_rows], targets)
         batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
+        # So are the tokens that pass all blocks, by a generator of their own; later batches have no route.
+        if self.routing is not None and (kept := self.routing.draw(self.seed, index, count, tokens)) is not None:
+            batch[KEPT] = kept[local_rows]
         # A teacher may evaluate the expert of each row's own cluster.
         if self.teacher is not None:
             batch["cluster"] = self.data.rows.clusters(rows)
@@ -305,12 +315,17 @@ class Denoising(Task):
             # The targets of all predictions are linear in (x0, eps): the teacher's estimates replace the data.
             x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
         # The network predicts from the noisy latents, at its own time scale.
+        time, options = t * self.objective.time_scale, self._options(batch)
         if self.targets is None or "target" not in batch:
-            return self.objective.loss(module(x, t * self.objective.time_scale, condition), x0, eps, t)
+            return self.objective.loss(module(x, time, condition, **options), x0, eps, t)
         # With a tap, it also predicts the targets.
-        output, predicted = module(x, t * self.objective.time_scale, condition, tap=self.targets.block)
+        output, predicted = module(x, time, condition, tap=self.targets.block, **options)
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         return self.objective.loss(output, x0, eps, t) + self.targets.losses(predicted, batch["target"], grid)
+
+    def _options(self, batch: Batch) -> dict[str, TokenRoute]:
+        """The network's arguments for a batch whose tokens are routed; none for others."""
+        return {"route": self.routing.route(batch[KEPT])} if self.routing is not None and KEPT in batch else {}
 
     def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
         """Return the objective's loss on held-out latents with captions, by log-SNR: {"+2": 0.31, ...}."""

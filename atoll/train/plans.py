@@ -21,6 +21,7 @@ from atoll.storage.cards import EarlierPlan, ExpertCard, LoraCard, RouterCard
 from atoll.storage.layout import TrainingLayout
 from atoll.train.state import Counters, steps_before_decay
 from atoll.train.targets import batches_with_targets
+from atoll.train.token_routing import routed_batches
 
 # Settings that may change when a training is resumed: they change its result by rounding at most.
 _MAY_CHANGE = {
@@ -33,6 +34,7 @@ _MAY_CHANGE = {
 _ADDED = {"tag_dropout", "keep_tags", "shuffle_tags", "optimizer"}
 # Settings that change nothing without a weight of the targets.
 _TARGETS = {"targets_weight", "targets_block", "targets_until"}
+_ROUTE = {"token_route"}  # part of the mark only if it is set
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -44,7 +46,9 @@ def training_mark(identity: dict[str, Any], settings: TrainSettings) -> str:
     """Return a hash of everything that the result depends on: data, network, objective, seed and settings."""
     added = settings.model_dump(include=_ADDED, exclude_defaults=True)
     added |= settings.model_dump(include=_TARGETS) if settings.targets_weight else {}
-    return fingerprint({**identity, "train": settings.model_dump(exclude=_MAY_CHANGE | _ADDED | _TARGETS) | added})
+    added |= settings.model_dump(include=_ROUTE) if settings.token_route is not None else {}
+    plain = settings.model_dump(exclude=_MAY_CHANGE | _ADDED | _TARGETS | _ROUTE)
+    return fingerprint({**identity, "train": plain | added})
 
 
 @dataclass(frozen=True)
@@ -145,17 +149,18 @@ def extended(numbers: Counters, marks: TrainingMarks) -> tuple[Counters, str]:
     if exact:
         return new, f"{change}, exactly as if these had been planned at the start"
     # What the old plan did at a fraction of its steps.
-    left = "the decay of the old one" if not settings.targets_weight else "the decay or the targets' end of the old one"
+    ends = {"the targets' end": settings.targets_weight, "the routed tokens' end": settings.token_route}
+    left = " or ".join(["the decay", *(name for name, used in ends.items() if used)])
     return new, (
-        f"{change}, the learning rate is that of the new plan; {left} stays in the weights, so that this is not what "
-        "the new plan alone would give"
+        f"{change}, the learning rate is that of the new plan; {left} of the old one stays in the weights, so that "
+        "this is not what the new plan alone would give"
     )
 
 
 def is_exact(numbers: Counters, settings: TrainSettings) -> bool:
     """Return whether all steps done so far are the same under their plan and under that of `settings`."""
     old = settings.model_copy(update={"steps": numbers.planned})
-    # Both plans drop the targets at the same batch, or none has reached it.
-    ends = {batches_with_targets(old), batches_with_targets(settings)}
-    same_term = len(ends) == 1 or numbers.step + numbers.skipped <= min(ends)
-    return same_term and numbers.step <= min(steps_before_decay(old), steps_before_decay(settings))
+    # Both plans drop the targets, and the route of tokens, at the same batch, or none has reached it.
+    ends = ({last(old), last(settings)} for last in (batches_with_targets, routed_batches))
+    same_batches = all(len(end) == 1 or numbers.step + numbers.skipped <= min(end) for end in ends)
+    return same_batches and numbers.step <= min(steps_before_decay(old), steps_before_decay(settings))

@@ -15,6 +15,7 @@ import atoll.nn.joint_blocks
 import atoll.nn.mmdit
 from atoll.condition import Condition
 from atoll.nn import SIZES, DiT, MMDiT, Router, RouterConfig, build_network
+from atoll.nn.token_route import TokenRoute
 from atoll.plan.cost import (
     DiTSizes,
     NetworkSizes,
@@ -31,7 +32,7 @@ from atoll.plan.cost import (
     training_flops,
     uncast,
 )
-from atoll.plan.mmdit_cost import MMDiTSizes
+from atoll.plan.mmdit_cost import MMDiTSizes, RoutedBlocks, mmdit_forward_flops
 from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
 
 MIB = 2**20
@@ -87,13 +88,13 @@ def build(n: NetworkSizes, device: str = "cpu") -> DiT | MMDiT:
         return build_network(config)  # type: ignore[return-value]
 
 
-def forward(network: DiT | MMDiT, n: NetworkSizes, batch: int) -> torch.Tensor:
+def forward(network: DiT | MMDiT, n: NetworkSizes, batch: int, **options: object) -> torch.Tensor:
     device = network.final.weight.device
     pooled = torch.randn(batch, n.pooled_dim, device=device) if n.pooled_dim else None
     mask = torch.ones(batch, n.tokens, dtype=torch.bool, device=device)
     condition = Condition(torch.randn(batch, n.tokens, n.states_dim, device=device), mask, pooled)
     x = torch.randn(batch, n.channels, *n.size, device=device)
-    return network(x, torch.rand(batch, device=device), condition)
+    return network(x, torch.rand(batch, device=device), condition, **options)
 
 
 @settings(max_examples=40)
@@ -132,6 +133,20 @@ def test_flops_of_a_training_step(n: NetworkSizes) -> None:
     # The first layers need no gradient of their input, which is the difference.
     assert counter.get_total_flops() == pytest.approx(5 * training_flops(n), rel=0.02)
     assert training_flops(n, "full") == 4 * forward_flops(n)
+
+
+@pytest.mark.parametrize("dual", [0, 2])
+def test_flops_of_routed_tokens(dual: int) -> None:
+    n, route = replace(SMALL_MM, dual_blocks=dual), RoutedBlocks(first=1, last=3, kept=9, share=0.75)
+    network, kept = build(n).bfloat16(), torch.arange(9).expand(5, 9)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(network, n, batch=5, route=TokenRoute(1, 3, kept))
+    routed = mmdit_forward_flops(n, route)
+    assert counter.get_total_flops() == 5 * routed < 5 * forward_flops(n)
+    # The mean over all steps, of which three quarters are routed.
+    assert training_flops(n, route=route) == pytest.approx(3 * (0.75 * routed + 0.25 * forward_flops(n)))
+    assert training_flops(n, "full", route) == pytest.approx(4 / 3 * training_flops(n, route=route))
+    assert mmdit_forward_flops(n, replace(route, kept=n.image_tokens)) == forward_flops(n)
 
 
 def test_fused_attention_is_counted_though_the_counter_misses_it_on_a_cpu() -> None:

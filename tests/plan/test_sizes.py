@@ -12,7 +12,9 @@ from atoll.plan import plan, plan_run
 from atoll.plan.cost import fixed_bytes, parameters, router_flops, training_flops
 from atoll.plan.fit import Switches, fastest, needed_bytes
 from atoll.plan.gpus import find_gpu
+from atoll.plan.mmdit_cost import RoutedBlocks
 from atoll.plan.recipe import latent_sizes, network_of, router_of, text_of
+from atoll.plan.report import _groups, _routes
 from atoll.plan.rules import CUDA_BF16
 
 RECIPE = """
@@ -53,6 +55,32 @@ def test_each_size_has_the_cost_of_its_network_and_time_is_the_mean_by_share() -
     assert planned.router.flops == pytest.approx(3 * (0.75 * routers[0] + 0.25 * routers[1]))
     values = plan(manifest, images=1000, latent=sizes).download_bytes
     assert values == pytest.approx(500 * (2 * 4 * (0.75 * 64 * 64 + 0.25 * 64 * 96) + 120))
+
+
+def test_routed_tokens_count_in_flops_and_time_and_the_plan_says_so() -> None:
+    manifest = recipe()
+    train = {"token_route": {"keep": 0.5, "first": 2, "last": 10, "until": 0.7999}}
+    routed = manifest.model_copy(
+        update={"experts": (manifest.experts[0].model_copy(update={"train": train}), manifest.experts[1])}
+    )
+    planned = plan(routed, [find_gpu("a100")])
+    one, plain = planned.experts
+    size, whole = one.sizes[1], plain.sizes[1]  # 1,536 tokens
+    assert size.route == RoutedBlocks(first=2, last=10, kept=768, share=0.799)
+    assert size.training_flops == training_flops(size.network, route=size.route) < 0.9 * whole.training_flops
+    assert (size.forward_flops, one.activation_bytes) == (whole.forward_flops, plain.activation_bytes)
+    (a100,) = planned.machines
+    seconds = a100.step_seconds[one.name][1] / a100.step_seconds[plain.name][1]
+    assert seconds == pytest.approx(size.training_flops / whole.training_flops)
+    assert _groups(planned) == [(one.name, one), (plain.name, plain)]
+    (line,) = _routes(planned)
+    assert line.startswith(
+        f"Routed tokens of {one.name}: in 80% of the steps 512 of 1,024 image tokens pass blocks 2 to 9"
+    )
+    # What training refuses is refused.
+    network = manifest.network.model_copy(update={"depth": 8})
+    with pytest.raises(AtollError, match=r"blocks 2 to 10, expected first < last <= 8"):
+        plan(routed.model_copy(update={"network": network}))
 
 
 def test_one_size_costs_what_it_did_without_buckets() -> None:
