@@ -13,11 +13,14 @@ from atoll.encoders.codec.statistics import refuse_other_statistics
 from atoll.encoders.text import build_encoder
 from atoll.encoders.trust import STRANGER, Trust
 from atoll.encoders.weights import same
+from atoll.ensemble.expert import Expert
 from atoll.ensemble.loading import load_expert
-from atoll.ensemble.lora import LoraChoice, read_lora
+from atoll.ensemble.lora import LoraChoice, choose_loras, read_lora
+from atoll.ensemble.owners import Owners, check_levels
 from atoll.ensemble.replicas import Stacking, measure_stacking
 from atoll.errors import AtollError
 from atoll.manifest import Manifest
+from atoll.objective import Objective
 from atoll.randomness import cpu_generator, random_rows
 from atoll.runtime.device import best_device
 from atoll.storage.artifact import CARD, read_card, sha256_file, write_bytes, write_card
@@ -27,7 +30,6 @@ from atoll.storage.cards import (
     ExpertCard,
     ExpertEntry,
     Lineage,
-    LoraCard,
     LoraEntry,
     RouterCard,
     RouterEntry,
@@ -75,6 +77,7 @@ def assemble(
     routing = None if router is None else read_card(router, RouterCard)
     first = experts[0]
     _refuse_mixed(cards, router, routing)
+    _refuse_holes(cards, routing)
     # Write the card. Hashes of the parts' cards pin their weights, too.
     out.mkdir(parents=True, exist_ok=True)
     shared = cards[first]
@@ -129,6 +132,19 @@ def _refuse_mixed(cards: dict[Path, ExpertCard], router: Path | None, routing: R
             raise AtollError(f"{router}: knows {known} clusters, {path} is of {card.k}; take the router trained on its")
 
 
+def _refuse_holes(cards: dict[Path, ExpertCard], routing: RouterCard | None) -> None:
+    """Raise AtollError if a cluster has experts at some noise levels only."""
+
+    def no_network(*_: Any) -> Any:
+        raise AssertionError("an expert without its weights was evaluated")
+
+    parts = [
+        Expert(no_network, Objective(**card.objective), _clusters_now(card, routing), name=card.name)
+        for card in cards.values()
+    ]
+    check_levels(parts, Owners.of(parts))
+
+
 def _refuse_foreign(path: Path, part: ExpertCard | RouterCard, router: Path | None, lineage: Lineage) -> None:
     """Raise AtollError unless a part's assignment is the router's or one of its ancestors."""
     if not lineage.knows(part.assignment):
@@ -169,6 +185,7 @@ def assemble_run(
     """
     layout = RunLayout(run)
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
+    named += [layout.generalist] if manifest.generalist is not None else []
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
@@ -179,7 +196,7 @@ def assemble_run(
     routing = read_card(router, RouterCard) if router is not None and (router / CARD).is_file() else None
     updates = choose_loras(trained, loras)
     # Rows that some expert left out are no measure of any.
-    skip = listed_keys(run / name for expert in manifest.experts if (name := manifest.train_of(expert).skip))
+    skip = listed_keys(run / name for part in manifest.ensemble_parts if (name := manifest.train_of(part).skip))
     stackings = stack_replicas(
         trained, rows or layout.clusters, trust, routing, every=rows is not None, loras=updates, skip=skip
     )
@@ -337,53 +354,6 @@ def _write_stackings(out: Path, stackings: Sequence[Stacking]) -> StackingsEntry
     write_bytes(out / STACKINGS, data)
     weights = [stacking.config() for stacking in stackings]
     return StackingsEntry(file=STACKINGS, sha256=sha256_file(out / STACKINGS), weights=weights)
-
-
-def parse_lora(text: str, run: Path) -> LoraChoice:
-    """Read an update's directory, and its scale if there is one: "loras/3-moss=0.8".
-
-    Args:
-        text: the directory, from here or from the run's directory.
-        run: the run's directory.
-
-    Raises:
-        AtollError: no such directory, or a scale that is no number.
-    """
-    # A path may contain the character as well.
-    whole = Path(text).is_dir() or (run / text).is_dir() or "=" not in text
-    name, _, number = (text, "", "1") if whole else text.rpartition("=")
-    path = Path(name) if Path(name).is_dir() else run / name
-    try:
-        scale = float(number)
-    except ValueError:
-        raise AtollError(f"--lora {text}: {number!r} is no number; expected such as {name}=0.8") from None
-    if not (path / CARD).is_file():
-        raise AtollError(f"--lora {text}: no such update; `atoll train expert 3 --lora 16` writes one to loras/")
-    return LoraChoice(path, scale)
-
-
-def choose_loras(experts: Sequence[Path], chosen: Sequence[LoraChoice]) -> dict[Path, LoraChoice]:
-    """Find the expert that each low-rank update belongs to, by the hash of its weights.
-
-    Raises:
-        AtollError: an update of none of the experts, or two of one.
-    """
-    updates: dict[Path, LoraChoice] = {}
-    cards = {path: read_card(path, ExpertCard) for path in experts}
-    for lora in chosen:
-        base = read_card(lora.path, LoraCard).base
-        path = next((path for path, card in cards.items() if card.weights_sha256 == base.sha256), None)
-        if path is None:
-            # Most likely the expert of its name, trained since then.
-            other = next((card for card in cards.values() if card.name == base.name), next(iter(cards.values())))
-            raise AtollError(
-                f"{lora.path}: is an update of {base.name} with sha256 {base.sha256[:12]}..., {other.name} here has "
-                f"{other.weights_sha256[:12]}...; take its base, or train an update of this expert"
-            )
-        if path in updates:
-            raise AtollError(f"{lora.path}: is a second update of {path}; merge one of them first (`atoll merge`)")
-        updates[path] = lora
-    return updates
 
 
 def _lora_entry(lora: LoraChoice | None, card: ExpertCard, path: Path, out: Path) -> dict[str, LoraEntry]:

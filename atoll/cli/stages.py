@@ -166,7 +166,8 @@ def assemble(
     trust_paths: TrustPaths = False,
 ) -> None:
     """Combine experts and router -> ensemble/ensemble.json, with the hash of every part."""
-    from atoll.assemble import assemble_run, parse_lora
+    from atoll.assemble import assemble_run
+    from atoll.ensemble.lora import parse_lora
     from atoll.manifest import load_manifest
 
     loras = [parse_lora(text, run) for text in lora or ()]

@@ -111,6 +111,7 @@ def train_router(
 
 
 train_common = _command("common", "Train the model that experts start from, on all data -> common/.")
+train_generalist = _command("generalist", "Train the ensemble's expert of all clusters -> generalist/.")
 train_monolith = _command("monolith", "Train one dense model on all data, to compare with -> monolith/.")
 train_student = _command("student", "Distil the ensemble into one dense model -> student/; same as `atoll distil`.")
 app.command("distil", rich_help_panel="Stages", help="Distil the ensemble into one dense model -> student/.")(
@@ -180,7 +181,7 @@ def launch(
     allow_hub: AllowHub = False,
     trust_paths: TrustPaths = False,
 ) -> None:
-    """Train every expert, the common model, the router and the monolith of atoll.yaml.
+    """Train every expert, the common model, the generalist, the router and the monolith of atoll.yaml.
 
     Experts that start from the common model wait for it. Skips what is trained and resumes what was interrupted. Ctrl-C
     saves and stops all parts.
@@ -217,12 +218,16 @@ def _trainer(part: str) -> Callable[..., Path]:
         from atoll.train.lora import train_lora
 
         return train_lora
-    # Experts, the common model and the monolith are trained alike.
-    from atoll.train.expert import train_common, train_expert, train_monolith
+    # Experts and models of all clusters are trained alike.
+    from atoll.train.expert import train_common, train_expert, train_generalist, train_monolith
 
-    if part == "expert":
-        return train_expert
-    return train_common if part == "common" else train_monolith
+    trainers: dict[str, Callable[..., Path]] = {
+        "expert": train_expert,
+        "common": train_common,
+        "generalist": train_generalist,
+        "monolith": train_monolith,
+    }
+    return trainers[part]
 
 
 def _train(

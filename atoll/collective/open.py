@@ -125,8 +125,10 @@ def run_files(run: Path, manifest: Manifest, *, router: bool = True, common: boo
         common: whether the common model may be among them.
 
     Raises:
-        AtollError: a cluster, or the common model, is missing; an expert of some levels only.
+        AtollError: a cluster, or the common model, is missing; a generalist, or an expert of some levels.
     """
+    if manifest.generalist is not None:
+        raise AtollError("generalist: a collective has experts of one cluster each; leave the section out")
     if some := [expert.full_name for expert in manifest.experts if expert.objective.levels is not None]:
         raise AtollError(
             f"{', '.join(some)}: objective.levels: a collective checks experts at all levels; leave it out"

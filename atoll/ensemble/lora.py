@@ -1,7 +1,7 @@
 """Low-rank updates of experts, read and added to their base's weights (`atoll.nn.lora` has the mathematics)."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,3 +97,50 @@ def warn_if_uncalibrated(update: LoraUpdate, scale: float) -> None:
             "`atoll calibrate` measure one",
             stacklevel=3,
         )
+
+
+def parse_lora(text: str, run: Path) -> LoraChoice:
+    """Read an update's directory, and its scale if there is one: "loras/3-moss=0.8".
+
+    Args:
+        text: the directory, from here or from the run's directory.
+        run: the run's directory.
+
+    Raises:
+        AtollError: no such directory, or a scale that is no number.
+    """
+    # A path may contain the character as well.
+    whole = Path(text).is_dir() or (run / text).is_dir() or "=" not in text
+    name, _, number = (text, "", "1") if whole else text.rpartition("=")
+    path = Path(name) if Path(name).is_dir() else run / name
+    try:
+        scale = float(number)
+    except ValueError:
+        raise AtollError(f"--lora {text}: {number!r} is no number; expected such as {name}=0.8") from None
+    if not (path / CARD).is_file():
+        raise AtollError(f"--lora {text}: no such update; `atoll train expert 3 --lora 16` writes one to loras/")
+    return LoraChoice(path, scale)
+
+
+def choose_loras(experts: Sequence[Path], chosen: Sequence[LoraChoice]) -> dict[Path, LoraChoice]:
+    """Find the expert that each low-rank update belongs to, by the hash of its weights.
+
+    Raises:
+        AtollError: an update of none of the experts, or two of one.
+    """
+    updates: dict[Path, LoraChoice] = {}
+    cards = {path: read_card(path, ExpertCard) for path in experts}
+    for lora in chosen:
+        base = read_card(lora.path, LoraCard).base
+        path = next((path for path, card in cards.items() if card.weights_sha256 == base.sha256), None)
+        if path is None:
+            # Most likely the expert of its name, trained since then.
+            other = next((card for card in cards.values() if card.name == base.name), next(iter(cards.values())))
+            raise AtollError(
+                f"{lora.path}: is an update of {base.name} with sha256 {base.sha256[:12]}..., {other.name} here has "
+                f"{other.weights_sha256[:12]}...; take its base, or train an update of this expert"
+            )
+        if path in updates:
+            raise AtollError(f"{lora.path}: is a second update of {path}; merge one of them first (`atoll merge`)")
+        updates[path] = lora
+    return updates

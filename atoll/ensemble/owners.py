@@ -92,17 +92,17 @@ class Owners:
         return f"{bounds[number]:g} to {bounds[number + 1]:g}"
 
 
-def check_levels(experts: Sequence[Expert], owners: Owners, rule: Routing) -> None:
+def check_levels(experts: Sequence[Expert], owners: Owners, rule: Routing | None = None) -> None:
     """Raise AtollError unless a cluster that has an expert at some level has one at every level.
 
     Args:
         experts: of the ensemble, also those that are excluded.
         owners: without those that are excluded: some expert must be left at every level.
-        rule: the routing; one over experts would evaluate them outside of their levels.
+        rule: the routing, if it is known; one over experts would evaluate them outside of their levels.
     """
     if not owners.edges:
         return
-    if rule.over_experts:
+    if rule is not None and rule.over_experts:
         names = ", ".join(expert.name for expert in experts if expert.objective.levels is not None)
         raise AtollError(f"a routing over experts, but {names} are of some levels only; expected one over clusters")
     every = Owners.of(experts)

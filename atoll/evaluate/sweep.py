@@ -14,7 +14,7 @@ from atoll.ensemble import Ensemble, Expert
 from atoll.errors import AtollError
 from atoll.evaluate.types import Variant
 from atoll.manifest import EVEN, SweepSettings
-from atoll.storage.layout import MONOLITH, STUDENT
+from atoll.storage.layout import GENERALIST, MONOLITH, STUDENT
 
 # How an expert's prediction is converted to the sampling path, and corrected. Text for the report.
 ALIGNMENTS = {
@@ -85,6 +85,8 @@ def choose_experts(ensemble: Ensemble, chosen: dict[int | str, str | tuple[str, 
             chosen_experts.append(known[f"{cluster}-{choice}"])
     if not chosen_experts:
         raise AtollError(f"sweep, experts {name}: no expert chosen; name one for all, or for some cluster")
+    # The generalist is of no cluster: it is part of every choice.
+    chosen_experts += [known[GENERALIST]] if GENERALIST in known else []
     return replace(ensemble, experts=chosen_experts)
 
 

@@ -26,6 +26,7 @@ from atoll.storage.layout import (
     COMMON,
     EXIT_KILLED,
     EXIT_USER_ERROR,
+    GENERALIST,
     MONOLITH,
     ROUTER,
     STUDENT,
@@ -109,6 +110,8 @@ def jobs_of(run: Path, manifest: Manifest, gpus: int = 0, student: bool = False)
     parts.append((layout.router, ["train", ROUTER], manifest.router))
     if manifest.common is not None:
         parts.append((layout.common, ["train", COMMON], manifest.common))
+    if manifest.generalist is not None:
+        parts.append((layout.generalist, ["train", GENERALIST], manifest.generalist))
     if manifest.monolith is not None:
         parts.append((layout.monolith, ["train", MONOLITH], manifest.monolith))
     if student and manifest.student is not None:

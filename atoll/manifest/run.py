@@ -20,7 +20,7 @@ from atoll.manifest.sampling import SamplingSettings
 from atoll.manifest.start import check_starts, names_common
 from atoll.manifest.targets import TargetsSettings
 from atoll.manifest.training import LoraSettings, TokenRouteSettings, ValidationSettings
-from atoll.storage.layout import COMMON, MANIFEST, MONOLITH, ROUTER, STUDENT, RunLayout
+from atoll.storage.layout import COMMON, GENERALIST, MANIFEST, MONOLITH, ROUTER, STUDENT, RunLayout
 
 # An installed package contains the recipes; in a checkout they are beside it.
 RECIPES = next(
@@ -161,6 +161,14 @@ class CommonSettings(MonolithSettings):
     """
 
 
+class GeneralistSettings(MonolithSettings):
+    """An expert of all clusters: with `objective.levels`, of the noise levels at which the others are not used.
+
+    `atoll train generalist` writes it into generalist/, and `atoll assemble` puts it into the ensemble. Without levels
+    it stands in only for clusters without an expert. As an expert, it starts from the run's `init: common`.
+    """
+
+
 class StudentSettings(MonolithSettings):
     """The dense model that is distilled from the ensemble (DDM section 5).
 
@@ -186,6 +194,7 @@ class Manifest(Section):
     train: TrainSettings = TrainSettings()
     experts: tuple[ExpertSettings, ...]
     common: CommonSettings | None = None
+    generalist: GeneralistSettings | None = None
     router: RouterSettings = RouterSettings()
     monolith: MonolithSettings | None = None
     student: StudentSettings | None = None
@@ -217,42 +226,50 @@ class Manifest(Section):
 
     def _check_starts(self) -> None:
         """Raise ValueError if a part starts from a common model that is not there, or that it cannot start from."""
-        once = {COMMON: self.common, ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}
+        once = {name: getattr(self, name) for name in (COMMON, GENERALIST, ROUTER, MONOLITH, STUDENT)}
         parts: dict[str, Any] = {**{f"expert {expert.full_name}": expert for expert in self.experts}, **once}
         inits = {name: part.train.get("init") for name, part in parts.items() if part is not None}
         check_starts({"train": self.train.init, "lora": self.lora.train.get("init"), **inits}, self.common is not None)
-        # A typing error of the common model must not wait for its training.
-        if self.common is not None:
-            self.network_of(self.common)
-            self.train_of(self.common)
+        # A typing error of the common model or the generalist must not wait for its training.
+        for part in (self.common, self.generalist):
+            if part is not None:
+                self.network_of(part)
+                self.train_of(part)
 
     def _check_levels(self) -> None:
         """Raise ValueError if a part of some levels only has to denoise all of them."""
-        once = {COMMON: self.common, MONOLITH: self.monolith, STUDENT: self.student}
+        once = {name: getattr(self, name) for name in (COMMON, GENERALIST, MONOLITH, STUDENT)}
         parts = {**{f"expert {expert.full_name}": expert for expert in self.experts}, **once}
         for name, part in parts.items():
             if part is not None:
                 check_part_levels(name, part.objective.levels, self.train_of(part).model_dump())
 
     def network_of(self, part: ExpertSettings | MonolithSettings) -> NetworkSettings:
-        """The run's network with the overrides of one expert, the common model, the monolith or the student."""
+        """The run's network with the overrides of one expert, or of a model of all clusters."""
         return NetworkSettings(**{**self.network.model_dump(), **part.network})
 
     def size_step(self, factor: int) -> int:
         """The number that divides every side of an image: the codec's `factor` times all networks' patches."""
         parts: list[ExpertSettings | MonolithSettings] = list(self.experts)
-        parts += [part for part in (self.common, self.monolith, self.student) if part is not None]
+        whole = (self.common, self.generalist, self.monolith, self.student)
+        parts += [part for part in whole if part is not None]
         patches = [self.network_of(part).patch for part in parts]
         return factor * math.lcm(*patches, self.router.network.patch)
+
+    @property
+    def ensemble_parts(self) -> tuple[ExpertSettings | GeneralistSettings, ...]:
+        """The experts, and the generalist if there is one."""
+        return (*self.experts, *([self.generalist] if self.generalist is not None else []))
 
     def train_of(self, part: ExpertSettings | MonolithSettings | RouterSettings) -> TrainSettings:
         """The run's training settings with the overrides of one part.
 
-        The run's `init: common` is for its experts. The common model itself, the router, the monolith and the student
-        do not inherit it; the latter two start from the common model if their own `train` says so.
+        The run's `init: common` is for its experts, the generalist among them. The common model itself, the router, the
+        monolith and the student do not inherit it; the latter two start from the common model if their own `train` says
+        so.
         """
         run = self.train.model_dump()
-        if self._is_common(self.train.init) and not isinstance(part, ExpertSettings):
+        if self._is_common(self.train.init) and not isinstance(part, ExpertSettings | GeneralistSettings):
             run["init"] = None
         settings = TrainSettings(**{**run, **part.train})
         router = isinstance(part, RouterSettings)  # which predicts no targets, and sees all tokens
@@ -288,7 +305,7 @@ class Manifest(Section):
             update={
                 "train": self.train.model_copy(update={"skip": path}),
                 "experts": tuple(map(own, self.experts)),
-                **{name: own(getattr(self, name)) for name in (COMMON, ROUTER, MONOLITH, STUDENT)},
+                **{name: own(getattr(self, name)) for name in (COMMON, GENERALIST, ROUTER, MONOLITH, STUDENT)},
             }
         )
 

@@ -15,9 +15,9 @@ from atoll.plan.recipe import SizedLatent, Text, cluster_bytes, encoded, latent_
 from atoll.plan.rules import Rules
 from atoll.plan.sampling_cost import sampling_cost
 from atoll.plan.sizes import seconds_by_size
-from atoll.plan.trainings import planned_common, planned_expert, planned_router, rules_of
+from atoll.plan.trainings import planned_common, planned_expert, planned_generalist, planned_router, rules_of
 from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert, PlannedRouter
-from atoll.storage.layout import COMMON
+from atoll.storage.layout import COMMON, GENERALIST
 
 MEMORIES = (24e9, 48e9, 80e9)  # bytes; the columns of the batch table
 SHOWN = ("4090", "a40", "a100", "h100", "h200")  # if no GPU is named
@@ -56,8 +56,11 @@ def plan(
     text = text or text_of(manifest.condition)
     sizes = _sizes(manifest, latent)
     experts = tuple(planned_expert(manifest, part, part.full_name, sizes, text) for part in manifest.experts)
-    common = planned_common(manifest, experts, sizes, text)
-    trained = (*experts, *([common.training] if common else []))
+    general = planned_expert(manifest, manifest.generalist, GENERALIST, sizes, text) if manifest.generalist else None
+    others = (*experts, *([general] if general else []))
+    common = planned_common(manifest, others, sizes, text)
+    trained = (*others, *([common.training] if common else []))
+    generalist = planned_generalist(manifest, general, [one for one in trained if one is not general])
     router = planned_router(manifest, sizes, text)
     rules = rules_of(manifest.train.precision)
     # Refuse what training refuses, and networks that fit nowhere.
@@ -74,7 +77,7 @@ def plan(
             )
     # Time and price on each GPU.
     machines = tuple(
-        _machine(gpu, each, mfu, manifest, experts, router, common) for gpu in gpus or [GPUS[name] for name in SHOWN]
+        _machine(gpu, each, mfu, manifest, trained, router) for gpu in gpus or [GPUS[name] for name in SHOWN]
     )
     # Without the number of images the size of a download is unknown.
     download = cluster_bytes(manifest, sizes, images) if images else None
@@ -89,6 +92,7 @@ def plan(
         images=images,
         download_bytes=download,
         common=common,
+        generalist=generalist,
         islands=tuple(islands),
         simulation=_simulation(manifest, experts, common, islands, mfu, download or 0.0, trials, seed)
         if islands
@@ -179,12 +183,15 @@ def _machine(
     each: int,
     mfu: float | None,
     manifest: Manifest,
-    experts: Sequence[PlannedExpert],
+    trained: Sequence[PlannedExpert],
     router: PlannedRouter,
-    common: PlannedCommon | None,
 ) -> Machine:
-    """Time and price of all experts on one kind of GPU, of which `each` expert has several."""
-    trained = (*experts, *([common.training] if common else []))
+    """Time and price of all experts on one kind of GPU, of which `each` expert has several.
+
+    Args:
+        trained: the experts, and the models of all clusters.
+        gpu, each, mfu, manifest, router: of the plan.
+    """
     # How each expert fits, and how fast it trains at each size.
     flops, rules = _flops(gpu, mfu, manifest.train.precision), rules_of(manifest.train.precision, gpu.cpu)
     fits = {e.name: _fit(e, rules, gpu, each, flops or GUESSED_FLOPS) for e in trained}
@@ -195,7 +202,7 @@ def _machine(
     # Days of one GPU, for the router and in all.
     routing = router.images * router.flops / flops / SECONDS_PER_DAY if flops else None
     total = sum(days.values()) if len(days) == len(trained) else None
-    common_days = days.pop(COMMON, None)
+    common_days, generalist_days = days.pop(COMMON, None), days.pop(GENERALIST, None)
     return Machine(
         gpu=gpu,
         each=each,
@@ -206,6 +213,7 @@ def _machine(
         gpu_days=days,
         router_gpu_days=routing,
         common_gpu_days=common_days,
+        generalist_gpu_days=generalist_days,
         total_gpu_days=total,
         usd=total * 24 * gpu.usd_hour if total is not None and gpu.usd_hour is not None else None,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from atoll.plan.cost import training_flops
 from atoll.plan.numbers import binary, count, gflop, in_bytes, number, plain, roughly, span
-from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert
+from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert, PlannedGeneralist
 from atoll.report.words import cut_captions
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def render(plan: Plan, start: date | None = None) -> "Group":
     if len(plan.machines) == 1:
         parts += [Text(_how(plan.machines[0], _trained(plan)))]
     parts += [Text(line) for line in (*_swaps(plan), *_muon(plan), *_targets(plan), *_routes(plan))]
-    parts += [*([Text(_common(plan.common))] if plan.common else []), Text(_sampling(plan)), Text(_data(plan))]
+    parts += [Text(line) for line in _models_of_all(plan)] + [Text(_sampling(plan)), Text(_data(plan))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
     if plan.simulation:
@@ -83,18 +83,23 @@ def _table(title: str, columns: Iterable[str]) -> "Table":
 
 
 def _trained(plan: Plan) -> tuple[PlannedExpert, ...]:
-    """The experts, and the common model if there is one."""
-    return (*plan.experts, *([plan.common.training] if plan.common else []))
+    """The experts, and the models of all clusters if there are any."""
+    return (*plan.experts, *_of_all(plan))
+
+
+def _of_all(plan: Plan) -> list[PlannedExpert]:
+    """The common model and the generalist, if there are any."""
+    return [one.training for one in (plan.common, plan.generalist) if one]
 
 
 def _groups(plan: Plan) -> list[tuple[str, PlannedExpert]]:
-    """Experts of equal cost, once: ("8 experts" or the one's name, the first of them); the common model by itself."""
+    """Experts of equal cost, once: ("8 experts" or the one's name, the first of them); each model of all alone."""
     # The cost depends on the network at all sizes, steps and batch alone.
     same: dict[tuple[Any, ...], list[PlannedExpert]] = {}
     for e in plan.experts:
         same.setdefault((e.sizes, e.steps, e.batch), []).append(e)
     groups = [(f"{len(es)} experts" if len(es) > 1 else es[0].name, es[0]) for es in same.values()]
-    return groups + ([(plan.common.training.name, plan.common.training)] if plan.common else [])
+    return groups + [(e.name, e) for e in _of_all(plan)]
 
 
 def _networks(plan: Plan) -> list["Table"]:
@@ -186,13 +191,14 @@ def _time(plan: Plan) -> "Table":
     # The unit in which the longest plan is at least two.
     known = [m.total_gpu_days for m in plan.machines if m.total_gpu_days is not None]
     unit, per_day = next((u for u in UNITS if max(known, default=2) * u[1] >= 2), UNITS[-1])
-    apart = ("common",) if plan.common else ()
+    apart = [e.name for e in _of_all(plan)]
     columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert")
     table = _table("Time and price", (*columns, *apart, "in all", "router", "USD"))
     for m in plan.machines:
         # Experts of different cost show as a range.
         rates = sorted(m.images_per_s[name] for name in m.gpu_days)
-        days, common = sorted(m.gpu_days.values()), ((m.common_gpu_days,) if plan.common else ())
+        days = sorted(m.gpu_days.values())
+        own = [m.common_gpu_days] * bool(plan.common) + [m.generalist_gpu_days] * bool(plan.generalist)
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
             m.gpu.name if m.each == 1 else f"{m.each} x {m.gpu.name}",
@@ -201,7 +207,7 @@ def _time(plan: Plan) -> "Table":
             f"{m.mfu:.2f}" if m.gpu.tflops else "?",
             span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
             span([day * per_day for day in days]),
-            *("?" if t is None else number(t * per_day) for t in (*common, m.total_gpu_days, m.router_gpu_days)),
+            *("?" if t is None else number(t * per_day) for t in (*own, m.total_gpu_days, m.router_gpu_days)),
             "?" if m.usd is None else f"{m.usd:,.0f}" if m.usd >= 10 else f"{m.usd:.2f}",
         )
     return table
@@ -260,6 +266,12 @@ def _muon(plan: Plan) -> list[str]:
     ]
 
 
+def _models_of_all(plan: Plan) -> list[str]:
+    """What the common model and the generalist cost, if there are any."""
+    lines = [_common(plan.common)] if plan.common else []
+    return lines + ([_generalist(plan.generalist)] if plan.generalist else [])
+
+
 def _common(common: PlannedCommon) -> str:
     """What the common start costs, counted once for the run."""
     e, count = common.training, len(common.experts)
@@ -267,6 +279,16 @@ def _common(common: PlannedCommon) -> str:
     return (
         f"Common start: {e.steps:,} steps of {e.batch} on all clusters, once for the run: {common.fraction:.1%} of the "
         f"training FLOPs, those of all experts included; {starting}."
+    )
+
+
+def _generalist(generalist: PlannedGeneralist) -> str:
+    """What the generalist costs, and where it is used."""
+    e, levels = generalist.training, generalist.levels
+    where = "where a cluster has no expert" if levels is None else f"at the levels {levels[0]:g} to {levels[1]:g}"
+    return (
+        f"Generalist: {e.steps:,} steps of {e.batch} on all clusters: {generalist.fraction:.1%} of the training FLOPs, "
+        f"those of all experts included; used {where}."
     )
 
 
@@ -307,7 +329,7 @@ def _sampling(plan: Plan) -> str:
 def _data(plan: Plan) -> str:
     if plan.images is None or plan.download_bytes is None:
         return "Download: state the number of images with --images."
-    # How often each image is seen, over all experts and the common model.
+    # How often each image is seen, over all experts and the models of all clusters.
     epochs = sum(e.images for e in _trained(plan)) / plan.images
     # An island returns float32 weights of one expert.
     weights = 4 * max(e.parameters for e in plan.experts)

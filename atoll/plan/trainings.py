@@ -1,4 +1,4 @@
-"""The trainings of a run, of which a plan is made: each expert, the common model and the router."""
+"""The trainings of a run, of which a plan is made: each expert, the models of all clusters and the router."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from atoll.plan.recipe import SizedLatent, Text, router_of, switches_of
 from atoll.plan.rules import CPU_BF16, CUDA_BF16, FP32, Rules
 from atoll.plan.sizes import largest, mean, planned_sizes
 from atoll.plan.targets_cost import targets_cost
-from atoll.plan.types import PlannedCommon, PlannedExpert, PlannedRouter
-from atoll.storage.layout import COMMON
+from atoll.plan.types import PlannedCommon, PlannedExpert, PlannedGeneralist, PlannedRouter
+from atoll.storage.layout import COMMON, GENERALIST
 
 
 def rules_of(precision: str, cpu: bool = False) -> Rules:
@@ -28,7 +28,7 @@ def planned_expert(
     latents: Sequence[SizedLatent],
     text: Text,
 ) -> PlannedExpert:
-    """Return the training of one expert, or of the common model.
+    """Return the training of one expert, or of a model of all clusters.
 
     Args:
         manifest: of the run.
@@ -70,14 +70,35 @@ def planned_expert(
 def planned_common(
     manifest: Manifest, experts: Sequence[PlannedExpert], latents: Sequence[SizedLatent], text: Text
 ) -> PlannedCommon | None:
-    """Return the training of the common model and its part of all FLOPs; None if the run has none."""
+    """Return the training of the common model and its part of all FLOPs; None if the run has none.
+
+    Args:
+        experts: all trainings besides: those of the experts, and of the generalist if there is one.
+        manifest, latents, text: as in `planned_expert`.
+    """
     if manifest.common is None:
         return None
     training = planned_expert(manifest, manifest.common, COMMON, latents, text)
     # All experts train once, and so does the common model, however many start from it.
-    flops = [one.images * one.training_flops for one in (training, *experts)]
-    starting = tuple(part.full_name for part in manifest.experts if manifest.starts_from_common(part))
-    return PlannedCommon(training, starting, flops[0] / sum(flops))
+    starting = tuple(
+        getattr(part, "full_name", GENERALIST) for part in manifest.ensemble_parts if manifest.starts_from_common(part)
+    )
+    return PlannedCommon(training, starting, _fraction(training, experts))
+
+
+def planned_generalist(
+    manifest: Manifest, training: PlannedExpert | None, others: Sequence[PlannedExpert]
+) -> PlannedGeneralist | None:
+    """Return the generalist's training with its part of all FLOPs; None if the run has none."""
+    if manifest.generalist is None or training is None:
+        return None
+    return PlannedGeneralist(training, manifest.generalist.objective.levels, _fraction(training, others))
+
+
+def _fraction(training: PlannedExpert, others: Sequence[PlannedExpert]) -> float:
+    """Return the training's part of the FLOPs of itself and the others."""
+    flops = [one.images * one.training_flops for one in (training, *others)]
+    return flops[0] / sum(flops)
 
 
 def planned_router(manifest: Manifest, latents: Sequence[SizedLatent], text: Text) -> PlannedRouter:

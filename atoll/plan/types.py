@@ -53,7 +53,7 @@ class PlannedExpert:
 class Machine:
     """All experts on one kind of GPU: how each fits (None: it does not), images/s, days of one GPU, and USD.
 
-    The common model, if there is one, is under its name in `fits`, `step_seconds` and `images_per_s`.
+    Models of all clusters, if there are any, are under their names in `fits`, `step_seconds` and `images_per_s`.
 
     Attributes:
         each: GPUs that share the batches of one expert.
@@ -61,7 +61,8 @@ class Machine:
         images_per_s: of all GPUs of an expert.
         gpu_days: of each expert.
         common_gpu_days: of the common model; None if there is none, or it is unknown.
-        total_gpu_days: of all experts, and of the common model once; None if one of them is unknown.
+        generalist_gpu_days: of the generalist, in the same way.
+        total_gpu_days: of all experts, and of both models of all clusters once; None if one of them is unknown.
     """
 
     gpu: GPU
@@ -73,6 +74,7 @@ class Machine:
     gpu_days: dict[str, float]
     router_gpu_days: float | None
     common_gpu_days: float | None
+    generalist_gpu_days: float | None
     total_gpu_days: float | None
     usd: float | None
 
@@ -93,7 +95,7 @@ class PlannedCommon:
     Attributes:
         training: as that of an expert.
         experts: names of those that start from it.
-        fraction: its part of the FLOPs of the common model and all experts.
+        fraction: its part of the FLOPs of this model, the generalist and all experts.
     """
 
     training: PlannedExpert
@@ -104,6 +106,21 @@ class PlannedCommon:
     def bytes(self) -> int:
         """Of its artifact, which an island downloads: float32 weights."""
         return 4 * self.training.parameters
+
+
+@dataclass(frozen=True)
+class PlannedGeneralist:
+    """The generalist's training, of which each run has one.
+
+    Attributes:
+        training: as that of an expert.
+        levels: (low, high) of its objective; None for all.
+        fraction: its part of the FLOPs of this model, the common model and all experts.
+    """
+
+    training: PlannedExpert
+    levels: tuple[float, float] | None
+    fraction: float
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,7 @@ class Plan:
         download_bytes: of one cluster; None if the number of images is unknown.
         cut: captions of encoded data that are longer than the text encoder reads, and their fraction that is cut.
         common: the common model; None if the run has none.
+        generalist: the generalist; None if the run has none.
         counted: whether the shares of the sizes are those of encoded images.
     """
 
@@ -146,5 +164,6 @@ class Plan:
     cut: tuple[int, float] | None = None
     counted: bool = False
     common: PlannedCommon | None = None
+    generalist: PlannedGeneralist | None = None
     islands: tuple[IslandSettings, ...] = ()
     simulation: Simulation | None = None

@@ -6,7 +6,7 @@
     clusters/                    clusters.json, assignment.parquet, cluster-000/ ..., router/ (the router's sample)
     experts/3-flow/              one artifact per expert
     loras/3-flow/                low-rank updates of experts
-    common/  router/  monolith/  student/    artifacts
+    common/  generalist/  router/  monolith/  student/    artifacts
     <parent>/.train-<name>/      beside an artifact: the state of its training, see `TrainingLayout`
     ensemble/                    ensemble.json, stackings.safetensors
     evaluation/                  results that later evaluations reuse
@@ -29,6 +29,7 @@ ENCODED, CLUSTERS, EXPERTS, ENSEMBLE, EVALUATION = "encoded", "clusters", "exper
 LORAS = "loras"  # low-rank updates of experts
 # Directories, and names of the parts trained in them.
 COMMON, ROUTER, MONOLITH, STUDENT = "common", "router", "monolith", "student"
+GENERALIST = "generalist"
 
 # Files that one stage writes and another reads.
 CARD, WEIGHTS = "card.json", "weights.safetensors"  # in every artifact
@@ -108,6 +109,10 @@ def common_seed(seed: int) -> int:
     return seed * _PARTS_PER_RUN + 996
 
 
+def generalist_seed(seed: int) -> int:
+    return seed * _PARTS_PER_RUN + 995
+
+
 class _Below:
     """A path below a layout's root, read like an attribute."""
 
@@ -146,6 +151,7 @@ class RunLayout:
     experts = _Below(EXPERTS)
     loras = _Below(LORAS)
     common = _Below(COMMON)
+    generalist = _Below(GENERALIST)
     router = _Below(ROUTER)
     monolith = _Below(MONOLITH)
     student = _Below(STUDENT)
@@ -168,8 +174,10 @@ class RunLayout:
         return cluster_directories(self.clusters)
 
     def part(self, name: str) -> Path:
-        """Return the artifact of the common model, the router, the monolith or the student, by name."""
-        return {COMMON: self.common, ROUTER: self.router, MONOLITH: self.monolith, STUDENT: self.student}[name]
+        """Return the artifact of a part that a run has once, such as the router or the monolith, by name."""
+        if name not in (COMMON, GENERALIST, ROUTER, MONOLITH, STUDENT):
+            raise KeyError(name)
+        return self.root / name
 
     def expert(self, name: str) -> Path:
         """Return the artifact of one expert.

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, ValidationError, field_validator, model
 
 from atoll.errors import AtollError
 from atoll.manifest import RECIPES, Manifest, ObjectiveSettings, Section, parse_manifest
-from atoll.storage.layout import COMMON, MONOLITH
+from atoll.storage.layout import COMMON, GENERALIST, MONOLITH
 
 STUDIES = RECIPES / "studies"
 
@@ -35,8 +35,8 @@ class StudyRun(Section):
     drawn: latents per cluster that the experts draw, and that router and student train on instead of the real data
     (DDM: private data); the evaluation still uses the real data. Only with `like`.
     changes: overrides of the study's manifest, key by key.
-    common, monolith: the name of its objective; None: no such model. Experts start from the common model if their
-    settings say so: `changes: {train: {init: common}}`; a run that is `like` another has that one's.
+    common, generalist, monolith: the name of its objective; None: no such model. Experts start from the common model
+    if their settings say so: `changes: {train: {init: common}}`; a run that is `like` another has that one's.
     student: the `student` section of atoll.yaml, with the name of an objective; None: no student.
     """
 
@@ -45,6 +45,7 @@ class StudyRun(Section):
     drawn: PositiveInt | None = None
     changes: dict[str, Any] = Field(default_factory=dict)
     common: str | None = None
+    generalist: str | None = None
     monolith: str | None = None
     student: dict[str, Any] | None = None
     evaluate: dict[str, Any] = Field(default_factory=dict)  # overrides of the manifest's `evaluate`, key by key
@@ -84,7 +85,7 @@ class Study(Section):
 
     manifest: what all runs share. Its train.batch is the batch of the whole model; an expert of K clusters gets 1/K of
     it, so that ensemble and monolith train on equally many images (DDM and HDDM: equal total FLOPs). The common model
-    gets all of it.
+    and the generalist get all of it.
     baseline: the variant that all others are compared with, as RUN:VARIANT.
     columns: the metrics in results.md, by the beginnings of their names; empty: all.
     """
@@ -106,7 +107,7 @@ class Study(Section):
             # Dense models name an objective of the study, as experts do.
             if run.student is not None and "objective" not in run.student:
                 raise ValueError(f"runs.{name}.student: has no objective; expected one of {', '.join(self.objectives)}")
-            dense = [run.common, run.monolith, run.student["objective"] if run.student else None]
+            dense = [run.common, run.generalist, run.monolith, run.student["objective"] if run.student else None]
             for objective in (*run.objective_names, *(name for name in dense if name is not None)):
                 if objective not in self.objectives:
                     known = ", ".join(self.objectives)
@@ -136,7 +137,7 @@ class Study(Section):
         content = merged(self.manifest, run.changes)
         content["evaluate"] = merged(content.get("evaluate", {}), run.evaluate)
 
-        # An expert trains on 1/k of the batch; router, common model and monolith on all of it.
+        # An expert trains on 1/k of the batch; router and models of all clusters on all of it.
         k = content.setdefault("clusters", {}).setdefault("k", 4)
         train = content.setdefault("train", {})
         batch = train.setdefault("batch", 64)
@@ -152,7 +153,7 @@ class Study(Section):
             {"cluster": cluster, "name": objective, "objective": plain[objective]}
             for cluster, objective in run.objectives(k)
         ]
-        for part, wanted in ((COMMON, run.common), (MONOLITH, run.monolith)):
+        for part, wanted in ((COMMON, run.common), (GENERALIST, run.generalist), (MONOLITH, run.monolith)):
             if wanted is None:
                 content.pop(part, None)
                 continue

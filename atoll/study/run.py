@@ -16,7 +16,18 @@ from atoll.evaluate import evaluate_run
 from atoll.launch.run import launch_run
 from atoll.manifest import Manifest, load_manifest
 from atoll.storage.artifact import CARD, read_json, write_bytes, write_json
-from atoll.storage.layout import CLUSTERS, COMMON, ENCODED, EVALUATION, EXPERTS, MONOLITH, ROUTER, STUDENT, RunLayout
+from atoll.storage.layout import (
+    CLUSTERS,
+    COMMON,
+    ENCODED,
+    EVALUATION,
+    EXPERTS,
+    GENERALIST,
+    MONOLITH,
+    ROUTER,
+    STUDENT,
+    RunLayout,
+)
 from atoll.study.recipe import Study, run_path
 from atoll.study.table import write_results
 from atoll.synthesize import synthesize_run
@@ -107,11 +118,12 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
             raise AtollError(
                 f"study {study.name}: run {like} has no expert {', '.join(missing)}, which run {name} needs"
             )
-        # Its monolith or student may start from the common model.
-        if manifest.common is not None:
-            if not (RunLayout(run.parent / like).common / CARD).is_file():
-                raise AtollError(f"study {study.name}: run {like} has no common model, which run {name} names")
-            _link(layout.common, RunLayout(run.parent / like).common)
+        # Its monolith or student may start from the common model; the generalist is in its ensemble.
+        other = RunLayout(run.parent / like)
+        for part, word in _shared_parts(manifest):
+            if not (other.part(part) / CARD).is_file():
+                raise AtollError(f"study {study.name}: run {like} has no {word}, which run {name} names")
+            _link(layout.part(part), other.part(part))
 
     # Train what is left, unless these very settings are trained already.
     drawn = study.runs[name].drawn
@@ -125,6 +137,12 @@ def train_one(study: Study, name: str, seed: int, out: Path, jobs: int | None) -
             _train_on_draws(run, manifest, jobs, drawn)
         write_json(run / _TRAINED, settings)
     return run
+
+
+def _shared_parts(manifest: Manifest) -> list[tuple[str, str]]:
+    """List the models of all clusters that go with the experts: (name, in words)."""
+    words = {COMMON: "common model", GENERALIST: "generalist"}
+    return [(part, word) for part, word in words.items() if getattr(manifest, part) is not None]
 
 
 def _train(run: Path, manifest: Manifest, jobs: int | None, only: Sequence[str] | None) -> None:
@@ -145,8 +163,8 @@ def _train_on_draws(run: Path, manifest: Manifest, jobs: int | None, images: int
     # drawn/ is a run of its own, whose experts are linked to this run's.
     drawn = run / "drawn"
     synthesize_run(run, manifest, drawn, images=images, resume=True)
-    if manifest.common is not None:
-        _link(drawn / COMMON, run / COMMON)
+    for part, _ in _shared_parts(manifest):
+        _link(drawn / part, run / part)
     _train(drawn, manifest, jobs, [ROUTER])
     # Assemble once more beside the real data, which the evaluation needs.
     for part in (ROUTER, *([STUDENT] if manifest.student else [])):

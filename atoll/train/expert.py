@@ -6,7 +6,7 @@ from atoll.errors import AtollError
 from atoll.manifest import ExpertSettings, Manifest, MonolithSettings
 from atoll.storage.artifact import CARD, load_clusters, read_card
 from atoll.storage.cards import ExpertCard
-from atoll.storage.layout import RunLayout, common_seed, expert_seed, monolith_seed
+from atoll.storage.layout import RunLayout, common_seed, expert_seed, generalist_seed, monolith_seed
 from atoll.storage.shards import Shards
 from atoll.train.denoiser import train_denoiser
 from atoll.train.denoiser_artifact import TrainingSpec
@@ -93,6 +93,22 @@ def train_common(
     if resume and not restart and _is_of_earlier_clusters(RunLayout(run)):
         return RunLayout(run).common
     spec = _spec_of_all(run, manifest, manifest.common, RunLayout(run).common, common_seed(manifest.seed))
+    return _train_on_all(spec, manifest, resume=resume, restart=restart, progress=progress)
+
+
+def train_generalist(
+    run: Path,
+    manifest: Manifest,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    progress: TrainProgress | None = None,
+) -> Path:
+    """Train the generalist, the ensemble's expert of all clusters, see `train_expert`."""
+    if manifest.generalist is None:
+        raise AtollError("atoll.yaml names no generalist; add a `generalist:` section with its objective")
+    path = RunLayout(run).generalist
+    spec = _spec_of_all(run, manifest, manifest.generalist, path, generalist_seed(manifest.seed))
     return _train_on_all(spec, manifest, resume=resume, restart=restart, progress=progress)
 
 

@@ -407,6 +407,29 @@ def test_a_common_model_is_counted_once(hddm: Manifest, tmp_path: Path) -> None:
     assert "common" not in shown(without).lower()
 
 
+def test_a_generalist_is_counted_beside_the_experts(hddm: Manifest) -> None:
+    objective = {"prediction": "flow", "schedule": "linear", "levels": [0, 0.2]}
+    part = {"objective": objective, "train": {"steps": 1000, "batch": 1024}}
+    without, p = plan(hddm, [find_gpu("a100")]), plan(common_of(hddm, 500, generalist=part), [find_gpu("a100")])
+    assert (without.generalist, without.machines[0].generalist_gpu_days) == (None, None)
+    assert p.generalist is not None
+    assert p.common is not None
+    images = sum(e.images for e in p.experts)
+    assert p.generalist.fraction == pytest.approx(1_024_000 / (1_536_000 + images))
+    assert p.common.fraction == pytest.approx(512_000 / (1_536_000 + images))
+    assert "generalist" in p.common.experts
+    (a100,), (before,) = p.machines, without.machines
+    assert (p.experts, p.sampling, a100.gpu_days) == (without.experts, without.sampling, before.gpu_days)
+    days = (a100.common_gpu_days or 0) + (a100.generalist_gpu_days or 0)
+    assert a100.generalist_gpu_days == pytest.approx(2 * (a100.common_gpu_days or 0))
+    assert a100.total_gpu_days == pytest.approx((before.total_gpu_days or 0) + days)
+    assert json.loads(json.dumps(as_json(p), allow_nan=False))["generalist"]["levels"] == [0, 0.2]
+    text = " ".join(shown(p).split())
+    assert f"Generalist: 1,000 steps of 1024 on all clusters: {p.generalist.fraction:.1%} of the training FLOPs" in text
+    assert "used at the levels 0 to 0.2." in text
+    assert "generalist" not in shown(without).lower()
+
+
 def test_a_common_model_that_fits_nowhere_or_that_gpus_cannot_share_is_refused(hddm: Manifest) -> None:
     manifest = common_of(hddm, 10)
     assert manifest.common is not None

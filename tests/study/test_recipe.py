@@ -42,6 +42,18 @@ def test_expert_gets_its_fraction_of_the_batch_monolith_all() -> None:
     assert whole.train.steps == 7
 
 
+def test_generalist_gets_the_whole_batch_and_its_objective() -> None:
+    fine = {"prediction": "flow", "schedule": "linear", "levels": [0, 0.2]}
+    changes = {"train": {"init": "common"}, "generalist": {"train": {"steps": 3}}}
+    runs = {"whole": {"common": "eps", "generalist": "fine", "changes": changes}}
+    whole = study(objectives={"fine": fine}, runs=runs).manifest_of("whole", 3)
+    assert whole.generalist is not None
+    assert whole.generalist.objective.levels == (0.0, 0.2)
+    settings = whole.train_of(whole.generalist)
+    assert (settings.batch, settings.steps, settings.init) == (24, 3, "common")
+    assert study(manifest={"generalist": {"train": {"steps": 3}}}).manifest_of("two", 3).generalist is None
+
+
 def test_common_model_gets_the_whole_batch_and_only_experts_start_from_it() -> None:
     changes = {"train": {"init": "common"}, "common": {"train": {"steps": 3}, "network": {"depth": 2}}}
     runs = {"whole": {"common": "eps", "changes": changes}}
@@ -95,6 +107,7 @@ def test_changes_merge_by_key_unless_the_name_differs() -> None:
         ({"runs": {"whole": {"experts": ["x0"]}}}, "runs.whole: no objective 'x0'; expected one of flow, eps"),
         ({"runs": {"whole": {"monolith": "x0"}}}, "no objective 'x0'"),
         ({"runs": {"two": {"common": "x0"}}}, "runs.two: no objective 'x0'"),
+        ({"runs": {"two": {"generalist": "x0"}}}, "runs.two: no objective 'x0'"),
         (
             {"runs": {"two": {"changes": {"train": {"init": "common"}}}}},
             "run two: .*train.init: common, but there is no `common:` section",

@@ -150,6 +150,31 @@ def test_mean_spread_and_paired_difference_over_seeds() -> None:
     assert difference({0: 1.0}, {1: 1.5}) == ""
 
 
+def test_a_run_like_another_has_its_generalist(monkeypatch, tmp_path) -> None:
+    def launch(run: Path, jobs: int | None = None, only: Sequence[str] | None = None) -> bool:
+        parts = [f"experts/{e.full_name}" for e in load_manifest(run).experts] + ["generalist"]
+        for part in parts if only is None else only:
+            (run / part).mkdir(parents=True, exist_ok=True)
+            (run / part / "card.json").touch()
+        return True
+
+    monkeypatch.setattr(run_module, "launch_run", launch)
+    monkeypatch.setattr(run_module, "encode_once", lambda manifest, out: out / "encoded" / "one")
+    for name in ("cluster_run", "assemble_run"):
+        monkeypatch.setattr(run_module, name, lambda *_: None)
+    start = {"generalist": "flow", "experts": ["flow"]}
+    runs = {"first": start, "pooled": {"like": "first", **start}}
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump({**CONTENT, "baseline": None, "runs": runs}, sort_keys=False))
+    study, out = load_study(str(file)), tmp_path / "out"
+    first, like = (train_one(study, name, 0, out, None) for name in runs)
+    assert os.readlink(like / "generalist") == "../first/generalist"
+    shutil.rmtree(first / "generalist")
+    (like / "generalist").unlink()
+    with pytest.raises(AtollError, match="run first has no generalist, which run pooled names"):
+        train_one(study, "pooled", 0, out, None)
+
+
 def test_a_run_like_another_has_its_common_model(monkeypatch, tmp_path) -> None:
     """A student may start from it, also beside data that the experts draw. Nothing is trained here."""
     trained = []
