@@ -3,6 +3,7 @@
     ATOLL_DATA=... python benchmarks/efficiency.py curves OUT [--sets eurosat-16] [--seeds 0 1 2] [--part 1/2]
     ATOLL_DATA=... python benchmarks/efficiency.py parts OUT [--seeds 0 1 2] [--part 1/2]
     python benchmarks/efficiency.py table OUT
+    python benchmarks/efficiency.py plot OUT curves.svg
 
 `curves` trains the monolith (all images) and one expert of K = 4 (its cluster, a quarter of the images in each step)
 by both recipes. A training runs at a constant rate, and for each length a copy of it decays to zero: every point
@@ -25,13 +26,14 @@ import torch
 from small import MOBILENET, SQUEEZENET, Data, Lines, Training, errors, load, mean, network_config, training_flops
 from torch import Tensor, nn
 
+from atoll.condition import Condition
 from atoll.evaluate import Moments, frechet_distance
 from atoll.evaluate.metrics.spaces import FeatureSpace, SpaceFit, build_space_feature
 from atoll.manifest import TrainSettings
 from atoll.nn import build_network
 from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
-from atoll.train.draw import sample_alone
+from atoll.solver import sample
 
 WIDTH = 128
 IMAGES = {"eurosat-16": 192_000, "eurosat-32": 48_000, "emoji-32": 48_000}  # of the monolith at the full budget
@@ -90,7 +92,7 @@ class Images:
     """Real images of a cluster, or of all, in the feature spaces; and the distance of drawn ones from them."""
 
     def __init__(self, data: Data, cluster: int | None, cache: Path):
-        self.data, self.cluster = data, cluster
+        self.data, self.cluster, self.cache = data, cluster, cache
         rows = data.training(cluster)
         rows = rows[torch.randperm(len(rows), generator=seeded(0, 2, Stream.SAMPLES))[:REAL]]
         # What was measured once is read again: two passes of two networks take minutes.
@@ -126,9 +128,14 @@ class Images:
         drawn = []
         for number, part in enumerate(rows.split(128)):
             noise = torch.randn(len(part), *self.data.x0.shape[1:], generator=seeded(0, number, Stream.SAMPLES))
-            condition, null = self.data.encoder.encode(self.data.tokens.index(part)), self.data.encoder.null(1)
-            with torch.autocast("cpu", torch.bfloat16):
-                drawn.append(sample_alone(network, objective, noise, condition, null, steps=STEPS))
+            condition = self.data.encoder.encode(self.data.tokens.index(part))
+
+            def velocity(x: Tensor, t: Tensor, condition: Condition = condition) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    output: Tensor = network(x, t * objective.time_scale, condition)
+                return objective.to_velocity(output.float(), x, t)
+
+            drawn.append(sample(velocity, noise, steps=STEPS, method="dpm++2m"))
         return self.distances_of(torch.cat(drawn))
 
     def distances_of(self, latents: Tensor) -> dict[str, float]:
@@ -182,6 +189,9 @@ def curve(lines: Lines, images: Images, label: str, name: str, recipe: Recipe, b
         trunk.run(int(recipe.decay_from * settings.steps))
         end = trunk.branch(settings)
         end.run(settings.steps)
+        path = images.cache.parent / "weights" / f"{key}.pt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"config": end.config, "weights": end.weights()}, path)
         lines.add(key, {"set": label, "recipe": name, "fraction": fraction, "seed": seed, **measured(end, images)})
 
 
@@ -276,6 +286,46 @@ def table(options: argparse.Namespace) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def plot(options: argparse.Namespace) -> None:
+    """Draw every curve: the three metrics against training FLOPs, a row of panels for each set."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    rows = list(Lines(options.out / "curves.jsonl").rows.values())
+    labels = list(dict.fromkeys(row["set"] for row in rows))
+    metrics = {"error": "denoising error", **{name: name for name in SPACES}}
+    figure = Figure(figsize=(9, 2.1 * len(labels)), layout="constrained")
+    panels = figure.subplots(len(labels), len(metrics), squeeze=False)
+    colours = {"baseline": "#8a8a8a", "fast": "#0b6e99"}
+    for label, line in zip(labels, panels, strict=True):
+        for (metric, title), axes in zip(metrics.items(), line, strict=True):
+            for recipe, colour in colours.items():
+                for seed in sorted({row["seed"] for row in rows}):
+                    own = [r for r in rows if (r["set"], r["recipe"], r["seed"]) == (label, recipe, seed)]
+                    own.sort(key=lambda row: row["flops"])
+                    name = recipe if seed == 0 else None
+                    axes.plot(
+                        [r["flops"] / 1e12 for r in own],
+                        [r[metric] for r in own],
+                        "o-",
+                        ms=3,
+                        lw=1,
+                        c=colour,
+                        label=name,
+                    )
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("{x:g}")
+            axes.set_title(f"{label}: {title}", fontsize=8)
+            axes.tick_params(labelsize=6, which="both")
+    for axes in panels[-1]:
+        axes.set_xlabel("training TFLOP", fontsize=8)
+    panels[0][0].legend(fontsize=7, frameon=False)
+    figure.savefig(options.file, metadata={"Date": None})
+
+
 def _spread(values: Sequence[float]) -> str:
     """The mean of numbers, and their range."""
     known = [value for value in values if not math.isnan(value)]
@@ -285,15 +335,16 @@ def _spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("curves", "parts", "table"))
+    parser.add_argument("command", choices=("curves", "parts", "table", "plot"))
     parser.add_argument("out", type=Path)
+    parser.add_argument("file", type=Path, nargs="?", default=Path("curves.svg"))
     parser.add_argument("--sets", nargs="+", default=list(IMAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    {"curves": curves, "parts": parts, "table": table}[options.command](options)
+    {"curves": curves, "parts": parts, "table": table, "plot": plot}[options.command](options)
 
 
 if __name__ == "__main__":
