@@ -36,6 +36,7 @@ class TrainSettings(Section):
     steps: PositiveInt = 1000
     batch: PositiveInt = 64  # rows per step, over all processes and accumulated parts
     lr: float = Field(1e-3, gt=0)
+    lr_width: PositiveInt | None = None  # the width at which lr was found (muP); null: lr is that of every width
     warmup: int = Field(50, ge=0)
     decay_from: float = Field(1.0, ge=0, le=1)  # fraction of steps after which lr falls linearly to 0; 1: never
     weight_decay: float = Field(0.0, ge=0)
@@ -271,6 +272,8 @@ class Manifest(Section):
         run = self.train.model_dump()
         if self._is_common(self.train.init) and not isinstance(part, ExpertSettings | GeneralistSettings):
             run["init"] = None
+        if isinstance(part, RouterSettings):
+            run["lr_width"] = None  # found for experts; router.train may have its own
         settings = TrainSettings(**{**run, **part.train})
         router = isinstance(part, RouterSettings)  # which predicts no targets, and sees all tokens
         return settings.model_copy(update={"targets_weight": 0.0, "token_route": None}) if router else settings
@@ -284,8 +287,8 @@ class Manifest(Section):
         return self.common is not None and names_common(init)
 
     def train_lora_of(self, expert: ExpertSettings) -> TrainSettings:
-        """The training settings of an expert's low-rank update; targets and token_route are those of `lora.train`."""
-        off = {"targets_weight": 0.0, "token_route": None}
+        """The training settings of an expert's low-rank update; only `lora.train` sets targets, routes, lr_width."""
+        off = {"targets_weight": 0.0, "token_route": None, "lr_width": None}
         return TrainSettings(**{**self.train_of(expert).model_dump(), **off, **self.lora.train})
 
     def allowing(self, *, hub: bool, paths: bool) -> "Manifest":

@@ -31,7 +31,7 @@ _MAY_CHANGE = {
     *("track", "validation", "init", "skip"),  # of the last two, the mark holds the hash of what they name
 }
 # Settings that came after the first marks: left out at their defaults, so that those marks hold.
-_ADDED = {"tag_dropout", "keep_tags", "shuffle_tags", "optimizer"}
+_ADDED = {"tag_dropout", "keep_tags", "shuffle_tags", "optimizer", "lr_width"}
 # Settings that change nothing without a weight of the targets.
 _TARGETS = {"targets_weight", "targets_block", "targets_until"}
 _ROUTE = {"token_route"}  # part of the mark only if it is set

@@ -12,6 +12,7 @@ from atoll.train.eight_bit import adamw_8bit, eager_on_cpu, moment_tensors
 from atoll.train.ema import decay, gamma_of
 from atoll.train.fused_backward import FusedBackward
 from atoll.train.muon import MUON_MOMENTUM, Muon, muon_matrices
+from atoll.train.rates import by_scale, rate_scales
 
 _EMA_EVERY_ON_CPU = 10  # steps between updates of an average in CPU memory
 
@@ -61,13 +62,17 @@ class State:
         self._trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.parameters: list[nn.Parameter] = [p for _, p in self._trained]
         self._eight_bit = settings.optimizer_state == "8bit"
-        # One optimizer for all parameters, or for all that Muon does not step, or one for each.
+        # One optimizer for all parameters of equal rate, or for those that Muon does not step, or one for each.
         matrices = muon_matrices(self._trained) if settings.optimizer == "muon" else {}
         rest = [p for p in self.parameters if p not in matrices]
-        groups = [[p] for p in rest] if settings.fused_backward else [rest]
-        self._optimizers = {_optimizer(group, settings): group for group in groups}
+        scales = rate_scales(module, self._trained, matrices, settings)
+        groups = [[p] for p in rest] if settings.fused_backward else by_scale(rest, scales)
+        self._optimizers = {_optimizer(group, settings, scales.get(group[0], 1.0)): group for group in groups}
         if matrices:
-            self._optimizers[Muon(matrices, settings.lr, settings.weight_decay)] = list(matrices)
+            # All are hidden matrices, of one factor.
+            scale = scales.get(next(iter(matrices)), 1.0)
+            self._optimizers[Muon(matrices, settings.lr * scale, settings.weight_decay / scale)] = list(matrices)
+        self._scales = {optimizer: scales.get(group[0], 1.0) for optimizer, group in self._optimizers.items()}
         owners = {p: optimizer for optimizer, group in self._optimizers.items() for p in group}
         self._moments = {p: optimizer.state[p] for p, optimizer in owners.items()}
         self._fused = FusedBackward(owners, self._step) if settings.fused_backward else None
@@ -105,7 +110,7 @@ class State:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the next step, before it is scaled by the width."""
         return learning_rate(self.numbers.step, self.settings)
 
     def begin(self) -> None:
@@ -113,12 +118,12 @@ class State:
         for optimizer in self._optimizers:
             # Set to None, so that no memory is spent on zeros.
             optimizer.zero_grad(set_to_none=True)
-            group = optimizer.param_groups[0]
+            group, lr = optimizer.param_groups[0], self.lr * self._scales[optimizer]
             # torchao's AdamW holds its learning rate as a tensor.
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr)
+                group["lr"].fill_(lr)
             else:
-                group["lr"] = self.lr
+                group["lr"] = lr
 
     def clip(self) -> Tensor:
         """Clip the gradients to the norm `settings.clip`, if it is set, and return their norm before that."""
@@ -182,10 +187,11 @@ def steps_before_decay(settings: TrainSettings) -> int:
     return int(settings.decay_from * settings.steps)
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW with its moments allocated: torch's fused one, or torchao's with 8 bits per moment."""
-    # The same options for both optimizers.
-    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings, scale: float) -> torch.optim.Optimizer:
+    """AdamW with its moments allocated: torch's fused one, or torchao's with 8 bits per moment; scale: of the rate."""
+    # The same options for both optimizers. Their product, the decay of a step, is not scaled.
+    lr, weight_decay = settings.lr * scale, settings.weight_decay / scale
+    options: dict[str, Any] = {"lr": lr, "betas": settings.betas, "weight_decay": weight_decay}
     if settings.optimizer_state == "8bit":
         return adamw_8bit(parameters, options)
     optimizer = torch.optim.AdamW(parameters, **options, fused=True)
