@@ -153,5 +153,6 @@ def test_what_a_network_of_some_levels_cannot_do_is_refused(tmp_path, sections, 
 
 
 def test_a_manifest_passes_levels_on(tmp_path) -> None:
-    manifest = write(tmp_path / "run", experts=[{"cluster": 0, "objective": FINE}])
+    rest = {"objective": {"prediction": "flow", "schedule": "linear", "levels": [0.2, 1]}}
+    manifest = write(tmp_path / "run", experts=[{"cluster": 0, "objective": FINE}], generalist=rest)
     assert Objective(**manifest.experts[0].objective.model_dump()).levels == (0.0, 0.2)

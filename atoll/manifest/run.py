@@ -13,7 +13,7 @@ from atoll.manifest.base import Section, parse_yaml
 from atoll.manifest.clusters import ClusterSettings
 from atoll.manifest.data import DataSettings
 from atoll.manifest.evaluation import EvaluateSettings
-from atoll.manifest.levels import check_part_levels
+from atoll.manifest.levels import check_covered, check_part_levels
 from atoll.manifest.network import NetworkSettings, RouterNetworkSettings
 from atoll.manifest.objective import ObjectiveSettings
 from atoll.manifest.sampling import SamplingSettings
@@ -232,18 +232,18 @@ class Manifest(Section):
         inits = {name: part.train.get("init") for name, part in parts.items() if part is not None}
         check_starts({"train": self.train.init, "lora": self.lora.train.get("init"), **inits}, self.common is not None)
         # A typing error of the common model or the generalist must not wait for its training.
-        for part in (self.common, self.generalist):
-            if part is not None:
-                self.network_of(part)
-                self.train_of(part)
+        for part in (part for part in (self.common, self.generalist) if part is not None):
+            self.network_of(part)
+            self.train_of(part)
 
     def _check_levels(self) -> None:
-        """Raise ValueError if a part of some levels only has to denoise all of them."""
-        once = {name: getattr(self, name) for name in (COMMON, GENERALIST, MONOLITH, STUDENT)}
-        parts = {**{f"expert {expert.full_name}": expert for expert in self.experts}, **once}
+        """Raise ValueError if a part of some levels only has to denoise all of them, or if a level has no network."""
+        parts: dict[str, Any] = {f"expert {expert.full_name}": expert for expert in self.experts}
+        parts |= {name: getattr(self, name) for name in (COMMON, GENERALIST, MONOLITH, STUDENT)}
         for name, part in parts.items():
             if part is not None:
                 check_part_levels(name, part.objective.levels, self.train_of(part).model_dump())
+        check_covered(self.experts, self.generalist)
 
     def network_of(self, part: ExpertSettings | MonolithSettings) -> NetworkSettings:
         """The run's network with the overrides of one expert, or of a model of all clusters."""

@@ -167,3 +167,33 @@ def test_the_network_is_chosen_by_its_name_and_has_its_own_keys() -> None:
     router = manifest.router.network.config()
     assert (router["block"], router["mlp_ratio"], router["modulation"]) == ("mmdit", 10 / 3, "single")
     assert "block" not in parse().router.network.config()  # as in the cards of earlier routers
+
+
+def _levels(low: float, high: float) -> dict[str, object]:
+    return {"prediction": "flow", "schedule": "linear", "levels": [low, high]}
+
+
+@pytest.mark.parametrize(
+    ("experts", "generalist", "missing"),
+    [
+        ([(0, 0.2, 1)], (0, 0.2), None),
+        ([(0, 0.2, 1)], (0, 0.1), "cluster 0 at the levels 0.1 to 0.2"),
+        ([(0, 0.2, 1), (1, 0.3, 1)], (0, 0.2), "cluster 1 at the levels 0.2 to 0.3"),
+        ([(0, 0.2, 1)], None, "cluster 0 at the levels 0 to 0.2"),
+        ([(0, 0, 0.5), (0, 0.4, 0.9)], None, "cluster 0 at the levels 0.9 to 1"),
+        ([(0, 0.5, 1), (0, 0, 0.5)], None, None),
+    ],
+)
+def test_a_level_that_no_network_denoises_is_found_before_training(experts, generalist, missing) -> None:
+    changes = {
+        "experts": [
+            {"cluster": cluster, "name": str(i), "objective": _levels(low, high)}
+            for i, (cluster, low, high) in enumerate(experts)
+        ],
+        **({"generalist": {"objective": _levels(*generalist)}} if generalist else {}),
+    }
+    if missing is None:
+        assert len(parse(**changes).experts) == len(experts)
+        return
+    with pytest.raises(AtollError, match=f"no network denoises {missing}"):
+        parse(**changes)

@@ -86,11 +86,17 @@ def test_the_ensemble_evaluates_it_alone_at_its_levels(split) -> None:
 def test_without_it_the_ensemble_is_refused_and_nothing_is_written(split, tmp_path) -> None:
     run = Path(shutil.copytree(split, tmp_path / "run"))
     before = RunLayout(run).ensemble_card.read_bytes()
+    with pytest.raises(
+        AtollError, match=r"no network denoises cluster 0 at the levels 0 to 0.2; .* add a `generalist:`"
+    ):
+        write(run, generalist=None)
+    # Cards may say otherwise than atoll.yaml.
+    without = load_manifest(split).model_copy(update={"generalist": None})
     with pytest.raises(AtollError, match=r"no expert of cluster 0, 1, 2 at the levels 0 to 0.2; add one"):
-        assemble_run(run, write(run, generalist=None))
+        assemble_run(run, without)
     assert RunLayout(run).ensemble_card.read_bytes() == before
     with pytest.raises(AtollError, match=r"atoll.yaml names no generalist; add a `generalist:` section"):
-        train_generalist(run, load_manifest(run))
+        train_generalist(run, without)
     # An expert of some levels is no model by itself.
     with pytest.raises(AtollError, match=r"no expert of cluster 0 at the levels 0 to 0.2"):
         load_ensemble(run / "experts/0-flow-linear")
@@ -143,7 +149,7 @@ def test_an_update_keeps_the_levels_of_its_base(split, tmp_path) -> None:
     run = Path(shutil.copytree(split, tmp_path / "run"))
     other = [{"cluster": 0, "objective": {**COARSE, "levels": [0.3, 1]}, "train": SHORT}]
     with pytest.raises(AtollError, match=r"its objective has levels \[0.2, 1.0\], .* \[0.3, 1.0\]"):
-        train_lora(run, write(run, experts=other), "0", 2)
+        train_lora(run, write(run, experts=other, generalist={"objective": {**FINE, "levels": [0, 0.3]}}), "0", 2)
 
 
 def test_it_starts_from_the_common_model_as_experts_do(run) -> None:
