@@ -229,22 +229,32 @@ PARTS = {
     "batch 32": replace(FAST, batch=32),
     "targets of representation": replace(FAST, targets=0.5),
     "logit-normal times": replace(FAST, objective=(("time_sampling", "logit-normal"),)),
+    "shift 2": replace(FAST, objective=(("shift", 2.0),)),
+    "half the rate": replace(FAST, lr=2e-3),
     "baseline": BASELINE,
 }
 
 
 def parts(options: argparse.Namespace) -> None:
-    """The monolith at a third of the budget, with one option changed."""
+    """Train at a third of the budget, with one option changed."""
     lines = Lines(options.out / "parts.jsonl")
     part, count = map(int, options.part.split("/"))
-    jobs = [(seed, name, label) for seed in options.seeds for name in options.sets for label in PARTS]
-    for seed, name, label in jobs[part - 1 :: count]:
-        key = f"{name} {label} seed={seed}"
+    jobs = [
+        (seed, name, kind, label)
+        for seed in options.seeds
+        for name in options.sets
+        for kind in options.kinds
+        for label in PARTS
+    ]
+    for seed, name, kind, label in jobs[part - 1 :: count]:
+        key = f"{name}, {kind} {label} seed={seed}"
         if key not in lines.rows:
-            images, recipe = images_of(options.out, name, "monolith", targets=True), PARTS[label]
-            training = begin(images.data, None, recipe, settings_of(recipe, IMAGES[name] // 3, 1), seed)
+            images, recipe = images_of(options.out, name, kind, targets=True), PARTS[label]
+            clusters = 1 if images.cluster is None else 4
+            settings = settings_of(recipe, IMAGES[name] // 3, clusters)
+            training = begin(images.data, images.cluster, recipe, settings, seed)
             training.run(training.settings.steps)
-            lines.add(key, {"set": name, "recipe": label, "seed": seed, **measured(training, images)})
+            lines.add(key, {"set": f"{name}, {kind}", "recipe": label, "seed": seed, **measured(training, images)})
 
 
 def to_target(points: Sequence[dict[str, Any]], metric: str, target: float, cost: str) -> float | None:
@@ -340,6 +350,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?", default=Path("curves.svg"))
     parser.add_argument("--sets", nargs="+", default=list(IMAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["monolith"], help="of parts")
     parser.add_argument("--recipes", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
     options = parser.parse_args()

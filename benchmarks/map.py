@@ -1,16 +1,16 @@
 """When isolated experts beat one model: error by size, images seen, number of clusters and share of a common start.
 
     ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map.py run OUT [--sets eurosat] [--networks 64x2] [--part 1/2]
+    ATOLL_DATA=... python benchmarks/map.py control OUT [--sets eurosat] [--networks 64x2] [--images 384]
     ATOLL_DATA=... python benchmarks/map.py distances OUT
-    python benchmarks/map.py table OUT
 
 Each cell has the same total training FLOPs for the monolith and for all experts together: N images pass through the
 monolith, f N through the common model, and (1 - f) N / K through each expert. The monolith trains at a constant rate;
 for each N a copy of it decays over the last 40 % (the warm-up, stable, decay schedule), so that long and short
 trainings share their first part, and the common models are its states at f N. Experts are evaluated on their own
 clusters' held-out images ("oracle" routing). OUT/cells.jsonl has one line per cell; finished cells are skipped.
-`distances` draws images for captions of training rows, each by its row's own expert, and writes their Fréchet distances
-to OUT/distances.jsonl.
+`control` trains the monolith in the batches of the experts, at a lower rate. `distances` draws images for captions of
+training rows, each by its row's own expert, and writes their Fréchet distances to OUT/distances.jsonl.
 """
 
 import argparse
@@ -32,9 +32,10 @@ from atoll.solver import sample as solve
 
 FLOW = Objective("flow", "linear")
 DECAY_FROM = 0.6
-# Found by six trainings of either side, see docs/results.md.
+# Each found by a few trainings of one seed.
 MONOLITH: dict[str, Any] = {"batch": 64, "lr": 8e-3}
 EXPERT: dict[str, Any] = {"batch": 32, "lr": 8e-3}
+CONTROL: dict[str, Any] = {"batch": 32, "lr": 5e-3}
 # Thousands of images, by width and depth.
 IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
 CLUSTERS = (4, 16, 1)
@@ -196,6 +197,24 @@ def run(options: argparse.Namespace) -> None:
             ensemble(options.out, lines, cell)
 
 
+def control(options: argparse.Namespace) -> None:
+    """Train the monolith in the experts' batches; a line of OUT/control.jsonl each."""
+    torch.set_num_threads(1)
+    lines = Lines(options.out / "control.jsonl")
+    shapes = [tuple(map(int, text.split("x"))) for text in options.networks]
+    for name, shape, seed in ((n, shape, s) for s in options.seeds for n in options.sets for shape in shapes):
+        for images in (1000 * thousands for thousands in options.images or IMAGES[shape]):
+            cell = Cell(name, options.size, *shape, seed, images, 1)
+            if cell.key in lines.rows:
+                continue
+            data = load(options.out, name, options.size, 1)
+            config = network_config(data, shape[0], depth=shape[1])
+            training = Training(data, data.training(), config, settings(images, **CONTROL), FLOW, seed)
+            training.run(training.settings.steps)
+            levels = errors(config, training.weights(), FLOW, data, data.held_out())
+            lines.add(cell.key, result(cell, levels, images * training_flops(data, config), training.seconds))
+
+
 @torch.inference_mode()
 def draw(data: Data, kept: dict[str, Any], rows: Tensor, seed: int) -> Tensor:
     """Draw an image for each row's caption by its cluster's expert, and the generalist at the fine end: [n,C,H,W]."""
@@ -242,7 +261,7 @@ def distances(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "distances"))
+    parser.add_argument("command", choices=("run", "control", "distances"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--sets", nargs="+", default=["eurosat", "emoji", "mixture", "glyphs"])
     parser.add_argument("--size", type=int, default=16)
@@ -254,7 +273,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
     options = parser.parse_args()
-    {"run": run, "distances": distances}[options.command](options)
+    {"run": run, "control": control, "distances": distances}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,13 @@ def test_the_map_trains_every_cell_once(work: Path, monkeypatch: pytest.MonkeyPa
     capsys.readouterr()
     map_.main()
     assert capsys.readouterr().out == ""  # nothing was left to do
+    # The monolith in the experts' batches is another training of as many FLOPs.
+    monkeypatch.setattr(sys, "argv", ["map.py", "control", *argv[2:]])
+    map_.main()
+    (row,) = small.Lines(work / "control.jsonl").rows.values()
+    monolith = rows[row["key"]]
+    assert (row["k"], row["flops"]) == (1, monolith["flops"])
+    assert row["error"] != monolith["error"]
 
 
 def test_the_cost_of_a_target_lies_between_the_points_of_a_curve() -> None:

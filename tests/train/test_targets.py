@@ -26,6 +26,7 @@ from atoll.train.state import Counters
 from atoll.train.targets import TargetsTerm
 from tests.cards import cluster_shards_card
 from tests.conftest import RUN
+from tests.train.killed import Stop, kill_at
 from tests.train.targets import RECORD, targets_of, with_targets
 
 NAME = "1-flow-linear"
@@ -44,18 +45,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-class Stop(Exception):
-    pass
-
-
-def kill_at(step: int):
-    def progress(line):
-        if line["step"] >= step:
-            raise Stop
-
-    return progress
 
 
 def task_on(path: Path, name: str = "mmdit", shape: tuple[int, ...] = (1, 8, 4), **settings: object) -> Denoising:

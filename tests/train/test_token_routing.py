@@ -23,22 +23,11 @@ from atoll.train.plans import TrainingMarks, fingerprint, is_exact, training_mar
 from atoll.train.state import Counters
 from atoll.train.token_routing import TokenRouting
 from tests.conftest import RUN, write_run
+from tests.train.killed import Stop, kill_at
 
 SHAPE, TOKENS = (1, 6, 12), 72  # with a patch of 1
 NETWORK = {"name": "mmdit", "patch": 1, "width": 16, "depth": 4, "heads": 2}
 NAME = "1-flow-linear"
-
-
-class Stop(Exception):
-    pass
-
-
-def kill_at(step: int):
-    def progress(line):
-        if line["step"] >= step:
-            raise Stop
-
-    return progress
 
 
 def manifest_of(**train: object) -> Manifest:
