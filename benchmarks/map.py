@@ -1,7 +1,7 @@
 """When isolated experts beat one model: error by size, images seen, number of clusters and share of a common start.
 
     ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map.py run OUT [--sets eurosat] [--networks 64x2] [--part 1/2]
-    ATOLL_DATA=... python benchmarks/map.py control OUT [--sets eurosat] [--networks 64x2] [--images 384]
+    ATOLL_DATA=... python benchmarks/map.py tune OUT [--sets eurosat] [--networks 64x2] [--images 384] [--clusters 4]
     ATOLL_DATA=... python benchmarks/map.py distances OUT
 
 Each cell has the same total training FLOPs for the monolith and for all experts together: N images pass through the
@@ -9,7 +9,7 @@ monolith, f N through the common model, and (1 - f) N / K through each expert. T
 for each N a copy of it decays over the last 40 % (the warm-up, stable, decay schedule), so that long and short
 trainings share their first part, and the common models are its states at f N. Experts are evaluated on their own
 clusters' held-out images ("oracle" routing). OUT/cells.jsonl has one line per cell; finished cells are skipped.
-`control` trains the monolith in the batches of the experts, at a lower rate. `distances` draws images for captions of
+`tune` tries batches and rates, as many for the monolith as for the experts. `distances` draws images for captions of
 training rows, each by its row's own expert, and writes their Fréchet distances to OUT/distances.jsonl.
 """
 
@@ -35,7 +35,11 @@ DECAY_FROM = 0.6
 # Each found by a few trainings of one seed.
 MONOLITH: dict[str, Any] = {"batch": 64, "lr": 8e-3}
 EXPERT: dict[str, Any] = {"batch": 32, "lr": 8e-3}
-CONTROL: dict[str, Any] = {"batch": 32, "lr": 5e-3}
+# Batches and rates that `tune` tries: as many for the monolith (1) as for the experts (2).
+TRIED = {
+    1: ((64, 8e-3), (64, 5e-3), (32, 8e-3), (32, 5e-3), (32, 3e-3)),
+    2: ((32, 8e-3), (32, 5e-3), (32, 3e-3), (16, 5e-3), (16, 3e-3)),
+}
 # Thousands of images, by width and depth.
 IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
 CLUSTERS = (4, 16, 1)
@@ -197,22 +201,45 @@ def run(options: argparse.Namespace) -> None:
             ensemble(options.out, lines, cell)
 
 
-def control(options: argparse.Namespace) -> None:
-    """Train the monolith in the experts' batches; a line of OUT/control.jsonl each."""
+def tune(options: argparse.Namespace) -> None:
+    """Try the same batches and rates for the monolith and for the experts; a line of OUT/tuning.jsonl each.
+
+    The experts branch from the common model that `run` has kept, so they take the batch and rate of MONOLITH until
+    there.
+    """
     torch.set_num_threads(1)
-    lines = Lines(options.out / "control.jsonl")
+    lines = Lines(options.out / "tuning.jsonl")
     shapes = [tuple(map(int, text.split("x"))) for text in options.networks]
-    for name, shape, seed in ((n, shape, s) for s in options.seeds for n in options.sets for shape in shapes):
-        for images in (1000 * thousands for thousands in options.images or IMAGES[shape]):
-            cell = Cell(name, options.size, *shape, seed, images, 1)
-            if cell.key in lines.rows:
-                continue
-            data = load(options.out, name, options.size, 1)
-            config = network_config(data, shape[0], depth=shape[1])
-            training = Training(data, data.training(), config, settings(images, **CONTROL), FLOW, seed)
+    part, parts = map(int, options.part.split("/"))
+    jobs = [
+        (name, shape, seed, 1000 * thousands, k, batch, lr)
+        for seed in options.seeds
+        for name in options.sets
+        for shape in shapes
+        for thousands in options.images or IMAGES[shape]
+        for k in options.clusters
+        for batch, lr in TRIED[min(k, 2)]
+    ]
+    for name, shape, seed, images, k, batch, lr in jobs[part - 1 :: parts]:
+        cell = Cell(name, options.size, *shape, seed, images, k, 0.5 if k > 1 else 0.0)
+        key = f"{cell.key} batch={batch} lr={lr:g}"
+        if key in lines.rows:
+            continue
+        data = load(options.out, name, options.size, k)
+        config = network_config(data, shape[0], depth=shape[1])
+        common = images // 2 if k > 1 else 0
+        start = torch.load(start_path(options.out, cell, common)) if common else None
+        per_cluster, counts, seconds = [], [], 0.0
+        for cluster in range(k) if k > 1 else (None,):
+            wanted = settings((images - common) // k, batch, lr)
+            own = seed if cluster is None else 1000 * seed + cluster + 1
+            training = Training(data, data.training(cluster), config, wanted, FLOW, own, start)
             training.run(training.settings.steps)
-            levels = errors(config, training.weights(), FLOW, data, data.held_out())
-            lines.add(cell.key, result(cell, levels, images * training_flops(data, config), training.seconds))
+            counts.append(len(data.held_out(cluster)))
+            per_cluster.append(errors(config, training.weights(), FLOW, data, data.held_out(cluster)))
+            seconds += training.seconds
+        row = result(cell, over_clusters(per_cluster, counts), images * training_flops(data, config), seconds)
+        lines.add(key, {**row, "batch": batch, "lr": lr})
 
 
 @torch.inference_mode()
@@ -261,7 +288,7 @@ def distances(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "control", "distances"))
+    parser.add_argument("command", choices=("run", "tune", "distances"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--sets", nargs="+", default=["eurosat", "emoji", "mixture", "glyphs"])
     parser.add_argument("--size", type=int, default=16)
@@ -273,7 +300,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
     options = parser.parse_args()
-    {"run": run, "control": control, "distances": distances}[options.command](options)
+    {"run": run, "tune": tune, "distances": distances}[options.command](options)
 
 
 if __name__ == "__main__":

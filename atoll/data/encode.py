@@ -25,6 +25,7 @@ from atoll.encoders.weights import same
 from atoll.errors import AtollError
 from atoll.image_size import ImageSize
 from atoll.manifest import Manifest
+from atoll.manifest.stored import check_stored
 from atoll.runtime.device import cores
 from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import EncodedCard, ImagesRecord
@@ -70,8 +71,10 @@ def encode_run(
     Raises:
         AtollError: `run`/encoded holds another encoding, or the data were edited since; an interrupted encoding is
             there and neither resume nor force is set; too many samples failed; captions exist and none is read;
-            or as `build_source`, `build_codec`, `build_feature`, `build_encoder`.
+            a training needs targets that are not stored; or as `build_source`, `build_codec`, `build_feature`,
+            `build_encoder`.
     """
+    check_stored(manifest)
     overrides = {"max_skipped": max_skipped, "allow_uncaptioned": allow_uncaptioned}
     changed = {name: value for name, value in overrides.items() if value is not None}
     manifest = manifest.model_copy(update={"data": manifest.data.model_copy(update=changed)})

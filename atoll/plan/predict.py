@@ -7,6 +7,7 @@ from pathlib import Path
 from atoll.errors import AtollError
 from atoll.image_size import ImageSize
 from atoll.manifest import Manifest, load_manifest, recipe_path
+from atoll.manifest.stored import check_stored
 from atoll.plan.cost import NetworkSizes
 from atoll.plan.fit import EAGER, Fit, fastest, ladder, largest_batch, smallest_memory
 from atoll.plan.gpus import GPU, GPUS, find_gpu
@@ -50,8 +51,9 @@ def plan(
 
     Raises:
         AtollError: a network fits nowhere or not on a named GPU, an expert without an island, an unknown encoder; a
-            batch that its GPUs cannot share.
+            batch that its GPUs cannot share; targets that are not stored.
     """
+    check_stored(manifest)
     # Sizes of every network.
     text = text or text_of(manifest.condition)
     sizes = _sizes(manifest, latent)
@@ -86,7 +88,7 @@ def plan(
         precision="fp32" if manifest.train.precision == "fp32" else "bf16",
         experts=experts,
         router=router,
-        sampling=sampling_cost(manifest, experts, router),
+        sampling=sampling_cost(manifest, experts, router, general),
         machines=machines,
         batches=_batches(trained, rules, [gpu.memory for gpu in gpus], each),
         images=images,

@@ -16,6 +16,7 @@ from atoll.encoders.feature import NetworkFeature, build_feature
 from atoll.encoders.targets import COMPONENTS, Components, FeatureMoments
 from atoll.errors import AtollError
 from atoll.manifest import Manifest, parse_manifest
+from atoll.manifest.targets import TargetsSettings
 from atoll.storage.artifact import sha256_file
 from atoll.storage.cards import ClusterShardsCard, EncodedCard
 from atoll.storage.layout import cluster_path
@@ -257,3 +258,13 @@ def test_targets_of_a_bucket_are_those_of_the_image_that_its_latent_shows(networ
     changed[..., :12] = 0
     difference = (feature.patches(changed, 4) - feature.patches(wide, 4)).abs().sum(1)[0]  # [4,4]
     assert difference[:, 0].min() > 10 * difference[:, 3].max()
+
+
+def test_a_training_without_targets_is_refused_before_anything_is_encoded(tmp_path, manifest, encode):
+    settings = manifest()
+    train = settings.train.model_copy(update={"targets_weight": 0.5})
+    without = settings.model_copy(update={"train": train, "targets": TargetsSettings()})
+    with pytest.raises(AtollError, match=r"expert 0-.*targets_weight is 0.5, but encoding stores no targets"):
+        encode(settings=without)
+    assert not list(tmp_path.glob("run/*"))
+    encode(settings=settings.model_copy(update={"train": train}))

@@ -358,6 +358,14 @@ def test_targets_add_a_projector_and_bytes_to_download(hddm: Manifest) -> None:
     sizes = latent_sizes(hddm)
     more = cluster_bytes(with_targets, sizes, 1000) - cluster_bytes(hddm, sizes, 1000)
     assert more == pytest.approx(1000 / hddm.clusters.k * 1024)
+    # A training without targets to learn from is found before anything is spent, whichever part it is of.
+    with pytest.raises(AtollError, match=r"expert 0-.*targets_weight is 0.5, but encoding stores no targets"):
+        plan(hddm.model_copy(update={"train": train}))
+    content = common_of(hddm, 10).model_dump()
+    content["common"]["train"]["targets_weight"] = 0.1
+    manifest = Manifest.model_validate(content)
+    with pytest.raises(AtollError, match=r"^common: train.targets_weight is 0.1"):
+        plan(manifest)
 
 
 def common_of(hddm: Manifest, steps: int, **sections: Any) -> Manifest:
@@ -428,6 +436,28 @@ def test_a_generalist_is_counted_beside_the_experts(hddm: Manifest) -> None:
     assert f"Generalist: 1,000 steps of 1024 on all clusters: {p.generalist.fraction:.1%} of the training FLOPs" in text
     assert "used at the levels 0 to 0.2." in text
     assert "generalist" not in shown(without).lower()
+
+
+def test_an_image_counts_the_generalist_where_no_expert_is(hddm: Manifest) -> None:
+    def cost(fine: list[float] | None, coarse: list[float] | None, **sampling: Any) -> dict[str, float]:
+        objective = {"prediction": "flow", "schedule": "linear"}
+        general = {"objective": {**objective, "levels": fine}}
+        parts = [{"cluster": c, "objective": {**objective, "levels": coarse}} for c in range(8)]
+        content = hddm.model_dump() | {"experts": parts, "generalist": general}
+        content["sampling"] = {"steps": 10, "guidance_scale": 1, "routing": "top-2", **sampling}
+        p = plan(Manifest.model_validate(content))
+        one, router = p.experts[0].sizes[0].forward_flops, p.router.flops / 3
+        return {name: (flops - 10 * router) / one for name, flops in p.sampling.flops.items()}
+
+    # Times 1, 0.9, ..., 0.1: the generalist has the last of them, 0.1.
+    assert cost([0, 0.15], [0.15, 1]) == pytest.approx({"top-1": 10, "top-2": 19, "full": 73})
+    # An edge belongs to the levels above it, and t = 1 to those that end there.
+    assert cost([0, 0.5], [0.5, 1])["full"] == pytest.approx(6 * 8 + 4)
+    # Shifted towards noise, no time is below 0.15; guidance evaluates all of them twice.
+    assert cost([0, 0.15], [0.15, 1], shift=3.0)["full"] == pytest.approx(80)
+    assert cost([0, 0.15], [0.15, 1], guidance_scale=2.0)["full"] == pytest.approx(146)
+    # Without levels the generalist stands in for no cluster that has an expert.
+    assert cost(None, None)["full"] == pytest.approx(80)
 
 
 def test_a_common_model_that_fits_nowhere_or_that_gpus_cannot_share_is_refused(hddm: Manifest) -> None:
