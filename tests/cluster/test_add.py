@@ -56,7 +56,7 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
-def refused(out: Path, encoded: Path, message: str) -> None:
+def assert_refused(out: Path, encoded: Path, message: str) -> None:
     before = content(out)
     with pytest.raises(AtollError, match=message):
         assign_only(out, encoded)
@@ -136,7 +136,7 @@ def test_another_image_with_a_known_key_is_refused(tmp_path, out) -> None:
     columns = {name: torch.full((2, 1, 2, 3), 7.0).half() for name in ("latent", "latent_flip")}
     with ShardWriter(more, CARD) as writer:
         writer.append(["new", "k33"], ["", "caption 33"], ["train"] * 2, {**columns, "feature": torch.rand(2, 5)})
-    refused(out, more, "image 'k33' is in .* already with another caption, split or latent")
+    assert_refused(out, more, "image 'k33' is in .* already with another caption, split or latent")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_another_image_with_a_known_key_is_refused(tmp_path, out) -> None:
     ],
 )
 def test_data_of_another_kind_are_refused(tmp_path, out, change, message) -> None:
-    refused(out, write(tmp_path / "more", range(90, 99), **change), message)
+    assert_refused(out, write(tmp_path / "more", range(90, 99), **change), message)
 
 
 def test_missing_or_damaged_clusters_are_named(tmp_path, out) -> None:
@@ -158,10 +158,10 @@ def test_missing_or_damaged_clusters_are_named(tmp_path, out) -> None:
         assign_only(tmp_path / "nowhere", more)
     card = read_json(out / CLUSTERS_CARD)
     write_json(out / CLUSTERS_CARD, {**card, "assignment": "0" * 64})
-    refused(out, more, "altered or damaged")
+    assert_refused(out, more, "altered or damaged")
     write_json(out / CLUSTERS_CARD, card)
     (out / "centroids.safetensors").write_bytes(b"")
-    refused(out, more, "cannot be read")
+    assert_refused(out, more, "cannot be read")
 
 
 def test_a_failure_changes_nothing(tmp_path, out, monkeypatch) -> None:
@@ -171,7 +171,7 @@ def test_a_failure_changes_nothing(tmp_path, out, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("atoll.storage.shards.writer.write_bytes", broken)
-    refused(out, more, "No space left")
+    assert_refused(out, more, "No space left")
 
 
 def test_a_feature_that_is_not_finite_is_named(tmp_path, out) -> None:
@@ -183,7 +183,7 @@ def test_a_feature_that_is_not_finite_is_named(tmp_path, out) -> None:
         columns = {name: shards.read(name, slice(None)) for name in ("latent", "latent_flip")}
         writer.append(shards.keys, shards.captions, shards.splits, {**columns, "feature": feature})
     assert file.exists()
-    refused(out, tmp_path / "bad", "'k93' is not finite")
+    assert_refused(out, tmp_path / "bad", "'k93' is not finite")
 
 
 def test_a_lost_balance_raises_a_warning(tmp_path, out) -> None:

@@ -88,7 +88,7 @@ class World:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(sign(index, [key], self.collective.identity))
 
-    def refused(self, problem: str, seen: Position | None = None) -> None:
+    def assert_refused(self, problem: str, seen: Position | None = None) -> None:
         with pytest.raises(AtollError, match=problem) as error:
             read_index(self.store, self.collective, seen)
         assert "\n" not in str(error.value)
@@ -115,7 +115,7 @@ def test_one_report_is_not_enough(world) -> None:
     with pytest.raises(AtollError, match="accepted by 1 admitters, expected 2"):
         append_index(world.store, world.collective, world.index(expert), ADA)
     world.force(world.index(expert))
-    world.refused("accepted by 1 admitters, expected 2")
+    world.assert_refused("accepted by 1 admitters, expected 2")
 
 
 def test_an_unknown_key_admits_nothing(world) -> None:
@@ -123,14 +123,14 @@ def test_an_unknown_key_admits_nothing(world) -> None:
     with pytest.raises(AtollError, match="who is no admitter"):
         append_index(world.store, world.collective, world.index(expert), EVE)
     world.force(world.index(expert), EVE)
-    world.refused("who is no admitter")
+    world.assert_refused("who is no admitter")
 
 
 def test_reports_of_unknown_keys_do_not_count(world) -> None:
     name, digest = world.submit()
     reports = (world.report(name, digest, ADA), world.report(name, digest, EVE))
     world.force(world.index(IndexedExpert(submission=name, sha256=digest, clusters=(1,), reports=reports)))
-    world.refused("accepted by 1 admitters, expected 2")
+    world.assert_refused("accepted by 1 admitters, expected 2")
 
 
 def test_a_replayed_report_is_refused(world) -> None:
@@ -141,7 +141,7 @@ def test_a_replayed_report_is_refused(world) -> None:
         data = world.store.read(report_path(good.submission, admitter.id), 10_000)
         world.store.create(report_path(name, admitter.id), data)
     world.force(world.index(IndexedExpert(submission=name, sha256=digest, clusters=(1,), reports=good.reports)))
-    world.refused("is on another submission or of another key")
+    world.assert_refused("is on another submission or of another key")
 
 
 def test_one_admitters_report_under_two_names_counts_once(world) -> None:
@@ -149,7 +149,7 @@ def test_one_admitters_report_under_two_names_counts_once(world) -> None:
     report = world.report(name, digest, ADA)
     world.store.create(report_path(name, BEN.id), world.store.read(report_path(name, ADA.id), 10_000))
     world.force(world.index(IndexedExpert(submission=name, sha256=digest, clusters=(1,), reports=(report, report))))
-    world.refused("of another key")
+    world.assert_refused("of another key")
 
 
 def test_an_exchanged_submission_is_refused(world) -> None:
@@ -160,7 +160,7 @@ def test_an_exchanged_submission_is_refused(world) -> None:
     files = {name: FileDigest(sha256=NOBODY, size=1) for name in ("card.json", "weights.safetensors")}
     bad = Submission(name="bad", clusters=(1,), work="1", epoch=1, files=files)
     put(world.store, f"{SUBMISSIONS}/{expert.submission}/{SUBMISSION}", bad, EVE, world.collective)
-    world.refused("is not the submission that was admitted; it was exchanged")
+    world.assert_refused("is not the submission that was admitted; it was exchanged")
 
 
 def test_a_copied_submission_belongs_to_its_owner(world) -> None:
@@ -184,16 +184,16 @@ def test_a_rolled_back_index_is_refused(world) -> None:
     append_index(world.store, world.collective, world.index(first), ADA)
     position = append_index(world.store, world.collective, world.index(first, world.expert(card="cd" * 32)), ADA)
     Path(world.store.url, numbered("index", 2)).unlink()
-    world.refused("but version 2 was here; the index was rolled back", position)
+    world.assert_refused("but version 2 was here; the index was rolled back", position)
     Path(world.store.url, numbered("index", 2)).write_bytes(Path(world.store.url, numbered("index", 1)).read_bytes())
-    world.refused("does not follow the index before it", position)
+    world.assert_refused("does not follow the index before it", position)
 
 
 def test_a_fork_of_the_index_is_refused(world) -> None:
     first = world.expert()
     position = append_index(world.store, world.collective, world.index(first), ADA)
     world.force(Index(**{**world.index().model_dump(), "version": 1, "previous": None, "experts": ()}), BEN)
-    world.refused("version 1 is not the one seen before; the index was exchanged", position)
+    world.assert_refused("version 1 is not the one seen before; the index was exchanged", position)
 
 
 def test_of_two_admitters_one_publishes_a_version(world) -> None:
@@ -235,7 +235,7 @@ def test_an_admitter_who_was_removed_publishes_nothing_more(world) -> None:
     roles = Roles(founders=(ADA.id,), admitters=(ADA.id, CY.id), retirers=(ADA.id, CY.id))
     amend(world.store, world.collective, ADA, roles=roles, removed=(BEN.id,))
     world.collective = read_collective(world.store)
-    world.refused("who is no admitter any more")
+    world.assert_refused("who is no admitter any more")
     # An admitter of today confirms what was admitted under the charter of then.
     world.force(Index(**{**_second(world, expert).model_dump(), "charter": world.collective.position}), CY)
     latest = read_index(world.store, world.collective)
@@ -244,7 +244,7 @@ def test_an_admitter_who_was_removed_publishes_nothing_more(world) -> None:
     # The removed one names the old charter, under which their signature would count.
     third = {"version": 3, "previous": latest.position.sha256, "charter": old}
     world.force(Index(**{**_second(world, expert).model_dump(), **third}), BEN)
-    world.refused("names charter 1, which is older or another one")
+    world.assert_refused("names charter 1, which is older or another one")
 
 
 def test_an_admitter_confirms_the_index_of_one_who_left(world) -> None:
@@ -252,7 +252,7 @@ def test_an_admitter_confirms_the_index_of_one_who_left(world) -> None:
     append_index(world.store, world.collective, world.index(expert), BEN)
     roles = Roles(founders=(ADA.id,), admitters=(ADA.id, CY.id), retirers=(ADA.id, CY.id))
     collective = world.collective = amend(world.store, world.collective, ADA, roles=roles, removed=(BEN.id,))
-    world.refused("who is no admitter any more; an admitter must publish a new one")
+    world.assert_refused("who is no admitter any more; an admitter must publish a new one")
     latest, changes = update_index(world.store, collective, CY, ())
     assert latest is not None
     assert (latest.position.version, latest.index.experts, changes) == (2, (expert,), IndexChanges())
@@ -278,7 +278,7 @@ def test_nobody_admits_by_the_charter_of_before(change, world) -> None:
         retired=(),
     )
     world.force(stale, ADA)
-    world.refused("names charter 1; others admit, or more must agree, since charter 2; an admitter must publish")
+    world.assert_refused("names charter 1; others admit, or more must agree, since charter 2; an admitter must publish")
 
 
 def _second(world: World, expert: IndexedExpert) -> Index:
@@ -297,14 +297,14 @@ def test_an_index_of_a_later_format_names_the_fix(world) -> None:
     append_index(world.store, world.collective, world.index(), ADA)
     file = Path(world.store.url, numbered("index", 1))
     file.write_bytes(file.read_bytes().replace(b'"format":1', b'"format":2'))
-    world.refused("format 2, this version of atoll reads format 1; update atoll")
+    world.assert_refused("format 2, this version of atoll reads format 1; update atoll")
 
 
 def test_a_half_written_index_is_refused(world) -> None:
     append_index(world.store, world.collective, world.index(), ADA)
     file = Path(world.store.url, numbered("index", 1))
     file.write_bytes(file.read_bytes()[:-10])
-    world.refused("no canonical JSON")
+    world.assert_refused("no canonical JSON")
 
 
 def test_an_expired_index_is_one_line(world) -> None:
