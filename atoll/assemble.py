@@ -182,6 +182,9 @@ def assemble_run(
 
     Returns:
         The ensemble's directory.
+
+    Raises:
+        AtollError: as `assemble`; an expert was trained for other levels than atoll.yaml says.
     """
     layout = RunLayout(run)
     named = [layout.expert(expert.full_name) for expert in manifest.experts]
@@ -189,6 +192,9 @@ def assemble_run(
     trained = [path for path in named if (path / CARD).is_file()]
     if missing := [path.name for path in named if path not in trained]:
         warnings.warn(f"not trained yet, left out: {', '.join(missing)}", stacklevel=2)
+    for part, path in zip(manifest.ensemble_parts, named, strict=True):
+        if path in trained:
+            _refuse_other_levels(path, part.objective.levels)
     alone = len(trained) == 1 and not (layout.router / CARD).is_file()
     trust = manifest.allowing(hub=allow_hub, paths=trust_paths).trust_in_cards(run)
     router = None if alone else layout.router
@@ -202,6 +208,19 @@ def assemble_run(
     )
     sampling = manifest.sampling.model_dump(exclude_none=True)
     return assemble(trained, router, layout.ensemble, sampling, stackings, updates)
+
+
+def _refuse_other_levels(path: Path, levels: tuple[float, float] | None) -> None:
+    """Raise AtollError if an expert is of other noise levels than its section in atoll.yaml."""
+    trained = read_card(path, ExpertCard).objective.get("levels")
+    if trained != (None if levels is None else list(levels)):
+        got, expected = (
+            "all levels" if own is None else f"the levels {own[0]:g} to {own[1]:g}" for own in (trained, levels)
+        )
+        raise AtollError(
+            f"{path}: trained for {got}, and atoll.yaml says {expected}; change objective.levels, or train again with "
+            "--restart"
+        )
 
 
 def stack_replicas(

@@ -35,10 +35,10 @@ DECAY_FROM = 0.6
 # Each found by a few trainings of one seed.
 MONOLITH: dict[str, Any] = {"batch": 64, "lr": 8e-3}
 EXPERT: dict[str, Any] = {"batch": 32, "lr": 8e-3}
-# Batches and rates that `tune` tries: as many for the monolith (1) as for the experts (2).
+# Batches, rates, and where their decay begins, that `tune` tries: as many for the monolith (1) as for the experts (2).
 TRIED = {
-    1: ((64, 8e-3), (64, 5e-3), (32, 8e-3), (32, 5e-3), (32, 3e-3)),
-    2: ((32, 8e-3), (32, 5e-3), (32, 3e-3), (16, 5e-3), (16, 3e-3)),
+    1: ((64, 8e-3), (64, 5e-3), (32, 8e-3), (32, 5e-3), (32, 3e-3), (32, 5e-3, 0.2)),
+    2: ((32, 8e-3), (32, 5e-3), (32, 3e-3), (16, 5e-3), (16, 3e-3), (32, 5e-3, 0.2)),
 }
 # Thousands of images, by width and depth.
 IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
@@ -100,9 +100,10 @@ def monolith(lines: Lines, name: str, shape: tuple[int, int], seed: int, options
         return
     # One trunk; at the events, in order, a copy decays or the averaged weights are kept.
     config = network_config(data, shape[0], depth=shape[1])
-    longest = settings(max(lengths), **MONOLITH, decay_from=1.0)
+    longest = settings(max(lengths), **{**MONOLITH, "decay_from": 1.0})
     trunk = Training(data, data.training(), config, longest, FLOW, seed)
-    decays = {int(DECAY_FROM * n) // longest.batch: n for n in lengths}
+    decay_from = MONOLITH.get("decay_from", DECAY_FROM)
+    decays = {int(decay_from * n) // longest.batch: n for n in lengths}
     keeps = {n // longest.batch: n for n in starts}
     for step in sorted({*decays, *keeps}):
         trunk.run(step)
@@ -112,7 +113,7 @@ def monolith(lines: Lines, name: str, shape: tuple[int, int], seed: int, options
             torch.save(trunk.weights(), path)
         if step in decays:
             n = decays[step]
-            # The decay is the last 40 % of this length.
+            # The decay of this length.
             end = trunk.branch(settings(n, **MONOLITH))
             end.run(end.settings.steps)
             levels = errors(config, end.weights(), FLOW, data, data.held_out())
@@ -212,17 +213,18 @@ def tune(options: argparse.Namespace) -> None:
     shapes = [tuple(map(int, text.split("x"))) for text in options.networks]
     part, parts = map(int, options.part.split("/"))
     jobs = [
-        (name, shape, seed, 1000 * thousands, k, batch, lr)
+        (name, shape, seed, 1000 * thousands, k, tried)
         for seed in options.seeds
         for name in options.sets
         for shape in shapes
         for thousands in options.images or IMAGES[shape]
         for k in options.clusters
-        for batch, lr in TRIED[min(k, 2)]
+        for tried in TRIED[min(k, 2)]
     ]
-    for name, shape, seed, images, k, batch, lr in jobs[part - 1 :: parts]:
+    for name, shape, seed, images, k, tried in jobs[part - 1 :: parts]:
         cell = Cell(name, options.size, *shape, seed, images, k, 0.5 if k > 1 else 0.0)
-        key = f"{cell.key} batch={batch} lr={lr:g}"
+        batch, lr, decay_from = (*tried, DECAY_FROM)[:3]
+        key = f"{cell.key} batch={batch} lr={lr:g}" + (f" decay_from={decay_from:g}" if len(tried) == 3 else "")
         if key in lines.rows:
             continue
         data = load(options.out, name, options.size, k)
@@ -231,7 +233,7 @@ def tune(options: argparse.Namespace) -> None:
         start = torch.load(start_path(options.out, cell, common)) if common else None
         per_cluster, counts, seconds = [], [], 0.0
         for cluster in range(k) if k > 1 else (None,):
-            wanted = settings((images - common) // k, batch, lr)
+            wanted = settings((images - common) // k, batch, lr, decay_from)
             own = seed if cluster is None else 1000 * seed + cluster + 1
             training = Training(data, data.training(cluster), config, wanted, FLOW, own, start)
             training.run(training.settings.steps)
@@ -239,7 +241,7 @@ def tune(options: argparse.Namespace) -> None:
             per_cluster.append(errors(config, training.weights(), FLOW, data, data.held_out(cluster)))
             seconds += training.seconds
         row = result(cell, over_clusters(per_cluster, counts), images * training_flops(data, config), seconds)
-        lines.add(key, {**row, "batch": batch, "lr": lr})
+        lines.add(key, {**row, "batch": batch, "lr": lr, "decay_from": decay_from})
 
 
 @torch.inference_mode()

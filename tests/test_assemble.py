@@ -190,3 +190,17 @@ def test_a_router_of_another_number_of_clusters_is_refused(trained_run, tmp_path
     with pytest.raises(AtollError, match=r"router: knows 3 clusters, .*expert is of 8"):
         assemble([tmp_path / "expert"], trained_run / "router", tmp_path / "ensemble")
     assert not (tmp_path / "ensemble").exists()
+
+
+def test_experts_of_other_levels_than_the_manifests_are_refused(replicated, tmp_path):
+    run = shutil.copytree(replicated, tmp_path / "run")
+    before = (run / "ensemble" / "ensemble.json").read_bytes()
+    fine, coarse = ({"prediction": "flow", "schedule": "linear", "levels": levels} for levels in ([0, 0.2], [0.2, 1]))
+    experts = [EXPERTS[0], EXPERTS[1], {"cluster": 1, "objective": coarse}]
+    (run / "atoll.yaml").write_text(yaml.safe_dump({**RUN, "experts": experts, "generalist": {"objective": fine}}))
+    with (
+        pytest.warns(match="not trained yet, left out: generalist"),
+        pytest.raises(AtollError, match=r"1-flow-linear: trained for all levels, and atoll.yaml says .* 0.2 to 1"),
+    ):
+        assemble_run(run, load_manifest(run))
+    assert (run / "ensemble" / "ensemble.json").read_bytes() == before

@@ -98,13 +98,26 @@ def test_the_map_trains_every_cell_once(work: Path, monkeypatch: pytest.MonkeyPa
     capsys.readouterr()
     map_.main()
     assert capsys.readouterr().out == ""  # nothing was left to do
-    # The monolith in the experts' batches is another training of as many FLOPs.
-    monkeypatch.setattr(sys, "argv", ["map.py", "control", *argv[2:]])
+    # Other batches and rates have as many FLOPs; the same ones have the same result.
+    tried = {1: ((64, 8e-3), (32, 5e-3, 0.2)), 2: ((32, 8e-3),)}
+    monkeypatch.setattr(map_, "TRIED", tried)
+    monkeypatch.setattr(map_, "MONOLITH", {"batch": 64, "lr": 8e-3})
+    monkeypatch.setattr(map_, "EXPERT", {"batch": 32, "lr": 8e-3})
+    (work / "cells.jsonl").unlink()
     map_.main()
-    (row,) = small.Lines(work / "control.jsonl").rows.values()
-    monolith = rows[row["key"]]
-    assert (row["k"], row["flops"]) == (1, monolith["flops"])
-    assert row["error"] != monolith["error"]
+    rows = small.Lines(work / "cells.jsonl").rows
+    monkeypatch.setattr(sys, "argv", ["map.py", "tune", *argv[2:], "1"])
+    map_.main()
+    experts, same, other = small.Lines(work / "tuning.jsonl").rows.values()
+    assert (experts["error"], same["error"]) == (row_of(rows, 2, 0.5)["error"], row_of(rows, 1)["error"])
+    assert (other["k"], other["flops"], other["decay_from"]) == (1, same["flops"], 0.2)
+    assert other["error"] != same["error"]
+
+
+def row_of(rows: dict, k: int, share: float = 0.0) -> dict:
+    """The cell of so many clusters that is not divided by level."""
+    (row,) = [row for row in rows.values() if (row["k"], row["share"], row["by_level"]) == (k, share, False)]
+    return row
 
 
 def test_the_cost_of_a_target_lies_between_the_points_of_a_curve() -> None:

@@ -1,53 +1,46 @@
 """Trains one denoiser on shards: an expert, the common model, the monolith or a student."""
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from atoll.condition import Condition
 from atoll.encoders.codec.statistics import own_constants
 from atoll.encoders.text import TextEncoder, build_encoder
-from atoll.encoders.trust import STRANGER, Trust
+from atoll.encoders.trust import Trust
 from atoll.manifest import Manifest, NetworkSettings, TrainSettings
 from atoll.nn import build_network, patch_of
 from atoll.nn.lora import add_lora
-from atoll.nn.token_route import TokenRoute
 from atoll.objective import Objective
-from atoll.randomness import Stream, seeded
 from atoll.storage.cards import (
     CalibrationRecord,
     ClusterShardsCard,
     ExpertCard,
     LoraCard,
-    TeacherRecord,
     TrainingRecord,
 )
 from atoll.storage.layout import TrainingLayout
 from atoll.storage.shards import Shards, is_held_out
-from atoll.train.batches import CaptionedLatents, Rows, drop_condition, mirrored, sizes_of
+from atoll.train.batches import CaptionedLatents, Rows, sizes_of
 from atoll.train.calibrate import calibrate
 from atoll.train.checkpoint import discard_checkpoints
 from atoll.train.denoiser_artifact import TrainingSpec, denoiser_card, write_denoiser
-from atoll.train.drawn_captions import caption_draws, tag_dropout
+from atoll.train.denoising import Denoising, Teaching
+from atoll.train.drawn_captions import tag_dropout
 from atoll.train.init_weights import InitWeights
 from atoll.train.island import Island
-from atoll.train.loop import Task, train
+from atoll.train.loop import train
 from atoll.train.plans import TrainingMarks, finished
-from atoll.train.prefetch import Batch
 from atoll.train.skipped import without_skipped
 from atoll.train.stopping import stop_signals, stoppable
 from atoll.train.targets import TargetsTerm
-from atoll.train.token_routing import KEPT, TokenRouting
+from atoll.train.token_routing import TokenRouting
 from atoll.train.track import TrainProgress
 from atoll.train.validation_images import ValidationImages
-
-_VALIDATION_ROWS = 256
-_VALIDATION_LOG_SNR = (-6, -4, -2, 0, 2, 4, 6)
 
 
 def train_denoiser(
@@ -58,7 +51,7 @@ def train_denoiser(
     resume: bool,
     restart: bool,
     progress: TrainProgress | None,
-    teaching: "Teaching | None" = None,
+    teaching: Teaching | None = None,
 ) -> Path:
     """Train one denoiser, from the shards to the artifact.
 
@@ -77,116 +70,165 @@ def train_denoiser(
     Raises:
         AtollError: as `train_expert`.
     """
-    # The data, the network and what identifies the training.
-    # Directories of clusters that grew name the assignment that they were written under: the latest one is the run's.
-    data = max((part.card(ClusterShardsCard) for part in shards), key=lambda card: card.clusters)
-    trust = manifest.trust_in_cards(spec.run)
-    encoder = build_encoder(data.condition, trust)
-    objective = Objective(**spec.part.objective.model_dump())
-    settings = spec.settings or manifest.train_of(spec.part)
-    shards, left_out = without_skipped(spec.run, settings, shards)
-    network_config = denoiser_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
-    init_weights = InitWeights.of(spec, settings)
-    origin = {
-        **({"init": init_weights.about.plain()} if init_weights else {}),
-        **({"teacher": teaching.about.plain()} if teaching else {}),
-        **left_out,
-    }
-    network_config = init_weights.config(network_config, data, objective) if init_weights else network_config
-    targets = TargetsTerm.of(settings, manifest.targets, shards, network_config)
-    origin |= {"targets": targets.record.plain()} if targets else {}
-    # Held-out rows show the errors that sampling will meet.
-    training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
-    training.tags = tag_dropout(settings, encoder)
-    tap = targets.block if targets else None
-    routing = TokenRouting.of(settings, network_config, training.rows.shapes, tap)
-
-    # A change of any of these makes another expert, so they are part of the mark.
-    identity = {
-        "network": network_config,
-        "objective": objective.config(),
-        "assignment": data.assignment,
-        "clusters": list(spec.clusters),
-        "seed": spec.seed,
-        **sizes_of(training.rows, data.latent_shape),
-        **origin,
-        **own_constants(data.codec),
-        **({"lora": spec.lora.plain()} if spec.lora else {}),
-    }
-    marks = TrainingMarks(identity, settings)
+    setup = _Setup.of(spec, manifest, shards, teaching)
     # A finished artifact with today's mark is the result already.
+    marks, settings = TrainingMarks(setup.identity, setup.settings), setup.settings
     if finished(spec.path, LoraCard if spec.lora else ExpertCard, marks, resume, restart):
         return spec.path
-    # Train and calibrate.
-    network = _initial_network(network_config, spec, init_weights)
+    network = setup.network()
     state = TrainingLayout.of(spec.path).root
     # Signals are recorded from here on: the last checkpoint, and the artifact, are written as a whole.
     with Island.join(settings.device, settings.threads) as island, stop_signals() as stopped:
-        # The task holds the network; training changes it in place.
-        task = Denoising(
-            network, objective, training, held_out, settings=settings, seed=spec.seed, codec=data.codec, trust=trust
-        )
-        task.patch, task.routing = patch_of(network_config), routing
-        if targets is not None:
-            targets.attach(network, spec.seed)
-            task.targets = targets
-        if teaching is not None:
-            task.teacher = teaching.on(island.device)
-        task.rows = max(1, task.rows // island.world)
-        if settings.validation is not None:
-            task.drawing = ValidationImages(
-                settings.validation,
-                spec.run,
-                objective=objective,
-                encoder=encoder,
-                shape=data.latent_shape,
-                codec=data.codec,
-                trust=trust,
-                rows=task.rows,
-            )
-        lines = [*training.repeated(settings.batch), routing.warning() if routing else None]
-        for line in filter(None, lines if island.is_first else ()):
+        task = setup.task(network, island, teaching)
+        for line in setup.warnings() if island.is_first else ():
             warnings.warn(f"{spec.name}: {line}", stacklevel=2)
         options: dict[str, Any] = {"resume": resume, "restart": restart, "progress": progress, "stopped": stopped}
         trained = train(task, settings, state, marks, island, **options)
-        if targets is not None:
-            targets.detach(network)
+        if setup.targets is not None:
+            setup.targets.detach(network)
         # Calibrate with the EMA weights, which training leaves in the network.
         calibration = calibrate(
             stoppable(network, island, stopped),
-            objective,
-            held_out,
-            mean=training.rows.mean(),
+            setup.objective,
+            setup.held_out,
+            mean=setup.training.rows.mean(),
             seed=spec.seed,
             device=island.device,
         )
         # Write the artifact, in the first process.
-        record = TrainingRecord(
-            **trained.summary,
-            **origin,
-            rows=len(training),
-            calibration_holdout=settings.calibration_holdout,
-            seed=spec.seed,
-            torch=torch.__version__,
-        )
-        measured = CalibrationRecord(**calibration.config(), measured_on=measured_on)
-        card = denoiser_card(spec, data, identity, calibration=measured, training=record)
+        measured = CalibrationRecord(**calibration.config(), measured_on=setup.measured_on)
+        record = setup.record(trained.summary)
+        card = denoiser_card(spec, setup.data, setup.identity, calibration=measured, training=record)
         write_denoiser(spec.path, card, network, calibration, island)
         if island.is_first and settings.keep_checkpoints == "none":
             discard_checkpoints(state)
     return spec.path
 
 
-def _initial_network(config: dict[str, Any], spec: TrainingSpec, init_weights: InitWeights | None) -> nn.Module:
-    """Build the network that training begins with."""
-    # The seed determines the initial weights, unless another expert's replace them.
-    torch.manual_seed(spec.seed)
-    network = build_network(config)
-    if init_weights:
-        network.load_state_dict(init_weights.weights(config))
-    if spec.lora:
-        add_lora(network, spec.lora)
-    return network
+@dataclass(frozen=True, eq=False)
+class _Setup:
+    """What a training is made of: the data, the choices and what identifies it.
+
+    Attributes:
+        spec: what is trained.
+        data: the card of the shards.
+        trust: what its names may reach.
+        config: of the network.
+        init: the weights that it begins with; None for new ones.
+        origin: what it was made from, for the card and the mark.
+        training, held_out: rows to train on, and rows that show the errors which sampling will meet.
+        measured_on: which rows the latter are.
+        identity: a change of any of these makes another expert.
+    """
+
+    spec: TrainingSpec
+    data: ClusterShardsCard
+    trust: Trust
+    objective: Objective
+    settings: TrainSettings
+    config: dict[str, Any]
+    init: InitWeights | None
+    origin: dict[str, Any]
+    targets: TargetsTerm | None
+    routing: TokenRouting | None
+    training: CaptionedLatents
+    held_out: CaptionedLatents
+    measured_on: str
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, spec: TrainingSpec, manifest: Manifest, shards: Sequence[Shards], teaching: Teaching | None
+    ) -> "_Setup":
+        """Read the data and settle every choice. Raises AtollError as `train_expert`."""
+        # Directories of clusters that grew name the assignment that they were written under: the latest is the run's.
+        data = max((part.card(ClusterShardsCard) for part in shards), key=lambda card: card.clusters)
+        trust = manifest.trust_in_cards(spec.run)
+        encoder = build_encoder(data.condition, trust)
+        objective = Objective(**spec.part.objective.model_dump())
+        settings = spec.settings or manifest.train_of(spec.part)
+        shards, left_out = without_skipped(spec.run, settings, shards)
+        # The network, and what it begins with.
+        config = denoiser_config(manifest.network_of(spec.part), data.latent_shape, encoder.dim, encoder.pooled_dim)
+        init = InitWeights.of(spec, settings)
+        config = init.config(config, data, objective) if init else config
+        targets = TargetsTerm.of(settings, manifest.targets, shards, config)
+        origin = {
+            **({"init": init.about.plain()} if init else {}),
+            **({"teacher": teaching.about.plain()} if teaching else {}),
+            **left_out,
+            **({"targets": targets.record.plain()} if targets else {}),
+        }
+        # Held-out rows show the errors that sampling will meet.
+        training, held_out, measured_on = split_holdout(shards, encoder, settings.calibration_holdout)
+        training.tags = tag_dropout(settings, encoder)
+        routing = TokenRouting.of(settings, config, training.rows.shapes, targets.block if targets else None)
+
+        identity = {
+            "network": config,
+            "objective": objective.config(),
+            "assignment": data.assignment,
+            "clusters": list(spec.clusters),
+            "seed": spec.seed,
+            **sizes_of(training.rows, data.latent_shape),
+            **origin,
+            **own_constants(data.codec),
+            **({"lora": spec.lora.plain()} if spec.lora else {}),
+        }
+        chosen = (objective, settings, config, init, origin, targets, routing)
+        return cls(spec, data, trust, *chosen, training, held_out, measured_on, identity)
+
+    def network(self) -> nn.Module:
+        """Build the network that training begins with."""
+        # The seed determines the initial weights, unless another expert's replace them.
+        torch.manual_seed(self.spec.seed)
+        network = build_network(self.config)
+        if self.init:
+            network.load_state_dict(self.init.weights(self.config))
+        if self.spec.lora:
+            add_lora(network, self.spec.lora)
+        return network
+
+    def task(self, network: nn.Module, island: Island, teaching: Teaching | None) -> Denoising:
+        """Return the task, which holds the network; training changes it in place."""
+        settings, codec, trust = self.settings, self.data.codec, self.trust
+        options: dict[str, Any] = {"settings": settings, "seed": self.spec.seed, "codec": codec, "trust": trust}
+        task = Denoising(network, self.objective, self.training, self.held_out, **options)
+        task.patch, task.routing = patch_of(self.config), self.routing
+        if self.targets is not None:
+            self.targets.attach(network, self.spec.seed)
+            task.targets = self.targets
+        if teaching is not None:
+            task.teacher = teaching.on(island.device)
+        task.rows = max(1, task.rows // island.world)
+        if settings.validation is not None:
+            task.drawing = ValidationImages(
+                settings.validation,
+                self.spec.run,
+                objective=self.objective,
+                encoder=self.training.encoder,
+                shape=self.data.latent_shape,
+                codec=codec,
+                trust=trust,
+                rows=task.rows,
+            )
+        return task
+
+    def warnings(self) -> list[str]:
+        """What the owner should know before the training."""
+        lines = [*self.training.repeated(self.settings.batch), self.routing.warning() if self.routing else None]
+        return [line for line in lines if line]
+
+    def record(self, summary: dict[str, Any]) -> TrainingRecord:
+        """Return the card's part on the training."""
+        return TrainingRecord(
+            **summary,
+            **self.origin,
+            rows=len(self.training),
+            calibration_holdout=self.settings.calibration_holdout,
+            seed=self.spec.seed,
+            torch=torch.__version__,
+        )
 
 
 def split_holdout(
@@ -237,133 +279,3 @@ def denoiser_config(
         "states_dim": states_dim,
         "pooled_dim": pooled_dim if network.pooled else None,
     }
-
-
-# (objective, x, t, condition, cluster) -> (x0, eps) of the student's x at its own time t.
-Teacher = Callable[[Objective, Tensor, Tensor, Condition, Tensor], tuple[Tensor, Tensor]]
-
-
-class Teaching(Protocol):
-    """A teacher that is not loaded yet.
-
-    Attributes:
-        about: its record in the card; the training's mark depends on it.
-    """
-
-    about: TeacherRecord
-
-    def on(self, device: torch.device) -> Teacher:
-        """Load the teacher on a device."""
-
-
-class Denoising(Task):
-    """The training of an expert: the loss of its objective, with the condition dropped in a fraction of the rows."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        objective: Objective,
-        data: CaptionedLatents,
-        held_out: CaptionedLatents,
-        *,
-        settings: TrainSettings,
-        seed: int,
-        codec: dict[str, Any],
-        trust: Trust = STRANGER,
-    ):
-        self.module, self.objective, self.data, self.held_out = network, objective, data, held_out
-        self.settings, self.seed, self.codec, self.trust = settings, seed, codec, trust
-        self.order = data.sampler(settings.batch, seed)
-        self.patch = 1  # side of the network's tokens, by whose number times may be shifted
-        self.null: Condition | None = None
-        self.teacher: Teacher | None = None
-        self.targets: TargetsTerm | None = None  # whose projector is attached to the network
-        self.routing: TokenRouting | None = None
-        self.drawing: ValidationImages | None = None
-        self.rows = settings.batch // settings.accumulate  # of a call of the network outside of training, at most
-
-    def batch(self, index: int, local_rows: slice) -> Batch:
-        g = seeded(self.seed, index)
-        count, every = self.settings.batch, self.order.at(index)
-        shape = self.data.rows.shape_of(every)
-        # Everything random is drawn for the whole batch, so it does not depend on the number of processes.
-        tokens = math.prod(shape[1:]) // self.patch**2
-        t = self.objective.sample_time(count, g, tokens)
-        eps = torch.randn(count, *shape, generator=g)
-        dropped = torch.rand(count, generator=g) < self.settings.dropout
-        # Each process reads its own rows only.
-        rows = every[local_rows]
-        flips, draws = mirrored(self.seed, index, count), caption_draws(self.seed, index, count)
-        # Later batches have no targets, and so no term: their steps are the plain ones.
-        targets = self.targets is not None and index < self.targets.end
-        batch = self.data.batch(rows, flips[local_rows], draws[local_rows], targets)
-        batch |= {"t": t[local_rows], "eps": eps[local_rows], "dropped": dropped[local_rows]}
-        # So are the tokens that pass all blocks, by a generator of their own; later batches have no route.
-        if self.routing is not None and (kept := self.routing.draw(self.seed, index, count, tokens)) is not None:
-            batch[KEPT] = kept[local_rows]
-        # A teacher may evaluate the expert of each row's own cluster.
-        if self.teacher is not None:
-            batch["cluster"] = self.data.rows.clusters(rows)
-        return batch
-
-    def losses(self, module: Callable[..., Tensor], batch: Batch) -> Tensor:
-        # The loss is computed in float32, whatever the latents are stored in.
-        x0, eps, t = batch["x0"].float(), batch["eps"], batch["t"]
-        condition = drop_condition(self.data.condition(batch), self._null(x0.device), batch["dropped"])
-        x = self.objective.schedule.diffuse(x0, eps, t)
-        if self.teacher is not None:
-            # The targets of all predictions are linear in (x0, eps): the teacher's estimates replace the data.
-            x0, eps = self.teacher(self.objective, x, t, condition, batch["cluster"])
-        # The network predicts from the noisy latents, at its own time scale.
-        time, options = t * self.objective.time_scale, self._options(batch)
-        if self.targets is None or "target" not in batch:
-            return self.objective.loss(module(x, time, condition, **options), x0, eps, t)
-        # With a tap, it also predicts the targets.
-        output, predicted = module(x, time, condition, tap=self.targets.block, **options)
-        grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        return self.objective.loss(output, x0, eps, t) + self.targets.losses(predicted, batch["target"], grid)
-
-    def _options(self, batch: Batch) -> dict[str, TokenRoute]:
-        """The network's arguments for a batch whose tokens are routed; none for others."""
-        return {"route": self.routing.route(batch[KEPT])} if self.routing is not None and KEPT in batch else {}
-
-    def validate(self, module: Callable[..., Tensor]) -> dict[str, float]:
-        """Return the objective's loss on held-out latents with captions, by log-SNR: {"+2": 0.31, ...}."""
-        # The same rows at every validation, of every shape that they have.
-        groups = self.held_out.some(_VALIDATION_ROWS, self.seed)
-        device = next(self.module.parameters()).device
-        losses = {}
-        for level in _VALIDATION_LOG_SNR:
-            # At levels that training leaves out, a loss says nothing.
-            if not self.objective.trains_at(level):
-                continue
-            # The same noise at every validation, so losses compare.
-            generator = seeded(self.seed, level + 100, Stream.VALIDATION)
-            each = []
-            for x0, condition in groups:
-                t = self.objective.schedule.time_at(torch.full((len(x0),), float(level)))
-                eps = torch.randn(x0.shape, generator=generator)
-                x, scaled = self.objective.schedule.diffuse(x0, eps, t), t * self.objective.time_scale
-                # A call has as many rows as one of the training, so that it needs no more memory.
-                outputs = [
-                    module(x[rows].to(device), scaled[rows].to(device), condition.index(rows).to(device)).cpu()
-                    for rows in torch.arange(len(x0)).split(self.rows)
-                ]
-                each.append(self.objective.loss(torch.cat(outputs).float(), x0, eps, t))
-            losses[f"{level:+d}"] = round(float(torch.cat(each).mean()), 6)
-        return losses
-
-    def validation_images(self) -> ValidationImages | None:
-        return self.drawing
-
-    def draw(self, module: Callable[..., Tensor], file: Path | None) -> None:
-        """Draw a grid of images by this expert alone, for captions that it was not trained on."""
-        from atoll.train.draw import draw_grid
-
-        draw_grid(module, self.objective, self.held_out, codec=self.codec, file=file, seed=self.seed, trust=self.trust)
-
-    def _null(self, device: torch.device) -> Condition:
-        # On the device once, not at every step.
-        if self.null is None:
-            self.null = self.data.encoder.null(1).to(device)
-        return self.null

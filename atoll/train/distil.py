@@ -26,8 +26,9 @@ from atoll.storage.artifact import read_json, sha256_file
 from atoll.storage.cards import ClusterShardsCard, TeacherRecord
 from atoll.storage.layout import ENSEMBLE_CARD, STUDENT, RunLayout, student_seed
 from atoll.storage.shards import Shards
-from atoll.train.denoiser import Teacher, train_denoiser
+from atoll.train.denoiser import train_denoiser
 from atoll.train.denoiser_artifact import TrainingSpec
+from atoll.train.denoising import Teacher
 from atoll.train.track import TrainProgress
 
 

@@ -18,7 +18,7 @@ from atoll.storage.cards import ExpertCard
 from atoll.storage.shards import Shards
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler
 from atoll.train.calibrate import measure_calibration, measure_shapes
-from atoll.train.denoiser import Denoising
+from atoll.train.denoising import Denoising
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.router import train_router
 from tests.train.sized import MAIN, TALL, WIDE, shape_of, write_sized_run

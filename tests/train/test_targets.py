@@ -18,7 +18,7 @@ from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.storage.cards import ExpertCard
 from atoll.storage.shards import Shards, ShardWriter
 from atoll.train.batches import CaptionedLatents, Rows
-from atoll.train.denoiser import Denoising
+from atoll.train.denoising import Denoising
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.plans import TrainingMarks, is_exact
 from atoll.train.snapshots import reconstruct_expert

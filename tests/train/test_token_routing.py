@@ -15,7 +15,7 @@ from atoll.objective import Objective
 from atoll.storage.shards import Shards
 from atoll.train import plans
 from atoll.train.batches import CaptionedLatents, Rows
-from atoll.train.denoiser import Denoising
+from atoll.train.denoising import Denoising
 from atoll.train.expert import train_expert
 from atoll.train.island import Island
 from atoll.train.loop import prepared, train

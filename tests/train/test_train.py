@@ -25,6 +25,7 @@ from atoll.storage.tensor_hash import with_hash
 from atoll.train.batches import CaptionedLatents, Rows, SeededSampler, drop_condition
 from atoll.train.calibrate import measure_shapes
 from atoll.train.checkpoint import Checkpoints
+from atoll.train.denoising import Denoising
 from atoll.train.expert import train_expert, train_monolith
 from atoll.train.loop import Interrupted
 from atoll.train.plans import training_mark
@@ -284,16 +285,18 @@ def test_an_average_that_is_not_finite_is_not_saved(run, manifest, monkeypatch) 
 
 def poison(monkeypatch, *indices, value=float("nan")):
     """Multiply the losses of these batches by `value`."""
-    original = atoll.train.denoiser.Denoising.batch
-    losses = atoll.train.denoiser.Denoising.losses
+    original = Denoising.batch
+    losses = Denoising.losses
 
     def batch(self, index, rows):
         factor = value if index in indices else 1.0
         return {**original(self, index, rows), "factor": torch.full((rows.stop - rows.start,), factor)}
 
-    monkeypatch.setattr(atoll.train.denoiser.Denoising, "batch", batch)
+    monkeypatch.setattr(Denoising, "batch", batch)
     monkeypatch.setattr(
-        atoll.train.denoiser.Denoising, "losses", lambda self, module, part: losses(self, module, part) * part["factor"]
+        Denoising,
+        "losses",
+        lambda self, module, part: losses(self, module, part) * part["factor"],
     )
 
 

@@ -17,7 +17,7 @@ from atoll.solver import sample
 from atoll.storage.artifact import WEIGHTS, read_card
 from atoll.storage.cards import ExpertCard
 from atoll.train import track
-from atoll.train.denoiser import Denoising
+from atoll.train.denoising import Denoising
 from atoll.train.expert import train_expert
 from atoll.train.router import train_router
 from atoll.train.track import read_metrics

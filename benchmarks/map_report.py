@@ -1,0 +1,139 @@
+"""Tables and a plot of map.py's results.
+
+    python benchmarks/map_report.py table OUT              # Markdown: error and distances, less the monolith's
+    python benchmarks/map_report.py tuning OUT             # Markdown: batches and rates that were tried
+    python benchmarks/map_report.py plot OUT levels.svg    # the difference by noise level
+
+A difference is that of an ensemble from the monolith of the same set, network, images and seed, in percent; its
+interval is the 95 % one of Student's t over the seeds.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from small import LEVELS, Lines
+
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # quantiles of Student's t, by degrees of freedom
+METRICS = ("error", "FD-MNv2", "FD-Squeeze")
+COLOURS = ("#0b6e99", "#c4532e", "#5b8c3a")
+Row = dict[str, Any]
+
+
+def results(out: Path) -> list[Row]:
+    """The cells of OUT, with the distances of those that have them."""
+    distances = Lines(out / "distances.jsonl").rows
+    return [{**row, **distances.get(key, {})} for key, row in Lines(out / "cells.jsonl").rows.items()]
+
+
+def label_of(row: Row) -> str:
+    """What a cell is, but for its set, network, images and seed."""
+    if row["k"] == 1:
+        return "the monolith divided by level" if row["by_level"] else "monolith"
+    start = f"common start, {row['share']:.0%}" if row["share"] else "from scratch"
+    return f"K = {row['k']}, {start}" + (", generalist at the fine end" if row["by_level"] else "")
+
+
+def group_of(row: Row) -> tuple[Any, ...]:
+    """What cells share that are compared."""
+    return (row["name"], row["size"], row["width"], row["depth"], row["images"])
+
+
+def interval(values: list[float]) -> str:
+    """A mean with its 95 % interval."""
+    if len(values) < 2:
+        return f"{values[0]:+.1f}"
+    half = T_95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
+
+
+def differences(rows: list[Row], label: str, metric: str) -> list[float]:
+    """In percent of the monolith's, one of each seed that has both."""
+    monolith = {row["seed"]: row for row in rows if label_of(row) == "monolith" and metric in row}
+    own = [row for row in rows if label_of(row) == label and metric in row and row["seed"] in monolith]
+    return [100 * (row[metric] / monolith[row["seed"]][metric] - 1) for row in own]
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print a table of each set, network and number of images."""
+    every = results(options.out)
+    for group in dict.fromkeys(map(group_of, every)):
+        rows = [row for row in every if group_of(row) == group]
+        name, size, width, depth, images = group
+        monoliths = sum(label_of(row) == "monolith" for row in rows)
+        print(f"\n**{name}**, {size} px, width {width}, {depth} blocks, {images:,} images, {monoliths} seeds\n")
+        print("| | " + " | ".join(f"{metric} | % of the monolith's" for metric in METRICS) + " |")
+        print("|---" * (1 + 2 * len(METRICS)) + "|")
+        for label in dict.fromkeys(map(label_of, rows)):
+            cells = [label]
+            for metric in METRICS:
+                values = [row[metric] for row in rows if label_of(row) == label and metric in row]
+                cells.append(f"{statistics.mean(values):.4g}" if values else "")
+                change = differences(rows, label, metric) if label != "monolith" else []
+                cells.append(interval(change) if change else "")
+            print("| " + " | ".join(cells) + " |")
+
+
+def tuning(options: argparse.Namespace) -> None:
+    """Print the error of each batch and rate that was tried, of the monolith and of the experts."""
+    rows = list(Lines(options.out / "tuning.jsonl").rows.values())
+    sets = list(dict.fromkeys(row["name"] for row in rows))
+    print("| | batch | rate | decay of the last | " + " | ".join(sets) + " |")
+    print("|---" * (4 + len(sets)) + "|")
+    tried: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: row["k"]):
+        choice = (label_of(row), row["batch"], row["lr"], row.get("decay_from", 0.6))
+        tried.setdefault(choice, {})[row["name"]] = row["error"]
+    for (label, batch, lr, decay_from), by_set in tried.items():
+        errors = " | ".join(f"{by_set[name]:.4f}" if name in by_set else "" for name in sets)
+        print(f"| {label} | {batch} | {lr:g} | {1 - decay_from:.0%} | {errors} |")
+
+
+def plot(options: argparse.Namespace) -> None:
+    """Draw the difference from the monolith by noise level: a panel of each set, a line of each kind of ensemble."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    every = results(options.out)
+    groups = list(dict.fromkeys(map(group_of, every)))
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for group, axes in zip(groups, panels, strict=True):
+        rows = [row for row in every if group_of(row) == group]
+        labels = [label for label in dict.fromkeys(map(label_of, rows)) if label != "monolith"]
+        for label, colour in zip(labels, COLOURS, strict=False):
+            # The mean over seeds, and a thin line of each.
+            monolith = {row["seed"]: row["levels"] for row in rows if label_of(row) == "monolith"}
+            lines = [
+                [100 * (own / other - 1) for own, other in zip(row["levels"], monolith[row["seed"]], strict=True)]
+                for row in rows
+                if label_of(row) == label and row["seed"] in monolith
+            ]
+            for line in lines:
+                axes.plot(LEVELS, line, lw=0.5, c=colour, alpha=0.5)
+            mean = [statistics.mean(values) for values in zip(*lines, strict=True)]
+            axes.plot(LEVELS, mean, lw=1.8, c=colour, label=label)
+        axes.axhline(0, c="#444", lw=0.8)
+        axes.set_title(f"{group[0]}, {group[1]} px", fontsize=9)
+        axes.set_xlabel("path time t (0 data, 1 noise)", fontsize=8)
+        axes.tick_params(labelsize=7)
+    panels[0].set_ylabel("error less the monolith's, %", fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False
+    )
+    figure.savefig(options.file, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("table", "tuning", "plot"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("file", type=Path, nargs="?", default=Path("levels.svg"))
+    options = parser.parse_args()
+    {"table": table, "tuning": tuning, "plot": plot}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
