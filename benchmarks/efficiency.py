@@ -2,21 +2,19 @@
 
     ATOLL_DATA=... python benchmarks/efficiency.py curves OUT [--sets eurosat-16] [--seeds 0 1 2] [--part 1/2]
     ATOLL_DATA=... python benchmarks/efficiency.py parts OUT [--seeds 0 1 2] [--part 1/2]
-    python benchmarks/efficiency.py table OUT
-    python benchmarks/efficiency.py plot OUT curves.svg
+    ATOLL_DATA=... python benchmarks/efficiency.py spectra OUT [--sets eurosat-16] [--kinds monolith]
+
+efficiency_report.py makes tables and a plot of them.
 
 `curves` trains the monolith (all images) and one expert of K = 4 (its cluster, a quarter of the images in each step)
 by both recipes. A training runs at a constant rate, and for each length a copy of it decays to zero: every point
-of a curve is a training that ended. `parts` changes one option at a time at a third of the budget. Measured on held-out
-images: the denoising error over ten levels, and Fréchet distances of images drawn for held-out captions (two feature
-spaces, 64 principal components each). OUT/curves.jsonl and OUT/parts.jsonl have one line per point; finished points are
-skipped.
+of a curve is a training that ended. `parts` changes one option at a time at a third of the budget. Measured on
+held-out images: the denoising error over ten levels. On images drawn for captions of training images: Fréchet distances
+in two feature spaces, of 64 principal components each. OUT/curves.jsonl and OUT/parts.jsonl have one line per point;
+finished points are skipped. `spectra` compares the drawn images' power by spatial frequency with that of real ones.
 """
 
 import argparse
-import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -120,9 +118,13 @@ class Images:
             moments.update(space(pixels(part)))
         return moments
 
-    @torch.inference_mode()
     def distances(self, network: nn.Module, objective: Objective) -> dict[str, float]:
-        """Draw images for captions of training rows (their number is not limited), and measure them."""
+        """Draw images, and measure them."""
+        return self.distances_of(self.draw(network, objective))
+
+    @torch.inference_mode()
+    def draw(self, network: nn.Module, objective: Objective) -> Tensor:
+        """Draw images for captions of training rows (their number is not limited): [n,C,H,W]."""
         rows = self.data.training(self.cluster)
         rows = rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
         drawn = []
@@ -136,8 +138,9 @@ class Images:
                 return objective.to_velocity(output.float(), x, t)
 
             drawn.append(sample(velocity, noise, steps=STEPS, method="dpm++2m"))
-        return self.distances_of(torch.cat(drawn))
+        return torch.cat(drawn)
 
+    @torch.inference_mode()
     def distances_of(self, latents: Tensor) -> dict[str, float]:
         """Measure images that were drawn, as latents."""
         return {
@@ -257,97 +260,38 @@ def parts(options: argparse.Namespace) -> None:
             lines.add(key, {"set": f"{name}, {kind}", "recipe": label, "seed": seed, **measured(training, images)})
 
 
-def to_target(points: Sequence[dict[str, Any]], metric: str, target: float, cost: str) -> float | None:
-    """The cost at which a curve reaches a target, between its points by the logarithm of the cost.
-
-    None: not reached. The first point's cost if that is below the target already, so an upper bound.
-    """
-    points = sorted(points, key=lambda point: point["fraction"])
-    before = None
-    for point in points:
-        if point[metric] <= target:
-            if before is None:
-                return float(point[cost])
-            way = (before[metric] - target) / (before[metric] - point[metric])
-            return math.exp((1 - way) * math.log(before[cost]) + way * math.log(point[cost]))
-        before = point
-    return None
+def power(images: Tensor) -> Tensor:
+    """The mean power of images [n,C,H,W] by spatial frequency, in rings of one cycle an image: [H/2]."""
+    side = images.shape[-1]
+    spectrum = torch.fft.fft2(images.clamp(-1, 1)).abs().square().mean((0, 1))
+    k = torch.fft.fftfreq(side) * side
+    ring = (k[:, None].square() + k[None].square()).sqrt().long()
+    return torch.stack([spectrum[ring == r].mean() for r in range(side // 2)])
 
 
-def table(options: argparse.Namespace) -> None:
-    """Print how many times fewer FLOPs `fast` needs for the baseline's final metrics, and every point."""
-    rows = list(Lines(options.out / "curves.jsonl").rows.values())
-    metrics = ("error", *SPACES)
-    print("| set | " + " | ".join(f"{metric}: FLOPs, time" for metric in metrics) + " |")
-    print("| --- " * (1 + len(metrics)) + "|")
-    for label in dict.fromkeys(row["set"] for row in rows):
-        cells = [label]
-        for metric in metrics:
-            flops, seconds = [], []
-            for seed in sorted({row["seed"] for row in rows}):
-                own = [row for row in rows if row["set"] == label and row["seed"] == seed]
-                last = [row for row in own if row["recipe"] == "baseline" and row["fraction"] == 1]
-                fast = [row for row in own if row["recipe"] == "fast"]
-                if last and {row["fraction"] for row in fast} >= set(LENGTHS["fast"]):
-                    for costs, cost in ((flops, "flops"), (seconds, "seconds")):
-                        reached = to_target(fast, metric, last[0][metric], cost)
-                        costs.append(last[0][cost] / reached if reached else math.nan)
-            cells.append(f"{_spread(flops)}, {_spread(seconds)}")
-        print("| " + " | ".join(cells) + " |")
-
-
-def plot(options: argparse.Namespace) -> None:
-    """Draw every curve: the three metrics against training FLOPs, a row of panels for each set."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.fonttype"] = "none"
-    rows = list(Lines(options.out / "curves.jsonl").rows.values())
-    labels = list(dict.fromkeys(row["set"] for row in rows))
-    metrics = {"error": "denoising error", **{name: name for name in SPACES}}
-    figure = Figure(figsize=(9, 2.1 * len(labels)), layout="constrained")
-    panels = figure.subplots(len(labels), len(metrics), squeeze=False)
-    colours = {"baseline": "#8a8a8a", "fast": "#0b6e99"}
-    for label, line in zip(labels, panels, strict=True):
-        for (metric, title), axes in zip(metrics.items(), line, strict=True):
-            for recipe, colour in colours.items():
-                for seed in sorted({row["seed"] for row in rows}):
-                    own = [r for r in rows if (r["set"], r["recipe"], r["seed"]) == (label, recipe, seed)]
-                    own.sort(key=lambda row: row["flops"])
-                    name = recipe if seed == 0 else None
-                    axes.plot(
-                        [r["flops"] / 1e12 for r in own],
-                        [r[metric] for r in own],
-                        "o-",
-                        ms=3,
-                        lw=1,
-                        c=colour,
-                        label=name,
-                    )
-            axes.set(xscale="log", yscale="log")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter("{x:g}")
-            axes.set_title(f"{label}: {title}", fontsize=8)
-            axes.tick_params(labelsize=6, which="both")
-    for axes in panels[-1]:
-        axes.set_xlabel("training TFLOP", fontsize=8)
-    panels[0][0].legend(fontsize=7, frameon=False)
-    figure.savefig(options.file, metadata={"Date": None})
-
-
-def _spread(values: Sequence[float]) -> str:
-    """The mean of numbers, and their range."""
-    known = [value for value in values if not math.isnan(value)]
-    missed = f", {len(values) - len(known)} of {len(values)} not" if len(known) < len(values) else ""
-    return f"{statistics.mean(known):.2f} ({min(known):.2f} to {max(known):.2f}){missed}" if known else "not reached"
+def spectra(options: argparse.Namespace) -> None:
+    """Print, for each training of the curves, the drawn images' power and features' variance, over the real ones'."""
+    for path in sorted((options.out / "weights").glob("*seed=0.pt")):
+        label = path.stem.partition(" seed")[0]
+        name, _, rest = label.partition(", ")
+        kind = next(kind for kind in KINDS if rest.startswith(kind))
+        if name not in options.sets or kind not in options.kinds:
+            continue
+        images, kept = images_of(options.out, name, kind), torch.load(path)
+        network = build_network(kept["config"])
+        network.load_state_dict(kept["weights"])
+        drawn = images.draw(network.eval(), Objective("flow", "linear"))
+        real = images.data.x0[images.data.training(images.cluster)]
+        space, moments = images.spaces["FD-MNv2"]
+        variance = images._moments(space, drawn).covariance.trace() / moments.covariance.trace()
+        ratios = " ".join(f"{ratio:.2f}" for ratio in (power(drawn) / power(real)).tolist())
+        print(f"{label}: power by frequency {ratios}; variance of MobileNetV2's features {variance:.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("curves", "parts", "table", "plot"))
+    parser.add_argument("command", choices=("curves", "parts", "spectra"))
     parser.add_argument("out", type=Path)
-    parser.add_argument("file", type=Path, nargs="?", default=Path("curves.svg"))
     parser.add_argument("--sets", nargs="+", default=list(IMAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["monolith"], help="of parts")
@@ -355,7 +299,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    {"curves": curves, "parts": parts, "table": table, "plot": plot}[options.command](options)
+    {"curves": curves, "parts": parts, "spectra": spectra}[options.command](options)
 
 
 if __name__ == "__main__":

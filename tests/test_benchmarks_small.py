@@ -12,7 +12,7 @@ from atoll.objective import Objective
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 small = pytest.importorskip("small")
 import map as map_  # noqa: E402
-from efficiency import to_target  # noqa: E402
+from efficiency_report import to_target  # noqa: E402
 
 
 @pytest.fixture(scope="module")
