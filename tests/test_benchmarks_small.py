@@ -1,5 +1,6 @@
 """The drivers of docs/efficiency.md and docs/results.md, on glyphs of 8 x 8 pixels."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from atoll.objective import Objective
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 small = pytest.importorskip("small")
+import efficiency_report  # noqa: E402
 import map as map_  # noqa: E402
-from efficiency_report import to_target  # noqa: E402
+import map_report  # noqa: E402
+from efficiency_report import METRICS, to_target  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,45 @@ def test_the_cost_of_a_target_lies_between_the_points_of_a_curve() -> None:
     assert to_target(points, "error", 1.5, "flops") == pytest.approx(200 * 2**0.5)
     assert to_target(points, "error", 3.5, "flops") == 100  # an upper bound
     assert to_target(points, "error", 0.5, "flops") is None
+
+
+def test_the_reports_of_the_curves(work: Path, capsys) -> None:
+    lines = small.Lines(work / "curves.jsonl")
+    for seed in (0, 1):
+        for recipe, fractions in efficiency_report.LENGTHS.items():
+            for fraction in fractions:
+                value = (2.0 if recipe == "fast" else 6.0) * fraction**-0.5 + 0.01 * seed
+                row = {"set": "emoji-32, monolith", "recipe": recipe, "fraction": fraction, "seed": seed}
+                costs = {"flops": 1e12 * fraction, "seconds": 100 * fraction}
+                lines.add(f"{recipe} {fraction} {seed}", {**row, **costs, **dict.fromkeys(METRICS, value)})
+    capsys.readouterr()
+    options = argparse.Namespace(out=work, file=work / "curves.svg")
+    efficiency_report.curves(options)
+    # At a sixth, 2 sqrt(6) = 4.9 is below the baseline's 6: the first point, an upper bound of the cost.
+    cell = "6.00 (6.00 to 6.00), 6.00 (6.00 to 6.00)"
+    assert capsys.readouterr().out.splitlines()[-1] == f"| emoji-32, monolith | {cell} | {cell} | {cell} |"
+    efficiency_report.points(options)
+    assert "| emoji-32, monolith | baseline | 1.00 | 2 | 6.005 (6 to 6.01) |" in capsys.readouterr().out
+    efficiency_report.plot(options)
+    assert (work / "curves.svg").read_text().count("<use ") >= 10
+
+
+def test_the_reports_of_the_map(work: Path, capsys) -> None:
+    lines, distances = small.Lines(work / "cells.jsonl"), small.Lines(work / "distances.jsonl", "FD-MNv2")
+    for seed, change in ((0, 0.97), (1, 0.99), (2, 0.98)):
+        for cell, factor in (
+            (map_.Cell("emoji", 16, 64, 2, seed, 1000, 1), 1.0),
+            (map_.Cell("emoji", 16, 64, 2, seed, 1000, 4, 0.5, True), change),
+        ):
+            levels = [0.1 * factor] * 10
+            lines.add(cell.key, map_.result(cell, levels, 1e12, 1.0))
+            distances.add(cell.key, {"FD-MNv2": 10.0 / factor, "FD-Squeeze": 100.0})
+    capsys.readouterr()
+    options = argparse.Namespace(out=work, file=work / "levels.svg")
+    map_report.table(options)
+    # Student's t of three seeds: 4.30 times the deviation over the root of three.
+    text = capsys.readouterr().out
+    assert "| K = 4, common start, 50%, generalist at the fine end | 0.098 | -2.0 ± 2.5 | 10.2 | +2.0 ± 2.6 |" in text
+    assert "3 seeds" in text
+    map_report.plot(options)
+    assert "generalist at the fine end" in (work / "levels.svg").read_text()
