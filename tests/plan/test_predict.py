@@ -439,10 +439,11 @@ def test_a_generalist_is_counted_beside_the_experts(hddm: Manifest) -> None:
 
 
 def test_an_image_counts_the_generalist_where_no_expert_is(hddm: Manifest) -> None:
-    def cost(fine: list[float] | None, coarse: list[float] | None, **sampling: Any) -> dict[str, float]:
+    def cost(fine: list[float] | None, coarse: list[float] | None, some: int = 8, **sampling: Any) -> dict[str, float]:
+        """In evaluations of one network; of 8 experts, `some` have the coarse levels only, the others all."""
         objective = {"prediction": "flow", "schedule": "linear"}
         general = {"objective": {**objective, "levels": fine}}
-        parts = [{"cluster": c, "objective": {**objective, "levels": coarse}} for c in range(8)]
+        parts = [{"cluster": c, "objective": {**objective, "levels": coarse if c < some else None}} for c in range(8)]
         content = hddm.model_dump() | {"experts": parts, "generalist": general}
         content["sampling"] = {"steps": 10, "guidance_scale": 1, "routing": "top-2", **sampling}
         p = plan(Manifest.model_validate(content))
@@ -456,6 +457,10 @@ def test_an_image_counts_the_generalist_where_no_expert_is(hddm: Manifest) -> No
     # Shifted towards noise, no time is below 0.15; guidance evaluates all of them twice.
     assert cost([0, 0.15], [0.15, 1], shift=3.0)["full"] == pytest.approx(80)
     assert cost([0, 0.15], [0.15, 1], guidance_scale=2.0)["full"] == pytest.approx(146)
+    # Where half of the clusters have an expert, the other half share the generalist: two random clusters need
+    # 2 x 1/2 experts, and it unless both have one.
+    half = cost([0, 0.15], [0.15, 1], some=4)
+    assert half == pytest.approx({"top-1": 10, "top-2": 18 + 1 + 3 / 4, "full": 72 + 4 + 1 - 1 / 256})
     # Without levels the generalist stands in for no cluster that has an expert.
     assert cost(None, None)["full"] == pytest.approx(80)
 
