@@ -156,3 +156,10 @@ def test_a_manifest_passes_levels_on(tmp_path) -> None:
     rest = {"objective": {"prediction": "flow", "schedule": "linear", "levels": [0.2, 1]}}
     manifest = write(tmp_path / "run", experts=[{"cluster": 0, "objective": FINE}], generalist=rest)
     assert Objective(**manifest.experts[0].objective.model_dump()).levels == (0.0, 0.2)
+
+
+def test_a_report_names_the_levels() -> None:
+    from atoll.evaluate.variants import objective_text
+
+    assert objective_text(Objective("eps", "cosine")) == "eps on cosine"
+    assert objective_text(Objective("flow", "linear", levels=(0.2, 1))) == "flow on linear at the levels 0.2 to 1"

@@ -125,5 +125,6 @@ def alone(expert: Expert, ensemble: Ensemble) -> Ensemble:
 
 
 def objective_text(objective: Objective) -> str:
-    """The objective as text: "eps on cosine"."""
-    return f"{objective.prediction} on {objective.schedule.config()['name']}"
+    """The objective as text: "eps on cosine", or "eps on cosine at the levels 0.2 to 1"."""
+    levels = "" if objective.levels is None else " at the levels {:g} to {:g}".format(*objective.levels)
+    return f"{objective.prediction} on {objective.schedule.config()['name']}{levels}"
