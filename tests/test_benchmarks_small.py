@@ -15,6 +15,7 @@ small = pytest.importorskip("small")
 import efficiency_report  # noqa: E402
 import map as map_  # noqa: E402
 import map_report  # noqa: E402
+import map_router  # noqa: E402
 from efficiency_report import METRICS, to_target  # noqa: E402
 
 
@@ -115,6 +116,34 @@ def test_the_map_trains_every_cell_once(work: Path, monkeypatch: pytest.MonkeyPa
     assert (experts["error"], same["error"]) == (row_of(rows, 2, 0.5)["error"], row_of(rows, 1)["error"])
     assert (other["k"], other["flops"], other["decay_from"]) == (1, same["flops"], 0.2)
     assert other["error"] != same["error"]
+
+
+def test_a_router_that_knows_the_cluster_gives_the_oracles_error(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the cells of the test before."""
+    monkeypatch.setattr(sys, "argv", ["map_router.py", str(work)])
+    data = small.load(work, "glyphs", 8, 2)
+    known = torch.nn.functional.one_hot(data.cluster[data.held_out()], 2).float().log()
+    monkeypatch.setattr(map_router, "trained_router", lambda *_: lambda x, t, pooled: known)
+    map_router.main()
+    cells, routed = (small.Lines(work / name).rows for name in ("cells.jsonl", "routed.jsonl"))
+    assert sum(row["by_level"] for row in routed.values()) == 1
+    assert len(routed) == 3
+    for key, row in routed.items():
+        assert row["accuracy"] == [1.0] * 10
+        assert row["error"] == pytest.approx(cells[key]["error"], rel=1e-3)
+        assert row["error_full"] == pytest.approx(row["error"], rel=1e-4)
+
+
+def test_a_router_learns_the_clusters(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_router, "IMAGES", 4800)
+    data = small.load(work, "glyphs", 8, 2)
+    router = map_router.trained_router(data, 2, 32, 0)
+    rows = data.held_out()
+    with torch.no_grad():
+        p = router(data.x0[rows], torch.full((len(rows),), 0.05), data.encoder.encode(data.tokens.index(rows)).pooled)
+    labels = data.cluster[rows]
+    largest = labels.bincount().max() / len(rows)
+    assert (p.argmax(1) == labels).float().mean() > largest + 0.1
 
 
 def row_of(rows: dict, k: int, share: float = 0.0) -> dict:

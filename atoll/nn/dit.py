@@ -33,6 +33,7 @@ from atoll.choices import Checkpointing
 from atoll.condition import Condition
 from atoll.errors import AtollError
 from atoll.nn.attention import CrossAttention, SelfAttention, TextKV, read_states
+from atoll.nn.fused import GeluMLP
 from atoll.nn.inputs import check_states, checked_rows, compute_dtype, mask_bias
 from atoll.nn.positions import sincos_table, token_grid
 from atoll.nn.recompute import recomputed
@@ -202,7 +203,7 @@ class DiTBlock(nn.Module):
         self.modulation = MODULATIONS[kind](width, 6)
         self.attention = SelfAttention(width, heads)
         self.cross = CrossAttention(width, heads) if cross else None
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
+        self.mlp = GeluMLP(width, hidden)
 
     def forward(
         self,

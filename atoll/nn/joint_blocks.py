@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atoll.choices import Checkpointing
 from atoll.nn.attention import head_attention
 from atoll.nn.dit import MODULATIONS, NORM_EPS, ModulationKind, modulate
+from atoll.nn.fused import activated, is_fused
 from atoll.nn.recompute import recomputed
 from atoll.nn.rotary import normed_heads
 
@@ -35,8 +36,12 @@ class GatedMLP(nn.Module):
         self.down = linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=2)  # [B,N,F] each
-        return self.down(F.silu(gate) * up)  # [B,N,D]
+        if not is_fused(x, self.gate_up):
+            gate, up = self.gate_up(x).chunk(2, dim=2)  # [B,N,F] each
+            return self.down(F.silu(gate) * up)  # [B,N,D]
+        # Two products, of which one ends with its activation.
+        gate, up = self.gate_up.weight.chunk(2)  # [F,D] each
+        return self.down(activated(x, gate, None, "silu").mul_(F.linear(x, up)))  # [B,N,D]
 
 
 class TokenStream(nn.Module):
