@@ -16,15 +16,27 @@ from typing import Any
 from small import LEVELS, Lines
 
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # quantiles of Student's t, by degrees of freedom
-METRICS = ("error", "FD-MNv2", "FD-Squeeze")
+# Errors of each image by its own cluster's expert, by the router's top-1, and by all experts as the router weighs them.
+METRICS = {"error": "error, own expert", "top-1": "error, top-1", "full": "error, full"}
+METRICS |= {"FD-MNv2": "FD-MNv2", "FD-Squeeze": "FD-Squeeze"}
+NAMES = {"eurosat": "satellite photos", "emoji": "emoji", "mixture": "three kinds of images", "glyphs": "glyphs"}
 COLOURS = ("#0b6e99", "#c4532e", "#5b8c3a")
 Row = dict[str, Any]
 
 
 def results(out: Path) -> list[Row]:
-    """The cells of OUT, with the distances of those that have them."""
-    distances = Lines(out / "distances.jsonl").rows
-    return [{**row, **distances.get(key, {})} for key, row in Lines(out / "cells.jsonl").rows.items()]
+    """The cells of OUT, with the errors by the router and the distances of those that have them."""
+    distances, routed = Lines(out / "distances.jsonl").rows, Lines(out / "routed.jsonl").rows
+    rows = []
+    for key, row in Lines(out / "cells.jsonl").rows.items():
+        by_router = {}
+        if row["k"] == 1:  # needs no router
+            by_router = {"top-1": row["error"], "full": row["error"], "levels_full": row["levels"]}
+        elif key in routed:
+            own = routed[key]
+            by_router = {"top-1": own["error"], "full": own["error_full"], "levels_full": own["levels_full"]}
+        rows.append({**row, **distances.get(key, {}), **by_router})
+    return rows
 
 
 def label_of(row: Row) -> str:
@@ -62,16 +74,16 @@ def table(options: argparse.Namespace) -> None:
         rows = [row for row in every if group_of(row) == group]
         name, size, width, depth, images = group
         monoliths = sum(label_of(row) == "monolith" for row in rows)
-        print(f"\n**{name}**, {size} px, width {width}, {depth} blocks, {images:,} images, {monoliths} seeds\n")
-        print("| | " + " | ".join(f"{metric} | % of the monolith's" for metric in METRICS) + " |")
-        print("|---" * (1 + 2 * len(METRICS)) + "|")
+        print(f"\n**{NAMES[name]}**, {size} px, width {width}, {depth} blocks, {images:,} images, {monoliths} seeds\n")
+        print("| | " + " | ".join(METRICS.values()) + " |")
+        print("|---" * (1 + len(METRICS)) + "|")
         for label in dict.fromkeys(map(label_of, rows)):
             cells = [label]
             for metric in METRICS:
                 values = [row[metric] for row in rows if label_of(row) == label and metric in row]
-                cells.append(f"{statistics.mean(values):.4g}" if values else "")
                 change = differences(rows, label, metric) if label != "monolith" else []
-                cells.append(interval(change) if change else "")
+                percent = f" ({interval(change)} %)" if change else ""
+                cells.append(f"{statistics.mean(values):.4g}{percent}" if values else "")
             print("| " + " | ".join(cells) + " |")
 
 
@@ -91,7 +103,7 @@ def tuning(options: argparse.Namespace) -> None:
 
 
 def plot(options: argparse.Namespace) -> None:
-    """Draw the difference from the monolith by noise level: a panel of each set, a line of each kind of ensemble."""
+    """Draw the difference by noise level, of all experts by the router: a panel of each set, a line of each kind."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -107,16 +119,18 @@ def plot(options: argparse.Namespace) -> None:
             # The mean over seeds, and a thin line of each.
             monolith = {row["seed"]: row["levels"] for row in rows if label_of(row) == "monolith"}
             lines = [
-                [100 * (own / other - 1) for own, other in zip(row["levels"], monolith[row["seed"]], strict=True)]
+                [100 * (own / other - 1) for own, other in zip(row["levels_full"], monolith[row["seed"]], strict=True)]
                 for row in rows
-                if label_of(row) == label and row["seed"] in monolith
+                if label_of(row) == label and "levels_full" in row and row["seed"] in monolith
             ]
+            if not lines:
+                continue
             for line in lines:
                 axes.plot(LEVELS, line, lw=0.5, c=colour, alpha=0.5)
             mean = [statistics.mean(values) for values in zip(*lines, strict=True)]
             axes.plot(LEVELS, mean, lw=1.8, c=colour, label=label)
         axes.axhline(0, c="#444", lw=0.8)
-        axes.set_title(f"{group[0]}, {group[1]} px", fontsize=9)
+        axes.set_title(NAMES[group[0]], fontsize=9)
         axes.set_xlabel("path time t (0 data, 1 noise)", fontsize=8)
         axes.tick_params(labelsize=7)
     panels[0].set_ylabel("error less the monolith's, %", fontsize=8)

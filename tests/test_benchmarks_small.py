@@ -183,7 +183,8 @@ def test_the_reports_of_the_curves(work: Path, capsys) -> None:
 
 
 def test_the_reports_of_the_map(work: Path, capsys) -> None:
-    lines, distances = small.Lines(work / "cells.jsonl"), small.Lines(work / "distances.jsonl", "FD-MNv2")
+    lines, routed = (small.Lines(work / name) for name in ("cells.jsonl", "routed.jsonl"))
+    distances = small.Lines(work / "distances.jsonl", "FD-MNv2")
     for seed, change in ((0, 0.97), (1, 0.99), (2, 0.98)):
         for cell, factor in (
             (map_.Cell("emoji", 16, 64, 2, seed, 1000, 1), 1.0),
@@ -192,12 +193,16 @@ def test_the_reports_of_the_map(work: Path, capsys) -> None:
             levels = [0.1 * factor] * 10
             lines.add(cell.key, map_.result(cell, levels, 1e12, 1.0))
             distances.add(cell.key, {"FD-MNv2": 10.0 / factor, "FD-Squeeze": 100.0})
+            if cell.k > 1:
+                routed.add(cell.key, {"error": 0.1, "error_full": 0.1 * factor, "levels_full": levels})
     capsys.readouterr()
     options = argparse.Namespace(out=work, file=work / "levels.svg")
     map_report.table(options)
     # Student's t of three seeds: 4.30 times the deviation over the root of three.
     text = capsys.readouterr().out
-    assert "| K = 4, common start, 50%, generalist at the fine end | 0.098 | -2.0 ± 2.5 | 10.2 | +2.0 ± 2.6 |" in text
+    label = "K = 4, common start, 50%, generalist at the fine end"
+    better, same, worse = "0.098 (-2.0 ± 2.5 %)", "0.1 (+0.0 ± 0.0 %)", "10.2 (+2.0 ± 2.6 %)"
+    assert f"| {label} | {better} | {same} | {better} | {worse} |" in text
     assert "3 seeds" in text
     map_report.plot(options)
     assert "generalist at the fine end" in (work / "levels.svg").read_text()
