@@ -134,9 +134,9 @@ def plot(options: argparse.Namespace) -> None:
         axes.set_xlabel("path time t (0 data, 1 noise)", fontsize=8)
         axes.tick_params(labelsize=7)
     panels[0].set_ylabel("error less the monolith's, %", fontsize=8)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False
-    )
+    # Each label once, though every panel has it.
+    shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     figure.savefig(options.file, metadata={"Date": None})
 
 
