@@ -4,13 +4,25 @@ There, an activation alone takes as long as half of the product before it, since
 torch has the fused kernel for its compiler; it has no gradient. It rounds once instead of twice.
 """
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 _KERNEL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _ARGUMENTS = {"gelu": ("gelu", "tanh"), "silu": ("swish", "")}
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Those of the product, from the shapes: for torch's `FlopCounterMode`, which does not know the kernel."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if _KERNEL is not None:
+    register_flop_formula(_KERNEL)(_flops)
 
 
 def is_fused(x: Tensor, layer: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from atoll.condition import Condition
 from atoll.nn import build_network, fused
@@ -56,6 +57,13 @@ def test_a_network_uses_it_in_sampling_only(name, monkeypatch) -> None:
     assert len(calls) == 3
     # As near to float32 as the plain form, which rounds more often.
     assert (got - expected).abs().max() <= 1.5 * (plain - expected).abs().max()
+
+
+def test_torch_counts_its_flops() -> None:
+    x, weight = torch.randn(3, 4, 8, dtype=torch.bfloat16), torch.randn(5, 8, dtype=torch.bfloat16)
+    with FlopCounterMode(display=False) as counter:
+        fused.activated(x, weight, None, "gelu")
+    assert counter.get_total_flops() == 2 * 3 * 4 * 8 * 5
 
 
 def test_a_layer_that_is_more_than_linear_is_called() -> None:
