@@ -42,7 +42,7 @@ def to_target(points: Sequence[dict[str, Any]], metric: str, target: float, cost
 def curves(options: argparse.Namespace) -> None:
     """Print how many times fewer FLOPs, and less time, `fast` needs for the baseline's final metrics."""
     rows = list(Lines(options.out / "curves.jsonl").rows.values())
-    print("| set | " + " | ".join(f"{metric}: FLOPs, time" for metric in METRICS) + " |")
+    print("| set | " + " | ".join(f"{metric}: FLOPs; time" for metric in METRICS) + " |")
     print("|---" * (1 + len(METRICS)) + "|")
     for label in dict.fromkeys(row["set"] for row in rows):
         cells = [label]
@@ -56,7 +56,8 @@ def curves(options: argparse.Namespace) -> None:
                     for costs, cost in ((flops, "flops"), (seconds, "seconds")):
                         reached = to_target(fast, metric, last[0][metric], cost)
                         costs.append(last[0][cost] / reached if reached else math.nan)
-            cells.append(f"{_spread(flops)}, {_spread(seconds)}")
+            known = any(not math.isnan(value) for value in flops)
+            cells.append(f"{_spread(flops)}; {_spread(seconds)}" if known else "not reached")
         print("| " + " | ".join(cells) + " |")
 
 
@@ -108,6 +109,7 @@ def plot(options: argparse.Namespace) -> None:
     """Draw every curve: the three metrics against training FLOPs, a row of panels for each set."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     matplotlib.rcParams["svg.fonttype"] = "none"
     rows = list(Lines(options.out / "curves.jsonl").rows.values())
@@ -132,12 +134,13 @@ def plot(options: argparse.Namespace) -> None:
                         c=colour,
                         label=name,
                     )
-            axes.set(xscale="log", yscale="log")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_formatter("{x:g}")
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.set_title(f"{label}: {title}", fontsize=8)
-            axes.tick_params(labelsize=6, which="both")
+            axes.tick_params(labelsize=6)
     for axes in panels[-1]:
         axes.set_xlabel("training TFLOP", fontsize=8)
     panels[0][0].legend(fontsize=7, frameon=False)
@@ -145,10 +148,14 @@ def plot(options: argparse.Namespace) -> None:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """The mean of numbers, and their range."""
+    """The mean of numbers, their range if they are several, and how many are not known."""
     known = [value for value in values if not math.isnan(value)]
-    missed = f", {len(values) - len(known)} of {len(values)} not" if len(known) < len(values) else ""
-    return f"{statistics.mean(known):.2f} ({min(known):.2f} to {max(known):.2f}){missed}" if known else "not reached"
+    if not known:
+        return "not reached"
+    span = f" ({min(known):.2f} to {max(known):.2f})" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.2f}{span}" + (
+        f", {len(values) - len(known)} not" if len(known) < len(values) else ""
+    )
 
 
 def _range(values: Sequence[float]) -> str:

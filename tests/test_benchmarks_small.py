@@ -174,7 +174,7 @@ def test_the_reports_of_the_curves(work: Path, capsys) -> None:
     options = argparse.Namespace(out=work, file=work / "curves.svg")
     efficiency_report.curves(options)
     # At a sixth, 2 sqrt(6) = 4.9 is below the baseline's 6: the first point, an upper bound of the cost.
-    cell = "6.00 (6.00 to 6.00), 6.00 (6.00 to 6.00)"
+    cell = "6.00 (6.00 to 6.00); 6.00 (6.00 to 6.00)"
     assert capsys.readouterr().out.splitlines()[-1] == f"| emoji-32, monolith | {cell} | {cell} | {cell} |"
     efficiency_report.points(options)
     assert "| emoji-32, monolith | baseline | 1.00 | 2 | 6.005 (6 to 6.01) |" in capsys.readouterr().out

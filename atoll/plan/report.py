@@ -336,7 +336,7 @@ def _one_model(plan: Plan) -> str:
         found = f"experts from a common start had up to 2 % less denoising error than one model of equal FLOPs; {best}"
     else:
         found = f"experts from scratch had 4 to 5 % more denoising error than one model of equal FLOPs; {best}"
-    return f"One model instead? In small studies {found} (docs/results.md)."
+    return f"One model instead? In small studies, all experts evaluated, {found} (docs/results.md)."
 
 
 def _data(plan: Plan) -> str:
