@@ -29,6 +29,12 @@ def test_it_is_the_activation_rounded_once(activation, own, bias) -> None:
     assert torch.allclose(got.double(), exact, rtol=2**-7, atol=2**-9)
 
 
+def test_its_gelu_is_the_tanh_form() -> None:
+    one, x = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), -3.0, dtype=torch.bfloat16)
+    # The exact one is -0.00405 there.
+    assert float(fused.activated(x, one, None, "gelu")) == pytest.approx(-0.00364, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["dit", "mmdit"])
 def test_a_network_uses_it_in_sampling_only(name, monkeypatch) -> None:
     calls = []
