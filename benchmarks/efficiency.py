@@ -123,7 +123,7 @@ class Images:
         return self.distances_of(self.draw(network, objective))
 
     @torch.inference_mode()
-    def draw(self, network: nn.Module, objective: Objective) -> Tensor:
+    def draw(self, network: nn.Module, objective: Objective, steps: int = STEPS) -> Tensor:
         """Draw images for captions of training rows (their number is not limited): [n,C,H,W]."""
         rows = self.data.training(self.cluster)
         rows = rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
@@ -137,7 +137,7 @@ class Images:
                     output: Tensor = network(x, t * objective.time_scale, condition)
                 return objective.to_velocity(output.float(), x, t)
 
-            drawn.append(sample(velocity, noise, steps=STEPS, method="dpm++2m"))
+            drawn.append(sample(velocity, noise, steps=steps, method="dpm++2m"))
         return torch.cat(drawn)
 
     @torch.inference_mode()
@@ -280,12 +280,13 @@ def spectra(options: argparse.Namespace) -> None:
         images, kept = images_of(options.out, name, kind), torch.load(path)
         network = build_network(kept["config"])
         network.load_state_dict(kept["weights"])
-        drawn = images.draw(network.eval(), Objective("flow", "linear"))
+        drawn = images.draw(network.eval(), Objective("flow", "linear"), options.steps)
         real = images.data.x0[images.data.training(images.cluster)]
         space, moments = images.spaces["FD-MNv2"]
         variance = images._moments(space, drawn).covariance.trace() / moments.covariance.trace()
         ratios = " ".join(f"{ratio:.2f}" for ratio in (power(drawn) / power(real)).tolist())
-        print(f"{label}: power by frequency {ratios}; variance of MobileNetV2's features {variance:.2f}", flush=True)
+        print(f"{label}: power by frequency {ratios}; variance of MobileNetV2's features {variance:.2f};", end=" ")
+        print(images.distances_of(drawn), flush=True)
 
 
 def main() -> None:
@@ -296,6 +297,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["monolith"], help="of parts")
     parser.add_argument("--recipes", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the solver, in spectra")
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -227,9 +227,8 @@ class Manifest(Section):
 
     def _check_starts(self) -> None:
         """Raise ValueError if a part starts from a common model that is not there, or that it cannot start from."""
-        once = {name: getattr(self, name) for name in (COMMON, GENERALIST, ROUTER, MONOLITH, STUDENT)}
-        parts: dict[str, Any] = {**{f"expert {expert.full_name}": expert for expert in self.experts}, **once}
-        inits = {name: part.train.get("init") for name, part in parts.items() if part is not None}
+        parts = {**self.denoisers, ROUTER: self.router}
+        inits = {name: part.train.get("init") for name, part in parts.items()}
         check_starts({"train": self.train.init, "lora": self.lora.train.get("init"), **inits}, self.common is not None)
         # A typing error of the common model or the generalist must not wait for its training.
         for part in (part for part in (self.common, self.generalist) if part is not None):
@@ -238,11 +237,8 @@ class Manifest(Section):
 
     def _check_levels(self) -> None:
         """Raise ValueError if a part of some levels only has to denoise all of them, or if a level has no network."""
-        parts: dict[str, Any] = {f"expert {expert.full_name}": expert for expert in self.experts}
-        parts |= {name: getattr(self, name) for name in (COMMON, GENERALIST, MONOLITH, STUDENT)}
-        for name, part in parts.items():
-            if part is not None:
-                check_part_levels(name, part.objective.levels, self.train_of(part).model_dump())
+        for name, part in self.denoisers.items():
+            check_part_levels(name, part.objective.levels, self.train_of(part).model_dump())
         check_covered(self.experts, self.generalist)
 
     def network_of(self, part: ExpertSettings | MonolithSettings) -> NetworkSettings:
@@ -251,11 +247,15 @@ class Manifest(Section):
 
     def size_step(self, factor: int) -> int:
         """The number that divides every side of an image: the codec's `factor` times all networks' patches."""
-        parts: list[ExpertSettings | MonolithSettings] = list(self.experts)
-        whole = (self.common, self.generalist, self.monolith, self.student)
-        parts += [part for part in whole if part is not None]
-        patches = [self.network_of(part).patch for part in parts]
+        patches = [self.network_of(part).patch for part in self.denoisers.values()]
         return factor * math.lcm(*patches, self.router.network.patch)
+
+    @property
+    def denoisers(self) -> dict[str, ExpertSettings | MonolithSettings]:
+        """Every section that trains a denoiser, by its name in messages."""
+        whole = {name: getattr(self, name) for name in (COMMON, GENERALIST, MONOLITH, STUDENT)}
+        experts = {f"expert {expert.full_name}": expert for expert in self.experts}
+        return {**experts, **{name: part for name, part in whole.items() if part is not None}}
 
     @property
     def ensemble_parts(self) -> tuple[ExpertSettings | GeneralistSettings, ...]:

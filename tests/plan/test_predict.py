@@ -474,6 +474,16 @@ def test_an_image_counts_the_generalist_where_no_expert_is(hddm: Manifest) -> No
     assert cost(None, None)["full"] == pytest.approx(80)
 
 
+def test_an_image_of_a_run_with_few_experts_counts_those(hddm: Manifest) -> None:
+    """Clusters without an expert get no weight from the router, so top-1 still evaluates one."""
+    some = hddm.model_copy(update={"experts": hddm.experts[:3]})
+    p = plan(some)
+    one, router = p.experts[0].sizes[0].forward_flops, p.router.flops / 3
+    steps, calls = p.sampling.steps, p.sampling.calls
+    cost = {name: (flops / steps - router) / (one * calls) for name, flops in p.sampling.flops.items()}
+    assert (cost["top-1"], cost["full"]) == (pytest.approx(1), pytest.approx(3))
+
+
 def test_a_common_model_that_fits_nowhere_or_that_gpus_cannot_share_is_refused(hddm: Manifest) -> None:
     manifest = common_of(hddm, 10)
     assert manifest.common is not None
