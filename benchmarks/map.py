@@ -2,7 +2,7 @@
 
     ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map.py run OUT [--sets eurosat] [--networks 64x2] [--part 1/2]
     ATOLL_DATA=... python benchmarks/map.py tune OUT [--sets eurosat] [--networks 64x2] [--images 384] [--clusters 4]
-    ATOLL_DATA=... python benchmarks/map.py distances OUT
+    ATOLL_DATA=... python benchmarks/map.py distances OUT [--networks 64x2] [--images 384]
 
 Each cell has the same total training FLOPs for the monolith and for all experts together: N images pass through the
 monolith, f N through the common model, and (1 - f) N / K through each expert. The monolith trains at a constant rate;
@@ -65,11 +65,22 @@ class Cell:
     k: int  # 1: the monolith
     share: float = 0.0
     by_level: bool = False  # a generalist denoises the fine end, the experts the rest
+    method: str = "balanced"  # of the clustering
+    eps: int = 0  # so many experts predict eps on the cosine schedule, the others the flow
+    eps_start: bool = True  # whether those start from the common model, too, which predicts the flow
+
+    def objective(self, cluster: int) -> Objective:
+        """Of a cluster's expert."""
+        if cluster >= self.eps:
+            return Levelled(COARSE, is_weighted=False) if self.by_level else FLOW
+        return Objective("eps", "cosine", weighting="min-snr", levels=(SWITCH, 1) if self.by_level else None)
 
     @property
     def key(self) -> str:
         """Its name in cells.jsonl."""
         share = (f" f={self.share:g}" if self.k > 1 or self.by_level else "") + (" by-level" if self.by_level else "")
+        share += f" {self.method}" if self.method != "balanced" else ""
+        share += f" eps={self.eps}{'' if self.eps_start else ' new'}" if self.eps else ""
         shape = f"{self.name}-{self.size} {self.width}x{self.depth}"
         return f"{shape} N={self.images} K={self.k}{share} seed={self.seed}"
 
@@ -83,6 +94,11 @@ def settings(images: int, batch: int, lr: float, decay_from: float = DECAY_FROM)
     )
 
 
+def data_of(out: Path, cell: Cell) -> Data:
+    """The images of a cell, in its clusters."""
+    return load(out, cell.name, cell.size, cell.k, **({"method": cell.method} if cell.method != "balanced" else {}))
+
+
 def result(cell: Cell, levels: list[float], flops: float, seconds: float) -> dict[str, Any]:
     """A cell's line."""
     rounded = [round(level, 5) for level in levels]
@@ -92,18 +108,20 @@ def result(cell: Cell, levels: list[float], flops: float, seconds: float) -> dic
 def monolith(lines: Lines, name: str, shape: tuple[int, int], seed: int, options: argparse.Namespace) -> None:
     """Train the monolith of every length, and keep the common models in OUT/starts."""
     out, size = options.out, options.size
-    data = load(out, name, size, 1)
     lengths = [1000 * thousands for thousands in options.images or IMAGES[shape]]
     cells = {n: Cell(name, size, *shape, seed, n, 1) for n in lengths}
-    starts = {int(f * n): start_path(out, cells[n], int(f * n)) for n in lengths for f in SHARES if f}
-    if all(cell.key in lines.rows for cell in cells.values()) and all(path.is_file() for path in starts.values()):
+    starts = {int(f * n): start_path(out, cells[n], int(f * n)) for n in lengths for f in options.shares if f}
+    cells = {n: cell for n, cell in cells.items() if cell.key not in lines.rows}
+    starts = {n: path for n, path in starts.items() if not path.is_file()}
+    if not cells and not starts:
         return
     # One trunk; at the events, in order, a copy decays or the averaged weights are kept.
+    data = load(out, name, size, 1)
     config = network_config(data, shape[0], depth=shape[1])
     longest = settings(max(lengths), **{**MONOLITH, "decay_from": 1.0})
     trunk = Training(data, data.training(), config, longest, FLOW, seed)
     decay_from = MONOLITH.get("decay_from", DECAY_FROM)
-    decays = {int(decay_from * n) // longest.batch: n for n in lengths}
+    decays = {int(decay_from * n) // longest.batch: n for n in cells}
     keeps = {n // longest.batch: n for n in starts}
     for step in sorted({*decays, *keeps}):
         trunk.run(step)
@@ -144,22 +162,24 @@ def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
     """Train the experts of a cell and measure them on their own clusters."""
     if cell.key in lines.rows:
         return
-    data = load(out, cell.name, cell.size, cell.k)
+    data = data_of(out, cell)
     config = network_config(data, cell.width, depth=cell.depth)
     common = int(cell.share * cell.images)
     start = torch.load(start_path(out, cell, common)) if common else None
 
     fine = int(GENERALIST * (cell.images - common)) if cell.by_level else 0
     each = (cell.images - common - fine) // cell.k
-    coarse = Levelled(COARSE, is_weighted=False) if cell.by_level else FLOW
     per_cluster, counts, kept, seconds = [], [], [], 0.0
     generalist = None
     for cluster in range(cell.k):
         counts.append(len(data.held_out(cluster)))
-        seed = 1000 * cell.seed + cluster + 1
-        training = Training(data, data.training(cluster), config, settings(each, **EXPERT), coarse, seed, start)
+        seed, objective, own = 1000 * cell.seed + cluster + 1, cell.objective(cluster), start
+        if cluster < cell.eps and not cell.eps_start:
+            own = None
+        training = Training(data, data.training(cluster), config, settings(each, **EXPERT), objective, seed, own)
         training.run(training.settings.steps)
-        levels = errors(config, training.weights(), FLOW, data, data.held_out(cluster)) if counts[-1] else [0.0] * 10
+        held_out = data.held_out(cluster)
+        levels = errors(config, training.weights(), objective, data, held_out) if counts[-1] else [0.0] * 10
         per_cluster.append(levels)
         kept.append(training.weights())
         seconds += training.seconds
@@ -185,7 +205,8 @@ def cells_of(name: str, shape: tuple[int, int], seed: int, options: argparse.Nam
                 for by_level in (False, True):
                     # One cluster is the monolith, unless it is divided by level.
                     if (by_level and options.by_level and share) or (not by_level and k > 1):
-                        yield Cell(name, options.size, *shape, seed, 1000 * thousands, k, share, by_level)
+                        kind = (k, share, by_level, options.method, options.eps, options.eps_start)
+                        yield Cell(name, options.size, *shape, seed, 1000 * thousands, *kind)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -273,19 +294,23 @@ def draw(data: Data, kept: dict[str, Any], rows: Tensor, seed: int) -> Tensor:
 
 
 def distances(options: argparse.Namespace) -> None:
-    """Measure the images of every cell whose weights are kept."""
+    """Measure the images of every kept cell without eps-experts, of the sets, networks, images and seeds asked for."""
     torch.set_num_threads(1)
-    lines = Lines(options.out / "distances.jsonl", "FD-MNv2")
+    lines, cells = Lines(options.out / "distances.jsonl", "FD-MNv2"), Lines(options.out / "cells.jsonl").rows
+    fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
     for path in sorted((options.out / "weights").glob("*.pt")):
-        if path.stem in lines.rows:
+        cell = Cell(**{field: cells[path.stem].get(field, default) for field, default in fields.items()})
+        thousands = options.images or [cell.images // 1000]
+        is_asked = f"{cell.width}x{cell.depth}" in options.networks and cell.images // 1000 in thousands
+        is_asked = is_asked and cell.name in options.sets and cell.seed in options.seeds
+        if path.stem in lines.rows or not is_asked or cell.eps:
             continue
-        cell = Lines(options.out / "cells.jsonl").rows[path.stem]
-        data = load(options.out, cell["name"], cell["size"], cell["k"])
-        images = Images(load(options.out, cell["name"], cell["size"], 1), None, options.out / f"{cell['name']}.real.pt")
+        data = data_of(options.out, cell)
+        images = Images(load(options.out, cell.name, cell.size, 1), None, options.out / f"{cell.name}.real.pt")
         rows = data.training()
         rows = rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
-        measured = images.distances_of(draw(data, torch.load(path), rows, cell["seed"]))
-        lines.add(path.stem, {**{key: cell[key] for key in vars(Cell("", 0, 0, 0, 0, 0, 0))}, **measured})
+        measured = images.distances_of(draw(data, torch.load(path), rows, cell.seed))
+        lines.add(path.stem, {**vars(cell), **measured})
 
 
 def main() -> None:
@@ -298,6 +323,9 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, help="thousands; default: all lengths of the network")
     parser.add_argument("--clusters", nargs="+", type=int, default=list(CLUSTERS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of the common start")
+    parser.add_argument("--method", choices=("balanced", "free", "random"), default="balanced", help="of the clusters")
+    parser.add_argument("--eps", type=int, default=0, help="so many experts predict eps, from the first cluster on")
+    parser.add_argument("--eps-start", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--by-level", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")

@@ -2,20 +2,22 @@
 
     ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map_router.py OUT
 
-One router for each set and seed, of the experts' width and one block, on 96,000 images besides what map.py counts. It
-sees x_t, t and the prompt. OUT/routed.jsonl has a line for each cell whose weights `map.py run` has kept: the held-out
-denoising error by top-1 and by all experts, and the router's accuracy, by level.
+One router for each set, its clusters, network, number of images and seed: half of the experts' width, one block,
+trained on an eighth of the images besides what map.py counts. It sees x_t, t and the prompt. OUT/routed.jsonl has a
+line for each cell whose weights `map.py run` has kept: the held-out denoising error by top-1 and by all experts, and
+the router's accuracy, by level.
 """
 
 import argparse
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from map import FINE, FLOW
-from small import LEVELS, Data, Lines, load, mean, velocities
+from map import FINE, FLOW, Cell, data_of
+from small import LEVELS, Data, Lines, mean, velocities
 from torch import Tensor, nn
 
 from atoll.manifest import TrainSettings
@@ -25,10 +27,11 @@ from atoll.schedule import PATH
 from atoll.train.batches import SeededSampler, drop_condition
 from atoll.train.state import State
 
-IMAGES, BATCH, LR = 48_000, 32, 3e-3
+BATCH, LR = 32, 3e-3
+PART = 8  # of the cell's images is what a router trains on
 
 
-def trained_router(data: Data, k: int, width: int, seed: int) -> nn.Module:
+def trained_router(data: Data, k: int, width: int, images: int, seed: int) -> nn.Module:
     """Train a router for a set and its clusters, as `atoll train router` does."""
     channels, *size = data.x0.shape[1:]
     torch.manual_seed(seed)
@@ -36,7 +39,7 @@ def trained_router(data: Data, k: int, width: int, seed: int) -> nn.Module:
     router: nn.Module = build_network(
         {"name": "router", "clusters": k, "width": width, "depth": 1, "heads": max(1, width // 32), **shape}
     )
-    settings = TrainSettings(steps=IMAGES // BATCH, batch=BATCH, lr=LR, warmup=50, decay_from=0.6, ema=0.99)
+    settings = TrainSettings(steps=images // BATCH, batch=BATCH, lr=LR, warmup=50, decay_from=0.6, ema=0.99)
     state, rows = State(router, settings), data.training()
     order, null = SeededSampler(len(rows), BATCH, seed), data.encoder.null(1)
     router.train()
@@ -57,10 +60,13 @@ def trained_router(data: Data, k: int, width: int, seed: int) -> nn.Module:
 
 
 @torch.inference_mode()
-def routed(kept: dict[str, Any], router: nn.Module, data: Data) -> dict[str, Any]:
+def routed(cell: Cell, kept: dict[str, Any], router: nn.Module, data: Data) -> dict[str, Any]:
     """Measure an ensemble by its router on the held-out rows."""
     rows = data.held_out()
-    experts = [velocities(kept["config"], weights, FLOW, data, rows) for weights in kept["experts"]]
+    experts = [
+        velocities(kept["config"], weights, cell.objective(cluster), data, rows)
+        for cluster, weights in enumerate(kept["experts"])
+    ]
     generalist = kept["generalist"]
     general = velocities(kept["config"], generalist, FLOW, data, rows) if generalist is not None else None
     condition = data.encoder.encode(data.tokens.index(rows))
@@ -97,15 +103,17 @@ def main() -> None:
     lines, cells = Lines(out / "routed.jsonl"), Lines(out / "cells.jsonl").rows
 
     @functools.cache
-    def router_of(name: str, size: int, k: int, width: int, seed: int) -> nn.Module:
-        return trained_router(load(out, name, size, k), k, width, seed)
+    def router_of(of: Cell) -> nn.Module:
+        return trained_router(data_of(out, of), of.k, of.width // 2, of.images // PART, of.seed)
 
-    for key, cell in cells.items():
+    fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
+    for key, row in cells.items():
         path = out / "weights" / f"{key}.pt"
-        if cell["k"] > 1 and key not in lines.rows and path.is_file():
-            router = router_of(cell["name"], cell["size"], cell["k"], cell["width"] // 2, cell["seed"])
-            result = routed(torch.load(path), router, load(out, cell["name"], cell["size"], cell["k"]))
-            lines.add(key, {**{name: cell[name] for name in ("name", "k", "share", "by_level", "seed")}, **result})
+        cell = Cell(**{field: row.get(field, default) for field, default in fields.items()})
+        if cell.k > 1 and key not in lines.rows and path.is_file():
+            # Ensembles of the same clusters share their router.
+            router = router_of(replace(cell, share=0.0, by_level=False, depth=0, eps=0, eps_start=True))
+            lines.add(key, {**vars(cell), **routed(cell, torch.load(path), router, data_of(out, cell))})
 
 
 if __name__ == "__main__":

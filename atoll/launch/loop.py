@@ -12,7 +12,7 @@ from atoll.launch.backend import Backend, JobHandle
 from atoll.launch.job import ExitStatus, Job, holder_of, last_metrics, name_of_signal
 from atoll.storage.layout import EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR
 
-PartState = Literal["waiting", "running", "elsewhere", "stopping", "done", "failed", "stopped"]
+PartState = Literal["waiting", "running", "elsewhere", "stopping", "done", "failed", "not started", "stopped"]
 _MAX_PAUSE = 60.0  # seconds before a restart
 _LOCK_INTERVAL = 1.0  # seconds between looks at the lock of a part that another launch trains
 
@@ -86,7 +86,7 @@ def run_jobs(
                 for part in parts:
                     _poll(part, retries, pause)
                     _watch(part)
-                _fail_dependents(parts)
+                _give_up_dependents(parts)
                 update(parts)
                 time.sleep(interval)
         finally:
@@ -108,12 +108,12 @@ def _ready(parts: list[TrackedJob], slots: int) -> list[TrackedJob]:
     return ready[: max(0, free)]
 
 
-def _fail_dependents(parts: list[TrackedJob]) -> None:
-    """Fail the parts that would start from the result of one that failed."""
-    failed = {part.job.name for part in parts if part.state == "failed"}
+def _give_up_dependents(parts: list[TrackedJob]) -> None:
+    """Give up the parts that would start from the result of one that failed or was given up."""
+    lost = {part.job.name for part in parts if part.state in ("failed", "not started")}
     for part in parts:
-        if part.state == "waiting" and part.handle is None and part.job.after in failed:
-            part.state, part.error = "failed", f"not started: {part.job.after}, from which it starts, failed"
+        if part.state == "waiting" and part.handle is None and part.job.after in lost:
+            part.state, part.error = "not started", f"{part.job.after}, from which it starts, failed"
 
 
 def _submit(part: TrackedJob, backend: Backend) -> None:

@@ -12,10 +12,11 @@ from rich.text import Text
 
 from atoll.launch.loop import TrackedJob
 
-_COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
+_COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red", "not started": "red"}
 _COLOURS |= {"elsewhere": "blue", "stopping": "yellow", "stopped": "yellow"}
 _PRIORITY = [
     "failed",
+    "not started",
     "running",
     "elsewhere",
     "stopping",
@@ -23,6 +24,7 @@ _PRIORITY = [
     "waiting",
     "done",
 ]  # if not all parts fit on the screen
+_LOST = ("failed", "not started")
 _GAP, _BAR = 2, 16  # characters: between columns, and the width of a progress bar
 _OTHER_LINES = 4  # title, header, the parts left out, the cursor
 _LOG_EVERY = 10.0  # seconds, without a terminal
@@ -73,8 +75,8 @@ class LaunchView:
         for part in parts:
             # Compare with the state that was logged last.
             before = self.seen.get(part.job.name, ("waiting", 0))
-            if part.state in ("done", "failed", "stopped") and part.state != before[0]:
-                self._log(f"{part.job.name} {part.state}" + (f": {part.error}" if part.state == "failed" else ""))
+            if part.state in ("done", *_LOST, "stopped") and part.state != before[0]:
+                self._log(f"{part.job.name} {part.state}" + (f": {part.error}" if part.state in _LOST else ""))
             elif part.state == "elsewhere" and part.state != before[0]:
                 self._log(f"{part.job.name} is {part.error}")
             elif part.restarts > before[1]:
@@ -124,9 +126,9 @@ class LaunchView:
 
     def _summary(self, parts: list[TrackedJob]) -> str:
         done = sum(part.state == "done" for part in parts)
-        failed = sum(part.state == "failed" for part in parts)
+        lost = [(sum(part.state == state for part in parts), state) for state in _LOST]
         elsewhere = sum(part.state == "elsewhere" for part in parts)
-        words = [f"{done} of {len(parts)} done", *([f"{failed} failed"] if failed else [])]
+        words = [f"{done} of {len(parts)} done", *(f"{number} {state}" for number, state in lost if number)]
         words += [f"{elsewhere} trained by another launch"] if elsewhere else []
         # The estimate is left out once nothing is left, and while the launch stops.
         left = seconds_left(parts, self.slots)
@@ -159,9 +161,9 @@ def _step(part: TrackedJob) -> int:
 
 
 def _has_error(part: TrackedJob) -> bool:
-    """Whether to show the part's error: it failed, waits for its restart, or another launch trains it."""
+    """Whether to show the part's error: it failed, was not started, waits for its restart, or is trained elsewhere."""
     # Of a part that runs again, the count of restarts is enough.
-    return bool(part.error) and part.state in ("failed", "waiting", "elsewhere")
+    return bool(part.error) and part.state in (*_LOST, "waiting", "elsewhere")
 
 
 def _state(part: TrackedJob) -> str:

@@ -67,12 +67,9 @@ def launch_run(
             parts = run_jobs(todo, backend, view.update, retries=retries, limit=jobs)
 
     # Failures are reported once all others are done.
-    failures = [part.job for part in parts if part.state == "failed"]
-    names = [job.name for job in failures]
-    if failures:
-        # A part that was never started did not fail by itself.
-        failed = [job.name for job in failures if job.after not in names]
-        unstarted = [job.name for job in failures if job.after in names]
+    failed = [part.job.name for part in parts if part.state == "failed"]
+    if failed:
+        unstarted = [part.job.name for part in parts if part.state == "not started"]
         so = f", so {', '.join(unstarted)} did not start" if unstarted else ""
         logs = TrainingLayout.of(RunLayout(run).root / "**" / "*").output
         raise AtollError(

@@ -105,6 +105,18 @@ def test_low_console_shows_parts_of_highest_priority(tmp_path) -> None:
     assert lines[-1] == "60-bad: no shards"
 
 
+def test_a_part_that_was_not_started_does_not_count_as_failed(tmp_path) -> None:
+    text, error = io.StringIO(), "common, from which it starts, failed"
+    parts = [part(tmp_path, "common", "failed", error="no shards"), part(tmp_path, "a", "not started", error=error)]
+    with LaunchView("glyphs", 1, Console(file=text, width=80)) as view:
+        view.update(parts)
+    lines = text.getvalue().splitlines()
+    assert lines[:2] == ["common failed: no shards", f"a not started: {error}"]
+    assert lines[-1].startswith("glyphs: 0 of 2 done, 1 failed, 1 not started, ")
+    rows = table(parts, 100)
+    assert (rows[3].split()[:3], rows[-1]) == (["a", "not", "started"], f"a: {error}")
+
+
 def test_without_a_terminal_events_and_summaries_are_logged(tmp_path, monkeypatch) -> None:
     text, now = io.StringIO(), [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
