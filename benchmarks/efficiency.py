@@ -1,4 +1,4 @@
-"""Training FLOPs and seconds to today's result: the recipe `fast` against `baseline`, and each of its options alone.
+"""Training FLOPs and seconds to today's result: `fast`, by Muon or AdamW, against `baseline`, and each option alone.
 
     ATOLL_DATA=... python benchmarks/efficiency.py curves OUT [--sets eurosat-16] [--seeds 0 1 2] [--part 1/2]
     ATOLL_DATA=... python benchmarks/efficiency.py parts OUT [--seeds 0 1 2] [--part 1/2]
@@ -7,7 +7,7 @@
 efficiency_report.py makes tables and a plot of them.
 
 `curves` trains the monolith (all images) and one expert of K = 4 (its cluster, a quarter of the images in each step)
-by both recipes. A training runs at a constant rate, and for each length a copy of it decays to zero: every point
+by each recipe. A training runs at a constant rate, and for each length a copy of it decays to zero: every point
 of a curve is a training that ended. `parts` changes one option at a time at a third of the budget. Measured on
 held-out images: the denoising error over ten levels. On images drawn for captions of training images: Fréchet distances
 in two feature spaces, of 64 principal components each. OUT/curves.jsonl and OUT/parts.jsonl have one line per point;
@@ -67,8 +67,10 @@ class Recipe:
 
 BASELINE = Recipe()
 FAST = Recipe(network="mmdit", optimizer="muon", lr=4e-3, batch=64, warmup=30)
+FAST_ADAMW = replace(FAST, optimizer="adamw", lr=2e-3)
+RECIPES = {"baseline": BASELINE, "fast": FAST, "fast-adamw": FAST_ADAMW}
 # The lengths of the curves, as fractions of the budget.
-LENGTHS = {"baseline": (1 / 3, 1.0), "fast": (1 / 6, 1 / 3, 1 / 2)}
+LENGTHS = {"baseline": (1 / 3, 1.0), "fast": (1 / 6, 1 / 3, 1 / 2), "fast-adamw": (1 / 3, 1 / 2)}
 
 
 def settings_of(recipe: Recipe, images: int, clusters: int, decay_from: float | None = None) -> TrainSettings:
@@ -210,7 +212,7 @@ def images_of(out: Path, name: str, kind: str, targets: bool = False) -> Images:
 
 
 def curves(options: argparse.Namespace) -> None:
-    """Both recipes, all sets, monolith and expert."""
+    """All recipes and sets, monolith and expert."""
     lines = Lines(options.out / "curves.jsonl")
     jobs = [
         (seed, name, kind, recipe)
@@ -221,13 +223,13 @@ def curves(options: argparse.Namespace) -> None:
     ]
     part, parts = map(int, options.part.split("/"))
     for seed, name, kind, which in jobs[part - 1 :: parts]:
-        recipe = BASELINE if which == "baseline" else FAST
-        curve(lines, images_of(options.out, name, kind), f"{name}, {kind}", which, recipe, IMAGES[name], seed)
+        images = images_of(options.out, name, kind)
+        curve(lines, images, f"{name}, {kind}", which, RECIPES[which], IMAGES[name], seed)
 
 
 # One option at a time, at a third of the budget. `fast` and `baseline` at that length are points of the curves.
 PARTS = {
-    "AdamW": replace(FAST, optimizer="adamw", lr=2e-3),
+    "AdamW": FAST_ADAMW,
     "the block `dit`": replace(FAST, network="dit"),
     "batch 128": replace(FAST, batch=128),
     "half the rate": replace(FAST, lr=2e-3),

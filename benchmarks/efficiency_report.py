@@ -40,7 +40,7 @@ def to_target(points: Sequence[dict[str, Any]], metric: str, target: float, cost
 
 
 def curves(options: argparse.Namespace) -> None:
-    """Print how many times fewer FLOPs, and less time, `fast` needs for the baseline's final metrics."""
+    """Print how many times fewer FLOPs, and less time, a recipe needs for the baseline's final metrics."""
     rows = list(Lines(options.out / "curves.jsonl").rows.values())
     print("| set | " + " | ".join(f"{metric}: FLOPs; time" for metric in METRICS) + " |")
     print("|---" * (1 + len(METRICS)) + "|")
@@ -51,8 +51,8 @@ def curves(options: argparse.Namespace) -> None:
             for seed in sorted({row["seed"] for row in rows}):
                 own = [row for row in rows if row["set"] == label and row["seed"] == seed]
                 last = [row for row in own if row["recipe"] == "baseline" and row["fraction"] == 1]
-                fast = [row for row in own if row["recipe"] == "fast"]
-                if last and {row["fraction"] for row in fast} >= set(LENGTHS["fast"]):
+                fast = [row for row in own if row["recipe"] == options.recipe]
+                if last and {row["fraction"] for row in fast} >= set(LENGTHS[options.recipe]):
                     for costs, cost in ((flops, "flops"), (seconds, "seconds")):
                         reached = to_target(fast, metric, last[0][metric], cost)
                         costs.append(last[0][cost] / reached if reached else math.nan)
@@ -117,7 +117,7 @@ def plot(options: argparse.Namespace) -> None:
     metrics = {"error": "denoising error", **{name: name for name in SPACES}}
     figure = Figure(figsize=(9, 2.1 * len(labels)), layout="constrained")
     panels = figure.subplots(len(labels), len(metrics), squeeze=False)
-    colours = {"baseline": "#8a8a8a", "fast": "#0b6e99"}
+    colours = {"baseline": "#8a8a8a", "fast": "#0b6e99", "fast-adamw": "#c4532e"}
     for label, line in zip(labels, panels, strict=True):
         for (metric, title), axes in zip(metrics.items(), line, strict=True):
             for recipe, colour in colours.items():
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("command", choices=("curves", "points", "parts", "plot"))
     parser.add_argument("out", type=Path)
     parser.add_argument("file", type=Path, nargs="?", default=Path("curves.svg"))
+    parser.add_argument("--recipe", choices=("fast", "fast-adamw"), default="fast", help="of curves")
     options = parser.parse_args()
     {"curves": curves, "points": points, "parts": parts, "plot": plot}[options.command](options)
 
