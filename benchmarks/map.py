@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from efficiency import Images
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from atoll.manifest import TrainSettings
 from atoll.nn import build_network
-from atoll.objective import Objective
+from atoll.objective import Objective, Prediction, Weighting
 from atoll.randomness import Stream, seeded
 from atoll.solver import sample as solve
 
@@ -66,21 +66,24 @@ class Cell:
     share: float = 0.0
     by_level: bool = False  # a generalist denoises the fine end, the experts the rest
     method: str = "balanced"  # of the clustering
-    eps: int = 0  # so many experts predict eps on the cosine schedule, the others the flow
-    eps_start: bool = True  # whether those start from the common model, too, which predicts the flow
+    others: int = 0  # so many experts have a prediction of their own on the cosine schedule; the rest predicts the flow
+    prediction: str = "eps"  # theirs
+    others_start: bool = True  # whether they start from the common model, too, which predicts the flow
 
     def objective(self, cluster: int) -> Objective:
         """Of a cluster's expert."""
-        if cluster >= self.eps:
+        if cluster >= self.others:
             return Levelled(COARSE, is_weighted=False) if self.by_level else FLOW
-        return Objective("eps", "cosine", weighting="min-snr", levels=(SWITCH, 1) if self.by_level else None)
+        weighting: Weighting = "min-snr" if self.prediction == "eps" else "none"
+        levels = (SWITCH, 1) if self.by_level else None
+        return Objective(cast(Prediction, self.prediction), "cosine", weighting=weighting, levels=levels)
 
     @property
     def key(self) -> str:
         """Its name in cells.jsonl."""
         share = (f" f={self.share:g}" if self.k > 1 or self.by_level else "") + (" by-level" if self.by_level else "")
         share += f" {self.method}" if self.method != "balanced" else ""
-        share += f" eps={self.eps}{'' if self.eps_start else ' new'}" if self.eps else ""
+        share += f" {self.prediction}={self.others}{'' if self.others_start else ' new'}" if self.others else ""
         shape = f"{self.name}-{self.size} {self.width}x{self.depth}"
         return f"{shape} N={self.images} K={self.k}{share} seed={self.seed}"
 
@@ -174,7 +177,7 @@ def ensemble(out: Path, lines: Lines, cell: Cell) -> None:
     for cluster in range(cell.k):
         counts.append(len(data.held_out(cluster)))
         seed, objective, own = 1000 * cell.seed + cluster + 1, cell.objective(cluster), start
-        if cluster < cell.eps and not cell.eps_start:
+        if cluster < cell.others and not cell.others_start:
             own = None
         training = Training(data, data.training(cluster), config, settings(each, **EXPERT), objective, seed, own)
         training.run(training.settings.steps)
@@ -205,7 +208,8 @@ def cells_of(name: str, shape: tuple[int, int], seed: int, options: argparse.Nam
                 for by_level in (False, True):
                     # One cluster is the monolith, unless it is divided by level.
                     if (by_level and options.by_level and share) or (not by_level and k > 1):
-                        kind = (k, share, by_level, options.method, options.eps, options.eps_start)
+                        theirs = (options.others, options.prediction, options.others_start)
+                        kind = (k, share, by_level, options.method, *theirs)
                         yield Cell(name, options.size, *shape, seed, 1000 * thousands, *kind)
 
 
@@ -265,6 +269,12 @@ def tune(options: argparse.Namespace) -> None:
         lines.add(key, {**row, "batch": batch, "lr": lr, "decay_from": decay_from})
 
 
+def drawn_rows(data: Data) -> Tensor:
+    """The training rows for whose captions images are drawn, [n] int64."""
+    rows = data.training()
+    return rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
+
+
 @torch.inference_mode()
 def draw(data: Data, kept: dict[str, Any], rows: Tensor, seed: int) -> Tensor:
     """Draw an image for each row's caption by its cluster's expert, and the generalist at the fine end: [n,C,H,W]."""
@@ -294,7 +304,7 @@ def draw(data: Data, kept: dict[str, Any], rows: Tensor, seed: int) -> Tensor:
 
 
 def distances(options: argparse.Namespace) -> None:
-    """Measure the images of every kept cell without eps-experts, of the sets, networks, images and seeds asked for."""
+    """Measure the images of every kept cell of one prediction, of the sets, networks, images and seeds asked for."""
     torch.set_num_threads(1)
     lines, cells = Lines(options.out / "distances.jsonl", "FD-MNv2"), Lines(options.out / "cells.jsonl").rows
     fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
@@ -303,13 +313,11 @@ def distances(options: argparse.Namespace) -> None:
         thousands = options.images or [cell.images // 1000]
         is_asked = f"{cell.width}x{cell.depth}" in options.networks and cell.images // 1000 in thousands
         is_asked = is_asked and cell.name in options.sets and cell.seed in options.seeds
-        if path.stem in lines.rows or not is_asked or cell.eps:
+        if path.stem in lines.rows or not is_asked or cell.others:
             continue
         data = data_of(options.out, cell)
         images = Images(load(options.out, cell.name, cell.size, 1), None, options.out / f"{cell.name}.real.pt")
-        rows = data.training()
-        rows = rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
-        measured = images.distances_of(draw(data, torch.load(path), rows, cell.seed))
+        measured = images.distances_of(draw(data, torch.load(path), drawn_rows(data), cell.seed))
         lines.add(path.stem, {**vars(cell), **measured})
 
 
@@ -324,8 +332,9 @@ def main() -> None:
     parser.add_argument("--clusters", nargs="+", type=int, default=list(CLUSTERS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of the common start")
     parser.add_argument("--method", choices=("balanced", "free", "random"), default="balanced", help="of the clusters")
-    parser.add_argument("--eps", type=int, default=0, help="so many experts predict eps, from the first cluster on")
-    parser.add_argument("--eps-start", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--others", type=int, default=0, help="so many experts, from the first on, of --prediction")
+    parser.add_argument("--prediction", choices=("eps", "v"), default="eps", help="of --others, on the cosine schedule")
+    parser.add_argument("--others-start", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--by-level", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", default="1/1", help="which of so many processes this is, as 1/2")

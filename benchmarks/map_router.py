@@ -1,29 +1,33 @@
 """The ensembles of map.py by a router that was trained, in place of the cluster that each image is known to be in.
 
-    ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map_router.py OUT
+    ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map_router.py errors OUT
+    ATOLL_DATA=... ATOLL_MIXTURE=... python benchmarks/map_router.py distances OUT [--images 384] [--clusters 4]
 
 One router for each set, its clusters, network, number of images and seed: half of the experts' width, one block,
 trained on an eighth of the images besides what map.py counts. It sees x_t, t and the prompt. OUT/routed.jsonl has a
 line for each cell whose weights `map.py run` has kept: the held-out denoising error by top-1 and by all experts, and
-the router's accuracy, by level.
+the router's accuracy, by level. OUT/routed-distances.jsonl has the Fréchet distances of images drawn by both.
 """
 
 import argparse
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from map import FINE, FLOW, Cell, data_of
-from small import LEVELS, Data, Lines, mean, velocities
+from efficiency import Images
+from map import FINE, FLOW, STEPS, SWITCH, Cell, data_of, drawn_rows
+from small import LEVELS, Data, Lines, load, mean, velocities
 from torch import Tensor, nn
 
 from atoll.manifest import TrainSettings
 from atoll.nn import build_network
 from atoll.randomness import Stream, seeded
 from atoll.schedule import PATH
+from atoll.solver import sample as solve
 from atoll.train.batches import SeededSampler, drop_condition
 from atoll.train.state import State
 
@@ -91,29 +95,94 @@ def routed(cell: Cell, kept: dict[str, Any], router: nn.Module, data: Data) -> d
     return {"error": mean(top), "error_full": mean(full), "levels": top, "levels_full": full, "accuracy": accuracy}
 
 
+@torch.inference_mode()
+def draw(kept: dict[str, Any], router: nn.Module, data: Data, rows: Tensor, seed: int) -> dict[str, Tensor]:
+    """Draw an image for each row's caption by the router, with all experts and with the best: [n,C,H,W] of each."""
+    networks = []
+    for weights in (*kept["experts"], kept["generalist"]):
+        if weights is not None:
+            network = build_network(kept["config"])
+            network.load_state_dict(weights)
+            networks.append(network.eval())
+    general = networks.pop() if kept["generalist"] is not None else None
+    drawn: dict[str, list[Tensor]] = {"full": [], "top-1": []}
+    for routing, images in drawn.items():
+        for part in torch.arange(len(rows)).split(128):
+            condition = data.encoder.encode(data.tokens.index(rows[part]))
+
+            def velocity(x: Tensor, t: Tensor, condition: Any = condition, routing: str = routing) -> Tensor:
+                time = t * FLOW.time_scale
+                with torch.autocast("cpu", torch.bfloat16):
+                    if general is not None and t[0] < SWITCH:
+                        alone: Tensor = general(x, time, condition)
+                        return alone.float()
+                    outputs = torch.stack([network(x, time, condition) for network in networks], 1).float()
+                p = router(x, t, condition.pooled).exp()  # [n,K]
+                if routing == "top-1":
+                    p = F.one_hot(p.argmax(1), p.shape[1]).float()
+                return torch.einsum("nk,nkchw->nchw", p, outputs)
+
+            # The noise that map.py's `distances` begins with.
+            noise = torch.randn(len(rows), *data.x0.shape[1:], generator=seeded(seed, 0, Stream.SAMPLES))[part]
+            images.append(solve(velocity, noise, steps=STEPS, method="dpm++2m"))
+    return {routing: torch.cat(images) for routing, images in drawn.items()}
+
+
 def _error(output: Tensor, true: Tensor) -> float:
     return round(float((output - true).square().mean()), 5)
 
 
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, Cell, Path]]:
+    """The ensembles whose weights are kept, of what was asked for, with their keys and weights."""
+    fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
+    for key, row in Lines(options.out / "cells.jsonl").rows.items():
+        path = options.out / "weights" / f"{key}.pt"
+        cell = Cell(**{field: row.get(field, default) for field, default in fields.items()})
+        is_asked = cell.name in options.sets and (options.clusters is None or cell.k in options.clusters)
+        is_asked = is_asked and (options.images is None or cell.images // 1000 in options.images)
+        is_asked = is_asked and (cell.by_level or not options.only_by_level)
+        if cell.k > 1 and path.is_file() and is_asked:
+            yield key, cell, path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("errors", "distances"))
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--sets", nargs="+", default=["eurosat", "emoji", "mixture", "glyphs"])
+    parser.add_argument("--only-by-level", action="store_true", help="ensembles with a generalist")
+    parser.add_argument("--images", nargs="+", type=int, help="thousands; default: all")
+    parser.add_argument("--clusters", nargs="+", type=int, help="default: all")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    lines, cells = Lines(out / "routed.jsonl"), Lines(out / "cells.jsonl").rows
+    is_errors = options.command == "errors"
+    lines = Lines(
+        options.out / ("routed.jsonl" if is_errors else "routed-distances.jsonl"), "error" if is_errors else "FD"
+    )
 
     @functools.cache
     def router_of(of: Cell) -> nn.Module:
-        return trained_router(data_of(out, of), of.k, of.width // 2, of.images // PART, of.seed)
+        return trained_router(data_of(options.out, of), of.k, of.width // 2, of.images // PART, of.seed)
 
-    fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
-    for key, row in cells.items():
-        path = out / "weights" / f"{key}.pt"
-        cell = Cell(**{field: row.get(field, default) for field, default in fields.items()})
-        if cell.k > 1 and key not in lines.rows and path.is_file():
-            # Ensembles of the same clusters share their router.
-            router = router_of(replace(cell, share=0.0, by_level=False, depth=0, eps=0, eps_start=True))
-            lines.add(key, {**vars(cell), **routed(cell, torch.load(path), router, data_of(out, cell))})
+    for key, cell, path in cells(options):
+        if key in lines.rows or (not is_errors and cell.others):
+            continue
+        # Ensembles of the same clusters share their router.
+        router = router_of(
+            replace(cell, share=0.0, by_level=False, depth=0, others=0, prediction="eps", others_start=True)
+        )
+        kept, data = torch.load(path), data_of(options.out, cell)
+        if is_errors:
+            lines.add(key, {**vars(cell), **routed(cell, kept, router, data)})
+            continue
+        images = Images(load(options.out, cell.name, cell.size, 1), None, options.out / f"{cell.name}.real.pt")
+        drawn = draw(kept, router, data, drawn_rows(data), cell.seed)
+        measured = {
+            f"{space} {routing}": distance
+            for routing, x0 in drawn.items()
+            for space, distance in images.distances_of(x0).items()
+        }
+        lines.add(key, {**vars(cell), "FD": measured["FD-MNv2 full"], **measured})
 
 
 if __name__ == "__main__":

@@ -20,8 +20,13 @@ def span(values: list[float]) -> str:
     """Sorted values as one number or as a range."""
     if not values:
         return "-"
-    low, high = number(values[0]), number(values[-1])
+    low, high = short(values[0]), short(values[-1])
     return low if low == high else f"{low} to {high}"
+
+
+def short(value: float) -> str:
+    """As `number`, in at most six characters below 1,000: 456, 0.0117, 0.0023, < 1e-3."""
+    return number(value) if value >= 0.01 or not value else f"{value:.2g}" if value >= 1e-3 else "< 1e-3"
 
 
 def number(value: float) -> str:

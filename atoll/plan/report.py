@@ -1,12 +1,14 @@
 """A plan as tables on the terminal, and as plain values for JSON."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
+from atoll.plan import law
 from atoll.plan.cost import training_flops
-from atoll.plan.numbers import binary, count, gflop, in_bytes, number, plain, roughly, span
+from atoll.plan.numbers import binary, count, gflop, in_bytes, number, plain, roughly, short, span
 from atoll.plan.types import Machine, Plan, PlannedCommon, PlannedExpert, PlannedGeneralist
 from atoll.report.words import cut_captions
 
@@ -32,6 +34,8 @@ def as_json(plan: Plan, start: date | None = None) -> dict[str, Any]:
         }
         for name, ladder in plan.batches.items()
     }
+    found = law.one_model(plan)
+    value["one_model"] = asdict(found) if found else None
     if plan.simulation:
         value["finish"] = {
             "start": (start or date.today()).isoformat(),
@@ -55,7 +59,8 @@ def render(plan: Plan, start: date | None = None) -> "Group":
         parts += [Text(_how(plan.machines[0], _trained(plan)))]
     parts += [Text(line) for line in (*_swaps(plan), *_muon(plan), *_targets(plan), *_routes(plan))]
     parts += [Text(line) for line in _models_of_all(plan)] + [Text(_sampling(plan)), Text(_data(plan))]
-    parts += [Text(_one_model(plan))] if len(plan.experts) > 1 else []
+    if found := law.one_model(plan):
+        parts += [Text(), law.table(found), *map(Text, law.sentences(found))]
     if plan.cut is not None:
         parts += [Text(f"{cut_captions(*plan.cut)}.")]
     if plan.simulation:
@@ -192,14 +197,16 @@ def _time(plan: Plan) -> "Table":
     # The unit in which the longest plan is at least two.
     known = [m.total_gpu_days for m in plan.machines if m.total_gpu_days is not None]
     unit, per_day = next((u for u in UNITS if max(known, default=2) * u[1] >= 2), UNITS[-1])
-    apart = [e.name for e in _of_all(plan)]
-    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", f"GPU-{unit} per expert")
-    table = _table("Time and price", (*columns, *apart, "in all", "router", "USD"))
+    apart = ["of all clusters"] if _of_all(plan) else []
+    columns = ("GPU", "memory", "TFLOP/s", "MFU", "images/s", "per expert")
+    table = _table(f"Time and price, in GPU-{unit} and USD", (*columns, *apart, "in all", "router", "USD"))
     for m in plan.machines:
         # Experts of different cost show as a range.
         rates = sorted(m.images_per_s[name] for name in m.gpu_days)
         days = sorted(m.gpu_days.values())
-        own = [m.common_gpu_days] * bool(plan.common) + [m.generalist_gpu_days] * bool(plan.generalist)
+        # The common model and the generalist together.
+        both = [m.common_gpu_days] * bool(plan.common) + [m.generalist_gpu_days] * bool(plan.generalist)
+        own = [None if None in both else math.fsum(days or 0 for days in both)] if both else []
         speed = f"{m.gpu.tflops:.3g}" if m.gpu.tflops else "?"
         table.add_row(
             m.gpu.name if m.each == 1 else f"{m.each} x {m.gpu.name}",
@@ -208,7 +215,7 @@ def _time(plan: Plan) -> "Table":
             f"{m.mfu:.2f}" if m.gpu.tflops else "?",
             span(rates) if rates else "?" if all(m.fits.values()) else "does not fit",
             span([day * per_day for day in days]),
-            *("?" if t is None else number(t * per_day) for t in (*own, m.total_gpu_days, m.router_gpu_days)),
+            *("?" if t is None else short(t * per_day) for t in (*own, m.total_gpu_days, m.router_gpu_days)),
             "?" if m.usd is None else f"{m.usd:,.0f}" if m.usd >= 10 else f"{m.usd:.2f}",
         )
     return table
@@ -325,18 +332,6 @@ def _sampling(plan: Plan) -> str:
         f"An image takes {s.steps} {guided}steps, in {unit} {', '.join(costs)} (all experts: "
         f"{s.flops['full'] / least:.1f} times top-1)."
     )
-
-
-def _one_model(plan: Plan) -> str:
-    """How such experts compared with one model of equal FLOPs where it was measured: docs/results.md, "The map"."""
-    best = "with a common start for half of them and a generalist below t = 0.2, 0.5 to 3 % less"
-    if plan.common and plan.generalist:
-        found = "such experts had 0.5 to 3 % less denoising error than one model of equal FLOPs"
-    elif plan.common:
-        found = f"experts from a common start had up to 2 % less denoising error than one model of equal FLOPs; {best}"
-    else:
-        found = f"experts from scratch had 4 to 5 % more denoising error than one model of equal FLOPs; {best}"
-    return f"One model instead? In small studies, all experts evaluated, {found} (docs/results.md)."
 
 
 def _data(plan: Plan) -> str:
