@@ -111,7 +111,7 @@ def plot(options: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "atoll"}  # text, and the same ids each time
     rows = list(Lines(options.out / "curves.jsonl").rows.values())
     labels = list(dict.fromkeys(row["set"] for row in rows))
     metrics = {"error": "denoising error", **{name: name for name in SPACES}}

@@ -41,8 +41,8 @@ TRIED = {
     2: ((32, 8e-3), (32, 5e-3), (32, 3e-3), (16, 5e-3), (16, 3e-3), (32, 5e-3, 0.2)),
 }
 # Thousands of images, by width and depth.
-IMAGES = {(64, 1): (48, 192, 768), (64, 2): (96, 384), (64, 4): (192,), (128, 4): (96, 384)}
-CLUSTERS = (4, 16, 1)
+IMAGES = {(64, 1): (96, 384), (64, 2): (96, 384), (64, 4): (96,), (128, 2): (192,)}
+CLUSTERS = (4, 16)
 DRAWN, STEPS = 1000, 15
 SHARES = (0.0, 0.5)
 # By level, the generalist denoises the fine end and the experts the rest; tenths of the time, half at the edges.

@@ -222,7 +222,7 @@ def plot(options: argparse.Namespace) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "atoll"}  # text, and the same ids each time
     every = [point for point in points(options.out) if point.share in (0.0, CENTRE["share"])]
     clusters = [k for k in (4, 16) if any(point.clusters == k for point in every)]
     sizes = {(point.width, point.depth, point.images) for point in every if point.clusters in clusters}

@@ -152,7 +152,7 @@ def plot(options: argparse.Namespace) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "atoll"}  # text, and the same ids each time
     every = results(options.out)
     groups = groups_of(every, options.seeds)
     figure = Figure(figsize=(9, 2.6), layout="constrained")

@@ -48,6 +48,9 @@ class OneModel:
         full: the plan's own difference with all experts evaluated.
         top_1: with one.
         others: by way and number of clusters, with all experts and half of the FLOPs in the common model.
+        seen: images per parameter of a network, of all networks together.
+        per_doubling: what each doubling of `seen` adds to `full`.
+        per_quarter: what a quarter more of the FLOPs in the common model adds to it; 0 from scratch.
         outside: what of the plan is beyond the law's range: (name, the plan's value, lowest, highest).
     """
 
@@ -57,6 +60,9 @@ class OneModel:
     full: ErrorDifference
     top_1: ErrorDifference
     others: dict[str, dict[int, ErrorDifference]]
+    seen: float
+    per_doubling: float
+    per_quarter: float
     outside: tuple[tuple[str, float, float, float], ...]
 
 
@@ -106,6 +112,7 @@ def one_model(plan: Plan) -> OneModel | None:
     values = {"parameters": parameters, SEEN: images / parameters, "clusters": clusters}
     values |= {"share": share} if share else {}
     bounds = {name: _law()["range"][name] for name in values}
+    slopes = _law()["ways"][way]["full"]["slopes"]
     return OneModel(
         way=way,
         clusters=clusters,
@@ -115,6 +122,9 @@ def one_model(plan: Plan) -> OneModel | None:
         others={
             name: {k: difference(name, "full", *at, k, 0.5) for k in CLUSTERS} for name in (SCRATCH, COMMON, LEVELS)
         },
+        seen=images / parameters,
+        per_doubling=slopes[0],
+        per_quarter=slopes[-1],
         outside=tuple(
             (name, value, *bounds[name]) for name, value in values.items() if not _is_within(value, bounds[name])
         ),
@@ -159,6 +169,11 @@ def sentences(found: OneModel) -> list[str]:
     best = found.others[way][k]
     if best.mean < found.full.mean - NEAR:
         lines.append(f"Lowest: K = {k}, {way}: {best} %. {_verdict(best, found.outside)}")
+    # Which sizes, and which share.
+    moves = [f"each doubling of the images seen per parameter (here {found.seen:.2g}) by {found.per_doubling:+.1f}"]
+    moves += [f"a quarter more of the FLOPs in the common model by {found.per_quarter:+.1f}"] if found.share else []
+    if found.per_doubling:  # from scratch it was not varied
+        lines.append(f"What moves it: {', '.join(moves)} points.")
     lines.append(
         "All experts evaluated, half of the FLOPs in a common model; in parentheses the 95 % interval for new data. "
         "docs/results.md has the law."

@@ -83,6 +83,9 @@ def test_a_plan_from_scratch_is_told_what_would_be_better(planned) -> None:
     text, found = planned(recipe(4))
     assert (found["way"], found["clusters"], found["share"], found["outside"]) == (law.SCRATCH, 4, 0.0, [])
     assert found["full"]["low"] > 0
+    seen = found["seen"]
+    assert 0.025 < seen < 0.8
+    assert f"What moves it: each doubling of the images seen per parameter (here {seen:.2g}) by -2.0 points." in text
     assert "One model is better, if it can be trained." in text
     assert f"Lowest: K = 2, {law.LEVELS}: -2.0 (-3.0 to -1.0) %. The experts are better." in text
 
@@ -93,6 +96,7 @@ def test_a_common_start_and_a_generalist_are_recognised(planned) -> None:
     assert (found["way"], round(found["share"], 6)) == (law.COMMON, 0.5)
     assert "50% of the FLOPs in the common model: +0.5 (-1.5 to +2.5) %" in text
     assert "Which is better is not known: the interval includes 0." in text
+    assert "What moves it" not in text  # by this law, only the share does
     text, found = planned(recipe(4, "common", (0.2, 1), common=COMMON, generalist=GENERALIST))
     assert found["way"] == law.LEVELS
     assert "by top-1. The experts are better." in text
