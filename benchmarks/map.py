@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from efficiency import Images
 from small import Data, Levelled, Lines, Training, errors, load, mean, network_config, over_clusters, training_flops
-from torch import Tensor
+from torch import Tensor, nn
 
 from atoll.manifest import TrainSettings
 from atoll.nn import build_network
@@ -100,6 +100,11 @@ def settings(images: int, batch: int, lr: float, decay_from: float = DECAY_FROM)
 def data_of(out: Path, cell: Cell) -> Data:
     """The images of a cell, in its clusters."""
     return load(out, cell.name, cell.size, cell.k, **({"method": cell.method} if cell.method != "balanced" else {}))
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell of a line of cells.jsonl; fields that it does not have yet are the defaults."""
+    return Cell(**{field: row.get(field, default) for field, default in vars(Cell("", 0, 0, 0, 0, 0, 0)).items()})
 
 
 def result(cell: Cell, levels: list[float], flops: float, seconds: float) -> dict[str, Any]:
@@ -275,22 +280,28 @@ def drawn_rows(data: Data) -> Tensor:
     return rows[torch.randperm(len(rows), generator=seeded(0, 1, Stream.SAMPLES))[:DRAWN]]
 
 
+def networks_of(kept: dict[str, Any]) -> tuple[list[nn.Module], nn.Module | None]:
+    """The experts of a kept cell, and its generalist, if it has one."""
+
+    def loaded(weights: dict[str, Tensor]) -> nn.Module:
+        network: nn.Module = build_network(kept["config"])
+        network.load_state_dict(weights)
+        return network.eval()
+
+    return [loaded(w) for w in kept["experts"]], None if kept["generalist"] is None else loaded(kept["generalist"])
+
+
 @torch.inference_mode()
 def draw(data: Data, kept: dict[str, Any], rows: Tensor, seed: int) -> Tensor:
     """Draw an image for each row's caption by its cluster's expert, and the generalist at the fine end: [n,C,H,W]."""
-    networks = []
-    for weights in (*kept["experts"], kept["generalist"]):
-        if weights is not None:
-            network = build_network(kept["config"])
-            network.load_state_dict(weights)
-            networks.append(network.eval())
-    has_generalist, k = kept["generalist"] is not None, len(kept["experts"])
+    experts, general = networks_of(kept)
+    k = len(experts)
     drawn = torch.empty(len(rows), *data.x0.shape[1:])
     for cluster in range(k):
         own = (data.cluster[rows] == cluster).nonzero().flatten() if k > 1 else torch.arange(len(rows))
         for part in own.split(128):
             condition = data.encoder.encode(data.tokens.index(rows[part]))
-            expert, generalist = networks[cluster], networks[-1] if has_generalist else networks[cluster]
+            expert, generalist = experts[cluster], experts[cluster] if general is None else general
 
             def velocity(x: Tensor, t: Tensor, condition: Any = condition, pair: Any = (generalist, expert)) -> Tensor:
                 with torch.autocast("cpu", torch.bfloat16):
@@ -307,9 +318,8 @@ def distances(options: argparse.Namespace) -> None:
     """Measure the images of every kept cell of one prediction, of the sets, networks, images and seeds asked for."""
     torch.set_num_threads(1)
     lines, cells = Lines(options.out / "distances.jsonl", "FD-MNv2"), Lines(options.out / "cells.jsonl").rows
-    fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
     for path in sorted((options.out / "weights").glob("*.pt")):
-        cell = Cell(**{field: cells[path.stem].get(field, default) for field, default in fields.items()})
+        cell = cell_of(cells[path.stem])
         thousands = options.images or [cell.images // 1000]
         is_asked = f"{cell.width}x{cell.depth}" in options.networks and cell.images // 1000 in thousands
         is_asked = is_asked and cell.name in options.sets and cell.seed in options.seeds
@@ -331,7 +341,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, help="thousands; default: all lengths of the network")
     parser.add_argument("--clusters", nargs="+", type=int, default=list(CLUSTERS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="of the common start")
-    parser.add_argument("--method", choices=("balanced", "free", "random"), default="balanced", help="of the clusters")
+    parser.add_argument("--method", choices=("balanced", "random"), default="balanced", help="of the clusters")
     parser.add_argument("--others", type=int, default=0, help="so many experts, from the first on, of --prediction")
     parser.add_argument("--prediction", choices=("eps", "v"), default="eps", help="of --others, on the cosine schedule")
     parser.add_argument("--others-start", action=argparse.BooleanOptionalAction, default=True)

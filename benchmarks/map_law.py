@@ -2,7 +2,7 @@
 
     python benchmarks/map_law.py fit OUT                          # coefficients, and the error of predictions
     python benchmarks/map_law.py write OUT atoll/plan/law.json    # the same law, as `atoll plan` reads it
-    python benchmarks/map_law.py plot OUT map.svg                 # measured and predicted, as a heat map
+    python benchmarks/map_law.py plot OUT map.svg                 # what was measured, as a heat map
 
 The difference, in percent of the monolith's error and by a trained router (map_router.py), is linear in the doublings
 of the images seen per parameter of a network and in the share of the common start, and quadratic in the doublings of
@@ -13,6 +13,7 @@ out of the fit; on each set in turn, by the others' mean constant, as a new set 
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -23,20 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from map_report import NAMES, results
+from map_report import NAMES, T_95, results
 from small import Lines
 
 from atoll.nn import build_network
+from atoll.plan.law import COMMON, LEVELS, SCRATCH, SEEN, terms
 
-WAYS = {"from scratch": (False, False), "common start": (True, False), "common start, generalist": (True, True)}
+WAYS = {SCRATCH: (False, False), COMMON: (True, False), LEVELS: (True, True)}  # common start, generalist
 ROUTINGS = ("full", "top-1")
 LARGER = 128
 # Where all terms are zero, and what one unit of each is.
-CENTRE = {"images per parameter": 1.0, "clusters": 4, "share": 0.5}
+CENTRE = {SEEN: 1.0, "clusters": 4, "share": 0.5}
 TERMS = ("images per parameter, doubled", "clusters, doubled", "the square of that", "a quarter more in common")
 LEFT_OUT = 4  # one cell of so many is predicted before the fit on all
 LARGEST = 6  # percent, of the plot's colours
-T_SETS = {2: 12.71, 3: 4.30, 4: 3.18}  # Student's t, 97.5 %, by the number of sets
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Point:
     @property
     def terms(self) -> list[float]:
         """What the law is linear in."""
-        return terms(parameters(self.width, self.depth), self.images, self.clusters, self.share)
+        seen = self.images / parameters_of(self.width, self.depth)
+        return terms({SEEN: seen, "clusters": self.clusters, "share": self.share}, CENTRE)
 
     @property
     def is_left_out(self) -> bool:
@@ -79,14 +81,8 @@ class Law:
         return constant + math.fsum(a * b for a, b in zip(self.slopes, point.terms, strict=True))
 
 
-def terms(parameters: float, images: float, clusters: float, share: float) -> list[float]:
-    """Doublings from the centre, and quarters of a share."""
-    seen = math.log2(images / parameters / CENTRE["images per parameter"])
-    of_clusters = math.log2(clusters / CENTRE["clusters"])
-    return [seen, of_clusters, of_clusters**2, (share - CENTRE["share"]) / 0.25]
-
-
-def parameters(width: int, depth: int) -> int:
+@functools.cache
+def parameters_of(width: int, depth: int) -> int:
     """Of one network for three channels."""
     shape = {"name": "mmdit", "channels": 3, "size": [16, 16], "patch": 4, "states_dim": 64}
     network = build_network({**shape, "width": width, "depth": depth, "heads": max(1, width // 32)})
@@ -163,7 +159,7 @@ def half_width(law: Law, own: list[Point], routing: str) -> float:
     """Of the 95 % interval for a new set: the constants' spread over the sets, and what the law leaves."""
     count = len(law.constants)
     spread = statistics.variance(law.constants.values()) * (1 + 1 / count)
-    return T_SETS[count] * math.sqrt(spread + law.residual**2)
+    return T_95[count - 1] * math.sqrt(spread + law.residual**2)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -196,10 +192,10 @@ def show(options: argparse.Namespace) -> None:
 def write(options: argparse.Namespace) -> None:
     """Write the laws for `atoll plan`."""
     every = [point for point in points(options.out) if point.width < LARGER]
-    sizes = [parameters(point.width, point.depth) for point in every]
+    sizes = [parameters_of(point.width, point.depth) for point in every]
     measured = {
         "parameters": sizes,
-        "images per parameter": [round(point.images / size, 3) for point, size in zip(every, sizes, strict=True)],
+        SEEN: [round(point.images / size, 3) for point, size in zip(every, sizes, strict=True)],
         "clusters": [point.clusters for point in every],
         "share": [point.share for point in every if point.share],
     }
@@ -226,7 +222,7 @@ def plot(options: argparse.Namespace) -> None:
     every = [point for point in points(options.out) if point.share in (0.0, CENTRE["share"])]
     clusters = [k for k in (4, 16) if any(point.clusters == k for point in every)]
     sizes = {(point.width, point.depth, point.images) for point in every if point.clusters in clusters}
-    columns = sorted(sizes, key=lambda size: size[2] / parameters(*size[:2]))
+    columns = sorted(sizes, key=lambda size: size[2] / parameters_of(*size[:2]))
     figure = Figure(figsize=(9, 1.9 * len(clusters) + 0.6), layout="constrained")
     panels = figure.subplots(len(clusters), len(WAYS), squeeze=False, sharex=True, sharey=True)
     picture = None

@@ -6,25 +6,26 @@
 One router for each set, its clusters, network, number of images and seed: half of the experts' width, one block,
 trained on an eighth of the images besides what map.py counts. It sees x_t, t and the prompt. OUT/routed.jsonl has a
 line for each cell whose weights `map.py run` has kept: the held-out denoising error by top-1 and by all experts, and
-the router's accuracy, by level. OUT/routed-distances.jsonl has the Fréchet distances of images drawn by both.
+the router's accuracy, by level. Experts that predict eps or v are calibrated, as Atoll's are.
+OUT/routed-distances.jsonl has the Fréchet distances of images drawn by both.
 """
 
 import argparse
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from efficiency import Images
-from map import FINE, FLOW, STEPS, SWITCH, Cell, data_of, drawn_rows
+from map import FINE, FLOW, STEPS, SWITCH, Cell, cell_of, data_of, drawn_rows, networks_of
 from small import LEVELS, Data, Lines, load, mean, velocities
 from torch import Tensor, nn
 
 from atoll.manifest import TrainSettings
 from atoll.nn import build_network
+from atoll.objective import Objective
 from atoll.randomness import Stream, seeded
 from atoll.schedule import PATH
 from atoll.solver import sample as solve
@@ -63,12 +64,43 @@ def trained_router(data: Data, k: int, width: int, images: int, seed: int) -> nn
     return router.eval()
 
 
+def calibrated(
+    config: dict[str, Any], weights: dict[str, Tensor], objective: Objective, data: Data, rows: Tensor, cluster: int
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Yield what `velocities` does, corrected as Atoll corrects an expert (`atoll.calibration`).
+
+    The slope of each level is measured on the cluster's images that are held out for it.
+    """
+    held = (data.calibration & ~data.val & (data.cluster == cluster)).nonzero().flatten()
+    mean_x0 = data.x0[data.training(cluster)].mean(0)
+
+    def noisy(number: int, t: float, own: Tensor) -> Tensor:
+        # The noisy images that the network saw.
+        eps = torch.randn(data.x0.shape, generator=seeded(0, number, Stream.VALIDATION))[own]
+        return PATH.diffuse(data.x0[own], eps, torch.full((len(own),), t))
+
+    both = zip(
+        velocities(config, weights, objective, data, held),
+        velocities(config, weights, objective, data, rows),
+        strict=True,
+    )
+    for number, ((t, on_held, _), (_, output, true)) in enumerate(both):
+        # On the path x0 is x - t u.
+        found = noisy(number, t, held) - t * on_held - mean_x0
+        slope = (found * (data.x0[held] - mean_x0)).sum() / found.square().sum()
+        x = noisy(number, t, rows)
+        x0 = mean_x0 + slope * (x - t * output - mean_x0)
+        yield t, (x - x0) / t, true
+
+
 @torch.inference_mode()
 def routed(cell: Cell, kept: dict[str, Any], router: nn.Module, data: Data) -> dict[str, Any]:
     """Measure an ensemble by its router on the held-out rows."""
     rows = data.held_out()
     experts = [
-        velocities(kept["config"], weights, cell.objective(cluster), data, rows)
+        calibrated(kept["config"], weights, cell.objective(cluster), data, rows, cluster)
+        if cluster < cell.others
+        else velocities(kept["config"], weights, FLOW, data, rows)
         for cluster, weights in enumerate(kept["experts"])
     ]
     generalist = kept["generalist"]
@@ -98,13 +130,7 @@ def routed(cell: Cell, kept: dict[str, Any], router: nn.Module, data: Data) -> d
 @torch.inference_mode()
 def draw(kept: dict[str, Any], router: nn.Module, data: Data, rows: Tensor, seed: int) -> dict[str, Tensor]:
     """Draw an image for each row's caption by the router, with all experts and with the best: [n,C,H,W] of each."""
-    networks = []
-    for weights in (*kept["experts"], kept["generalist"]):
-        if weights is not None:
-            network = build_network(kept["config"])
-            network.load_state_dict(weights)
-            networks.append(network.eval())
-    general = networks.pop() if kept["generalist"] is not None else None
+    experts, general = networks_of(kept)
     drawn: dict[str, list[Tensor]] = {"full": [], "top-1": []}
     for routing, images in drawn.items():
         for part in torch.arange(len(rows)).split(128):
@@ -116,7 +142,7 @@ def draw(kept: dict[str, Any], router: nn.Module, data: Data, rows: Tensor, seed
                     if general is not None and t[0] < SWITCH:
                         alone: Tensor = general(x, time, condition)
                         return alone.float()
-                    outputs = torch.stack([network(x, time, condition) for network in networks], 1).float()
+                    outputs = torch.stack([expert(x, time, condition) for expert in experts], 1).float()
                 p = router(x, t, condition.pooled).exp()  # [n,K]
                 if routing == "top-1":
                     p = F.one_hot(p.argmax(1), p.shape[1]).float()
@@ -134,10 +160,9 @@ def _error(output: Tensor, true: Tensor) -> float:
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, Cell, Path]]:
     """The ensembles whose weights are kept, of what was asked for, with their keys and weights."""
-    fields = vars(Cell("", 0, 0, 0, 0, 0, 0))
     for key, row in Lines(options.out / "cells.jsonl").rows.items():
         path = options.out / "weights" / f"{key}.pt"
-        cell = Cell(**{field: row.get(field, default) for field, default in fields.items()})
+        cell = cell_of(row)
         is_asked = cell.name in options.sets and (options.clusters is None or cell.k in options.clusters)
         is_asked = is_asked and (options.images is None or cell.images // 1000 in options.images)
         is_asked = is_asked and (cell.by_level or not options.only_by_level)
@@ -168,9 +193,8 @@ def main() -> None:
         if key in lines.rows or (not is_errors and cell.others):
             continue
         # Ensembles of the same clusters share their router.
-        router = router_of(
-            replace(cell, share=0.0, by_level=False, depth=0, others=0, prediction="eps", others_start=True)
-        )
+        of = (cell.name, cell.size, cell.width, 0, cell.seed, cell.images, cell.k)
+        router = router_of(Cell(*of, method=cell.method))
         kept, data = torch.load(path), data_of(options.out, cell)
         if is_errors:
             lines.add(key, {**vars(cell), **routed(cell, kept, router, data)})

@@ -150,6 +150,20 @@ def test_a_router_learns_the_clusters(work: Path) -> None:
     assert (p.argmax(1) == labels).float().mean() > largest + 0.1
 
 
+def test_a_calibrated_expert_errs_less_on_what_it_was_calibrated_on(work: Path) -> None:
+    data = small.load(work, "glyphs", 8, 2)
+    trained, objective = training(work, 2), Objective("eps", "cosine")
+    held = (data.calibration & ~data.val & (data.cluster == 0)).nonzero().flatten()
+    given = (trained.config, trained.weights(), objective, data, held)
+    better = 0.0
+    for (t, raw, true), (_, own, _) in zip(small.velocities(*given), map_router.calibrated(*given, 0), strict=True):
+        # Least squares in x0, whose error is t times that of the velocity.
+        before, after = ((u - true).square().mean() * t**2 for u in (raw, own))
+        assert after < before * 1.001
+        better = max(better, float(before / after))
+    assert better > 2  # an untrained eps-expert explodes at the noisy end
+
+
 def test_images_drawn_by_a_router_are_those_of_the_expert_that_it_chooses(work: Path) -> None:
     data = small.load(work, "glyphs", 8, 2)
     config = small.network_config(data, 32, depth=1)
@@ -265,7 +279,8 @@ def synthetic(out: Path, noise: float) -> None:
             cells.add(cell.key, map_.result(cell, [1.0] * 10, 1e12, 1.0))
             for k in (2, 4, 16):
                 for share, by_level in ((0.0, False), (0.25, True), (0.5, True), (0.5, False)):
-                    of = map_law.terms(map_law.parameters(width, depth), 1000 * images, k, share)
+                    seen = 1000 * images / map_law.parameters_of(width, depth)
+                    of = plan_law.terms({plan_law.SEEN: seen, "clusters": k, "share": share}, map_law.CENTRE)
                     change = constant - of[0] + 2 * of[1] + 0.5 * of[2] - 0.3 * of[3] * (share > 0)
                     change += noise * float(torch.randn(1, generator=random)) + 5 * (width == 128)
                     cell = map_.Cell(name, 16, width, depth, 0, 1000 * images, k, share, by_level)
@@ -302,7 +317,7 @@ def test_plan_evaluates_the_law_that_was_written(tmp_path: Path, monkeypatch: py
     own = [p for p in map_law.points(tmp_path) if p.way == plan_law.LEVELS and p.width < map_law.LARGER]
     law = map_law.fit(own, "full")
     for point in own:
-        at = (map_law.parameters(point.width, point.depth), point.images, point.clusters, point.share)
+        at = (map_law.parameters_of(point.width, point.depth), point.images, point.clusters, point.share)
         found = plan_law.difference(plan_law.LEVELS, "full", *at)
         assert found.mean == pytest.approx(law.predict(replace(point, name="a new set")), abs=0.01)
         assert found.low < point.change["full"] < found.high

@@ -7,14 +7,15 @@ plan outside of that is moved to the nearest point inside, and says so.
 
 import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from atoll.plan.numbers import count
-from atoll.plan.types import Plan, PlannedExpert
+from atoll.plan.types import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,13 +87,24 @@ def difference(
         share: of the images, that the common model sees; not used from scratch.
     """
     law = _law()
-    centre, of_way = law["centre"], law["ways"][way][routing]
+    of_way = law["ways"][way][routing]
+    # The nearest point inside the range.
     values = {SEEN: images / parameters, "clusters": clusters, "share": share}
     inside = {name: min(max(value, law["range"][name][0]), law["range"][name][1]) for name, value in values.items()}
-    seen, of_clusters = (math.log2(inside[name] / centre[name]) for name in (SEEN, "clusters"))
-    terms = [seen, of_clusters, of_clusters**2, (inside["share"] - centre["share"]) / 0.25]
-    mean = of_way["constant"] + math.fsum(a * b for a, b in zip(of_way["slopes"], terms, strict=True))
+    moved = math.fsum(a * b for a, b in zip(of_way["slopes"], terms(inside, law["centre"]), strict=True))
+    mean = of_way["constant"] + moved
     return ErrorDifference(mean, mean - of_way["half_width"], mean + of_way["half_width"])
+
+
+def terms(values: Mapping[str, float], centre: Mapping[str, float]) -> list[float]:
+    """Return what the law has slopes for: doublings of `SEEN`, of the clusters, their square, quarters of the share.
+
+    Args:
+        values: `SEEN`, "clusters" and "share" of a point.
+        centre: the same of the point where all terms are 0.
+    """
+    seen, of_clusters = (math.log2(values[name] / centre[name]) for name in (SEEN, "clusters"))
+    return [seen, of_clusters, of_clusters**2, (values["share"] - centre["share"]) / 0.25]
 
 
 def one_model(plan: Plan) -> OneModel | None:
@@ -102,9 +114,9 @@ def one_model(plan: Plan) -> OneModel | None:
         return None
     # All images that pass through networks, as images of the mean expert.
     of_all = [one.training for one in (plan.common, plan.generalist) if one]
-    cost = _mean(plan.experts, "training_flops")
+    cost = statistics.mean(expert.training_flops for expert in plan.experts)
     images = sum(one.images * one.training_flops for one in (*plan.experts, *of_all)) / cost
-    parameters = _mean(plan.experts, "parameters")
+    parameters = statistics.mean(expert.parameters for expert in plan.experts)
     share = plan.common.fraction if plan.common and plan.common.experts else 0.0
     way = SCRATCH if not share else LEVELS if plan.generalist and plan.generalist.levels else COMMON
     at = (parameters, images)
@@ -131,10 +143,6 @@ def one_model(plan: Plan) -> OneModel | None:
     )
 
 
-def _mean(experts: Sequence[PlannedExpert], name: str) -> float:
-    return math.fsum(getattr(expert, name) for expert in experts) / len(experts)
-
-
 def _is_within(value: float, bounds: Sequence[float]) -> bool:
     return bounds[0] * 0.99 <= value <= bounds[1] * 1.01  # steps are whole numbers
 
@@ -155,12 +163,16 @@ def table(found: OneModel) -> "Table":
 
 def sentences(found: OneModel) -> list[str]:
     """What the plan's experts are by the law, what would be better, and where the law does not reach."""
+    lines = [
+        "All experts evaluated, half of the FLOPs in a common model; in parentheses the 95 % interval for new data. "
+        "docs/results.md has the law."
+    ]
     # The plan itself.
     start = f", {found.share:.0%} of the FLOPs in the common model" if found.share else ""
-    lines = [
+    lines.append(
         f"This plan, K = {found.clusters}, {found.way}{start}: {found.full} % by all experts, {found.top_1} % by "
         f"top-1. {_verdict(found.full, found.outside)}"
-    ]
+    )
     # The best of the table, if it is another one.
     way, k = min(
         ((way, k) for way, by_clusters in found.others.items() for k in by_clusters),
@@ -174,10 +186,6 @@ def sentences(found: OneModel) -> list[str]:
     moves += [f"a quarter more of the FLOPs in the common model by {found.per_quarter:+.1f}"] if found.share else []
     if found.per_doubling:  # from scratch it was not varied
         lines.append(f"What moves it: {', '.join(moves)} points.")
-    lines.append(
-        "All experts evaluated, half of the FLOPs in a common model; in parentheses the 95 % interval for new data. "
-        "docs/results.md has the law."
-    )
     if found.outside:
         named = "; ".join(
             f"{name}: {_value(name, value)}, measured {_value(name, low)} to {_value(name, high)}"
@@ -193,7 +201,7 @@ def _value(name: str, value: float) -> str:
 
 def _verdict(found: ErrorDifference, outside: Sequence[Any]) -> str:
     if outside:
-        return "Nobody has measured it at this size."
+        return "Nobody has measured it there."
     if found.high < 0:
         return "The experts are better."
     if found.low > 0:

@@ -111,7 +111,7 @@ def test_outside_of_what_was_measured_there_is_no_verdict(atoll, fitted) -> None
     code, text, _ = atoll("plan", "hddm-xl2-laion")
     text = " ".join(text.split())
     assert code == 0
-    assert "Nobody has measured it at this size." in text
+    assert "Nobody has measured it there." in text
     assert "parameters: 605.7 M, measured 500.0 k to 4.0 M" in text
     assert "is better" not in text
     assert "are better" not in text
