@@ -168,10 +168,10 @@ def test_images_drawn_by_a_router_are_those_of_the_expert_that_it_chooses(work: 
     data = small.load(work, "glyphs", 8, 2)
     config = small.network_config(data, 32, depth=1)
     own = [training(work, steps).weights() for steps in (1, 2, 3)]
+    random = torch.Generator().manual_seed(0)
     for weights in own:  # a new network's output is 0
         for weight in weights.values():
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(weights))))
-    own[1] = {name: 2 * weight for name, weight in own[0].items()}
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=random))
     kept = {"config": config, "experts": own[:2], "generalist": own[2]}
     rows = map_.drawn_rows(data)[:5]
     log_p = torch.tensor([[0.0, -float("inf")]]).expand(5, 2)
@@ -251,6 +251,8 @@ def test_the_reports_of_the_map(work: Path, capsys) -> None:
             distances.add(cell.key, {"FD-MNv2": 10.0 / factor, "FD-Squeeze": 100.0})
             if cell.k > 1:
                 routed.add(cell.key, {"error": 0.1, "error_full": 0.1 * factor, "levels_full": levels})
+    once = map_.Cell("emoji", 16, 64, 2, 0, 1000, 16)
+    lines.add(once.key, map_.result(once, [0.1] * 10, 1e12, 1.0))
     capsys.readouterr()
     options = argparse.Namespace(out=work, file=work / "levels.svg", seeds=3)
     map_report.table(options)
@@ -258,6 +260,7 @@ def test_the_reports_of_the_map(work: Path, capsys) -> None:
     text = capsys.readouterr().out
     label = "K = 4, common start, 50%, generalist at the fine end"
     assert "glyphs" not in text  # of which one seed was trained
+    assert "K = 16" not in text
     better, same, worse = "0.098 (-2.0 ± 2.5 %)", "0.1 (+0.0 ± 0.0 %)", "10.2 (+2.0 ± 2.6 %)"
     assert f"| {label} | {better} | {same} | {better} | {worse} |" in text
     assert "3 seeds" in text

@@ -435,6 +435,9 @@ def test_a_generalist_is_counted_beside_the_experts(hddm: Manifest) -> None:
     text = " ".join(shown(p).split())
     assert f"Generalist: 1,000 steps of 1024 on all clusters: {p.generalist.fraction:.1%} of the training FLOPs" in text
     assert "used at the levels 0 to 0.2." in text
+    # The common model's days and the generalist's, in one column.
+    (row,) = [line.split() for line in shown(p).splitlines() if line.startswith("a100 ")]
+    assert f"{days:.3g}" in row
     assert "Generalist:" not in shown(without)
 
 
